@@ -1,0 +1,247 @@
+"""Make the embedded task: preference pairs over SmolLM2's own short answers, labelled by their sentiment.
+
+    python scripts/make_sentiment_task.py --out src/sepo/assets/sentiment_pairs.parquet
+
+Several answers to each everyday prompt are sampled from the model itself, so that its responses are on-policy and the
+mean sentiment leaves headroom (a prompt that asks for praise would not). Answers to one prompt are paired, and the
+label follows a Bradley-Terry model of the VADER compound score v:
+
+    P(a is preferred to b) = sigmoid((v_a - v_b) / tau)
+
+so labels are noisy, as human ones are. The scores are stored beside the pairs to judge labels by; nothing trains on
+them. Whole topics are held out, so no held-out prompt is a rewording of a training prompt. The same seed, thread count
+and library versions give the same file. Two thousand answers take about ten minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from sepo.evaluate.accuracy import mean_and_se
+from sepo.evaluate.generate import generate_responses
+from sepo.evaluate.gold import vader_scores
+from sepo.models import DEFAULT_MODEL, load_model, load_tokenizer
+
+# A system message of our own is shorter than the one that the chat template would add.
+SYSTEM = "Answer in one short sentence."
+TEMPLATES = (
+    "Write one short sentence about {}.",
+    "How was {}?",
+    "Describe {} in one sentence.",
+    "Write a text message about {}.",
+)
+# Scenes of which good and bad things can be said; no word of them is in the sentiment lexicon.
+TOPICS = (
+    "the bus ride to work", "the soup at the corner cafe", "a walk in the rain", "the exam results",
+    "the old house by the river", "the phone call from my sister", "a night in a small hotel",
+    "the first day at school", "the meeting with the landlord", "the new haircut", "the train journey north",
+    "lunch in the office kitchen", "the neighbour's dog", "the weather in town today", "the last bus home",
+    "a weekend at the lake", "the visit to the dentist", "the queue at the post office",
+    "the film last night", "the rusty bicycle", "the garden in March", "the first job interview",
+    "dinner with the cousins", "the new teacher", "the street market", "the long drive to the coast",
+    "the concert in the park", "a morning without coffee", "the school trip", "the move to another city",
+    "the letter from the bank", "the swimming lesson", "the borrowed umbrella", "the flat upstairs",
+    "the wedding speech", "a Monday morning at the office", "the camping trip", "the football match",
+    "the village bakery", "the night shift at the hospital", "the airport at midnight", "the cooking class",
+    "the old computer", "the winter in the mountains", "the ferry crossing", "the birthday cake",
+    "the museum tour", "the new neighbours", "the piano lesson", "the road works outside",
+    "the library on Sunday", "the job at the warehouse", "the reunion of the class", "the hike up the hill",
+    "the cat on the roof", "the kitchen after the dinner", "the taxi driver", "the online course",
+    "the summer in the city", "the sandwich from the station", "the driving test", "the choir rehearsal",
+    "the apartment viewing", "the snow on the street", "the picnic by the canal", "the work trip",
+    "the new phone", "the waiting room", "the chess game", "the farm in autumn", "the painting in the hall",
+    "the trip to the zoo", "the computer repair", "the morning run", "the restaurant by the harbour",
+    "the team meeting", "the house guest", "the language class", "the shoes from the market",
+    "the train station at noon", "the talk with the manager", "the road through the forest", "the radio show",
+    "the evening at the theatre", "the box in the attic", "the boat trip", "the grocery shopping",
+    "the doctor's appointment", "the flight to Madrid", "the barbecue next door", "the history lesson",
+    "the dance class", "the bridge at dawn", "the tomato plants", "the coffee machine at work",
+    "the school bus", "the tour guide", "the walk to the shop", "the fishing trip", "the rented car",
+    "the book club", "the hotel breakfast", "the beach in October", "the new bakery", "the evening shift",
+    "the ride on the tram", "the town square", "the day off", "the grandmother's kitchen",
+    "the basketball game", "the office plant", "the pizza on the corner",
+)  # fmt: skip
+KEYS = [(topic, template) for topic in TOPICS for template in TEMPLATES]
+
+# The model knows little and says anything; what names people's faith, sex or violence stays out of a shipped file.
+BLOCKED = re.compile(
+    r"\b(isis|jew|muslim|islam|christ|nazi|hitler|terroris|rape|rapist|sex|porn|nud|naked|fuck|shit|bitch|bastard|ass\b"
+    r"|asshole|damn|whore|slut|dick|cock\b|penis|vagina|breast|suicid|murder|kill|corpse|gun\b|guns\b|racis|negro|gay"
+    r"|lesbian|homo|retard|drug|cocaine|heroin|trump|biden|obama|putin|masturb|orgas|erotic|genital|holocaust|genocid"
+    r"|slave|gipsy|gypsy|queer|tranny|fag|nigg|cunt|crap|piss|torture|hang(ed|ing) himself)",
+    re.IGNORECASE,
+)
+
+
+class Response(NamedTuple):
+    text: str
+    tokens: int
+    gold: float
+
+
+def conversation(topic: str, template: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": template.format(topic)}]
+
+
+def sample_responses(args: argparse.Namespace) -> list[list[Response]]:
+    """Sample answers to each prompt, in the order of `KEYS`.
+
+    Kept are those that the model ended itself, of one line and at least four words, each text once a prompt.
+    """
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, dtype="float32")
+    prompt_ids = [
+        tokenizer.apply_chat_template(conversation(*key), add_generation_prompt=True, return_dict=False) for key in KEYS
+    ]
+    generations = generate_responses(
+        model,
+        tokenizer,
+        prompt_ids,
+        samples=args.samples,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        batch_size=128,
+    )
+    texts = [tokenizer.decode(item.response_ids, skip_special_tokens=True).strip() for item in generations]
+    golds = vader_scores(texts)
+    kept: list[dict[str, Response]] = [{} for _ in KEYS]
+    for item, text, gold in zip(generations, texts, golds, strict=True):
+        if item.finished and "\n" not in text and len(text.split()) >= 4 and not BLOCKED.search(text):
+            kept[item.prompt_index].setdefault(text, Response(text, len(item.response_ids), float(gold)))
+    print(
+        f"{len(generations)} answers, {np.mean([item.finished for item in generations]):.0%} ended by the model, "
+        f"{sum(map(len, kept))} kept; sentiment of all: mean {golds.mean():.3f}, SD {golds.std():.3f}"
+    )
+    return [list(responses.values()) for responses in kept]
+
+
+def pair_up(
+    responses: Sequence[Response], rng: np.random.Generator, tau: float, min_gap: float, most: int
+) -> list[tuple[Response, Response]]:
+    """Pair answers at random, each used once, and label each pair by a Bradley-Terry draw: (chosen, rejected)."""
+    order = rng.permutation(len(responses))
+    pairs = []
+    for a, b in zip(order[0::2], order[1::2], strict=False):
+        one, two = responses[a], responses[b]
+        preferred = rng.random() < 1 / (1 + np.exp(-(one.gold - two.gold) / tau))
+        if abs(one.gold - two.gold) >= min_gap:
+            pairs.append((one, two) if preferred else (two, one))
+    return pairs[:most]
+
+
+def make_rows(args: argparse.Namespace, responses: Sequence[Sequence[Response]]) -> list[dict]:
+    """Pair and label the answers (one list a prompt, in the order of `KEYS`) and hold out topics; rows are shuffled."""
+    rng = np.random.default_rng(args.seed)
+    held_out = set(rng.choice(TOPICS, size=round(args.held_out * len(TOPICS)), replace=False).tolist())
+    rows = []
+    for (topic, template), answers in zip(KEYS, responses, strict=True):
+        for chosen, rejected in pair_up(answers, rng, args.tau, args.min_gap, args.pairs_per_prompt):
+            rows.append(
+                {
+                    "prompt": conversation(topic, template),
+                    "chosen": [{"role": "assistant", "content": chosen.text}],
+                    "rejected": [{"role": "assistant", "content": rejected.text}],
+                    "chosen_gold": chosen.gold,
+                    "rejected_gold": rejected.gold,
+                    "split": "held_out" if topic in held_out else "train",
+                    "tokens": (chosen.tokens, rejected.tokens),
+                }
+            )
+    return [rows[index] for index in rng.permutation(len(rows))]
+
+
+def summarise(rows: Sequence[dict]) -> None:
+    print(f"\n{'':32}{'train':>10}{'held_out':>10}")
+    columns: dict[str, list[str]] = defaultdict(list)
+    for split in ("train", "held_out"):
+        part = [row for row in rows if row["split"] == split]
+        groups = [row["prompt"][-1]["content"] for row in part]
+        chosen, rejected = (np.array([row[f"{side}_gold"] for row in part]) for side in ("chosen", "rejected"))
+        tokens = np.array([row["tokens"] for row in part])
+        mean, se = mean_and_se((chosen + rejected) / 2, groups)
+        for name, value in {
+            "pairs": f"{len(part)}",
+            "prompts": f"{len(set(groups))}",
+            "gold, mean of both": f"{mean:.3f}",
+            "  standard error": f"{se:.3f}",
+            "gold, SD": f"{np.concatenate([chosen, rejected]).std():.3f}",
+            "gold, chosen": f"{chosen.mean():.3f}",
+            "gold, rejected": f"{rejected.mean():.3f}",
+            "gold of the better response": f"{np.maximum(chosen, rejected).mean():.3f}",
+            "labels against the gold": f"{(chosen < rejected).mean():.1%}",
+            "response tokens, chosen": f"{tokens[:, 0].mean():.1f}",
+            "response tokens, rejected": f"{tokens[:, 1].mean():.1f}",
+            "chosen longer (ties half)": f"{(np.sign(tokens[:, 0] - tokens[:, 1]) / 2 + 0.5).mean():.1%}",
+        }.items():
+            columns[name].append(value)
+    for name, (train, held_out) in columns.items():
+        print(f"{name:32}{train:>10}{held_out:>10}")
+
+
+def write(rows: Sequence[dict], args: argparse.Namespace) -> None:
+    message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    schema = pa.schema(
+        [
+            ("prompt", message),
+            ("chosen", message),
+            ("rejected", message),
+            ("chosen_gold", pa.float32()),
+            ("rejected_gold", pa.float32()),
+            ("split", pa.string()),
+        ]
+    )
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
+    table = table.replace_schema_metadata({"made_with": json.dumps(settings, sort_keys=True)})
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"\nwrote {len(rows)} pairs to {path} ({path.stat().st_size / 1024:.0f} KiB)")
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="the parquet file to write")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="model that writes the answers")
+    parser.add_argument("--samples", type=int, default=8, help="answers sampled for each prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="answers that do not end by then are dropped")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; no top-k, no top-p")
+    parser.add_argument("--tau", type=float, default=0.3, help="label noise: P = sigmoid(score difference / tau)")
+    parser.add_argument("--min-gap", type=float, default=0.1, help="pairs whose scores differ by less are dropped")
+    parser.add_argument("--pairs-per-prompt", type=int, default=3, help="most pairs kept for one prompt")
+    parser.add_argument("--held-out", type=float, default=0.25, help="share of the topics that is held out")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples, the pairs and the labels")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (part of what makes the file reproducible)")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    rows = make_rows(args, sample_responses(args))
+    summarise(rows)
+    write(rows, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,447 @@
+"""The `sepo` command: one subcommand a stage, and `run` for all of them.
+
+Heavy libraries are imported by the subcommand that needs them, so that `--help` and a misspelt key answer at once.
+A `UserError` ends as one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sepo.errors import UserError
+
+EPILOG = """\
+the usual way:
+  sepo run recipes/quickstart.yaml              the whole job, offline, on the embedded model and data
+  sepo run my.yaml --dry-run                    what would be done: plan, counts, time and memory
+  sepo run my.yaml oracle.beta=0.05             with one setting changed
+  sepo recipe                                   every setting with its default and meaning
+
+stage by stage, without a recipe:
+  sepo oracle --reference MODEL --data prefs.parquet --out oracle learning_rate=5e-6
+  sepo score  --oracle oracle --reference MODEL --data prefs.parquet --out scores
+  sepo select --table scores --k 0.3 --out selection
+  sepo train  --policy MODEL --selection selection --out policy learning_rate=5e-6
+  sepo eval   --policy policy --base MODEL --data held_out.parquet --out eval
+
+MODEL is a hub id, a folder, a .gguf file, or package:PACKAGE/FILE.gguf. Data is a hub id, a folder or a
+parquet, json, jsonl or csv file with the columns chosen, rejected and (unless both share it) prompt.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
+    arguments = parse_arguments(argv)
+    try:
+        return arguments.work(arguments) or 0
+    except UserError as error:
+        print(f"sepo: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sepo: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        print("sepo: out of memory; lower tokens_per_row, or use lora", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"sepo: {one_line(str(error))}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if type(error).__module__.startswith("sepo.") or "out of memory" in str(error).lower():
+            print(f"sepo: {one_line(str(error))}", file=sys.stderr)
+            return 1
+        raise
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; `key=value` settings may stand anywhere, also after flags."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    settings = getattr(arguments, "overrides", getattr(arguments, "training", None))
+    for item in rest:
+        if settings is None or item.startswith("-") or "=" not in item:
+            parser.error(f"unrecognized argument: {item}")
+        settings.append(item)
+    return arguments
+
+
+def one_line(text: str) -> str:
+    """Fold a message into one printable line: no line breaks, no control characters."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sepo",
+        description="Selective preference optimization: align a language model on the tokens that carry the preference.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, work: Callable, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(work=work)
+        return sub
+
+    run = command("run", run_command, "run all stages of a recipe, reusing what stands")
+    run.add_argument("recipe", help="YAML file; see recipes/ and `sepo recipe`")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. oracle.beta=0.2")
+    run.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
+
+    command("recipe", recipe_command, "print every setting of a recipe with its default and meaning")
+
+    oracle = command("oracle", oracle_command, "train an oracle: DPO on a reference model")
+    oracle.add_argument("--reference", required=True, metavar="MODEL", help="model to start from")
+    _data_options(oracle)
+    _out_option(oracle, "folder for the oracle model")
+    oracle.add_argument("--beta", type=float, default=0.1, help="DPO's KL strength (default 0.1)")
+    _training_options(oracle)
+
+    score = command("score", score_command, "score every response token: log oracle minus log reference")
+    score.add_argument("--oracle", required=True, metavar="MODEL", help="model trained with DPO")
+    score.add_argument("--reference", required=True, metavar="MODEL", help="the model it was trained from")
+    _data_options(score)
+    _out_option(score, "folder for the score table (pairs and log-probabilities are kept inside it)")
+    score.add_argument("--tokens-per-row", type=int, help="token budget of a packed row; bounds the memory")
+    _device_options(score)
+
+    select = command("select", select_command, "select the key tokens of a score table")
+    select.add_argument("--table", required=True, metavar="DIR", help="score table, from `sepo score`")
+    select.add_argument("--k", type=float, default=0.3, help="share of tokens to keep on both sides (default 0.3)")
+    select.add_argument("--k-chosen", type=float, help="share for chosen responses, instead of --k")
+    select.add_argument("--k-rejected", type=float, help="share for rejected responses, instead of --k")
+    _out_option(select, "folder for the selection table")
+
+    train = command("train", train_command, "train a policy on key tokens with the SePO objective")
+    train.add_argument("--policy", required=True, metavar="MODEL", help="model to align; needs the oracle's tokenizer")
+    train.add_argument("--selection", required=True, metavar="DIR", help="selection table, from `sepo select`")
+    _out_option(train, "folder for the trained policy")
+    train.add_argument("--gamma", type=float, default=2.0, help="reward scale (default 2.0)")
+    train.add_argument("--margin", type=float, default=0.0, help="target margin (default 0)")
+    _training_options(train)
+
+    evaluate = command("eval", eval_command, "measure a policy against the model it started from")
+    evaluate.add_argument("--policy", required=True, metavar="MODEL", help="trained model")
+    evaluate.add_argument("--base", required=True, metavar="MODEL", help="the model it was trained from")
+    _data_options(evaluate)
+    _out_option(evaluate, "folder for metrics.json and generations.parquet")
+    evaluate.add_argument("--gold", choices=["vader"], help="gold reward of the generations")
+    evaluate.add_argument("--prompts", type=int, default=100, help="prompts to generate for (default 100)")
+    evaluate.add_argument("--samples", type=int, default=1, help="generations a prompt (default 1)")
+    evaluate.add_argument("--max-new-tokens", type=int, default=256, help="length limit (default 256)")
+    _device_options(evaluate)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"sepo {version('sepo')}"
+    except PackageNotFoundError:
+        return "sepo (not installed)"
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="SOURCE", help="hub id, folder or file of preference pairs")
+    parser.add_argument("--split", default="train", help="split to read (default train)")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="ours=theirs",
+        help="a column under another name, e.g. chosen=preferred; repeatable",
+    )
+    parser.add_argument("--as-chat", action="store_true", help="wrap plain-text prompts as one user turn")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and response (default 2048)")
+
+
+def _out_option(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help=text)
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0, mps (default auto)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random draw (default 0)")
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    _device_options(parser)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train LoRA adapters of this rank")
+    parser.add_argument(
+        "training",
+        nargs="*",
+        metavar="key=value",
+        help="training settings as in a recipe: learning_rate=5e-6 batch_size=64 num_train_epochs=1 ...",
+    )
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    from sepo.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    _quiet_libraries()
+    from sepo.pipeline import plan_run, run_recipe
+
+    if arguments.dry_run:
+        print_plan(recipe.name, plan_run(recipe))
+        return
+    metrics = run_recipe(recipe)
+    print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
+
+
+def recipe_command(arguments: argparse.Namespace) -> None:
+    from sepo.recipe import describe_recipe
+
+    print(describe_recipe())
+
+
+def oracle_command(arguments: argparse.Namespace) -> None:
+    training = _training_settings(arguments, "oracle")
+    settings = _data_settings(arguments)
+    _quiet_libraries()
+    from sepo import stages
+    from sepo.models import check_model, load_tokenizer, resolve_model
+
+    check_model(arguments.reference)
+    reference = resolve_model(arguments.reference)
+    pairs = stages.read_pairs(settings, load_tokenizer(reference))
+    results = stages.train_model(
+        reference,
+        pairs,
+        Path(arguments.out),
+        training.training,
+        lora=training.lora,
+        seed=arguments.seed,
+        device=arguments.device,
+        objective="dpo",
+        beta=training.beta,
+    )
+    print_metrics(f"oracle: {arguments.out}", {"pairs": len(pairs), **results})
+
+
+def score_command(arguments: argparse.Namespace) -> None:
+    settings = _data_settings(arguments)
+    _quiet_libraries()
+    from sepo import stages
+    from sepo.models import check_model, load_tokenizer, resolve_model
+    from sepo.tables import write_table
+
+    for name in (arguments.oracle, arguments.reference):
+        check_model(name)
+    oracle, reference = resolve_model(arguments.oracle), resolve_model(arguments.reference)
+    tokenizer = load_tokenizer(reference)
+    stages.check_same_tokenizer("oracle", load_tokenizer(oracle), "reference", tokenizer)
+    out = Path(arguments.out)
+    pairs = stages.read_pairs(settings, tokenizer)
+    write_table(out / "pairs", pairs, stages.PAIRS_PER_SHARD)
+    stores = {
+        role: stages.logps_pass(
+            model,
+            out / "pairs",
+            out / "logps" / role,
+            device=arguments.device,
+            tokens_per_row=arguments.tokens_per_row,
+            description=role,
+        )
+        for role, model in (("reference", reference), ("oracle", oracle))
+    }
+    stages.score_pairs(out / "pairs", stores["oracle"], stores["reference"], out)
+    from sepo.evaluate.run import oracle_accuracy
+    from sepo.tables import read_table
+
+    print_metrics(f"scores: {out}", {"pairs": len(pairs), **oracle_accuracy(read_table(out, "scores"))})
+
+
+def select_command(arguments: argparse.Namespace) -> None:
+    from sepo.selection import check_rate
+
+    rates = {
+        side: arguments.k if getattr(arguments, f"k_{side}") is None else getattr(arguments, f"k_{side}")
+        for side in ("chosen", "rejected")
+    }
+    for side, rate in rates.items():
+        check_rate(f"k_{side}", rate)
+    from sepo import stages
+    from sepo.tables import flat, read_table
+
+    stages.select(Path(arguments.table), Path(arguments.out), rates["chosen"], rates["rejected"])
+    table = read_table(arguments.out, "selection")
+    metrics: dict[str, float] = {"pairs": len(table)}
+    for side in ("chosen", "rejected"):
+        kept, total = (int(flat(table.column(f"{side}_{part}"))[1].sum()) for part in ("positions", "ids"))
+        metrics |= {f"{side}/tokens": total, f"{side}/key_tokens": kept, f"{side}/share": kept / total}
+    print_metrics(f"selection: {arguments.out}", metrics)
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    policy = _training_settings(arguments, "policy")
+    _quiet_libraries()
+    from sepo import stages
+    from sepo.models import check_model, load_tokenizer, resolve_model
+    from sepo.tables import read_table
+
+    table = read_table(arguments.selection, "selection")
+    check_model(arguments.policy)
+    model = resolve_model(arguments.policy)
+    stages.check_table_tokenizer(table, load_tokenizer(model), arguments.selection, arguments.policy)
+    results = stages.train_model(
+        model,
+        table,
+        Path(arguments.out),
+        policy.training,
+        lora=policy.lora,
+        seed=arguments.seed,
+        device=arguments.device,
+        objective="sepo",
+        gamma=policy.gamma,
+        margin=policy.margin,
+    )
+    print_metrics(f"policy: {arguments.out}", {"pairs": len(table), **results})
+
+
+def eval_command(arguments: argparse.Namespace) -> None:
+    from sepo.recipe import parse_recipe
+
+    settings = _data_settings(arguments)
+    eval_settings = parse_recipe(
+        {
+            "eval": {
+                "gold": arguments.gold,
+                "prompts": arguments.prompts,
+                "samples": arguments.samples,
+                "max_new_tokens": arguments.max_new_tokens,
+            }
+        },
+        "command line",
+    ).eval
+    _quiet_libraries()
+    from sepo import stages
+    from sepo.evaluate.run import evaluate_run
+    from sepo.models import check_model, load_tokenizer, resolve_model
+    from sepo.tables import write_table, write_text
+
+    for name in (arguments.policy, arguments.base):
+        check_model(name)
+    policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
+    tokenizer = load_tokenizer(base)
+    stages.check_same_tokenizer("policy", load_tokenizer(policy), "base", tokenizer)
+    out = Path(arguments.out)
+    write_table(out / "pairs", stages.read_pairs(settings, tokenizer), stages.PAIRS_PER_SHARD)
+    metrics = evaluate_run(
+        policy, base, out / "pairs", out, eval_settings, seed=arguments.seed, device=arguments.device
+    )
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print_metrics(f"eval: {out}", metrics)
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _data_settings(arguments: argparse.Namespace):
+    from sepo.recipe import parse_recipe
+
+    columns: dict[str, str] = {}
+    for item in arguments.column:
+        ours, equals, theirs = item.partition("=")
+        if not equals or ours not in ("prompt", "chosen", "rejected") or not theirs:
+            raise UserError(f"--column {item}: expected prompt=NAME, chosen=NAME or rejected=NAME")
+        columns[ours] = theirs
+    values = {
+        "source": arguments.data,
+        "split": arguments.split,
+        "columns": columns,
+        "as_chat": arguments.as_chat,
+        "max_length": arguments.max_length,
+    }
+    return parse_recipe({"data": values}, "command line").data
+
+
+def _training_settings(arguments: argparse.Namespace, section: str):
+    """Check `key=value` training settings and flags against the recipe's section ("oracle" or "policy")."""
+    from sepo.recipe import load_recipe
+
+    overrides = [f"{section}.training.{item}" for item in arguments.training]
+    for name in ("beta", "gamma", "margin"):
+        if hasattr(arguments, name):
+            overrides.append(f"{section}.{name}={getattr(arguments, name)}")
+    if arguments.lora is not None:
+        overrides.append(f"{section}.lora.r={arguments.lora}")
+    return getattr(load_recipe(None, overrides), section)
+
+
+def _quiet_libraries() -> None:
+    """Keep third-party progress bars and notices from drowning our own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def print_metrics(title: str, metrics: dict[str, Any]) -> None:
+    """Print metrics as a table, grouped by the part of the name before the slash; `X_se` joins `X`."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("± s.e.", justify="right")
+    previous = None
+    for name, value in metrics.items():
+        if name.endswith("_se") and name.removesuffix("_se") in metrics:
+            continue
+        group = name.split("/")[0]
+        if previous is not None and group != previous:
+            table.add_section()
+        previous = group
+        error = metrics.get(f"{name}_se")
+        table.add_row(Text(name), _number(value), "" if error is None else _number(error))
+    Console().print(table)
+
+
+def print_plan(title: str, rows: list[dict[str, str]]) -> None:
+    """Print the plan of a dry run as a table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"plan of {title}"), title_justify="left", show_edge=False, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, justify="right" if name in ("pairs", "tokens", "time", "memory") else "left")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row.values()))
+    Console().print(table)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if value != value:
+        return "–"
+    if isinstance(value, int) or float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

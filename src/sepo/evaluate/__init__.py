@@ -1,0 +1,1 @@
+"""Measuring a run: gold rewards, generation, preference accuracy and the fidelity of token rewards."""

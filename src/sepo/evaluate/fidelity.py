@@ -1,0 +1,240 @@
+"""Does the token reward find the tokens that matter? A check where the truth is known.
+
+With VADER as the gold reward, the words of its lexicon carry the preference. A faithful token reward s_i is high on
+positive words and low on negative ones, compared with the other words of the same response side:
+
+    AUC_positive = P(s of a positive word's token > s of another word's token)      ties count one half
+    AUC_negative = P(s of a negative word's token < s of another word's token)
+
+0.5 is chance, 1 is perfect. Chosen and rejected responses are compared within their own side, because DPO moves the
+two sides by different amounts and that difference alone would look like skill. Only tokens of words take part:
+punctuation and special tokens are neither targets nor "other words", for telling a word from a full stop is easy.
+Words are judged by themselves; in "not good" the word "good" still counts as positive, which costs some AUC.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from sepo.evaluate.gold import lexicon_valence
+
+SIDES = ("chosen", "rejected")
+Columns: TypeAlias = pa.Table | Mapping[str, Sequence[Sequence]]
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """Split the text of `ids` into (number of tokens, text) pieces, most of them one token long.
+
+    Tokens that hold only part of a character (byte-level vocabularies, emoji, CJK) are joined until the character is
+    complete. Each piece is read off as what it adds to the text before it, so that markers of a leading space come
+    out right for every kind of tokenizer; only the piece before is decoded again, and the cost is linear.
+    """
+
+    def text(start: int, stop: int) -> str:
+        part = list(ids[start:stop])
+        return str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    context, done = 0, 0
+    before = ""
+    for stop in range(1, len(ids) + 1):
+        after = text(context, stop)
+        if after.endswith("\ufffd") and stop < len(ids):
+            continue  # an incomplete character, unless the response was cut off inside one
+        yield stop - done, after[len(before) :]
+        context, done = done, stop
+        before = text(context, done)
+
+
+def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[list[str], np.ndarray]:
+    """Find the words of a response and the word that each token belongs to.
+
+    A word is a whitespace-separated stretch with the ASCII punctuation around it taken off, as VADER splits text, that
+    has at least one letter. Special tokens separate words.
+
+    Returns:
+        words, and for each token the index of the (first) word it holds a character of, or -1: `[tokens]` int64.
+    """
+    special = set(tokenizer.all_special_ids)
+    owners: list[int] = []  # the token that a character of `text` comes from; of a joined piece, its first
+    counts: list[int] = []  # tokens per piece, 0 for those that a piece swallowed
+    text = ""
+    at = 0
+    for count, piece in token_pieces(tokenizer, ids):
+        if any(token in special for token in ids[at : at + count]):
+            piece = " "
+        text += piece
+        owners.extend([at] * len(piece))
+        counts.extend([count] + [0] * (count - 1))
+        at += count
+
+    words: list[str] = []
+    index = np.full(len(ids), -1, dtype=np.int64)
+    position = 0
+    for chunk in text.split():
+        position = text.index(chunk, position)
+        word = chunk.strip(string.punctuation)
+        if any(character.isalpha() for character in word):
+            start = position + chunk.index(word)
+            for token in dict.fromkeys(owners[start : start + len(word)]):
+                span = index[token : token + counts[token]]
+                span[span < 0] = len(words)
+            words.append(word)
+        position += len(chunk)
+    return words, index
+
+
+def word_valences(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], valence: Callable[[str], float] = lexicon_valence
+) -> np.ndarray:
+    """Return each token's word valence, `[tokens]` float64: 0 in words without one, NaN outside words."""
+    words, index = token_words(tokenizer, ids)
+    values = np.array([valence(word) for word in words] + [np.nan])  # index -1 reads the last
+    return values[index]
+
+
+def auc(targets: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float:
+    """Mann-Whitney statistic P(target > other) + P(target = other) / 2; NaN if either is empty.
+
+    >>> auc([2.0, 1.0], [1.0, 0.0])
+    0.875
+    """
+    values = np.concatenate([np.asarray(targets, np.float64), np.asarray(others, np.float64)])
+    codes = np.unique(values, return_inverse=True)[1]
+    is_target = np.arange(len(values)) < len(targets)
+    return _weighted_auc(codes, is_target.astype(np.float64), (~is_target).astype(np.float64))
+
+
+def _weighted_auc(codes: np.ndarray, target_weights: np.ndarray, other_weights: np.ndarray) -> float:
+    """AUC of values given as ranks `codes` (equal values share one), each counted with a weight; linear in tokens."""
+    targets = np.bincount(codes, target_weights)
+    others = np.bincount(codes, other_weights)
+    total = targets.sum() * others.sum()
+    if total == 0:
+        return float("nan")
+    below = np.cumsum(others) - others
+    return float(targets @ (below + others / 2) / total)
+
+
+def fidelity(
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Columns,
+    selection: Columns | None = None,
+    *,
+    valence: Callable[[str], float] = lexicon_valence,
+    resamples: int = 200,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Compare token rewards with the lexicon (see the module's text for what is compared with what).
+
+    Args:
+        columns: a score table, or lists under its names: chosen_ids, rejected_ids, chosen_rewards, rejected_rewards.
+        selection: a selection table of the same pairs, or lists chosen_positions and rejected_positions.
+        valence: a word's sentiment; 0 for a word that carries none.
+        resamples: bootstrap resamples of the pairs for the standard error.
+
+    Returns:
+        auc, auc_se: over both sides and signs, each comparison counting as many times as it has target tokens.
+        auc_chosen, auc_rejected, auc_positive, auc_negative: the same over one side or one sign.
+        tokens_positive, tokens_negative, tokens_other: word tokens, both sides together.
+        With a selection also, of its tokens, precision_chosen: the share in positive words, precision_rejected: the
+        share in negative words; base_rate_chosen, base_rate_rejected: the same shares of all tokens.
+        A figure that nothing contributes to is NaN.
+
+    Raises:
+        ValueError: rewards are not as long as their ids, or the selection is one of other pairs.
+    """
+    sides = [_Side(tokenizer, columns, side, valence) for side in SIDES]
+    pairs = sides[0].pairs
+    cells = {(side.name, sign): side.cell(sign, np.ones(pairs)) for side in sides for sign in (1, -1)}
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(resamples if pairs > 1 else 0):
+        weights = np.bincount(rng.integers(pairs, size=pairs), minlength=pairs).astype(np.float64)
+        draws.append(_combine(side.cell(sign, weights) for side in sides for sign in (1, -1)))
+    defined = np.array([draw for draw in draws if not np.isnan(draw)])
+
+    result = {
+        "auc": _combine(cells.values()),
+        "auc_se": float(defined.std(ddof=1)) if len(defined) > 1 else float("nan"),
+        **{f"auc_{side}": _combine(cells[side, sign] for sign in (1, -1)) for side in SIDES},
+        "auc_positive": _combine(cells[side, 1] for side in SIDES),
+        "auc_negative": _combine(cells[side, -1] for side in SIDES),
+        "tokens_positive": sum(int((side.valences > 0).sum()) for side in sides),
+        "tokens_negative": sum(int((side.valences < 0).sum()) for side in sides),
+        "tokens_other": sum(int((side.valences == 0).sum()) for side in sides),
+    }
+    if selection is not None:
+        _check_same_pairs(columns, selection)
+        for side, sign in zip(sides, (1, -1), strict=True):
+            hits = side.valences * sign > 0
+            chosen = side.flat_positions(_lists(selection, f"{side.name}_positions"))
+            result[f"precision_{side.name}"] = _share(hits[chosen])
+            result[f"base_rate_{side.name}"] = _share(hits)
+    return result
+
+
+class _Side:
+    """All tokens of one response side, flat: their pair, valence and reward as a rank."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        columns: Columns,
+        name: str,
+        valence: Callable[[str], float],
+    ):
+        ids, rewards = _lists(columns, f"{name}_ids"), _lists(columns, f"{name}_rewards")
+        lengths = [len(response) for response in ids]
+        if lengths != [len(response) for response in rewards]:
+            raise ValueError(f"{name}_rewards are not as long as {name}_ids")
+        self.name = name
+        self.pairs = len(ids)
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.pair = np.repeat(np.arange(self.pairs), self.lengths)
+        self.valences = np.concatenate(
+            [np.zeros(0), *(word_valences(tokenizer, response, valence) for response in ids)]
+        )
+        values = np.concatenate([np.zeros(0), *(np.asarray(response, np.float64) for response in rewards)])
+        self.codes = np.unique(values, return_inverse=True)[1]
+
+    def cell(self, sign: int, weights: np.ndarray) -> tuple[float, float]:
+        """(AUC, weight of the target tokens) of one sign, with pairs weighted by `weights` `[pairs]`."""
+        of_token = weights[self.pair]
+        targets = of_token * (self.valences * sign > 0)
+        value = _weighted_auc(self.codes, targets, of_token * (self.valences == 0))
+        return (value if sign > 0 else 1 - value), float(targets.sum())
+
+    def flat_positions(self, positions: Sequence[Sequence[int]]) -> np.ndarray:
+        if len(positions) != self.pairs:
+            raise ValueError(f"{len(positions)} rows of {self.name}_positions for {self.pairs} pairs")
+        starts = np.cumsum(self.lengths) - self.lengths
+        shifted = (start + np.asarray(row, np.int64) for start, row in zip(starts, positions, strict=True))
+        return np.concatenate([np.zeros(0, np.int64), *shifted])
+
+
+def _combine(cells: Iterable[tuple[float, float]]) -> float:
+    defined = [(value, weight) for value, weight in cells if not np.isnan(value)]
+    if not defined:
+        return float("nan")
+    values, weights = zip(*defined, strict=True)
+    return float(np.average(values, weights=weights))
+
+
+def _share(hits: np.ndarray) -> float:
+    return float(hits.mean()) if len(hits) else float("nan")
+
+
+def _lists(columns: Columns, name: str) -> list:
+    column = columns[name]
+    return column.to_pylist() if isinstance(column, pa.Array | pa.ChunkedArray) else list(column)
+
+
+def _check_same_pairs(columns: Columns, selection: Columns) -> None:
+    if isinstance(columns, pa.Table) and isinstance(selection, pa.Table) and columns["pair_id"] != selection["pair_id"]:
+        raise ValueError("the selection is not one of these pairs: their pair_id columns differ")

@@ -1,0 +1,333 @@
+"""Pairs to packed rows: every prompt once, no padding, nothing after the last target.
+
+A *document* is one prompt and the responses that continue it. A row holds whole documents, one after
+the other, up to a token budget:
+
+    tokens     | p p p p c c c c r r r | p p c c c r |        p prompt, c chosen, r rejected
+    positions  | 0 1 2 3 4 5 6 7 4 5 6 | 0 1 2 3 4 2 |
+    document   | 0 0 0 0 0 0 0 0 0 0 0 | 1 1 1 1 1 1 |
+    branch     | - - - - 0 0 0 0 1 1 1 | - - 0 0 0 1 |
+
+A token attends to the earlier tokens of its own branch and to its document's prompt, so the rows give
+exactly what each sequence gives alone. Pairs with the same prompt share one document, and a response
+that stands in several pairs is one branch: over the 4,538 AlpacaEval pairs (up to ten a prompt) this
+leaves 41 % of the tokens that one unpadded sequence a forward would read, over the HH transcripts 66 %.
+
+A *target* is one token whose log-probability is wanted: the row position whose hidden state predicts it
+(the last prompt token for the first response token), the token, the side of the pair it belongs to and
+its weight. Inputs after the last target of a branch cannot matter and are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHOSEN, REJECTED = 0, 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair as token ids, and the positions in each response whose log-probability is wanted.
+
+    Positions index into `chosen_ids` / `rejected_ids`, ascending; None means every token. Weights are aligned
+    with the positions; None means 1.
+    """
+
+    pair_id: int
+    prompt_ids: Sequence[int]
+    chosen_ids: Sequence[int]
+    rejected_ids: Sequence[int]
+    chosen_positions: Sequence[int] | None = None
+    rejected_positions: Sequence[int] | None = None
+    chosen_weights: Sequence[float] | None = None
+    rejected_weights: Sequence[float] | None = None
+
+    def side(self, side: int) -> tuple[Sequence[int], Sequence[int] | None, Sequence[float] | None]:
+        """Return (ids, positions, weights) of `CHOSEN` or `REJECTED`."""
+        if side == CHOSEN:
+            return self.chosen_ids, self.chosen_positions, self.chosen_weights
+        return self.rejected_ids, self.rejected_positions, self.rejected_weights
+
+
+@dataclass(frozen=True)
+class Document:
+    """Where one prompt and its branches lie in a row: prompt at `start`, branches right after it, in order."""
+
+    start: int
+    prompt: int
+    branches: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.prompt + sum(self.branches)
+
+
+@dataclass
+class Layout:
+    """The documents of one packed row of `length` tokens, and what an attention kernel derives from them.
+
+    `cache` keeps masks that all layers of one forward share.
+    """
+
+    documents: list[Document]
+    length: int
+    cache: dict = field(default_factory=dict, repr=False)
+
+    def token_coordinates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return document, branch (-1 in a prompt) and position of every token, each `[length]`."""
+        document = np.full(self.length, -1, np.int64)
+        branch = np.full(self.length, -1, np.int64)
+        position = np.zeros(self.length, np.int64)
+        for index, doc in enumerate(self.documents):
+            document[doc.start : doc.start + doc.length] = index
+            position[doc.start : doc.start + doc.prompt] = np.arange(doc.prompt)
+            at = doc.start + doc.prompt
+            for number, size in enumerate(doc.branches):
+                branch[at : at + size] = number
+                position[at : at + size] = np.arange(doc.prompt, doc.prompt + size)
+                at += size
+        return document, branch, position
+
+
+@dataclass
+class PackedBatch:
+    """Model inputs and targets of a set of pairs. Shapes: `T` tokens a row, `N` targets, `B` pairs.
+
+    Attributes:
+        input_ids: `[rows, T]`.
+        position_ids: `[rows, T]`.
+        layout: the documents of the single packed row; None for the padded layout.
+        attention_mask: `[rows, T]` of the padded layout; None for a packed row.
+        target_positions: `[N]`, index into the flattened `[rows * T]` hidden states.
+        target_ids: `[N]`, the token predicted there.
+        segments: `[N]`, `2 * pair + side`, sorted: chosen targets of pair 0, rejected of pair 0, chosen of pair 1...
+        weights: `[N]` float32.
+        pair_ids: the `B` pair ids, in the order of the segments.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: Layout | None
+    attention_mask: Tensor | None
+    target_positions: Tensor
+    target_ids: Tensor
+    segments: Tensor
+    weights: Tensor
+    pair_ids: list[int]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Return the batch on `device` (the layout stays on the host)."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pair_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+
+def _last_target(ids: Sequence[int], positions: Sequence[int] | None) -> int:
+    """Number of response tokens that must be read: all before the last target."""
+    if positions is None:
+        return len(ids) - 1
+    return max(positions, default=0)
+
+
+class _OpenDocument:
+    """A document being filled: its prompt, its distinct responses and how much of each must be read."""
+
+    def __init__(self, prompt_ids: Sequence[int]):
+        self.prompt_ids = prompt_ids
+        self.reads: dict[tuple[int, ...], int] = {}  # response -> tokens read; insertion order is branch order
+        self.pairs: list[int] = []
+
+    def added_length(self, pair: Pair) -> int:
+        added = 0
+        grown: dict[tuple[int, ...], int] = {}
+        for side in (CHOSEN, REJECTED):
+            ids, positions, _ = pair.side(side)
+            key = tuple(ids)
+            have = grown.get(key, self.reads.get(key, 0))
+            need = _last_target(ids, positions)
+            added += max(0, need - have)
+            grown[key] = max(have, need)
+        return added
+
+    def add(self, index: int, pair: Pair) -> None:
+        self.pairs.append(index)
+        for side in (CHOSEN, REJECTED):
+            ids, positions, _ = pair.side(side)
+            key = tuple(ids)
+            self.reads[key] = max(self.reads.get(key, 0), _last_target(ids, positions))
+
+
+def pack(pairs: Sequence[Pair]) -> PackedBatch:
+    """Lay out pairs as one packed row (see the drawing at the top of this file).
+
+    Raises:
+        ValueError: a prompt or a response is empty, or a position lies outside its response.
+    """
+    documents: dict[tuple[int, ...], _OpenDocument] = {}
+    for index, pair in enumerate(pairs):
+        _check(pair)
+        key = tuple(pair.prompt_ids)
+        documents.setdefault(key, _OpenDocument(pair.prompt_ids)).add(index, pair)
+
+    input_ids: list[int] = []
+    layout: list[Document] = []
+    branch_starts: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # (doc, response) -> (first, predictor)
+    document_of: dict[int, int] = {}
+    for number, document in enumerate(documents.values()):
+        start = len(input_ids)
+        input_ids.extend(document.prompt_ids)
+        last_prompt_token = len(input_ids) - 1
+        for response, read in document.reads.items():
+            branch_starts[number, response] = (len(input_ids), last_prompt_token)
+            input_ids.extend(response[:read])
+        layout.append(Document(start, len(document.prompt_ids), tuple(document.reads.values())))
+        document_of.update(dict.fromkeys(document.pairs, number))
+
+    packed = Layout(layout, len(input_ids))
+    position_ids = torch.from_numpy(packed.token_coordinates()[2])
+
+    def locate(index: int, ids: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
+        first, predictor = branch_starts[document_of[index], ids]
+        return np.where(positions == 0, predictor, first + positions - 1)
+
+    return PackedBatch(
+        input_ids=torch.tensor(input_ids, dtype=torch.long)[None],
+        position_ids=position_ids[None],
+        layout=packed,
+        attention_mask=None,
+        pair_ids=[pair.pair_id for pair in pairs],
+        **_targets(pairs, locate),
+    )
+
+
+def pad(pairs: Sequence[Pair], pad_token_id: int = 0) -> PackedBatch:
+    """Lay out pairs as right-padded sequences, two rows a pair: the plain layout that any causal model reads.
+
+    Used where a model does not take packed rows, and by the tests as the layout to agree with.
+    """
+    rows: list[list[int]] = []
+    for pair in pairs:
+        _check(pair)
+        for side in (CHOSEN, REJECTED):
+            ids, positions, _ = pair.side(side)
+            rows.append([*pair.prompt_ids, *ids[: _last_target(ids, positions)]])
+    width = max(map(len, rows))
+    input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    attention_mask = (torch.arange(width)[None] < lengths[:, None]).long()
+
+    side_of = iter(range(len(rows)))
+
+    def locate(index: int, ids: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
+        return next(side_of) * width + len(pairs[index].prompt_ids) - 1 + positions
+
+    return PackedBatch(
+        input_ids=input_ids,
+        position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
+        layout=None,
+        attention_mask=attention_mask,
+        pair_ids=[pair.pair_id for pair in pairs],
+        **_targets(pairs, locate),
+    )
+
+
+def _check(pair: Pair) -> None:
+    if not len(pair.prompt_ids) or not len(pair.chosen_ids) or not len(pair.rejected_ids):
+        raise ValueError(f"pair {pair.pair_id}: prompt and responses need at least one token each")
+    for side in (CHOSEN, REJECTED):
+        ids, positions, _ = pair.side(side)
+        if positions is not None and len(positions) and not (0 <= min(positions) and max(positions) < len(ids)):
+            raise ValueError(f"pair {pair.pair_id}: a target position lies outside the response of {len(ids)} tokens")
+
+
+def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:
+    """Flat target tensors, segment by segment; `locate(pair index, response, positions)` gives the row positions."""
+    where, tokens, segments, weights = [], [], [], []
+    for index, pair in enumerate(pairs):
+        for side in (CHOSEN, REJECTED):
+            ids, positions, side_weights = pair.side(side)
+            at = np.arange(len(ids)) if positions is None else np.asarray(positions, dtype=np.int64)
+            where.append(locate(index, tuple(ids), at))
+            tokens.append(np.asarray(ids, dtype=np.int64)[at])
+            segments.append(np.full(len(at), 2 * index + side, dtype=np.int64))
+            weights.append(
+                np.ones(len(at), np.float32) if side_weights is None else np.asarray(side_weights, np.float32)
+            )
+    return {
+        "target_positions": torch.from_numpy(np.concatenate(where)),
+        "target_ids": torch.from_numpy(np.concatenate(tokens)),
+        "segments": torch.from_numpy(np.concatenate(segments)),
+        "weights": torch.from_numpy(np.concatenate(weights)),
+    }
+
+
+def read_length(pair: Pair) -> int:
+    """Number of tokens that a packed row needs for this pair alone."""
+    chosen = _last_target(pair.chosen_ids, pair.chosen_positions)
+    rejected = _last_target(pair.rejected_ids, pair.rejected_positions)
+    if tuple(pair.chosen_ids) == tuple(pair.rejected_ids):
+        return len(pair.prompt_ids) + max(chosen, rejected)
+    return len(pair.prompt_ids) + chosen + rejected
+
+
+def fill_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:
+    """Divide a batch into rows of at most `tokens_per_row` tokens (a longer pair gets a row of its own).
+
+    First-fit decreasing over documents: pairs that share a prompt stay together while they fit. Every pair of the
+    batch is in exactly one row, so a mean over the batch is the sum over rows divided by the number of pairs.
+    """
+    groups: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(tuple(pair.prompt_ids), []).append(pair)
+    pieces: list[tuple[int, list[Pair]]] = []
+    for members in groups.values():
+        pieces.extend(_split_group(members, tokens_per_row))
+    rows: list[list[Pair]] = []
+    free: list[int] = []
+    for length, members in sorted(pieces, key=lambda piece: -piece[0]):
+        for index, room in enumerate(free):
+            if length <= room:
+                rows[index].extend(members)
+                free[index] -= length
+                break
+        else:
+            rows.append(list(members))
+            free.append(tokens_per_row - length)
+    return rows
+
+
+def _split_group(members: Iterable[Pair], tokens_per_row: int) -> Iterator[tuple[int, list[Pair]]]:
+    """Cut the pairs of one prompt into documents of at most `tokens_per_row` tokens."""
+    document: _OpenDocument | None = None
+    held: list[Pair] = []
+    length = 0
+    for pair in members:
+        if document is not None:
+            added = document.added_length(pair)
+            if length + added > tokens_per_row:
+                yield length, held
+                document = None
+        if document is None:
+            document, held, length = _OpenDocument(pair.prompt_ids), [], len(pair.prompt_ids)
+            added = document.added_length(pair)
+        document.add(len(held), pair)
+        held.append(pair)
+        length += added
+    if held:
+        yield length, held

@@ -1,0 +1,486 @@
+"""The run: all stages of a recipe in one folder, with a manifest that knows what stands.
+
+    data -> reference -> oracle -> score -> select -> train -> eval
+
+A stage whose fingerprint (its settings, its inputs' fingerprints, the format version) is unchanged and whose output
+stands is not run again, so an interrupted run continues and a changed recipe redoes what the change touches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from filelock import FileLock, Timeout
+
+from sepo.data import sample_pairs, tokenizer_fingerprint
+from sepo.errors import UserError, nearest
+from sepo.evaluate.gold import vader_scores
+from sepo.evaluate.run import evaluate_run
+from sepo.logps import tokens_per_row_for
+from sepo.models import (
+    check_model,
+    choose_device,
+    describe_model,
+    load_config,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_model,
+)
+from sepo.recipe import EMBEDDED_DATA, Recipe, TrainingSettings, dump_recipe
+from sepo.stages import (
+    check_same_tokenizer,
+    embedded_data,
+    logps_pass,
+    prepare_data,
+    read_split,
+    say,
+    score_pairs,
+    select,
+    train_model,
+    train_reference,
+)
+from sepo.tables import FORMAT_VERSION, flat, read_table, write_text
+from sepo.trainer import PreferenceConfig
+
+STAGES = ("data", "reference", "oracle", "score", "select", "train", "eval")
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run folder: its recipe, its manifest and the lock that keeps a second process out."""
+
+    folder: Path
+    recipe: Recipe
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    def stage(self, name: str, depends: dict[str, Any], outputs: list[Path], work: Callable[[], dict | None]) -> dict:
+        """Run a stage unless it stands already; returns its record (fingerprint, seconds, results)."""
+        fingerprint = digest({"stage": name, "format": FORMAT_VERSION, **depends})
+        record = self.manifest.setdefault("stages", {}).get(name)
+        if record and record["fingerprint"] == fingerprint and all(path.exists() for path in outputs):
+            say(f"[{name}] unchanged, reused")
+            return record
+        say(f"[{name}]" + (" settings or inputs changed, done again" if record else ""))
+        if record:
+            del self.manifest["stages"][name]
+            self.save()
+        started = time.monotonic()
+        results = work() or {}
+        seconds = time.monotonic() - started
+        record = {
+            "fingerprint": fingerprint,
+            "seconds": round(seconds, 2),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "results": results,
+        }
+        self.manifest["stages"][name] = record
+        self.save()
+        say(f"[{name}] {seconds:.0f} s")
+        return record
+
+    def save(self) -> None:
+        write_text(self.path("manifest.json"), json.dumps(self.manifest, indent=2, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe) -> Iterator[Run]:
+    """Open (or make) the recipe's run folder and hold its lock.
+
+    Raises:
+        UserError: another process works in the folder, or it belongs to another recipe.
+    """
+    folder = recipe.run_folder
+    check_run_folder(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"'{folder}' is in use by another process: wait for it, or set output_dir") from None
+    try:
+        manifest = _read_manifest(folder)
+        run = Run(folder, recipe, manifest)
+        write_text(run.path("recipe.yaml"), dump_recipe(recipe))
+        manifest["name"] = recipe.name
+        manifest["environment"] = environment()
+        run.save()
+        yield run
+    finally:
+        lock.release()
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Refuse a run folder that is a file, holds foreign files, or belongs to a recipe of another name."""
+    folder = recipe.run_folder
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
+    manifest = _read_manifest(folder)
+    if manifest and manifest.get("name") != recipe.name:
+        raise UserError(
+            f"'{folder}' belongs to the recipe '{manifest.get('name')}', not '{recipe.name}': set output_dir or name"
+        )
+    if not manifest and folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise UserError(f"'{folder}' is not empty and not a run folder: set output_dir to a new folder")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is damaged ({error}): delete it to do the stages again") from None
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def run_recipe(recipe: Recipe) -> dict[str, float]:
+    """Run all stages of a recipe, reusing what stands; returns the metrics that `metrics.json` holds."""
+    check_inputs(recipe)
+    with open_run(recipe) as run:
+        return _run_stages(run)
+
+
+def _run_stages(run: Run) -> dict[str, float]:
+    recipe, seed = run.recipe, run.recipe.seed
+    settings = recipe.model_dump(mode="json")
+    start = resolve_model(recipe.reference.model, revision=recipe.reference.revision)
+    tokenizer = load_tokenizer(start)
+    scoring = {"device": recipe.device, "dtype": recipe.dtype, "tokens_per_row": recipe.tokens_per_row}
+
+    train, held_out = run.path("pairs", "train"), run.path("pairs", "held_out")
+    source = str(embedded_data()) if recipe.data.source == EMBEDDED_DATA else recipe.data.source
+    data = run.stage(
+        "data",
+        {
+            "data": settings["data"],
+            "seed": seed,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "template": digest(tokenizer.chat_template),
+            "source": _source_stamp(source),
+        },
+        [train, held_out],
+        lambda: prepare_data(recipe.data, tokenizer, run.path("pairs"), seed),
+    )
+
+    reference, reference_key = start, model_fingerprint(start)
+    if recipe.reference.sft is not None:
+        folder = run.path("reference")
+        sft = recipe.reference.sft
+        record = run.stage(
+            "reference",
+            {"model": reference_key, "sft": settings["reference"]["sft"], "seed": seed},
+            [folder / "config.json"],
+            lambda: {"model": str(train_reference(start, sft, folder, seed=seed, device=recipe.device))},
+        )
+        reference, reference_key = str(folder), record["fingerprint"]
+
+    oracle_folder = run.path("oracle")
+
+    def make_oracle() -> dict[str, Any]:
+        logps_pass(reference, train, run.path("logps", "reference"), description="reference", **scoring)
+        pairs = read_table(train, "pairs")
+        logps = read_table(run.path("logps", "reference"), "logps")
+        sample = sample_pairs(pairs, recipe.oracle.sample, seed=seed)
+        rows = np.isin(pairs.column("pair_id").to_numpy(), sample.column("pair_id").to_numpy())
+        return train_model(
+            reference,
+            sample,
+            oracle_folder,
+            recipe.oracle.training,
+            reference_logps=logps.filter(pa.array(rows)),
+            lora=recipe.oracle.lora,
+            quantization=recipe.oracle.quantization,
+            seed=seed,
+            device=recipe.device,
+            objective="dpo",
+            beta=recipe.oracle.beta,
+            label_smoothing=recipe.oracle.label_smoothing,
+        )
+
+    if recipe.oracle.model is not None:
+        oracle = resolve_model(recipe.oracle.model)
+        oracle_key = model_fingerprint(oracle)
+    else:
+        oracle = str(oracle_folder)
+        oracle_key = run.stage(
+            "oracle",
+            {
+                "oracle": settings["oracle"],
+                "data": data["fingerprint"],
+                "reference": reference_key,
+                "seed": seed,
+                "dtype": recipe.dtype,
+            },
+            [oracle_folder / "trainer_state.json"],
+            make_oracle,
+        )["fingerprint"]
+
+    def make_scores() -> dict[str, Any]:
+        for pairs, suffix, scores in ((train, (), "scores"), (held_out, ("held_out",), "scores_held_out")):
+            stores = {}
+            for role, model in (("reference", reference), ("oracle", oracle)):
+                stores[role] = logps_pass(
+                    model, pairs, run.path("logps", role, *suffix), description=f"{role} {pairs.name}", **scoring
+                )
+            score_pairs(pairs, stores["oracle"], stores["reference"], run.path(scores))
+        return {}
+
+    score = run.stage(
+        "score",
+        {"oracle": oracle_key, "reference": reference_key, "data": data["fingerprint"], "dtype": recipe.dtype},
+        [run.path("scores"), run.path("scores_held_out")],
+        make_scores,
+    )
+    k_chosen, k_rejected = recipe.select.k_chosen, recipe.select.k_rejected
+    selection = run.stage(
+        "select",
+        {"scores": score["fingerprint"], "select": settings["select"]},
+        [run.path("selection")],
+        lambda: {"folder": str(select(run.path("scores"), run.path("selection"), k_chosen, k_rejected))},
+    )
+
+    policy_folder = run.path("policy")
+    start_policy = reference
+    if recipe.policy.model is not None:
+        start_policy = resolve_model(recipe.policy.model, revision=recipe.policy.revision)
+    policy = run.stage(
+        "train",
+        {
+            "policy": settings["policy"],
+            "start": model_fingerprint(start_policy),
+            "selection": selection["fingerprint"],
+            "seed": seed,
+        },
+        [policy_folder / "trainer_state.json"],
+        lambda: train_model(
+            start_policy,
+            read_table(run.path("selection"), "selection"),
+            policy_folder,
+            recipe.policy.training,
+            lora=recipe.policy.lora,
+            quantization=recipe.policy.quantization,
+            seed=seed,
+            device=recipe.device,
+            objective="sepo",
+            gamma=recipe.policy.gamma,
+            margin=recipe.policy.margin,
+        ),
+    )
+
+    def measure() -> dict[str, float]:
+        return evaluate_run(
+            policy=str(policy_folder),
+            base=start_policy,
+            held_out=held_out,
+            scores=run.path("scores"),
+            scores_held_out=run.path("scores_held_out"),
+            selection=run.path("selection"),
+            base_logps=run.path("logps", "reference", "held_out") if start_policy == reference else None,
+            out=run.path("eval"),
+            settings=recipe.eval,
+            seed=seed,
+            device=recipe.device,
+            dtype=recipe.dtype,
+        )
+
+    evaluation = run.stage(
+        "eval",
+        {"eval": settings["eval"], "policy": policy["fingerprint"], "data": data["fingerprint"], "seed": seed},
+        [run.path("metrics.json")] if run.path("metrics.json").exists() else [run.path("eval")],
+        measure,
+    )
+    metrics = {
+        **evaluation["results"],
+        "pairs/train": data["results"]["train"],
+        "pairs/held_out": data["results"]["held_out"],
+        **{f"seconds/{name}": record["seconds"] for name, record in run.manifest["stages"].items()},
+    }
+    write_text(run.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+# --- checks before anything expensive -------------------------------------------------------------------------------
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Raise a UserError for anything about a recipe that can be known to be wrong before a model is loaded."""
+    check_run_folder(recipe)
+    names = [recipe.reference.model, recipe.oracle.model, recipe.policy.model]
+    for name in names:
+        if name is not None:
+            check_model(name)
+    if recipe.eval.gold == "vader":
+        vader_scores([])  # says what to install if it is not there
+    # Reading the source finds a missing file, split or column; tokenisation then counts bad rows.
+    read_split(recipe.data, recipe.data.split)
+    if recipe.data.held_out_split:
+        read_split(recipe.data, recipe.data.held_out_split)
+    for settings in (recipe.oracle.training, recipe.policy.training):
+        _check_arguments(settings)
+    if recipe.oracle.model or recipe.policy.model:
+        reference = load_tokenizer(resolve_model(recipe.reference.model))
+        for role, name in (("oracle", recipe.oracle.model), ("policy", recipe.policy.model)):
+            if name is not None:
+                other = load_tokenizer(resolve_model(name))
+                check_same_tokenizer(f"{role} '{name}'", other, f"reference '{recipe.reference.model}'", reference)
+
+
+def _check_arguments(settings: TrainingSettings) -> None:
+    names = {item.name for item in dataclasses.fields(PreferenceConfig)}
+    for key in settings.arguments:
+        if key not in names:
+            raise UserError(f"training.arguments.{key}: not a TrainingArguments field{nearest(key, names)}")
+
+
+# --- dry run --------------------------------------------------------------------------------------------------------
+
+
+def plan_run(recipe: Recipe) -> list[dict[str, str]]:
+    """Say what a run would do: one row a stage with pairs, tokens, and estimates of time and memory.
+
+    The data are read and tokenised for the counts; no model is loaded. Times follow from the FLOPs of each stage and
+    the matmul rate measured here and now, at the shares of it that docs/performance.md reports: a guide, not a promise.
+    """
+    check_inputs(recipe)
+    tokenizer = load_tokenizer(recipe.reference.model)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_data(recipe.data, tokenizer, Path(folder), recipe.seed)
+        counts = {}
+        for split in ("train", "held_out"):
+            table = read_table(Path(folder) / split, "pairs")
+            tokens = sum(int(flat(table.column(f"{part}_ids"))[1].sum()) for part in ("prompt", "chosen", "rejected"))
+            prompts = len({tuple(ids) for ids in table.column("prompt_ids").to_pylist()})
+            counts[split] = (len(table), tokens, prompts)
+    device = choose_device(recipe.device)
+    rate = 0.5 * matmul_rate(device)
+    small = describe_model(load_config(recipe.reference.model))
+    large = describe_model(load_config(recipe.policy.model)) if recipe.policy.model else small
+    (train, train_tokens, _), (held, held_tokens, prompts) = counts["train"], counts["held_out"]
+    rows = [_plan_row("data", recipe.data.source, train + held, train_tokens + held_tokens)]
+    if recipe.reference.sft is not None:
+        rows.append(_plan_row("reference", f"SFT on {recipe.reference.sft.source}"))
+    if recipe.oracle.model is None:
+        share, epochs = recipe.oracle.sample, _epochs(recipe.oracle.training, train * recipe.oracle.sample)
+        seconds = (2 + 6 * share * epochs) * small["parameters"] * train_tokens / rate
+        memory = _training_memory(small, recipe.oracle.training, recipe.oracle.lora is not None, device)
+        rows.append(
+            _plan_row("oracle", "reference pass, then DPO", round(train * share), train_tokens, seconds, memory)
+        )
+    tokens = train_tokens + 2 * held_tokens
+    seconds = 2 * small["parameters"] * tokens / rate
+    rows.append(_plan_row("score", "oracle pass", train + held, tokens, seconds, 6 * small["parameters"]))
+    kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
+    rows.append(_plan_row("select", kept, train))
+    epochs = _epochs(recipe.policy.training, train)
+    seconds = 6 * large["parameters"] * train_tokens * epochs / rate
+    memory = _training_memory(large, recipe.policy.training, recipe.policy.lora is not None, device)
+    rows.append(_plan_row("train", "SePO on the key tokens", train, train_tokens, seconds, memory))
+    generated = 2 * min(prompts, recipe.eval.prompts) * recipe.eval.samples * recipe.eval.max_new_tokens
+    # A decoding step reads every weight for a batch of about 64 tokens: some 3 times the FLOPs' time.
+    seconds = 2 * large["parameters"] * (2 * held_tokens + 3 * generated) / rate
+    rows.append(
+        _plan_row("eval", f"gold: {recipe.eval.gold}", held, 2 * held_tokens + generated, seconds, 9 * large["parameters"])
+    )
+    return rows
+
+
+def matmul_rate(device: torch.device, seconds: float = 0.3) -> float:
+    """Measure the matmul FLOP/s of a device in the type that training uses there."""
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    left, right = (torch.randn(shape, device=device).to(kind) for shape in ((1024, 1024), (1024, 4096)))
+    done, started = 0, time.perf_counter()
+    while done == 0 or time.perf_counter() - started < seconds:
+        (left @ right).sum().item()
+        done += 1
+    return done * 2 * 1024 * 1024 * 4096 / (time.perf_counter() - started)
+
+
+def _epochs(training: TrainingSettings, pairs: float) -> float:
+    return training.max_steps * training.batch_size / max(pairs, 1) if training.max_steps > 0 else training.num_train_epochs
+
+
+def _training_memory(model: dict[str, Any], training: TrainingSettings, lora: bool, device: torch.device) -> float:
+    """Bytes: weights, gradients and two AdamW moments, and the activations of one packed row."""
+    tokens = training.tokens_per_row or tokens_per_row_for(device)
+    width = 4 if device.type == "cpu" else 2
+    activations = tokens * model["layers"] * model["hidden"] * 20 * width
+    if training.activation_checkpointing:
+        activations /= model["layers"] / 2
+    return (4 if lora else 16) * model["parameters"] + activations
+
+
+def _plan_row(
+    stage: str, what: str, pairs: int | None = None, tokens: int | None = None, seconds: float | None = None,
+    memory: float | None = None,
+) -> dict[str, str]:
+    def text(value: float | None, form: Callable[[float], str]) -> str:
+        return "" if value is None else form(value)
+
+    return {
+        "stage": stage,
+        "what": what,
+        "pairs": text(pairs, lambda n: f"{n:,}"),
+        "tokens": text(tokens, lambda n: f"{n:,}"),
+        "time": text(seconds, lambda s: f"~{s:.0f} s" if s < 120 else f"~{s / 60:.0f} min" if s < 7200 else f"~{s / 3600:.1f} h"),
+        "memory": text(memory, lambda b: f"~{b / 1e9:.1f} GB"),
+    }
+
+
+# --- small helpers --------------------------------------------------------------------------------------------------
+
+
+def digest(value: Any) -> str:
+    """Fingerprint of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _source_stamp(source: str) -> str:
+    """What tells that a local data file changed: its content; hub datasets are pinned by the name alone."""
+    path = Path(source)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    if path.is_dir():
+        return digest(sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file()))
+    return source
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for the manifest."""
+    packages = ("sepo", "torch", "transformers", "datasets", "accelerate", "peft")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages if _installed(name)},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

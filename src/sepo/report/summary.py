@@ -1,0 +1,217 @@
+"""What a score table says as a whole: the numbers behind the report's figures.
+
+Pure functions of flat rewards and segment lengths. A figure is a plain dict of lists, which the page and
+matplotlib draw alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+CHART_POINTS = 600
+
+
+def segment_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sum a flat array by segment, in float64: `[sum of lengths]`, `[rows]` -> `[rows]`."""
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    return np.bincount(rows, weights=values.astype(np.float64), minlength=len(lengths))
+
+
+def selection_order(rewards: np.ndarray, side: str) -> np.ndarray:
+    """Positions of one response in the order in which they are selected.
+
+    Args:
+        rewards: token rewards s_i `[tokens]`.
+        side: "chosen" (highest first) or "rejected" (lowest first); ties go to the earlier position.
+
+    >>> selection_order(np.array([0.1, 0.5, 0.5, -0.2]), "chosen").tolist()
+    [1, 2, 0, 3]
+    >>> selection_order(np.array([0.1, 0.5, 0.5, -0.2]), "rejected").tolist()
+    [3, 0, 1, 2]
+    """
+    return np.argsort(-rewards if side == "chosen" else rewards, kind="stable")
+
+
+def cumulative_share(rewards: np.ndarray, lengths: np.ndarray, shares: np.ndarray) -> np.ndarray | None:
+    """Share of a response's total |s| that its largest tokens carry, averaged over responses.
+
+    Args:
+        rewards: token rewards of all responses `[sum of lengths]`.
+        lengths: tokens in each response `[rows]`.
+        shares: shares of tokens in [0, 1] `[points]`.
+
+    Returns:
+        The mean share of Σ|s| `[points]`, or None where every reward is zero.
+    """
+    magnitude = np.abs(rewards.astype(np.float64))
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    ordered = magnitude[np.lexsort((-magnitude, rows))]
+    running = np.concatenate([[0.0], np.cumsum(ordered)])
+    starts = np.cumsum(lengths) - lengths
+    totals = running[starts + lengths] - running[starts]
+    usable = totals > 0
+    if not usable.any():
+        return None
+    starts, totals, counts = starts[usable], totals[usable], lengths[usable]
+    means = np.empty(len(shares))
+    for i, share in enumerate(shares):
+        # Between whole tokens the curve is linear, so short and long responses average on one grid.
+        place = share * counts
+        lower = np.minimum(np.floor(place).astype(np.int64), counts)
+        upper = np.minimum(lower + 1, counts)
+        below, above = running[starts + lower], running[starts + upper]
+        carried = below + (above - below) * (place - lower) - running[starts]
+        means[i] = np.mean(carried / totals)
+    return means
+
+
+def _cumulative_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict | None:
+    shares = np.linspace(0, 1, 101)
+    curves = {side: cumulative_share(rewards, lengths, shares) for side, (rewards, lengths) in sides.items()}
+    known = {side: curve for side, curve in curves.items() if curve is not None}
+    if not known:
+        return None
+    both = np.mean(list(known.values()), axis=0)
+    return {
+        "share": shares.tolist(),
+        **{side: np.round(curve, 5).tolist() for side, curve in known.items()},
+        "share_for_80": float(np.interp(0.8, both, shares)),
+    }
+
+
+def _histogram(groups: Mapping[str, np.ndarray], bins: int) -> dict:
+    """Shares of each group in common bins over the central 99 % of all values; the rest is left out."""
+    everything = np.concatenate(list(groups.values())).astype(np.float64)
+    low, high = np.quantile(everything, [0.005, 0.995])
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, bins + 1)
+    shares = {}
+    for name, values in groups.items():
+        counts, _ = np.histogram(values.astype(np.float64), edges)
+        shares[name] = np.round(counts / max(len(values), 1), 6).tolist()
+    return {"edges": edges.tolist(), **shares}
+
+
+def _position_edges(longest: int) -> np.ndarray:
+    """Bucket edges 0, 1, 2, ... that widen by about a tenth: single tokens first, then ranges."""
+    edges = [0]
+    while edges[-1] < longest:
+        edges.append(max(edges[-1] + 1, int(edges[-1] * 1.12)))
+    return np.array(edges)
+
+
+def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict:
+    """Mean reward by position in the response, with a 95 % interval of the mean (1.96 standard errors)."""
+    lengths = np.concatenate([lengths for _, lengths in sides.values()])
+    edges = _position_edges(max(1, int(np.quantile(lengths, 0.95))))
+    # The bucket is drawn at the middle of its positions, counted from 1.
+    figure: dict = {"position": ((edges[:-1] + edges[1:] + 1) / 2).tolist()}
+    for side, (rewards, counts) in sides.items():
+        starts = np.repeat(np.cumsum(counts) - counts, counts)
+        position = np.arange(len(rewards)) - starts
+        inside = position < edges[-1]
+        bucket = np.searchsorted(edges, position[inside], side="right") - 1
+        values = rewards[inside].astype(np.float64)
+        n = np.bincount(bucket, minlength=len(edges) - 1)
+        filled = np.maximum(n, 1)
+        mean = np.bincount(bucket, values, len(edges) - 1) / filled
+        square = np.bincount(bucket, values**2, len(edges) - 1) / filled
+        error = 1.96 * np.sqrt(np.maximum(square - mean**2, 0) / filled)
+        empty = n == 0
+        figure[side] = {
+            name: [None if skip else float(value) for value, skip in zip(np.round(line, 6), empty, strict=True)]
+            for name, line in (("mean", mean), ("low", mean - error), ("high", mean + error))
+        }
+    return figure
+
+
+def summarise(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict:
+    """Summarise a score table.
+
+    Args:
+        sides: for "chosen" and "rejected", the flat token rewards `[tokens]` and the lengths `[pairs]`.
+
+    Returns:
+        Plain numbers and lists: `pairs`, `tokens`, `accuracy` (share of pairs whose summed reward margin is
+        positive), `chosen_longer`, `colour_limit` (|s| at which the colour scale ends) and the figures
+        `cumulative`, `rewards`, `margins` and `positions`.
+    """
+    (chosen, chosen_lengths), (rejected, rejected_lengths) = sides["chosen"], sides["rejected"]
+    margins = segment_sums(chosen, chosen_lengths) - segment_sums(rejected, rejected_lengths)
+    magnitude = np.abs(np.concatenate([chosen, rejected]))
+    limit = float(np.quantile(magnitude, 0.98)) if len(magnitude) else 0.0
+    return {
+        "pairs": len(margins),
+        "tokens": len(chosen) + len(rejected),
+        "accuracy": float(np.mean(margins > 0)),
+        "chosen_longer": float(np.mean(chosen_lengths > rejected_lengths)),
+        "colour_limit": limit or 1.0,
+        "cumulative": _cumulative_figure(sides),
+        "rewards": _histogram({"chosen": chosen, "rejected": rejected}, 80),
+        "margins": _histogram({"pairs": margins}, int(np.clip(np.sqrt(len(margins)) * 2, 10, 60))),
+        "positions": _position_figure(sides),
+    }
+
+
+_FIRST_CURVES = [
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards",
+    "logps",
+    "grad_norm",
+    "learning_rate",
+]
+
+
+def training_curves(log_history: Sequence[Mapping]) -> list[dict]:
+    """Sort a Trainer's `log_history` into charts.
+
+    A chart holds one quantity; its evaluation, and the values of the chosen and the rejected side, are
+    series of the same chart. The closing entry (run time, throughput) is left out.
+
+    >>> training_curves([{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}, {"step": 2, "eval_loss": 0.65}])
+    [{'name': 'loss', 'series': [{'name': 'training', 'step': [1, 2], 'value': [0.7, 0.6]}, \
+{'name': 'evaluation', 'step': [2], 'value': [0.65]}]}]
+    """
+    charts: dict[str, dict[str, dict[str, list]]] = {}
+    for entry in log_history:
+        step = entry.get("step")
+        if "train_runtime" in entry or not isinstance(step, int | float):
+            continue
+        for key, value in entry.items():
+            if key in {"step", "epoch"} or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not np.isfinite(value) or key.endswith(("_runtime", "_per_second")):
+                continue
+            chart, series = _chart_of(key)
+            points = charts.setdefault(chart, {}).setdefault(series, {"step": [], "value": []})
+            points["step"].append(step)
+            points["value"].append(value)
+    order = sorted(charts, key=lambda name: (_FIRST_CURVES.index(name) if name in _FIRST_CURVES else 99, name))
+    return [
+        {
+            "name": name,
+            "series": [{"name": label, **_thinned(points)} for label, points in charts[name].items()],
+        }
+        for name in order
+    ]
+
+
+def _chart_of(key: str) -> tuple[str, str]:
+    """The chart and the series of a log key: `eval_rewards/chosen` -> ("rewards", "chosen, evaluation")."""
+    evaluation = key.startswith("eval_")
+    key = key.removeprefix("eval_")
+    chart, _, last = key.rpartition("/")
+    if chart and last in {"chosen", "rejected"}:
+        return chart, f"{last}, evaluation" if evaluation else last
+    return key, "evaluation" if evaluation else "training"
+
+
+def _thinned(points: Mapping[str, list]) -> dict[str, list]:
+    count = len(points["step"])
+    keep = np.unique(np.linspace(0, count - 1, min(count, CHART_POINTS)).round().astype(int))
+    return {name: [values[i] for i in keep] for name, values in points.items()}

@@ -1,0 +1,332 @@
+"""`PreferenceTrainer` and `PreferenceConfig`: a `transformers.Trainer` over packed pairs.
+
+A batch is a number of pairs; the trainer lays them out as packed rows of a fixed token budget and accumulates the
+gradients of the rows. Memory is set by the token budget, statistics by the batch size, and one does not disturb the
+other: the loss is the exact mean over the pairs of an update, however they fall into rows, micro-batches and processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from sepo import objectives
+from sepo.data import tokenize_pairs
+from sepo.errors import UserError
+from sepo.logps import (
+    dataset_logps,
+    make_batches,
+    prepare_model,
+    segment_sums,
+    segment_weights,
+    table_pairs,
+    token_logps,
+    tokens_per_row_for,
+)
+from sepo.packing import PackedBatch, Pair
+from sepo.rewards import response_sums
+
+OBJECTIVES = ("sepo", "dpo")
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """Settings of a `PreferenceTrainer`: all of `transformers.TrainingArguments`, and these.
+
+    Args:
+        objective: "sepo" (contrast of mean log-probabilities over the key tokens; over all tokens it is SimPO) or
+            "dpo" (needs reference log-probabilities).
+        beta: DPO's KL strength.
+        gamma: SePO's reward scale.
+        margin: SePO's target margin.
+        label_smoothing: DPO's label smoothing.
+        tokens_per_row: token budget of a packed row, which bounds the memory of a step; a default for the device
+            when None. `per_device_train_batch_size` counts pairs and may need many rows.
+        layout: "auto" packs rows where the model takes them (checked once), "packed" and "padded" insist.
+        max_length, max_prompt_length: used only when the trainer is given text to tokenise.
+    """
+
+    objective: str = field(default="sepo", metadata={"help": "sepo or dpo"})
+    beta: float = field(default=0.1, metadata={"help": "DPO's KL strength"})
+    gamma: float = field(default=2.0, metadata={"help": "SePO's reward scale"})
+    margin: float = field(default=0.0, metadata={"help": "SePO's target margin"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "DPO's label smoothing, 0 to below 0.5"})
+    tokens_per_row: int | None = field(default=None, metadata={"help": "token budget of a packed row"})
+    layout: str = field(default="auto", metadata={"help": "auto, packed or padded"})
+    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and response together"})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "tokens of the prompt"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"objective is '{self.objective}': expected one of {', '.join(OBJECTIVES)}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"label_smoothing is {self.label_smoothing}: expected 0 to below 0.5")
+        if self.layout not in ("auto", "packed", "padded"):
+            raise UserError(f"layout is '{self.layout}': expected auto, packed or padded")
+        # Batches are made of pairs, not of model inputs: nothing may be dropped by column name.
+        self.remove_unused_columns = False
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Pairs with the sums of their reference log-probabilities (None without a reference)."""
+
+    def __init__(self, table: pa.Table, reference_logps: pa.Table | None = None):
+        self.pairs = table_pairs(table)
+        self.reference: list[tuple[float, float]] | None = None
+        if reference_logps is not None:
+            if reference_logps.column("pair_id").to_pylist() != table.column("pair_id").to_pylist():
+                raise UserError("the reference log-probabilities are not those of these pairs: compute them again")
+            chosen, rejected = response_sums(reference_logps, "logps")
+            self.reference = list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Pair, tuple[float, float] | None]:
+        return self.pairs[index], self.reference[index] if self.reference is not None else None
+
+
+@dataclass
+class PairCollator:
+    """Turn items of a `PairDataset` into packed batches of at most `tokens_per_row` tokens each.
+
+    Returns a dict: `batches`, a list of `PackedBatch`; `references`, for each batch `[2, pairs]` float32 sums of
+    reference log-probabilities (chosen, rejected) or None; `num_pairs`.
+    """
+
+    layout: str
+    tokens_per_row: int
+
+    def __call__(self, items: Sequence[tuple[Pair, tuple[float, float] | None]]) -> dict[str, Any]:
+        batches = make_batches([pair for pair, _ in items], self.layout, self.tokens_per_row)
+        sums = {pair.pair_id: reference for pair, reference in items}
+        references = [
+            None
+            if items[0][1] is None
+            else torch.tensor([sums[pair_id] for pair_id in batch.pair_ids], dtype=torch.float32).T
+            for batch in batches
+        ]
+        return {"batches": batches, "references": references, "num_pairs": len(items)}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a gradient became NaN or infinite; the message names the step and the pairs."""
+
+
+class PreferenceTrainer(Trainer):
+    """Train a causal LM (or a PEFT model of one) on preference pairs.
+
+    Args:
+        model: the model, or a name that `sepo.models.load_model` takes.
+        args: a `PreferenceConfig`.
+        train_dataset: a table of kind "pairs" (all response tokens are targets) or "selection" (the key tokens are);
+            or a `datasets.Dataset` with prompt, chosen and rejected, tokenised here with `processing_class`.
+        eval_dataset: the same, optional.
+        reference_logps: a table of kind "logps" for the rows of `train_dataset`, for DPO. Computed from the model as
+            it is given when None, once, before training.
+        eval_reference_logps: likewise for `eval_dataset`.
+        processing_class: the tokenizer.
+
+    Example:
+        >>> trainer = PreferenceTrainer("Qwen/Qwen3-0.6B", PreferenceConfig("oracle", objective="dpo"), train_dataset=ds)
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        args: PreferenceConfig | None = None,
+        train_dataset: pa.Table | datasets.Dataset | None = None,
+        eval_dataset: pa.Table | datasets.Dataset | None = None,
+        reference_logps: pa.Table | None = None,
+        eval_reference_logps: pa.Table | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        args = args or PreferenceConfig("preference_trainer")
+        if isinstance(model, str):
+            from sepo.models import load_model, load_tokenizer
+
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_model(model, train=True)
+        layout = prepare_model(model, args.layout)
+        self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
+        train = self._dataset(model, args, train_dataset, reference_logps, processing_class)
+        evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class)
+        _bind_packed_forward(model)
+        # Running (sum, count) of each metric since the last log.
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(layout, self.tokens_per_row),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Reported losses are means over pairs already: Trainer must not divide them by the accumulation steps.
+        self.loss_is_scaled_for_ga = True
+
+    @staticmethod
+    def _dataset(model, args, data, reference_logps, tokenizer) -> PairDataset | None:
+        if data is None:
+            return None
+        if isinstance(data, datasets.Dataset):
+            if tokenizer is None:
+                raise UserError("a dataset of text needs processing_class: pass the model's tokenizer")
+            data, _ = tokenize_pairs(
+                data, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length
+            )
+        if args.objective == "dpo" and reference_logps is None:
+            reference_logps = dataset_logps(model.to(args.device), data, tokens_per_row=args.tokens_per_row)
+        return PairDataset(data, reference_logps if args.objective == "dpo" else None)
+
+    # --- the loss ---------------------------------------------------------------------------------------------------
+
+    def _losses(self, logps: Tensor, batch: PackedBatch, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses and implicit rewards (chosen, rejected), each `[pairs]`."""
+        if self.args.objective == "dpo":
+            chosen, rejected = segment_sums(logps, batch)
+            assert reference is not None
+            losses = objectives.dpo(
+                chosen, rejected, reference[0], reference[1], self.args.beta, self.args.label_smoothing
+            )
+            return losses, self.args.beta * (chosen - reference[0]), self.args.beta * (rejected - reference[1])
+        chosen, rejected = segment_sums(logps, batch, weighted=True)
+        chosen_counts, rejected_counts = segment_weights(batch)
+        gamma = self.args.gamma
+        losses = objectives.sepo(chosen, rejected, chosen_counts, rejected_counts, gamma, self.args.margin)
+        return losses, gamma * chosen / chosen_counts, gamma * rejected / rejected_counts
+
+    def _batch_loss(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None, mode: str) -> Tensor:
+        """Sum of the losses of one packed batch; its metrics are added to the running ones of `mode`."""
+        with self.compute_loss_context_manager():
+            logps = model(packed_batch=batch)
+            losses, chosen_rewards, rejected_rewards = self._losses(logps, batch, reference)
+        if not torch.isfinite(losses).all():
+            bad = [batch.pair_ids[i] for i in (~torch.isfinite(losses)).nonzero()[:, 0].tolist()]
+            raise NonFiniteLossError(
+                f"the loss of pair {bad[0]} (of {len(bad)} pairs) is not finite at step {self.state.global_step}; "
+                "lower learning_rate or continue from the last checkpoint"
+            )
+        with torch.no_grad():
+            self._add(mode, "loss", losses)
+            self._add(mode, "rewards/chosen", chosen_rewards)
+            self._add(mode, "rewards/rejected", rejected_rewards)
+            self._add(mode, "rewards/margins", chosen_rewards - rejected_rewards)
+            self._add(mode, "rewards/accuracies", objectives.accuracy(chosen_rewards, rejected_rewards))
+        return losses.sum()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        """Forward and backward over the packed rows of one batch; returns the mean loss of its pairs (its share)."""
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        pairs_in_update = float(num_items_in_batch or inputs["num_pairs"])
+        total = torch.zeros((), device=self.args.device)
+        last = len(inputs["batches"]) - 1
+        for index, (batch, reference) in enumerate(zip(inputs["batches"], inputs["references"], strict=True)):
+            # Gradients travel between processes once an update, with the last row.
+            wait = contextlib.nullcontext() if index == last else self.accelerator.no_sync(model)
+            with wait:
+                batch = batch.to(self.args.device)
+                reference = reference if reference is None else reference.to(self.args.device)
+                loss = self._batch_loss(model, batch, reference, "train")
+                # Processes average their gradients, so the sum over processes needs their number back.
+                self.accelerator.backward(loss * (self.args.world_size / pairs_in_update))
+                total += loss.detach() / pairs_in_update
+        return total * self.args.world_size
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Number of pairs in one update, over accumulation steps and processes."""
+        pairs = torch.tensor(float(sum(batch["num_pairs"] for batch in batch_samples)), device=device)
+        return self.accelerator.gather(pairs[None]).sum() if self.args.world_size > 1 else pairs
+
+    def _prepare_inputs(self, inputs):
+        return inputs  # rows move to the device one by one
+
+    def floating_point_ops(self, inputs) -> int:
+        """Matmul FLOPs of a step: 6 for each parameter outside the embeddings and each token read."""
+        tokens = sum(batch.num_tokens for batch in inputs["batches"])
+        return 6 * tokens * _matmul_parameters(self.accelerator.unwrap_model(self.model))
+
+    # --- evaluation and logging -------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean loss, implicit rewards and accuracy over the evaluation pairs."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, pa.Table):
+            dataset = self._dataset(self.model, self.args, dataset, None, self.processing_class)
+        loader = self.get_eval_dataloader(dataset)
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        self._metrics["eval"].clear()
+        with torch.no_grad():
+            for inputs in loader:
+                for batch, reference in zip(inputs["batches"], inputs["references"], strict=True):
+                    reference = reference if reference is None else reference.to(self.args.device)
+                    self._batch_loss(model, batch.to(self.args.device), reference, "eval")
+        model.train(training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take("eval").items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last log, as TRL does, to what `Trainer` logs."""
+        if "loss" in logs:
+            logs = {**self._take("train"), **logs}
+        super().log(logs, start_time)
+
+    def _add(self, mode: str, name: str, values: Tensor) -> None:
+        entry = self._metrics[mode].setdefault(name, [0.0, 0.0])
+        entry[0] += float(values.sum())
+        entry[1] += len(values)
+
+    def _take(self, mode: str) -> dict[str, float]:
+        """Means of the running metrics over all processes; starts them anew."""
+        sums = self._metrics[mode]
+        names = sorted(sums)
+        values = torch.tensor([sums[name] for name in names], dtype=torch.float64).reshape(-1, 2)
+        if self.args.world_size > 1 and names:
+            values = self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+        sums.clear()
+        return {name: float(total / max(count, 1)) for name, (total, count) in zip(names, values, strict=True)}
+
+
+def _bind_packed_forward(model: nn.Module) -> None:
+    """Let `model(packed_batch=...)` return token log-probabilities.
+
+    Wrappers (DDP, FSDP, DeepSpeed, autocast) act on the call of the module they wrap, so the packed path must go
+    through that call rather than around it.
+    """
+    if getattr(model, "sepo_bound", False):
+        return
+    original = model.forward
+
+    def forward(self, *args, packed_batch: PackedBatch | None = None, **kwargs):
+        if packed_batch is None:
+            return original(*args, **kwargs)
+        return token_logps(self, packed_batch)
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.sepo_bound = True  # type: ignore[assignment]
+
+
+def _matmul_parameters(model: nn.Module) -> int:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)

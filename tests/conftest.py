@@ -1,0 +1,29 @@
+"""Settings and fixtures for all tests: no network, a fixed number of threads, one converted SmolLM2."""
+
+from __future__ import annotations
+
+import os
+
+# Before any Hugging Face import reads them: a test that wants the network must fail at once, not hang.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+
+from sepo.errors import UserError
+from sepo.models import DEFAULT_MODEL, check_model, resolve_model
+
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> str:
+    """The folder of SmolLM2-135M-Instruct in safetensors: converted at the first run, cached from then on."""
+    try:
+        check_model(DEFAULT_MODEL)
+    except UserError as error:
+        pytest.skip(str(error))
+    return resolve_model(DEFAULT_MODEL)
