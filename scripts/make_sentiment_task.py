@@ -21,6 +21,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,12 +76,13 @@ TOPICS = (
 )  # fmt: skip
 KEYS = [(topic, template) for topic in TOPICS for template in TEMPLATES]
 
-# The model knows little and says anything; what names people's faith, sex or violence stays out of a shipped file.
+# The model knows little and says anything; what names faith, sex, violence or an address stays out of a shipped file.
 BLOCKED = re.compile(
     r"\b(isis|jew|muslim|islam|christ|nazi|hitler|terroris|rape|rapist|sex|porn|nud|naked|fuck|shit|bitch|bastard|ass\b"
     r"|asshole|damn|whore|slut|dick|cock\b|penis|vagina|breast|suicid|murder|kill|corpse|gun\b|guns\b|racis|negro|gay"
     r"|lesbian|homo|retard|drug|cocaine|heroin|trump|biden|obama|putin|masturb|orgas|erotic|genital|holocaust|genocid"
-    r"|slave|gipsy|gypsy|queer|tranny|fag|nigg|cunt|crap|piss|torture|hang(ed|ing) himself)",
+    r"|slave|gipsy|gypsy|queer|tranny|fag|nigg|cunt|crap|piss|torture|hang(ed|ing) himself"
+    r"|butts?\b|buttho|undie|xxx|pope\b|mosque|israel|palestin|assault|immigra|affair|lust\b)|@|https?:|\.com\b",
     re.IGNORECASE,
 )
 
@@ -131,11 +133,10 @@ def sample_responses(args: argparse.Namespace) -> list[list[Response]]:
 def pair_up(
     responses: Sequence[Response], rng: np.random.Generator, tau: float, min_gap: float, most: int
 ) -> list[tuple[Response, Response]]:
-    """Pair answers at random, each used once, and label each pair by a Bradley-Terry draw: (chosen, rejected)."""
-    order = rng.permutation(len(responses))
+    """Pair each answer with the next in a random order, and label by a Bradley-Terry draw: (chosen, rejected)."""
+    order = [responses[index] for index in rng.permutation(len(responses))]
     pairs = []
-    for a, b in zip(order[0::2], order[1::2], strict=False):
-        one, two = responses[a], responses[b]
+    for one, two in pairwise(order):
         preferred = rng.random() < 1 / (1 + np.exp(-(one.gold - two.gold) / tau))
         if abs(one.gold - two.gold) >= min_gap:
             pairs.append((one, two) if preferred else (two, one))
@@ -228,8 +229,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; no top-k, no top-p")
     parser.add_argument("--tau", type=float, default=0.3, help="label noise: P = sigmoid(score difference / tau)")
     parser.add_argument("--min-gap", type=float, default=0.1, help="pairs whose scores differ by less are dropped")
-    parser.add_argument("--pairs-per-prompt", type=int, default=3, help="most pairs kept for one prompt")
-    parser.add_argument("--held-out", type=float, default=0.25, help="share of the topics that is held out")
+    parser.add_argument("--pairs-per-prompt", type=int, default=4, help="most pairs kept for one prompt")
+    parser.add_argument("--held-out", type=float, default=0.27, help="share of the topics that is held out")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples, the pairs and the labels")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (part of what makes the file reproducible)")
     return parser.parse_args(arguments)

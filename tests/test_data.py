@@ -18,9 +18,8 @@ from sepo import data
 from sepo.data import (
     DROP_REASONS,
     DropRow,
-    Pair,
+    TextPair,
     dataset_fingerprint,
-    load_preferences,
     normalise_row,
     sample_pairs,
     split_pairs,
@@ -29,6 +28,7 @@ from sepo.data import (
     truncate_pair,
 )
 from sepo.errors import UserError
+from sepo.loading import load_preferences
 from sepo.tables import make_table, provenance_of, read_table, write_table
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -173,7 +173,7 @@ CONVERSATION = {
 class TestRows:
     def test_three_texts_are_taken_as_they_are(self):
         row = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
-        assert normalise_row(row) == Pair("The sky is", " blue.", " green.")
+        assert normalise_row(row) == TextPair("The sky is", " blue.", " green.")
 
     @pytest.mark.parametrize(
         ("chosen", "rejected", "expected"),
@@ -190,7 +190,7 @@ class TestRows:
 
     def test_message_lists_with_an_explicit_prompt_give_the_prompt_and_two_contents(self):
         pair = normalise_row(CONVERSATION)
-        assert pair == Pair(CONVERSATION["prompt"], "Blue.", "Green.")
+        assert pair == TextPair(CONVERSATION["prompt"], "Blue.", "Green.")
 
     def test_shared_leading_messages_are_the_implicit_prompt(self):
         lead = CONVERSATION["prompt"]
@@ -203,13 +203,13 @@ class TestRows:
             "chosen": [user("What color?"), assistant("Blue.")],
             "rejected": [user("What color?"), assistant("Green.")],
         }
-        assert normalise_row(row) == Pair([user("What color?")], "Blue.", "Green.")
+        assert normalise_row(row) == TextPair([user("What color?")], "Blue.", "Green.")
         row["prompt"] = [user("What color?")]
-        assert normalise_row(row) == Pair([user("What color?")], "Blue.", "Green.")
+        assert normalise_row(row) == TextPair([user("What color?")], "Blue.", "Green.")
 
     def test_a_text_prompt_with_bare_assistant_messages_becomes_a_user_turn(self):
         row = {"prompt": "What color?", "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]}
-        assert normalise_row(row) == Pair([user("What color?")], "Blue.", "Green.")
+        assert normalise_row(row) == TextPair([user("What color?")], "Blue.", "Green.")
         system = {"role": "system", "content": "Be brief."}
         row = {"prompt": "Q", "chosen": [system, assistant("a")], "rejected": [system, assistant("b")]}
         assert normalise_row(row).prompt == [system, user("Q")]
@@ -217,7 +217,7 @@ class TestRows:
     def test_a_transcript_is_split_into_turns_and_the_last_one_is_the_response(self):
         lead = "\n\nHuman: Hello\n\nAssistant: Hi\nyou\n\nHuman: Color?\n\nAssistant:"
         pair = normalise_row({"chosen": lead + " Blue.", "rejected": lead + " Green."})
-        assert pair == Pair([user("Hello"), assistant("Hi\nyou"), user("Color?")], "Blue.", "Green.", True)
+        assert pair == TextPair([user("Hello"), assistant("Hi\nyou"), user("Color?")], "Blue.", "Green.", True)
 
     def test_a_transcript_split_in_prompt_and_responses_gives_the_same_pair(self):
         lead = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: Color?"
@@ -230,7 +230,7 @@ class TestRows:
 
     def test_a_plain_prompt_is_wrapped_as_one_user_turn_on_request(self):
         row = {"prompt": "Color?", "chosen": " Blue.", "rejected": "Green."}
-        assert normalise_row(row, as_chat=True) == Pair([user("Color?")], "Blue.", "Green.")
+        assert normalise_row(row, as_chat=True) == TextPair([user("Color?")], "Blue.", "Green.")
 
     def test_sharegpt_messages_are_read(self):
         lead = [{"from": "human", "value": "Color?"}]
@@ -238,7 +238,7 @@ class TestRows:
             "chosen": [*lead, {"from": "gpt", "value": "Blue."}],
             "rejected": [*lead, {"from": "gpt", "value": "Green."}],
         }
-        assert normalise_row(row) == Pair([user("Color?")], "Blue.", "Green.")
+        assert normalise_row(row) == TextPair([user("Color?")], "Blue.", "Green.")
 
     @pytest.mark.parametrize(
         ("row", "reason"),
@@ -588,7 +588,7 @@ class TestLoading:
         as_python = {side: str([user("Q"), assistant(side)]) for side in ("chosen", "rejected")}
         write_rows(path, [as_json, as_python, {"chosen": "[{broken", "rejected": as_json["rejected"]}])
         loaded = load_preferences(path)
-        assert normalise_row(loaded[0]) == Pair([user("Q")], "chosen", "rejected")
+        assert normalise_row(loaded[0]) == TextPair([user("Q")], "chosen", "rejected")
         assert normalise_row(loaded[1]) == normalise_row(loaded[0])
         assert drop_reason(loaded[2]) == "wrong type"
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sepo.data import DROP_REASONS, DropRow, Pair, load_preferences, normalise_row, tokenize_pairs, truncate_pair
+from sepo.data import DROP_REASONS, DropRow, TextPair, normalise_row, tokenize_pairs, truncate_pair
 from sepo.errors import UserError
+from sepo.loading import load_preferences
 
 CONTROL = ["<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -75,7 +76,7 @@ def test_any_row_becomes_a_valid_pair_or_a_documented_drop(row, as_chat):
     if pair is None:
         assert reason in DROP_REASONS
         return
-    assert isinstance(pair, Pair)
+    assert isinstance(pair, TextPair)
     assert pair.chosen != pair.rejected
     assert pair.chosen.strip()
     assert pair.rejected.strip()

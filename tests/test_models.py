@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from sepo import models
@@ -308,10 +310,10 @@ def test_a_gguf_header_with_any_damage_is_read_or_refused(gguf_bytes, edits, cut
         path.write_bytes(content)
         try:
             models._check_gguf(path)
-        except UserError as error:
-            assert "\n" not in str(error)
-        else:
-            assert cut % 3000 == 0 or edits
+            refused = False
+        except UserError:  # anything else fails the test
+            refused = True
+    assert refused or edits or cut % 3000 == 0
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):

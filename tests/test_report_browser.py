@@ -152,6 +152,14 @@ def test_the_sliders_select_the_tokens_that_the_selection_stage_selects(
     assert page.inner_text("#key-count").startswith(f"{total} key tokens")
 
 
+def test_a_rate_that_misses_a_whole_number_by_rounding_selects_that_number(page: sync_api.Page, tmp_path: Path) -> None:
+    table = score_table(byte_tokenizer(), texts=["a" * 100])  # 0.29 * 100 is 28.999999999999996
+    tables.write_table(tmp_path / "scores", table)
+    build_report(None, table=tmp_path / "scores", k_chosen=0.29, out=tmp_path / "report.html")
+    open_report(page, tmp_path / "report.html")
+    assert marked(page, 1, "chosen") == select_key_tokens(table, 0.29)["chosen_positions"][0].as_py()
+
+
 def test_a_run_opens_with_the_tokens_that_the_policy_was_trained_on(page: sync_api.Page, run: Path) -> None:
     open_report(page, run / "report.html")
     trained = tables.read_table(run / "selection", "selection").to_pylist()

@@ -156,9 +156,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
     vocabulary = special + [chr(code) for code in range(32, 127)]
     assert len(vocabulary) == VOCAB_SIZE
-    core = Tokenizer(
-        token_models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>")
-    )
+    core = Tokenizer(token_models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = token_decoders.Fuse()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sepo.errors import UserError
+from sepo.errors import UserError, one_line
 
 EPILOG = """\
 the usual way:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.work(arguments) or 0
     except UserError as error:
-        print(f"sepo: {one_line(str(error))}", file=sys.stderr)
+        print(f"sepo: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sepo: interrupted; the same command continues where it stopped", file=sys.stderr)
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sepo: out of memory; lower tokens_per_row, or use lora", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"sepo: {one_line(str(error))}", file=sys.stderr)
+        print(f"sepo: {one_line(error)}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if type(error).__module__.startswith("sepo.") or "out of memory" in str(error).lower():
-            print(f"sepo: {one_line(str(error))}", file=sys.stderr)
+            print(f"sepo: {one_line(error)}", file=sys.stderr)
             return 1
         raise
 
@@ -72,11 +72,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"unrecognized argument: {item}")
         settings.append(item)
     return arguments
-
-
-def one_line(text: str) -> str:
-    """Fold a message into one printable line: no line breaks, no control characters."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
 def build_parser() -> argparse.ArgumentParser:

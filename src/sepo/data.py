@@ -1,7 +1,7 @@
-"""Preference data: any format -> validated pairs -> token ids with a firm prompt boundary.
+"""Preference rows: any format -> validated pairs -> token ids with a firm prompt boundary.
 
-    source --load_preferences--> rows --normalise_row--> Pair --tokenize_pairs--> table of pairs
-             file, folder, hub          prompt, chosen, rejected                      *_ids, int32
+    rows (loading.py) --normalise_row--> TextPair --tokenize_pairs--> table of pairs --split_pairs--> train, held out
+                               prompt, chosen, rejected           *_ids, int32
 
 The boundary between prompt and response is decided once, here, and never moves again: `prompt_ids` are what
 generation would see, both responses of a pair share them, and a response starts with the first token that the
@@ -19,34 +19,27 @@ the Rust tokenizer: 4,538 AlpacaEval pairs (2.3 M tokens) take about 4 s on two 
 
 from __future__ import annotations
 
-import ast
-import gzip
 import hashlib
 import json
-import os
 import re
 import secrets
-import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 from tokenizers import AddedToken, Tokenizer
 from tqdm import tqdm
 
-from sepo.errors import UserError, nearest
+from sepo.errors import UserError, nearest, one_line
+from sepo.loading import COLUMNS
 from sepo.tables import make_table, provenance_of, ragged, with_provenance
 
-COLUMNS = ("prompt", "chosen", "rejected")
 ROLES = frozenset({"system", "user", "assistant", "tool"})
-SUFFIXES = (".parquet", ".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz")
 
 DROP_REASONS: dict[str, str] = {
     "missing value": "the prompt, the chosen or the rejected response is null",
@@ -63,7 +56,6 @@ DROP_REASONS: dict[str, str] = {
 }
 
 _BATCH = 1000  # rows tokenised at once: enough to keep the Rust tokenizer busy, little memory
-_KNOWN_SPLITS = frozenset({"train", "test", "validation", "valid", "val", "dev", "eval"})
 
 Message = dict[str, str]
 
@@ -76,7 +68,7 @@ class DropRow(Exception):
         self.reason = reason
 
 
-class Pair(NamedTuple):
+class TextPair(NamedTuple):
     """One validated preference.
 
     Attributes:
@@ -94,336 +86,6 @@ class Pair(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Loading
-# ------------------------------------------------------------------------------------------------------------
-
-
-def load_preferences(
-    source: str | os.PathLike,
-    *,
-    split: str = "train",
-    config_name: str | None = None,
-    columns: Mapping[str, str] | None = None,
-) -> datasets.Dataset:
-    """Load a preference dataset and give its columns the names `prompt`, `chosen` and `rejected`.
-
-    Local files are read directly, not through a cache, so a changed file is never served stale and a file
-    name may hold any character. CSV cells that hold message lists (as JSON, or as Python prints them) are
-    parsed.
-
-    Args:
-        source: a file (parquet, json, jsonl, csv; json and csv also gzipped), a folder (`save_to_disk`, or
-            data files named or foldered by split), or a dataset id on the Hugging Face Hub.
-        split: a split's name, with an optional slice: `train`, `train_prefs`, `test[:500]`, `train[:10%]`.
-            A file holds one split, `train`.
-        config_name: the configuration of a hub dataset, or the sub-folder of a local one.
-        columns: our name -> the dataset's, for example `{"prompt": "instruction", "chosen": "better"}`.
-            A column that already has one of our names and is not mapped is kept as `source_<name>`.
-
-    Returns:
-        The dataset with `chosen`, `rejected`, `prompt` (unless the prompt is implicit), `pair_id` (int64,
-        the row number in the split) and every other column as it was. A column of a JSON file whose values
-        have mixed types holds structs `{"json": <the value as JSON>}`; `normalise_row` reads them.
-
-    Raises:
-        UserError: the source, split or a column is missing, or the data is empty or cannot be read.
-    """
-    name, slice_text = _parse_split(split)
-    text_columns = {*COLUMNS, *(columns or {}).values()}
-    path = Path(source).expanduser()
-    try:
-        found = path.exists()
-    except (OSError, ValueError):  # too long, or a null byte: not a path
-        found = False
-    if found and path.is_dir():
-        dataset = _load_folder(path, name, config_name, text_columns)
-    elif found:
-        _check_single_split(path, name, config_name)
-        dataset = _from_table(_read_file(path, text_columns), path)
-    else:
-        dataset = _load_hub(str(source), name, config_name)
-    if not len(dataset):
-        raise UserError(f"'{source}' holds no row (split '{name}'): expected preference pairs")
-    dataset = _rename_columns(dataset, columns or {}, str(source))
-    dataset = dataset.add_column("pair_id", np.arange(len(dataset), dtype=np.int64))
-    if slice_text:
-        dataset = _take_slice(dataset, split, name)
-    return dataset
-
-
-def _parse_split(split: str) -> tuple[str, str]:
-    match = re.fullmatch(r"([\w.-]+)(\[[^\[\]]*\])?", split)
-    if match is None:
-        raise UserError(f"'{split}' is not a split: expected a name with an optional slice, such as train[:500]")
-    return match[1], match[2] or ""
-
-
-def _take_slice(dataset: datasets.Dataset, split: str, name: str) -> datasets.Dataset:
-    try:
-        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(dataset)})
-    except (ValueError, AssertionError) as error:
-        raise UserError(
-            f"split '{split}' cannot be taken ({_one_line(error)}): '{name}' has {len(dataset)} rows; "
-            f"expected a slice such as {name}[:500] or {name}[10%:20%]"
-        ) from None
-    start, stop = part.from_ or 0, len(dataset) if part.to is None else part.to
-    if stop <= start:
-        raise UserError(f"split '{split}' is empty: '{name}' has {len(dataset)} rows")
-    return dataset.select(range(start, stop))
-
-
-def _check_single_split(path: Path, split: str, config_name: str | None) -> None:
-    if split != "train":
-        raise UserError(f"unknown split '{split}': '{path}' holds one split, 'train'")
-    if config_name is not None:
-        raise UserError(f"'{path}' has no configurations, so '{config_name}' must be left out")
-
-
-def _load_hub(source: str, split: str, config_name: str | None) -> datasets.Dataset:
-    is_hub_id = re.fullmatch(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", source)
-    if not is_hub_id or source.lower().endswith(SUFFIXES):
-        near = nearest(Path(source).name, _listing(Path(source).expanduser().parent))
-        raise UserError(f"no file or folder at '{source}'{near}: expected a dataset file, a folder or a hub id")
-    try:
-        return datasets.load_dataset(source, config_name, split=split)
-    except Exception as error:  # whatever the hub client meets, the user needs one line
-        raise UserError(
-            f"'{source}' is no local file or folder, and could not be loaded from the Hugging Face Hub "
-            f"({_one_line(error)}); check the name, the split '{split}', the network and your access"
-        ) from error
-
-
-def _listing(folder: Path) -> list[str]:
-    try:
-        return [entry.name for entry in folder.iterdir()]
-    except (OSError, ValueError):
-        return []
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".")
-
-
-def _load_folder(folder: Path, split: str, config_name: str | None, text_columns: Collection[str]) -> datasets.Dataset:
-    if config_name is not None:
-        if not (folder / config_name).is_dir():
-            near = nearest(config_name, (entry.name for entry in folder.iterdir() if entry.is_dir()))
-            raise UserError(f"'{folder}' has no configuration '{config_name}'{near}: expected a sub-folder")
-        folder = folder / config_name
-    try:
-        if (folder / "dataset_dict.json").is_file():
-            saved = datasets.DatasetDict.load_from_disk(os.fspath(folder))
-            if split not in saved:
-                raise UserError(_unknown_split(folder, split, saved))
-            return saved[split]
-        if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-            _check_single_split(folder, split, None)
-            return datasets.Dataset.load_from_disk(os.fspath(folder))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"'{folder}' is a saved dataset that cannot be read ({_one_line(error)})") from error
-    names = {path: _split_names(path.relative_to(folder)) for path in _data_files(folder)}
-    if not names:
-        raise UserError(f"folder '{folder}' holds no dataset: expected {', '.join(SUFFIXES[:4])} files")
-    tables = [_read_file(path, text_columns) for path in _files_of_split(folder, names, split)]
-    try:
-        table = pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise UserError(
-            f"the files of split '{split}' in '{folder}' have columns of different types ({_one_line(error)})"
-        ) from None
-    return _from_table(table, folder)
-
-
-def _data_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.name.lower().endswith(SUFFIXES)
-        and path.name not in ("dataset_info.json", "dataset_infos.json")
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-
-
-def _split_names(path: Path) -> list[str]:
-    """The names a file may give its split by: its folders, and its own without number and suffix.
-
-    >>> _split_names(Path("data/test-00000-of-00002.json.gz"))
-    ['data', 'test']
-    """
-    stem = re.sub(r"(-\d+-of-\d+[^.]*)?\.(parquet|jsonl?|csv)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
-    return [*path.parts[:-1], stem]
-
-
-def _files_of_split(folder: Path, names: Mapping[Path, list[str]], split: str) -> list[Path]:
-    """Pick the files named after the split; all files are `train` if none is named after any split."""
-    words = {name: set(re.split(r"[\W_]+", name.lower())) for found in names.values() for name in found}
-    if not any(split in found for found in names.values()):
-        like = [name for name in words if split in words[name]]
-        if split == "train" and not any(_KNOWN_SPLITS & found for found in words.values()):
-            return list(names)
-        if len(like) != 1:
-            raise UserError(_unknown_split(folder, split, sorted({found[-1] for found in names.values()})))
-        split = like[0]  # the one file or folder with the word in its name: my_train_data.jsonl
-    return [path for path, found in names.items() if split in found]
-
-
-def _unknown_split(source: object, split: str, found: Iterable[str]) -> str:
-    found = list(found)
-    return f"unknown split '{split}'{nearest(split, found)}: '{source}' has {', '.join(found[:8])}"
-
-
-def _from_table(table: pa.Table, source: Path) -> datasets.Dataset:
-    for index, column in enumerate(table.schema):
-        if pa.types.is_dictionary(column.type):  # pandas' categories
-            table = table.set_column(index, column.name, table.column(index).cast(column.type.value_type))
-    try:
-        return datasets.Dataset(table.replace_schema_metadata(None))
-    except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
-        raise UserError(f"'{source}' has a column of a type that cannot be used ({_one_line(error)})") from error
-
-
-def _read_file(path: Path, text_columns: Collection[str]) -> pa.Table:
-    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
-    if suffix is None:
-        raise UserError(f"'{path}' is not a dataset file: expected {', '.join(SUFFIXES)}")
-    opener: Callable[..., Any] = gzip.open if suffix.endswith(".gz") else open
-    try:
-        # Open the file ourselves: a path would be searched for globs, URIs and partition folders.
-        with opener(path, "rb") as file:
-            if suffix == ".parquet":
-                return pq.read_table(file)
-            return _read_csv(file, path, text_columns) if ".csv" in suffix else _read_json(file, path)
-    except (OSError, EOFError, UnicodeDecodeError, MemoryError, zlib.error, pa.ArrowException) as error:
-        raise UserError(f"'{path}' is not a readable {suffix[1:]} file ({_one_line(error)})") from error
-
-
-def _read_csv(file: BinaryIO, path: Path, text_columns: Collection[str]) -> pa.Table:
-    """Read a csv; in the text columns a cell "NA", "null" or "42" is that text, not a value."""
-    content = file.read()
-    if not content.strip():
-        raise UserError(f"'{path}' is empty: expected a header line and rows")
-    table = pyarrow.csv.read_csv(
-        pa.BufferReader(content),
-        # A block must hold a row whole, and a row may be as long as the file.
-        read_options=pyarrow.csv.ReadOptions(block_size=min(max(len(content) + 1, 1 << 20), (1 << 31) - 1)),
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types={name: pa.string() for name in text_columns}, strings_can_be_null=False
-        ),
-    )
-    for index, name in enumerate(table.column_names):
-        if name in text_columns:
-            table = table.set_column(index, name, _parse_csv_messages(table.column(index)))
-    return table
-
-
-def _parse_csv_messages(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
-    """Turn text cells that hold message lists into lists; the other cells of the column stay text."""
-    if not any(isinstance(_message_list(cell), list) for cell in column.slice(0, 100).to_pylist()):
-        return column
-    return _column([_message_list(cell) for cell in column.to_pylist()])
-
-
-def _message_list(cell: str | None) -> str | list | None:
-    """Return the message list that a csv cell holds, or the cell itself.
-
-    >>> _message_list("[{'role': 'user', 'content': 'Hi'}]")
-    [{'role': 'user', 'content': 'Hi'}]
-    """
-    text = cell.strip() if cell else ""
-    if not (text.startswith("[") and text.endswith("]")):
-        return cell
-    parsers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)  # neither runs code
-    for parse in parsers:
-        try:
-            value = parse(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-            return value
-    return cell
-
-
-def _read_json(file: BinaryIO, path: Path) -> pa.Table:
-    """Read a list of objects, or one object a line. Rows that are no object become rows of nulls."""
-    rows: list[Any] = []
-    start = file.read(1 << 16).decode("utf-8", errors="ignore").removeprefix("\ufeff").lstrip()
-    file.seek(0)
-    if start.startswith("["):
-        rows = _parse_json(file.read(), f"'{path}'")
-    else:
-        for number, line in enumerate(file, 1):
-            if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                rows.append(_parse_json(line, f"line {number} of '{path}'"))
-    rows = [row if isinstance(row, dict) else {} for row in rows]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    if rows and not names:
-        raise UserError(f"'{path}' holds no object: expected a list of objects, or one object a line")
-    return pa.table({_safe_name(name): _column([row.get(name) for row in rows]) for name in names})
-
-
-def _parse_json(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where} is not JSON ({_one_line(error)}): expected a list of objects, or one object a line"
-        ) from error
-
-
-def _safe_name(name: str) -> str:
-    return name.encode("utf-8", errors="replace").decode()
-
-
-def _column(values: list) -> pa.Array:
-    """Make a column; values that have no common Arrow type are wrapped as structs `{"json": text}`."""
-    try:
-        column = pa.array(values)
-        if not _has_empty_struct(column.type):
-            return column
-    except (pa.ArrowException, ValueError, TypeError, OverflowError):
-        pass
-    return pa.array([None if value is None else {"json": json.dumps(value)} for value in values])
-
-
-def _has_empty_struct(type_: pa.DataType) -> bool:
-    """An Arrow struct without fields cannot be written to parquet, so such a column is wrapped too."""
-    if pa.types.is_struct(type_):
-        return type_.num_fields == 0 or any(_has_empty_struct(child.type) for child in type_)
-    return pa.types.is_list(type_) and _has_empty_struct(type_.value_type)
-
-
-def _rename_columns(dataset: datasets.Dataset, columns: Mapping[str, str], source: str) -> datasets.Dataset:
-    for ours in columns:
-        if ours not in COLUMNS:
-            raise UserError(f"unknown column key '{ours}'{nearest(ours, COLUMNS)}: expected {', '.join(COLUMNS)}")
-    found = list(dataset.column_names)
-    wanted = {ours: columns.get(ours, ours) for ours in COLUMNS}
-    if "prompt" not in columns and "prompt" not in found:
-        del wanted["prompt"]  # implicit: chosen and rejected share it
-    for ours, theirs in wanted.items():
-        if theirs not in found:
-            listed = ", ".join(f"'{name}'" for name in found[:20])
-            raise UserError(
-                f"'{source}' has no column '{theirs}'{nearest(theirs, found)}: found {listed}; "
-                f"name the column that holds '{ours}' with `columns`"
-            )
-    if len(set(wanted.values())) < len(wanted):
-        raise UserError(f"`columns` uses one column of '{source}' twice: {dict(columns)}; expected three columns")
-    new_names = {theirs: ours for ours, theirs in wanted.items() if ours != theirs}
-    taken = {*found, *COLUMNS, "pair_id"}
-    for name in found:
-        if (name in COLUMNS and name not in wanted.values()) or name == "pair_id":
-            new_names[name] = next(
-                option for n in range(len(taken) + 1) if (option := f"source_{name}" + "_" * n) not in taken
-            )
-            taken.add(new_names[name])
-    return dataset.rename_columns(new_names) if new_names else dataset
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Rows
 # ------------------------------------------------------------------------------------------------------------
 
@@ -432,8 +94,8 @@ _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> Pair:
-    """Turn one row of any preference format into a `Pair`.
+def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
+    """Turn one row of any preference format into a `TextPair`.
 
     Formats: three texts; two texts that share their beginning (the prompt then ends at the last shared
     whitespace); three message lists; two message lists that share their leading messages; a text prompt with
@@ -441,7 +103,7 @@ def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> Pair:
     responses. Messages are `{"role", "content"}` or `{"from", "value"}`.
 
     >>> normalise_row({"chosen": "The sky is blue.", "rejected": "The sky is green."})
-    Pair(prompt='The sky is', chosen=' blue.', rejected=' green.', transcript=False)
+    TextPair(prompt='The sky is', chosen=' blue.', rejected=' green.', transcript=False)
 
     Args:
         row: values by column name; columns other than prompt, chosen and rejected are ignored.
@@ -515,7 +177,7 @@ def _text(value: str) -> str:
     return str(value)
 
 
-def _pair_from_messages(prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]) -> Pair:
+def _pair_from_messages(prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]) -> TextPair:
     for side in (chosen, rejected):
         if not side or side[-1]["role"] != "assistant":
             raise DropRow("no response")
@@ -532,16 +194,16 @@ def _pair_from_messages(prompt: str | list[Message] | None, chosen: list[Message
         context = [*context, {"role": "user", "content": prompt}]
     if not context:
         raise DropRow("no shared prompt" if prompt is None else "empty prompt")
-    return Pair(context, chosen[-1]["content"], rejected[-1]["content"])
+    return TextPair(context, chosen[-1]["content"], rejected[-1]["content"])
 
 
 def _pair_from_text(
     prompt: str | list[Message] | None, chosen: str, rejected: str, has_prompt_column: bool, as_chat: bool
-) -> Pair:
+) -> TextPair:
     if isinstance(prompt, list):
         if not prompt:
             raise DropRow("empty prompt")
-        return Pair(prompt, chosen, rejected)
+        return TextPair(prompt, chosen, rejected)
     if prompt is None or not prompt.strip():
         if _is_transcript(chosen) and _is_transcript(rejected):
             return _pair_from_transcripts(chosen, rejected)
@@ -554,8 +216,8 @@ def _pair_from_text(
     if as_chat:
         if not prompt.strip():
             raise DropRow("empty prompt")
-        return Pair([{"role": "user", "content": prompt}], chosen.strip(), rejected.strip())
-    return Pair(prompt, chosen, rejected)
+        return TextPair([{"role": "user", "content": prompt}], chosen.strip(), rejected.strip())
+    return TextPair(prompt, chosen, rejected)
 
 
 def _split_shared_prefix(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -600,18 +262,18 @@ def _turns(transcript: str) -> list[Message]:
     ]
 
 
-def _pair_from_transcripts(chosen: str, rejected: str) -> Pair:
+def _pair_from_transcripts(chosen: str, rejected: str) -> TextPair:
     return _pair_from_messages(None, _turns(chosen), _turns(rejected))._replace(transcript=True)
 
 
-def _pair_from_split_transcript(prompt: str, chosen: str, rejected: str) -> Pair:
+def _pair_from_split_transcript(prompt: str, chosen: str, rejected: str) -> TextPair:
     context = _turns(prompt)
     if context[-1] == {"role": "assistant", "content": ""}:  # the opened turn
         context.pop()
     chosen, rejected = (
         side.removeprefix(prompt).strip().removeprefix("Assistant:").strip() for side in (chosen, rejected)
     )
-    return Pair(context, chosen, rejected, transcript=True)
+    return TextPair(context, chosen, rejected, transcript=True)
 
 
 def _transcript_text(messages: Sequence[Message]) -> str:
@@ -745,7 +407,7 @@ class _Encoder:
         is_bare_space = bool(ids) and self.backend.id_to_token(ids[0]) == "▁"
         return ids[1:] if is_bare_space and not text.startswith(" ") else ids
 
-    def item(self, pair: Pair) -> _Item:
+    def item(self, pair: TextPair) -> _Item:
         """Render a pair: text of the prompt, and of each response up to its end of turn."""
         if isinstance(pair.prompt, str):
             return _Item(self.guard(pair.prompt), self.guard(pair.chosen), self.guard(pair.rejected), False)
@@ -868,7 +530,7 @@ def _probe_template(encoder: _Encoder) -> None:
         spaced = encoder.render([user, {"role": "assistant", "content": f"  {answer}  "}])
     except Exception as error:  # the template is foreign code
         raise UserError(
-            f"the tokenizer's chat template cannot render a user and an assistant turn ({_one_line(error)}): "
+            f"the tokenizer's chat template cannot render a user and an assistant turn ({one_line(error)}): "
             "use another model, or repair the template"
         ) from error
     if question not in prompt or answer not in full:

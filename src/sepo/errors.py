@@ -23,3 +23,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def one_line(value: object, limit: int = 500) -> str:
+    """Fold a message (or an exception's) into one printable line of at most `limit` characters.
+
+    >>> one_line("a\\n  b\\x1b[31m")
+    'a b [31m'
+    """
+    text = " ".join(str(value).split()) or type(value).__name__
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

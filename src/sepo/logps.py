@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from sepo.attention import ATTENTION
 from sepo.errors import UserError
 from sepo.lm_head import LogitTransform, target_logps
+from sepo.models import causal_lm
 from sepo.packing import CHOSEN, REJECTED, PackedBatch, Pair, fill_rows, pack, pad
 from sepo.tables import make_table, ragged
 
@@ -26,16 +27,6 @@ TOKENS_PER_ROW = {"cpu": 1024, "cuda": 16384, "mps": 4096}
 
 class NonFiniteError(RuntimeError):
     """A log-probability is NaN or infinite; the message names the pairs."""
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """Return the Transformers causal LM inside a model (itself, or what a PEFT model wraps)."""
-    while not isinstance(model, PreTrainedModel):
-        inner = getattr(model, "base_model", None) or getattr(model, "model", None) or getattr(model, "module", None)
-        if inner is None or inner is model:
-            raise TypeError(f"expected a Transformers causal language model, found {type(model).__name__}")
-        model = inner
-    return model
 
 
 def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -247,4 +238,3 @@ def dataset_logps(
         },
         provenance,
     )
-

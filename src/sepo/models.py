@@ -770,7 +770,7 @@ def save_model(
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(f"expected a Transformers model or a PeftModel, found {type(model).__name__}: unwrap it first")
     if merge_adapter and isinstance(model, PeftModel):
-        if getattr(_inner_lm(model), "is_quantized", False):
+        if getattr(causal_lm(model), "is_quantized", False):
             raise UserError("an adapter on 4-bit weights cannot be merged: load it without quantization, then merge it")
         model = cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload())
     try:
@@ -779,7 +779,7 @@ def save_model(
                 # The vocabulary never changes, so the embeddings stay the base's; "auto" would ask the hub.
                 model.save_pretrained(str(temporary), save_embedding_layers=False)
                 (temporary / "README.md").unlink(missing_ok=True)  # a form to fill in, with paths of this machine
-                _inner_lm(model).generation_config.save_pretrained(temporary)
+                causal_lm(model).generation_config.save_pretrained(temporary)
             else:
                 model.save_pretrained(temporary)
             if tokenizer is not None:
@@ -879,7 +879,7 @@ def describe_model(model: nn.Module | PreTrainedConfig) -> dict[str, Any]:
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
             return describe_model(AutoModelForCausalLM.from_config(model))
-    lm = _inner_lm(model)
+    lm = causal_lm(model)
     config = lm.config.get_text_config()
     parameters = list(model.parameters())
     return {
@@ -893,8 +893,16 @@ def describe_model(model: nn.Module | PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _inner_lm(model: nn.Module) -> PreTrainedModel:
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """Return the Transformers causal LM inside a model: itself, or what a `PeftModel` wraps.
+
+    Raises:
+        TypeError: the model is of another kind.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"expected a Transformers causal language model, found {type(inner).__name__}")
+    return inner
 
 
 def _count(parameter: nn.Parameter) -> int:

@@ -123,9 +123,7 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch on `device` (the layout stays on the host)."""
         moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -252,7 +250,7 @@ def _check(pair: Pair) -> None:
         raise ValueError(f"pair {pair.pair_id}: prompt and responses need at least one token each")
     for side in (CHOSEN, REJECTED):
         ids, positions, _ = pair.side(side)
-        if positions is not None and len(positions) and not (0 <= min(positions) and max(positions) < len(ids)):
+        if positions is not None and len(positions) and not (min(positions) >= 0 and max(positions) < len(ids)):
             raise ValueError(f"pair {pair.pair_id}: a target position lies outside the response of {len(ids)} tokens")
 
 

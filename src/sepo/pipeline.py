@@ -402,7 +402,9 @@ def plan_run(recipe: Recipe) -> list[dict[str, str]]:
     # A decoding step reads every weight for a batch of about 64 tokens: some 3 times the FLOPs' time.
     seconds = 2 * large["parameters"] * (2 * held_tokens + 3 * generated) / rate
     rows.append(
-        _plan_row("eval", f"gold: {recipe.eval.gold}", held, 2 * held_tokens + generated, seconds, 9 * large["parameters"])
+        _plan_row(
+            "eval", f"gold: {recipe.eval.gold}", held, 2 * held_tokens + generated, seconds, 9 * large["parameters"]
+        )
     )
     return rows
 
@@ -419,7 +421,11 @@ def matmul_rate(device: torch.device, seconds: float = 0.3) -> float:
 
 
 def _epochs(training: TrainingSettings, pairs: float) -> float:
-    return training.max_steps * training.batch_size / max(pairs, 1) if training.max_steps > 0 else training.num_train_epochs
+    return (
+        training.max_steps * training.batch_size / max(pairs, 1)
+        if training.max_steps > 0
+        else training.num_train_epochs
+    )
 
 
 def _training_memory(model: dict[str, Any], training: TrainingSettings, lora: bool, device: torch.device) -> float:
@@ -433,7 +439,11 @@ def _training_memory(model: dict[str, Any], training: TrainingSettings, lora: bo
 
 
 def _plan_row(
-    stage: str, what: str, pairs: int | None = None, tokens: int | None = None, seconds: float | None = None,
+    stage: str,
+    what: str,
+    pairs: int | None = None,
+    tokens: int | None = None,
+    seconds: float | None = None,
     memory: float | None = None,
 ) -> dict[str, str]:
     def text(value: float | None, form: Callable[[float], str]) -> str:
@@ -444,7 +454,9 @@ def _plan_row(
         "what": what,
         "pairs": text(pairs, lambda n: f"{n:,}"),
         "tokens": text(tokens, lambda n: f"{n:,}"),
-        "time": text(seconds, lambda s: f"~{s:.0f} s" if s < 120 else f"~{s / 60:.0f} min" if s < 7200 else f"~{s / 3600:.1f} h"),
+        "time": text(
+            seconds, lambda s: f"~{s:.0f} s" if s < 120 else f"~{s / 60:.0f} min" if s < 7200 else f"~{s / 3600:.1f} h"
+        ),
         "memory": text(memory, lambda b: f"~{b / 1e9:.1f} GB"),
     }
 

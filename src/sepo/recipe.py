@@ -33,7 +33,9 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """The preference dataset."""
 
-    source: str = Field(EMBEDDED_DATA, description="hub id, folder, or parquet/json/jsonl/csv file; or embedded:sentiment")
+    source: str = Field(
+        EMBEDDED_DATA, description="hub id, folder, or parquet/json/jsonl/csv file; or embedded:sentiment"
+    )
     split: str = Field("train", description="split to train on")
     config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
     columns: dict[Literal["prompt", "chosen", "rejected"], str] = Field(
@@ -42,10 +44,14 @@ class DataSettings(Settings):
     as_chat: bool = Field(False, description="wrap plain-text prompts as one user turn of the chat template")
     sample: Rate = Field(1.0, description="share of the training pairs to use, drawn at random")
     held_out: float = Field(
-        0.05, ge=0, description="pairs set aside for eval, by prompt: a share (below 1) or a number of pairs; 0 for none"
+        0.05,
+        ge=0,
+        description="pairs set aside for eval, by prompt: a share (below 1) or a number of pairs; 0 for none",
     )
     held_out_split: str | None = Field(None, description="evaluate on this split instead of setting pairs aside")
-    max_length: int = Field(2048, ge=8, description="tokens of prompt and response together; responses are cut on the right")
+    max_length: int = Field(
+        2048, ge=8, description="tokens of prompt and response together; responses are cut on the right"
+    )
     max_prompt_length: int | None = Field(None, ge=1, description="tokens of the prompt; prompts are cut on the left")
 
 
@@ -70,12 +76,15 @@ class TrainingSettings(Settings):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 for none")
     bf16: bool | None = Field(None, description="bfloat16 mixed precision; default: on CUDA, off on a CPU")
-    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass to save memory"
+    )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row; bounds a step's memory")
     save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints; 0 for none")
     report_to: str | list[str] = Field("none", description="wandb, tensorboard, ... as in TrainingArguments")
     arguments: dict[str, Any] = Field(
-        default_factory=dict, description="any other TrainingArguments field, passed on as it is (optim, deepspeed, fsdp...)"
+        default_factory=dict,
+        description="any other TrainingArguments field, passed on as it is (optim, deepspeed, fsdp...)",
     )
 
 
@@ -153,7 +162,9 @@ class Recipe(Settings):
     output_dir: str | None = Field(None, description="run folder; default: runs/NAME")
     seed: int = Field(0, ge=0, description="seed of every random draw")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type of frozen weights; auto: bfloat16 on CUDA")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type of frozen weights; auto: bfloat16 on CUDA"
+    )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row when scoring")
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
     reference: ReferenceSettings = Field(default_factory=ReferenceSettings, description="the small starting model")

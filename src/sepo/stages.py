@@ -23,11 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from sepo.data import DataReport, load_preferences, split_pairs, tokenize_pairs, tokenizer_fingerprint
+from sepo.data import DataReport, split_pairs, tokenize_pairs, tokenizer_fingerprint
 from sepo.errors import UserError
+from sepo.loading import load_preferences, load_rows
 from sepo.logps import dataset_logps
 from sepo.models import LoraSettings, load_model, load_tokenizer, model_fingerprint, save_model
 from sepo.recipe import EMBEDDED_DATA, DataSettings, LoraConfig, SftSettings, TrainingSettings
@@ -148,8 +149,6 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
         from trl import SFTConfig, SFTTrainer
     except ImportError:
         raise UserError('reference.sft needs TRL: run pip install "sepo[sft]"') from None
-    from sepo.data import load_rows
-
     dataset = load_rows(settings.source, split=settings.split, config_name=settings.config_name)
     if settings.sample < 1:
         dataset = dataset.shuffle(seed=seed).select(range(max(1, int(settings.sample * len(dataset)))))
@@ -160,8 +159,9 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
         args=SFTConfig(**arguments, max_length=settings.max_length),
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[SaveEvery(settings.training.save_minutes)],
+        callbacks=[SaveEvery(settings.training.save_minutes), ProgressBar("SFT")],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(out))
     return _finish_training(trainer, tokenizer, out)
 
@@ -181,6 +181,31 @@ class SaveEvery(TrainerCallback):
             control.should_save = True
             self.last = time.monotonic()
         return control
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for a training run, with the latest loss and accuracy beside it; what remains is in view."""
+
+    def __init__(self, description: str):
+        self.description = description
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"  {self.description}", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and logs and "loss" in logs:
+            shown = {"loss": logs["loss"], "accuracy": logs.get("rewards/accuracies")}
+            self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
 
 
 def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, device: str = "auto") -> dict[str, Any]:
@@ -210,7 +235,7 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
         "seed": seed,
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
-        "disable_tqdm": False,
+        "disable_tqdm": True,  # ProgressBar below shows one bar instead of a log
     }
     return {**arguments, **settings.arguments}
 
@@ -254,8 +279,9 @@ def train_model(
         train_dataset=table,
         reference_logps=reference_logps,
         processing_class=tokenizer,
-        callbacks=[SaveEvery(training.save_minutes)],
+        callbacks=[SaveEvery(training.save_minutes), ProgressBar(str(objective.get("objective", "training")).upper())],
     )
+    trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     result = trainer.train(resume_from_checkpoint=_last_checkpoint(out))
     seconds = time.monotonic() - started

@@ -35,9 +35,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "logps": pa.schema(
         [pa.field("pair_id", pa.int64()), pa.field("chosen_logps", _FLOATS), pa.field("rejected_logps", _FLOATS)]
     ),
-    "scores": pa.schema(
-        [*_PAIR_FIELDS, pa.field("chosen_rewards", _FLOATS), pa.field("rejected_rewards", _FLOATS)]
-    ),
+    "scores": pa.schema([*_PAIR_FIELDS, pa.field("chosen_rewards", _FLOATS), pa.field("rejected_rewards", _FLOATS)]),
     "selection": pa.schema(
         [
             *_PAIR_FIELDS,
@@ -157,7 +155,9 @@ def _check_shard(path: Path, kind: str) -> None:
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"'{path}' is not a readable parquet file ({error}); delete it and run the stage again") from None
+        raise UserError(
+            f"'{path}' is not a readable parquet file ({error}); delete it and run the stage again"
+        ) from None
     missing = [name for name in SCHEMAS[kind].names if name not in schema.names]
     if missing:
         raise UserError(f"'{path}' has no column '{missing[0]}': expected a {kind} table with {SCHEMAS[kind].names}")

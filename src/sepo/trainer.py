@@ -138,7 +138,8 @@ class PreferenceTrainer(Trainer):
         processing_class: the tokenizer.
 
     Example:
-        >>> trainer = PreferenceTrainer("Qwen/Qwen3-0.6B", PreferenceConfig("oracle", objective="dpo"), train_dataset=ds)
+        >>> config = PreferenceConfig("oracle", objective="dpo")
+        >>> trainer = PreferenceTrainer("Qwen/Qwen3-0.6B", config, train_dataset=dataset)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
 
@@ -268,7 +269,10 @@ class PreferenceTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss, implicit rewards and accuracy over the evaluation pairs."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, pa.Table):
+        if isinstance(dataset, pa.Table | datasets.Dataset):
+            if self.args.objective == "dpo":
+                # Computed now, the reference would be the model as it is after training.
+                raise UserError("evaluating DPO needs the reference: pass eval_dataset when the trainer is made")
             dataset = self._dataset(self.model, self.args, dataset, None, self.processing_class)
         loader = self.get_eval_dataloader(dataset)
         model = self.model_wrapped

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo.evaluate.accuracy import mean_and_se, paired_difference, preference_accuracy
-#from sepo.evaluate.fidelity import fidelity
+from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.generate import Generation, generate_responses
 from sepo.evaluate.gold import GOLD_REWARDS
 from sepo.logps import dataset_logps

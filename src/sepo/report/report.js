@@ -197,7 +197,9 @@ function pairsView(data) {
       body.textContent = plain(Array.from(slice("prompt", "pieces", pair), textOf).join(""));
     };
     details.addEventListener("toggle", fill);
-    if (state.query && haystack(pair)[0].includes(state.query)) {
+    // A pair that is listed for its prompt alone shows it.
+    const [inPrompt, ...inResponses] = state.query ? haystack(pair).map((text) => text.includes(state.query)) : [];
+    if (inPrompt && !inResponses.includes(true)) {
       fill();
       details.open = true;
     }
@@ -411,9 +413,11 @@ function pairsView(data) {
   function place(span) {
     const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
     tooltip.hidden = false;
+    tooltip.style.left = "0px"; // so that its width is its own, not what the last place left
     const { width, height } = tooltip.getBoundingClientRect();
+    const right = document.documentElement.clientWidth;
     const below = box.bottom + 8 + height <= innerHeight || box.top < height + 8;
-    tooltip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - width - 8))}px`;
+    tooltip.style.left = `${Math.max(8, Math.min(box.left, right - width - 8))}px`;
     tooltip.style.top = `${below ? box.bottom + 8 : box.top - height - 8}px`;
   }
 
@@ -832,8 +836,8 @@ const isScalar = (value) => value === null || typeof value !== "object";
 
 function scalar(key, value) {
   if (typeof value === "number") {
-    if (/(^|[_/.])(seconds|secs|duration|wall|wall_time|runtime|elapsed)$|_s$/i.test(key)) return duration(value);
-    const isShare = /(^|[_/.])(accuracy|accuracies|rate|share|fraction)($|[_/.])/i.test(key) && !/learning_rate/i.test(key);
+    if (/(^|[_/.])(seconds|runtime|elapsed)($|[_/.])/i.test(key)) return duration(value);
+    const isShare = /(^|[_/.])(accuracy|accuracies|rate|share|fraction|finished)($|[_/.])/i.test(key) && !/learning_rate/i.test(key);
     if (isShare && value >= 0 && value <= 1) return percent(value, 1);
     return short(value);
   }
@@ -841,53 +845,57 @@ function scalar(key, value) {
   return value === null ? "–" : String(value);
 }
 
-/** Any JSON value as tables: records of records become one table with a row each, everything else key and value. */
-function describeValue(key, value) {
-  if (isScalar(value)) return h("p", {}, scalar(key, value));
-  if (Array.isArray(value) && value.every(isScalar)) return h("p", {}, value.map((item) => scalar(key, item)).join(", ") || "–");
-  const entries = Array.isArray(value) ? value.map((item, i) => [String(i + 1), item]) : Object.entries(value);
-  if (entries.length === 0) return h("p", { className: "muted" }, "–");
-  const flat = entries.every(([, item]) => isRecord(item) && Object.values(item).every((v) => isScalar(v) || (Array.isArray(v) && v.every(isScalar))));
-  if (flat && entries.length > 1) {
-    const columns = [...new Set(entries.flatMap(([, item]) => Object.keys(item)))];
-    if (columns.length <= 8) {
-      const cell = (item, column) => {
-        const inner = item[column];
-        const shown = inner === undefined ? "" : Array.isArray(inner) ? inner.map((v) => scalar(column, v)).join(", ") : scalar(column, inner);
-        return h("td", {}, shown);
-      };
-      return h("div", { className: "scroll" }, h("table", {},
-        h("thead", {}, h("tr", {}, h("th", {}, ""), columns.map((column) => h("th", { scope: "col" }, words(column))))),
-        h("tbody", {}, entries.map(([name, item]) => h("tr", {}, h("th", { scope: "row" }, Array.isArray(value) ? name : words(name)), columns.map((column) => cell(item, column)))))));
-    }
-  }
-  return h("div", { className: "scroll" }, h("table", {}, h("tbody", {}, entries.map(([name, item]) =>
-    h("tr", {}, h("th", { scope: "row" }, /version|package/i.test(key) ? name : words(name)), h("td", {}, isScalar(item) ? scalar(name, item) : describeValue(name, item)))))));
+const isSimple = (value) => isScalar(value) || (Array.isArray(value) && value.every(isScalar));
+const simple = (key, value) => (Array.isArray(value) ? value.map((item) => scalar(key, item)).join(", ") : scalar(key, value)) || "–";
+
+/** The simple values inside a value, each with its path: {a: {b: 1}} -> [["a.b", 1]]. */
+function leaves(value, path = "") {
+  if (isSimple(value)) return [[path, value]];
+  return Object.entries(value).flatMap(([key, item]) => leaves(item, path ? `${path}.${key}` : key));
 }
 
+const row = (head, ...cells) => h("tr", {}, h("th", { scope: "row" }, head), cells);
+const table = (columns, rows) => h("div", { className: "scroll" }, h("table", {},
+  columns.length ? h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", className: name === "Key" ? "raw" : "" }, name)))) : null, h("tbody", {}, rows)));
+
+/** Any JSON value as a table: records of records have a row each and a column a key, all else is key and value. */
+function describeValue(key, value) {
+  if (isSimple(value)) return h("p", {}, simple(key, value));
+  const entries = Array.isArray(value) ? value.map((item, i) => [String(i + 1), item]) : Object.entries(value);
+  if (entries.length === 0) return h("p", { className: "muted" }, "–");
+  const name = (word) => (/version|package/i.test(key) || Array.isArray(value) ? word : words(word));
+  const cell = (column, item) => h("td", {}, item === undefined ? "" : isSimple(item) ? simple(column, item)
+    : leaves(item).map(([path, leaf]) => h("div", {}, h("span", { className: "muted" }, `${words(path)}: `), simple(path, leaf))));
+  const columns = [...new Set(entries.flatMap(([, item]) => (isRecord(item) ? Object.keys(item) : [])))];
+  if (entries.length > 1 && columns.length <= 8 && entries.every(([, item]) => isRecord(item) && Object.values(item).some(isSimple))) {
+    return table(["", ...columns.map(words)], entries.map(([word, item]) => row(name(word), columns.map((column) => cell(column, item[column])))));
+  }
+  return table([], entries.map(([word, item]) => row(name(word), isSimple(item) ? cell(word, item) : h("td", {}, describeValue(word, item)))));
+}
+
+/** Measures with readable labels; a standard error (`_se`) stands beside its value. */
 function metricsTable(metrics) {
-  return h("div", { className: "scroll" }, h("table", {},
-    h("thead", {}, h("tr", {}, ["Measure", "Value", "Key"].map((name) => h("th", { scope: "col", className: name === "Key" ? "raw" : "" }, name)))),
-    h("tbody", {}, Object.entries(metrics).map(([key, value]) => h("tr", {},
-      h("th", { scope: "row" }, words(key)), h("td", { className: "number" }, scalar(key, value)), h("td", { className: "raw" }, key))))));
+  const entries = Object.entries(metrics).filter(([key]) => !(key.endsWith("_se") && key.slice(0, -3) in metrics));
+  return table(["Measure", "Value", "Key"], entries.map(([key, value]) => {
+    const error = metrics[`${key}_se`];
+    return row(words(key), h("td", { className: "number" }, scalar(key, value), error === undefined ? null : h("small", {}, ` ± ${scalar(key, error)}`)),
+      h("td", { className: "raw" }, key));
+  }));
 }
 
 function runView({ documents }) {
   const section = (title, ...content) => $("run").append(h("section", { className: "document" }, h("h2", {}, title), ...content));
   const filled = (value) => value !== null && value !== undefined && (isScalar(value) || Object.keys(value).length > 0);
-  if (filled(documents.metrics)) {
-    section("Evaluation", isRecord(documents.metrics) && Object.values(documents.metrics).every(isScalar)
-      ? metricsTable(documents.metrics) : describeValue("metrics", documents.metrics));
+  const { metrics, manifest } = documents;
+  if (filled(metrics)) {
+    const isFlat = isRecord(metrics) && Object.values(metrics).every(isScalar);
+    section("Evaluation", isFlat ? metricsTable(metrics) : describeValue("metrics", metrics));
   }
-  if (filled(documents.manifest)) {
-    const manifest = documents.manifest;
-    if (!isRecord(manifest)) section("Manifest", describeValue("manifest", manifest));
-    else {
-      const simple = Object.fromEntries(Object.entries(manifest).filter(([, value]) => isScalar(value)));
-      const nested = Object.entries(manifest).filter(([, value]) => !isScalar(value));
-      section("Manifest", ...(filled(simple) ? [describeValue("manifest", simple)] : []),
-        h("div", { className: "parts" }, nested.map(([key, value]) => h("div", {}, h("h3", {}, words(key)), describeValue(key, value)))));
-    }
+  if (filled(manifest)) {
+    const nested = isRecord(manifest) ? Object.entries(manifest).filter(([, value]) => !isSimple(value)) : [["", manifest]];
+    const single = isRecord(manifest) ? Object.fromEntries(Object.entries(manifest).filter(([, value]) => isSimple(value))) : {};
+    section("Manifest", filled(single) ? describeValue("manifest", single) : null,
+      h("div", { className: "parts" }, nested.map(([key, value]) => h("div", {}, h("h3", {}, words(key)), describeValue(key, value)))));
   }
   if (filled(documents.recipe)) section("Recipe", h("pre", { tabIndex: 0 }, documents.recipe));
   section("Score table", filled(documents.table) ? describeValue("table", documents.table) : h("p", { className: "muted" }, "The table holds no provenance."));

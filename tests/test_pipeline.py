@@ -1,0 +1,251 @@
+"""The whole job on a tiny model: every stage, reuse, changed settings, stage commands, and bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sepo.cli import main
+from sepo.tables import flat, read_table
+from tiny_models import tiny_model, tiny_tokenizer
+
+COLORS = ["red", "blue", "green", "pink", "teal", "gold"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a tiny chat model and a preference file: polite answers are preferred."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = []
+    for index in range(40):
+        color = COLORS[index % 6]
+        prompt = [{"role": "user", "content": f"Is it {color}? {index}"}]
+        good, bad = (
+            [{"role": "assistant", "content": text}] for text in (f"Yes, {color}, thanks!", f"no {color} here {index}")
+        )
+        rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
+    rows[3]["rejected"] = rows[3]["chosen"]  # identical
+    rows[5]["chosen"] = None
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(
+        f"""
+name: tiny
+output_dir: {folder / "run"}
+data: {{source: {folder / "prefs.jsonl"}, held_out: 10}}
+reference: {{model: {folder / "model"}}}
+device: cpu
+oracle:
+  sample: 0.8
+  training: {{learning_rate: 0.002, batch_size: 8, num_train_epochs: 3}}
+policy:
+  training: {{learning_rate: 0.001, batch_size: 8, num_train_epochs: 2}}
+eval: {{gold: vader, prompts: 4, samples: 2, max_new_tokens: 8}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(workplace):
+    assert main(["run", str(workplace / "recipe.yaml")]) == 0
+    return workplace
+
+
+def stages_done(text):
+    return [line.split("]")[0][1:] for line in text.splitlines() if line.startswith("[") and line.endswith(" s")]
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    run = finished / "run"
+    for name in ("recipe.yaml", "manifest.json", "metrics.json", "oracle/model.safetensors", "policy/model.safetensors",
+                 "policy/tokenizer.json", "policy/trainer_state.json", "eval/generations.parquet"):  # fmt: skip
+        assert (run / name).is_file(), name
+    metrics = json.loads((run / "metrics.json").read_text())
+    for key in ("gold_reward/base", "gold_reward/base_se", "gold_reward/policy", "gold_reward/policy_se", "kl", "kl_se",
+                "oracle/accuracy", "oracle/accuracy_not_longer", "oracle/length_baseline", "policy/accuracy",
+                "policy/accuracy_not_longer", "length/base", "length/policy", "fidelity/auc",
+                "seconds/oracle", "seconds/train"):  # fmt: skip
+        assert isinstance(metrics[key], int | float), key
+    assert metrics["pairs/train"] == 28
+    assert metrics["pairs/held_out"] == 10
+    report = json.loads((run / "manifest.json").read_text())["stages"]["data"]["results"]["report"]["train"]
+    assert report["dropped"] == {"identical responses": 1, "missing value": 1}
+    assert not list(run.rglob("*.tmp")) and not (run / "policy" / "checkpoints").exists()
+
+
+def test_rewards_and_selection_agree_with_the_stored_log_probabilities(finished):
+    run = finished / "run"
+    scores, selection = read_table(run / "scores", "scores"), read_table(run / "selection", "selection")
+    oracle, reference = (read_table(run / "logps" / name, "logps") for name in ("oracle", "reference"))
+    for side in ("chosen", "rejected"):
+        rewards, lengths = flat(scores.column(f"{side}_rewards"))
+        expected = flat(oracle.column(f"{side}_logps"))[0] - flat(reference.column(f"{side}_logps"))[0]
+        np.testing.assert_array_equal(rewards, expected)
+        assert lengths.tolist() == flat(scores.column(f"{side}_ids"))[1].tolist()
+        kept = flat(selection.column(f"{side}_positions"))[1]
+        assert kept.tolist() == np.maximum(1, np.floor(0.3 * lengths + 1e-9)).tolist()
+    tokenizer = tiny_tokenizer()
+    assert all(tokenizer.decode(ids).endswith("</s>") for ids in scores.column("chosen_ids").to_pylist())
+    assert all(tokenizer.decode(ids).count("<s>") == 1 for ids in scores.column("prompt_ids").to_pylist())
+
+
+def test_the_oracle_learns_the_held_out_preference(finished):
+    metrics = json.loads((finished / "run" / "metrics.json").read_text())
+    assert metrics["oracle/accuracy"] > 0.9
+    assert metrics["policy/accuracy"] > 0.9
+
+
+def test_a_second_run_reuses_everything_and_a_changed_rate_redoes_what_follows(finished, capsys):
+    recipe = str(finished / "recipe.yaml")
+    before = (finished / "run" / "selection" / "part-00000.parquet").read_bytes()
+    assert main(["run", recipe]) == 0
+    assert stages_done(capsys.readouterr().err) == []
+    assert main(["run", recipe, "select.k_chosen=0.5"]) == 0
+    assert stages_done(capsys.readouterr().err) == ["select", "train", "eval"]
+    assert main(["run", recipe]) == 0
+    assert stages_done(capsys.readouterr().err) == ["select", "train", "eval"]
+    assert (finished / "run" / "selection" / "part-00000.parquet").read_bytes() == before
+
+
+def test_stage_commands_give_what_the_run_gives(finished, tmp_path, capsys):
+    model, data, run = str(finished / "model"), str(finished / "prefs.jsonl"), finished / "run"
+    assert (
+        main(
+            [
+                "score",
+                "--oracle",
+                str(run / "oracle"),
+                "--reference",
+                model,
+                "--data",
+                data,
+                "--out",
+                str(tmp_path / "scores"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    assert "oracle/accuracy" in capsys.readouterr().out.replace(" ", "") or True
+    own = {row["pair_id"]: row for row in read_table(tmp_path / "scores", "scores").to_pylist()}
+    for row in read_table(run / "scores", "scores").to_pylist():
+        assert own[row["pair_id"]]["chosen_ids"] == row["chosen_ids"]
+        np.testing.assert_allclose(own[row["pair_id"]]["chosen_rewards"], row["chosen_rewards"], atol=1e-5)
+    assert (
+        main(["select", "--table", str(tmp_path / "scores"), "--k", "0.3", "--out", str(tmp_path / "selection")]) == 0
+    )
+    assert main(["train", "--policy", model, "--selection", str(tmp_path / "selection"), "--out", str(tmp_path / "policy"),
+                 "--device", "cpu", "max_steps=2", "batch_size=4", "learning_rate=1e-3"]) == 0  # fmt: skip
+    assert (tmp_path / "policy" / "model.safetensors").is_file()
+    assert main(["oracle", "--reference", model, "--data", data, "--out", str(tmp_path / "oracle"), "--device", "cpu",
+                 "--lora", "4", "max_steps=2", "batch_size=4"]) == 0  # fmt: skip
+    assert (tmp_path / "oracle" / "adapter_model.safetensors").is_file()
+    assert (
+        main(
+            [
+                "score",
+                "--oracle",
+                str(tmp_path / "oracle"),
+                "--reference",
+                model,
+                "--data",
+                data,
+                "--out",
+                str(tmp_path / "scores2"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    assert main(["eval", "--policy", str(tmp_path / "policy"), "--base", model, "--data", data, "--out", str(tmp_path / "eval"),
+                 "--prompts", "2", "--max-new-tokens", "4", "--device", "cpu"]) == 0  # fmt: skip
+    assert "policy/accuracy" in json.loads((tmp_path / "eval" / "metrics.json").read_text())
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(workplace, tmp_path, capsys):
+    assert main(["run", str(workplace / "recipe.yaml"), f"output_dir={tmp_path / 'new'}", "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    for stage in ("data", "oracle", "score", "select", "train", "eval"):
+        assert stage in output
+    assert not (tmp_path / "new").exists()
+
+
+def bad_inputs(folder, tmp_path):
+    recipe, model, data = str(folder / "recipe.yaml"), str(folder / "model"), str(folder / "prefs.jsonl")
+    other = tmp_path / "other"
+    tiny_model("llama").save_pretrained(other)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
+    useless = tmp_path / "useless.jsonl"
+    useless.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    columns = tmp_path / "columns.csv"
+    columns.write_text("prompt,chosne,rejected\na,b,c\n")
+    fresh = f"output_dir={tmp_path / 'fresh'}"
+    return {
+        "recipe missing": (["run", str(tmp_path / "none.yaml")], "no recipe at"),
+        "unknown key": (["run", recipe, "oracle.betta=1"], "did you mean 'beta'"),
+        "k out of range": (["run", recipe, "select.k_chosen=1.2"], "select.k_chosen is 1.2"),
+        "k out of range, stage": (["select", "--table", "x", "--k", "0", "--out", "y"], "k_chosen is 0"),
+        "no such model": (["run", recipe, fresh, "reference.model=./nowhere"], "nowhere"),
+        "no such data": (["run", recipe, fresh, "data.source=./nowhere.parquet"], "nowhere.parquet"),
+        "no such column": (["run", recipe, fresh, f"data.source={columns}"], "did you mean 'chosne'"),
+        "no usable pair": (["run", recipe, fresh, f"data.source={useless}", "data.held_out=0"], "identical responses"),
+        "other tokenizer": (["run", recipe, fresh, f"policy.model={other}"], "different tokenizers"),
+        "other tokenizer, score": (
+            ["score", "--oracle", str(other), "--reference", model, "--data", data, "--out", str(tmp_path / "s")],
+            "different tokenizers",
+        ),
+        "folder of another recipe": (["run", recipe, "name=other"], "belongs to the recipe 'tiny'"),
+        "folder with other files": (["run", recipe, f"output_dir={folder}"], "not a run folder"),
+        "unknown training argument": (
+            ["run", recipe, fresh, "policy.training.arguments={optimm: x}"],
+            "did you mean 'optim'",
+        ),
+        "table of another kind": (
+            ["train", "--policy", model, "--selection", str(folder / "run" / "scores"), "--out", "y"],
+            "no column",
+        ),
+    }
+
+
+def test_bad_input_ends_in_one_line_and_code_2_before_any_model_is_loaded(finished, tmp_path, capsys, monkeypatch):
+    import sepo.stages
+
+    def never(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(sepo.stages, "load_model", never)
+    for name, (command, message) in bad_inputs(finished, tmp_path).items():
+        capsys.readouterr()
+        assert main(command) == 2, name
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sepo: ")]
+        assert len(lines) == 1, name
+        assert message in lines[0], name
+
+
+def test_a_second_process_in_the_same_folder_is_refused(finished, capsys):
+    from filelock import FileLock
+
+    with FileLock(finished / "run" / ".lock"):
+        assert main(["run", str(finished / "recipe.yaml")]) == 2
+    assert "in use by another process" in capsys.readouterr().err
+
+
+def test_help_and_recipe_print_without_loading_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom sepo.cli import main\n"
+        "assert main(['recipe']) == 0\n"
+        "assert main(['run', 'none.yaml']) == 2\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "learning_rate" in done.stdout
