@@ -20,8 +20,8 @@ from sepo.errors import UserError
 from sepo.evaluate import gold
 from sepo.evaluate.accuracy import mean_and_se, paired_difference, preference_accuracy
 from sepo.evaluate.fidelity import auc, fidelity, token_pieces, token_words, word_valences
-from sepo.evaluate.generate import generate_responses, stop_ids
-from sepo.models import load_model
+from sepo.evaluate.generate import generate_responses
+from sepo.models import load_model, stop_ids
 from sepo.tables import make_table
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -502,7 +502,7 @@ def test_the_script_pairs_within_prompts_and_writes_what_it_says(tmp_path, capsy
     assert json.loads(table.schema.metadata[b"made_with"])["tau"] == 0.3
     assert "labels against the gold" in capsys.readouterr().out
     texts = [row[side][0]["content"] for row in table.to_pylist() for side in ("chosen", "rejected")]
-    assert len(set(texts)) == len(texts)  # each answer is used once
+    assert max(texts.count(text) for text in set(texts)) == 2  # each answer meets its two neighbours
     for row in table.to_pylist():
         asked = row["prompt"][-1]["content"]
         (topic,) = [t for t in script.TOPICS if row["chosen"][0]["content"].startswith(t + " ")]

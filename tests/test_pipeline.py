@@ -72,7 +72,8 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert metrics["pairs/held_out"] == 10
     report = json.loads((run / "manifest.json").read_text())["stages"]["data"]["results"]["report"]["train"]
     assert report["dropped"] == {"identical responses": 1, "missing value": 1}
-    assert not list(run.rglob("*.tmp")) and not (run / "policy" / "checkpoints").exists()
+    assert not list(run.rglob("*.tmp"))
+    assert not (run / "policy" / "checkpoints").exists()
 
 
 def test_rewards_and_selection_agree_with_the_stored_log_probabilities(finished):
@@ -111,58 +112,25 @@ def test_a_second_run_reuses_everything_and_a_changed_rate_redoes_what_follows(f
 
 def test_stage_commands_give_what_the_run_gives(finished, tmp_path, capsys):
     model, data, run = str(finished / "model"), str(finished / "prefs.jsonl"), finished / "run"
-    assert (
-        main(
-            [
-                "score",
-                "--oracle",
-                str(run / "oracle"),
-                "--reference",
-                model,
-                "--data",
-                data,
-                "--out",
-                str(tmp_path / "scores"),
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
-    assert "oracle/accuracy" in capsys.readouterr().out.replace(" ", "") or True
+
+    def sepo(line, *training):
+        words = line.format(model=model, data=data, oracle=run / "oracle", tmp=tmp_path).split(" ")
+        assert main([*words, *training]) == 0
+
+    sepo("score --oracle {oracle} --reference {model} --data {data} --out {tmp}/scores --device cpu")
+    assert "oracle/accuracy" in capsys.readouterr().out
     own = {row["pair_id"]: row for row in read_table(tmp_path / "scores", "scores").to_pylist()}
     for row in read_table(run / "scores", "scores").to_pylist():
         assert own[row["pair_id"]]["chosen_ids"] == row["chosen_ids"]
         np.testing.assert_allclose(own[row["pair_id"]]["chosen_rewards"], row["chosen_rewards"], atol=1e-5)
-    assert (
-        main(["select", "--table", str(tmp_path / "scores"), "--k", "0.3", "--out", str(tmp_path / "selection")]) == 0
-    )
-    assert main(["train", "--policy", model, "--selection", str(tmp_path / "selection"), "--out", str(tmp_path / "policy"),
-                 "--device", "cpu", "max_steps=2", "batch_size=4", "learning_rate=1e-3"]) == 0  # fmt: skip
+    sepo("select --table {tmp}/scores --k 0.3 --out {tmp}/selection")
+    few = ("max_steps=2", "batch_size=4", "learning_rate=1e-3")
+    sepo("train --policy {model} --selection {tmp}/selection --out {tmp}/policy --device cpu", *few)
     assert (tmp_path / "policy" / "model.safetensors").is_file()
-    assert main(["oracle", "--reference", model, "--data", data, "--out", str(tmp_path / "oracle"), "--device", "cpu",
-                 "--lora", "4", "max_steps=2", "batch_size=4"]) == 0  # fmt: skip
+    sepo("oracle --reference {model} --data {data} --out {tmp}/oracle --device cpu --lora 4", *few)
     assert (tmp_path / "oracle" / "adapter_model.safetensors").is_file()
-    assert (
-        main(
-            [
-                "score",
-                "--oracle",
-                str(tmp_path / "oracle"),
-                "--reference",
-                model,
-                "--data",
-                data,
-                "--out",
-                str(tmp_path / "scores2"),
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
-    assert main(["eval", "--policy", str(tmp_path / "policy"), "--base", model, "--data", data, "--out", str(tmp_path / "eval"),
-                 "--prompts", "2", "--max-new-tokens", "4", "--device", "cpu"]) == 0  # fmt: skip
+    sepo("score --oracle {tmp}/oracle --reference {model} --data {data} --out {tmp}/scores2 --device cpu")
+    sepo("eval --policy {tmp}/policy --base {model} --data {data} --out {tmp}/eval --prompts 2 --max-new-tokens 4")
     assert "policy/accuracy" in json.loads((tmp_path / "eval" / "metrics.json").read_text())
 
 

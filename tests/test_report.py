@@ -72,7 +72,9 @@ def run(tmp_path: Path, words: Path) -> Path:
         json.dumps({"log_history": [*history, {"step": 5, "train_runtime": 9.0}]})
     )
     (run / "recipe.yaml").write_text("name: my-run\nselect: {k_chosen: 0.4}\n")
-    (run / "manifest.json").write_text(json.dumps({"device": {"name": "cpu"}, "stages": {"oracle": {"seconds": 61.5}}}))
+    (run / "manifest.json").write_text(
+        json.dumps({"name": "a name", "device": {"name": "cpu"}, "stages": {"oracle": {"seconds": 61.5}}})
+    )
     (run / "metrics.json").write_text('{"policy/win_rate": 0.61, "policy/kl": NaN}')
     return run
 
@@ -374,7 +376,7 @@ def test_pairs_without_log_probabilities_say_so(run: Path) -> None:
 def test_the_page_documents_the_run(run: Path) -> None:
     header, _ = data_of(build_report(run, out=run / "report.html"))
     documents = header["documents"]
-    assert header["title"] == "my-run"
+    assert header["title"] == "a name"
     assert documents["recipe"].startswith("name: my-run")
     assert documents["manifest"]["stages"]["oracle"]["seconds"] == 61.5
     assert documents["metrics"] == {"policy/win_rate": 0.61, "policy/kl": "nan"}
@@ -406,12 +408,24 @@ def test_at_most_max_pairs_are_shown_and_all_are_counted(run: Path) -> None:
     assert header["summary"]["pairs"] == len(ids)
 
 
-def test_the_prompt_preview_leaves_out_what_all_prompts_share(run: Path) -> None:
+def test_the_prompt_preview_leaves_out_what_most_prompts_share(run: Path) -> None:
+    columns = tables.read_table(run / "scores", "scores").to_pydict()
+    columns["prompt_ids"][2] = columns["prompt_ids"][2][1:]  # cut off at the left
+    tables.write_table(run / "scores", tables.make_table("scores", columns))
     header, arrays = data_of(build_report(run, out=run / "report.html"))
-    start, end = header["shared_prompt"]
-    numbers = arrays["prompt_pieces"][: arrays["prompt_lengths"][0]]
-    shown = "".join(header["pieces"]["shown"][number] for number in numbers[start : len(numbers) - end])
-    assert unmarked(shown).strip() == "Question 0"
+    ends = np.cumsum(arrays["prompt_lengths"])
+    previews = []
+    for i, end in enumerate(ends):
+        numbers = arrays["prompt_pieces"][end - arrays["prompt_lengths"][i] + arrays["prompt_starts"][i] : end]
+        numbers = numbers[: len(numbers) - arrays["prompt_ends"][i]]
+        previews.append("".join(header["pieces"]["text"].get(str(n), header["pieces"]["shown"][n]) for n in numbers))
+    whole = "".join(WORDS.decode(columns["prompt_ids"][2]))
+    assert previews == [
+        "Question 0",
+        "Question 1",
+        whole.removesuffix("\nassistant\n"),
+        *(f"Question {i}" for i in (3, 4, 5)),
+    ]
 
 
 def test_the_page_allows_its_own_script_and_style_and_nothing_else(run: Path) -> None:

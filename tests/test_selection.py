@@ -129,7 +129,7 @@ def test_tables_of_another_kind_or_version_are_refused_in_one_line(tmp_path):
         read_table(tmp_path / "empty", "scores")
     write_table(
         tmp_path / "pairs",
-        make_table("pairs", dict.fromkeys(("pair_id", "prompt_ids", "chosen_ids", "rejected_ids"), [])),
+        make_table("pairs", {name: [] for name in ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")}),
     )
     with pytest.raises(UserError, match="no column 'chosen_rewards'"):
         read_table(tmp_path / "pairs", "scores")

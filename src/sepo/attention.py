@@ -278,6 +278,7 @@ def _flex_attention(
     """FlexAttention over the row's block mask; `kernel` defaults to the compiled one."""
 
     def capped(score, batch, head, q_index, k_index):
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     return (kernel or _compiled_flex())(

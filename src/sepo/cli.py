@@ -7,7 +7,6 @@ A `UserError` ends as one line on standard error and exit code 2.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -77,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sepo",
-        description="Selective preference optimization: align a language model on the tokens that carry the preference.",
+        description="Selective preference optimization: align a model on the tokens that carry the preference.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -328,7 +327,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     from sepo import stages
     from sepo.evaluate.run import evaluate_run
     from sepo.models import check_model, load_tokenizer, resolve_model
-    from sepo.tables import write_table, write_text
+    from sepo.tables import write_metrics, write_table
 
     for name in (arguments.policy, arguments.base):
         check_model(name)
@@ -340,7 +339,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     metrics = evaluate_run(
         policy, base, out / "pairs", out, eval_settings, seed=arguments.seed, device=arguments.device
     )
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_metrics(out / "metrics.json", metrics)
     print_metrics(f"eval: {out}", metrics)
 
 
@@ -429,10 +428,10 @@ def print_plan(title: str, rows: list[dict[str, str]]) -> None:
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if value != value:
+    if value is None or value != value:
         return "–"
+    if not isinstance(value, int | float):
+        return str(value)
     if isinstance(value, int) or float(value).is_integer():
         return f"{int(value):,}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -1,7 +1,7 @@
 """Where preference data come from: a hub id, a folder or a file -> rows with our column names.
 
-Local files are opened directly, not through a cache: a changed file is never served stale, and a file or column name may
-hold any character. Nothing is executed and no pickle is read. What a row means is the business of `data.py`.
+Local files are opened directly, not through a cache: a changed file is never served stale, and file and column names
+may hold any character. Nothing is executed and no pickle is read. What a row means is the business of `data.py`.
 """
 
 from __future__ import annotations

@@ -430,7 +430,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     if stops:
         model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -438,19 +438,33 @@ def _write_converted(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: what model and tokenizer name, and the chat template's end of turn."""
-    ids: list[int] = []
-    for value in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-        ids.extend(value if isinstance(value, list) else [] if value is None else [value])
-    if tokenizer.chat_template:
-        content = "x"
-        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        tail = tokenizer(text[text.rindex(content) + 1 :], add_special_tokens=False)["input_ids"]
-        control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        ids.extend([token for token in tail if token in control][:1])
-    return list(dict.fromkeys(ids))
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token id that ends a response: the model's, the tokenizer's and the chat template's, ascending.
+
+    The chat template matters because many checkpoints name only the end of text as their end-of-sequence token while
+    their template closes a turn with another one.
+    """
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    end_of_turn = _end_of_turn_id(tokenizer)
+    if end_of_turn is not None:
+        found.add(end_of_turn)
+    return sorted(found)
+
+
+def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes right after an assistant's message, if it does."""
+    if not tokenizer.chat_template:
+        return None
+    content = "an answer"
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": content}]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    after = tokenizer.encode(text[text.rindex(content) + len(content) :].lstrip(), add_special_tokens=False)
+    # `all_special_ids` knows the named ones only (BOS, EOS, ...); an end of turn is often just declared special.
+    token = tokenizer.added_tokens_decoder.get(after[0]) if after else None
+    return after[0] if token is not None and token.special else None
 
 
 # --- tokenizer ----------------------------------------------------------------------------------

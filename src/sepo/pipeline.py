@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from sepo.data import sample_pairs, tokenizer_fingerprint
 from sepo.errors import UserError, nearest
-from sepo.evaluate.gold import vader_scores
+from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.run import evaluate_run
 from sepo.logps import tokens_per_row_for
 from sepo.models import (
@@ -55,7 +55,7 @@ from sepo.stages import (
     train_model,
     train_reference,
 )
-from sepo.tables import FORMAT_VERSION, flat, read_table, write_text
+from sepo.tables import FORMAT_VERSION, flat, read_table, write_metrics, write_text
 from sepo.trainer import PreferenceConfig
 
 STAGES = ("data", "reference", "oracle", "score", "select", "train", "eval")
@@ -168,7 +168,7 @@ def _run_stages(run: Run) -> dict[str, float]:
     settings = recipe.model_dump(mode="json")
     start = resolve_model(recipe.reference.model, revision=recipe.reference.revision)
     tokenizer = load_tokenizer(start)
-    scoring = {"device": recipe.device, "dtype": recipe.dtype, "tokens_per_row": recipe.tokens_per_row}
+    scoring: dict[str, Any] = {"device": recipe.device, "dtype": recipe.dtype, "tokens_per_row": recipe.tokens_per_row}
 
     train, held_out = run.path("pairs", "train"), run.path("pairs", "held_out")
     source = str(embedded_data()) if recipe.data.source == EMBEDDED_DATA else recipe.data.source
@@ -318,7 +318,7 @@ def _run_stages(run: Run) -> dict[str, float]:
         "pairs/held_out": data["results"]["held_out"],
         **{f"seconds/{name}": record["seconds"] for name, record in run.manifest["stages"].items()},
     }
-    write_text(run.path("metrics.json"), json.dumps(metrics, indent=2) + "\n")
+    write_metrics(run.path("metrics.json"), metrics)
     return metrics
 
 
@@ -332,8 +332,8 @@ def check_inputs(recipe: Recipe) -> None:
     for name in names:
         if name is not None:
             check_model(name)
-    if recipe.eval.gold == "vader":
-        vader_scores([])  # says what to install if it is not there
+    if recipe.eval.gold is not None:
+        gold_reward(recipe.eval.gold)
     # Reading the source finds a missing file, split or column; tokenisation then counts bad rows.
     read_split(recipe.data, recipe.data.split)
     if recipe.data.held_out_split:

@@ -38,7 +38,7 @@ class DataSettings(Settings):
     )
     split: str = Field("train", description="split to train on")
     config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
-    columns: dict[Literal["prompt", "chosen", "rejected"], str] = Field(
+    columns: dict[str, str] = Field(
         default_factory=dict, description="names of the columns where they differ, e.g. {chosen: preferred}"
     )
     as_chat: bool = Field(False, description="wrap plain-text prompts as one user turn of the chat template")

@@ -183,3 +183,9 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
+    """Write flat metrics as JSON, atomically; a figure that is undefined (NaN) becomes null."""
+    defined = {name: None if value != value else value for name, value in metrics.items()}
+    write_text(path, json.dumps(defined, indent=2) + "\n")

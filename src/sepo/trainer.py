@@ -143,6 +143,8 @@ class PreferenceTrainer(Trainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
+    args: PreferenceConfig
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str,
@@ -234,8 +236,8 @@ class PreferenceTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
         """Forward and backward over the packed rows of one batch; returns the mean loss of its pairs (its share)."""
         model.train()
-        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
-            self.optimizer.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have a training mode
+            self.optimizer.train()  # type: ignore[union-attr]
         pairs_in_update = float(num_items_in_batch or inputs["num_pairs"])
         total = torch.zeros((), device=self.args.device)
         last = len(inputs["batches"]) - 1
@@ -274,7 +276,7 @@ class PreferenceTrainer(Trainer):
                 # Computed now, the reference would be the model as it is after training.
                 raise UserError("evaluating DPO needs the reference: pass eval_dataset when the trainer is made")
             dataset = self._dataset(self.model, self.args, dataset, None, self.processing_class)
-        loader = self.get_eval_dataloader(dataset)
+        loader = self.get_eval_dataloader(dataset)  # type: ignore[arg-type]
         model = self.model_wrapped
         training = model.training
         model.eval()
@@ -318,17 +320,17 @@ def _bind_packed_forward(model: nn.Module) -> None:
     Wrappers (DDP, FSDP, DeepSpeed, autocast) act on the call of the module they wrap, so the packed path must go
     through that call rather than around it.
     """
-    if getattr(model, "sepo_bound", False):
-        return
     original = model.forward
+    if getattr(original, "takes_packed_batches", False):
+        return
 
     def forward(self, *args, packed_batch: PackedBatch | None = None, **kwargs):
         if packed_batch is None:
             return original(*args, **kwargs)
         return token_logps(self, packed_batch)
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
-    model.sepo_bound = True  # type: ignore[assignment]
+    forward.takes_packed_batches = True  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
 
 
 def _matmul_parameters(model: nn.Module) -> int:

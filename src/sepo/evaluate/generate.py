@@ -16,6 +16,8 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from sepo.models import stop_ids
+
 
 class Generation(NamedTuple):
     """One sampled response.
@@ -81,35 +83,6 @@ def generate_responses(
                 results.append(Generation(prompt, sample, *_cut(ids, stops)))
             bar.update(len(batch))
     return sorted(results, key=lambda item: (item.prompt_index, item.sample_index))
-
-
-def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token id that ends a response: the model's, the tokenizer's and the chat template's, ascending.
-
-    The chat template matters because many checkpoints name only the end of text as their end-of-sequence token while
-    their template closes a turn with another one.
-    """
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    end_of_turn = _end_of_turn_id(tokenizer)
-    if end_of_turn is not None:
-        found.add(end_of_turn)
-    return sorted(found)
-
-
-def _end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes right after an assistant's message, if it does."""
-    if not tokenizer.chat_template:
-        return None
-    content = "an answer"
-    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": content}]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    after = tokenizer.encode(text[text.rindex(content) + len(content) :].lstrip(), add_special_tokens=False)
-    # `all_special_ids` knows the named ones only (BOS, EOS, ...); an end of turn is often just declared special.
-    token = tokenizer.added_tokens_decoder.get(after[0]) if after else None
-    return after[0] if token is not None and token.special else None
 
 
 def _plain_config(

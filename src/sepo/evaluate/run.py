@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from sepo.evaluate.accuracy import mean_and_se, paired_difference, preference_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.generate import Generation, generate_responses
-from sepo.evaluate.gold import GOLD_REWARDS
+from sepo.evaluate.gold import gold_reward
 from sepo.logps import dataset_logps
 from sepo.models import load_model, load_tokenizer
 from sepo.recipe import EvalSettings
@@ -93,7 +94,9 @@ def policy_accuracy(before: pa.Table, after: pa.Table, pairs: pa.Table) -> dict[
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray, pairs: pa.Table) -> dict[str, float]:
     lengths = [flat(pairs.column(f"{side}_ids"))[1] for side in ("chosen", "rejected")]
-    return preference_accuracy(chosen, rejected, *lengths)
+    prompts = [tuple(ids) for ids in pairs.column("prompt_ids").to_pylist()]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return preference_accuracy(chosen, rejected, *lengths, groups=[numbers[prompt] for prompt in prompts])
 
 
 def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
@@ -107,7 +110,7 @@ def unique_prompts(pairs: pa.Table, limit: int) -> list[list[int]]:
 
 
 def measure_generations(
-    models: dict[str, nn.Module],
+    models: Mapping[str, nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     settings: EvalSettings,
@@ -127,7 +130,7 @@ def measure_generations(
             seed=seed,
         )
     texts = {
-        name: [tokenizer.decode(one.response_ids, skip_special_tokens=True) for one in items]
+        name: [str(tokenizer.decode(one.response_ids, skip_special_tokens=True)) for one in items]
         for name, items in generations.items()
     }
     metrics: dict[str, float] = {}
@@ -144,7 +147,7 @@ def measure_generations(
         columns[name] = texts[name]
         columns[f"{name}_tokens"] = lengths
         if settings.gold is not None:
-            gold[name] = GOLD_REWARDS[settings.gold](texts[name])
+            gold[name] = gold_reward(settings.gold)(texts[name])
             metrics[f"gold_reward/{name}"], metrics[f"gold_reward/{name}_se"] = mean_and_se(gold[name], groups)
             columns[f"{name}_gold"] = gold[name]
     if gold:

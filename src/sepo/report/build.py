@@ -13,7 +13,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -172,25 +172,26 @@ def _facets(rows: pa.Table) -> dict[str, dict]:
     return facets
 
 
-def _shared_ends(prompts: list[np.ndarray], is_boundary: Callable[[int], bool]) -> tuple[int, int]:
-    """How many tokens all prompts share at the start and at the end, so that the preview can leave them out.
+def _common_starts(prompts: list[list[int]], is_boundary: Callable[[int], bool]) -> list[int]:
+    """How many tokens at the start of each prompt are what most prompts begin with: a preview leaves them out.
 
     Counted to the last boundary (a control token or a newline), so that prompts which merely begin with the
-    same words keep them.
+    same words keep them. A prompt that begins otherwise, such as one cut off at the left, counts 0.
     """
+    distinct = sorted({tuple(prompt) for prompt in prompts})
+    if len(distinct) < 2:
+        return [0] * len(prompts)
+    # What more than half begin with, the one in the middle of the sorted prompts begins with.
+    middle = distinct[len(distinct) // 2]
 
-    def shared(sequences: list[np.ndarray]) -> int:
-        first, count = sequences[0], min(len(prompt) for prompt in sequences)
-        for prompt in sequences[1:]:
-            differs = np.flatnonzero(prompt[:count] != first[:count])
-            count = int(differs[0]) if len(differs) else count
-        while count and not is_boundary(int(first[count - 1])):
-            count -= 1
-        return count
+    def shared(prompt: Sequence[int]) -> int:
+        differs = (i for i, (one, other) in enumerate(zip(prompt, middle, strict=False)) if one != other)
+        return next(differs, min(len(prompt), len(middle)))
 
-    start = shared(prompts)
-    end = shared([prompt[start:][::-1] for prompt in prompts])
-    return start, end
+    count = sorted(map(shared, distinct), reverse=True)[len(distinct) // 2]
+    while count and not is_boundary(middle[count - 1]):
+        count -= 1
+    return [count if shared(prompt) >= count else 0 for prompt in prompts]
 
 
 def _read_json(path: Path) -> object | None:
@@ -264,10 +265,11 @@ def _payload(
             arrays[f"{side}_logps"] = np.where(np.isnan(values), _NO_LOGP, scaled).astype(np.uint16)
 
     special = pieces.vocabulary.special if pieces.vocabulary else frozenset()
-    prompt_ids, prompt_lengths = ids["prompt"]
-    prompts = np.split(prompt_ids, np.cumsum(prompt_lengths)[:-1])
     newlines = {piece.token_id for piece in pieces.pieces if "\n" in piece.text}
-    shared = _shared_ends(prompts, lambda token: token in special or token in newlines) if len(rows) > 1 else (0, 0)
+    prompts = rows["prompt_ids"].to_pylist()
+    for name, order in (("starts", 1), ("ends", -1)):
+        common = _common_starts([prompt[::order] for prompt in prompts], lambda id_: id_ in special or id_ in newlines)
+        arrays[f"prompt_{name}"] = smallest_unsigned(np.array(common))
     table = pieces.pieces
     return pack(
         {
@@ -280,7 +282,6 @@ def _payload(
                 "text": {str(i): piece.text for i, piece in enumerate(table) if piece.text != piece.shown},
             },
             "facets": _facets(rows),
-            "shared_prompt": shared,
             "logp_scale": _LOGP_SCALE,
         },
         arrays,
@@ -356,7 +357,7 @@ def build_report(
         max_pairs: at most so many pairs are shown, spread evenly over the table; the figures use all.
         k_chosen, k_rejected: selection rates at which the sliders start, in (0, 1]; by default those that the
             selection was made with, or 0.3.
-        title: the heading; by default the name of the run or of the table.
+        title: the heading; by default the name of the run in its manifest, or of the folder or table.
 
     Returns:
         The path of the file.
@@ -389,12 +390,15 @@ def build_report(
 
     scores = read_scores(table, max_pairs)
     pieces = PieceTable(None if tokenizer is None else load_vocabulary(tokenizer))
-    title = title or (run or table).resolve().name
+    documents = _documents(run, scores.provenance)
+    manifest = documents.get("manifest")
+    recorded = manifest.get("name") if isinstance(manifest, dict) else None
+    title = title or str(recorded or (run or table).resolve().name)
     header = {
         "title": title,
         "k": _starting_rates(selection, {"chosen": k_chosen, "rejected": k_rejected}),
         "summary": summarise(scores.rewards),
-        "documents": jsonable(_documents(run, scores.provenance)),
+        "documents": jsonable(documents),
     }
     data = _payload(scores, pieces, selection, logps, header)
     out = Path(out)

@@ -181,7 +181,8 @@ function pairsView(data) {
 
   function preview(pair) {
     const numbers = slice("prompt", "pieces", pair);
-    const [first, last] = data.shared_prompt;
+    const first = arrays.prompt_starts[pair];
+    const last = arrays.prompt_ends[pair];
     const own = numbers.length > first + last ? numbers.subarray(first, numbers.length - last) : numbers;
     let text = "";
     for (let i = 0; i < own.length && text.length < 300; i++) text += textOf(own[i]);
@@ -385,6 +386,7 @@ function pairsView(data) {
       if (!live.has(pair)) reserve(pair);
     });
     feed.replaceChildren(...state.order.map((pair) => cards[pair]));
+    state.order.slice(0, 3).forEach(fill); // at once, so that the first picture is not blank
     state.order.forEach((pair) => observer.observe(cards[pair]));
     const shown = count < summary.pairs ? ` shown here, of ${integer(summary.pairs)} in the table` : "";
     $("count").textContent = state.order.length === count
@@ -953,12 +955,13 @@ function facts({ summary }) {
 }
 
 async function main() {
+  $("loading").textContent = "Reading the data …";
   tabs();
   let data;
   try {
     data = await readData();
   } catch (error) {
-    $("loading").textContent = `The data in this file cannot be read (${error.message}); it may be cut short, or the browser older than 2023.`;
+    $("loading").textContent = `The data in this file cannot be read (${error.message}); it may be cut short, or the browser is older than 2024.`;
     return;
   }
   $("title").textContent = plain(data.title);
