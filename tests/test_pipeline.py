@@ -9,6 +9,10 @@ from sepo.cli import main
 from sepo.tables import flat, read_table
 from tiny_models import tiny_model, tiny_tokenizer
 
+PROMISED_FILES = [
+    *("recipe.yaml", "manifest.json", "metrics.json", "report.html", "eval/generations.parquet"),
+    *("oracle/model.safetensors", "policy/model.safetensors", "policy/tokenizer.json", "policy/trainer_state.json"),
+]
 COLORS = ["red", "blue", "green", "pink", "teal", "gold"]
 
 
@@ -22,9 +26,8 @@ def workplace(tmp_path_factory):
     for index in range(40):
         color = COLORS[index % 6]
         prompt = [{"role": "user", "content": f"Is it {color}? {index}"}]
-        good, bad = (
-            [{"role": "assistant", "content": text}] for text in (f"Yes, {color}, thanks!", f"no {color} here {index}")
-        )
+        texts = (f"Yes, {color}, thanks!", f"no {color} here {index}" + " and so on" * (index % 2))
+        good, bad = ([{"role": "assistant", "content": text}] for text in texts)
         rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
     rows[3]["rejected"] = rows[3]["chosen"]  # identical
     rows[5]["chosen"] = None
@@ -59,8 +62,7 @@ def stages_done(text):
 
 def test_a_run_leaves_everything_it_promises(finished):
     run = finished / "run"
-    for name in ("recipe.yaml", "manifest.json", "metrics.json", "oracle/model.safetensors", "policy/model.safetensors",
-                 "policy/tokenizer.json", "policy/trainer_state.json", "eval/generations.parquet"):  # fmt: skip
+    for name in PROMISED_FILES:
         assert (run / name).is_file(), name
     metrics = json.loads((run / "metrics.json").read_text())
     for key in ("gold_reward/base", "gold_reward/base_se", "gold_reward/policy", "gold_reward/policy_se", "kl", "kl_se",

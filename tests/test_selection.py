@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sepo.errors import UserError
 from sepo.rewards import response_sums, token_rewards
 from sepo.selection import extreme_positions, keep_counts, select_key_tokens
-from sepo.tables import flat, make_table, provenance_of, read_table, write_table
+from sepo.tables import flat, make_table, provenance_of, read_table, with_provenance, write_table
 
 
 def scores_table(chosen, rejected):
@@ -79,8 +79,24 @@ def test_rates_outside_zero_to_one_are_refused_by_name(rate):
 
 
 def test_one_sort_ranks_each_response_on_its_own():
-    positions = extreme_positions(np.array([5.0, 1, 9, 0, 3, 4]), np.array([2, 4]), np.array([1, 2]), highest=True)
+    rewards, lengths, counts = np.array([5.0, 1, 9, 0, 3, 4]), np.array([2, 4]), np.array([1, 2])
+    positions, kept = extreme_positions(rewards, lengths, counts, highest=True)
     assert positions.tolist() == [0, 0, 3]
+    assert kept.tolist() == [1, 2]
+    eligible = np.array([False, False, False, True, False, True])
+    positions, kept = extreme_positions(rewards, lengths, np.array([1, 3]), highest=True, eligible=eligible)
+    assert positions.tolist() == [0, 1, 3]  # a response without an eligible token keeps its best one
+    assert kept.tolist() == [1, 2]
+
+
+def test_the_end_of_a_response_is_a_key_token_only_if_asked_for():
+    table = scores_table([[0.0, 1.0, 9.0], [5.0]], [[3.0, 1.0, -9.0], [5.0]])  # ids count from 0
+    table = with_provenance(table, "scores", {"end_ids": [2, 0]})
+    for include_end, chosen, rejected in ((True, [1, 2], [1, 2]), (False, [0, 1], [0, 1])):
+        rows = select_key_tokens(table, 0.7, 0.7, include_end).to_pylist()
+        assert rows[0]["chosen_positions"] == chosen
+        assert rows[0]["rejected_positions"] == rejected
+        assert rows[1]["chosen_positions"] == [0]  # a response that is nothing but its end keeps it
 
 
 def test_rewards_are_oracle_minus_reference_for_every_token(tmp_path):

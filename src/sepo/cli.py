@@ -28,6 +28,7 @@ stage by stage, without a recipe:
   sepo select --table scores --k 0.3 --out selection
   sepo train  --policy MODEL --selection selection --out policy learning_rate=5e-6
   sepo eval   --policy policy --base MODEL --data held_out.parquet --out eval
+  sepo report --table scores --tokenizer MODEL  every token coloured by its reward, in the browser
 
 MODEL is a hub id, a folder, a .gguf file, or package:PACKAGE/FILE.gguf. Data is a hub id, a folder or a
 parquet, json, jsonl or csv file with the columns chosen, rejected and (unless both share it) prompt.
@@ -115,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     select.add_argument("--k", type=float, default=0.3, help="share of tokens to keep on both sides (default 0.3)")
     select.add_argument("--k-chosen", type=float, help="share for chosen responses, instead of --k")
     select.add_argument("--k-rejected", type=float, help="share for rejected responses, instead of --k")
+    select.add_argument("--include-end", action="store_true", help="let the end-of-response token be a key token")
     _out_option(select, "folder for the selection table")
 
     train = command("train", train_command, "train a policy on key tokens with the SePO objective")
@@ -135,6 +137,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, default=1, help="generations a prompt (default 1)")
     evaluate.add_argument("--max-new-tokens", type=int, default=256, help="length limit (default 256)")
     _device_options(evaluate)
+
+    report = command("report", report_command, "write the HTML report of a run or of any score table")
+    report.add_argument("run", nargs="?", metavar="RUN", help="run folder")
+    report.add_argument("--table", metavar="DIR", help="a score table instead of a run")
+    report.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer to show the table's tokens with")
+    report.add_argument("--out", metavar="FILE", help="HTML file (default: report.html in the run or beside the table)")
+    report.add_argument("--figures", metavar="DIR", help="also save the figures there as PNG and SVG")
+    report.add_argument("--max-pairs", type=int, default=5000, help="pairs to show at most (default 5000)")
     return parser
 
 
@@ -273,7 +283,7 @@ def select_command(arguments: argparse.Namespace) -> None:
     from sepo import stages
     from sepo.tables import flat, read_table
 
-    stages.select(Path(arguments.table), Path(arguments.out), rates["chosen"], rates["rejected"])
+    stages.select(Path(arguments.table), Path(arguments.out), rates["chosen"], rates["rejected"], arguments.include_end)
     table = read_table(arguments.out, "selection")
     metrics: dict[str, float] = {"pairs": len(table)}
     for side in ("chosen", "rejected"):
@@ -341,6 +351,30 @@ def eval_command(arguments: argparse.Namespace) -> None:
     )
     write_metrics(out / "metrics.json", metrics)
     print_metrics(f"eval: {out}", metrics)
+
+
+def report_command(arguments: argparse.Namespace) -> None:
+    if (arguments.run is None) == (arguments.table is None):
+        raise UserError("report needs a run folder or --table DIR, one of the two: see `sepo report --help`")
+    run = None if arguments.run is None else Path(arguments.run)
+    if run is not None and not (run / "manifest.json").is_file():
+        raise UserError(f"'{run}' is not a run folder (no manifest.json): expected what `sepo run` wrote")
+    table = None if arguments.table is None else Path(arguments.table)
+    tokenizer = None
+    if arguments.tokenizer is not None:
+        _quiet_libraries()
+        from sepo.models import resolve_model
+
+        tokenizer = Path(resolve_model(arguments.tokenizer))
+    from sepo.report import build_report, save_figures
+
+    source = run or table
+    assert source is not None
+    out = Path(arguments.out) if arguments.out else (run or source.parent) / "report.html"
+    print(build_report(run, table=table, tokenizer=tokenizer, out=out, max_pairs=arguments.max_pairs))
+    if arguments.figures:
+        for path in save_figures(source, Path(arguments.figures)):
+            print(path)
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------

@@ -615,8 +615,17 @@ def tokenize_pairs(
         "max_length": max_length,
         "max_prompt_length": max_prompt_length,
         "as_chat": as_chat,
+        "end_ids": _end_ids(encoder),
     }
     return with_provenance(pa.concat_tables(tables), "pairs", provenance), report
+
+
+def _end_ids(encoder: _Encoder) -> list[int]:
+    """Ids that end a response: the EOS, and the end of turn of the chat template."""
+    ids = {encoder.tokenizer.eos_token_id}
+    if encoder.turn_end is not None:
+        ids.update([*encoder.encode([encoder.kept_end])[0], *encoder.chat_tail][-1:])
+    return sorted(ids - {None})
 
 
 def _check_lengths(max_length: int, max_prompt_length: int | None) -> None:

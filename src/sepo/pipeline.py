@@ -43,6 +43,7 @@ from sepo.models import (
     resolve_model,
 )
 from sepo.recipe import EMBEDDED_DATA, Recipe, TrainingSettings, dump_recipe
+from sepo.report import build_report
 from sepo.stages import (
     check_same_tokenizer,
     embedded_data,
@@ -254,12 +255,11 @@ def _run_stages(run: Run) -> dict[str, float]:
         [run.path("scores"), run.path("scores_held_out")],
         make_scores,
     )
-    k_chosen, k_rejected = recipe.select.k_chosen, recipe.select.k_rejected
     selection = run.stage(
         "select",
         {"scores": score["fingerprint"], "select": settings["select"]},
         [run.path("selection")],
-        lambda: {"folder": str(select(run.path("scores"), run.path("selection"), k_chosen, k_rejected))},
+        lambda: {"folder": str(select(run.path("scores"), run.path("selection"), **recipe.select.model_dump()))},
     )
 
     policy_folder = run.path("policy")
@@ -319,6 +319,8 @@ def _run_stages(run: Run) -> dict[str, float]:
         **{f"seconds/{name}": record["seconds"] for name, record in run.manifest["stages"].items()},
     }
     write_metrics(run.path("metrics.json"), metrics)
+    build_report(run.folder, out=run.path("report.html"))
+    say(f"report: {run.path('report.html')}")
     return metrics
 
 

@@ -389,14 +389,14 @@ def score_pairs(pairs: Path, oracle_logps: Path, reference_logps: Path, out: Pat
     return out
 
 
-def select(scores: Path, out: Path, k_chosen: float, k_rejected: float) -> Path:
+def select(scores: Path, out: Path, k_chosen: float, k_rejected: float, include_end: bool = False) -> Path:
     """Write the key tokens of a scores table, shard by shard."""
     check_rate("k_chosen", k_chosen)
     check_rate("k_rejected", k_rejected)
     paths = table_paths(scores, "scores")
     _clear_shards(out)
     for index, path in enumerate(paths):
-        write_shard(out, index, select_key_tokens(pq.read_table(path), k_chosen, k_rejected))
+        write_shard(out, index, select_key_tokens(pq.read_table(path), k_chosen, k_rejected, include_end))
     return out
 
 

@@ -1,0 +1,429 @@
+"""Speed and memory of the hot path beside its peers, in the same run on the same pairs.
+
+    python benchmarks/run.py policy-step --model DIR --data FILE --pairs 16 --json out.json
+    python benchmarks/run.py oracle-step|scoring|pipeline ...
+    python benchmarks/run.py policy-step ... --sweep length|k|pairs|vocabulary
+
+Every contender runs in a process of its own (so that peak memory is its own), contenders alternate, and the medians of
+`--repeats` runs are printed with the ratio to ours. `limit_share` is the share of the measured matmul rate: the FLOPs
+that the step cannot avoid (packed tokens, LM head on targets, forward and backward) over that rate and the time.
+TRL runs at each of `--trl-batch` pairs a forward; the fastest is the peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=["policy-step", "oracle-step", "scoring", "pipeline"])
+    parser.add_argument("--model", required=True, help="model folder, hub id, .gguf file or package:PKG/FILE")
+    parser.add_argument("--data", required=True, help="preference data, as for `sepo run`")
+    parser.add_argument("--as-chat", action="store_true", help="wrap plain prompts with the chat template")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs in the effective batch (default 8)")
+    parser.add_argument("--k", type=float, default=0.3, help="share of key tokens (default 0.3)")
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3, help="alternating runs of each contender (default 3)")
+    parser.add_argument("--steps", type=int, default=1, help="timed optimizer steps a run (default 1)")
+    parser.add_argument("--trl-batch", default="1,4", help="TRL's batch sizes to try (default 1,4)")
+    parser.add_argument("--tokens-per-row", type=int, help="our token budget (default: the library's)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision for everyone")
+    parser.add_argument("--no-peer", action="store_true", help="measure ours alone")
+    parser.add_argument("--sweep", choices=["length", "k", "pairs", "vocabulary"], help="how our cost grows")
+    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print("RESULT " + json.dumps(WORKERS[arguments.worker.split(":")[0]](arguments)))
+        return 0
+    figures = sweep(arguments) if arguments.sweep else compare(arguments)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+# --- contenders, each in its own process ----------------------------------------------------------------------------
+
+
+def load_pairs(arguments) -> list:
+    """The same seeded sample of pairs for every contender, tokenised by this package."""
+    from sepo.data import sample_pairs, tokenize_pairs
+    from sepo.loading import load_preferences
+    from sepo.logps import table_pairs
+    from sepo.models import load_tokenizer
+
+    dataset = load_preferences(arguments.data)
+    table, _ = tokenize_pairs(
+        dataset,
+        load_tokenizer(arguments.model),
+        max_length=arguments.max_length,
+        as_chat=arguments.as_chat,
+        progress=False,
+    )
+    sampled = sample_pairs(table, min(1.0, arguments.pairs / len(table)), seed=0)
+    return table_pairs(sampled.slice(0, arguments.pairs))
+
+
+def key_tokens(pairs: list, share: float) -> list:
+    """Mark a seeded random share of each response as key tokens: the cost depends on how many, not on which."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def choose(ids) -> list[int]:
+        return sorted(rng.permutation(len(ids))[: max(1, int(share * len(ids)))].tolist())
+
+    return [replace(p, chosen_positions=choose(p.chosen_ids), rejected_positions=choose(p.rejected_ids)) for p in pairs]
+
+
+class StepTimer:
+    """Times optimizer steps, the first (warm-up) left out."""
+
+    def __new__(cls):
+        from transformers import TrainerCallback
+
+        class Timer(TrainerCallback):
+            def __init__(self):
+                self.seconds: list[float] = []
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                _synchronise()
+                self.started = time.perf_counter()
+
+            def on_step_end(self, args, state, control, **kwargs):
+                _synchronise()
+                self.seconds.append(time.perf_counter() - self.started)
+
+        return Timer()
+
+
+def _synchronise() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _result(seconds: float, pairs: list, flops: float) -> dict[str, float]:
+    import torch
+
+    from sepo.pipeline import matmul_rate
+
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    rate = matmul_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seconds=1.0)
+    from sepo.packing import read_length
+
+    return {
+        "seconds_per_pair": seconds / len(pairs),
+        "peak_gb": memory / 1e9,
+        "tokens_per_second": sum(read_length(pair) for pair in pairs) / seconds,
+        "floor_seconds_per_pair": flops / rate / len(pairs),
+        "limit_share": flops / rate / seconds,
+        "matmul_gflops": rate / 1e9,
+    }
+
+
+def step_flops(model, pairs: list, train: bool = True) -> float:
+    """Matmul FLOPs that cannot be avoided: backbone over the tokens read, LM head over the targets."""
+    from sepo.models import causal_lm
+    from sepo.packing import pack
+
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
+    head = config.vocab_size * config.hidden_size
+    backbone = (
+        sum(
+            module.weight.numel()
+            for name, module in lm.named_modules()
+            if type(module).__name__ in ("Linear", "Conv1D")
+        )
+        - head
+    )
+    total = 0.0
+    for pair in pairs:
+        batch = pack([pair])
+        total += batch.num_tokens * backbone + len(batch.target_ids) * head
+    return total * (6 if train else 2)
+
+
+def training_config(arguments, **settings) -> dict[str, Any]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": 1 + arguments.steps,
+        "learning_rate": 1e-6,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": not cuda,
+        "bf16": arguments.bf16,
+        "optim": "adamw_torch_fused",
+        "dataloader_pin_memory": cuda,
+        **settings,
+    }
+
+
+def ours_step(arguments) -> dict[str, float]:
+    """One optimizer step of `PreferenceTrainer` over all pairs (policy-step: SePO; oracle-step: DPO)."""
+    import pyarrow as pa
+
+    from sepo.models import load_model, load_tokenizer
+    from sepo.tables import SCHEMAS, make_table
+    from sepo.trainer import PreferenceConfig, PreferenceTrainer
+
+    pairs = load_pairs(arguments)
+    policy = arguments.benchmark == "policy-step"
+    marked = key_tokens(pairs, arguments.k) if policy else pairs
+    kind = "selection" if policy else "pairs"
+    columns: dict[str, Any] = {name: [getattr(p, name, None) for p in marked] for name in SCHEMAS[kind].names}
+    if policy:
+        for side in ("chosen", "rejected"):
+            columns[f"{side}_weights"] = [[1.0] * len(x) for x in columns[f"{side}_positions"]]
+    reference = None
+    if not policy:
+        reference = pa.table(
+            {
+                "pair_id": [p.pair_id for p in pairs],
+                "chosen_logps": [[-1.0] * len(p.chosen_ids) for p in pairs],
+                "rejected_logps": [[-1.0] * len(p.rejected_ids) for p in pairs],
+            }
+        )
+    timer = StepTimer()
+    trainer = PreferenceTrainer(
+        load_model(arguments.model, train=True),
+        PreferenceConfig(
+            **training_config(arguments, per_device_train_batch_size=len(pairs)),
+            objective="sepo" if policy else "dpo",
+            tokens_per_row=arguments.tokens_per_row,
+        ),
+        train_dataset=make_table(kind, columns),
+        reference_logps=reference,
+        processing_class=load_tokenizer(arguments.model),
+        callbacks=[timer],
+    )
+    trainer.train()
+    return _result(statistics.mean(timer.seconds[1:]), pairs, step_flops(trainer.model, marked))
+
+
+def trl_step(arguments) -> dict[str, float]:
+    """The same step in TRL: SimPO (CPOTrainer) or DPO with stored reference, `batch` pairs a forward."""
+    import datasets
+
+    from sepo.models import load_model, load_tokenizer
+
+    batch = int(arguments.worker.split(":")[1])
+    pairs = load_pairs(arguments)
+    tokenizer = load_tokenizer(arguments.model)
+    model = load_model(arguments.model, train=True)
+    timer = StepTimer()
+    settings = training_config(
+        arguments, per_device_train_batch_size=batch, gradient_accumulation_steps=len(pairs) // batch
+    )
+    text = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    common = {"gradient_checkpointing": False, "max_length": arguments.max_length}
+    if arguments.benchmark == "policy-step":
+        from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+        config = CPOConfig(**settings, **common, loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=0.0)
+        trainer = CPOTrainer(model, args=config, train_dataset=text, processing_class=tokenizer, callbacks=[timer])
+        rows = []
+        for p in pairs:
+            row: dict[str, Any] = {"prompt": "", "chosen": "", "rejected": "", "prompt_input_ids": list(p.prompt_ids)}
+            row["prompt_attention_mask"] = [1] * len(p.prompt_ids)
+            for side in ("chosen", "rejected"):
+                ids = list(getattr(p, f"{side}_ids"))
+                row[f"{side}_input_ids"] = [*p.prompt_ids, *ids]
+                row[f"{side}_attention_mask"] = [1] * len(row[f"{side}_input_ids"])
+                row[f"{side}_labels"] = [-100] * len(p.prompt_ids) + ids
+            rows.append(row)
+    else:
+        from trl import DPOConfig, DPOTrainer
+
+        config = DPOConfig(**settings, **common, beta=0.1, precompute_ref_log_probs=True)
+        trainer = DPOTrainer(model, args=config, train_dataset=text, processing_class=tokenizer, callbacks=[timer])
+        rows = [
+            {
+                **{f"{part}_ids": list(getattr(p, f"{part}_ids")) for part in ("prompt", "chosen", "rejected")},
+                "ref_chosen_logps": -float(len(p.chosen_ids)),
+                "ref_rejected_logps": -float(len(p.rejected_ids)),
+            }
+            for p in pairs
+        ]
+    trainer.train_dataset = datasets.Dataset.from_list(rows)
+    trainer.train()
+    return _result(statistics.mean(timer.seconds[1:]), pairs, step_flops(trainer.model, pairs))
+
+
+def ours_scoring(arguments) -> dict[str, float]:
+    """Log-probabilities of every response token over packed rows."""
+    from sepo.logps import dataset_logps, prepare_model
+    from sepo.models import load_model
+    from sepo.tables import SCHEMAS, make_table
+
+    pairs = load_pairs(arguments)
+    model = load_model(arguments.model)
+    prepare_model(model)
+    names = SCHEMAS["pairs"].names
+    table = make_table("pairs", {name: [getattr(p, name) for p in pairs] for name in names})
+    dataset_logps(model, table.slice(0, 2), tokens_per_row=arguments.tokens_per_row)
+    started = time.perf_counter()
+    dataset_logps(model, table, tokens_per_row=arguments.tokens_per_row)
+    _synchronise()
+    return _result(time.perf_counter() - started, pairs, step_flops(model, pairs, train=False))
+
+
+def loop_scoring(arguments) -> dict[str, float]:
+    """One unpadded sequence a forward, through the model's own full logits."""
+    import torch
+
+    from sepo.models import load_model
+
+    pairs = load_pairs(arguments)
+    model = load_model(arguments.model)
+
+    @torch.no_grad()
+    def score(some) -> None:
+        for pair in some:
+            for ids in (pair.chosen_ids, pair.rejected_ids):
+                tokens = torch.tensor([[*pair.prompt_ids, *ids]], device=model.device)
+                logits = model(input_ids=tokens, use_cache=False).logits[0, len(pair.prompt_ids) - 1 : -1]
+                logps = logits.float().log_softmax(-1).gather(1, tokens[0, len(pair.prompt_ids) :, None])
+                logps.cpu()
+
+    score(pairs[:2])
+    started = time.perf_counter()
+    score(pairs)
+    return _result(time.perf_counter() - started, pairs, step_flops(model, pairs, train=False))
+
+
+WORKERS = {"ours": ours_step, "trl": trl_step, "ours-scoring": ours_scoring, "loop": loop_scoring}
+
+
+# --- the parent -----------------------------------------------------------------------------------------------------
+
+
+def run_worker(arguments, worker: str, **changes) -> dict[str, float] | None:
+    values = {**vars(arguments), **changes, "worker": worker}
+    command = [sys.executable, str(HERE), values["benchmark"]]
+    for name in ("model", "data", "pairs", "k", "max_length", "steps", "tokens_per_row", "worker"):
+        if values[name] is not None:
+            command += [f"--{name.replace('_', '-')}", str(values[name])]
+    command += [f"--{name.replace('_', '-')}" for name in ("as_chat", "bf16") if values[name]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    print(f"{worker} failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}", file=sys.stderr)
+    return None
+
+
+def compare(arguments) -> dict[str, Any]:
+    if arguments.benchmark == "pipeline":
+        return compare_pipeline(arguments)
+    scoring = arguments.benchmark == "scoring"
+    ours = "ours-scoring" if scoring else "ours"
+    peers = [] if arguments.no_peer else ["loop"] if scoring else [f"trl:{b}" for b in arguments.trl_batch.split(",")]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (ours, *peers)}
+    for _ in range(arguments.repeats):
+        for name in list(runs):
+            result = run_worker(arguments, name)
+            if result is None:
+                runs.pop(name)
+            else:
+                runs[name].append(result)
+                print(f"  {name}: {result['seconds_per_pair']:.3f} s/pair", file=sys.stderr)
+    figures: dict[str, Any] = {
+        name: {key: statistics.median(r[key] for r in results) for key in results[0]} for name, results in runs.items()
+    }
+    figures["runs"] = runs
+    peers = [name for name in peers if name in figures]
+    if peers:
+        best = min(peers, key=lambda name: figures[name]["seconds_per_pair"])
+        figures["peer"] = best
+        figures["speedup"] = figures[best]["seconds_per_pair"] / figures[ours]["seconds_per_pair"]
+        figures["memory_ratio"] = figures[ours]["peak_gb"] / figures[best]["peak_gb"]
+    figures["limit_share"] = figures[ours]["limit_share"]
+    print_table(arguments.benchmark, {name: figures[name] for name in (ours, *peers)}, figures)
+    return figures
+
+
+def compare_pipeline(arguments) -> dict[str, Any]:
+    """Reference pass, DPO on 30 % of the pairs, oracle pass and policy step, against TRL's DPO on all pairs."""
+    part = max(1, round(0.3 * arguments.pairs))
+    totals: dict[str, list[float]] = {"ours": [], "trl": []}
+    batches = [int(b) for b in arguments.trl_batch.split(",")]
+    for _ in range(arguments.repeats):
+        scoring = run_worker(arguments, "ours-scoring", benchmark="scoring")
+        oracle = run_worker(arguments, "ours", benchmark="oracle-step", pairs=part)
+        policy = run_worker(arguments, "ours", benchmark="policy-step")
+        peers = [run_worker(arguments, f"trl:{batch}", benchmark="oracle-step") for batch in batches]
+        if not (scoring and oracle and policy and any(peers)):
+            raise SystemExit("a contender failed")
+        passes = 2 * scoring["seconds_per_pair"] * arguments.pairs  # reference and oracle
+        steps = oracle["seconds_per_pair"] * part + policy["seconds_per_pair"] * arguments.pairs
+        totals["ours"].append(passes + steps)
+        totals["trl"].append(min(p["seconds_per_pair"] for p in peers if p) * arguments.pairs)
+        print(f"  ours {totals['ours'][-1]:.1f} s, TRL DPO {totals['trl'][-1]:.1f} s", file=sys.stderr)
+    figures = {name: {"seconds": statistics.median(values), "runs": values} for name, values in totals.items()}
+    figures["speedup"] = figures["trl"]["seconds"] / figures["ours"]["seconds"]
+    print(f"pipeline, {arguments.pairs} pairs: ours {figures['ours']['seconds']:.1f} s, "
+          f"TRL DPO alone {figures['trl']['seconds']:.1f} s, ratio {figures['speedup']:.2f}")  # fmt: skip
+    return figures
+
+
+def sweep(arguments) -> dict[str, Any]:
+    """How our cost grows with one quantity, everything else as given."""
+    values: dict[str, list] = {
+        "length": [128, 256, 512, 1024],
+        "k": [0.1, 0.3, 0.6, 1.0],
+        "pairs": [arguments.pairs, 2 * arguments.pairs, 4 * arguments.pairs],
+    }
+    key = {"length": "max_length", "k": "k", "pairs": "pairs"}.get(arguments.sweep)
+    if key is None:
+        raise SystemExit("--sweep vocabulary: run the benchmark with models of different vocabularies")
+    worker = "ours-scoring" if arguments.benchmark == "scoring" else "ours"
+    figures: dict[str, Any] = {}
+    for value in values[arguments.sweep]:
+        runs = [run_worker(arguments, worker, **{key: value}) for _ in range(arguments.repeats)]
+        results = [run for run in runs if run]
+        figures[str(value)] = {name: statistics.median(r[name] for r in results) for name in results[0]}
+    print_table(f"{arguments.benchmark} by {arguments.sweep}", figures, {})
+    return figures
+
+
+def print_table(title: str, rows: dict[str, dict[str, float]], figures: dict[str, Any]) -> None:
+    heads = ("s/pair", "floor s/pair", "peak GB", "tokens/s", "limit share")
+    keys = ("seconds_per_pair", "floor_seconds_per_pair", "peak_gb", "tokens_per_second", "limit_share")
+    print(f"\n{title}\n| | {' | '.join(heads)} |\n|---|{'---:|' * len(heads)}")
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{row[key]:.3g}" for key in keys) + " |")
+    if "speedup" in figures:
+        print(
+            f"\nspeedup {figures['speedup']:.2f}, memory ratio {figures['memory_ratio']:.2f} against {figures['peer']}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
