@@ -250,12 +250,16 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     st.lists(st.sampled_from([-0.5, -0.25, -0.0, 0.0, 0.25, 0.5]), min_size=1, max_size=40),
     st.floats(0.01, 1.0),
     st.sampled_from(["chosen", "rejected"]),
+    st.booleans(),
 )
-def test_the_order_of_selection_is_that_of_the_selection_stage(values: list[float], k: float, side: str) -> None:
+def test_the_order_of_selection_is_that_of_the_selection_stage(
+    values: list[float], k: float, side: str, ended: bool
+) -> None:
     rewards, lengths = np.array(values, dtype=np.float32), np.array([len(values)])
     count = keep_counts(lengths, k)
-    expected = extreme_positions(rewards, lengths, count, highest=side == "chosen")
-    assert sorted(selection_order(rewards, side)[: count[0]].tolist()) == expected.tolist()
+    eligible = np.array([not ended or i < len(values) - 1 for i in range(len(values))])
+    expected, kept = extreme_positions(rewards, lengths, count, side == "chosen", eligible)
+    assert sorted(selection_order(rewards, side, ended)[: kept[0]].tolist()) == expected.tolist()
 
 
 def test_the_cumulative_share_averages_the_curves_of_the_responses() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -32,9 +33,11 @@ from sepo.data import sample_pairs, tokenizer_fingerprint
 from sepo.errors import UserError, nearest
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.run import evaluate_run
+from sepo.loading import load_rows
 from sepo.logps import tokens_per_row_for
 from sepo.models import (
     check_model,
+    check_quantization,
     choose_device,
     describe_model,
     load_config,
@@ -100,6 +103,11 @@ class Run:
         self.save()
         say(f"[{name}] {seconds:.0f} s")
         return record
+
+    def forget(self, name: str) -> None:
+        """Drop the record of a stage that the recipe no longer has, with its time."""
+        if self.manifest.setdefault("stages", {}).pop(name, None):
+            self.save()
 
     def save(self) -> None:
         write_text(self.path("manifest.json"), json.dumps(self.manifest, indent=2, default=str) + "\n")
@@ -169,7 +177,9 @@ def _run_stages(run: Run) -> dict[str, float]:
     settings = recipe.model_dump(mode="json")
     start = resolve_model(recipe.reference.model, revision=recipe.reference.revision)
     tokenizer = load_tokenizer(start)
-    scoring: dict[str, Any] = {"device": recipe.device, "dtype": recipe.dtype, "tokens_per_row": recipe.tokens_per_row}
+    # Token rewards are small differences: bfloat16 weights would round most of what the oracle learned away.
+    dtype = "float32" if recipe.dtype == "auto" else recipe.dtype
+    scoring: dict[str, Any] = {"device": recipe.device, "dtype": dtype, "tokens_per_row": recipe.tokens_per_row}
 
     train, held_out = run.path("pairs", "train"), run.path("pairs", "held_out")
     source = str(embedded_data()) if recipe.data.source == EMBEDDED_DATA else recipe.data.source
@@ -222,6 +232,7 @@ def _run_stages(run: Run) -> dict[str, float]:
         )
 
     if recipe.oracle.model is not None:
+        run.forget("oracle")
         oracle = resolve_model(recipe.oracle.model)
         oracle_key = model_fingerprint(oracle)
     else:
@@ -330,10 +341,13 @@ def _run_stages(run: Run) -> dict[str, float]:
 def check_inputs(recipe: Recipe) -> None:
     """Raise a UserError for anything about a recipe that can be known to be wrong before a model is loaded."""
     check_run_folder(recipe)
-    names = [recipe.reference.model, recipe.oracle.model, recipe.policy.model]
-    for name in names:
-        if name is not None:
-            check_model(name)
+    check_model(recipe.reference.model, revision=recipe.reference.revision)
+    if recipe.oracle.model is not None:
+        check_model(recipe.oracle.model)
+    if recipe.policy.model is not None:
+        check_model(recipe.policy.model, revision=recipe.policy.revision)
+    for part in (recipe.oracle, recipe.policy):
+        check_quantization(part.quantization, train=True, lora=part.lora is not None)
     if recipe.eval.gold is not None:
         gold_reward(recipe.eval.gold)
     # Reading the source finds a missing file, split or column; tokenisation then counts bad rows.
@@ -342,11 +356,18 @@ def check_inputs(recipe: Recipe) -> None:
         read_split(recipe.data, recipe.data.held_out_split)
     for settings in (recipe.oracle.training, recipe.policy.training):
         _check_arguments(settings)
+    if recipe.reference.sft is not None:
+        sft = recipe.reference.sft
+        if importlib.util.find_spec("trl") is None:
+            raise UserError('reference.sft needs TRL: run pip install "sepo[sft]"')
+        _check_arguments(sft.training)
+        load_rows(sft.source, split=sft.split, config_name=sft.config_name)
     if recipe.oracle.model or recipe.policy.model:
-        reference = load_tokenizer(resolve_model(recipe.reference.model))
+        reference = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
+        revisions = {"oracle": None, "policy": recipe.policy.revision}
         for role, name in (("oracle", recipe.oracle.model), ("policy", recipe.policy.model)):
             if name is not None:
-                other = load_tokenizer(resolve_model(name))
+                other = load_tokenizer(name, revision=revisions[role])
                 check_same_tokenizer(f"{role} '{name}'", other, f"reference '{recipe.reference.model}'", reference)
 
 
@@ -367,7 +388,7 @@ def plan_run(recipe: Recipe) -> list[dict[str, str]]:
     the matmul rate measured here and now, at the shares of it that docs/performance.md reports: a guide, not a promise.
     """
     check_inputs(recipe)
-    tokenizer = load_tokenizer(recipe.reference.model)
+    tokenizer = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
     with tempfile.TemporaryDirectory() as folder:
         prepare_data(recipe.data, tokenizer, Path(folder), recipe.seed)
         counts = {}
@@ -378,8 +399,10 @@ def plan_run(recipe: Recipe) -> list[dict[str, str]]:
             counts[split] = (len(table), tokens, prompts)
     device = choose_device(recipe.device)
     rate = 0.5 * matmul_rate(device)
-    small = describe_model(load_config(recipe.reference.model))
-    large = describe_model(load_config(recipe.policy.model)) if recipe.policy.model else small
+    small = describe_model(load_config(recipe.reference.model, revision=recipe.reference.revision))
+    large = small
+    if recipe.policy.model:
+        large = describe_model(load_config(recipe.policy.model, revision=recipe.policy.revision))
     (train, train_tokens, _), (held, held_tokens, prompts) = counts["train"], counts["held_out"]
     rows = [_plan_row("data", recipe.data.source, train + held, train_tokens + held_tokens)]
     if recipe.reference.sft is not None:
@@ -391,9 +414,18 @@ def plan_run(recipe: Recipe) -> list[dict[str, str]]:
         rows.append(
             _plan_row("oracle", "reference pass, then DPO", round(train * share), train_tokens, seconds, memory)
         )
-    tokens = train_tokens + 2 * held_tokens
+    tokens = (2 if recipe.oracle.model else 1) * train_tokens + 2 * held_tokens
     seconds = 2 * small["parameters"] * tokens / rate
-    rows.append(_plan_row("score", "oracle pass", train + held, tokens, seconds, 6 * small["parameters"]))
+    rows.append(
+        _plan_row(
+            "score",
+            "reference and oracle passes" if recipe.oracle.model else "oracle pass",
+            train + held,
+            tokens,
+            seconds,
+            6 * small["parameters"],
+        )
+    )
     kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
     rows.append(_plan_row("select", kept, train))
     epochs = _epochs(recipe.policy.training, train)

@@ -166,7 +166,7 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0, description="seed of every random draw")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type of frozen weights; auto: bfloat16 on CUDA"
+        "auto", description="weights when scoring and generating; auto: float32 to score, bfloat16 on CUDA to generate"
     )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row when scoring")
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")

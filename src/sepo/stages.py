@@ -150,10 +150,18 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
     except ImportError:
         raise UserError('reference.sft needs TRL: run pip install "sepo[sft]"') from None
     dataset = load_rows(settings.source, split=settings.split, config_name=settings.config_name)
+    if "messages" in dataset.column_names:
+        # TRL takes a column `prompt` beside it for a prompt-completion pair (UltraChat has both).
+        dataset = dataset.select_columns(["messages"])
     if settings.sample < 1:
         dataset = dataset.shuffle(seed=seed).select(range(max(1, int(settings.sample * len(dataset)))))
     tokenizer = load_tokenizer(model)
     arguments = training_arguments(settings.training, out, seed=seed, device=device)
+    # TRL pads a whole micro-batch: a few rows at a time, accumulated.
+    rows = arguments["per_device_train_batch_size"]
+    micro = next(size for size in (8, 4, 2, 1) if rows % size == 0)
+    arguments |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
+    arguments |= settings.training.arguments
     trainer = SFTTrainer(
         model=load_model(model, device=device, train=True),
         args=SFTConfig(**arguments, max_length=settings.max_length),
@@ -162,7 +170,8 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
         callbacks=[SaveEvery(settings.training.save_minutes), ProgressBar("SFT")],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    made_with = {"model": model_fingerprint(model), "sft": settings.model_dump(mode="json"), "seed": seed}
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out, made_with))
     return _finish_training(trainer, tokenizer, out)
 
 
@@ -259,7 +268,7 @@ def train_model(
         objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
 
     Returns:
-        training metrics: `seconds`, `tokens`, `tokens_per_second`, `peak_memory_gb`, `loss`.
+        `seconds`, the mean `loss` over the run, and `steps`.
     """
     tokenizer = load_tokenizer(model)
     config = PreferenceConfig(
@@ -282,16 +291,32 @@ def train_model(
         callbacks=[SaveEvery(training.save_minutes), ProgressBar(str(objective.get("objective", "training")).upper())],
     )
     trainer.remove_callback(PrinterCallback)
+    made_with = {
+        "model": model_fingerprint(model),
+        "pairs": _table_digest(table),
+        "training": training.model_dump(mode="json"),
+        "lora": lora.model_dump(mode="json") if lora else None,
+        "quantization": quantization,
+        "seed": seed,
+        **objective,
+    }
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=_last_checkpoint(out))
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(out, made_with))
     seconds = time.monotonic() - started
     _finish_training(trainer, tokenizer, out)
     return {"seconds": seconds, "loss": result.training_loss, "steps": result.global_step}
 
 
-def _last_checkpoint(out: Path) -> str | None:
+def _last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
+    """Return the last checkpoint of the same training run; checkpoints of other settings or data are removed."""
     folder = out / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    record = folder / "made_with.json"
+    text = json.dumps(made_with, sort_keys=True, default=str)
+    if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8") != text):
+        say(f"  checkpoints in {folder} were made with other settings or data: removed")
+        shutil.rmtree(folder)
+    write_text(record, text)
+    found = get_last_checkpoint(str(folder))
     if found:
         say(f"  continuing from {found}")
     return found
@@ -368,9 +393,9 @@ def _shard_matches(path: Path, expected: dict[str, Any]) -> bool:
 
 
 def _table_digest(table: pa.Table) -> str:
-    """Fingerprint of the ids of a table, independent of how it is chunked."""
+    """Fingerprint of the numbers in a table, independent of how it is chunked."""
     digest = hashlib.sha256()
-    for name in ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids"):
+    for name in sorted(table.column_names):
         column = table.column(name).combine_chunks()
         if pa.types.is_list(column.type):
             digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())

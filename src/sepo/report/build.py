@@ -27,7 +27,7 @@ from sepo.errors import UserError
 from sepo.report.payload import jsonable, pack, smallest_unsigned
 from sepo.report.pieces import PieceTable, load_vocabulary
 from sepo.report.summary import segment_sums, summarise, training_curves
-from sepo.selection import check_rate
+from sepo.selection import check_rate, ends_response
 
 SIDES = ("chosen", "rejected")
 MODELS = ("reference", "oracle", "policy")
@@ -239,6 +239,10 @@ def _payload(
     header: Mapping[str, object],
 ) -> str:
     rows = scores.rows
+    include_end = False
+    if selection is not None:
+        recorded = tables.provenance_of(pq.read_schema(tables.table_paths(selection, "selection")[0]))
+        include_end = bool(recorded.get("include_end", False))
     columns = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
     ids = {name: tables.flat(rows[column]) for name, column in columns.items()}
     all_ids = np.concatenate([values for values, _ in ids.values()])
@@ -255,6 +259,8 @@ def _payload(
     for side, sign in zip(SIDES, (1, -1), strict=True):
         rewards, lengths = tables.flat(rows[f"{side}_rewards"])
         arrays[f"{side}_rewards"] = rewards.astype(np.float32)
+        ended = ends_response(ids[side][0], lengths, [] if include_end else scores.provenance.get("end_ids", []))
+        arrays[f"{side}_ended"] = ended[np.cumsum(lengths) - 1].astype(np.uint8)  # a response has a token at least
         margins += sign * segment_sums(rewards, lengths)
     arrays["margins"] = margins
     if selection is not None:

@@ -58,8 +58,9 @@ def _side_html(row: Mapping, side: str, pieces: PieceTable, k: float, limit: flo
         raise UserError(f"the pair has {len(rewards)} {side} rewards for {count} tokens: expected one a token")
     numbers = pieces.encode(ids, np.array([count]))
     rank = np.empty(count, dtype=np.int64)
-    rank[selection_order(rewards, side)] = np.arange(count)
-    keys = min(count, int(keep_counts(np.array([count]), k)[0]))
+    ended = count > 0 and int(ids[-1]) in row.get("end_ids", ())
+    rank[selection_order(rewards, side, ended)] = np.arange(count)
+    keys = min(max(1, count - ended), int(keep_counts(np.array([count]), k)[0]))
     tokens = "".join(
         _token_html(pieces.pieces[number], float(reward), f"{place + 1} of {count}", limit, bool(place < keys))
         for number, reward, place in zip(numbers, rewards, rank, strict=True)
@@ -81,7 +82,8 @@ def _row(source: Mapping | pa.Table | str | os.PathLike, index: int) -> Mapping:
         source = tables.read_table(path / "scores" if (path / "scores").is_dir() else path, "scores")
     if not -len(source) <= index < len(source):
         raise UserError(f"no pair at row {index}: the score table has {len(source)} rows")
-    return source.slice(index % len(source), 1).to_pylist()[0]
+    end_ids = tables.provenance_of(source).get("end_ids", [])
+    return {**source.slice(index % len(source), 1).to_pylist()[0], "end_ids": end_ids}
 
 
 def display(
@@ -95,7 +97,8 @@ def display(
     """Show one scored pair in a notebook.
 
     Args:
-        pair_or_table: a row of a score table as a mapping, a score table, its path, or a run folder.
+        pair_or_table: a row of a score table as a mapping (with `end_ids` if the token that ends a response is no
+            key token), a score table, its path, or a run folder.
         index: which row of the table; a single pair ignores it.
         tokenizer: a folder with a `tokenizer.json`, or a loaded fast tokenizer; by default that of the run
             folder. Without one, tokens are shown by id.

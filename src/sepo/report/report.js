@@ -36,15 +36,17 @@ const starts = (lengths) => {
   return out;
 };
 
-/** floor(k n), at least one token, at most all: the rule of selection.py, which forgives the rounding of k n. */
-const keyCount = (k, n) => Math.min(n, Math.max(1, Math.floor(k * n + 1e-9)));
+/** floor(k n), at least one token, at most all that may be key: the rule of selection.py, which forgives the rounding
+ *  of k n. A token that ends its response (`ended` 1) may not be, unless it is all there is. */
+const keyCount = (k, n, ended) => Math.min(Math.max(1, n - ended), Math.max(1, Math.floor(k * n + 1e-9)));
 
 /** The place of each token in the order of selection: highest reward first in the chosen response, lowest first
- *  in the rejected one, the earlier position first among equals. */
-function ranks(rewards, side) {
+ *  in the rejected one, the earlier position first among equals; an `ended` response's last token comes last. */
+function ranks(rewards, side, ended) {
   const order = Uint32Array.from(rewards, (_, i) => i);
   const sign = side === "chosen" ? -1 : 1;
-  order.sort((a, b) => sign * (rewards[a] - rewards[b]) || a - b);
+  const last = ended ? rewards.length - 1 : -1;
+  order.sort((a, b) => (a === last) - (b === last) || sign * (rewards[a] - rewards[b]) || a - b);
   const rank = new Uint32Array(order.length);
   order.forEach((position, place) => { rank[position] = place; });
   return rank;
@@ -122,7 +124,7 @@ function pairsView(data) {
 
   const isKey = (pair, side, position, rank) => state.stored
     ? slice(side, "weights", pair)[position] > 0
-    : rank < keyCount(state.k[side], length(side, pair));
+    : rank < keyCount(state.k[side], length(side, pair), arrays[`${side}_ended`][pair]);
 
   // Colour: ten steps a side. Rewards are heavy-tailed, so small ones get more of the scale than a linear one gives.
   const level = (reward) => Math.round(10 * Math.min(1, Math.abs(reward) / summary.colour_limit) ** 0.75);
@@ -213,7 +215,7 @@ function pairsView(data) {
     const found = hits(side, pair);
     const spans = [];
     const nodes = [];
-    entry.ranks[side] = ranks(rewards, side);
+    entry.ranks[side] = ranks(rewards, side, arrays[`${side}_ended`][pair]);
     rewards.forEach((reward, i) => {
       const span = document.createElement("span");
       span.className = shade(reward);
@@ -296,10 +298,10 @@ function pairsView(data) {
     SIDES.forEach((side, s) => {
       let own = 0;
       let selected = 0;
-      for (const n of arrays[`${side}_lengths`]) {
+      arrays[`${side}_lengths`].forEach((n, pair) => {
         own += n;
-        selected += keyCount(state.k[side], n);
-      }
+        selected += keyCount(state.k[side], n, arrays[`${side}_ended`][pair]);
+      });
       if (state.stored) selected = stored[s];
       keys += selected;
       tokens += own;

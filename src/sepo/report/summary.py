@@ -19,19 +19,21 @@ def segment_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.bincount(rows, weights=values.astype(np.float64), minlength=len(lengths))
 
 
-def selection_order(rewards: np.ndarray, side: str) -> np.ndarray:
+def selection_order(rewards: np.ndarray, side: str, ended: bool = False) -> np.ndarray:
     """Positions of one response in the order in which they are selected.
 
     Args:
         rewards: token rewards s_i `[tokens]`.
         side: "chosen" (highest first) or "rejected" (lowest first); ties go to the earlier position.
+        ended: the last token ends the response and is no candidate: it comes last.
 
     >>> selection_order(np.array([0.1, 0.5, 0.5, -0.2]), "chosen").tolist()
     [1, 2, 0, 3]
-    >>> selection_order(np.array([0.1, 0.5, 0.5, -0.2]), "rejected").tolist()
-    [3, 0, 1, 2]
+    >>> selection_order(np.array([0.1, 0.5, 0.5, -0.2]), "rejected", ended=True).tolist()
+    [0, 1, 2, 3]
     """
-    return np.argsort(-rewards if side == "chosen" else rewards, kind="stable")
+    last = np.arange(len(rewards)) == (len(rewards) - 1 if ended else -1)
+    return np.lexsort((-rewards if side == "chosen" else rewards, last))
 
 
 def cumulative_share(rewards: np.ndarray, lengths: np.ndarray, shares: np.ndarray) -> np.ndarray | None:
