@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from sepo.cli import main
+from sepo.recipe import SftSettings, SftTrainingSettings
+from sepo.stages import _last_checkpoint, train_reference
 from sepo.tables import flat, read_table
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -219,3 +221,34 @@ def test_help_and_recipe_print_without_loading_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "learning_rate" in done.stdout
+
+
+def test_a_reference_can_be_fine_tuned_first(workplace, tmp_path):
+    rows = [
+        {
+            "prompt": "x",
+            "messages": [{"role": "user", "content": f"Is it {c}?"}, {"role": "assistant", "content": "Yes!"}],
+        }
+        for c in COLORS
+    ]
+    source = tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sft = SftSettings(
+        source=str(source),
+        training=SftTrainingSettings(batch_size=6, num_train_epochs=4, learning_rate=0.01, warmup_ratio=0.0),
+    )
+    out = train_reference(str(workplace / "model"), sft, tmp_path / "reference", device="cpu")
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    assert (out / "model.safetensors").is_file()
+    assert not (out / "checkpoints").exists()
+
+
+def test_checkpoints_of_other_settings_are_not_continued(tmp_path):
+    first = {"gamma": 1.0}
+    assert _last_checkpoint(tmp_path, first) is None
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir()
+    assert _last_checkpoint(tmp_path, first) == str(tmp_path / "checkpoints" / "checkpoint-3")
+    assert _last_checkpoint(tmp_path, {"gamma": 9.0}) is None
+    assert not (tmp_path / "checkpoints" / "checkpoint-3").exists()

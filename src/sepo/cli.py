@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,8 @@ def _quiet_libraries() -> None:
     """Keep third-party progress bars and notices from drowning our own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Deprecations inside the libraries are their authors' business, not the user's.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     import datasets
     import transformers
 

@@ -8,10 +8,12 @@ and the fingerprints of what the table was made from.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -111,18 +113,25 @@ def write_shard(folder: str | os.PathLike, index: int, table: pa.Table) -> Path:
 
 
 def write_parquet(path: Path, table: pa.Table) -> Path:
-    """Write a parquet file atomically: a temporary file in the same folder, flushed, then renamed."""
+    """Write a parquet file atomically."""
+    with _replacing(path) as file:
+        pq.write_table(table, file, compression="zstd")
+    return path
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file in the same folder; it is flushed and takes the place of `path` if all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            pq.write_table(table, file, compression="zstd")
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 def write_table(folder: str | os.PathLike, table: pa.Table, rows_per_shard: int = 10_000) -> None:
@@ -177,12 +186,15 @@ def iter_tables(folder: str | os.PathLike, kind: str) -> Iterator[pa.Table]:
         yield pq.read_table(path)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with _replacing(path) as file:
+        file.write(content)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a text file atomically, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:

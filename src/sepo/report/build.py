@@ -324,20 +324,6 @@ def _page(title: str, data: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("template.html"))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name in the same folder, flush it and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def build_report(
     run: str | os.PathLike | None,
     *,
@@ -408,5 +394,5 @@ def build_report(
     }
     data = _payload(scores, pieces, selection, logps, header)
     out = Path(out)
-    write_atomically(out, _page(title, data).encode("utf-8"))
+    tables.write_bytes(out, _page(title, data).encode("utf-8"))
     return out

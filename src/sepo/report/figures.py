@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sepo.errors import UserError
-from sepo.report.build import SIDES, read_scores, read_training, write_atomically
+from sepo.report.build import SIDES, read_scores, read_training
 from sepo.report.summary import summarise
+from sepo.tables import write_bytes
 
 FORMATS = ("png", "svg", "pdf")
 _COLOURS = {"chosen": "#00756a", "rejected": "#96307a"}
@@ -152,6 +153,6 @@ def save_figures(
             with matplotlib.rc_context({"svg.hashsalt": "sepo"}):
                 figure.savefig(buffer, format=name, dpi=300, metadata=metadata)
             path = folder / f"{stem}.{name}"
-            write_atomically(path, buffer.getvalue())
+            write_bytes(path, buffer.getvalue())
             written.append(path)
     return written
