@@ -313,7 +313,8 @@ def _last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
     record = folder / "made_with.json"
     text = json.dumps(made_with, sort_keys=True, default=str)
     if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8") != text):
-        say(f"  checkpoints in {folder} were made with other settings or data: removed")
+        if any(folder.glob("checkpoint-*")):  # Trainer makes the empty folder itself
+            say(f"  checkpoints in {folder} were made with other settings or data: removed")
         shutil.rmtree(folder)
     write_text(record, text)
     found = get_last_checkpoint(str(folder))
