@@ -99,6 +99,20 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
     torch.testing.assert_close(weights(plain.model), weights(checkpointed.model), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_mixed_precision_trains_and_stays_near_float32(tmp_path, architecture):
+    losses = []
+    for bf16 in (False, True):
+        trainer = PreferenceTrainer(
+            tiny_model(architecture, initializer_range=0.1), config(tmp_path, bf16=bf16, max_steps=4), some_pairs(8)
+        )
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.1)
+    assert losses[0] != losses[1]
+
+
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_pair(tmp_path):
     model = tiny_model("llama")
     trainer = PreferenceTrainer(model, config(tmp_path), train_dataset=some_pairs(4))

@@ -71,9 +71,13 @@ def packed_attention_forward(
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None or dropout:
         raise NotImplementedError("packed rows carry no attention sinks, position biases or attention dropout")
 
-    if query.device.type == "cuda":
+    kind = query.device.type
+    # Under autocast, rotary embeddings leave queries and keys in float32 beside lower-precision values.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if kind == "cuda":
         output = _flex_attention(query, key, value, layout, scaling, sliding_window, softcap)
-    elif query.device.type == "cpu" and softcap is None and not _windowed(layout, sliding_window):
+    elif kind == "cpu" and softcap is None and not _windowed(layout, sliding_window):
         output = _BlockAttention.apply(query, key, value, layout, scaling)
     else:
         output = plain_packed_attention(query, key, value, layout, scaling, sliding_window, softcap)
