@@ -99,6 +99,16 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
     torch.testing.assert_close(weights(plain.model), weights(checkpointed.model), atol=1e-6, rtol=0)
 
 
+def test_the_dropout_of_a_model_is_off_in_training(tmp_path):
+    losses = []
+    for dropout in (0.0, 0.4):
+        model = tiny_model("gpt2", attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout)
+        trainer = PreferenceTrainer(model, config(tmp_path, max_steps=2), some_pairs(4))
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 def test_mixed_precision_trains_and_stays_near_float32(tmp_path, architecture):
     losses = []

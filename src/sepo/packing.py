@@ -9,9 +9,9 @@ the other, up to a token budget:
     branch     | - - - - 0 0 0 0 1 1 1 | - - 0 0 0 1 |
 
 A token attends to the earlier tokens of its own branch and to its document's prompt, so the rows give
-exactly what each sequence gives alone. Pairs with the same prompt share one document, and a response
-that stands in several pairs is one branch: over the 4,538 AlpacaEval pairs (up to ten a prompt) this
-leaves 41 % of the tokens that one unpadded sequence a forward would read, over the HH transcripts 66 %.
+exactly what each sequence gives alone. Pairs with the same prompt share one document, and a response that stands in
+several pairs is one branch. Of the tokens that one unpadded sequence a forward would read, rows of 1,024 keep 77 % over
+the 4,538 AlpacaEval pairs (88 % if only a pair's own prompt is shared) and 61 % over the HH transcripts.
 
 A *target* is one token whose log-probability is wanted: the row position whose hidden state predicts it
 (the last prompt token for the first response token), the token, the side of the pair it belongs to and

@@ -131,9 +131,7 @@ class SelectSettings(Settings):
 
     k_chosen: Rate = Field(0.3, description="share of a chosen response's tokens to keep, highest rewards first")
     k_rejected: Rate = Field(0.3, description="share of a rejected response's tokens to keep, lowest rewards first")
-    include_end: bool = Field(
-        False, description="let the end-of-response token be a key token, as in the paper; favours short responses"
-    )
+    include_end: bool = Field(False, description="let the end-of-response token be a key token, as in the paper")
 
 
 class PolicySettings(Settings):

@@ -72,9 +72,9 @@ def select_key_tokens(
     Args:
         scores: with the provenance that `tokenize_pairs` gives (its `end_ids` name the end-of-response tokens).
         k_chosen, k_rejected: share of a response's tokens to keep.
-        include_end: let the end-of-response token compete, as in the paper. An oracle often rewards ending on both
+        include_end: let the end-of-response token compete, as in the paper. An oracle may reward ending on both
             sides alike; taking the highest of one side and the lowest of the other then keeps the end in chosen
-            responses only, and the policy learns to stop early (results/quickstart-end-token.md).
+            responses only, an asymmetry that says nothing about the preference (results/README.md).
 
     Raises:
         UserError: a rate lies outside (0, 1].

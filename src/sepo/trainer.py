@@ -127,7 +127,7 @@ class PreferenceTrainer(Trainer):
     """Train a causal LM (or a PEFT model of one) on preference pairs.
 
     Args:
-        model: the model, or a name that `sepo.models.load_model` takes.
+        model: the model, or a name that `sepo.models.load_model` takes. Its own dropout is turned off.
         args: a `PreferenceConfig`.
         train_dataset: a table of kind "pairs" (all response tokens are targets) or "selection" (the key tokens are);
             or a `datasets.Dataset` with prompt, chosen and rejected, tokenised here with `processing_class`.
@@ -167,6 +167,7 @@ class PreferenceTrainer(Trainer):
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
         train = self._dataset(model, args, train_dataset, reference_logps, processing_class)
         evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class)
+        _disable_dropout(model)
         _bind_packed_forward(model)
         # Running (sum, count) of each metric since the last log.
         self._metrics: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
@@ -312,6 +313,18 @@ class PreferenceTrainer(Trainer):
             values = self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
         sums.clear()
         return {name: float(total / max(count, 1)) for name, (total, count) in zip(names, values, strict=True)}
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Turn off the model's own dropout, as preference training does (TRL too): a loss of log-ratios would drown in it.
+
+    The dropout of a LoRA adapter is the user's setting and stays.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _bind_packed_forward(model: nn.Module) -> None:
