@@ -324,7 +324,7 @@ def _disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout) and "lora_" not in name:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+            module.attention_dropout = 0.0
 
 
 def _bind_packed_forward(model: nn.Module) -> None:
