@@ -143,6 +143,9 @@ def _result(seconds: float, pairs: list, flops: float) -> dict[str, float]:
 
 def step_flops(model, pairs: list, train: bool = True) -> float:
     """Matmul FLOPs that cannot be avoided: backbone over the tokens read, LM head over the targets."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
     from sepo.models import causal_lm
     from sepo.packing import pack
 
@@ -153,7 +156,7 @@ def step_flops(model, pairs: list, train: bool = True) -> float:
         sum(
             module.weight.numel()
             for name, module in lm.named_modules()
-            if type(module).__name__ in ("Linear", "Conv1D")
+            if isinstance(module, nn.Linear | Conv1D)
         )
         - head
     )

@@ -248,12 +248,12 @@ def test_flex_attention_sees_the_same_documents(window, softcap):
 @pytest.mark.parametrize("transform", [lm_head.LogitTransform(), lm_head.LogitTransform(0.3, 2.0)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_lm_head_agrees_with_log_softmax_whatever_is_kept(monkeypatch, keep_bytes, transform, bias):
-    monkeypatch.setattr(lm_head, "CHUNK_BYTES", 8 * 50 * 7)  # 7 rows a chunk
-    monkeypatch.setattr(lm_head, "KEEP_BYTES", keep_bytes)
+    # The smallest block: 7 targets by 64 tokens of the vocabulary.
+    monkeypatch.setattr(lm_head, "CPU_LIMITS", lm_head.Limits(1, 7, keep_bytes))
     torch.manual_seed(0)
-    head = torch.nn.Linear(12, 50, bias=bias, dtype=torch.float64)
+    head = torch.nn.Linear(12, 150, bias=bias, dtype=torch.float64)
     hidden = torch.randn(23, 12, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 50, (23,))
+    targets = torch.randint(0, 150, (23,))
     upstream = torch.randn(23, dtype=torch.float64)
     inputs = [hidden, *head.parameters()]
     plain = transform.apply(head(hidden)).log_softmax(-1).gather(1, targets[:, None])[:, 0]

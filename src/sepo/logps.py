@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sepo.attention import ATTENTION
 from sepo.errors import UserError
+from sepo.layers import last_mlp, rows_only, use_fast_layers
 from sepo.lm_head import LogitTransform, target_logps
 from sepo.models import causal_lm
 from sepo.packing import CHOSEN, REJECTED, PackedBatch, Pair, fill_rows, pack, pad
@@ -47,9 +48,17 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         inputs["attention_mask"] = batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
     else:
         inputs["attention_mask"] = batch.attention_mask
-    hidden = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
+    with rows_only(_prunable_mlp(lm, batch), batch.target_rows):
+        hidden = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
     targets = hidden.flatten(0, 1).index_select(0, batch.target_positions)  # [N, hidden]
     return target_logps(targets, lm.get_output_embeddings(), batch.target_ids, LogitTransform.from_config(lm.config))
+
+
+def _prunable_mlp(lm: PreTrainedModel, batch: PackedBatch) -> nn.Module | None:
+    """The last block's MLP where it may skip rows: checkpointing runs it again later, outside of this forward."""
+    if batch.layout is None or lm.is_gradient_checkpointing or not getattr(lm, "sepo_prunable", False):
+        return None
+    return last_mlp(lm)
 
 
 def segment_sums(logps: Tensor, batch: PackedBatch, weighted: bool = False) -> tuple[Tensor, Tensor]:
@@ -109,6 +118,8 @@ def prepare_model(model: nn.Module, layout: str = "auto") -> str:
                     raise UserError(f"model '{name}' does not take packed rows ({error}); use layout=padded") from error
             if works:
                 chosen = "packed"
+                use_fast_layers(lm)
+                lm.sepo_prunable = _prunable(model, lm, expected, tolerance)  # type: ignore[assignment]
             elif layout == "packed":
                 raise UserError(f"model '{name}' gives other results on packed rows; use layout=padded")
             else:
@@ -117,6 +128,15 @@ def prepare_model(model: nn.Module, layout: str = "auto") -> str:
         model.train(training)
     model.sepo_layout = chosen  # type: ignore[assignment]
     return chosen
+
+
+def _prunable(model: nn.Module, lm: PreTrainedModel, expected: Tensor, tolerance: float) -> bool:
+    """Does the model give the same where the last block's MLP sees only the rows of targets?"""
+    lm.sepo_prunable = True  # type: ignore[assignment]
+    try:
+        return bool((_probe(model, pack) - expected).abs().max() <= tolerance)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError, IndexError):
+        return False
 
 
 _PROBE = (

@@ -106,6 +106,7 @@ class PackedBatch:
         attention_mask: `[rows, T]` of the padded layout; None for a packed row.
         target_positions: `[N]`, index into the flattened `[rows * T]` hidden states.
         target_ids: `[N]`, the token predicted there.
+        target_rows: ascending, the positions among `target_positions` once each: the only hidden states that are read.
         segments: `[N]`, `2 * pair + side`, sorted: chosen targets of pair 0, rejected of pair 0, chosen of pair 1...
         weights: `[N]` float32.
         pair_ids: the `B` pair ids, in the order of the segments.
@@ -117,6 +118,7 @@ class PackedBatch:
     attention_mask: Tensor | None
     target_positions: Tensor
     target_ids: Tensor
+    target_rows: Tensor
     segments: Tensor
     weights: Tensor
     pair_ids: list[int]
@@ -268,8 +270,10 @@ def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:
             weights.append(
                 np.ones(len(at), np.float32) if side_weights is None else np.asarray(side_weights, np.float32)
             )
+    target_positions = np.concatenate(where)
     return {
-        "target_positions": torch.from_numpy(np.concatenate(where)),
+        "target_positions": torch.from_numpy(target_positions),
+        "target_rows": torch.from_numpy(np.unique(target_positions)),
         "target_ids": torch.from_numpy(np.concatenate(tokens)),
         "segments": torch.from_numpy(np.concatenate(segments)),
         "weights": torch.from_numpy(np.concatenate(weights)),

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from sepo import objectives
 from sepo.data import tokenize_pairs
 from sepo.errors import UserError
+from sepo.layers import gradients_in_place, keep_freed_memory, may_accumulate_in_place
 from sepo.logps import (
     dataset_logps,
     make_batches,
@@ -167,6 +168,8 @@ class PreferenceTrainer(Trainer):
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
         train = self._dataset(model, args, train_dataset, reference_logps, processing_class)
         evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class)
+        if args.device.type == "cpu":
+            keep_freed_memory()
         _disable_dropout(model)
         _bind_packed_forward(model)
         # Running (sum, count) of each metric since the last log.
@@ -240,6 +243,13 @@ class PreferenceTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have a training mode
             self.optimizer.train()  # type: ignore[union-attr]
         pairs_in_update = float(num_items_in_batch or inputs["num_pairs"])
+        with gradients_in_place(self._in_place()):
+            return self._accumulate_rows(model, inputs, pairs_in_update)
+
+    def _in_place(self) -> bool:
+        return not self.is_fsdp_enabled and not self.is_deepspeed_enabled and may_accumulate_in_place(self.model)
+
+    def _accumulate_rows(self, model: nn.Module, inputs: dict[str, Any], pairs_in_update: float) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         last = len(inputs["batches"]) - 1
         for index, (batch, reference) in enumerate(zip(inputs["batches"], inputs["references"], strict=True)):

@@ -1,0 +1,265 @@
+"""What a step costs beside attention and the LM head: linear layers, embeddings, the last block, the allocator.
+
+Everything here leaves the model's numbers as they are (the tests hold values and gradients against the untouched model)
+and is put in place by `logps.prepare_model`. docs/performance.md has the figures.
+
+- On a CPU, float32 linear layers go through oneDNN instead of MKL: 200 against 170 GFLOP/s on the shapes of SmolLM2.
+- Inside `gradients_in_place` the gradient of a weight is added to `weight.grad` by the matmul itself. Autograd would
+  write it to a temporary first; for an embedding that is a dense `[vocabulary, hidden]` of zeros a row, 0.7 GB for
+  Gemma 3, of which a few hundred lines are used.
+- The last block's MLP runs on the rows that predict a target; nobody reads the others.
+- glibc gives large tensors back to the system when they are freed and pages them in anew a moment later; it can keep
+  them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+# Below this many rows (a generation step) oneDNN's set-up costs more than it saves.
+_FEW_ROWS = 16
+
+
+# --- matmul ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _has_onednn() -> bool:
+    """Does this build of PyTorch offer oneDNN's float32 linear layer?"""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x = torch.ones(2, 3)
+    try:
+        got = torch.ops.mkldnn._linear_pointwise(x, torch.ones(4, 3), None, "none", [], "")
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return torch.equal(got, torch.full((2, 4), 3.0))
+
+
+def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
+    """`x @ w.T` for `x` `[n, k]` and `w` `[m, k]`, by whichever library is faster on this device."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= _FEW_ROWS and _has_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return torch.mm(x, w.t())
+
+
+# --- gradients in place ---------------------------------------------------------------------------------------------
+
+# Lower-precision copies of the weights of one training step, or None outside of `gradients_in_place`.
+_step_copies: ContextVar[dict[int, Tensor] | None] = ContextVar("step_copies", default=None)
+
+
+@contextlib.contextmanager
+def gradients_in_place(enabled: bool = True) -> Iterator[None]:
+    """While it lasts, forwards of prepared models add the gradients of large weights to `weight.grad` themselves.
+
+    For the forwards and backwards of one optimizer step: weights must not change inside it. Autograd does not see those
+    gradients: hooks on them do not run and `torch.autograd.grad` does not return them. `may_accumulate_in_place` says
+    whether a model can do with that.
+    """
+    token = _step_copies.set({} if enabled else None)
+    try:
+        yield
+    finally:
+        _step_copies.reset(token)
+
+
+def in_place() -> bool:
+    """Is `gradients_in_place` on? To be asked in a forward: the backward runs in a thread of its own on a GPU."""
+    return _step_copies.get() is not None
+
+
+def may_accumulate_in_place(model: nn.Module) -> bool:
+    """Does nothing wait for the gradients of this model through autograd (several processes, hooks on weights)?"""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    return not any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
+
+
+def add_gradient(weight: Tensor, left: Tensor, right: Tensor, rows: slice = slice(None)) -> None:
+    """`weight.grad[rows] += left.T @ right`, without a temporary where the types allow it."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    target = weight.grad[rows]
+    if left.dtype == target.dtype:
+        target.addmm_(left.t(), right)
+    else:
+        target += left.t() @ right
+
+
+def compute_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in the type that is computed with; converted once a step inside `gradients_in_place`."""
+    if weight.dtype == dtype:
+        return weight
+    copies = _step_copies.get()
+    if copies is None:
+        return weight.to(dtype)
+    if id(weight) not in copies:
+        copies[id(weight)] = weight.detach().to(dtype)
+    return copies[id(weight)]
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The type of matmuls with this tensor: autocast's where it is on, else the tensor's own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+class _LinearFunction(torch.autograd.Function):
+    """y = x W^T (+ b); `x` `[..., in]`, `W` `[out, in]`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = compute_dtype(weight)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        low = compute_copy(weight, dtype)
+        output = matmul_nt(rows, low)
+        if bias is not None:
+            output += bias.to(dtype)
+        ctx.save_for_backward(rows, low if ctx.needs_input_grad[0] else None)
+        # The parameter itself: a saved tensor comes back as an alias (under checkpointing), whose .grad nobody reads.
+        ctx.weight = weight
+        ctx.in_place, ctx.shape, ctx.x_dtype = in_place(), x.shape, x.dtype
+        return output.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        rows, low = ctx.saved_tensors
+        weight = ctx.weight
+        grad = grad.reshape(-1, grad.shape[-1]).to(rows.dtype)
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        d_x = matmul_nt(grad, low.t()).to(ctx.x_dtype).view(ctx.shape) if need_x else None
+        d_weight = None
+        if need_weight and ctx.in_place:
+            add_gradient(weight, grad, rows)
+        elif need_weight:
+            d_weight = (grad.t() @ rows).to(weight.dtype)
+        return d_x, d_weight, grad.sum(0).to(weight.dtype) if need_bias else None
+
+
+class FastLinear(nn.Linear):
+    """A linear layer on a CPU: oneDNN forward and backward, gradient added in place where that is on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.device.type != "cpu" or self.weight.dtype != torch.float32 or x.numel() < _FEW_ROWS * x.shape[-1]
+        return super().forward(x) if plain else _LinearFunction.apply(x, self.weight, self.bias)
+
+
+class _EmbeddingFunction(torch.autograd.Function):
+    """`weight[ids]`, whose gradient goes to the lines that were read."""
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding_idx = weight, padding_idx
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (ids,) = ctx.saved_tensors
+        weight = ctx.weight
+        ids, grad = ids.flatten(), grad.flatten(0, -2).to(weight.dtype)
+        if ctx.padding_idx is not None:
+            grad = grad * (ids != ctx.padding_idx).unsqueeze(1)
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, ids, grad)
+        return None, None, None
+
+
+class FastEmbedding(nn.Embedding):
+    """An embedding without a dense gradient of its own, inside `gradients_in_place`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = not in_place() or not self.weight.requires_grad or not torch.is_grad_enabled()
+        if plain or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
+            return super().forward(input)
+        return _EmbeddingFunction.apply(input, self.weight, self.padding_idx)
+
+
+def use_fast_layers(lm: PreTrainedModel) -> None:
+    """Give a model's linear layers (on a CPU) and its embedding the classes above; weights and names stay."""
+    embedding = lm.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding) and not isinstance(embedding, FastEmbedding):
+        kind = type(embedding)
+        # A model's own kind of embedding (Gemma scales its output) calls nn.Embedding.forward through super(): the
+        # new class stands between the two.
+        embedding.__class__ = FastEmbedding if kind is nn.Embedding else type(kind.__name__, (kind, FastEmbedding), {})
+    if next(lm.parameters()).device.type == "cpu":
+        head = lm.get_output_embeddings()
+        for module in lm.modules():
+            if type(module) is nn.Linear and module is not head:
+                module.__class__ = FastLinear
+
+
+# --- the last block -------------------------------------------------------------------------------------------------
+
+
+def last_mlp(lm: PreTrainedModel) -> nn.Module | None:
+    """The MLP of the last decoder block, or None where the model names it otherwise."""
+    layers = lm.config.get_text_config().num_hidden_layers
+    for module in lm.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            mlp = getattr(module[-1], "mlp", None)
+            return mlp if isinstance(mlp, nn.Module) else None
+    return None
+
+
+@contextlib.contextmanager
+def rows_only(mlp: nn.Module | None, rows: Tensor) -> Iterator[None]:
+    """While it lasts, `mlp` computes only the given rows of its `[1, T, hidden]` input; the others come out as zero.
+
+    Args:
+        rows: ascending row indices, `[N]`.
+    """
+    if mlp is None:
+        yield
+        return
+
+    length = 0
+
+    def gather(module, inputs):
+        nonlocal length
+        length = inputs[0].shape[1]
+        return inputs[0].index_select(1, rows), *inputs[1:]
+
+    def scatter(module, inputs, output):
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{type(module).__name__} returns more than its output")
+        return output.new_zeros(1, length, output.shape[-1]).index_copy_(1, rows, output)
+
+    handles = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> bool:
+    """Let glibc keep large freed blocks for the next tensor instead of returning them; True where it could be set.
+
+    A training step allocates and frees the same sizes row after row. By default each such tensor is mapped and its
+    pages are zeroed by the kernel anew, which took up to 10 % of a step.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(mmap_threshold, 2**31 - 1) and libc.mallopt(trim_threshold, 2**31 - 1))
