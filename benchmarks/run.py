@@ -153,11 +153,7 @@ def step_flops(model, pairs: list, train: bool = True) -> float:
     config = lm.config.get_text_config()
     head = config.vocab_size * config.hidden_size
     backbone = (
-        sum(
-            module.weight.numel()
-            for name, module in lm.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        )
+        sum(module.weight.numel() for name, module in lm.named_modules() if isinstance(module, nn.Linear | Conv1D))
         - head
     )
     total = 0.0

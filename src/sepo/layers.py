@@ -17,9 +17,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -152,8 +153,9 @@ class FastLinear(nn.Linear):
     """A linear layer on a CPU: oneDNN forward and backward, gradient added in place where that is on."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.device.type != "cpu" or self.weight.dtype != torch.float32 or x.numel() < _FEW_ROWS * x.shape[-1]
-        return super().forward(x) if plain else _LinearFunction.apply(x, self.weight, self.bias)
+        if not _ours(x, self.weight):
+            return super().forward(x)
+        return _LinearFunction.apply(x, self.weight, self.bias)
 
 
 class _EmbeddingFunction(torch.autograd.Function):
@@ -189,19 +191,158 @@ class FastEmbedding(nn.Embedding):
         return _EmbeddingFunction.apply(input, self.weight, self.padding_idx)
 
 
+class _RMSNormFunction(torch.autograd.Function):
+    """x / rms(x) * (weight + offset); keeps x and one number a row for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        scale = weight + offset if offset else weight
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse, scale)
+        return (x * inverse).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, inverse, scale = ctx.saved_tensors
+        normed = x * inverse
+        product = (grad * normed).flatten(0, -2)
+        d_weight = product.sum(0) if ctx.needs_input_grad[1] else None
+        # The part of the gradient along x changes its length, which the norm undoes.
+        along = torch.mv(product, scale).div_(x.shape[-1]).view_as(inverse)
+        d_x = (grad * scale).addcmul_(normed, along, value=-1).mul_(inverse)
+        return d_x, d_weight, None, None
+
+
+class FastRMSNorm(nn.Module):
+    """Stands before a model's own RMSNorm class; float32 goes through the function above."""
+
+    weight: nn.Parameter
+    weight_offset: float  # 1 where the model keeps the weight's distance from 1 (Gemma)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return super().forward(hidden_states)
+        return _RMSNormFunction.apply(hidden_states, self.weight, _eps(self), self.weight_offset)
+
+
+def _eps(norm: nn.Module) -> float:
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return torch.finfo(torch.float32).eps if eps is None else float(eps)  # None is PyTorch's name for that
+
+
+# By name: the activation, and its derivative times the gradient of its output.
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (nn.functional.silu, torch.ops.aten.silu_backward),
+    "gelu_tanh": (
+        lambda x: nn.functional.gelu(x, approximate="tanh"),
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+}
+
+
+class _GatedDownFunction(torch.autograd.Function):
+    """(act(gate) * up) W^T; keeps gate and up, and forms their product anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, activation: str) -> Tensor:
+        low = compute_copy(weight, gate.dtype)
+        product = _ACTIVATIONS[activation][0](gate).mul_(up)
+        ctx.save_for_backward(gate, up, low)
+        ctx.weight, ctx.activation, ctx.in_place = weight, activation, in_place()
+        return matmul_nt(product.flatten(0, -2), low).view(*gate.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up, low = ctx.saved_tensors
+        activation, activation_backward = _ACTIVATIONS[ctx.activation]
+        rows = grad.flatten(0, -2).to(gate.dtype)
+        d_product = matmul_nt(rows, low.t()).view_as(gate)
+        activated = activation(gate)
+        d_weight = None
+        if ctx.needs_input_grad[2]:
+            product = (activated * up).flatten(0, -2)
+            if ctx.in_place:
+                add_gradient(ctx.weight, rows, product)
+            else:
+                d_weight = (rows.t() @ product).to(ctx.weight.dtype)
+        d_gate = activation_backward(d_product * up, gate)
+        return d_gate, d_product.mul_(activated), d_weight, None
+
+
+class FastGatedMLP(nn.Module):
+    """Stands before a model's own gated MLP class: down(act(gate(x)) * up(x)), with less kept for the backward pass."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+    activation: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        down = self.down_proj
+        if type(down) is not FastLinear or down.bias is not None or not _ours(x, down.weight):
+            return down(self.act_fn(gate) * up)
+        return _GatedDownFunction.apply(gate, up, down.weight, self.activation)
+
+
+def _ours(x: Tensor, weight: Tensor) -> bool:
+    """Do the functions above take this input of a linear layer?"""
+    return x.device.type == "cpu" and weight.dtype == torch.float32 and x.numel() >= _FEW_ROWS * x.shape[-1]
+
+
 def use_fast_layers(lm: PreTrainedModel) -> None:
-    """Give a model's linear layers (on a CPU) and its embedding the classes above; weights and names stay."""
+    """Give a model's embedding and, on a CPU, its linear layers, norms and gated MLPs the classes above.
+
+    Weights and names stay. A norm or an MLP is changed only where ours gives the same numbers.
+    """
     embedding = lm.get_input_embeddings()
     if isinstance(embedding, nn.Embedding) and not isinstance(embedding, FastEmbedding):
         kind = type(embedding)
         # A model's own kind of embedding (Gemma scales its output) calls nn.Embedding.forward through super(): the
         # new class stands between the two.
-        embedding.__class__ = FastEmbedding if kind is nn.Embedding else type(kind.__name__, (kind, FastEmbedding), {})
-    if next(lm.parameters()).device.type == "cpu":
-        head = lm.get_output_embeddings()
-        for module in lm.modules():
-            if type(module) is nn.Linear and module is not head:
-                module.__class__ = FastLinear
+        embedding.__class__ = FastEmbedding if kind is nn.Embedding else _join(kind, FastEmbedding)
+    if next(lm.parameters()).device.type != "cpu" or lm.dtype != torch.float32:
+        return
+    head = lm.get_output_embeddings()
+    for module in list(lm.modules()):
+        if type(module) is nn.Linear and module is not head:
+            module.__class__ = FastLinear
+    for module in list(lm.modules()):
+        if isinstance(module, FastRMSNorm | FastGatedMLP) or len(signature(module.forward).parameters) != 1:
+            continue
+        parts = list(dict(module.named_children())), list(dict(module.named_parameters(recurse=False)))
+        if type(module).__name__.endswith("RMSNorm") and parts == ([], ["weight"]):
+            _try_fast(module, FastRMSNorm, module.get_parameter("weight").shape[-1], weight_offset=(0.0, 1.0))
+        elif all(type(getattr(module, f"{name}_proj", None)) is FastLinear for name in ("gate", "up", "down")):
+            width = module.get_parameter("up_proj.weight").shape[1]
+            _try_fast(module, FastGatedMLP, width, activation=tuple(_ACTIVATIONS))
+
+
+_joined: dict[tuple[type, ...], type] = {}
+
+
+def _join(*kinds: type) -> type:
+    return _joined.setdefault(kinds, type(kinds[0].__name__, kinds, {}))
+
+
+@torch.no_grad()
+def _try_fast(module: nn.Module, fast: type, width: int, **choices: tuple[object, ...]) -> None:
+    """Put `fast` before the module's class with the first of the settings that gives the module's own numbers."""
+    kind = type(module)
+    ((name, values),) = choices.items()
+    x = torch.linspace(-3, 3, _FEW_ROWS * width).reshape(1, _FEW_ROWS, width).sin()
+    expected = module(x)
+    module.__class__ = _join(fast, kind)
+    for value in values:
+        setattr(module, name, value)
+        if torch.allclose(module(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
+            return
+    delattr(module, name)
+    module.__class__ = kind
 
 
 # --- the last block -------------------------------------------------------------------------------------------------

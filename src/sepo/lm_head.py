@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 from sepo.layers import add_gradient, compute_copy, compute_dtype, in_place, matmul_nt
 
 
-
 @dataclass(frozen=True)
 class Limits:
     """Sizes of the walk over the vocabulary.

@@ -243,11 +243,11 @@ class PreferenceTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have a training mode
             self.optimizer.train()  # type: ignore[union-attr]
         pairs_in_update = float(num_items_in_batch or inputs["num_pairs"])
-        with gradients_in_place(self._in_place()):
+        with gradients_in_place(self._in_place(model)):
             return self._accumulate_rows(model, inputs, pairs_in_update)
 
-    def _in_place(self) -> bool:
-        return not self.is_fsdp_enabled and not self.is_deepspeed_enabled and may_accumulate_in_place(self.model)
+    def _in_place(self, model: nn.Module) -> bool:
+        return not self.is_fsdp_enabled and not self.is_deepspeed_enabled and may_accumulate_in_place(model)
 
     def _accumulate_rows(self, model: nn.Module, inputs: dict[str, Any], pairs_in_update: float) -> Tensor:
         total = torch.zeros((), device=self.args.device)
