@@ -468,7 +468,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
 
     if not processes.is_main():
         return
-    table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(title=Text(one_line(title)), title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("± s.e.", justify="right")

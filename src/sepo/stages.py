@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -57,7 +58,7 @@ from sepo.tables import (
     write_table,
     write_text,
 )
-from sepo.trainer import PreferenceConfig, PreferenceTrainer
+from sepo.trainer import NonFiniteLossError, PreferenceConfig, PreferenceTrainer
 
 PAIRS_PER_SHARD = 1000
 
@@ -226,8 +227,20 @@ class SaveEvery(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **kwargs):
+        require_finite_weights(kwargs["model"], state.global_step)
         processes.wait()
         processes.on_main(lambda: seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+
+def require_finite_weights(model: torch.nn.Module, step: int) -> None:
+    """Raise a `NonFiniteLossError` if a weight is not finite: no such checkpoint is sealed, no such model kept."""
+    for name, parameter in model.named_parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP: the part of this process
+        if not bool(torch.isfinite(own).all()):
+            raise NonFiniteLossError(
+                f"the weight {name} is not finite after step {step}; lower learning_rate: "
+                "the checkpoints before it are kept"
+            )
 
 
 class ProgressBar(TrainerCallback):
@@ -349,7 +362,13 @@ def train_model(
 def _train(trainer: Any, tokenizer: PreTrainedTokenizerBase, out: Path, made_with: dict[str, Any]) -> dict[str, float]:
     """Train from the last whole checkpoint on, and put the finished model with its history into `out`."""
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=processes.on_main(lambda: _last_checkpoint(out, made_with)))
+    checkpoint = processes.on_main(lambda: _last_checkpoint(out, made_with))
+    try:
+        # Trainer reads optimizer, schedule and random state with torch's restricted loader: numbers only, no code.
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"'{checkpoint}' cannot be continued from ({one_line(error, 200)}): delete it") from None
+    require_finite_weights(trainer.model, trainer.state.global_step)
     seconds = time.monotonic() - started
     # A sharded model (FSDP, DeepSpeed) is gathered by all processes together.
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharding() else None
@@ -447,8 +466,9 @@ def _differing_file(folder: Path, digests: dict[str, str]) -> str | None:
 
 def seal_checkpoint(folder: Path) -> None:
     """Mark a checkpoint as whole: its files are on the disk, and their checksums are written last."""
-    # A pickle of the arguments that nobody reads, and that must not be opened by anyone.
-    (folder / "training_args.bin").unlink(missing_ok=True)
+    # A pickle of the arguments: nobody reads it, and nobody should.
+    for name in ("training_args.bin", _SEAL):
+        (folder / name).unlink(missing_ok=True)
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb+") as file:

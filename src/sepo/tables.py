@@ -246,6 +246,9 @@ def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
     version = provenance.get("version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise UserError(f"'{path}' has format version {version}, this release reads {FORMAT_VERSION}; make it again")
+    end_ids = provenance.get("end_ids", [])
+    if not isinstance(end_ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in end_ids):
+        raise UserError(f"'{path}': its end_ids are {one_line(end_ids, 60)}, expected a list of token ids")
     return provenance
 
 
