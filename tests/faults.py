@@ -44,6 +44,10 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 STAGES = ("start", *pipeline.STAGES)
 MODELS = ("reference", "oracle", "policy")
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true", "ACCELERATE_USE_CPU": "true",
+}  # fmt: skip
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 RECIPE = """
 name: faults
@@ -229,7 +233,7 @@ def differences(clean: Path, other: Path, exact: bool = True) -> list[str]:
             found.append(f"{name} only in one run")
         elif exact and name.endswith((".parquet", ".safetensors")) and not same_bytes(clean / name, other / name):
             found.append(f"{name} differs")
-    for model in MODELS:
+    for model in (name for name in MODELS if (clean / name).is_dir()):
         curves = [loss_curve(run / model) for run in (clean, other)]
         if not close(*curves, 1e-6 if exact else 2e-4):
             found.append(f"loss curve of {model} differs")
@@ -336,7 +340,7 @@ def fills(lab: Lab, clean: Path, number: int, draw: random.Random) -> str | None
     return None
 
 
-def ranks(lab: Lab, clean: Path, undisturbed: Outcome, draw: random.Random, number: int) -> None:
+def ranks(lab: Lab, clean: Path, draw: random.Random, number: int) -> None:
     """Two processes give what one gives; one of two dies, and the run goes on with another number."""
     out = lab.folder / "runs" / "two"
     outcome = lab.run(out, ranks=2)
@@ -362,6 +366,19 @@ def ranks(lab: Lab, clean: Path, undisturbed: Outcome, draw: random.Random, numb
         fault = f"one of 2 processes killed after {moment:.1f} s"
         lab.note(fault, outcome.stage, f"with {after}: {course(resumed)}", lost)
         shutil.rmtree(out)
+
+
+def fsdp(lab: Lab, draw: random.Random) -> None:
+    """One of two processes that share a model by FSDP2 dies; the run goes on and gives what one process gives."""
+    one, two = (lab.folder / "runs" / name for name in ("whole", "sharded"))
+    expected = lab.run(one, "reference.sft=null")
+    arguments = {"ranks": 2, "environment": FSDP}
+    outcome = lab.run(two, "reference.sft=null", kill_after=draw.uniform(0.4, 0.8) * expected.seconds, **arguments)
+    lost = [] if all(outcome.codes) else [f"not all processes failed: {outcome.codes}"]
+    (lab.folder / f"{two.name}.log").unlink()
+    resumed = lab.run(two, "reference.sft=null", **arguments)
+    lost += [f"exit code {resumed.codes}"] if any(resumed.codes) else differences(one, two, exact=False)
+    lab.note("one of 2 processes of FSDP2 killed", outcome.stage, f"with 2: {course(resumed)}", lost)
 
 
 def tables_differ(first: Path, second: Path) -> list[str]:
@@ -401,6 +418,8 @@ if __name__ == "__main__":
         if options.fills and (reason := fills(lab, clean, options.fills, draw)):
             print(f"  full disks skipped: {reason}")
         if options.ranks:
-            ranks(lab, clean, undisturbed, draw, options.ranks)
+            ranks(lab, clean, draw, options.ranks)
+        if options.ranks > 1:
+            fsdp(lab, draw)
         report(lab)
     sys.exit(1 if lab.failures else 0)

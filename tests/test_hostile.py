@@ -30,7 +30,7 @@ from sepo.errors import UserError
 from sepo.loading import load_preferences
 from sepo.models import load_config, load_model, load_tokenizer
 from sepo.recipe import Recipe, TrainingSettings
-from sepo.tables import SCHEMAS, make_table, read_table, write_shard, write_table
+from sepo.tables import SCHEMAS, make_table, provenance_of, read_table, write_shard, write_table
 from test_trainer import some_pairs
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -167,7 +167,9 @@ def test_a_table_with_any_bytes_changed_is_refused_or_read_as_it_was(data):
         after = None
         with contextlib.suppress(UserError):
             after = read_table(path.parent, "scores")
-        assert after is None or after.equals(before, check_metadata=True)
+        if after is not None:  # the byte meant nothing: padding, a statistic, the name of a list's items
+            assert after.to_pydict() == before.to_pydict()
+            assert provenance_of(after) == provenance_of(before)
 
 
 def test_a_score_table_with_a_shard_missing_is_refused(tmp_path):
@@ -249,7 +251,7 @@ def never_runs(monkeypatch):
     monkeypatch.setattr(pipeline, "run_recipe", lambda recipe: recipe.model_dump(mode="json") and {})
 
 
-@settings(relaxed, max_examples=300)
+@settings(relaxed, max_examples=200)
 @given(values=nested_settings(Recipe), snippet=st.sampled_from(["", "", *SNIPPETS]), junk=st.binary(max_size=3))
 def test_any_recipe_is_taken_or_refused_in_one_line(never_runs, tmp_path_factory, values, snippet, junk):
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"

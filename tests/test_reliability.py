@@ -98,6 +98,17 @@ def test_with_a_damaged_manifest_models_and_shards_are_kept(run):
     assert again()[0] == []
 
 
+def test_a_note_beside_a_model_does_no_harm_but_another_shard_does(run):
+    folder, again = run
+    (folder / "oracle" / "notes.txt").write_text("a good one")
+    shutil.copy(folder / "scores" / "part-00000.parquet", folder / "scores" / "part-00001.parquet")
+    done, said = again()
+    assert "[score] scores/part-00001.parquet was added: done again" in said
+    assert done == ["score"]
+    assert (folder / "oracle" / "notes.txt").exists()
+    assert not (folder / "scores" / "part-00001.parquet").exists()
+
+
 def test_a_manifest_of_an_older_version_is_not_believed(run):
     folder, again = run
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -140,12 +151,15 @@ def test_shards_of_another_model_or_other_pairs_are_computed_again(tmp_path, cap
         logps_pass(str(tmp_path / f"model{seed}"), tmp_path / "pairs", tmp_path / f"logps{seed}", device="cpu")
     right, wrong = ([tmp_path / f"logps{seed}" / f"part-{i:05d}.parquet" for i in range(3)] for seed in (0, 1))
     good = [path.read_bytes() for path in right]
-    right[0].write_bytes(wrong[0].read_bytes())  # another model
-    right[1].write_bytes(good[2])  # other pairs
-    right[2].write_bytes(good[2][:-20])
-    logps_pass(str(tmp_path / "model0"), tmp_path / "pairs", tmp_path / "logps0", device="cpu")
-    assert [path.read_bytes() for path in right] == good
-    assert "part-00002.parquet" in capsys.readouterr().err  # the truncated one is named
+    for damage, said in (
+        (wrong[1].read_bytes(), "was made with another model"),
+        (good[0], "was made with another pairs"),
+        (good[1][:-20], "is damaged"),
+    ):
+        right[1].write_bytes(damage)
+        logps_pass(str(tmp_path / "model0"), tmp_path / "pairs", tmp_path / "logps0", device="cpu")
+        assert f"part-00001.parquet {said}" in capsys.readouterr().err
+        assert [path.read_bytes() for path in right] == good
 
 
 # --- interrupted saves ----------------------------------------------------------------------------------------------
@@ -213,8 +227,8 @@ def test_a_bad_loss_names_step_and_pair_and_the_last_checkpoint_goes_on(tmp_path
     shutil.rmtree(tmp_path / "out")
     losses = PreferenceTrainer._losses
 
-    def bad_at_two(self, logps, batch, reference):
-        values, *rewards = losses(self, logps, batch, reference)
+    def bad_at_two(self, *arguments):
+        values, *rewards = losses(self, *arguments)
         if self.state.global_step == 2:
             values = torch.where(torch.arange(len(values)) == 0, torch.nan, values)
         return values, *rewards
@@ -231,8 +245,8 @@ def test_a_bad_loss_names_step_and_pair_and_the_last_checkpoint_goes_on(tmp_path
 def test_a_bad_gradient_names_the_pair_and_changes_no_weight(tmp_path, monkeypatch):
     losses = PreferenceTrainer._losses
 
-    def bad_for_seven(self, logps, batch, reference):
-        values, *rewards = losses(self, logps, batch, reference)
+    def bad_for_seven(self, first, batch, reference):
+        values, *rewards = losses(self, first, batch, reference)
         # Zero, with an infinite slope.
         bad = torch.tensor([pair_id == 7 for pair_id in batch.pair_ids])
         return values + torch.where(bad, values - values.detach(), 1.0).sqrt() - (~bad).float(), *rewards

@@ -127,12 +127,11 @@ class Run:
         elif record.get("fingerprint") != digest(depends):
             reason = f"{', '.join(_changes(record['depends'], depends)) or 'something'} changed"
         else:
-            found = self._digests(outputs)
-            differing = [path for path in {**record["files"], **found} if record["files"].get(path) != found.get(path)]
-            if not differing:
+            damage = _damage(record["files"], self._digests(outputs))
+            if damage is None:
                 say(f"[{name}] unchanged, reused")
                 return record
-            reason = f"{differing[0]} {'was altered' if differing[0] in found else 'is missing'}"
+            reason = damage
         say(f"[{name}] {reason}: done again")
         self.forget(name)
         return None
@@ -240,6 +239,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         recipe = None
     return {"damage": damage, "name": recipe.get("name") if isinstance(recipe, dict) else None}
+
+
+def _damage(written: dict[str, str], found: dict[str, str]) -> str | None:
+    """Say what happened to the files of a stage since it wrote them; notes that a user put beside them do no harm."""
+    for path, checksum in written.items():
+        if found.get(path) != checksum:
+            return f"{path} {'was altered' if path in found else 'is missing'}"
+    added = [path for path in found if path not in written and path.endswith((".parquet", ".safetensors"))]
+    return f"{added[0]} was added" if added else None
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
@@ -361,7 +369,7 @@ def _run_stages(run: Run) -> dict[str, float]:
     score = run.stage(
         "score",
         {"oracle": oracle_key, "reference": reference_key, "pairs": data["content"], "dtype": recipe.dtype},
-        [run.path("scores"), run.path("scores_held_out"), run.path("logps")],
+        [run.path(*parts) for parts in (["scores"], ["scores_held_out"], ["logps", "reference"], ["logps", "oracle"])],
         make_scores,
     )
 

@@ -558,32 +558,38 @@ def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str) -> list[dict[s
     """The shards of a pass that do not stand yet, each with its provenance and number of pairs."""
     fingerprint = {"model": model_fingerprint(model), "dtype": dtype}
     paths = table_paths(pairs, "pairs")
-    todo = []
+    todo, problems = [], []
     for index, path in enumerate(paths):
         table = read_shard(path, "pairs")
         made_from = {"tokenizer": provenance_of(table).get("tokenizer"), "pairs": table_digest(table)}
         expected = {**fingerprint, **made_from}
-        if not _shard_stands(shard_path(out, index), {**expected, "shard": index, "shards": len(paths)}):
+        stored = shard_path(out, index)
+        problem = _shard_problem(stored, {**expected, "shard": index, "shards": len(paths)})
+        if problem is not None:
             todo.append({"index": index, "provenance": expected, "pairs": len(table)})
+            problems += [f"{stored} {problem}"] if stored.exists() else []
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        say(f"  {problems[0]}{more}: computed again")
     for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
         stale.unlink()
     return todo
 
 
-def _shard_stands(path: Path, expected: dict[str, Any]) -> bool:
-    """Whether a shard was made from what is expected and is undamaged; a damaged one is named."""
+def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
+    """Say why a stored shard cannot be used; None if it is whole and was made from what is expected."""
     if not path.is_file():
-        return False
+        return "is missing"
     try:
         with open(path, "rb") as file:
             found = provenance_of(pq.read_schema(file))
-        if any(found.get(key) != value for key, value in {**expected, "version": FORMAT_VERSION}.items()):
-            return False
+        for key, value in {"version": FORMAT_VERSION, **expected}.items():
+            if found.get(key) != value:
+                return f"was made with another {key}"
         read_shard(path, "logps")
     except (UserError, OSError, ValueError, pa.ArrowException) as error:
-        say(f"  {one_line(error, 200)}: computed again")
-        return False
-    return True
+        return f"is damaged ({one_line(error, 200)})"
+    return None
 
 
 def score_pairs(pairs: Path, oracle_logps: Path, reference_logps: Path, out: Path) -> Path:
