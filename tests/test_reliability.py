@@ -182,6 +182,9 @@ def test_a_finished_model_is_kept_and_an_altered_one_trained_again(tmp_path, cap
     alter(tmp_path / "out" / "model.safetensors", at=0.99)
     assert train_tiny(tmp_path)["loss"] == first["loss"]
     assert "model.safetensors was altered; trained again" in capsys.readouterr().err
+    (tmp_path / "out" / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # another attempt, given up
+    assert train_tiny(tmp_path)["loss"] == first["loss"]
+    assert not (tmp_path / "out" / "checkpoints").exists()
     assert train_tiny(tmp_path, learning_rate=1e-4)["loss"] != first["loss"]
 
 

@@ -442,7 +442,7 @@ def _standing(out: Path, made_with: dict[str, Any]) -> dict[str, float] | None:
     try:
         state = json.loads((out / STATE_FILE).read_text(encoding="utf-8"))
         same = state["made_with"] == json.loads(json.dumps(made_with, default=str))
-        if not same or (out / "checkpoints").exists():
+        if not same:
             return None
         if problem := _differing_file(out, state["files"]):
             say(f"  {out}: {problem}; trained again")
@@ -450,6 +450,7 @@ def _standing(out: Path, made_with: dict[str, Any]) -> dict[str, float] | None:
         results = {name: float(value) for name, value in state["results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of an attempt with other settings
     say(f"  {out} stands already, made with the same model, data and settings: kept")
     return results
 
