@@ -1,5 +1,6 @@
 # make quickstart   set up, then run the embedded example: preference pairs -> aligned policy -> report
 # make test         set up, then lint, type-check and test
+# make faults       kill runs, fill their disk, take processes away; a table of what was lost (some minutes)
 # make setup        only the set-up: .venv with the `sepo` command (what both of the above call)
 #
 # PYTHON=python3.12 make setup takes another interpreter.
@@ -9,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test faults lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^PYTHON/q' Makefile
@@ -31,6 +32,9 @@ quickstart: setup
 
 test: lint
 	$(BIN)/pytest
+
+faults: setup
+	PYTHONPATH=tests $(BIN)/python tests/faults.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import pytest
 
 from sepo.cli import main
 from sepo.recipe import SftSettings, SftTrainingSettings
-from sepo.stages import _last_checkpoint, train_reference
+from sepo.stages import _last_checkpoint, seal_checkpoint, train_reference
 from sepo.tables import flat, read_table
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -249,6 +249,7 @@ def test_checkpoints_of_other_settings_are_not_continued(tmp_path):
     first = {"gamma": 1.0}
     assert _last_checkpoint(tmp_path, first) is None
     (tmp_path / "checkpoints" / "checkpoint-3").mkdir()
+    seal_checkpoint(tmp_path / "checkpoints" / "checkpoint-3")
     assert _last_checkpoint(tmp_path, first) == str(tmp_path / "checkpoints" / "checkpoint-3")
     assert _last_checkpoint(tmp_path, {"gamma": 9.0}) is None
     assert not (tmp_path / "checkpoints" / "checkpoint-3").exists()

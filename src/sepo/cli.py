@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sepo.errors import UserError, one_line
+from sepo.errors import UserError, known_failure, one_line
 
 EPILOG = """\
 the usual way:
@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
     arguments = parse_arguments(argv)
     try:
-        return arguments.work(arguments) or 0
+        code = arguments.work(arguments) or 0
+        _leave()
+        return code
     except UserError as error:
         print(f"sepo: {one_line(error)}", file=sys.stderr)
         return 2
@@ -50,17 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
-        print("sepo: out of memory; lower tokens_per_row, or use lora", file=sys.stderr)
+    except Exception as error:
+        text = known_failure(error)
+        if text is None and (isinstance(error, OSError) or type(error).__module__.startswith("sepo.")):
+            text = one_line(error)
+        if text is None:
+            raise
+        print(f"sepo: {text}", file=sys.stderr)
         return 1
-    except OSError as error:
-        print(f"sepo: {one_line(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if type(error).__module__.startswith("sepo.") or "out of memory" in str(error).lower():
-            print(f"sepo: {one_line(error)}", file=sys.stderr)
-            return 1
-        raise
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -203,7 +202,10 @@ def run_command(arguments: argparse.Namespace) -> None:
     from sepo.pipeline import plan_run, run_recipe
 
     if arguments.dry_run:
-        print_plan(recipe.name, plan_run(recipe))
+        processes = _join("cpu")
+        rows = processes.on_main(lambda: plan_run(recipe))
+        if processes.is_main():
+            print_plan(recipe.name, rows)
         return
     metrics = run_recipe(recipe)
     print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
@@ -222,6 +224,7 @@ def oracle_command(arguments: argparse.Namespace) -> None:
     from sepo import stages
     from sepo.models import check_model, load_tokenizer, resolve_model
 
+    _join(arguments.device)
     check_model(arguments.reference)
     reference = resolve_model(arguments.reference)
     pairs = stages.read_pairs(settings, load_tokenizer(reference))
@@ -246,14 +249,20 @@ def score_command(arguments: argparse.Namespace) -> None:
     from sepo.models import check_model, load_tokenizer, resolve_model
     from sepo.tables import write_table
 
+    processes = _join(arguments.device)
     for name in (arguments.oracle, arguments.reference):
         check_model(name)
     oracle, reference = resolve_model(arguments.oracle), resolve_model(arguments.reference)
     tokenizer = load_tokenizer(reference)
     stages.check_same_tokenizer("oracle", load_tokenizer(oracle), "reference", tokenizer)
     out = Path(arguments.out)
-    pairs = stages.read_pairs(settings, tokenizer)
-    write_table(out / "pairs", pairs, stages.PAIRS_PER_SHARD)
+
+    def write_pairs() -> int:
+        pairs = stages.read_pairs(settings, tokenizer)
+        write_table(out / "pairs", pairs, stages.PAIRS_PER_SHARD)
+        return len(pairs)
+
+    pairs = processes.on_main(write_pairs)
     stores = {
         role: stages.logps_pass(
             model,
@@ -265,11 +274,11 @@ def score_command(arguments: argparse.Namespace) -> None:
         )
         for role, model in (("reference", reference), ("oracle", oracle))
     }
-    stages.score_pairs(out / "pairs", stores["oracle"], stores["reference"], out)
+    processes.on_main(lambda: str(stages.score_pairs(out / "pairs", stores["oracle"], stores["reference"], out)))
     from sepo.evaluate.run import oracle_accuracy
     from sepo.tables import read_table
 
-    print_metrics(f"scores: {out}", {"pairs": len(pairs), **oracle_accuracy(read_table(out, "scores"))})
+    print_metrics(f"scores: {out}", {"pairs": pairs, **oracle_accuracy(read_table(out, "scores"))})
 
 
 def select_command(arguments: argparse.Namespace) -> None:
@@ -284,7 +293,8 @@ def select_command(arguments: argparse.Namespace) -> None:
     from sepo import stages
     from sepo.tables import flat, read_table
 
-    stages.select(Path(arguments.table), Path(arguments.out), rates["chosen"], rates["rejected"], arguments.include_end)
+    settings = (Path(arguments.table), Path(arguments.out), *rates.values(), arguments.include_end)
+    _join("cpu").on_main(lambda: str(stages.select(*settings)))
     table = read_table(arguments.out, "selection")
     metrics: dict[str, float] = {"pairs": len(table)}
     for side in ("chosen", "rejected"):
@@ -300,6 +310,7 @@ def train_command(arguments: argparse.Namespace) -> None:
     from sepo.models import check_model, load_tokenizer, resolve_model
     from sepo.tables import read_table
 
+    _join(arguments.device)
     table = read_table(arguments.selection, "selection")
     check_model(arguments.policy)
     model = resolve_model(arguments.policy)
@@ -340,18 +351,21 @@ def eval_command(arguments: argparse.Namespace) -> None:
     from sepo.models import check_model, load_tokenizer, resolve_model
     from sepo.tables import write_metrics, write_table
 
-    for name in (arguments.policy, arguments.base):
-        check_model(name)
-    policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
-    tokenizer = load_tokenizer(base)
-    stages.check_same_tokenizer("policy", load_tokenizer(policy), "base", tokenizer)
+    def measure() -> dict[str, float]:
+        for name in (arguments.policy, arguments.base):
+            check_model(name)
+        policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
+        tokenizer = load_tokenizer(base)
+        stages.check_same_tokenizer("policy", load_tokenizer(policy), "base", tokenizer)
+        write_table(out / "pairs", stages.read_pairs(settings, tokenizer), stages.PAIRS_PER_SHARD)
+        metrics = evaluate_run(
+            policy, base, out / "pairs", out, eval_settings, seed=arguments.seed, device=arguments.device
+        )
+        write_metrics(out / "metrics.json", metrics)
+        return metrics
+
     out = Path(arguments.out)
-    write_table(out / "pairs", stages.read_pairs(settings, tokenizer), stages.PAIRS_PER_SHARD)
-    metrics = evaluate_run(
-        policy, base, out / "pairs", out, eval_settings, seed=arguments.seed, device=arguments.device
-    )
-    write_metrics(out / "metrics.json", metrics)
-    print_metrics(f"eval: {out}", metrics)
+    print_metrics(f"eval: {out}", _join("cpu").on_main(measure))
 
 
 def report_command(arguments: argparse.Namespace) -> None:
@@ -372,10 +386,14 @@ def report_command(arguments: argparse.Namespace) -> None:
     source = run or table
     assert source is not None
     out = Path(arguments.out) if arguments.out else (run or source.parent) / "report.html"
-    print(build_report(run, table=table, tokenizer=tokenizer, out=out, max_pairs=arguments.max_pairs))
-    if arguments.figures:
-        for path in save_figures(source, Path(arguments.figures)):
-            print(path)
+
+    def write() -> None:
+        print(build_report(run, table=table, tokenizer=tokenizer, out=out, max_pairs=arguments.max_pairs))
+        if arguments.figures:
+            for path in save_figures(source, Path(arguments.figures)):
+                print(path)
+
+    _join("cpu").on_main(write)
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
@@ -413,6 +431,19 @@ def _training_settings(arguments: argparse.Namespace, section: str):
     return getattr(load_recipe(None, overrides), section)
 
 
+def _join(device: str):
+    """Meet the other processes of a launch (torchrun, accelerate launch); returns the module `processes`."""
+    from sepo import processes
+
+    processes.join(device)
+    return processes
+
+
+def _leave() -> None:
+    if "sepo.processes" in sys.modules:
+        sys.modules["sepo.processes"].leave()
+
+
 def _quiet_libraries() -> None:
     """Keep third-party progress bars and notices from drowning our own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -433,7 +464,11 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+    from sepo import processes
+
+    if not processes.is_main():
+        return
+    table = Table(title=Text(one_line(title)), title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("± s.e.", justify="right")

@@ -8,7 +8,8 @@ traceback and exits with code 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -34,3 +35,34 @@ def one_line(value: object, limit: int = 500) -> str:
     text = " ".join(str(value).split()) or type(value).__name__
     text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# What libraries say when the disk is full: only some of them raise an OSError with its number.
+_FULL_DISK = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed", "inline_container.cc")
+_LOST_PROCESS = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
+
+
+def known_failure(error: BaseException) -> str | None:
+    """Return one line for a failure of the machine rather than of the program (None: it is not one of these).
+
+    Known are a full disk, memory that ran out, and the loss of another process of the launch, in whichever exception
+    of whichever library they come.
+    """
+    for cause in _chain(error):
+        text = str(cause).lower()
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(phrase in text for phrase in _FULL_DISK):
+            return "the disk is full: free some space, then the same command continues where it stopped"
+        if isinstance(cause, MemoryError) or "out of memory" in text:
+            return f"out of memory ({one_line(cause, 200)}); lower tokens_per_row, or use lora"
+        if isinstance(cause, RuntimeError) and any(phrase in text for phrase in _LOST_PROCESS):
+            return "another process of this launch was lost: see its message; the same command continues"
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

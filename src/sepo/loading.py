@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from sepo.errors import UserError, nearest, one_line
+from sepo.tables import file_digest
 
 COLUMNS = ("prompt", "chosen", "rejected")
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz")
@@ -71,6 +73,22 @@ def load_rows(source: str | os.PathLike, *, split: str = "train", config_name: s
     name, slice_text = _parse_split(split)
     dataset = _load_whole_split(source, split, config_name, set())
     return _take_slice(dataset, split, name) if slice_text else dataset
+
+
+def source_fingerprint(source: str | os.PathLike) -> str:
+    """Return 16 hex digits of the content of a file or folder of data; a hub dataset is known by its name alone."""
+    path = Path(source).expanduser()
+    try:
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    except (OSError, ValueError):  # too long, or a null byte: not a path
+        files = []
+    if not files:
+        return str(source)
+    digest = hashlib.sha256()
+    for file in files:
+        name = "" if file == path else file.relative_to(path).as_posix()
+        digest.update(f"{name}:{file_digest(file)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def _load_whole_split(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sepo import processes
 from sepo.attention import ATTENTION
 from sepo.errors import UserError
 from sepo.layers import last_mlp, rows_only, use_fast_layers
@@ -203,6 +204,7 @@ def dataset_logps(
     tokens_per_row: int | None = None,
     provenance: dict | None = None,
     progress: Callable[[int], None] | None = None,
+    over_processes: bool = False,
 ) -> pa.Table:
     """Log-probability of every response token of `pairs` under a frozen model.
 
@@ -211,6 +213,8 @@ def dataset_logps(
         pairs: a table with the columns of kind "pairs".
         tokens_per_row: token budget of a packed row; a default for the device if None.
         progress: called with the number of pairs finished since the last call.
+        over_processes: share the packed rows among the processes of the launch, all of which must call this and get
+            the whole table. The rows are those of one process, so the numbers are too.
 
     Returns:
         a table of kind "logps", row for row with `pairs`.
@@ -226,13 +230,14 @@ def dataset_logps(
     starts = np.zeros_like(lengths)
     np.cumsum(lengths[:-1], axis=0, out=starts[1:])
     totals = lengths.sum(0)
-    out = [np.empty(totals[CHOSEN], np.float32), np.empty(totals[REJECTED], np.float32)]
+    out = [np.zeros(totals[CHOSEN], np.float32), np.zeros(totals[REJECTED], np.float32)]
     row_of = {pair.pair_id: index for index, pair in enumerate(rows)}
 
     training = model.training
     model.eval()
     try:
-        for batch in make_batches(rows, layout, budget):
+        own = slice(processes.rank(), None, processes.size()) if over_processes else slice(None)
+        for batch in make_batches(rows, layout, budget)[own]:
             values = token_logps(model, batch.to(device)).float().cpu().numpy()
             if not np.isfinite(values).all():
                 bad = np.unique(batch.segments.numpy()[~np.isfinite(values)] // 2)
@@ -249,6 +254,8 @@ def dataset_logps(
                 progress(batch.num_pairs)
     finally:
         model.train(training)
+    if over_processes:
+        out = [processes.add_up(values) for values in out]
     return make_table(
         "logps",
         {

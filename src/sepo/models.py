@@ -765,6 +765,7 @@ def save_model(
     folder: str | os.PathLike,
     *,
     merge_adapter: bool = False,
+    state_dict: dict[str, Any] | None = None,
 ) -> None:
     """Save a model as safetensors with its tokenizer, chat template and generation config.
 
@@ -775,6 +776,7 @@ def save_model(
     Args:
         model: a Transformers causal LM or a `PeftModel`, not wrapped for distributed training.
         tokenizer: saved beside the model; None leaves it out.
+        state_dict: the whole weights of a model whose own are cut up over processes (FSDP, DeepSpeed).
 
     Raises:
         UserError: an adapter on quantized weights was to be merged, or the folder cannot be written.
@@ -790,11 +792,11 @@ def save_model(
         with replace_folder(folder) as temporary:
             if isinstance(model, PeftModel):
                 # The vocabulary never changes, so the embeddings stay the base's; "auto" would ask the hub.
-                model.save_pretrained(str(temporary), save_embedding_layers=False)
+                model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=state_dict)
                 (temporary / "README.md").unlink(missing_ok=True)  # a form to fill in, with paths of this machine
                 causal_lm(model).generation_config.save_pretrained(temporary)
             else:
-                model.save_pretrained(temporary)
+                model.save_pretrained(temporary, state_dict=state_dict)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
     except OSError as error:
@@ -862,7 +864,7 @@ def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None)
         if gguf is not None:
             converted = _converted_folder(gguf, None)
             if _is_converted(converted):
-                return AutoConfig.from_pretrained(converted)
+                return AutoConfig.from_pretrained(converted, trust_remote_code=False)
             _check_gguf(gguf)
             return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
         if os.path.isdir(name):
@@ -870,9 +872,10 @@ def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None)
             if _is_adapter(Path(name)):
                 base, base_revision = _adapter_base(Path(name))
                 return load_config(base, revision=base_revision)
-            return AutoConfig.from_pretrained(name)
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
         commit, cached = _hub_snapshot(name, revision)
-        return AutoConfig.from_pretrained(cached or name, **({} if cached else {"revision": commit}))
+        where = {} if cached else {"revision": commit}
+        return AutoConfig.from_pretrained(cached or name, trust_remote_code=False, **where)
     except UserError:
         raise
     except Exception as error:

@@ -2,8 +2,9 @@
 
     data -> reference -> oracle -> score -> select -> train -> eval
 
-A stage whose fingerprint (its settings, its inputs' fingerprints, the format version) is unchanged and whose output
-stands is not run again, so an interrupted run continues and a changed recipe redoes what the change touches.
+A stage is not run again if all that it depends on (its settings, the content of its inputs, the format version) is
+unchanged and the checksums of its output are those it was written with. So an interrupted run continues, a changed
+recipe redoes what the change touches and says what changed, and a damaged file is noticed and made again.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import yaml
 from filelock import FileLock, Timeout
 
+from sepo import processes
 from sepo.data import sample_pairs, tokenizer_fingerprint
-from sepo.errors import UserError, nearest
+from sepo.errors import UserError, nearest, one_line
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.run import evaluate_run
-from sepo.loading import load_rows
+from sepo.loading import load_rows, source_fingerprint
 from sepo.logps import tokens_per_row_for
 from sepo.models import (
     check_model,
@@ -48,21 +51,33 @@ from sepo.models import (
 from sepo.recipe import EMBEDDED_DATA, Recipe, TrainingSettings, dump_recipe
 from sepo.report import build_report
 from sepo.stages import (
+    STATE_FILE,
     check_same_tokenizer,
     embedded_data,
     logps_pass,
     prepare_data,
     read_split,
+    recover_folder,
     say,
     score_pairs,
     select,
     train_model,
     train_reference,
 )
-from sepo.tables import FORMAT_VERSION, flat, read_table, write_metrics, write_text
+from sepo.tables import (
+    FORMAT_VERSION,
+    file_digest,
+    flat,
+    read_table,
+    remove_leftovers,
+    write_metrics,
+    write_text,
+)
 from sepo.trainer import PreferenceConfig
 
 STAGES = ("data", "reference", "oracle", "score", "select", "train", "eval")
+MODEL_FOLDERS = ("reference", "oracle", "policy")
+MANIFEST_FORMAT = 2
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -80,21 +95,55 @@ class Run:
         return self.folder.joinpath(*parts)
 
     def stage(self, name: str, depends: dict[str, Any], outputs: list[Path], work: Callable[[], dict | None]) -> dict:
-        """Run a stage unless it stands already; returns its record (fingerprint, seconds, results)."""
-        fingerprint = digest({"stage": name, "format": FORMAT_VERSION, **depends})
-        record = self.manifest.setdefault("stages", {}).get(name)
-        if record and record["fingerprint"] == fingerprint and all(path.exists() for path in outputs):
-            say(f"[{name}] unchanged, reused")
+        """Run a stage unless it stands already; returns its record.
+
+        Args:
+            depends: everything that its output depends on: settings, and the `content` of the stages it reads.
+            outputs: the files and folders that it writes.
+            work: writes them; returns results for the manifest. All processes of a launch call it.
+
+        Returns:
+            a record with `fingerprint`, `depends`, `files` (checksums of the output), `content` (their fingerprint),
+            `seconds` and `results`.
+        """
+        depends = json.loads(json.dumps({"format": FORMAT_VERSION, **depends}, default=str))
+        record = processes.on_main(lambda: self._standing(name, depends, outputs))
+        if record is not None:
             return record
-        say(f"[{name}]" + (" settings or inputs changed, done again" if record else ""))
-        if record:
-            del self.manifest["stages"][name]
-            self.save()
         started = time.monotonic()
         results = work() or {}
-        seconds = time.monotonic() - started
+        processes.wait()
+        return processes.on_main(lambda: self._record(name, depends, outputs, results, time.monotonic() - started))
+
+    def _standing(self, name: str, depends: dict[str, Any], outputs: list[Path]) -> dict | None:
+        """Return the record of a stage that stands; else say why it does not, and drop the record."""
+        record = self.manifest.setdefault("stages", {}).get(name)
+        reason = None
+        if record is None:
+            say(f"[{name}]")
+            return None
+        if "files" not in record or "depends" not in record:
+            reason = "was made by an older version"
+        elif record.get("fingerprint") != digest(depends):
+            reason = f"{', '.join(_changes(record['depends'], depends)) or 'something'} changed"
+        else:
+            damage = _damage(record["files"], self._digests(outputs))
+            if damage is None:
+                say(f"[{name}] unchanged, reused")
+                return record
+            reason = damage
+        say(f"[{name}] {reason}: done again")
+        self.forget(name)
+        return None
+
+    def _record(self, name: str, depends: dict, outputs: list[Path], results: dict, seconds: float) -> dict:
+        files = self._digests(outputs)
         record = {
-            "fingerprint": fingerprint,
+            "fingerprint": digest(depends),
+            "depends": depends,
+            "files": files,
+            # The history of a training holds times, which differ from run to run.
+            "content": digest({path: value for path, value in files.items() if not path.endswith(STATE_FILE)}),
             "seconds": round(seconds, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "results": results,
@@ -104,10 +153,18 @@ class Run:
         say(f"[{name}] {seconds:.0f} s")
         return record
 
+    def _digests(self, outputs: list[Path]) -> dict[str, str]:
+        """Checksums of all output files, by their path in the run folder; missing outputs have none."""
+        found: dict[str, str] = {}
+        for output in outputs:
+            files = sorted(output.rglob("*")) if output.is_dir() else [output]
+            found |= {p.relative_to(self.folder).as_posix(): file_digest(p) for p in files if p.is_file()}
+        return found
+
     def forget(self, name: str) -> None:
         """Drop the record of a stage that the recipe no longer has, with its time."""
         if self.manifest.setdefault("stages", {}).pop(name, None):
-            self.save()
+            self.save()  # in the main process: the others have no manifest
 
     def save(self) -> None:
         write_text(self.path("manifest.json"), json.dumps(self.manifest, indent=2, default=str) + "\n")
@@ -120,54 +177,95 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     Raises:
         UserError: another process works in the folder, or it belongs to another recipe.
     """
-    folder = recipe.run_folder
-    check_run_folder(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(recipe.run_folder / ".lock")
+    run = Run(recipe.run_folder, recipe)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"'{folder}' is in use by another process: wait for it, or set output_dir") from None
-    try:
-        manifest = _read_manifest(folder)
-        run = Run(folder, recipe, manifest)
-        write_text(run.path("recipe.yaml"), dump_recipe(recipe))
-        manifest["name"] = recipe.name
-        manifest["environment"] = environment()
-        run.save()
+        processes.on_main(lambda: _take_folder(run, lock))
         yield run
     finally:
         lock.release()
 
 
+def _take_folder(run: Run, lock: FileLock) -> None:
+    """Lock the run folder, clear away what killed processes left, read the manifest and write down the recipe."""
+    check_run_folder(run.recipe)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"'{run.folder}' is in use by another process: wait for it, or set output_dir") from None
+    remove_leftovers(run.folder)
+    for name in MODEL_FOLDERS:
+        recover_folder(run.path(name))
+    run.manifest = _read_manifest(run.folder)
+    if damage := run.manifest.pop("damage", None):
+        say(f"manifest.json is damaged ({damage}): every stage is looked at again")
+    run.manifest |= {"name": run.recipe.name, "format": MANIFEST_FORMAT, "environment": environment()}
+    run.save()
+    write_text(run.path("recipe.yaml"), dump_recipe(run.recipe))
+
+
 def check_run_folder(recipe: Recipe) -> None:
     """Refuse a run folder that is a file, holds foreign files, or belongs to a recipe of another name."""
     folder = recipe.run_folder
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
     manifest = _read_manifest(folder)
     if manifest and manifest.get("name") != recipe.name:
         raise UserError(
             f"'{folder}' belongs to the recipe '{manifest.get('name')}', not '{recipe.name}': set output_dir or name"
         )
-    if not manifest and folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+    if manifest or not folder.is_dir():
+        return
+    # A run killed at its very start has left hidden files only.
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"'{folder}' is not empty and not a run folder: set output_dir to a new folder")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest; one that is damaged gives its `damage` and the name in recipe.yaml, and no stages."""
     path = folder / "manifest.json"
     if not path.is_file():
         return {}
     try:
-        manifest = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is damaged ({error}): delete it to do the stages again") from None
-    return manifest if isinstance(manifest, dict) else {}
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(record, dict) for record in manifest.get("stages", {}).values()):
+            return manifest
+        damage = "a stage is no JSON object"
+    except (ValueError, AttributeError, RecursionError) as error:
+        damage = one_line(error, 200)
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        recipe = None
+    return {"damage": damage, "name": recipe.get("name") if isinstance(recipe, dict) else None}
+
+
+def _damage(written: dict[str, str], found: dict[str, str]) -> str | None:
+    """Say what happened to the files of a stage since it wrote them; notes that a user put beside them do no harm."""
+    for path, checksum in written.items():
+        if found.get(path) != checksum:
+            return f"{path} {'was altered' if path in found else 'is missing'}"
+    added = [path for path in found if path not in written and path.endswith((".parquet", ".safetensors"))]
+    return f"{added[0]} was added" if added else None
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Name what differs between two nested mappings: `["policy.training.learning_rate"]`."""
+    names = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            names.append(f"{prefix}{key}")
+    return names
 
 
 def run_recipe(recipe: Recipe) -> dict[str, float]:
     """Run all stages of a recipe, reusing what stands; returns the metrics that `metrics.json` holds."""
-    check_inputs(recipe)
+    processes.join(recipe.device)
+    processes.on_main(lambda: check_inputs(recipe))
     with open_run(recipe) as run:
         return _run_stages(run)
 
@@ -190,23 +288,30 @@ def _run_stages(run: Run) -> dict[str, float]:
             "seed": seed,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": digest(tokenizer.chat_template),
-            "source": _source_stamp(source),
+            "source": processes.on_main(lambda: source_fingerprint(source)),
         },
         [train, held_out],
-        lambda: prepare_data(recipe.data, tokenizer, run.path("pairs"), seed),
+        lambda: processes.on_main(lambda: prepare_data(recipe.data, tokenizer, run.path("pairs"), seed)),
     )
 
-    reference, reference_key = start, model_fingerprint(start)
+    reference, reference_key = start, processes.on_main(lambda: model_fingerprint(start))
     if recipe.reference.sft is not None:
         folder = run.path("reference")
         sft = recipe.reference.sft
         record = run.stage(
             "reference",
-            {"model": reference_key, "sft": settings["reference"]["sft"], "seed": seed},
-            [folder / "config.json"],
+            {
+                "model": reference_key,
+                "reference": {"sft": settings["reference"]["sft"]},
+                "source": processes.on_main(lambda: source_fingerprint(sft.source)),
+                "seed": seed,
+            },
+            [folder],
             lambda: {"model": str(train_reference(start, sft, folder, seed=seed, device=recipe.device))},
         )
-        reference, reference_key = str(folder), record["fingerprint"]
+        reference, reference_key = str(folder), record["content"]
+    else:
+        run.forget("reference")
 
     oracle_folder = run.path("oracle")
 
@@ -234,58 +339,64 @@ def _run_stages(run: Run) -> dict[str, float]:
     if recipe.oracle.model is not None:
         run.forget("oracle")
         oracle = resolve_model(recipe.oracle.model)
-        oracle_key = model_fingerprint(oracle)
+        oracle_key = processes.on_main(lambda: model_fingerprint(oracle))
     else:
         oracle = str(oracle_folder)
         oracle_key = run.stage(
             "oracle",
             {
                 "oracle": settings["oracle"],
-                "data": data["fingerprint"],
+                "pairs": data["content"],
                 "reference": reference_key,
                 "seed": seed,
                 "dtype": recipe.dtype,
             },
-            [oracle_folder / "trainer_state.json"],
+            [oracle_folder],
             make_oracle,
-        )["fingerprint"]
+        )["content"]
 
     def make_scores() -> dict[str, Any]:
+        tables = []
         for pairs, suffix, scores in ((train, (), "scores"), (held_out, ("held_out",), "scores_held_out")):
             stores = {}
             for role, model in (("reference", reference), ("oracle", oracle)):
                 stores[role] = logps_pass(
                     model, pairs, run.path("logps", role, *suffix), description=f"{role} {pairs.name}", **scoring
                 )
-            score_pairs(pairs, stores["oracle"], stores["reference"], run.path(scores))
-        return {}
+            tables.append((pairs, stores["oracle"], stores["reference"], run.path(scores)))
+        return processes.on_main(lambda: {"tables": [str(score_pairs(*folders)) for folders in tables]})
 
     score = run.stage(
         "score",
-        {"oracle": oracle_key, "reference": reference_key, "data": data["fingerprint"], "dtype": recipe.dtype},
-        [run.path("scores"), run.path("scores_held_out")],
+        {"oracle": oracle_key, "reference": reference_key, "pairs": data["content"], "dtype": recipe.dtype},
+        [run.path(*parts) for parts in (["scores"], ["scores_held_out"], ["logps", "reference"], ["logps", "oracle"])],
         make_scores,
     )
+
+    def make_selection() -> dict[str, str]:
+        return {"folder": str(select(run.path("scores"), run.path("selection"), **recipe.select.model_dump()))}
+
     selection = run.stage(
         "select",
-        {"scores": score["fingerprint"], "select": settings["select"]},
+        {"scores": score["content"], "select": settings["select"]},
         [run.path("selection")],
-        lambda: {"folder": str(select(run.path("scores"), run.path("selection"), **recipe.select.model_dump()))},
+        lambda: processes.on_main(make_selection),
     )
 
     policy_folder = run.path("policy")
     start_policy = reference
     if recipe.policy.model is not None:
         start_policy = resolve_model(recipe.policy.model, revision=recipe.policy.revision)
+    start_key = processes.on_main(lambda: model_fingerprint(start_policy))
     policy = run.stage(
         "train",
         {
             "policy": settings["policy"],
-            "start": model_fingerprint(start_policy),
-            "selection": selection["fingerprint"],
+            "start": start_key,
+            "selection": selection["content"],
             "seed": seed,
         },
-        [policy_folder / "trainer_state.json"],
+        [policy_folder],
         lambda: train_model(
             start_policy,
             read_table(run.path("selection"), "selection"),
@@ -302,6 +413,7 @@ def _run_stages(run: Run) -> dict[str, float]:
     )
 
     def measure() -> dict[str, float]:
+        run.path("eval", "generations.parquet").unlink(missing_ok=True)  # of other settings
         return evaluate_run(
             policy=str(policy_folder),
             base=start_policy,
@@ -319,10 +431,23 @@ def _run_stages(run: Run) -> dict[str, float]:
 
     evaluation = run.stage(
         "eval",
-        {"eval": settings["eval"], "policy": policy["fingerprint"], "data": data["fingerprint"], "seed": seed},
+        {
+            "eval": settings["eval"],
+            "policy": policy["content"],
+            "start": start_key,
+            "scores": score["content"],
+            "selection": selection["content"],
+            "seed": seed,
+            "dtype": recipe.dtype,
+        },
         [run.path("eval")],
-        measure,
+        lambda: processes.on_main(measure),
     )
+    return processes.on_main(lambda: _finish_run(run, data, evaluation))
+
+
+def _finish_run(run: Run, data: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, float]:
+    """Write metrics.json and the report; returns the metrics."""
     metrics = {
         **evaluation["results"],
         "pairs/train": data["results"]["train"],
@@ -501,17 +626,6 @@ def _plan_row(
 def digest(value: Any) -> str:
     """Fingerprint of a JSON-like value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _source_stamp(source: str) -> str:
-    """What tells that a local data file changed: its content; hub datasets are pinned by the name alone."""
-    path = Path(source)
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    if path.is_dir():
-        return digest(sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file()))
-    return source
 
 
 def environment() -> dict[str, Any]:

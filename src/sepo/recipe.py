@@ -11,6 +11,7 @@ below carries its description, which `sepo recipe` prints.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, strict=False, allow_inf_nan=False)
 
 
 class DataSettings(Settings):
@@ -161,7 +162,7 @@ class Recipe(Settings):
 
     name: str = Field("sepo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
     output_dir: str | None = Field(None, description="run folder; default: runs/NAME")
-    seed: int = Field(0, ge=0, description="seed of every random draw")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random draw")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="weights when scoring and generating; auto: float32 to score, bfloat16 on CUDA to generate"
@@ -204,12 +205,42 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """Check a mapping of settings; `where` names its origin in error messages."""
+    _check_values(values, where)
     try:
         return Recipe(**values)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
     except TypeError:
         raise UserError(f"{where}: keys must be words, found {sorted(map(str, values))}") from None
+
+
+_MOST_VALUES = 20_000
+
+
+def _check_values(values: Any, where: str) -> None:
+    """Refuse what YAML can write but no recipe can mean: texts that no file name holds, and values without end
+    (an alias inside itself, or aliases of aliases that grow to billions).
+    """
+    stack, seen = [values], 0
+    while stack:
+        value = stack.pop()
+        seen += 1
+        if seen > _MOST_VALUES:
+            raise UserError(f"{where}: holds more than {_MOST_VALUES:,} values: expected a recipe, see `sepo recipe`")
+        if isinstance(value, dict):
+            stack += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            stack += value
+        elif isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+            raise UserError(f"{where}: {_short(value)} holds a character that is no text: expected UTF-8 without NUL")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -304,5 +335,8 @@ def _owner(path: Sequence[Any]) -> type[BaseModel] | None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = reprlib.repr(value)  # looks no deeper than it shows
+    except ValueError:  # an integer of thousands of digits
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

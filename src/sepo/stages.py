@@ -3,17 +3,22 @@
     prepare_data -> train_reference -> train_model (DPO) -> logps_pass, score_pairs -> select -> train_model (SePO)
 
 Each can be called alone; the stage commands do, and `pipeline.py` strings them together. Passes over a dataset work
-shard by shard, and a shard that stands already, made from the same model and pairs, is kept.
+shard by shard, and a shard that stands already, made from the same model and pairs, is kept. Training continues from
+its last whole checkpoint, and a finished model made from the same model, pairs and settings is kept too.
+
+Under a launcher of several processes training and passes are shared by all of them; everything else runs in the main
+one, which alone writes (processes.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,25 +29,44 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
+from sepo import processes
 from sepo.data import DataReport, split_pairs, tokenize_pairs, tokenizer_fingerprint
-from sepo.errors import UserError
-from sepo.loading import load_preferences, load_rows
+from sepo.errors import UserError, one_line
+from sepo.loading import load_preferences, load_rows, source_fingerprint
 from sepo.logps import dataset_logps
-from sepo.models import LoraSettings, load_model, load_tokenizer, model_fingerprint, save_model
+from sepo.models import (
+    LoraSettings,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    replace_folder,
+    save_model,
+)
 from sepo.recipe import EMBEDDED_DATA, DataSettings, LoraConfig, SftSettings, TrainingSettings
 from sepo.rewards import token_rewards
 from sepo.selection import check_rate, select_key_tokens
-from sepo.tables import FORMAT_VERSION, provenance_of, shard_path, table_paths, write_shard, write_table, write_text
-from sepo.trainer import PreferenceConfig, PreferenceTrainer
+from sepo.tables import (
+    FORMAT_VERSION,
+    file_digest,
+    provenance_of,
+    read_shard,
+    shard_path,
+    table_digest,
+    table_paths,
+    write_shard,
+    write_table,
+    write_text,
+)
+from sepo.trainer import NonFiniteLossError, PreferenceConfig, PreferenceTrainer
 
 PAIRS_PER_SHARD = 1000
 
 
 def say(text: str) -> None:
     """Print a line of progress to standard error, where it does not disturb results on standard output."""
-    print(text, file=sys.stderr, flush=True)
+    if processes.is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -149,19 +173,25 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
         from trl import SFTConfig, SFTTrainer
     except ImportError:
         raise UserError('reference.sft needs TRL: run pip install "sepo[sft]"') from None
+    processes.join(device)
     dataset = load_rows(settings.source, split=settings.split, config_name=settings.config_name)
     if "messages" in dataset.column_names:
         # TRL takes a column `prompt` beside it for a prompt-completion pair (UltraChat has both).
         dataset = dataset.select_columns(["messages"])
     if settings.sample < 1:
         dataset = dataset.shuffle(seed=seed).select(range(max(1, int(settings.sample * len(dataset)))))
-    tokenizer = load_tokenizer(model)
     arguments = training_arguments(settings.training, out, seed=seed, device=device)
     # TRL pads a whole micro-batch: a few rows at a time, accumulated.
     rows = arguments["per_device_train_batch_size"]
     micro = next(size for size in (8, 4, 2, 1) if rows % size == 0)
     arguments |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
     arguments |= settings.training.arguments
+    made_with = _fingerprint(model, settings.training, sft=settings.model_dump(mode="json"), seed=seed)
+    made_with["source"] = processes.on_main(lambda: source_fingerprint(settings.source))
+    standing = processes.on_main(lambda: _standing(out, made_with))
+    if standing is not None:
+        return out
+    tokenizer = load_tokenizer(model)
     trainer = SFTTrainer(
         model=load_model(model, device=device, train=True),
         args=SFTConfig(**arguments, max_length=settings.max_length),
@@ -170,26 +200,47 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
         callbacks=[SaveEvery(settings.training.save_minutes), ProgressBar("SFT")],
     )
     trainer.remove_callback(PrinterCallback)
-    made_with = {"model": model_fingerprint(model), "sft": settings.model_dump(mode="json"), "seed": seed}
-    trainer.train(resume_from_checkpoint=_last_checkpoint(out, made_with))
-    return _finish_training(trainer, tokenizer, out)
+    _train(trainer, tokenizer, out, made_with)
+    return out
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
 class SaveEvery(TrainerCallback):
-    """Save a checkpoint when `minutes` have passed since the last: short runs write none, long ones lose little."""
+    """Save a checkpoint when `minutes` have passed since the last: short runs write none, long ones lose little.
+
+    A checkpoint that is whole on the disk is sealed (`seal_checkpoint`); only a sealed one is ever continued from.
+    """
 
     def __init__(self, minutes: float):
         self.seconds = 60 * minutes
         self.last = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.seconds and time.monotonic() - self.last > self.seconds and state.global_step < state.max_steps:
+        if not self.seconds or state.global_step >= state.max_steps:
+            return control
+        # One clock decides for all processes: saving is a joint act.
+        if processes.on_main(lambda: time.monotonic() - self.last > self.seconds):
             control.should_save = True
             self.last = time.monotonic()
         return control
+
+    def on_save(self, args, state, control, **kwargs):
+        require_finite_weights(kwargs["model"], state.global_step)
+        processes.wait()
+        processes.on_main(lambda: seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+
+def require_finite_weights(model: torch.nn.Module, step: int) -> None:
+    """Raise a `NonFiniteLossError` if a weight is not finite: no such checkpoint is sealed, no such model kept."""
+    for name, parameter in model.named_parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP: the part of this process
+        if not bool(torch.isfinite(own).all()):
+            raise NonFiniteLossError(
+                f"the weight {name} is not finite after step {step}; lower learning_rate: "
+                "the checkpoints before it are kept"
+            )
 
 
 class ProgressBar(TrainerCallback):
@@ -219,16 +270,16 @@ class ProgressBar(TrainerCallback):
 
 def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, device: str = "auto") -> dict[str, Any]:
     """Translate `TrainingSettings` into keyword arguments of `transformers.TrainingArguments`."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch_size % processes:
-        raise UserError(f"batch_size {settings.batch_size} is not a multiple of the {processes} processes")
+    number = processes.launched()
+    if settings.batch_size % number:
+        raise UserError(f"batch_size {settings.batch_size} is not a multiple of the {number} processes")
     use_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     arguments: dict[str, Any] = {
         "output_dir": str(out / "checkpoints"),
         "learning_rate": settings.learning_rate,
         "num_train_epochs": settings.num_train_epochs,
         "max_steps": settings.max_steps,
-        "per_device_train_batch_size": settings.batch_size // processes,
+        "per_device_train_batch_size": settings.batch_size // number,
         "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,
@@ -270,6 +321,20 @@ def train_model(
     Returns:
         `seconds`, the mean `loss` over the run, and `steps`.
     """
+    processes.join(device)
+    made_with = _fingerprint(
+        model,
+        training,
+        pairs=table_digest(table),
+        reference_logps=None if reference_logps is None else table_digest(reference_logps),
+        lora=lora.model_dump(mode="json") if lora else None,
+        quantization=quantization,
+        seed=seed,
+        **objective,
+    )
+    standing = processes.on_main(lambda: _standing(out, made_with))
+    if standing is not None:
+        return standing
     tokenizer = load_tokenizer(model)
     config = PreferenceConfig(
         **training_arguments(training, out, seed=seed, device=device),
@@ -291,48 +356,157 @@ def train_model(
         callbacks=[SaveEvery(training.save_minutes), ProgressBar(str(objective.get("objective", "training")).upper())],
     )
     trainer.remove_callback(PrinterCallback)
-    made_with = {
-        "model": model_fingerprint(model),
-        "pairs": _table_digest(table),
-        "training": training.model_dump(mode="json"),
-        "lora": lora.model_dump(mode="json") if lora else None,
-        "quantization": quantization,
-        "seed": seed,
-        **objective,
-    }
+    return _train(trainer, tokenizer, out, made_with)
+
+
+def _train(trainer: Any, tokenizer: PreTrainedTokenizerBase, out: Path, made_with: dict[str, Any]) -> dict[str, float]:
+    """Train from the last whole checkpoint on, and put the finished model with its history into `out`."""
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=_last_checkpoint(out, made_with))
+    checkpoint = processes.on_main(lambda: _last_checkpoint(out, made_with))
+    try:
+        # Trainer reads optimizer, schedule and random state with torch's restricted loader: numbers only, no code.
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"'{checkpoint}' cannot be continued from ({one_line(error, 200)}): delete it") from None
+    require_finite_weights(trainer.model, trainer.state.global_step)
     seconds = time.monotonic() - started
-    _finish_training(trainer, tokenizer, out)
-    return {"seconds": seconds, "loss": result.training_loss, "steps": result.global_step}
+    # A sharded model (FSDP, DeepSpeed) is gathered by all processes together.
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharding() else None
+    history = trainer.state.log_history
+    losses = [row["loss"] for row in history if "loss" in row]
+    # The trainer's own mean covers the steps since the last restart only.
+    loss = sum(losses) / max(len(losses), 1)
+    results = {"seconds": seconds, "loss": loss, "steps": trainer.state.global_step}
+
+    def save() -> dict[str, float]:
+        with replace_folder(out) as temporary:
+            save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, temporary, state_dict=state_dict)
+            state = {"log_history": history, "global_step": trainer.state.global_step, "results": results}
+            state |= {"made_with": made_with, "files": _file_digests(temporary)}
+            write_text(temporary / STATE_FILE, json.dumps(state))
+        return results
+
+    return processes.on_main(save)
+
+
+# --- what stands already --------------------------------------------------------------------------------------------
+
+STATE_FILE = "trainer_state.json"
+_SEAL = "sealed.json"
+# Part of every training's fingerprint: raised when checkpoints or training change in a way that must not be mixed.
+_TRAINING_FORMAT = 2
+
+
+def sharding() -> str:
+    """How the launcher cuts up a model: "fsdp", "deepspeed" or nothing. Checkpoints of one kind fit no other."""
+    kinds = ("fsdp", "deepspeed")
+    return next((k for k in kinds if os.environ.get(f"ACCELERATE_USE_{k.upper()}", "false").lower() == "true"), "")
+
+
+def _fingerprint(model: str, training: TrainingSettings, **rest: Any) -> dict[str, Any]:
+    """Everything that a training depends on, but for the number of processes, which does not change its result."""
+    return {
+        "format": _TRAINING_FORMAT,
+        "model": processes.on_main(lambda: model_fingerprint(model)),
+        "training": training.model_dump(mode="json"),
+        **rest,
+    }
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo what a process killed inside `replace_folder` left: put the old folder back, or remove the remains."""
+    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
+    for leftover in (new, old, new.with_name(f".{new.name}.new"), new.with_name(f".{new.name}.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _standing(out: Path, made_with: dict[str, Any]) -> dict[str, float] | None:
+    """Return the results of a finished training with this fingerprint if its model stands in `out`, unaltered.
+
+    Raises:
+        UserError: `out` holds something else, which saving the model would remove.
+    """
+    recover_folder(out)
+    if not out.exists():
+        return None
+    known = ("config.json", "adapter_config.json", "checkpoints", STATE_FILE)
+    if not out.is_dir() or (any(out.iterdir()) and not any((out / name).exists() for name in known)):
+        raise UserError(f"'{out}' is not a model folder: its content would be replaced; choose a new folder")
+    try:
+        state = json.loads((out / STATE_FILE).read_text(encoding="utf-8"))
+        same = state["made_with"] == json.loads(json.dumps(made_with, default=str))
+        if not same:
+            return None
+        if problem := _differing_file(out, state["files"]):
+            say(f"  {out}: {problem}; trained again")
+            return None
+        results = {name: float(value) for name, value in state["results"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of an attempt with other settings
+    say(f"  {out} stands already, made with the same model, data and settings: kept")
+    return results
+
+
+def _differing_file(folder: Path, digests: dict[str, str]) -> str | None:
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_digest(path) != digest:
+            return f"{name} was altered"
+    return None
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Mark a checkpoint as whole: its files are on the disk, and their checksums are written last."""
+    # A pickle of the arguments: nobody reads it, and nobody should.
+    for name in ("training_args.bin", _SEAL):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    write_text(folder / _SEAL, json.dumps(_file_digests(folder)))
+
+
+def _checkpoint_problem(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint; None if it is whole."""
+    try:
+        digests = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        return _differing_file(folder, digests)
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f"{_SEAL} is damaged"
 
 
 def _last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
-    """Return the last checkpoint of the same training run; checkpoints of other settings or data are removed."""
+    """Return the last whole checkpoint of the same training; others, unfinished and damaged ones are removed."""
     folder = out / "checkpoints"
     record = folder / "made_with.json"
-    text = json.dumps(made_with, sort_keys=True, default=str)
-    if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8") != text):
+    text = json.dumps({**made_with, "sharding": sharding()}, sort_keys=True, default=str)
+    if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):
         if any(folder.glob("checkpoint-*")):  # Trainer makes the empty folder itself
             say(f"  checkpoints in {folder} were made with other settings or data: removed")
         shutil.rmtree(folder)
     write_text(record, text)
-    found = get_last_checkpoint(str(folder))
-    if found:
-        say(f"  continuing from {found}")
-    return found
-
-
-def _finish_training(trainer, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
-    """Save the trained model beside its training history, and drop the checkpoints."""
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        history = json.dumps({"log_history": trainer.state.log_history, "global_step": trainer.state.global_step})
-        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, out)
-        write_text(out / "trainer_state.json", history)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    return out
+    numbered = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    for _, checkpoint in sorted(numbered.items(), reverse=True):
+        problem = _checkpoint_problem(checkpoint)
+        if problem is None:
+            say(f"  continuing from {checkpoint}")
+            return str(checkpoint)
+        say(f"  {checkpoint}: {problem}; removed")
+        shutil.rmtree(checkpoint)
+    return None
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------
@@ -353,65 +527,80 @@ def logps_pass(
     The table is written shard by shard; shards of the same model and pairs that stand already are kept, so that an
     interrupted pass continues where it stopped.
     """
-    fingerprint = {"model": model_fingerprint(model), "dtype": dtype}
-    paths = table_paths(pairs, "pairs")
-    todo = []
-    total = 0
-    for index, path in enumerate(paths):
-        table = pq.read_table(path)
-        expected = {
-            **fingerprint,
-            "tokenizer": provenance_of(table).get("tokenizer"),
-            "pairs": _table_digest(table),
-        }
-        if not _shard_matches(shard_path(out, index), expected):
-            todo.append((index, path, expected))
-            total += len(table)
-    for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
-        stale.unlink()
+    processes.join(device)
+    shards = len(table_paths(pairs, "pairs"))
+    todo = processes.on_main(lambda: _shards_to_do(model, pairs, out, dtype))
     if not todo:
         return out
+
+    def write(index: int, table: pa.Table) -> None:
+        write_shard(out, index, table, shards)
+
     loaded = load_model(model, device=device, dtype=dtype)
-    with tqdm(total=total, desc=f"  {description}", unit="pair", smoothing=0.05) as bar:
-        for index, path, expected in todo:
+    total = sum(item["pairs"] for item in todo)
+    with tqdm(
+        total=total, desc=f"  {description}", unit="pair", smoothing=0.05, disable=not processes.is_main() or None
+    ) as bar:
+        for item in todo:
+            index = item["index"]
             table = dataset_logps(
                 loaded,
-                pq.read_table(path),
+                read_shard(shard_path(pairs, index), "pairs"),
                 tokens_per_row=tokens_per_row,
-                provenance=expected,
-                progress=bar.update,
+                provenance=item["provenance"],
+                progress=lambda done: bar.update(done * processes.size()),
+                over_processes=True,
             )
-            write_shard(out, index, table)
+            processes.on_main(partial(write, index, table))
     return out
 
 
-def _shard_matches(path: Path, expected: dict[str, Any]) -> bool:
+def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str) -> list[dict[str, Any]]:
+    """The shards of a pass that do not stand yet, each with its provenance and number of pairs."""
+    fingerprint = {"model": model_fingerprint(model), "dtype": dtype}
+    paths = table_paths(pairs, "pairs")
+    todo, problems = [], []
+    for index, path in enumerate(paths):
+        table = read_shard(path, "pairs")
+        made_from = {"tokenizer": provenance_of(table).get("tokenizer"), "pairs": table_digest(table)}
+        expected = {**fingerprint, **made_from}
+        stored = shard_path(out, index)
+        problem = _shard_problem(stored, {**expected, "shard": index, "shards": len(paths)})
+        if problem is not None:
+            todo.append({"index": index, "provenance": expected, "pairs": len(table)})
+            problems += [f"{stored} {problem}"] if stored.exists() else []
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        say(f"  {problems[0]}{more}: computed again")
+    for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
+        stale.unlink()
+    return todo
+
+
+def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
+    """Say why a stored shard cannot be used; None if it is whole and was made from what is expected."""
+    if not path.is_file():
+        return "is missing"
     try:
-        found = provenance_of(pq.read_schema(path))
-    except (OSError, pa.ArrowInvalid, ValueError):
-        return False
-    return found.get("version") == FORMAT_VERSION and all(found.get(key) == value for key, value in expected.items())
-
-
-def _table_digest(table: pa.Table) -> str:
-    """Fingerprint of the numbers in a table, independent of how it is chunked."""
-    digest = hashlib.sha256()
-    for name in sorted(table.column_names):
-        column = table.column(name).combine_chunks()
-        if pa.types.is_list(column.type):
-            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-            column = column.flatten()
-        digest.update(column.to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()[:16]
+        with open(path, "rb") as file:
+            found = provenance_of(pq.read_schema(file))
+        for key, value in {"version": FORMAT_VERSION, **expected}.items():
+            if found.get(key) != value:
+                return f"was made with another {key}"
+        read_shard(path, "logps")
+    except (UserError, OSError, ValueError, pa.ArrowException) as error:
+        return f"is damaged ({one_line(error, 200)})"
+    return None
 
 
 def score_pairs(pairs: Path, oracle_logps: Path, reference_logps: Path, out: Path) -> Path:
     """Join stored log-probabilities into a scores table, shard by shard."""
-    shards = [table_paths(folder, kind) for folder, kind in ((pairs, "pairs"), (oracle_logps, "logps"))]
-    shards.append(table_paths(reference_logps, "logps"))
+    kinds = ((pairs, "pairs"), (oracle_logps, "logps"), (reference_logps, "logps"))
+    shards = list(zip(*(table_paths(folder, kind) for folder, kind in kinds), strict=True))
     _clear_shards(out)
-    for index, paths in enumerate(zip(*shards, strict=True)):
-        write_shard(out, index, token_rewards(*(pq.read_table(path) for path in paths)))
+    for index, (pair, oracle, reference) in enumerate(shards):
+        table = token_rewards(read_shard(pair, "pairs"), read_shard(oracle, "logps"), read_shard(reference, "logps"))
+        write_shard(out, index, table, len(shards))
     return out
 
 
@@ -420,9 +609,14 @@ def select(scores: Path, out: Path, k_chosen: float, k_rejected: float, include_
     check_rate("k_chosen", k_chosen)
     check_rate("k_rejected", k_rejected)
     paths = table_paths(scores, "scores")
+    for path in paths:
+        if path.parent.resolve() == out.resolve():
+            raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
+        read_shard(path, "scores")  # all of it is sound before the old selection goes
     _clear_shards(out)
     for index, path in enumerate(paths):
-        write_shard(out, index, select_key_tokens(pq.read_table(path), k_chosen, k_rejected, include_end))
+        table = select_key_tokens(read_shard(path, "scores"), k_chosen, k_rejected, include_end)
+        write_shard(out, index, table, len(paths))
     return out
 
 

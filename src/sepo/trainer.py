@@ -8,14 +8,16 @@ other: the loss is the exact mean over the pairs of an update, however they fall
 from __future__ import annotations
 
 import contextlib
+import math
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
@@ -33,7 +35,7 @@ from sepo.logps import (
     token_logps,
     tokens_per_row_for,
 )
-from sepo.packing import PackedBatch, Pair
+from sepo.packing import PackedBatch, Pair, read_length
 from sepo.rewards import response_sums
 
 OBJECTIVES = ("sepo", "dpo")
@@ -93,8 +95,35 @@ class PairDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Pair, tuple[float, float] | None]:
+    def __getitem__(self, index: int) -> tuple[Pair, tuple[float, float] | None] | None:
+        if index == NO_PAIR:
+            return None
         return self.pairs[index], self.reference[index] if self.reference is not None else None
+
+
+NO_PAIR = -1
+
+
+class PairSampler(torch.utils.data.Sampler[int]):
+    """The order of the pairs: a function of seed and epoch alone, so a continued or a shared training keeps it.
+
+    Filled up with `NO_PAIR` to a multiple of the batch over all processes. Each process then gets as many batches as
+    any other and no pair twice, and an update consists of the same pairs whatever the number of processes.
+    """
+
+    def __init__(self, pairs: int, multiple: int, seed: int | None, epoch: Callable[[], int] = lambda: 0):
+        self.pairs, self.missing, self.seed, self.epoch = pairs, -pairs % multiple, seed, epoch
+
+    def __iter__(self):
+        order = torch.arange(self.pairs)
+        if self.seed is not None:
+            # The order that Trainer's own sampler draws.
+            order = torch.randperm(self.pairs, generator=torch.Generator().manual_seed(self.seed + self.epoch()))
+        yield from order.tolist()
+        yield from [NO_PAIR] * self.missing
+
+    def __len__(self) -> int:
+        return self.pairs + self.missing
 
 
 @dataclass
@@ -108,7 +137,8 @@ class PairCollator:
     layout: str
     tokens_per_row: int
 
-    def __call__(self, items: Sequence[tuple[Pair, tuple[float, float] | None]]) -> dict[str, Any]:
+    def __call__(self, batch: Sequence[tuple[Pair, tuple[float, float] | None] | None]) -> dict[str, Any]:
+        items = [item for item in batch if item is not None]
         batches = make_batches([pair for pair, _ in items], self.layout, self.tokens_per_row)
         sums = {pair.pair_id: reference for pair, reference in items}
         references = [
@@ -174,6 +204,7 @@ class PreferenceTrainer(Trainer):
         _bind_packed_forward(model)
         # Running (sum, count) of each metric since the last log.
         self._metrics: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        self._update_pairs: list[int] = []  # of the update at hand, to find out whose gradient went wrong
         super().__init__(
             model=model,
             args=args,
@@ -198,7 +229,9 @@ class PreferenceTrainer(Trainer):
                 data, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length
             )
         if args.objective == "dpo" and reference_logps is None:
-            reference_logps = dataset_logps(model.to(args.device), data, tokens_per_row=args.tokens_per_row)
+            reference_logps = dataset_logps(
+                model.to(args.device), data, tokens_per_row=args.tokens_per_row, over_processes=True
+            )
         return PairDataset(data, reference_logps if args.objective == "dpo" else None)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
@@ -219,7 +252,7 @@ class PreferenceTrainer(Trainer):
         return losses, gamma * chosen / chosen_counts, gamma * rejected / rejected_counts
 
     def _batch_loss(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None, mode: str) -> Tensor:
-        """Sum of the losses of one packed batch; its metrics are added to the running ones of `mode`."""
+        """Sum of the losses of one packed batch; its metrics are added to the running ones of `mode`, if any."""
         with self.compute_loss_context_manager():
             logps = model(packed_batch=batch)
             losses, chosen_rewards, rejected_rewards = self._losses(logps, batch, reference)
@@ -229,6 +262,8 @@ class PreferenceTrainer(Trainer):
                 f"the loss of pair {bad[0]} (of {len(bad)} pairs) is not finite at step {self.state.global_step}; "
                 "lower learning_rate or continue from the last checkpoint"
             )
+        if not mode:
+            return losses.sum()
         with torch.no_grad():
             self._add(mode, "loss", losses)
             self._add(mode, "rewards/chosen", chosen_rewards)
@@ -251,23 +286,111 @@ class PreferenceTrainer(Trainer):
 
     def _accumulate_rows(self, model: nn.Module, inputs: dict[str, Any], pairs_in_update: float) -> Tensor:
         total = torch.zeros((), device=self.args.device)
-        last = len(inputs["batches"]) - 1
-        for index, (batch, reference) in enumerate(zip(inputs["batches"], inputs["references"], strict=True)):
+        rows = self._rows(inputs)
+        for index, (batch, reference, counts) in enumerate(rows):
             # Gradients travel between processes once an update, with the last row.
-            wait = contextlib.nullcontext() if index == last else self.accelerator.no_sync(model)
-            with wait:
+            with contextlib.nullcontext() if index == len(rows) - 1 else self._hold_gradients(model):
                 batch = batch.to(self.args.device)
                 reference = reference if reference is None else reference.to(self.args.device)
-                loss = self._batch_loss(model, batch, reference, "train")
+                loss = self._batch_loss(model, batch, reference, "train" if counts else "") * counts
                 # Processes average their gradients, so the sum over processes needs their number back.
-                self.accelerator.backward(loss * (self.args.world_size / pairs_in_update))
+                self.accelerator.backward(loss * (self.args.world_size / pairs_in_update), **self._backward_options)
                 total += loss.detach() / pairs_in_update
+        self._update_pairs += [pair_id for batch in inputs["batches"] for pair_id in batch.pair_ids]
         return total * self.args.world_size
+
+    def _rows(self, inputs: dict[str, Any]) -> list[tuple[PackedBatch, Tensor | None, bool]]:
+        """The packed rows of one batch, as many in every process: some wrappers (FSDP, ZeRO) wait for each other in
+        each forward. The last of a row says whether it counts; one that fills up does not.
+        """
+        rows = [(*row, True) for row in zip(inputs["batches"], inputs["references"], strict=True)]
+        if self.args.world_size == 1:
+            return rows
+        number = torch.tensor([len(rows)], device=self.args.device)
+        most = int(self.accelerator.gather(number).max())
+        if most > len(rows):
+            filler: dict[str, Any] = self.data_collator([self._shortest])  # type: ignore[list-item]
+            rows += [(filler["batches"][0], filler["references"][0], False)] * (most - len(rows))
+        return rows
+
+    @property
+    def _shortest(self) -> tuple[Pair, tuple[float, float] | None]:
+        dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        return dataset[min(range(len(dataset)), key=lambda index: read_length(dataset.pairs[index]))]
+
+    @contextlib.contextmanager
+    def _hold_gradients(self, model: nn.Module) -> Iterator[None]:
+        """While it lasts, gradients add up in this process."""
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            with self.accelerator.no_sync(model):
+                yield
+            return
+        # DeepSpeed takes an optimizer step with each backward pass unless it is told that more will come.
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
+
+    @property
+    def _backward_options(self) -> dict[str, bool]:
+        # DeepSpeed would divide by the accumulation steps once more.
+        return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        """Stop before the optimizer step if a gradient is not finite; names the pair."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        pair_ids, self._update_pairs = self._update_pairs, []
+        # A gradient scaler (fp16) skips such steps itself.
+        if norm is None or getattr(self.accelerator, "scaler", None) is not None:
+            return norm
+        if not math.isfinite(float(norm)):
+            raise NonFiniteLossError(
+                f"the gradient of {self._pair_of_bad_gradient(pair_ids)} is not finite at step "
+                f"{self.state.global_step}; lower learning_rate or continue from the last checkpoint"
+            )
+        return norm
+
+    def _pair_of_bad_gradient(self, pair_ids: list[int]) -> str:
+        """Find the pair whose gradient alone is not finite, by doing the pairs of the update one by one."""
+        every = f"one of the pairs {', '.join(map(str, pair_ids))}"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # a process alone cannot do a backward pass there
+            return every
+        model = self.accelerator.unwrap_model(self.model)
+        dataset: Any = self.train_dataset
+        index_of = {pair.pair_id: index for index, pair in enumerate(dataset.pairs)}
+        for pair_id in pair_ids:
+            inputs: dict[str, Any] = self.data_collator([dataset[index_of[pair_id]]])
+            model.zero_grad()
+            for batch, reference in zip(inputs["batches"], inputs["references"], strict=True):
+                reference = reference if reference is None else reference.to(self.args.device)
+                self._batch_loss(model, batch.to(self.args.device), reference, "").backward()
+            if not all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None):
+                return f"pair {pair_id}"
+        return every
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Number of pairs in one update, over accumulation steps and processes."""
         pairs = torch.tensor(float(sum(batch["num_pairs"] for batch in batch_samples)), device=device)
         return self.accelerator.gather(pairs[None]).sum() if self.args.world_size > 1 else pairs
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # The epoch is asked for, not set: a loader that skips the batches before a checkpoint passes no epoch on.
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return PairSampler(
+            len(dataset),
+            self.args.train_batch_size * self.args.world_size,
+            seed,
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def _get_eval_sampler(self, eval_dataset):
+        return PairSampler(len(eval_dataset), self.args.eval_batch_size * self.args.world_size, None)
 
     def _prepare_inputs(self, inputs):
         return inputs  # rows move to the device one by one
@@ -294,9 +417,9 @@ class PreferenceTrainer(Trainer):
         self._metrics["eval"].clear()
         with torch.no_grad():
             for inputs in loader:
-                for batch, reference in zip(inputs["batches"], inputs["references"], strict=True):
+                for batch, reference, counts in self._rows(inputs):
                     reference = reference if reference is None else reference.to(self.args.device)
-                    self._batch_loss(model, batch.to(self.args.device), reference, "eval")
+                    self._batch_loss(model, batch.to(self.args.device), reference, "eval" if counts else "")
         model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take("eval").items()}
         self.log(metrics)

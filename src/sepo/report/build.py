@@ -66,9 +66,9 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
     shown, rewards, lengths = [], {side: [] for side in SIDES}, {side: [] for side in SIDES}  # type: ignore[var-annotated]
     start = 0
     for shard in paths:
-        table = pq.read_table(shard)
+        table = tables.read_shard(shard, "scores")
         for side in SIDES:
-            values, counts = _checked_rewards(table, side, path)
+            values, counts = tables.flat(table[f"{side}_rewards"])
             rewards[side].append(values)
             lengths[side].append(counts)
         inside = picked[(picked >= start) & (picked < start + len(table))] - start
@@ -78,26 +78,6 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
     if not any(len(values) for values, _ in joined.values()):
         raise UserError(f"'{path}' holds no response token: expected responses of at least one token")
     return Scores(pa.concat_tables(shown), joined, tables.provenance_of(shown[0]))
-
-
-def _checked_rewards(table: pa.Table, side: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    values, counts = tables.flat(table[f"{side}_rewards"])
-    _, id_counts = tables.flat(table[f"{side}_ids"])
-    unequal = np.flatnonzero(counts != id_counts)
-    if len(unequal):
-        row = unequal[0]
-        raise UserError(
-            f"'{path}', pair {table['pair_id'][int(row)]}: {counts[row]} {side} rewards for "
-            f"{id_counts[row]} tokens; expected one a token, so score the pairs again"
-        )
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        row = int(np.searchsorted(np.cumsum(counts), bad[0], side="right"))
-        raise UserError(
-            f"'{path}', pair {table['pair_id'][row]}: a {side} reward is {values[bad[0]]}; "
-            "expected finite numbers, so check the models and score the pairs again"
-        )
-    return values, counts
 
 
 def _spread(

@@ -1,0 +1,120 @@
+"""Several processes of one launch: who writes, and how the others learn what came of it.
+
+    torchrun --nproc-per-node 2 -m sepo run recipe.yaml          accelerate launch -m sepo.cli run recipe.yaml
+
+All processes run the same stages. The main one (rank 0) decides, reads the manifest and writes; `on_main` hands its
+answer, or its failure, to the others. Messages are JSON, never pickles. Waiting happens in a group of its own over TCP
+(gloo) without a short timeout, because tokenising a dataset may take longer than the ten minutes that NCCL waits.
+
+With one process every function here is a plain call, and torch.distributed is never touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+_WAIT = timedelta(days=7)
+_group: Any = None
+
+
+class MainProcessError(RuntimeError):
+    """The main process failed, so this one stops too; the message repeats why."""
+
+
+def launched() -> int:
+    """Number of processes that the launcher started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(device: str = "auto") -> None:
+    """Meet the other processes of the launch, if there are any; later calls do nothing."""
+    global _group
+    if launched() == 1 or _group is not None:
+        return
+    # Every process checks the model's layout on whole weights before FSDP cuts them up.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if not dist.is_initialized():
+        from accelerate import PartialState
+
+        # Accelerate knows the backends of all devices and launchers; the trainer then finds the group made.
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    _group = dist.new_group(backend="gloo", timeout=_WAIT)
+
+
+def leave() -> None:
+    """Part from the other processes at the end of a command."""
+    global _group
+    if _group is not None and dist.is_initialized():
+        dist.destroy_process_group()
+    _group = None
+
+
+def size() -> int:
+    """Number of processes that have joined."""
+    return dist.get_world_size(_group) if _group is not None else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank(_group) if _group is not None else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that decides and writes."""
+    return rank() == 0
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """Call `work` in the main process alone; every process gets its JSON-like result.
+
+    Raises:
+        whatever `work` raised, in the main process; `MainProcessError` in the others.
+    """
+    if size() == 1:
+        return work()
+    if not is_main():
+        message = json.loads(_broadcast(None))
+        if "error" in message:
+            raise MainProcessError(f"process {rank()} stops: the main process failed ({message['error']})")
+        return message["result"]
+    try:
+        result = work()
+        message = json.dumps({"result": result})
+    except BaseException as error:
+        _broadcast(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        raise
+    _broadcast(message)
+    return result
+
+
+def _broadcast(text: str | None) -> str:
+    """Send a text from the main process to all."""
+    content = np.frombuffer((text or "").encode(), np.uint8)
+    length = torch.tensor([len(content)])
+    dist.broadcast(length, 0, group=_group)
+    buffer = torch.from_numpy(content.copy()) if text is not None else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(buffer, 0, group=_group)
+    return buffer.numpy().tobytes().decode()
+
+
+def add_up(values: np.ndarray) -> np.ndarray:
+    """Sum of an array over the processes. Where all but one hold zeros it is exact."""
+    if size() == 1:
+        return values
+    tensor = torch.from_numpy(values.copy())
+    dist.all_reduce(tensor, group=_group)
+    return tensor.numpy()
+
+
+def wait() -> None:
+    """Return when every process has come here."""
+    if size() > 1:
+        dist.barrier(group=_group)

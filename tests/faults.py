@@ -1,0 +1,425 @@
+"""Fault injection: kill a small real run, take its disk, its processes or its files away, and look for what was lost.
+
+    make faults                                    the whole suite, some minutes; prints a table
+    python tests/faults.py --kills 3 --fills 1     a part of it
+
+A run of all seven stages on the embedded data and a tiny model takes some seconds. It is done once undisturbed; every
+fault then gets a run of its own, is injected, and the same command is given again until it succeeds. What comes out
+must equal the undisturbed run: bytes of tables and weights, every step of the loss curves, all metrics but the times.
+
+Faults are drawn from a seed. A kill is a SIGKILL either before the n-th operation that writes to the run folder (an
+audit hook counts openings, renames and removals, so that the moments between two renames are hit too), or after a time.
+Runs are forked from this process, which has imported everything, so that a run costs no start-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from trl import SFTTrainer  # noqa: F401  imported here once, for the stage reference
+
+from sepo import pipeline, stages
+from sepo.cli import main
+from tiny_models import tiny_model, tiny_tokenizer
+
+STAGES = ("start", *pipeline.STAGES)
+MODELS = ("reference", "oracle", "policy")
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true", "ACCELERATE_USE_CPU": "true",
+}  # fmt: skip
+WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+RECIPE = """
+name: faults
+device: cpu
+data: {source: "embedded:sentiment", sample: 0.12, held_out: 24, max_length: 160}
+reference:
+  model: MODEL
+  sft: {source: CHATS, training: {batch_size: 8, learning_rate: 1.0e-3, save_minutes: 0.0003}}
+oracle: {training: {learning_rate: 1.0e-3, batch_size: 8, save_minutes: 0.0003}}
+policy: {training: {learning_rate: 1.0e-3, batch_size: 8, save_minutes: 0.0003}}
+eval: {gold: vader, prompts: 4, samples: 1, max_new_tokens: 6}
+"""
+
+
+@dataclass
+class Outcome:
+    """How a run ended: exit codes of its processes, what it printed, and its seconds."""
+
+    codes: list[int]
+    log: str
+    seconds: float
+
+    @property
+    def stage(self) -> str:
+        """The stage that it was in last."""
+        found = re.findall(r"^\[(\w+)\](?! \d+ s$)", self.log, flags=re.MULTILINE)
+        return found[-1] if found else "start"
+
+
+@dataclass
+class Lab:
+    """A folder with a model, a recipe and as many runs as there are faults."""
+
+    folder: Path
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        (self.folder / "runs").mkdir()
+        model, chats = self.folder / "model", self.folder / "chats.jsonl"
+        in_child(lambda: (tiny_model("llama").save_pretrained(model), tiny_tokenizer().save_pretrained(model)))
+        colors = ["red", "blue", "green", "pink", "teal", "gold", "grey", "lime"] * 5
+        turns = (({"role": "user", "content": f"Is it {c}?"}, {"role": "assistant", "content": "Yes!"}) for c in colors)
+        chats.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+        text = RECIPE.replace("MODEL", str(model)).replace("CHATS", str(chats))
+        (self.folder / "recipe.yaml").write_text(text)
+
+    def run(
+        self,
+        out: Path,
+        *overrides: str,
+        ranks: int = 1,
+        environment: dict[str, str] | None = None,
+        kill_operation: int | None = None,
+        kill_after: float | None = None,
+        fill_at: str | None = None,
+        count: bool = False,
+    ) -> Outcome:
+        """Run the recipe into `out` in forked processes; a fault hits the last of them, or the disk under `out`."""
+        log = self.folder / f"{out.name}.log"
+        arguments = ["run", str(self.folder / "recipe.yaml"), f"output_dir={out}", *overrides]
+        started = time.monotonic()
+        port, children = free_port(), []
+        for rank in range(ranks):
+            variables = dict(environment or {})
+            if ranks > 1:
+                variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                variables |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            hook = kill_operation if rank == ranks - 1 else None
+            children.append(fork(lambda v=variables, h=hook: child(arguments, log, v, out, h, count)))
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(children[-1], signal.SIGKILL)
+        if fill_at is not None:
+            while f"[{fill_at}]" not in (log.read_text() if log.exists() else ""):
+                time.sleep(0.001)
+            fill(out.parent)
+        codes = wait_for(children)
+        return Outcome(codes, log.read_text(), time.monotonic() - started)
+
+    def note(self, fault: str, stage: str, course: str, lost: list[str]) -> None:
+        self.rows.append((fault, stage, course, "; ".join(lost) or "nothing"))
+        print(f"  {fault:38} in {stage:10} {course:44} lost: {self.rows[-1][3]}", flush=True)
+
+    @property
+    def failures(self) -> int:
+        return sum(row[3] != "nothing" for row in self.rows)
+
+
+def child(
+    arguments: list[str], log: Path, variables: dict[str, str], out: Path, kill_operation: int | None, count: bool
+) -> int:
+    os.environ.update(variables)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    stages.PAIRS_PER_SHARD = 30
+    if kill_operation is not None or count:
+        watch(str(out), kill_operation, count)
+    return main(arguments)
+
+
+def watch(folder: str, kill_operation: int | None, count: bool) -> None:
+    """Count the operations that write under `folder`; print each, or die before a given one."""
+    done = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal done
+        opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if not (opens or event in WRITES) or not str(arguments[0]).startswith(folder):
+            return
+        if done == kill_operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if count:
+            os.write(2, f"#operation {done}\n".encode())
+        done += 1
+
+    sys.addaudithook(hook)
+
+
+def fill(disk: Path) -> None:
+    with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 4096)
+
+
+def fork(work) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        code = work() or 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def in_child(work) -> None:
+    """Compute in a process of its own: threads started here would not survive a fork."""
+    (code,) = wait_for([fork(lambda: bool(work()) and 0)])
+    assert code == 0
+
+
+def wait_for(children: list[int], grace: float = 30) -> list[int]:
+    """Wait for processes as a launcher does: once one has failed the others get a moment, then SIGTERM."""
+    codes: dict[int, int] = {}
+    deadline = None
+    while len(codes) < len(children):
+        for pid in children:
+            if pid not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(status[1])
+                if codes[pid] != 0 and deadline is None:
+                    deadline = time.monotonic() + grace
+        if deadline is not None and time.monotonic() > deadline:
+            for pid in children:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in children]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- what was lost --------------------------------------------------------------------------------------------------
+
+
+def differences(clean: Path, other: Path, exact: bool = True) -> list[str]:
+    """Say how a run differs from the undisturbed one; with `exact=False` numbers may differ by rounding."""
+    found = []
+    names = {path.relative_to(run).as_posix() for run in (clean, other) for path in run.rglob("*") if path.is_file()}
+    for name in sorted(names):
+        if not ((clean / name).is_file() and (other / name).is_file()):
+            found.append(f"{name} only in one run")
+        elif exact and name.endswith((".parquet", ".safetensors")) and not same_bytes(clean / name, other / name):
+            found.append(f"{name} differs")
+    for model in (name for name in MODELS if (clean / name).is_dir()):
+        curves = [loss_curve(run / model) for run in (clean, other)]
+        if not close(*curves, 1e-6 if exact else 2e-4):
+            found.append(f"loss curve of {model} differs")
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (clean, other)]
+    metrics = [{k: v for k, v in one.items() if not k.startswith("seconds/")} for one in metrics]
+    if metrics[0] != metrics[1] if exact else metrics[0].keys() != metrics[1].keys():
+        found.append("metrics differ")
+    return found
+
+
+def loss_curve(model: Path) -> list[tuple[float, ...]]:
+    history = json.loads((model / stages.STATE_FILE).read_text())["log_history"]
+    return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"]) for row in history if "loss" in row]
+
+
+def close(first: list[tuple], second: list[tuple], tolerance: float) -> bool:
+    return len(first) == len(second) and all(
+        abs(a - b) <= tolerance * max(1.0, abs(a)) for one, two in zip(first, second, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )  # fmt: skip
+
+
+def course(outcome: Outcome) -> str:
+    """What a continued run did: stages reused, checkpoints continued from."""
+    reused = len(re.findall(r"^\[\w+\] unchanged", outcome.log, flags=re.MULTILINE))
+    steps = re.findall(r"continuing from \S*checkpoint-(\d+)", outcome.log)
+    kept = outcome.log.count("stands already")
+    parts = [f"{reused} stages reused"] + [f"from step {step}" for step in steps] + ["finished model kept"] * kept
+    return ", ".join(parts)
+
+
+def complaint(outcome: Outcome) -> list[str]:
+    """What is wrong with the way a failed run spoke: it must end in one line of ours, without a traceback."""
+    lines = [line for line in outcome.log.splitlines() if line.startswith("sepo: ")]
+    problems = ["a traceback was shown"] if "Traceback" in outcome.log else []
+    return problems + ([] if len(lines) == 1 else [f"{len(lines)} lines of error"])
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def operations(log: str) -> dict[str, list[int]]:
+    """The numbers of the writing operations of each stage, from the log of a run that counted them."""
+    found: dict[str, list[int]] = {stage: [] for stage in STAGES}
+    stage = "start"
+    for line in log.splitlines():
+        if match := re.match(r"\[(\w+)\](?! \d+ s$)", line):
+            stage = match[1]
+        elif match := re.match(r"#operation (\d+)", line):
+            found[stage].append(int(match[1]))
+    return found
+
+
+def kills(lab: Lab, clean: Path, undisturbed: Outcome, number: int, draw: random.Random) -> None:
+    """Kill runs: two of three before a writing operation, each stage in turn, the others after a time."""
+    by_stage = {stage: numbers for stage, numbers in operations(undisturbed.log).items() if numbers}
+    order = draw.sample(sorted(by_stage), len(by_stage))
+    for index in range(number):
+        out = lab.folder / "runs" / f"kill-{index}"
+        if index % 3 < 2:
+            stage = order[(index // 3 * 2 + index % 3) % len(order)]
+            operation = draw.choice(by_stage[stage])
+            fault = f"SIGKILL before write {operation}"
+            outcome = lab.run(out, kill_operation=operation)
+        else:
+            moment = draw.uniform(0.05, 0.95) * undisturbed.seconds
+            fault = f"SIGKILL after {moment:.2f} s"
+            outcome = lab.run(out, kill_after=moment)
+        lost = [] if outcome.codes == [-signal.SIGKILL] else [f"not killed: exit code {outcome.codes}"]
+        again = draw.random() < 0.4 and lab.run(out, kill_operation=draw.choice(by_stage[draw.choice(order)]))
+        if again:
+            fault += " and once more"
+        (lab.folder / f"{out.name}.log").unlink()
+        resumed = lab.run(out)
+        lost += [f"exit code {resumed.codes}"] if resumed.codes != [0] else differences(clean, out)
+        lab.note(fault, outcome.stage, course(resumed), lost)
+        shutil.rmtree(out)
+
+
+def fills(lab: Lab, clean: Path, number: int, draw: random.Random) -> str | None:
+    """Fill the disk of runs (a small tmpfs), free it, and go on; returns why it cannot be done here."""
+    size = sum(path.stat().st_size for path in clean.rglob("*") if path.is_file())
+    disk = lab.folder / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={24 * size}", "none", str(disk)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        return "mounting a tmpfs needs root"
+    try:
+        order = draw.sample(pipeline.STAGES, len(pipeline.STAGES))
+        for index in range(number):
+            out, stage = disk / f"full-{index}", order[index % len(order)]
+            outcome = lab.run(out, fill_at=stage)
+            lost = complaint(outcome) + ([] if outcome.codes == [1] else [f"exit code {outcome.codes}"])
+            if "the disk is full" not in outcome.log:
+                lost.append("a full disk was not named")
+            (disk / "filler").unlink()
+            (lab.folder / f"{out.name}.log").unlink()
+            resumed = lab.run(out)
+            lost += [f"exit code {resumed.codes}"] if resumed.codes != [0] else differences(clean, out)
+            lab.note(f"disk full from stage {stage} on", outcome.stage, course(resumed), lost)
+            shutil.rmtree(out)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    return None
+
+
+def ranks(lab: Lab, clean: Path, draw: random.Random, number: int) -> None:
+    """Two processes give what one gives; one of two dies, and the run goes on with another number."""
+    out = lab.folder / "runs" / "two"
+    outcome = lab.run(out, ranks=2)
+    lost = [f"exit codes {outcome.codes}"] if any(outcome.codes) else differences(clean, out, exact=False)
+    lab.note("none: two processes", outcome.stage, course(outcome), lost)
+    seconds = outcome.seconds
+    given = [f"reference.model={clean / 'reference'}", "reference.sft=null", f"oracle.model={clean / 'oracle'}"]
+    given += ["policy.training.max_steps=1", "eval.prompts=0"]
+    one, two = (lab.folder / "runs" / name for name in ("given-one", "given-two"))
+    outcomes = [lab.run(one, *given), lab.run(two, *given, ranks=2)]
+    lost = [f"exit codes {o.codes}" for o in outcomes if any(o.codes)] or tables_differ(one, two)
+    lab.note("none: two processes, given oracle", outcomes[1].stage, "the same bytes in every table", lost)
+    for index in range(number):
+        out = lab.folder / "runs" / f"rank-{index}"
+        moment = draw.uniform(0.3, 0.8) * seconds
+        outcome = lab.run(out, ranks=2, kill_after=moment)
+        lost = [] if all(outcome.codes) else [f"not all processes failed: {outcome.codes}"]
+        lost += ["a traceback was shown"] if "Traceback" in outcome.log else []
+        (lab.folder / f"{out.name}.log").unlink()
+        after = 1 + index % 2
+        resumed = lab.run(out, ranks=after)
+        lost += [f"exit code {resumed.codes}"] if any(resumed.codes) else differences(clean, out, exact=False)
+        fault = f"one of 2 processes killed after {moment:.1f} s"
+        lab.note(fault, outcome.stage, f"with {after}: {course(resumed)}", lost)
+        shutil.rmtree(out)
+
+
+def fsdp(lab: Lab, draw: random.Random) -> None:
+    """One of two processes that share a model by FSDP2 dies; the run goes on and gives what one process gives."""
+    one, two = (lab.folder / "runs" / name for name in ("whole", "sharded"))
+    expected = lab.run(one, "reference.sft=null")
+    arguments = {"ranks": 2, "environment": FSDP}
+    outcome = lab.run(two, "reference.sft=null", kill_after=draw.uniform(0.4, 0.8) * expected.seconds, **arguments)
+    lost = [] if all(outcome.codes) else [f"not all processes failed: {outcome.codes}"]
+    (lab.folder / f"{two.name}.log").unlink()
+    resumed = lab.run(two, "reference.sft=null", **arguments)
+    lost += [f"exit code {resumed.codes}"] if any(resumed.codes) else differences(one, two, exact=False)
+    lab.note("one of 2 processes of FSDP2 killed", outcome.stage, f"with 2: {course(resumed)}", lost)
+
+
+def tables_differ(first: Path, second: Path) -> list[str]:
+    names = {p.relative_to(run).as_posix() for run in (first, second) for p in run.rglob("part-*.parquet")}
+    return [f"{name} differs" for name in sorted(names) if not same_bytes(first / name, second / name)]
+
+
+def same_bytes(first: Path, second: Path) -> bool:
+    return first.is_file() and second.is_file() and first.read_bytes() == second.read_bytes()
+
+
+def report(lab: Lab) -> None:
+    widths = [max(len(row[column]) for row in lab.rows) for column in range(4)]
+    print()
+    for row in (("injected", "in stage", "continued with", "lost"), *lab.rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\n{len(lab.rows)} faults, {lab.failures} with a loss")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--fills", type=int, default=6)
+    parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="sepo-faults-") as folder:
+        lab = Lab(Path(folder))
+        lab.prepare()
+        clean = lab.folder / "runs" / "clean"
+        undisturbed = lab.run(clean, count=True)
+        if undisturbed.codes != [0]:
+            sys.exit(undisturbed.log)
+        print(f"an undisturbed run takes {undisturbed.seconds:.1f} s", flush=True)
+        kills(lab, clean, undisturbed, options.kills, draw)
+        if options.fills and (reason := fills(lab, clean, options.fills, draw)):
+            print(f"  full disks skipped: {reason}")
+        if options.ranks:
+            ranks(lab, clean, draw, options.ranks)
+        if options.ranks > 1:
+            fsdp(lab, draw)
+        report(lab)
+    sys.exit(1 if lab.failures else 0)
