@@ -45,12 +45,15 @@ from sepo.models import (
     model_fingerprint,
     resolve_model,
 )
+from sepo.objectives import SELECTIVE, WITH_REFERENCE, check_objective
 from sepo.recipe import EMBEDDED_DATA, Recipe, TrainingSettings, dump_recipe
 from sepo.report import build_report
+from sepo.selection import check_rule
 from sepo.stages import (
     check_same_tokenizer,
     embedded_data,
     logps_pass,
+    objective_settings,
     prepare_data,
     read_split,
     say,
@@ -268,15 +271,38 @@ def _run_stages(run: Run) -> dict[str, float]:
     )
     selection = run.stage(
         "select",
-        {"scores": score["fingerprint"], "select": settings["select"]},
+        {"scores": score["fingerprint"], "select": settings["select"], "seed": seed},
         [run.path("selection")],
-        lambda: {"folder": str(select(run.path("scores"), run.path("selection"), **recipe.select.model_dump()))},
+        lambda: {
+            "folder": str(select(run.path("scores"), run.path("selection"), **recipe.select.model_dump(), seed=seed))
+        },
     )
 
     policy_folder = run.path("policy")
     start_policy = reference
     if recipe.policy.model is not None:
         start_policy = resolve_model(recipe.policy.model, revision=recipe.policy.revision)
+
+    def train_policy() -> dict[str, Any]:
+        logps = None
+        if recipe.policy.objective in WITH_REFERENCE:
+            # The policy's reference is the model it starts from; its pass stands already where that is π_ref.
+            store = run.path("logps", "reference" if start_policy == reference else "policy_start")
+            logps_pass(start_policy, train, store, description="policy's reference", **scoring)
+            logps = read_table(store, "logps")
+        return train_model(
+            start_policy,
+            read_table(run.path("selection"), "selection"),
+            policy_folder,
+            recipe.policy.training,
+            reference_logps=logps,
+            lora=recipe.policy.lora,
+            quantization=recipe.policy.quantization,
+            seed=seed,
+            device=recipe.device,
+            **objective_settings(recipe.policy),
+        )
+
     policy = run.stage(
         "train",
         {
@@ -286,19 +312,7 @@ def _run_stages(run: Run) -> dict[str, float]:
             "seed": seed,
         },
         [policy_folder / "trainer_state.json"],
-        lambda: train_model(
-            start_policy,
-            read_table(run.path("selection"), "selection"),
-            policy_folder,
-            recipe.policy.training,
-            lora=recipe.policy.lora,
-            quantization=recipe.policy.quantization,
-            seed=seed,
-            device=recipe.device,
-            objective="sepo",
-            gamma=recipe.policy.gamma,
-            margin=recipe.policy.margin,
-        ),
+        train_policy,
     )
 
     def measure() -> dict[str, float]:
@@ -356,6 +370,8 @@ def check_inputs(recipe: Recipe) -> None:
         read_split(recipe.data, recipe.data.held_out_split)
     for settings in (recipe.oracle.training, recipe.policy.training):
         _check_arguments(settings)
+    check_objective(recipe.policy.objective, recipe.policy.label_smoothing)
+    check_rule(**recipe.select.model_dump())
     if recipe.reference.sft is not None:
         sft = recipe.reference.sft
         if importlib.util.find_spec("trl") is None:
@@ -427,11 +443,13 @@ def plan_run(recipe: Recipe) -> list[dict[str, str]]:
         )
     )
     kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
+    if recipe.policy.objective not in SELECTIVE:
+        kept += f" (not read by {recipe.policy.objective})"
     rows.append(_plan_row("select", kept, train))
     epochs = _epochs(recipe.policy.training, train)
     seconds = 6 * large["parameters"] * train_tokens * epochs / rate
     memory = _training_memory(large, recipe.policy.training, recipe.policy.lora is not None, device)
-    rows.append(_plan_row("train", "SePO on the key tokens", train, train_tokens, seconds, memory))
+    rows.append(_plan_row("train", f"{recipe.policy.objective} objective", train, train_tokens, seconds, memory))
     generated = 2 * min(prompts, recipe.eval.prompts) * recipe.eval.samples * recipe.eval.max_new_tokens
     # A decoding step reads every weight for a batch of about 64 tokens: some 3 times the FLOPs' time.
     seconds = 2 * large["parameters"] * (2 * held_tokens + 3 * generated) / rate

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from sepo.errors import UserError
 from sepo.loading import load_preferences, load_rows
 from sepo.logps import dataset_logps
 from sepo.models import LoraSettings, load_model, load_tokenizer, model_fingerprint, save_model
-from sepo.recipe import EMBEDDED_DATA, DataSettings, LoraConfig, SftSettings, TrainingSettings
+from sepo.recipe import EMBEDDED_DATA, DataSettings, LoraConfig, PolicySettings, SftSettings, TrainingSettings
 from sepo.rewards import token_rewards
-from sepo.selection import check_rate, select_key_tokens
+from sepo.selection import check_rule, dataset_thresholds, select_key_tokens
 from sepo.tables import FORMAT_VERSION, provenance_of, shard_path, table_paths, write_shard, write_table, write_text
 from sepo.trainer import PreferenceConfig, PreferenceTrainer
 
@@ -260,11 +261,13 @@ def train_model(
     quantization: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    callbacks: Sequence[TrainerCallback] = (),
     **objective: Any,
 ) -> dict[str, float]:
     """Train a model on a pairs or selection table and save it to `out`.
 
     Args:
+        callbacks: besides the progress bar and the checkpoints.
         objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
 
     Returns:
@@ -288,7 +291,11 @@ def train_model(
         train_dataset=table,
         reference_logps=reference_logps,
         processing_class=tokenizer,
-        callbacks=[SaveEvery(training.save_minutes), ProgressBar(str(objective.get("objective", "training")).upper())],
+        callbacks=[
+            SaveEvery(training.save_minutes),
+            ProgressBar(str(objective.get("objective", "training")).upper()),
+            *callbacks,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     made_with = {
@@ -415,15 +422,21 @@ def score_pairs(pairs: Path, oracle_logps: Path, reference_logps: Path, out: Pat
     return out
 
 
-def select(scores: Path, out: Path, k_chosen: float, k_rejected: float, include_end: bool = False) -> Path:
-    """Write the key tokens of a scores table, shard by shard."""
-    check_rate("k_chosen", k_chosen)
-    check_rate("k_rejected", k_rejected)
+def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0.3, **rule: Any) -> Path:
+    """Write the key tokens of a scores table, shard by shard; `rule` are keywords of `select_key_tokens`."""
+    check_rule(k_chosen, k_rejected, **rule)
     paths = table_paths(scores, "scores")
+    # A rule over the whole dataset is a threshold for each shard.
+    settings = dataset_thresholds((pq.read_table(path) for path in paths), k_chosen, k_rejected, **rule)
     _clear_shards(out)
     for index, path in enumerate(paths):
-        write_shard(out, index, select_key_tokens(pq.read_table(path), k_chosen, k_rejected, include_end))
+        write_shard(out, index, select_key_tokens(pq.read_table(path), k_chosen, k_rejected, **settings))
     return out
+
+
+def objective_settings(policy: PolicySettings) -> dict[str, Any]:
+    """The keywords of `train_model` that a recipe's policy section sets."""
+    return policy.model_dump(include={"objective", "beta", "gamma", "margin", "alpha", "label_smoothing"})
 
 
 def _clear_shards(folder: Path) -> None:
