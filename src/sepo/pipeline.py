@@ -52,6 +52,7 @@ from sepo.selection import check_rule
 from sepo.stages import (
     check_same_tokenizer,
     embedded_data,
+    held_out_data,
     logps_pass,
     objective_settings,
     prepare_data,
@@ -193,7 +194,8 @@ def _run_stages(run: Run) -> dict[str, float]:
             "seed": seed,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": digest(tokenizer.chat_template),
-            "source": _source_stamp(source),
+            "source": source_stamp(source),
+            "held_out_source": source_stamp(recipe.data.held_out_source or ""),
         },
         [train, held_out],
         lambda: prepare_data(recipe.data, tokenizer, run.path("pairs"), seed),
@@ -366,8 +368,8 @@ def check_inputs(recipe: Recipe) -> None:
         gold_reward(recipe.eval.gold)
     # Reading the source finds a missing file, split or column; tokenisation then counts bad rows.
     read_split(recipe.data, recipe.data.split)
-    if recipe.data.held_out_split:
-        read_split(recipe.data, recipe.data.held_out_split)
+    if recipe.data.held_out_split or recipe.data.held_out_source:
+        read_split(*held_out_data(recipe.data, recipe.data.held_out_split))
     for settings in (recipe.oracle.training, recipe.policy.training):
         _check_arguments(settings)
     check_objective(recipe.policy.objective, recipe.policy.label_smoothing)
@@ -521,7 +523,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _source_stamp(source: str) -> str:
+def source_stamp(source: str) -> str:
     """What tells that a local data file changed: its content; hub datasets are pinned by the name alone."""
     path = Path(source)
     if path.is_file():

@@ -51,6 +51,9 @@ class DataSettings(Settings):
         description="pairs set aside for eval, by prompt: a share (below 1) or a number of pairs; 0 for none",
     )
     held_out_split: str | None = Field(None, description="evaluate on this split instead of setting pairs aside")
+    held_out_source: str | None = Field(
+        None, description="evaluate on this source (its held_out_split, or train) instead of setting pairs aside"
+    )
     max_length: int = Field(
         2048, ge=8, description="tokens of prompt and response together; responses are cut on the right"
     )

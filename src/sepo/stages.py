@@ -69,8 +69,9 @@ def prepare_data(
     reports = {split: report}
     # Below 1 it is a share, from 1 on a number of pairs.
     number = int(settings.held_out) if settings.held_out >= 1 else settings.held_out
-    if held_out_split:
-        held_out, reports[held_out_split] = _tokenize(settings, held_out_split, tokenizer, progress)
+    if held_out_split or settings.held_out_source:
+        name = held_out_split if held_out_split and settings.held_out_source is None else "held_out"
+        held_out, reports[name] = _tokenize(*held_out_data(settings, held_out_split), tokenizer, progress)
         if number >= 1:
             held_out = held_out.slice(0, int(number))
         train, _ = split_pairs(table, held_out=0, sample=settings.sample, seed=seed)
@@ -85,6 +86,13 @@ def prepare_data(
         "held_out": len(held_out),
         "report": {name: one.to_dict() for name, one in reports.items()},
     }
+
+
+def held_out_data(settings: DataSettings, split: str | None) -> tuple[DataSettings, str]:
+    """Where held-out pairs of their own come from: the settings to read them with, and their split."""
+    if settings.held_out_source is None:
+        return settings, split or "train"
+    return settings.model_copy(update={"source": settings.held_out_source, "config_name": None}), split or "train"
 
 
 def read_pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> pa.Table:
