@@ -11,6 +11,7 @@ import sepo.compare
 from sepo.cli import main
 from sepo.errors import UserError
 from sepo.evaluate.frontier import Checkpoints, at_kl
+from sepo.evaluate.gold import GOLD_REWARDS
 from sepo.evaluate.run import evaluate_run
 from sepo.grid import load_grid, number_of_runs
 from sepo.report.comparison import best_setting, comparison_markdown, over_seeds, summarise_runs
@@ -19,6 +20,15 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
 COLORS = ["red", "blue", "green", "pink", "teal", "gold"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_gold_reward_that_gibberish_moves():
+    """The tiny models write no word of VADER's lexicon: judge by the mean character instead."""
+    with pytest.MonkeyPatch.context() as patch:
+        judge = lambda texts: np.array([np.mean([ord(c) for c in text] or [0]) / 100 for text in texts])  # noqa: E731
+        patch.setitem(GOLD_REWARDS, "vader", judge)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +229,7 @@ def test_a_run_that_was_measured_is_what_evaluation_says_of_the_trained_model(fi
     assert last["win_rate"] == pytest.approx(metrics["gold_reward/win_rate"], abs=1e-9)
     assert last["length"] == pytest.approx(metrics["length/policy"])
     assert last["kl"] != 0
+    assert last["gold_difference"] != 0
 
 
 def test_the_same_command_reuses_everything_and_a_new_variant_costs_its_own_runs(finished, capsys):

@@ -85,30 +85,22 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
     """Check every recipe of a grid before anything expensive; see `pipeline.check_inputs`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare runs in one process: start it without torchrun or accelerate")
-    seen = set()
     first = next(iter(settings.values()))[0].recipe.reference
-    for group in settings.values():
-        for setting in group:
-            recipe = setting.recipe
-            if recipe.eval.prompts == 0 or not (
-                recipe.data.held_out or recipe.data.held_out_split or recipe.data.held_out_source
-            ):
-                raise UserError("compare measures on held-out prompts: set eval.prompts and data.held_out above 0")
-            # Seeds, learning rates and the like cannot make an input wrong; what is left is checked once.
-            values = recipe.model_dump(mode="json")
-            key = digest([values["data"], values["reference"], values["oracle"], values["select"], values["policy"]])
-            if key in seen:
-                continue
-            seen.add(key)
-            check_inputs(recipe)
-            if recipe.reference.model != first.model:
-                # The pairs are tokenised once, for all variants.
-                check_same_tokenizer(
-                    f"{setting.variant}'s reference",
-                    load_tokenizer(recipe.reference.model, revision=recipe.reference.revision),
-                    "the other variants' reference",
-                    load_tokenizer(first.model, revision=first.revision),
-                )
+    for setting in (setting for group in settings.values() for setting in group):
+        recipe = setting.recipe
+        if recipe.eval.prompts == 0 or not (
+            recipe.data.held_out or recipe.data.held_out_split or recipe.data.held_out_source
+        ):
+            raise UserError("compare measures on held-out prompts: set eval.prompts and data.held_out above 0")
+        check_inputs(recipe)
+        if recipe.reference.model != first.model:
+            # The pairs are tokenised once, for all variants.
+            check_same_tokenizer(
+                f"{setting.variant}'s reference",
+                load_tokenizer(recipe.reference.model, revision=recipe.reference.revision),
+                "the other variants' reference",
+                load_tokenizer(first.model, revision=first.revision),
+            )
 
 
 class _Comparison:
