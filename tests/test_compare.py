@@ -232,8 +232,11 @@ def test_a_run_that_was_measured_is_what_evaluation_says_of_the_trained_model(fi
     assert last["gold_difference"] != 0
 
 
-def test_the_same_command_reuses_everything_and_a_new_variant_costs_its_own_runs(finished, capsys):
+def test_the_same_command_reuses_everything_and_a_new_variant_costs_its_own_runs(
+    finished, capsys, tmp_path, monkeypatch
+):
     folder, path, results = finished
+    monkeypatch.chdir(tmp_path)  # where it is started, and what lies there, does not matter
     assert main(["compare", str(path)]) == 0
     assert stages_done(capsys.readouterr().err) == []
     assert json.loads((folder / "out" / "compare.json").read_text()) == results

@@ -152,7 +152,7 @@ class _Comparison:
             "seed": recipe.seed,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": digest(tokenizer.chat_template),
-            "sources": [source_stamp(source) for source in (source, recipe.data.held_out_source or "")],
+            "sources": [source_stamp(source), source_stamp(recipe.data.held_out_source)],
         }
 
         def work(folder: Path) -> dict[str, Any]:

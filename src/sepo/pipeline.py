@@ -195,7 +195,7 @@ def _run_stages(run: Run) -> dict[str, float]:
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": digest(tokenizer.chat_template),
             "source": source_stamp(source),
-            "held_out_source": source_stamp(recipe.data.held_out_source or ""),
+            "held_out_source": source_stamp(recipe.data.held_out_source),
         },
         [train, held_out],
         lambda: prepare_data(recipe.data, tokenizer, run.path("pairs"), seed),
@@ -523,8 +523,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def source_stamp(source: str) -> str:
+def source_stamp(source: str | None) -> str | None:
     """What tells that a local data file changed: its content; hub datasets are pinned by the name alone."""
+    if source is None:
+        return None
     path = Path(source)
     if path.is_file():
         with path.open("rb") as file:
