@@ -137,7 +137,7 @@ def test_a_rival_objective_runs_from_the_same_recipe_on_held_out_pairs_of_anothe
 def test_selection_rules_and_objectives_are_settings_of_the_stage_commands(finished, tmp_path, capsys):
     run = finished / "run"
     first = str(run / "scores")
-    rule = ("rule_chosen=mass", "rule_rejected=random", "credit=soft", "temperature=0.5")
+    rule = ("rule_chosen=mass", "rule_rejected=random", "credit=soft", "temperature=20")
     two = ("--table", first, "--table", first, "--combine", "min")
     for name, tables in (("one", ("--table", first)), ("two", two)):
         assert main(["select", *tables, "--k", "0.6", "--seed", "4", "--out", str(tmp_path / name), *rule]) == 0

@@ -353,7 +353,9 @@ class _Comparison:
 
     def _base(self, recipe: Recipe, start: str, start_key: str) -> torch.nn.Module:
         if start_key not in self._bases:
-            self._bases[start_key] = load_model(start, device=recipe.device, dtype=recipe.dtype)
+            # In the type of the policy in training: a KL between two types would measure their rounding.
+            dtype = "float32" if recipe.dtype == "auto" else recipe.dtype
+            self._bases[start_key] = load_model(start, device=recipe.device, dtype=dtype)
         return self._bases[start_key]
 
     def start(self, recipe: Recipe, start: str, start_key: str, seed: int, data: tuple[str, Path]) -> tuple[str, Path]:
