@@ -16,7 +16,9 @@ HERE = Path(__file__).parent
 
 def python(*arguments, **variables):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), **variables}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=600, env=environment
+    )
 
 
 def test_killed_runs_full_disks_and_lost_processes_lose_nothing():
@@ -28,7 +30,7 @@ def test_killed_runs_full_disks_and_lost_processes_lose_nothing():
 
 
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "sepo"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sepo"],
     "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
                    "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
                    "--main_process_port", "0", "-m", "sepo.cli"],

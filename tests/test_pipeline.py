@@ -102,8 +102,9 @@ def test_the_oracle_learns_the_held_out_preference(finished):
     assert metrics["policy/accuracy"] > 0.9
 
 
-def test_a_second_run_reuses_everything_and_a_changed_rate_redoes_what_follows(finished, capsys):
+def test_a_second_run_reuses_everything_and_a_changed_rate_redoes_what_follows(finished, capsys, tmp_path, monkeypatch):
     recipe = str(finished / "recipe.yaml")
+    monkeypatch.chdir(tmp_path)  # where it is started, and what lies there, does not matter
     before = (finished / "run" / "selection" / "part-00000.parquet").read_bytes()
     assert main(["run", recipe]) == 0
     assert stages_done(capsys.readouterr().err) == []
@@ -112,6 +113,44 @@ def test_a_second_run_reuses_everything_and_a_changed_rate_redoes_what_follows(f
     assert main(["run", recipe]) == 0
     assert stages_done(capsys.readouterr().err) == ["select", "train", "eval"]
     assert (finished / "run" / "selection" / "part-00000.parquet").read_bytes() == before
+
+
+def test_a_rival_objective_runs_from_the_same_recipe_on_held_out_pairs_of_another_source(workplace, tmp_path):
+    lines = (workplace / "prefs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(line.replace("Is it", "Was it") for line in lines[10:22]))
+    settings = (
+        "policy.objective=tdpo2",
+        "policy.beta=0.05",
+        f"data.held_out_source={tmp_path / 'other.jsonl'}",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    assert main(["run", str(workplace / "recipe.yaml"), *settings]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["pairs/train"], metrics["pairs/held_out"]) == (38, 10)
+    prompts = read_table(tmp_path / "run" / "pairs" / "held_out", "pairs").column("prompt_ids").to_pylist()
+    assert all("Was it" in tiny_tokenizer().decode(ids) for ids in prompts)
+    history = json.loads((tmp_path / "run" / "policy" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)  # the reference is where the policy starts
+    assert metrics["policy/accuracy"] > 0.9
+
+
+def test_selection_rules_and_objectives_are_settings_of_the_stage_commands(finished, tmp_path, capsys):
+    run = finished / "run"
+    first = str(run / "scores")
+    rule = ("rule_chosen=mass", "rule_rejected=random", "credit=soft", "temperature=20")
+    two = ("--table", first, "--table", first, "--combine", "min")
+    for name, tables in (("one", ("--table", first)), ("two", two)):
+        assert main(["select", *tables, "--k", "0.6", "--seed", "4", "--out", str(tmp_path / name), *rule]) == 0
+    assert "chosen/share" in capsys.readouterr().out
+    one, two = (read_table(tmp_path / name, "selection") for name in ("one", "two"))
+    assert one.to_pylist() == two.to_pylist()
+    assert len({weight for row in one.to_pylist() for weight in row["chosen_weights"]}) > 2
+    train = ["train", "--policy", str(finished / "model"), "--selection", str(tmp_path / "one"), "--device", "cpu"]
+    few = ("max_steps=1", "batch_size=4")
+    assert main([*train, "--objective", "tis_dpo", "--beta", "0.2", "--out", str(tmp_path / "policy"), *few]) == 0
+    assert main([*train, "--objective", "tis_dop", "--out", str(tmp_path / "none"), *few]) == 2
+    assert main([*train, "--objective", "ipo", "--label-smoothing", "0.1", "--out", str(tmp_path / "none"), *few]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_stage_commands_give_what_the_run_gives(finished, tmp_path, capsys):

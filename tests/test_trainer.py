@@ -152,7 +152,7 @@ def test_text_is_tokenised_with_the_processing_class(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "match"),
     [
-        ({"objective": "dpoo"}, "expected one of sepo, dpo"),
+        ({"objective": "dpoo"}, "did you mean 'dpo'"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"layout": "x"}, "layout"),
     ],

@@ -16,7 +16,7 @@ _ROOMS = {
     "models": ["LoraSettings", "load_model", "load_tokenizer", "save_model"],
     "packing": ["Pair", "PackedBatch", "pack"],
     "logps": ["dataset_logps", "prepare_model", "token_logps"],
-    "rewards": ["token_rewards"],
+    "rewards": ["combine_scores", "token_rewards"],
     "selection": ["select_key_tokens"],
     "trainer": ["PreferenceConfig", "PreferenceTrainer"],
     "recipe": ["Recipe", "load_recipe"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ the usual way:
   sepo run my.yaml --dry-run                    what would be done: plan, counts, time and memory
   sepo run my.yaml oracle.beta=0.05             with one setting changed
   sepo recipe                                   every setting with its default and meaning
+  sepo analyse runs/quickstart                  what the token rewards look like, and how far to trust them
+  sepo compare recipes/experiments/objectives.yaml    rival objectives at one budget, over seeds
 
 stage by stage, without a recipe:
   sepo oracle --reference MODEL --data prefs.parquet --out oracle learning_rate=5e-6
@@ -94,6 +97,27 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. oracle.beta=0.2")
     run.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
 
+    compare = command("compare", compare_command, "train every method of a grid at one budget and compare them")
+    compare.add_argument("grid", help="YAML file; see docs/compare.md and recipes/experiments/")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in all variants")
+    compare.add_argument("--dry-run", action="store_true", help="show the runs and an estimate of time; train nothing")
+
+    analyse = command("analyse", analyse_command, "say what token rewards look like, and how far they can be trusted")
+    analyse.add_argument("run", nargs="?", metavar="RUN", help="run folder: its scores, tokenizer and gold reward")
+    analyse.add_argument(
+        "--table",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a score table; repeat for several oracles of the same pairs, the best-informed last",
+    )
+    analyse.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer the tables' tokens are")
+    analyse.add_argument("--reference-logps", metavar="DIR", help="log-probabilities of the pairs, for the surprisal")
+    analyse.add_argument("--gold", choices=["vader"], help="gold reward whose word values are the truth")
+    analyse.add_argument("--k", type=float, default=0.3, help="share of key tokens to look at (default 0.3)")
+    analyse.add_argument("--seed", type=int, default=0, help="seed of the random baseline (default 0)")
+    analyse.add_argument("--out", metavar="DIR", help="folder of the results (default: analysis/ in the run)")
+
     command("recipe", recipe_command, "print every setting of a recipe with its default and meaning")
 
     oracle = command("oracle", oracle_command, "train an oracle: DPO on a reference model")
@@ -112,19 +136,37 @@ def build_parser() -> argparse.ArgumentParser:
     _device_options(score)
 
     select = command("select", select_command, "select the key tokens of a score table")
-    select.add_argument("--table", required=True, metavar="DIR", help="score table, from `sepo score`")
+    select.add_argument(
+        "--table",
+        action="append",
+        required=True,
+        metavar="DIR",
+        help="score table, from `sepo score`; repeat for several oracles of the same pairs",
+    )
+    select.add_argument("--combine", choices=["mean", "min"], default="mean", help="how to join several (default mean)")
     select.add_argument("--k", type=float, default=0.3, help="share of tokens to keep on both sides (default 0.3)")
     select.add_argument("--k-chosen", type=float, help="share for chosen responses, instead of --k")
     select.add_argument("--k-rejected", type=float, help="share for rejected responses, instead of --k")
     select.add_argument("--include-end", action="store_true", help="let the end-of-response token be a key token")
+    select.add_argument("--seed", type=int, default=0, help="seed of rule random (default 0)")
     _out_option(select, "folder for the selection table")
+    select.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings as in a recipe's select section: rule_chosen=mass credit=soft ... (docs/selection.md)",
+    )
 
-    train = command("train", train_command, "train a policy on key tokens with the SePO objective")
+    train = command("train", train_command, "train a policy on key tokens, or by a rival objective")
     train.add_argument("--policy", required=True, metavar="MODEL", help="model to align; needs the oracle's tokenizer")
     train.add_argument("--selection", required=True, metavar="DIR", help="selection table, from `sepo select`")
     _out_option(train, "folder for the trained policy")
-    train.add_argument("--gamma", type=float, default=2.0, help="reward scale (default 2.0)")
-    train.add_argument("--margin", type=float, default=0.0, help="target margin (default 0)")
+    train.add_argument("--objective", default="sepo", help="the loss (default sepo); see docs/objectives.md")
+    train.add_argument("--gamma", type=float, default=2.0, help="reward scale of sepo, simpo, confpo (default 2.0)")
+    train.add_argument("--margin", type=float, default=0.0, help="target margin of the same (default 0)")
+    train.add_argument("--beta", type=float, default=0.1, help="KL strength of dpo and its kin (default 0.1)")
+    train.add_argument("--alpha", type=float, help="weight of the objective's second term (default: its paper's)")
+    train.add_argument("--label-smoothing", type=float, default=0.0, help="probability of a flipped label (default 0)")
     _training_options(train)
 
     evaluate = command("eval", eval_command, "measure a policy against the model it started from")
@@ -211,6 +253,43 @@ def run_command(arguments: argparse.Namespace) -> None:
     print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
 
 
+def compare_command(arguments: argparse.Namespace) -> None:
+    from sepo.grid import load_grid
+
+    grid, settings = load_grid(arguments.grid, arguments.overrides)
+    _quiet_libraries()
+    from sepo.compare import compare, plan_grid
+
+    if arguments.dry_run:
+        print_plan(grid.name, plan_grid(grid, settings))
+        return
+    compare(grid, settings)
+    folder = next(iter(settings.values()))[0].recipe.run_folder
+    print((folder / "compare.md").read_text(encoding="utf-8"))
+    print(f"{folder}/compare.md  compare.json  frontier.png")
+
+
+def analyse_command(arguments: argparse.Namespace) -> None:
+    from sepo.selection import check_rate
+
+    check_rate("k", arguments.k)
+    if arguments.run is None and (not arguments.table or arguments.out is None):
+        raise UserError("analyse needs a run folder, or --table DIR and --out DIR: see `sepo analyse --help`")
+    _quiet_libraries()
+    from sepo.analyse import analyse, run_inputs
+
+    inputs = run_inputs(
+        None if arguments.run is None else Path(arguments.run),
+        arguments.table,
+        tokenizer=arguments.tokenizer,
+        reference_logps=arguments.reference_logps,
+        gold=arguments.gold,
+    )
+    out = Path(arguments.out) if arguments.out else Path(arguments.run) / "analysis"
+    analyse(inputs, out, k=arguments.k, seed=arguments.seed)
+    print((out / "analysis.md").read_text(encoding="utf-8"))
+
+
 def recipe_command(arguments: argparse.Namespace) -> None:
     from sepo.recipe import describe_recipe
 
@@ -282,6 +361,7 @@ def score_command(arguments: argparse.Namespace) -> None:
 
 
 def select_command(arguments: argparse.Namespace) -> None:
+    from sepo.recipe import load_recipe
     from sepo.selection import check_rate
 
     rates = {
@@ -290,11 +370,25 @@ def select_command(arguments: argparse.Namespace) -> None:
     }
     for side, rate in rates.items():
         check_rate(f"k_{side}", rate)
+    settings = load_recipe(None, [f"select.{item}" for item in arguments.overrides]).select.model_dump()
+    settings |= {"k_chosen": rates["chosen"], "k_rejected": rates["rejected"]}
+    settings["include_end"] |= arguments.include_end
     from sepo import stages
-    from sepo.tables import flat, read_table
+    from sepo.rewards import combine_scores
+    from sepo.tables import flat, read_table, write_table
 
-    settings = (Path(arguments.table), Path(arguments.out), *rates.values(), arguments.include_end)
-    _join("cpu").on_main(lambda: str(stages.select(*settings)))
+    out = Path(arguments.out)
+
+    def write_selection() -> str:
+        scores = Path(arguments.table[0])
+        with tempfile.TemporaryDirectory() as folder:
+            if len(arguments.table) > 1:
+                joined = combine_scores([read_table(path, "scores") for path in arguments.table], arguments.combine)
+                scores = Path(folder)
+                write_table(scores, joined, stages.PAIRS_PER_SHARD)
+            return str(stages.select(scores, out, **settings, seed=arguments.seed))
+
+    _join("cpu").on_main(write_selection)
     table = read_table(arguments.out, "selection")
     metrics: dict[str, float] = {"pairs": len(table)}
     for side in ("chosen", "rejected"):
@@ -308,9 +402,11 @@ def train_command(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     from sepo import stages
     from sepo.models import check_model, load_tokenizer, resolve_model
+    from sepo.objectives import check_objective
     from sepo.tables import read_table
 
     _join(arguments.device)
+    check_objective(policy.objective, policy.label_smoothing)
     table = read_table(arguments.selection, "selection")
     check_model(arguments.policy)
     model = resolve_model(arguments.policy)
@@ -323,9 +419,7 @@ def train_command(arguments: argparse.Namespace) -> None:
         lora=policy.lora,
         seed=arguments.seed,
         device=arguments.device,
-        objective="sepo",
-        gamma=policy.gamma,
-        margin=policy.margin,
+        **stages.objective_settings(policy),
     )
     print_metrics(f"policy: {arguments.out}", {"pairs": len(table), **results})
 
@@ -423,8 +517,8 @@ def _training_settings(arguments: argparse.Namespace, section: str):
     from sepo.recipe import load_recipe
 
     overrides = [f"{section}.training.{item}" for item in arguments.training]
-    for name in ("beta", "gamma", "margin"):
-        if hasattr(arguments, name):
+    for name in ("objective", "beta", "gamma", "margin", "alpha", "label_smoothing"):
+        if getattr(arguments, name, None) is not None:
             overrides.append(f"{section}.{name}={getattr(arguments, name)}")
     if arguments.lora is not None:
         overrides.append(f"{section}.lora.r={arguments.lora}")
@@ -493,7 +587,8 @@ def print_plan(title: str, rows: list[dict[str, str]]) -> None:
 
     table = Table(title=Text(f"plan of {title}"), title_justify="left", show_edge=False, pad_edge=False)
     for name in rows[0]:
-        table.add_column(name, justify="right" if name in ("pairs", "tokens", "time", "memory") else "left")
+        right = name in ("pairs", "tokens", "runs", "time", "memory")
+        table.add_column(name, justify="right" if right else "left")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row.values()))
     Console().print(table)

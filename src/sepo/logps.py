@@ -24,6 +24,7 @@ from sepo.models import causal_lm
 from sepo.packing import CHOSEN, REJECTED, PackedBatch, Pair, fill_rows, pack, pad
 from sepo.tables import make_table, ragged
 
+LAYOUTS: dict[str, Callable[[Sequence[Pair]], PackedBatch]] = {"packed": pack, "padded": pad}
 TOKENS_PER_ROW = {"cpu": 1024, "cuda": 16384, "mps": 4096}
 
 
@@ -42,6 +43,12 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         `[N]` float32 (float64 for a float64 model), in nats, in the order of `batch.segments`.
     """
     lm = causal_lm(model)
+    targets = target_hidden(lm, batch)
+    return target_logps(targets, lm.get_output_embeddings(), batch.target_ids, LogitTransform.from_config(lm.config))
+
+
+def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Final hidden states that predict the targets, `[N, hidden]`: what an LM head is applied to."""
     inputs: dict = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.layout is not None:
         inputs["layout"] = batch.layout
@@ -51,8 +58,7 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         inputs["attention_mask"] = batch.attention_mask
     with rows_only(_prunable_mlp(lm, batch), batch.target_rows):
         hidden = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
-    targets = hidden.flatten(0, 1).index_select(0, batch.target_positions)  # [N, hidden]
-    return target_logps(targets, lm.get_output_embeddings(), batch.target_ids, LogitTransform.from_config(lm.config))
+    return hidden.flatten(0, 1).index_select(0, batch.target_positions)
 
 
 def _prunable_mlp(lm: PreTrainedModel, batch: PackedBatch) -> nn.Module | None:
@@ -187,8 +193,7 @@ def table_pairs(table: pa.Table) -> list[Pair]:
 
 def make_batches(pairs: Sequence[Pair], layout: str, tokens_per_row: int) -> list[PackedBatch]:
     """Lay out a set of pairs as batches of about `tokens_per_row` tokens each, packed or padded."""
-    rows = fill_rows(pairs, tokens_per_row)
-    return [pack(row) if layout == "packed" else pad(row) for row in rows]
+    return [LAYOUTS[layout](row) for row in fill_rows(pairs, tokens_per_row)]
 
 
 def tokens_per_row_for(device: torch.device | str) -> int:
@@ -237,7 +242,8 @@ def dataset_logps(
     model.eval()
     try:
         own = slice(processes.rank(), None, processes.size()) if over_processes else slice(None)
-        for batch in make_batches(rows, layout, budget)[own]:
+        for row in fill_rows(rows, budget)[own]:
+            batch = LAYOUTS[layout](row)
             values = token_logps(model, batch.to(device)).float().cpu().numpy()
             if not np.isfinite(values).all():
                 bad = np.unique(batch.segments.numpy()[~np.isfinite(values)] // 2)
@@ -245,10 +251,10 @@ def dataset_logps(
                 raise NonFiniteError(f"log-probabilities of pair {ids[0]} (of {len(ids)} pairs) are not finite")
             at = 0
             for pair_id in batch.pair_ids:
-                row = row_of[pair_id]
+                index = row_of[pair_id]
                 for side in (CHOSEN, REJECTED):
-                    size = lengths[row, side]
-                    out[side][starts[row, side] : starts[row, side] + size] = values[at : at + size]
+                    size, start = lengths[index, side], starts[index, side]
+                    out[side][start : start + size] = values[at : at + size]
                     at += size
             if progress:
                 progress(batch.num_pairs)

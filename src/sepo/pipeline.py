@@ -48,13 +48,17 @@ from sepo.models import (
     model_fingerprint,
     resolve_model,
 )
+from sepo.objectives import SELECTIVE, WITH_REFERENCE, check_objective
 from sepo.recipe import EMBEDDED_DATA, Recipe, TrainingSettings, dump_recipe
 from sepo.report import build_report
+from sepo.selection import check_rule
 from sepo.stages import (
     STATE_FILE,
     check_same_tokenizer,
     embedded_data,
+    held_out_data,
     logps_pass,
+    objective_settings,
     prepare_data,
     read_split,
     recover_folder,
@@ -288,7 +292,9 @@ def _run_stages(run: Run) -> dict[str, float]:
             "seed": seed,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": digest(tokenizer.chat_template),
-            "source": processes.on_main(lambda: source_fingerprint(source)),
+            "sources": processes.on_main(
+                lambda: [source_fingerprint(name) for name in (source, recipe.data.held_out_source) if name is not None]
+            ),
         },
         [train, held_out],
         lambda: processes.on_main(lambda: prepare_data(recipe.data, tokenizer, run.path("pairs"), seed)),
@@ -374,11 +380,12 @@ def _run_stages(run: Run) -> dict[str, float]:
     )
 
     def make_selection() -> dict[str, str]:
-        return {"folder": str(select(run.path("scores"), run.path("selection"), **recipe.select.model_dump()))}
+        rule = recipe.select.model_dump()
+        return {"folder": str(select(run.path("scores"), run.path("selection"), **rule, seed=seed))}
 
     selection = run.stage(
         "select",
-        {"scores": score["content"], "select": settings["select"]},
+        {"scores": score["content"], "select": settings["select"], "seed": seed},
         [run.path("selection")],
         lambda: processes.on_main(make_selection),
     )
@@ -388,6 +395,27 @@ def _run_stages(run: Run) -> dict[str, float]:
     if recipe.policy.model is not None:
         start_policy = resolve_model(recipe.policy.model, revision=recipe.policy.revision)
     start_key = processes.on_main(lambda: model_fingerprint(start_policy))
+
+    def train_policy() -> dict[str, Any]:
+        logps = None
+        if recipe.policy.objective in WITH_REFERENCE:
+            # The policy's reference is the model it starts from; its pass stands already where that is π_ref.
+            store = run.path("logps", "reference" if start_policy == reference else "policy_start")
+            logps_pass(start_policy, train, store, description="policy's reference", **scoring)
+            logps = read_table(store, "logps")
+        return train_model(
+            start_policy,
+            read_table(run.path("selection"), "selection"),
+            policy_folder,
+            recipe.policy.training,
+            reference_logps=logps,
+            lora=recipe.policy.lora,
+            quantization=recipe.policy.quantization,
+            seed=seed,
+            device=recipe.device,
+            **objective_settings(recipe.policy),
+        )
+
     policy = run.stage(
         "train",
         {
@@ -397,19 +425,7 @@ def _run_stages(run: Run) -> dict[str, float]:
             "seed": seed,
         },
         [policy_folder],
-        lambda: train_model(
-            start_policy,
-            read_table(run.path("selection"), "selection"),
-            policy_folder,
-            recipe.policy.training,
-            lora=recipe.policy.lora,
-            quantization=recipe.policy.quantization,
-            seed=seed,
-            device=recipe.device,
-            objective="sepo",
-            gamma=recipe.policy.gamma,
-            margin=recipe.policy.margin,
-        ),
+        train_policy,
     )
 
     def measure() -> dict[str, float]:
@@ -477,10 +493,12 @@ def check_inputs(recipe: Recipe) -> None:
         gold_reward(recipe.eval.gold)
     # Reading the source finds a missing file, split or column; tokenisation then counts bad rows.
     read_split(recipe.data, recipe.data.split)
-    if recipe.data.held_out_split:
-        read_split(recipe.data, recipe.data.held_out_split)
+    if recipe.data.held_out_split or recipe.data.held_out_source:
+        read_split(*held_out_data(recipe.data, recipe.data.held_out_split))
     for settings in (recipe.oracle.training, recipe.policy.training):
         _check_arguments(settings)
+    check_objective(recipe.policy.objective, recipe.policy.label_smoothing)
+    check_rule(**recipe.select.model_dump())
     if recipe.reference.sft is not None:
         sft = recipe.reference.sft
         if importlib.util.find_spec("trl") is None:
@@ -552,11 +570,13 @@ def plan_run(recipe: Recipe) -> list[dict[str, str]]:
         )
     )
     kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
+    if recipe.policy.objective not in SELECTIVE:
+        kept += f" (not read by {recipe.policy.objective})"
     rows.append(_plan_row("select", kept, train))
     epochs = _epochs(recipe.policy.training, train)
     seconds = 6 * large["parameters"] * train_tokens * epochs / rate
     memory = _training_memory(large, recipe.policy.training, recipe.policy.lora is not None, device)
-    rows.append(_plan_row("train", "SePO on the key tokens", train, train_tokens, seconds, memory))
+    rows.append(_plan_row("train", f"{recipe.policy.objective} objective", train, train_tokens, seconds, memory))
     generated = 2 * min(prompts, recipe.eval.prompts) * recipe.eval.samples * recipe.eval.max_new_tokens
     # A decoding step reads every weight for a batch of about 64 tokens: some 3 times the FLOPs' time.
     seconds = 2 * large["parameters"] * (2 * held_tokens + 3 * generated) / rate

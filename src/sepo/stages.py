@@ -18,6 +18,7 @@ import pickle
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -43,9 +44,9 @@ from sepo.models import (
     replace_folder,
     save_model,
 )
-from sepo.recipe import EMBEDDED_DATA, DataSettings, LoraConfig, SftSettings, TrainingSettings
+from sepo.recipe import EMBEDDED_DATA, DataSettings, LoraConfig, PolicySettings, SftSettings, TrainingSettings
 from sepo.rewards import token_rewards
-from sepo.selection import check_rate, select_key_tokens
+from sepo.selection import check_rule, dataset_thresholds, select_key_tokens
 from sepo.tables import (
     FORMAT_VERSION,
     file_digest,
@@ -92,8 +93,9 @@ def prepare_data(
     reports = {split: report}
     # Below 1 it is a share, from 1 on a number of pairs.
     number = int(settings.held_out) if settings.held_out >= 1 else settings.held_out
-    if held_out_split:
-        held_out, reports[held_out_split] = _tokenize(settings, held_out_split, tokenizer, progress)
+    if held_out_split or settings.held_out_source:
+        name = held_out_split if held_out_split and settings.held_out_source is None else "held_out"
+        held_out, reports[name] = _tokenize(*held_out_data(settings, held_out_split), tokenizer, progress)
         if number >= 1:
             held_out = held_out.slice(0, int(number))
         train, _ = split_pairs(table, held_out=0, sample=settings.sample, seed=seed)
@@ -108,6 +110,13 @@ def prepare_data(
         "held_out": len(held_out),
         "report": {name: one.to_dict() for name, one in reports.items()},
     }
+
+
+def held_out_data(settings: DataSettings, split: str | None) -> tuple[DataSettings, str]:
+    """Where held-out pairs of their own come from: the settings to read them with, and their split."""
+    if settings.held_out_source is None:
+        return settings, split or "train"
+    return settings.model_copy(update={"source": settings.held_out_source, "config_name": None}), split or "train"
 
 
 def read_pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> pa.Table:
@@ -311,11 +320,13 @@ def train_model(
     quantization: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    callbacks: Sequence[TrainerCallback] = (),
     **objective: Any,
 ) -> dict[str, float]:
     """Train a model on a pairs or selection table and save it to `out`.
 
     Args:
+        callbacks: besides the progress bar and the checkpoints.
         objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
 
     Returns:
@@ -353,7 +364,11 @@ def train_model(
         train_dataset=table,
         reference_logps=reference_logps,
         processing_class=tokenizer,
-        callbacks=[SaveEvery(training.save_minutes), ProgressBar(str(objective.get("objective", "training")).upper())],
+        callbacks=[
+            SaveEvery(training.save_minutes),
+            ProgressBar(str(objective.get("objective", "training")).upper()),
+            *callbacks,
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     return _train(trainer, tokenizer, out, made_with)
@@ -604,20 +619,26 @@ def score_pairs(pairs: Path, oracle_logps: Path, reference_logps: Path, out: Pat
     return out
 
 
-def select(scores: Path, out: Path, k_chosen: float, k_rejected: float, include_end: bool = False) -> Path:
-    """Write the key tokens of a scores table, shard by shard."""
-    check_rate("k_chosen", k_chosen)
-    check_rate("k_rejected", k_rejected)
+def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0.3, **rule: Any) -> Path:
+    """Write the key tokens of a scores table, shard by shard; `rule` are keywords of `select_key_tokens`."""
+    check_rule(k_chosen, k_rejected, **rule)
     paths = table_paths(scores, "scores")
     for path in paths:
         if path.parent.resolve() == out.resolve():
             raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
         read_shard(path, "scores")  # all of it is sound before the old selection goes
+    # A rule over the whole dataset is a threshold for each shard.
+    settings = dataset_thresholds((read_shard(path, "scores") for path in paths), k_chosen, k_rejected, **rule)
     _clear_shards(out)
     for index, path in enumerate(paths):
-        table = select_key_tokens(read_shard(path, "scores"), k_chosen, k_rejected, include_end)
+        table = select_key_tokens(read_shard(path, "scores"), k_chosen, k_rejected, **settings)
         write_shard(out, index, table, len(paths))
     return out
+
+
+def objective_settings(policy: PolicySettings) -> dict[str, Any]:
+    """The keywords of `train_model` that a recipe's policy section sets."""
+    return policy.model_dump(include={"objective", "beta", "gamma", "margin", "alpha", "label_smoothing"})
 
 
 def _clear_shards(folder: Path) -> None:

@@ -8,10 +8,11 @@ other: the loss is the exact mean over the pairs of an update, however they fall
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -35,10 +36,20 @@ from sepo.logps import (
     token_logps,
     tokens_per_row_for,
 )
+from sepo.objectives import (
+    OBJECTIVES,
+    SELECTIVE,
+    WITH_REFERENCE,
+    PairSums,
+    below_mean_probability,
+    check_objective,
+    kl_direction,
+    pair_losses,
+)
 from sepo.packing import PackedBatch, Pair, read_length
-from sepo.rewards import response_sums
-
-OBJECTIVES = ("sepo", "dpo")
+from sepo.rewards import target_sums
+from sepo.tables import SCHEMAS
+from sepo.token_kl import token_logps_and_kl
 
 
 @dataclass
@@ -46,23 +57,26 @@ class PreferenceConfig(TrainingArguments):
     """Settings of a `PreferenceTrainer`: all of `transformers.TrainingArguments`, and these.
 
     Args:
-        objective: "sepo" (contrast of mean log-probabilities over the key tokens; over all tokens it is SimPO) or
-            "dpo" (needs reference log-probabilities).
-        beta: DPO's KL strength.
-        gamma: SePO's reward scale.
-        margin: SePO's target margin.
-        label_smoothing: DPO's label smoothing.
+        objective: a loss of `sepo.objectives` by name (docs/objectives.md). "sepo" and "tis_dpo" train on the tokens
+            of a selection table, the others on all response tokens, whichever kind of table they are given.
+        beta: KL strength of dpo, ipo, tdpo1, tdpo2 and tis_dpo; reward scale of cpo.
+        gamma: reward scale of sepo, simpo and confpo.
+        margin: target margin of the same.
+        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; the paper's (`objectives.ALPHA`) if
+            None.
+        label_smoothing: probability that a label is flipped, for sepo, simpo, confpo, cpo and dpo.
         tokens_per_row: token budget of a packed row, which bounds the memory of a step; a default for the device
             when None. `per_device_train_batch_size` counts pairs and may need many rows.
         layout: "auto" packs rows where the model takes them (checked once), "packed" and "padded" insist.
         max_length, max_prompt_length: used only when the trainer is given text to tokenise.
     """
 
-    objective: str = field(default="sepo", metadata={"help": "sepo or dpo"})
-    beta: float = field(default=0.1, metadata={"help": "DPO's KL strength"})
-    gamma: float = field(default=2.0, metadata={"help": "SePO's reward scale"})
-    margin: float = field(default=0.0, metadata={"help": "SePO's target margin"})
-    label_smoothing: float = field(default=0.0, metadata={"help": "DPO's label smoothing, 0 to below 0.5"})
+    objective: str = field(default="sepo", metadata={"help": ", ".join(OBJECTIVES)})
+    beta: float = field(default=0.1, metadata={"help": "KL strength of the objectives with a reference; CPO's scale"})
+    gamma: float = field(default=2.0, metadata={"help": "reward scale of SePO, SimPO and ConfPO"})
+    margin: float = field(default=0.0, metadata={"help": "target margin of SePO, SimPO and ConfPO"})
+    alpha: float | None = field(default=None, metadata={"help": "weight of the objective's second term"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "probability of a flipped label, below 0.5"})
     tokens_per_row: int | None = field(default=None, metadata={"help": "token budget of a packed row"})
     layout: str = field(default="auto", metadata={"help": "auto, packed or padded"})
     max_length: int = field(default=2048, metadata={"help": "tokens of prompt and response together"})
@@ -70,10 +84,7 @@ class PreferenceConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.objective not in OBJECTIVES:
-            raise UserError(f"objective is '{self.objective}': expected one of {', '.join(OBJECTIVES)}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing is {self.label_smoothing}: expected 0 to below 0.5")
+        check_objective(self.objective, self.label_smoothing)
         if self.layout not in ("auto", "packed", "padded"):
             raise UserError(f"layout is '{self.layout}': expected auto, packed or padded")
         # Batches are made of pairs, not of model inputs: nothing may be dropped by column name.
@@ -81,7 +92,7 @@ class PreferenceConfig(TrainingArguments):
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Pairs with the sums of their reference log-probabilities (None without a reference)."""
+    """Pairs with the (weighted) sums of their targets' reference log-probabilities (None without a reference)."""
 
     def __init__(self, table: pa.Table, reference_logps: pa.Table | None = None):
         self.pairs = table_pairs(table)
@@ -89,7 +100,7 @@ class PairDataset(torch.utils.data.Dataset):
         if reference_logps is not None:
             if reference_logps.column("pair_id").to_pylist() != table.column("pair_id").to_pylist():
                 raise UserError("the reference log-probabilities are not those of these pairs: compute them again")
-            chosen, rejected = response_sums(reference_logps, "logps")
+            chosen, rejected = target_sums(table, reference_logps)
             self.reference = list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
     def __len__(self) -> int:
@@ -163,8 +174,8 @@ class PreferenceTrainer(Trainer):
         train_dataset: a table of kind "pairs" (all response tokens are targets) or "selection" (the key tokens are);
             or a `datasets.Dataset` with prompt, chosen and rejected, tokenised here with `processing_class`.
         eval_dataset: the same, optional.
-        reference_logps: a table of kind "logps" for the rows of `train_dataset`, for DPO. Computed from the model as
-            it is given when None, once, before training.
+        reference_logps: a table of kind "logps" for the rows of `train_dataset`, for the objectives with a reference.
+            Computed from the model as it is given when None, once, before training.
         eval_reference_logps: likewise for `eval_dataset`.
         processing_class: the tokenizer.
 
@@ -201,6 +212,11 @@ class PreferenceTrainer(Trainer):
         if args.device.type == "cpu":
             keep_freed_memory()
         _disable_dropout(model)
+        # The KL needs every logit of the reference, which cannot be stored: the model as it is given stays beside.
+        self.kl_direction = kl_direction(args.objective, args.alpha)
+        self.kl_reference = (
+            copy.deepcopy(model).to(args.device).requires_grad_(False).eval() if self.kl_direction else None
+        )
         _bind_packed_forward(model)
         # Running (sum, count) of each metric since the last log.
         self._metrics: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
@@ -228,34 +244,49 @@ class PreferenceTrainer(Trainer):
             data, _ = tokenize_pairs(
                 data, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length
             )
-        if args.objective == "dpo" and reference_logps is None:
+        if args.objective not in SELECTIVE:
+            data = data.select(SCHEMAS["pairs"].names)
+        with_reference = args.objective in WITH_REFERENCE
+        if with_reference and reference_logps is None:
             reference_logps = dataset_logps(
                 model.to(args.device), data, tokens_per_row=args.tokens_per_row, over_processes=True
             )
-        return PairDataset(data, reference_logps if args.objective == "dpo" else None)
+        return PairDataset(data, reference_logps if with_reference else None)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
-    def _losses(self, logps: Tensor, batch: PackedBatch, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and implicit rewards (chosen, rejected), each `[pairs]`."""
-        if self.args.objective == "dpo":
-            chosen, rejected = segment_sums(logps, batch)
-            assert reference is not None
-            losses = objectives.dpo(
-                chosen, rejected, reference[0], reference[1], self.args.beta, self.args.label_smoothing
-            )
-            return losses, self.args.beta * (chosen - reference[0]), self.args.beta * (rejected - reference[1])
-        chosen, rejected = segment_sums(logps, batch, weighted=True)
-        chosen_counts, rejected_counts = segment_weights(batch)
-        gamma = self.args.gamma
-        losses = objectives.sepo(chosen, rejected, chosen_counts, rejected_counts, gamma, self.args.margin)
-        return losses, gamma * chosen / chosen_counts, gamma * rejected / rejected_counts
+        args = self.args
+        kls: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+        if self.kl_reference is None:
+            logps = model(packed_batch=batch)
+        else:
+            logps, token_kls = model(packed_batch=batch, kl_reference=self.kl_reference, kl_direction=self.kl_direction)
+            kls = segment_sums(token_kls, batch, weighted=True)
+        if args.objective == "confpo":
+            marked = below_mean_probability(logps, batch.segments, 2 * batch.num_pairs)
+            batch = replace(batch, weights=marked.to(batch.weights.dtype))
+        sums = PairSums(
+            *segment_sums(logps, batch, weighted=True),
+            *segment_weights(batch),
+            *((None, None) if reference is None else reference),
+            *kls,
+        )
+        return pair_losses(
+            args.objective,
+            sums,
+            beta=args.beta,
+            gamma=args.gamma,
+            margin=args.margin,
+            alpha=args.alpha,
+            label_smoothing=args.label_smoothing,
+        )
 
     def _batch_loss(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None, mode: str) -> Tensor:
         """Sum of the losses of one packed batch; its metrics are added to the running ones of `mode`, if any."""
         with self.compute_loss_context_manager():
-            logps = model(packed_batch=batch)
-            losses, chosen_rewards, rejected_rewards = self._losses(logps, batch, reference)
+            losses, chosen_rewards, rejected_rewards = self._losses(model, batch, reference)
         if not torch.isfinite(losses).all():
             bad = [batch.pair_ids[i] for i in (~torch.isfinite(losses)).nonzero()[:, 0].tolist()]
             raise NonFiniteLossError(
@@ -406,9 +437,11 @@ class PreferenceTrainer(Trainer):
         """Mean loss, implicit rewards and accuracy over the evaluation pairs."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, pa.Table | datasets.Dataset):
-            if self.args.objective == "dpo":
+            if self.args.objective in WITH_REFERENCE:
                 # Computed now, the reference would be the model as it is after training.
-                raise UserError("evaluating DPO needs the reference: pass eval_dataset when the trainer is made")
+                raise UserError(
+                    f"evaluating {self.args.objective} needs the reference: pass eval_dataset when the trainer is made"
+                )
             dataset = self._dataset(self.model, self.args, dataset, None, self.processing_class)
         loader = self.get_eval_dataloader(dataset)  # type: ignore[arg-type]
         model = self.model_wrapped
@@ -461,7 +494,7 @@ def _disable_dropout(model: nn.Module) -> None:
 
 
 def _bind_packed_forward(model: nn.Module) -> None:
-    """Let `model(packed_batch=...)` return token log-probabilities.
+    """Let `model(packed_batch=...)` return token log-probabilities, and with `kl_reference` the KL to it as well.
 
     Wrappers (DDP, FSDP, DeepSpeed, autocast) act on the call of the module they wrap, so the packed path must go
     through that call rather than around it.
@@ -470,9 +503,11 @@ def _bind_packed_forward(model: nn.Module) -> None:
     if getattr(original, "takes_packed_batches", False):
         return
 
-    def forward(self, *args, packed_batch: PackedBatch | None = None, **kwargs):
+    def forward(self, *args, packed_batch: PackedBatch | None = None, kl_reference=None, kl_direction=None, **kwargs):
         if packed_batch is None:
             return original(*args, **kwargs)
+        if kl_reference is not None:
+            return token_logps_and_kl(self, kl_reference, packed_batch, kl_direction)
         return token_logps(self, packed_batch)
 
     forward.takes_packed_batches = True  # type: ignore[attr-defined]

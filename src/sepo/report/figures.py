@@ -27,7 +27,8 @@ _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
 _NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def _figure(draw: Callable[[Axes], None], x_label: str, y_label: str) -> Figure:
+def make_figure(draw: Callable[[Axes], None], x_label: str, y_label: str) -> Figure:
+    """Make a figure of one panel in the report's style; a legend appears where several things carry a label."""
     figure = Figure(figsize=(4.8, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -84,12 +85,12 @@ def _table_figures(summary: dict) -> dict[str, Figure]:
         axes.xaxis.set_major_formatter(_NUMBER)
 
     figures = {
-        "token-rewards": _figure(distribution("rewards", SIDES, True), "Token reward s", "Share of tokens"),
-        "reward-by-position": _figure(positions, "Position in the response", "Mean reward s"),
-        "pair-margins": _figure(distribution("margins", ["pairs"], False), "Margin", "Share of pairs"),
+        "token-rewards": make_figure(distribution("rewards", SIDES, True), "Token reward s", "Share of tokens"),
+        "reward-by-position": make_figure(positions, "Position in the response", "Mean reward s"),
+        "pair-margins": make_figure(distribution("margins", ["pairs"], False), "Margin", "Share of pairs"),
     }
     if summary["cumulative"]:
-        figures["cumulative-share"] = _figure(cumulative, "Share of tokens, largest |s| first", "Share of Σ|s|")
+        figures["cumulative-share"] = make_figure(cumulative, "Share of tokens, largest |s| first", "Share of Σ|s|")
     return figures
 
 
@@ -114,8 +115,16 @@ def _training_figures(run: Path) -> dict[str, Figure]:
                     )
 
             name = re.sub(r"[^A-Za-z0-9_]+", "-", chart["name"])
-            figures[f"{trained['model']}-{name}"] = _figure(draw, "Step", chart["name"].replace("_", " "))
+            figures[f"{trained['model']}-{name}"] = make_figure(draw, "Step", chart["name"].replace("_", " "))
     return figures
+
+
+def write_png(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200)
+    write_bytes(path, buffer.getvalue())
+    return path
 
 
 def save_figures(

@@ -1,0 +1,177 @@
+"""The reward-KL frontier: what a policy gains for how far it moves, measured several times while it is trained.
+
+A method that reaches a higher reward may only have moved further from its start. So a run is a curve from (KL 0, no
+gain) through its checkpoints, and methods are compared where their curves have the same KL.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from sepo.evaluate.accuracy import mean_and_se, paired_difference
+from sepo.evaluate.generate import Generation, generate_responses
+from sepo.evaluate.gold import gold_reward
+from sepo.evaluate.run import policy_accuracy, sample_kl
+from sepo.logps import dataset_logps
+from sepo.recipe import EvalSettings
+from sepo.tables import write_text
+
+
+class Judge:
+    """Everything that measuring a policy needs and that does not change with the policy.
+
+    Args:
+        base: the model that policies start from, on its device.
+        held_out: pairs that are not trained on; their first `settings.prompts` distinct prompts are answered.
+        base_logps: stored log-probabilities of `held_out` under the base; needed only without a gold reward.
+        start: what `start_of` returned for the same base, prompts, settings and seed.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[list[int]],
+        settings: EvalSettings,
+        seed: int,
+        start: Mapping[str, list[float]],
+        held_out: pa.Table,
+        base_logps: pa.Table | None = None,
+    ):
+        self.base, self.tokenizer, self.prompts, self.settings, self.seed = base, tokenizer, prompts, settings, seed
+        self.start, self.held_out, self.base_logps = start, held_out, base_logps
+
+    def measure(self, policy: nn.Module) -> dict[str, float]:
+        """Sample from the policy and judge it against the start, on the same prompts and seed.
+
+        Returns:
+            kl, length, finished; with a gold reward gold, gold_difference and win_rate; without one accuracy, the
+            share of held-out pairs whose chosen response gained more. Each with its standard error by prompt (`_se`).
+        """
+        generations = sample(policy, self.tokenizer, self.prompts, self.settings, self.seed)
+        groups = [one.prompt_index for one in generations]
+        kl = sample_kl(policy, self.base, self.prompts, generations)
+        lengths = np.array([len(one.response_ids) for one in generations])
+        result: dict[str, float] = {"finished": float(np.mean([one.finished for one in generations]))}
+        result["kl"], result["kl_se"] = mean_and_se(kl, groups)
+        result["length"], result["length_se"] = mean_and_se(lengths, groups)
+        if self.settings.gold is not None:
+            before = np.array(self.start["gold"])
+            after = gold_of(generations, self.tokenizer, self.settings.gold)
+            result["gold"], result["gold_se"] = mean_and_se(after, groups)
+            result["gold_difference"], result["gold_difference_se"] = paired_difference(after, before, groups)
+            result["win_rate"], result["win_rate_se"] = mean_and_se(0.5 * (1 + np.sign(after - before)), groups)
+        else:
+            assert self.base_logps is not None
+            metrics = policy_accuracy(self.base_logps, dataset_logps(policy, self.held_out), self.held_out)
+            for name in ("accuracy", "accuracy_se", "accuracy_not_longer", "accuracy_not_longer_se"):
+                result[name] = metrics[f"policy/{name}"]
+        return result
+
+
+def start_of(
+    base: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: EvalSettings, seed: int
+) -> dict[str, list[float]]:
+    """Sample from the starting model: `gold` (if a gold reward is set) and `length` of each response."""
+    generations = sample(base, tokenizer, prompts, settings, seed)
+    start: dict[str, list[float]] = {"length": [float(len(one.response_ids)) for one in generations]}
+    if settings.gold is not None:
+        start["gold"] = gold_of(generations, tokenizer, settings.gold).tolist()
+    return start
+
+
+def sample(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: EvalSettings, seed: int
+) -> list[Generation]:
+    return generate_responses(
+        model,
+        tokenizer,
+        prompts,
+        samples=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=seed,
+        progress=False,
+    )
+
+
+def gold_of(generations: Sequence[Generation], tokenizer: PreTrainedTokenizerBase, name: str) -> np.ndarray:
+    texts = [str(tokenizer.decode(one.response_ids, skip_special_tokens=True)) for one in generations]
+    return gold_reward(name)(texts)
+
+
+class Checkpoints(TrainerCallback):
+    """Measure the policy `number` times during a run, evenly spaced and at its end, into a JSON file.
+
+    A step that the file holds already is not measured again, so an interrupted run goes on with its curve.
+
+    Args:
+        path: the JSON file.
+        pairs: pairs in one epoch.
+    """
+
+    def __init__(self, judge: Judge, number: int, path: Path, pairs: int):
+        self.judge, self.number, self.path, self.pairs = judge, number, path, pairs
+        self.points: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+        self.measuring = 0.0
+        self.started = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps = {round(state.max_steps * (index + 1) / self.number) for index in range(self.number)}
+        done = [point["train_seconds"] for point in self.points if point["step"] <= state.global_step]
+        self.started = time.monotonic() - max(done, default=0.0)
+        self.measuring = 0.0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step not in self.steps or any(point["step"] == state.global_step for point in self.points):
+            return
+        began = time.monotonic()
+        trained = began - self.started - self.measuring
+        figures = self.judge.measure(model)
+        took = time.monotonic() - began
+        self.measuring += took
+        seen = round(state.epoch * self.pairs)
+        timing = {"train_seconds": round(trained, 2), "measure_seconds": round(took, 2)}
+        self.points.append({"step": state.global_step, "pairs_seen": seen, **timing, **figures})
+        self.points.sort(key=lambda point: point["step"])
+        write_text(self.path, json.dumps(self.points, indent=1) + "\n")
+
+
+# --- comparing curves -----------------------------------------------------------------------------------------------
+
+
+def quality(point: Mapping[str, Any]) -> float:
+    """What a point gained over the start: mean gold difference, or accuracy above one half without a gold reward."""
+    return point["gold_difference"] if "gold_difference" in point else point["accuracy"] - 0.5
+
+
+def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float, bool]:
+    """Quality of a run at a KL, read off the straight lines through (0, 0) and its checkpoints in order of KL.
+
+    Args:
+        points: checkpoints with `kl` and what `quality` reads; a KL estimated below 0 counts as 0.
+        kl: where to read; None for the end of the run.
+
+    Returns:
+        the quality, and whether the run got that far. One that did not counts with its furthest point: at less KL
+        than was allowed.
+
+    >>> at_kl([{"kl": 1.0, "gold_difference": 0.2}, {"kl": 3.0, "gold_difference": 0.3}], 2.0)
+    (0.25, True)
+    >>> at_kl([{"kl": 1.0, "gold_difference": 0.2}], 2.0)
+    (0.2, False)
+    """
+    if kl is None:
+        return quality(points[-1]), True
+    curve = sorted([(0.0, 0.0), *((max(point["kl"], 0.0), quality(point)) for point in points)])
+    at, gained = zip(*curve, strict=True)
+    return float(np.interp(kl, at, gained)), at[-1] >= kl

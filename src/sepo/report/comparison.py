@@ -1,0 +1,175 @@
+"""A comparison as a table and two pictures: what each method gained, at which KL, at what cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from sepo.evaluate.frontier import at_kl, quality
+from sepo.report.figures import make_figure, write_png
+
+_COLOURS = (
+    "#00756a",
+    "#96307a",
+    "#1d5ca8",
+    "#b3541e",
+    "#5f6168",
+    "#7a7a00",
+    "#c0392b",
+    "#2c7fb8",
+    "#4d9221",
+    "#8c6bb1",
+)
+_MARKERS = "osD^vP*Xhp"
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error over independent runs; NaN error for a single one."""
+    if not values:
+        return math.nan, math.nan
+    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), spread
+
+
+def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dict[str, Any]]:
+    """One row a setting: means and standard errors over its seeds, in the order of the runs.
+
+    Args:
+        runs: each with variant, label, seed, reported, points and costs, as `compare.json` holds them.
+        kl: where curves are compared; None for the end of the runs.
+
+    Returns:
+        rows with variant, label, reported, seeds, and `X` and `X_se` for value (at `kl`, see `frontier.at_kl`), reached
+        (number of runs that got as far as `kl`), final, final_kl, win_rate, length, train_seconds, target_tokens,
+        read_tokens, pairs_seen.
+    """
+    groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["variant"], run["label"], run["reported"]), []).append(run)
+    rows = []
+    for (variant, label, reported), members in groups.items():
+        row: dict[str, Any] = {"variant": variant, "label": label, "reported": reported, "seeds": len(members)}
+        found = [at_kl(run["points"], kl) for run in members]
+        row["reached"] = sum(reached for _, reached in found)
+        columns: dict[str, list[float]] = {"value": [value for value, _ in found]}
+        columns["final"] = [quality(run["points"][-1]) for run in members]
+        for name, source in (("final_kl", "kl"), ("win_rate", "win_rate"), ("length", "length")):
+            columns[name] = [run["points"][-1][source] for run in members if source in run["points"][-1]]
+        for name in ("train_seconds", "pairs_seen"):
+            columns[name] = [run["points"][-1][name] for run in members]
+        for name in ("target_tokens", "read_tokens"):
+            columns[name] = [run[name] for run in members]
+        for name, values in columns.items():
+            row[name], row[f"{name}_se"] = over_seeds(values)
+        rows.append(row)
+    return rows
+
+
+def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
+    """Label of the variant's setting with the highest value at the comparison's KL; the first of equals."""
+    return max((row for row in rows if row["variant"] == variant), key=lambda row: row["value"])["label"]
+
+
+def comparison_markdown(comparison: Mapping[str, Any]) -> str:
+    """The results as a Markdown page: reported settings, the sweep, what the shared passes cost."""
+    kl, gold = comparison["kl"], comparison["gold"]
+    value = f"{'gold gain' if gold else 'accuracy gain'} at KL {kl:g}" if kl else "gain at the end"
+    lines = [f"# {comparison['name']}", ""]
+    lines.append(
+        f"Gain: {'mean gold reward above the start' if gold else 'held-out accuracy above one half'}; KL in nats a "
+        "response; ± standard error over seeds (– for one seed). A value marked * has runs that did not get as far as "
+        "the comparison's KL and count with their furthest point."
+    )
+    reported = [row for row in comparison["rows"] if row["reported"]]
+    swept = [row for row in comparison["rows"] if not row["reported"]]
+    for title, rows in (("Reported", reported), ("Sweep (one seed, used to choose)", swept)):
+        if not rows:
+            continue
+        lines += ["", f"## {title}", ""]
+        lines.append(
+            f"| method | setting | seeds | {value} | gain at the end | KL at the end | win rate | tokens a response "
+            "| pairs seen | target tokens | tokens read | training, s |"
+        )
+        lines.append("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+        for row in sorted(rows, key=lambda row: -row["value"]):
+            star = "*" if row["reached"] < row["seeds"] else ""
+            cells = [
+                row["variant"],
+                row["label"] or "–",
+                str(row["seeds"]),
+                _pm(row, "value", "+.3f") + star,
+                _pm(row, "final", "+.3f"),
+                _pm(row, "final_kl", ".2f"),
+                _pm(row, "win_rate", ".3f"),
+                _pm(row, "length", ".1f"),
+                *(f"{row[name]:,.0f}" for name in ("pairs_seen", "target_tokens", "read_tokens", "train_seconds")),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    if comparison["shared"]:
+        lines += ["", "## Shared passes", "", "| pass | seconds | what |", "|---|---:|---|"]
+        for item in comparison["shared"]:
+            lines.append(f"| {item['stage']} | {item['seconds']:,.0f} | {item['what']} |")
+    environment = comparison["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    lines += ["", f"{environment['device']}; {packages}.", ""]
+    return "\n".join(lines)
+
+
+def _pm(row: Mapping[str, Any], name: str, form: str) -> str:
+    if math.isnan(row[name]):
+        return "–"
+    error = row[f"{name}_se"]
+    return f"{row[name]:{form}}" + ("" if math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
+
+
+def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw `frontier.png`, the gain against KL of every reported run, and `win-rate.png` (with a gold reward)."""
+    runs = [run for run in comparison["runs"] if run["reported"]] or list(comparison["runs"])
+    names = list(dict.fromkeys(_name(run) for run in runs))
+    style: dict[str, dict[str, Any]] = {
+        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        for i, name in enumerate(names)
+    }
+
+    def frontier(axes: Axes) -> None:
+        for name in names:
+            members = [run for run in runs if _name(run) == name]
+            for index, run in enumerate(members):
+                at = [0.0, *(point["kl"] for point in run["points"])]
+                gained = [0.0, *(quality(point) for point in run["points"])]
+                label = name if index == 0 else None
+                axes.plot(at, gained, **style[name], label=label, markersize=4, linewidth=1, alpha=0.8)
+        if comparison["kl"]:
+            axes.axvline(comparison["kl"], color="#5f6168", linewidth=0.8, linestyle=":")
+        axes.axhline(0, color="#5f6168", linewidth=0.8)
+
+    def win_rates(axes: Axes) -> None:
+        for place, name in enumerate(names):
+            values = [run["points"][-1]["win_rate"] for run in runs if _name(run) == name]
+            mean, error = over_seeds(values)
+            axes.errorbar(
+                mean, place, xerr=None if math.isnan(error) else error, fmt=style[name]["marker"],
+                color=style[name]["color"], capsize=3,
+            )  # fmt: skip
+            axes.plot(values, [place] * len(values), "|", color=style[name]["color"], alpha=0.6)
+        axes.axvline(0.5, color="#5f6168", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+
+    gain = "Gold reward above the start" if comparison["gold"] else "Held-out accuracy above one half"
+    figures = {"frontier": make_figure(frontier, "KL from the start, nats a response", gain)}
+    if comparison["gold"]:
+        figures["win-rate"] = make_figure(win_rates, "Win rate against the start", "")
+    for stem, figure in figures.items():
+        figure.set_size_inches(6.4, max(0.28 * len(names) + 1, 4.0 if stem == "frontier" else 3.0))
+    return [write_png(figure, folder / f"{stem}.png") for stem, figure in figures.items()]
+
+
+def _name(run: Mapping[str, Any]) -> str:
+    short = " ".join(part.rsplit(".", 1)[-1] for part in run["label"].split(" ")) if run["label"] else ""
+    return f"{run['variant']} {short}".strip()
