@@ -304,7 +304,7 @@ def use_fast_layers(lm: PreTrainedModel) -> None:
         kind = type(embedding)
         # A model's own kind of embedding (Gemma scales its output) calls nn.Embedding.forward through super(): the
         # new class stands between the two.
-        embedding.__class__ = FastEmbedding if kind is nn.Embedding else _join(kind, FastEmbedding)
+        embedding.__class__ = FastEmbedding if kind is nn.Embedding else _join(kind, kind, FastEmbedding)
     if next(lm.parameters()).device.type != "cpu" or lm.dtype != torch.float32:
         return
     head = lm.get_output_embeddings()
@@ -325,8 +325,9 @@ def use_fast_layers(lm: PreTrainedModel) -> None:
 _joined: dict[tuple[type, ...], type] = {}
 
 
-def _join(*kinds: type) -> type:
-    return _joined.setdefault(kinds, type(kinds[0].__name__, kinds, {}))
+def _join(kind: type, *bases: type) -> type:
+    """A class with these bases under the name of the model's own, which libraries go by."""
+    return _joined.setdefault(bases, type(kind.__name__, bases, {}))
 
 
 @torch.no_grad()
@@ -334,9 +335,22 @@ def _try_fast(module: nn.Module, fast: type, width: int, **choices: tuple[object
     """Put `fast` before the module's class with the first of the settings that gives the module's own numbers."""
     kind = type(module)
     ((name, values),) = choices.items()
+    own = {parameter: parameter.data for parameter in module.parameters(recurse=False)}
+    for parameter in own:  # a norm's weights are often all equal, which would hide what is done with them
+        parameter.data = torch.linspace(0.5, 2, parameter.numel()).view_as(parameter)
+    try:
+        _join_if_equal(module, fast, kind, name, values, width)
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
+
+
+def _join_if_equal(
+    module: nn.Module, fast: type, kind: type, name: str, values: tuple[object, ...], width: int
+) -> None:
     x = torch.linspace(-3, 3, _FEW_ROWS * width).reshape(1, _FEW_ROWS, width).sin()
     expected = module(x)
-    module.__class__ = _join(fast, kind)
+    module.__class__ = _join(kind, fast, kind)
     for value in values:
         setattr(module, name, value)
         if torch.allclose(module(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
