@@ -2,12 +2,14 @@
 
     python benchmarks/run.py policy-step --model DIR --data FILE --pairs 16 --json out.json
     python benchmarks/run.py oracle-step|scoring|pipeline ...
-    python benchmarks/run.py policy-step ... --sweep length|k|pairs
+    python benchmarks/run.py policy-step ... --sweep length|vocabulary|k|pairs
+    python benchmarks/run.py memory --model DIR --json out.json
 
-Every contender runs in a process of its own (so that peak memory is its own), contenders alternate, and the medians of
-`--repeats` runs are printed with the ratio to ours. `limit_share` is the share of the measured matmul rate: the FLOPs
-that the step cannot avoid (packed tokens, LM head on targets, forward and backward) over that rate and the time.
-TRL runs at each of `--trl-batch` pairs a forward; the fastest is the peer.
+Every contender runs in a process of its own (so that peak memory is its own). TRL runs once at each of `--trl-batch`
+pairs a forward; the fastest is the peer, and then contenders alternate: the medians of `--repeats` runs are printed
+with the ratio to ours. `limit_share` is the share of the measured matmul rate: the FLOPs that the step cannot avoid (packed
+tokens, LM head on targets, forward and backward) over that rate and the time. `memory` stores the log-probabilities of
+1,000 and of 10,000 synthetic pairs, shard by shard as `sepo score` does.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ HERE = Path(__file__).resolve()
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["policy-step", "oracle-step", "scoring", "pipeline"])
+    parser.add_argument("benchmark", choices=["policy-step", "oracle-step", "scoring", "pipeline", "memory"])
     parser.add_argument("--model", required=True, help="model folder, hub id, .gguf file or package:PKG/FILE")
-    parser.add_argument("--data", required=True, help="preference data, as for `sepo run`")
+    parser.add_argument("--data", help="preference data, as for `sepo run`; `memory` makes its own")
     parser.add_argument("--as-chat", action="store_true", help="wrap plain prompts with the chat template")
     parser.add_argument("--pairs", type=int, default=8, help="pairs in the effective batch (default 8)")
     parser.add_argument("--k", type=float, default=0.3, help="share of key tokens (default 0.3)")
@@ -43,17 +45,44 @@ def main() -> int:
     parser.add_argument("--tokens-per-row", type=int, help="our token budget (default: the library's)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision for everyone")
     parser.add_argument("--no-peer", action="store_true", help="measure ours alone")
-    parser.add_argument("--sweep", choices=["length", "k", "pairs"], help="how our cost grows")
+    parser.add_argument("--sweep", choices=["length", "vocabulary", "k", "pairs"], help="how our cost grows")
+    parser.add_argument("--vocabulary", type=int, help="resize the model's vocabulary to this")
+    parser.add_argument("--peak-tflops", type=float, help="the device's nominal rate: prints model FLOPs utilisation")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not arguments.data and arguments.benchmark != "memory":
+        parser.error(f"{arguments.benchmark} needs --data")
     if arguments.worker:
         print("RESULT " + json.dumps(WORKERS[arguments.worker.split(":")[0]](arguments)))
         return 0
-    figures = sweep(arguments) if arguments.sweep else compare(arguments)
+    whole = {"memory": compare_memory, "pipeline": compare_pipeline}.get(arguments.benchmark, compare)
+    figures = {**about(arguments), **(sweep(arguments) if arguments.sweep else whole(arguments))}
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
     return 0
+
+
+def about(arguments) -> dict[str, Any]:
+    """What was measured where, for whoever reads the figures later."""
+    from importlib.metadata import version
+
+    import torch
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE.parent, check=False
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "benchmark": arguments.benchmark,
+        "model": Path(arguments.model).name,
+        "data": Path(arguments.data or "synthetic").name,
+        "pairs": arguments.pairs,
+        "dtype": "bfloat16 autocast" if arguments.bf16 else "float32",
+        "device": device,
+        "commit": commit.stdout.strip(),
+        "packages": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")},
+    }
 
 
 # --- contenders, each in its own process ----------------------------------------------------------------------------
@@ -118,16 +147,30 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def _peak_memory() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _model(arguments, train: bool = False):
+    """The model, in float32 for training; for scoring in float32 on a CPU and with --bf16 in bfloat16."""
+    from sepo.models import causal_lm, load_model
+
+    model = load_model(arguments.model, train=train, dtype="bfloat16" if arguments.bf16 and not train else "float32")
+    if arguments.vocabulary:
+        causal_lm(model).resize_token_embeddings(arguments.vocabulary, mean_resizing=False)
+    return model
+
+
 def _result(seconds: float, pairs: list, flops: float) -> dict[str, float]:
     import torch
 
     from sepo.pipeline import matmul_rate
 
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    memory = _peak_memory()
     rate = matmul_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seconds=1.0)
     from sepo.packing import read_length
 
@@ -187,7 +230,7 @@ def ours_step(arguments) -> dict[str, float]:
     """One optimizer step of `PreferenceTrainer` over all pairs (policy-step: SePO; oracle-step: DPO)."""
     import pyarrow as pa
 
-    from sepo.models import load_model, load_tokenizer
+    from sepo.models import load_tokenizer
     from sepo.tables import SCHEMAS, make_table
     from sepo.trainer import PreferenceConfig, PreferenceTrainer
 
@@ -210,7 +253,7 @@ def ours_step(arguments) -> dict[str, float]:
         )
     timer = StepTimer()
     trainer = PreferenceTrainer(
-        load_model(arguments.model, train=True),
+        _model(arguments, train=True),
         PreferenceConfig(
             **training_config(arguments, per_device_train_batch_size=len(pairs)),
             objective="sepo" if policy else "dpo",
@@ -222,19 +265,19 @@ def ours_step(arguments) -> dict[str, float]:
         callbacks=[timer],
     )
     trainer.train()
-    return _result(statistics.mean(timer.seconds[1:]), pairs, step_flops(trainer.model, marked))
+    return _result(statistics.median(timer.seconds[1:]), pairs, step_flops(trainer.model, marked))
 
 
 def trl_step(arguments) -> dict[str, float]:
     """The same step in TRL: SimPO (CPOTrainer) or DPO with stored reference, `batch` pairs a forward."""
     import datasets
 
-    from sepo.models import load_model, load_tokenizer
+    from sepo.models import load_tokenizer
 
     batch = int(arguments.worker.split(":")[1])
     pairs = load_pairs(arguments)
     tokenizer = load_tokenizer(arguments.model)
-    model = load_model(arguments.model, train=True)
+    model = _model(arguments, train=True)
     timer = StepTimer()
     settings = training_config(
         arguments, per_device_train_batch_size=batch, gradient_accumulation_steps=len(pairs) // batch
@@ -271,17 +314,16 @@ def trl_step(arguments) -> dict[str, float]:
         ]
     trainer.train_dataset = datasets.Dataset.from_list(rows)
     trainer.train()
-    return _result(statistics.mean(timer.seconds[1:]), pairs, step_flops(trainer.model, pairs))
+    return _result(statistics.median(timer.seconds[1:]), pairs, step_flops(trainer.model, pairs))
 
 
 def ours_scoring(arguments) -> dict[str, float]:
     """Log-probabilities of every response token over packed rows."""
     from sepo.logps import dataset_logps, prepare_model
-    from sepo.models import load_model
     from sepo.tables import SCHEMAS, make_table
 
     pairs = load_pairs(arguments)
-    model = load_model(arguments.model)
+    model = _model(arguments)
     prepare_model(model)
     names = SCHEMAS["pairs"].names
     table = make_table("pairs", {name: [getattr(p, name) for p in pairs] for name in names})
@@ -296,10 +338,8 @@ def loop_scoring(arguments) -> dict[str, float]:
     """One unpadded sequence a forward, through the model's own full logits."""
     import torch
 
-    from sepo.models import load_model
-
     pairs = load_pairs(arguments)
-    model = load_model(arguments.model)
+    model = _model(arguments)
 
     @torch.no_grad()
     def score(some) -> None:
@@ -316,7 +356,45 @@ def loop_scoring(arguments) -> dict[str, float]:
     return _result(time.perf_counter() - started, pairs, step_flops(model, pairs, train=False))
 
 
-WORKERS = {"ours": ours_step, "trl": trl_step, "ours-scoring": ours_scoring, "loop": loop_scoring}
+def stored_scoring(arguments) -> dict[str, float]:
+    """Store the log-probabilities of synthetic pairs, shard by shard: what the memory of a pass depends on."""
+    import numpy as np
+
+    from sepo.models import load_tokenizer
+    from sepo.stages import PAIRS_PER_SHARD, logps_pass
+    from sepo.tables import make_table, write_table
+
+    rng = np.random.default_rng(0)
+    vocabulary = len(load_tokenizer(arguments.model))
+    with tempfile.TemporaryDirectory() as folder:
+        pairs, out = Path(folder) / "pairs", Path(folder) / "logps"
+        columns: dict[str, Any] = {"pair_id": list(range(arguments.pairs))}
+        for name, most in (("prompt_ids", 60), ("chosen_ids", 90), ("rejected_ids", 90)):
+            lengths = rng.integers(1, most, arguments.pairs)
+            columns[name] = [rng.integers(4, vocabulary, length).tolist() for length in lengths]
+        tokens = sum(len(ids) for name in list(columns)[1:] for ids in columns[name])
+        write_table(pairs, make_table("pairs", columns), PAIRS_PER_SHARD)
+        del columns
+        before = _peak_memory()
+        started = time.perf_counter()
+        logps_pass(arguments.model, pairs, out, dtype="float32")
+        seconds = time.perf_counter() - started
+    return {
+        "pairs": arguments.pairs,
+        "seconds_per_pair": seconds / arguments.pairs,
+        "tokens_per_second": tokens / seconds,
+        "peak_gb": _peak_memory() / 1e9,
+        "peak_before_gb": before / 1e9,
+    }
+
+
+WORKERS = {
+    "ours": ours_step,
+    "trl": trl_step,
+    "ours-scoring": ours_scoring,
+    "loop": loop_scoring,
+    "stored": stored_scoring,
+}
 
 
 # --- the parent -----------------------------------------------------------------------------------------------------
@@ -325,7 +403,7 @@ WORKERS = {"ours": ours_step, "trl": trl_step, "ours-scoring": ours_scoring, "lo
 def run_worker(arguments, worker: str, **changes) -> dict[str, float] | None:
     values = {**vars(arguments), **changes, "worker": worker}
     command = [sys.executable, str(HERE), values["benchmark"]]
-    for name in ("model", "data", "pairs", "k", "max_length", "steps", "tokens_per_row", "worker"):
+    for name in ("model", "data", "pairs", "k", "max_length", "steps", "tokens_per_row", "vocabulary", "worker"):
         if values[name] is not None:
             command += [f"--{name.replace('_', '-')}", str(values[name])]
     command += [f"--{name.replace('_', '-')}" for name in ("as_chat", "bf16") if values[name]]
@@ -339,32 +417,64 @@ def run_worker(arguments, worker: str, **changes) -> dict[str, float] | None:
 
 
 def compare(arguments) -> dict[str, Any]:
-    if arguments.benchmark == "pipeline":
-        return compare_pipeline(arguments)
     scoring = arguments.benchmark == "scoring"
     ours = "ours-scoring" if scoring else "ours"
-    peers = [] if arguments.no_peer else ["loop"] if scoring else [f"trl:{b}" for b in arguments.trl_batch.split(",")]
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (ours, *peers)}
+    peer = None if arguments.no_peer else "loop" if scoring else best_trl(arguments)
+    names = [ours] if peer is None else [ours, peer]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(arguments.repeats):
-        for name in list(runs):
+        for name in names:
             result = run_worker(arguments, name)
             if result is None:
-                runs.pop(name)
-            else:
-                runs[name].append(result)
-                print(f"  {name}: {result['seconds_per_pair']:.3f} s/pair", file=sys.stderr)
-    figures: dict[str, Any] = {
-        name: {key: statistics.median(r[key] for r in results) for key in results[0]} for name, results in runs.items()
-    }
+                raise SystemExit(f"{name} failed")
+            runs[name].append(result)
+            print(f"  {name}: {result['seconds_per_pair']:.3f} s/pair", file=sys.stderr)
+    figures: dict[str, Any] = {name: _medians(results) for name, results in runs.items()}
     figures["runs"] = runs
-    peers = [name for name in peers if name in figures]
-    if peers:
-        best = min(peers, key=lambda name: figures[name]["seconds_per_pair"])
-        figures["peer"] = best
-        figures["speedup"] = figures[best]["seconds_per_pair"] / figures[ours]["seconds_per_pair"]
-        figures["memory_ratio"] = figures[ours]["peak_gb"] / figures[best]["peak_gb"]
+    if peer is not None:
+        # Ratios of neighbours in time: a machine that slows down slows both.
+        pairs = zip(runs[peer], runs[ours], strict=True)
+        figures["peer"] = peer
+        figures["speedup"] = statistics.median(p["seconds_per_pair"] / o["seconds_per_pair"] for p, o in pairs)
+        figures["memory_ratio"] = figures[ours]["peak_gb"] / figures[peer]["peak_gb"]
     figures["limit_share"] = figures[ours]["limit_share"]
-    print_table(arguments.benchmark, {name: figures[name] for name in (ours, *peers)}, figures)
+    if arguments.peak_tflops:
+        for name in names:
+            row = figures[name]
+            row["mfu"] = row["limit_share"] * row["matmul_gflops"] / 1e3 / arguments.peak_tflops
+        figures["mfu"] = figures[ours]["mfu"]
+    print_table(arguments.benchmark, {name: figures[name] for name in names}, figures)
+    return figures
+
+
+def _medians(results: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+
+
+def best_trl(arguments) -> str:
+    """The fastest of TRL's batch sizes, by one run each."""
+    names = [f"trl:{batch}" for batch in arguments.trl_batch.split(",")]
+    if len(names) == 1:
+        return names[0]
+    tried = {name: result for name in names if (result := run_worker(arguments, name)) is not None}
+    if not tried:
+        raise SystemExit("TRL failed at every batch size")
+    for name, result in tried.items():
+        print(f"  {name}: {result['seconds_per_pair']:.3f} s/pair, {result['peak_gb']:.2f} GB", file=sys.stderr)
+    return min(tried, key=lambda name: tried[name]["seconds_per_pair"])
+
+
+def compare_memory(arguments) -> dict[str, Any]:
+    """Peak memory of a stored scoring pass over 1,000 and over 10,000 pairs."""
+    figures: dict[str, Any] = {}
+    for pairs in (1000, 10_000):
+        result = run_worker(arguments, "stored", pairs=pairs)
+        if result is None:
+            raise SystemExit("scoring failed")
+        figures[str(pairs)] = result
+        print(f"{pairs} pairs: {result['peak_gb']:.3f} GB, {result['tokens_per_second']:.0f} tokens/s")
+    figures["memory_ratio"] = figures["10000"]["peak_gb"] / figures["1000"]["peak_gb"]
+    print(f"memory ratio {figures['memory_ratio']:.3f}")
     return figures
 
 
@@ -372,21 +482,22 @@ def compare_pipeline(arguments) -> dict[str, Any]:
     """Reference pass, DPO on 30 % of the pairs, oracle pass and policy step, against TRL's DPO on all pairs."""
     part = max(1, round(0.3 * arguments.pairs))
     totals: dict[str, list[float]] = {"ours": [], "trl": []}
-    batches = [int(b) for b in arguments.trl_batch.split(",")]
+    peer = best_trl(argparse.Namespace(**{**vars(arguments), "benchmark": "oracle-step"}))
     for _ in range(arguments.repeats):
         scoring = run_worker(arguments, "ours-scoring", benchmark="scoring")
         oracle = run_worker(arguments, "ours", benchmark="oracle-step", pairs=part)
         policy = run_worker(arguments, "ours", benchmark="policy-step")
-        peers = [run_worker(arguments, f"trl:{batch}", benchmark="oracle-step") for batch in batches]
-        if not (scoring and oracle and policy and any(peers)):
+        dpo = run_worker(arguments, peer, benchmark="oracle-step")
+        if not (scoring and oracle and policy and dpo):
             raise SystemExit("a contender failed")
         passes = 2 * scoring["seconds_per_pair"] * arguments.pairs  # reference and oracle
         steps = oracle["seconds_per_pair"] * part + policy["seconds_per_pair"] * arguments.pairs
         totals["ours"].append(passes + steps)
-        totals["trl"].append(min(p["seconds_per_pair"] for p in peers if p) * arguments.pairs)
+        totals["trl"].append(dpo["seconds_per_pair"] * arguments.pairs)
         print(f"  ours {totals['ours'][-1]:.1f} s, TRL DPO {totals['trl'][-1]:.1f} s", file=sys.stderr)
     figures = {name: {"seconds": statistics.median(values), "runs": values} for name, values in totals.items()}
-    figures["speedup"] = figures["trl"]["seconds"] / figures["ours"]["seconds"]
+    figures["speedup"] = statistics.median(t / o for t, o in zip(totals["trl"], totals["ours"], strict=True))
+    figures["peer"] = peer
     print(f"pipeline, {arguments.pairs} pairs: ours {figures['ours']['seconds']:.1f} s, "
           f"TRL DPO alone {figures['trl']['seconds']:.1f} s, ratio {figures['speedup']:.2f}")  # fmt: skip
     return figures
@@ -394,18 +505,22 @@ def compare_pipeline(arguments) -> dict[str, Any]:
 
 def sweep(arguments) -> dict[str, Any]:
     """How our cost grows with one quantity, everything else as given."""
+    from sepo.models import describe_model, load_config
+
+    own = describe_model(load_config(arguments.model))["vocab"]
     values: dict[str, list] = {
         "length": [128, 256, 512, 1024],
+        "vocabulary": [own, 2 * own, 4 * own],
         "k": [0.1, 0.3, 0.6, 1.0],
         "pairs": [arguments.pairs, 2 * arguments.pairs, 4 * arguments.pairs],
     }
-    key = {"length": "max_length", "k": "k", "pairs": "pairs"}[arguments.sweep]
+    key = "max_length" if arguments.sweep == "length" else arguments.sweep
     worker = "ours-scoring" if arguments.benchmark == "scoring" else "ours"
     figures: dict[str, Any] = {}
     for value in values[arguments.sweep]:
         runs = [run_worker(arguments, worker, **{key: value}) for _ in range(arguments.repeats)]
         results = [run for run in runs if run]
-        figures[str(value)] = {name: statistics.median(r[name] for r in results) for name in results[0]}
+        figures[str(value)] = _medians(results)
     print_table(f"{arguments.benchmark} by {arguments.sweep}", figures, {})
     return figures
 
@@ -419,6 +534,7 @@ def print_table(title: str, rows: dict[str, dict[str, float]], figures: dict[str
     if "speedup" in figures:
         print(
             f"\nspeedup {figures['speedup']:.2f}, memory ratio {figures['memory_ratio']:.2f} against {figures['peer']}"
+            + (f", MFU {figures['mfu']:.0%}" if "mfu" in figures else "")
         )
 
 
