@@ -7,9 +7,9 @@
 
 Every contender runs in a process of its own (so that peak memory is its own). TRL runs once at each of `--trl-batch`
 pairs a forward; the fastest is the peer, and then contenders alternate: the medians of `--repeats` runs are printed
-with the ratio to ours. `limit_share` is the share of the measured matmul rate: the FLOPs that the step cannot avoid (packed
-tokens, LM head on targets, forward and backward) over that rate and the time. `memory` stores the log-probabilities of
-1,000 and of 10,000 synthetic pairs, shard by shard as `sepo score` does.
+with the ratio to ours. `limit_share` is the share of the measured matmul rate: the FLOPs that the step cannot avoid
+(packed tokens, LM head on targets, forward and backward) over that rate and the time. `memory` stores the
+log-probabilities of 1,000 and of 10,000 synthetic pairs, shard by shard as `sepo score` does.
 """
 
 from __future__ import annotations

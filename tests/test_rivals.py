@@ -196,7 +196,7 @@ def test_tis_dpo_with_a_mask_is_dpo_on_those_tokens():
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "gpt2"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_token_kl_agrees_with_the_plain_formula_in_chunks(architecture, direction, monkeypatch):
-    monkeypatch.setattr("sepo.token_kl.CHUNK_BYTES", 101 * 16 * 3)  # three targets at a time
+    monkeypatch.setattr("sepo.token_kl._CHUNK_BYTES", 101 * 16 * 3)  # three targets at a time
     model, reference = (tiny_model(architecture, torch.float64, seed=seed) for seed in (0, 1))
     pairs = awkward_pairs()
     expected_logps, expected_kl = [], []

@@ -293,8 +293,9 @@ def _run_stages(run: Run) -> dict[str, float]:
             "seed": seed,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": digest(tokenizer.chat_template),
-            "sources": processes.on_main(
-                lambda: [source_fingerprint(name) for name in (source, recipe.data.held_out_source) if name is not None]
+            "source": processes.on_main(lambda: source_fingerprint(source)),
+            "held_out_source": processes.on_main(
+                lambda: recipe.data.held_out_source and source_fingerprint(recipe.data.held_out_source)
             ),
         },
         [train, held_out],
