@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3, help="alternating runs of each contender (default 3)")
     parser.add_argument("--steps", type=int, default=1, help="timed optimizer steps a run (default 1)")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before those (default 1)")
     parser.add_argument("--trl-batch", default="1,4", help="TRL's batch sizes to try (default 1,4)")
     parser.add_argument("--tokens-per-row", type=int, help="our token budget (default: the library's)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision for everyone")
@@ -120,7 +121,7 @@ def key_tokens(pairs: list, share: float) -> list:
 
 
 class StepTimer:
-    """Times optimizer steps, the first (warm-up) left out."""
+    """Times optimizer steps."""
 
     def __new__(cls):
         from transformers import TrainerCallback
@@ -212,7 +213,7 @@ def training_config(arguments, **settings) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "output_dir": tempfile.mkdtemp(),
-        "max_steps": 1 + arguments.steps,
+        "max_steps": arguments.warm_up + arguments.steps,
         "learning_rate": 1e-6,
         "report_to": "none",
         "save_strategy": "no",
@@ -265,7 +266,7 @@ def ours_step(arguments) -> dict[str, float]:
         callbacks=[timer],
     )
     trainer.train()
-    return _result(statistics.median(timer.seconds[1:]), pairs, step_flops(trainer.model, marked))
+    return _result(statistics.median(timer.seconds[arguments.warm_up :]), pairs, step_flops(trainer.model, marked))
 
 
 def trl_step(arguments) -> dict[str, float]:
@@ -314,7 +315,7 @@ def trl_step(arguments) -> dict[str, float]:
         ]
     trainer.train_dataset = datasets.Dataset.from_list(rows)
     trainer.train()
-    return _result(statistics.median(timer.seconds[1:]), pairs, step_flops(trainer.model, pairs))
+    return _result(statistics.median(timer.seconds[arguments.warm_up :]), pairs, step_flops(trainer.model, pairs))
 
 
 def ours_scoring(arguments) -> dict[str, float]:
@@ -403,7 +404,18 @@ WORKERS = {
 def run_worker(arguments, worker: str, **changes) -> dict[str, float] | None:
     values = {**vars(arguments), **changes, "worker": worker}
     command = [sys.executable, str(HERE), values["benchmark"]]
-    for name in ("model", "data", "pairs", "k", "max_length", "steps", "tokens_per_row", "vocabulary", "worker"):
+    for name in (
+        "model",
+        "data",
+        "pairs",
+        "k",
+        "max_length",
+        "steps",
+        "warm_up",
+        "tokens_per_row",
+        "vocabulary",
+        "worker",
+    ):
         if values[name] is not None:
             command += [f"--{name.replace('_', '-')}", str(values[name])]
     command += [f"--{name.replace('_', '-')}" for name in ("as_chat", "bf16") if values[name]]
