@@ -25,7 +25,8 @@ from sepo.packing import CHOSEN, REJECTED, PackedBatch, Pair, fill_rows, pack, p
 from sepo.tables import make_table, ragged
 
 LAYOUTS: dict[str, Callable[[Sequence[Pair]], PackedBatch]] = {"packed": pack, "padded": pad}
-TOKENS_PER_ROW = {"cpu": 1024, "cuda": 16384, "mps": 4096}
+# In training; without gradients a row may be larger, as nothing is kept for a backward pass.
+TOKENS_PER_ROW = {"cpu": 512, "cuda": 16384, "mps": 4096}
 
 
 class NonFiniteError(RuntimeError):
@@ -196,9 +197,11 @@ def make_batches(pairs: Sequence[Pair], layout: str, tokens_per_row: int) -> lis
     return [LAYOUTS[layout](row) for row in fill_rows(pairs, tokens_per_row)]
 
 
-def tokens_per_row_for(device: torch.device | str) -> int:
+def tokens_per_row_for(device: torch.device | str, scoring: bool = False) -> int:
     """The token budget of a row that measured best on a kind of device (docs/performance.md)."""
-    return TOKENS_PER_ROW.get(torch.device(device).type, 4096)
+    kind = torch.device(device).type
+    budget = TOKENS_PER_ROW.get(kind, 4096)
+    return 4 * budget if scoring and kind == "cpu" else budget
 
 
 @torch.no_grad()
@@ -229,7 +232,7 @@ def dataset_logps(
     """
     layout = prepare_model(model)
     device = next(model.parameters()).device
-    budget = tokens_per_row or tokens_per_row_for(device)
+    budget = tokens_per_row or tokens_per_row_for(device, scoring=True)
     rows = table_pairs(pairs.select(["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]))
     lengths = np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in rows], np.int64).reshape(-1, 2)
     starts = np.zeros_like(lengths)
