@@ -91,12 +91,13 @@ def about(arguments) -> dict[str, Any]:
 
 def load_pairs(arguments) -> list:
     """The same seeded sample of pairs for every contender, tokenised by this package."""
-    from sepo.data import sample_pairs, tokenize_pairs
+    from sepo.data import tokenize_pairs
     from sepo.loading import load_preferences
     from sepo.logps import table_pairs
     from sepo.models import load_tokenizer
 
-    dataset = load_preferences(arguments.data)
+    dataset = load_preferences(arguments.data).shuffle(seed=0)
+    dataset = dataset.select(range(min(len(dataset), 2 * arguments.pairs + 20)))  # some may be dropped
     table, _ = tokenize_pairs(
         dataset,
         load_tokenizer(arguments.model),
@@ -104,8 +105,7 @@ def load_pairs(arguments) -> list:
         as_chat=arguments.as_chat,
         progress=False,
     )
-    sampled = sample_pairs(table, min(1.0, arguments.pairs / len(table)), seed=0)
-    return table_pairs(sampled.slice(0, arguments.pairs))
+    return table_pairs(table.slice(0, arguments.pairs))
 
 
 def key_tokens(pairs: list, share: float) -> list:
