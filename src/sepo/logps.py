@@ -64,9 +64,11 @@ def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 def _prunable_mlp(lm: PreTrainedModel, batch: PackedBatch) -> nn.Module | None:
     """The last block's MLP where it may skip rows: checkpointing runs it again later, outside of this forward."""
-    if batch.layout is None or lm.is_gradient_checkpointing or not getattr(lm, "sepo_prunable", False):
+    if batch.layout is None or not getattr(lm, "sepo_prunable", False):
         return None
-    return last_mlp(lm)
+    # Transformers' own property for this goes by another name from 5.23 on.
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
+    return None if checkpointing else last_mlp(lm)
 
 
 def segment_sums(logps: Tensor, batch: PackedBatch, weighted: bool = False) -> tuple[Tensor, Tensor]:
