@@ -284,6 +284,8 @@ COMMANDS = {
     "oracle": ["--reference", "--data", "--out", "--beta", "max_steps=x"],
     "eval": ["--policy", "--base", "--data", "--out", "--prompts", "--samples", "--gold"],
     "run": ["--dry-run", "name=x"],
+    "compare": ["--dry-run", "name=x"],
+    "analyse": ["--table", "--tokenizer", "--reference-logps", "--out", "--gold"],
     "recipe": [],
 }
 odd_words = st.one_of(texts, st.sampled_from(
@@ -300,6 +302,16 @@ def test_any_arguments_end_in_one_line(data, tmp_path_factory):
         words += [option, data.draw(odd_words)] if data.draw(st.integers(0, 9)) else []
     with contextlib.chdir(tmp_path_factory.mktemp("cwd")):
         run(*(word for word in words if "\0" not in word and "/dev/null" not in word))
+
+
+@pytest.mark.parametrize("word", ["x" * 400, "x/" * 3000])
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"recipe"}))
+def test_a_path_that_cannot_be_is_bad_input(command, word, tmp_path):
+    """Every option of a command, each with an impossible path."""
+    with contextlib.chdir(tmp_path):
+        words = [piece for option in COMMANDS[command] for piece in (option, word) if option.startswith("--")]
+        assert run(command, *words)[0] == 2
+        assert run(command, word)[0] == 2
 
 
 # --- typed columns --------------------------------------------------------------------------------------------------

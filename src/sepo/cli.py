@@ -13,9 +13,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from sepo.errors import UserError, known_failure, one_line
+from sepo.errors import UserError, impossible_path, known_failure, one_line
 
 EPILOG = """\
 the usual way:
@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if text := impossible_path(error):
+            print(f"sepo: {text}", file=sys.stderr)
+            return 2
         text = known_failure(error)
         if text is None and (isinstance(error, OSError) or type(error).__module__.startswith("sepo.")):
             text = one_line(error)
@@ -77,8 +80,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))  # it repeats what it was given, however long
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sepo",
         description="Selective preference optimization: align a model on the tokens that carry the preference.",
         epilog=EPILOG,

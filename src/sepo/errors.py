@@ -60,6 +60,17 @@ def known_failure(error: BaseException) -> str | None:
     return None
 
 
+# What a system says to a name that no file can have; pathlib's tests for existence raise it too.
+_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+
+
+def impossible_path(error: BaseException) -> str | None:
+    """Return one line for a path in the input that no file can have (None: the error is another)."""
+    if isinstance(error, OSError) and error.errno in _NO_PATH:
+        return f"'{one_line(error.filename, 100)}' cannot be a path ({error.strerror}): expected a file or folder"
+    return None
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
