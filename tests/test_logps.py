@@ -215,7 +215,9 @@ def attention_inputs(pairs, heads=6, kv_heads=2, dim=16, dtype=torch.float64):
     return query, key, value, layout
 
 
-def test_block_attention_agrees_with_a_masked_softmax_forward_and_backward():
+@pytest.mark.parametrize("backward_queries", [1, 3, 128])
+def test_block_attention_agrees_with_a_masked_softmax_forward_and_backward(monkeypatch, backward_queries):
+    monkeypatch.setattr(attention, "_BACKWARD_QUERIES", backward_queries)
     query, key, value, layout = attention_inputs(awkward_pairs())
     fast = attention._BlockAttention.apply(query, key, value, layout, 0.3)
     plain = attention.plain_packed_attention(query, key, value, layout, 0.3)
@@ -266,6 +268,28 @@ def test_lm_head_agrees_with_log_softmax_whatever_is_kept(monkeypatch, keep_byte
     slow = lm_head.target_logps(hidden, wrapped, targets, transform)
     for got, wanted in zip(torch.autograd.grad(slow, inputs, upstream), expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 2**30])
+@pytest.mark.parametrize("transform", [lm_head.LogitTransform(), lm_head.LogitTransform(softcap=300.0)])
+def test_lm_head_is_exact_where_exponentials_vanish(monkeypatch, keep_bytes, transform):
+    """Logits hundreds apart, a target among the lowest, a block of the vocabulary that is all -inf."""
+    monkeypatch.setattr(lm_head, "CPU_LIMITS", lm_head.Limits(1, 7, keep_bytes))
+    head = torch.nn.Linear(2, 200)
+    with torch.no_grad():
+        head.weight.copy_(torch.linspace(-1, 1, 400).view(200, 2))
+        head.bias[64:128] = float("-inf")
+    hidden = torch.tensor([[150.0, 150.0], [0.1, -0.2]], requires_grad=True)
+    targets = torch.tensor([1, 199])
+    upstream = torch.tensor([1.0, -2.0])
+    plain = transform.apply(head(hidden).double()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert plain[0] < -200
+    fast = lm_head.target_logps(hidden, head, targets, transform)
+    torch.testing.assert_close(fast, plain.float())
+    inputs = [hidden, head.weight]
+    expected = torch.autograd.grad(plain, inputs, upstream.double())
+    for got, wanted in zip(torch.autograd.grad(fast, inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_no_targets_give_no_log_probabilities():

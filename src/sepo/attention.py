@@ -8,8 +8,9 @@ A row of documents `[prompt | branch | branch ...]` needs three kinds of block (
 
 On a CPU each block is one call of PyTorch's flash kernel. The two blocks of a later branch are merged by their
 log-sum-exp (the identity behind ring attention, arXiv 2310.01889): the backward kernel, given the merged output and
-log-sum-exp, returns each block's exact share of the gradients. No key is copied, no mask is read, and grouped
-key-value heads are never repeated. On CUDA the same pattern is a FlexAttention block mask, compiled once.
+log-sum-exp, returns each block's exact share of the gradients. For the same reason the backward pass may cut a causal
+block into smaller ones: the kernel's own computes most of the half that the mask hides. No key is copied, no mask is
+read, and grouped key-value heads are never repeated. On CUDA the same pattern is a FlexAttention block mask, compiled once.
 Where neither applies (soft-capping on a CPU, an unknown device) a plain masked softmax per document stands in; it is
 also what the tests hold the fast paths against.
 
@@ -37,6 +38,9 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 # (query slice, key slice, causal): one kernel call; slices are (start, length) along the row.
 Block = tuple[tuple[int, int], tuple[int, int], bool]
+
+# Queries of a causal block in the backward pass; 64 to 256 measure alike.
+_BACKWARD_QUERIES = 128
 
 
 def packed_attention_forward(
@@ -100,7 +104,7 @@ def _windowed(layout: Layout, sliding_window: int | None) -> bool:
 
 
 def _blocks(layout: Layout) -> Iterator[tuple[Block, ...]]:
-    """Kernel calls by query range: one causal block, or (full block on the prompt, causal block on itself)."""
+    """Kernel calls by query range: one causal block, or (causal block on itself, full block on the prompt)."""
     for doc in layout.documents:
         first = doc.branches[0] if doc.branches else 0
         head = (doc.start, doc.prompt + first)
@@ -109,8 +113,23 @@ def _blocks(layout: Layout) -> Iterator[tuple[Block, ...]]:
         for size in doc.branches[1:]:
             if size:
                 own = (at, size)
-                yield ((own, (doc.start, doc.prompt), False), (own, own, True))
+                yield ((own, own, True), (own, (doc.start, doc.prompt), False))
             at += size
+
+
+def _backward_blocks(layout: Layout) -> Iterator[Block]:
+    """The same with causal blocks cut into small ones and the full blocks below them.
+
+    Every token is in one causal block, which comes before all else that involves its keys or queries.
+    """
+    for calls in _blocks(layout):
+        (start, size), _, _ = calls[0]
+        for done in range(0, size, _BACKWARD_QUERIES):
+            own = (start + done, min(_BACKWARD_QUERIES, size - done))
+            yield own, own, True
+            if done:
+                yield own, (start, done), False
+        yield from calls[1:]
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -139,25 +158,21 @@ class _BlockAttention(torch.autograd.Function):
             torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for x in (query, key, value)
         )
-        for calls in _blocks(ctx.layout):
-            for index, ((q_start, q_size), (k_start, k_size), causal) in enumerate(calls):
-                d_q, d_k, d_v = _flash_backward(
-                    grad.narrow(2, q_start, q_size),
-                    query.narrow(2, q_start, q_size),
-                    key.narrow(2, k_start, k_size),
-                    value.narrow(2, k_start, k_size),
-                    output.narrow(2, q_start, q_size),
-                    lse.narrow(2, q_start, q_size),
-                    0.0,
-                    causal,
-                    scale=ctx.scaling,
-                )
-                # A token's first block as a query or key writes, later ones add; only the prompt is read by several
-                # branches, and its own causal block comes first.
-                own = causal and q_start == k_start
-                _put(d_query, d_q, q_start, add=index > 0)
-                _put(d_key, d_k, k_start, add=not own)
-                _put(d_value, d_v, k_start, add=not own)
+        for (q_start, q_size), (k_start, k_size), causal in _backward_blocks(ctx.layout):
+            d_q, d_k, d_v = _flash_backward(
+                grad.narrow(2, q_start, q_size),
+                query.narrow(2, q_start, q_size),
+                key.narrow(2, k_start, k_size),
+                value.narrow(2, k_start, k_size),
+                output.narrow(2, q_start, q_size),
+                lse.narrow(2, q_start, q_size),
+                0.0,
+                causal,
+                scale=ctx.scaling,
+            )
+            _put(d_query, d_q, q_start, add=not causal)
+            _put(d_key, d_k, k_start, add=not causal)
+            _put(d_value, d_v, k_start, add=not causal)
         return d_query, d_key, d_value, None, None
 
 

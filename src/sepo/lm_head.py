@@ -6,9 +6,10 @@ The vocabulary is walked in blocks of which one stays in the processor's cache (
 high), so every line of W is read once for the logits and once for the gradients. Chunks of targets against the whole
 vocabulary, the usual way, read W once a chunk: 0.7 GB for Gemma 3.
 
-The gradient needs softmax(z) again; recomputing it costs a fourth matmul beside the three that are unavoidable, so the
-logits of as many blocks as fit a fixed budget are kept until the backward pass and only the rest are recomputed. Memory
-is bounded by the budget plus one block, whatever the number of targets or the vocabulary.
+The gradient needs softmax(z) again; recomputing it costs a fourth matmul beside the three that are unavoidable, so as
+many blocks as fit a fixed budget are kept until the backward pass and only the rest are recomputed. What is kept is
+exp(z - max), formed in place of z for the sum: the backward pass has only to scale it. Memory is bounded by the budget
+plus one block, whatever the number of targets or the vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Limits:
     Attributes:
         block_bytes: logits of one block: a share of the last-level cache on a CPU; enough to fill a GPU.
         block_targets: targets in one block; more are walked in several rounds over the vocabulary.
-        keep_bytes: logits kept for the backward pass.
+        keep_bytes: exponentials of logits kept for the backward pass.
     """
 
     block_bytes: int
@@ -143,41 +144,50 @@ class _TargetLogps(torch.autograd.Function):
         dtype = compute_dtype(weight)
         h, w = hidden.to(dtype), compute_copy(weight, dtype)
         budget = _limits(h).keep_bytes if any(ctx.needs_input_grad) else 0
-        kept: list[Tensor] = []
+        kept: list[tuple[Tensor, Tensor]] = []
         targets = torch.zeros(len(h), dtype=_float(h), device=h.device)
         normalisers = torch.full_like(targets, float("-inf"))
         for rows, columns in _blocks(h, len(w)):
             logits = _logits(h[rows], w[columns], None if bias is None else bias[columns], transform)
-            normalisers[rows] = torch.logaddexp(normalisers[rows], logits.logsumexp(1))
             inside, local = _inside(target_ids[rows], columns)
             targets[rows] += torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0)
+            # Not below the lowest number: a block of which all is -inf has a sum of 0, not NaN.
+            shift = logits.amax(1).clamp_min_(torch.finfo(logits.dtype).min)
+            exponentials = logits.sub_(shift[:, None]).exp_()
+            normalisers[rows] = torch.logaddexp(normalisers[rows], exponentials.sum(1).log_() + shift)
             budget -= logits.numel() * logits.element_size()
             if budget >= 0:
-                kept.append(logits)
-        ctx.save_for_backward(h, w, bias, target_ids, normalisers, *kept)
+                kept.append((exponentials, shift))
+        ctx.save_for_backward(h, w, bias, target_ids, targets, normalisers, *(part for block in kept for part in block))
         ctx.weight, ctx.transform, ctx.in_place, ctx.hidden_dtype = weight, transform, in_place(), hidden.dtype
         return targets - normalisers
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        h, w, bias, target_ids, normalisers, *kept = ctx.saved_tensors
+        h, w, bias, target_ids, targets, normalisers, *kept = ctx.saved_tensors
         weight = ctx.weight
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(h, dtype=_float(h)) if need_hidden else None
         d_weight = torch.zeros_like(weight) if need_weight and not ctx.in_place else None
         d_bias = torch.zeros_like(bias) if need_bias else None
+        # d logp / d z = onehot - softmax(z)
+        d_targets = ctx.transform.backward_(grad.clone(), targets)
         for index, (rows, columns) in enumerate(_blocks(h, len(w))):
-            if index < len(kept):
-                logits = kept[index]
+            if 2 * index < len(kept):
+                exponentials, shift = kept[2 * index : 2 * index + 2]
             else:
-                logits = _logits(h[rows], w[columns], None if bias is None else bias[columns], ctx.transform)
-            capped = logits.clone() if ctx.transform.softcap is not None else None
-            # d logp / d z = onehot - softmax(z)
-            d_logits = logits.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows, None])
-            inside, local = _inside(target_ids[rows], columns)
-            d_logits.scatter_add_(1, local[:, None], (grad[rows] * inside)[:, None])
+                shift = normalisers[rows]
+                exponentials = _logits(h[rows], w[columns], None if bias is None else bias[columns], ctx.transform)
+                exponentials.sub_(shift[:, None]).exp_()
+            capped = None
+            if ctx.transform.softcap is not None:
+                # A logit whose exponential is 0 is lost, but so is its share of the gradient.
+                capped = exponentials.clamp_min(torch.finfo(exponentials.dtype).tiny).log_().add_(shift[:, None])
+            d_logits = exponentials.mul_((-grad[rows] * torch.exp(shift - normalisers[rows]))[:, None])
             ctx.transform.backward_(d_logits, capped)
+            inside, local = _inside(target_ids[rows], columns)
+            d_logits.scatter_add_(1, local[:, None], (d_targets[rows] * inside)[:, None])
             if d_bias is not None:
                 d_bias[columns] += d_logits.sum(0).to(d_bias.dtype)
             d_logits = d_logits.to(h.dtype)
