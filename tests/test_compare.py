@@ -14,7 +14,7 @@ from sepo.evaluate.frontier import Checkpoints, at_kl
 from sepo.evaluate.gold import GOLD_REWARDS
 from sepo.evaluate.run import evaluate_run
 from sepo.grid import load_grid, number_of_runs
-from sepo.report.comparison import best_setting, comparison_markdown, over_seeds, summarise_runs
+from sepo.report.comparison import _name, best_setting, comparison_markdown, differences, over_seeds, summarise_runs
 from sepo.tables import read_table
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -180,6 +180,8 @@ def test_a_comparison_leaves_table_pictures_and_every_checkpoint(finished):
     page = (folder / "out" / "compare.md").read_text()
     assert "## Reported" in page
     assert "## Sweep" in page
+    assert "## Against sepo" in page
+    assert [row["seeds"] for row in results["differences"]] == [2, 2, 2]
     assert len(results["runs"]) == 10
     assert [run["reported"] for run in results["runs"]] == [False, False] + [True] * 8
     for run in results["runs"]:
@@ -340,11 +342,32 @@ def test_rows_are_means_over_seeds_with_their_standard_errors():
     assert math.isnan(b["value_se"])
     assert over_seeds([]) == (pytest.approx(math.nan, nan_ok=True), pytest.approx(math.nan, nan_ok=True))
     page = comparison_markdown(
-        {"name": "t", "kl": 1.0, "gold": "vader", "rows": [a, b], "runs": runs, "shared": [],
+        {"name": "t", "kl": 1.0, "gold": "vader", "rows": [a, b], "runs": runs, "differences": [], "shared": [],
          "environment": {"device": "d", "packages": {"torch": "1"}}}
     )  # fmt: skip
     assert "+0.200 ± 0.058*" in page  # one of three did not get to KL 1
     assert "| b | x=1 | 1 | +0.100 |" in page
+
+
+def test_methods_are_compared_by_the_seeds_that_both_have():
+    runs = [
+        *(run("a", "", seed, points((1.0, gain))) for seed, gain in enumerate((0.1, 0.2, 0.3))),
+        *(run("b", "policy.beta=0.1", seed, points((1.0, gain))) for seed, gain in ((0, 0.2), (1, 0.4), (2, 0.6))),
+        run("c", "", 0, points((1.0, 0.9))),  # a single seed in common says nothing
+        *(run("d", "", seed, points((1.0, 9.0)), reported=False) for seed in range(3)),
+    ]
+    (only,) = differences(runs, 1.0)
+    assert (only["name"], only["against"], only["seeds"]) == ("b beta=0.1", "a", 3)
+    assert only["difference"] == pytest.approx(0.2)
+    # Differences 0.1, 0.2, 0.3: standard error 0.1 / sqrt(3), and Student's t is 4.303 at two degrees of freedom.
+    assert only["low"] == pytest.approx(0.2 - 4.303 * 0.1 / math.sqrt(3))
+    assert only["high"] == pytest.approx(0.2 + 4.303 * 0.1 / math.sqrt(3))
+
+
+def test_names_in_pictures_keep_their_values():
+    one = run("dpo", "policy.beta=0.1 policy.training.learning_rate=3e-05", 0, points((1.0, 0.1)))
+    assert _name(one) == "dpo beta=0.1 learning_rate=3e-05"
+    assert _name({**one, "label": ""}) == "dpo"
 
 
 def test_the_best_setting_is_the_best_at_the_kl_asked_for():

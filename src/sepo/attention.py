@@ -10,9 +10,9 @@ On a CPU each block is one call of PyTorch's flash kernel. The two blocks of a l
 log-sum-exp (the identity behind ring attention, arXiv 2310.01889): the backward kernel, given the merged output and
 log-sum-exp, returns each block's exact share of the gradients. For the same reason the backward pass may cut a causal
 block into smaller ones: the kernel's own computes most of the half that the mask hides. No key is copied, no mask is
-read, and grouped key-value heads are never repeated. On CUDA the same pattern is a FlexAttention block mask, compiled once.
-Where neither applies (soft-capping on a CPU, an unknown device) a plain masked softmax per document stands in; it is
-also what the tests hold the fast paths against.
+read, and grouped key-value heads are never repeated. On CUDA the same pattern is a FlexAttention block mask, compiled
+once. Where neither applies (soft-capping on a CPU, an unknown device) a plain masked softmax per document stands in; it
+is also what the tests hold the fast paths against.
 
 The functions plug into Transformers' attention interface under the name `ATTENTION`; a forward that carries no
 `layout` (generation, evaluation by other code) falls through to ordinary SDPA.

@@ -44,7 +44,13 @@ from sepo.objectives import SELECTIVE, WITH_REFERENCE, kl_direction
 from sepo.packing import read_length
 from sepo.pipeline import Run, check_inputs, digest, environment, matmul_rate, open_run
 from sepo.recipe import EMBEDDED_DATA, Recipe
-from sepo.report.comparison import best_setting, comparison_markdown, save_comparison_figures, summarise_runs
+from sepo.report.comparison import (
+    best_setting,
+    comparison_markdown,
+    differences,
+    save_comparison_figures,
+    summarise_runs,
+)
 from sepo.stages import (
     check_same_tokenizer,
     embedded_data,
@@ -66,8 +72,8 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
     The results are written after every run, so a comparison can be read while it goes on.
 
     Returns:
-        what `compare.json` holds: name, kl, gold, rows (`report.comparison.summarise_runs`), runs with all their
-        checkpoints, shared passes, environment.
+        what `compare.json` holds: name, kl, gold, rows (`report.comparison.summarise_runs`), differences, runs with
+        all their checkpoints, shared passes, environment.
 
     Raises:
         UserError: anything about the grid or its recipes that can be known before a model is loaded.
@@ -388,6 +394,7 @@ class _Comparison:
             "gold": self.recipe.eval.gold,
             "environment": environment(),
             "rows": summarise_runs(self.runs, self.grid.kl),
+            "differences": differences(self.runs, self.grid.kl),
             "runs": self.runs,
             "shared": list(self.shared.values()),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ _COLOURS = (
     "#8c6bb1",
 )
 _MARKERS = "osD^vP*Xhp"
+
+_LEADING = re.compile(r"^[^=]*\.(?=[^.=]*=)")  # of policy.training.learning_rate=3e-05, all before learning_rate
+
+# Quantiles of Student's t for a two-sided interval of 95 %, from one degree of freedom on.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
@@ -70,6 +76,33 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
     return rows
 
 
+def differences(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dict[str, Any]]:
+    """Every reported setting against the first, by the seeds that both have: they share prompts and random states.
+
+    Args:
+        runs, kl: as for `summarise_runs`.
+
+    Returns:
+        rows with name, against, seeds (at least 2), difference of the values at `kl`, and low and high, the interval
+        of 95 % by Student's t (with more than 11 seeds by the quantile of 11, a little wide).
+    """
+    values: dict[str, dict[int, float]] = {}
+    for run in runs:
+        if run["reported"]:
+            values.setdefault(_name(run), {})[run["seed"]] = at_kl(run["points"], kl)[0]
+    rows = []
+    for name in list(values)[1:]:
+        first = next(iter(values))
+        common = [values[name][seed] - values[first][seed] for seed in values[name] if seed in values[first]]
+        if len(common) < 2:
+            continue
+        mean, error = over_seeds(common)
+        reach = _T95[min(len(common) - 2, len(_T95) - 1)] * error
+        row = {"name": name, "against": first, "seeds": len(common)}
+        rows.append({**row, "difference": mean, "low": mean - reach, "high": mean + reach})
+    return rows
+
+
 def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
     """Label of the variant's setting with the highest value at the comparison's KL; the first of equals."""
     return max((row for row in rows if row["variant"] == variant), key=lambda row: row["value"])["label"]
@@ -110,6 +143,12 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
                 *(f"{row[name]:,.0f}" for name in ("pairs_seen", "target_tokens", "read_tokens", "train_seconds")),
             ]
             lines.append("| " + " | ".join(cells) + " |")
+    if found := comparison["differences"]:
+        lines += ["", f"## Against {found[0]['against']}, seed by seed", ""]
+        lines += [f"| method | seeds | difference of {value} | 95 % interval |", "|---|---:|---:|---:|"]
+        for row in found:
+            interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
+            lines.append(f"| {row['name']} | {row['seeds']} | {row['difference']:+.3f} | {interval} |")
     if comparison["shared"]:
         lines += ["", "## Shared passes", "", "| pass | seconds | what |", "|---|---:|---|"]
         for item in comparison["shared"]:
@@ -171,5 +210,5 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
 
 
 def _name(run: Mapping[str, Any]) -> str:
-    short = " ".join(part.rsplit(".", 1)[-1] for part in run["label"].split(" ")) if run["label"] else ""
+    short = " ".join(_LEADING.sub("", part) for part in run["label"].split(" "))
     return f"{run['variant']} {short}".strip()
