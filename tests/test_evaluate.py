@@ -20,7 +20,8 @@ from sepo.errors import UserError
 from sepo.evaluate import gold
 from sepo.evaluate.accuracy import mean_and_se, paired_difference, preference_accuracy
 from sepo.evaluate.fidelity import auc, fidelity, token_pieces, token_words, word_valences
-from sepo.evaluate.generate import generate_responses
+from sepo.evaluate.generate import draw_tokens, generate_responses
+from sepo.evaluate.run import sample_kl
 from sepo.models import load_model, stop_ids
 from sepo.tables import make_table
 from tiny_models import tiny_model, tiny_tokenizer
@@ -128,6 +129,53 @@ def test_responses_come_in_prompt_order_and_end_at_their_stop_token():
         assert item.finished == (item.response_ids[-1] == EOS)
         assert item.finished or len(item.response_ids) == 25
     assert len({tuple(item.response_ids) for item in got}) > 100  # samples differ
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 256, 257, 1000])
+def test_a_token_is_drawn_where_the_distribution_function_passes_a_number(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    weights = torch.rand(50, vocabulary, generator=generator) ** 8
+    weights[torch.rand(50, vocabulary, generator=generator) < 0.5] = 0
+    weights[:, vocabulary // 2] += 1e-3
+    uniform = torch.rand(50, dtype=torch.float64, generator=generator)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    drawn = draw_tokens(weights, uniform).numpy()
+    for row, index, number in zip(weights.double().numpy(), drawn, uniform.numpy(), strict=True):
+        assert row[index] > 0
+        # Sums of blocks are float32: the border between two tokens may lie a little off.
+        assert row[:index].sum() / row.sum() <= number + 1e-6
+        assert row[: index + 1].sum() / row.sum() >= number - 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 2.0])
+def test_log_probabilities_kept_while_sampling_are_those_of_reading_the_responses(temperature):
+    model, tokenizer = tiny_model("llama", torch.float64), tiny_tokenizer()
+    prompts = _prompts([3, 12, 7, 1])
+    got = generate_responses(model, tokenizer, prompts, samples=9, max_new_tokens=12, temperature=temperature)
+    assert len({len(item.response_ids) for item in got}) > 1 or not temperature
+    for item in got:
+        ids = torch.tensor([prompts[item.prompt_index] + item.response_ids])
+        with torch.no_grad():
+            logps = torch.log_softmax(model(ids).logits[0, :-1], dim=-1).gather(-1, ids[0, 1:, None])[:, 0]
+        assert item.logps == pytest.approx(logps[-len(item.response_ids) :].tolist(), abs=1e-5)  # Transformers: float32
+
+
+def test_a_model_is_at_no_distance_from_itself_and_at_the_plain_sum_from_another():
+    base, policy, tokenizer = tiny_model("llama"), tiny_model("llama"), tiny_tokenizer()
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.5)
+    prompts = _prompts([3, 12, 7])
+    own = generate_responses(base, tokenizer, prompts, samples=4, max_new_tokens=9)
+    assert sample_kl(base, prompts, own) == pytest.approx(np.zeros(12), abs=1e-4)
+    moved = generate_responses(policy, tokenizer, prompts, samples=4, max_new_tokens=9)
+    for item, kl in zip(moved, sample_kl(base, prompts, moved), strict=True):
+        ids = torch.tensor([prompts[item.prompt_index] + item.response_ids])
+        expected = 0.0
+        for model, sign in ((policy, 1), (base, -1)):
+            with torch.no_grad():
+                logps = torch.log_softmax(model(ids).logits[0, :-1].double(), dim=-1).gather(-1, ids[0, 1:, None])
+            expected += sign * logps[-len(item.response_ids) :].sum().item()
+        assert kl == pytest.approx(expected, abs=1e-4)
 
 
 def test_sampling_is_seeded_and_leaves_no_trace():

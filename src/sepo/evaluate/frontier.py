@@ -59,7 +59,7 @@ class Judge:
         """
         generations = sample(policy, self.tokenizer, self.prompts, self.settings, self.seed)
         groups = [one.prompt_index for one in generations]
-        kl = sample_kl(policy, self.base, self.prompts, generations)
+        kl = sample_kl(self.base, self.prompts, generations)
         lengths = np.array([len(one.response_ids) for one in generations])
         result: dict[str, float] = {"finished": float(np.mean([one.finished for one in generations]))}
         result["kl"], result["kl_se"] = mean_and_se(kl, groups)

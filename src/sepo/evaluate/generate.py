@@ -2,7 +2,8 @@
 
 A chat model's saved generation settings usually change its distribution (top-k 50 by default, nucleus sampling,
 repetition penalties). A comparison of two models must not: here the saved settings are put aside and tokens are drawn
-from softmax(logits / temperature) alone, until the model ends its turn.
+from softmax(logits / temperature) alone, until the model ends its turn. Drawing keeps the log-probability of every
+token, so that nobody has to read the responses again with the model that wrote them.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from sepo.models import stop_ids
+
+_BLOCK = 256
 
 
 class Generation(NamedTuple):
     """One sampled response.
 
     `response_ids` are the new tokens without padding, the end-of-turn token included if the model wrote one;
-    `finished` says whether it did (otherwise `max_new_tokens` cut the response off).
+    `finished` says whether it did (otherwise `max_new_tokens` cut the response off); `logps` are the model's
+    log-probabilities of `response_ids` in nats, at temperature 1 whatever the temperature of sampling.
     """
 
     prompt_index: int
     sample_index: int
     response_ids: list[int]
     finished: bool
+    logps: list[float]
 
 
 def generate_responses(
@@ -41,7 +46,7 @@ def generate_responses(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 128,
     progress: bool = True,
 ) -> list[Generation]:
     """Sample `samples` responses to each prompt.
@@ -69,7 +74,7 @@ def generate_responses(
     # A PEFT model's adapters live inside the model it wraps, whose `generate` is the plain one.
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     stops = stop_ids(inner, tokenizer)
-    config = _plain_config(tokenizer, stops, max_new_tokens, temperature)
+    config = _plain_config(tokenizer, stops, max_new_tokens)
     device = next(inner.parameters()).device
 
     jobs = [(prompt, sample) for prompt in range(len(prompt_ids)) for sample in range(samples)]
@@ -78,22 +83,77 @@ def generate_responses(
     with _undisturbed(model, inner, config, seed), tqdm(total=len(jobs), desc="generate", disable=not progress) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            new_ids = _generate_batch(inner, [prompt_ids[prompt] for prompt, _ in batch], config, device)
-            for (prompt, sample), ids in zip(batch, new_ids, strict=True):
-                results.append(Generation(prompt, sample, *_cut(ids, stops)))
+            draw = _Draw(temperature)
+            new_ids = _generate_batch(inner, [prompt_ids[prompt] for prompt, _ in batch], config, device, draw)
+            for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
+                ids, finished = _cut(ids, stops)
+                results.append(Generation(prompt, sample, ids, finished, logps[: len(ids)]))
             bar.update(len(batch))
     return sorted(results, key=lambda item: (item.prompt_index, item.sample_index))
 
 
-def _plain_config(
-    tokenizer: PreTrainedTokenizerBase, stops: list[int], max_new_tokens: int, temperature: float
-) -> GenerationConfig:
+def draw_tokens(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The entry of each row at which its distribution function passes a number.
+
+    PyTorch's multinomial draws an exponential for every entry of the vocabulary: 110 ms for 84 rows of 49,152 on two
+    CPU cores, a sixth of the time of sampling from SmolLM2. One number a row, sought first among the sums of blocks
+    and then within a block, takes 2 ms.
+
+    Args:
+        probabilities: `[rows, V]`, not negative; they need not sum to one.
+        uniform: `[rows]`, float64, in [0, 1).
+
+    Returns:
+        `[rows]` indices, each with a probability above zero.
+
+    >>> draw_tokens(torch.tensor([[0.5, 0.0, 0.5], [0.5, 0.0, 0.5]]), torch.tensor([0.4, 0.6]).double()).tolist()
+    [0, 2]
+    """
+    rows, vocabulary = probabilities.shape
+    blocks = torch.nn.functional.pad(probabilities, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
+    shares = blocks.sum(dim=-1).double()
+    at = uniform[:, None] * shares.sum(dim=-1, keepdim=True)
+    block = _passes(shares, at)
+    before = (shares.cumsum(dim=-1) - shares).gather(-1, block)
+    inner = blocks[torch.arange(rows, device=block.device), block[:, 0]].double()
+    return (block * _BLOCK + _passes(inner, at - before))[:, 0]
+
+
+def _passes(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """First entry of each row whose cumulative weight is above `at`; the last one with a weight if none is."""
+    cumulative = weights.cumsum(dim=-1)
+    # An entry without weight repeats the sum before it, so the first to reach the total is the last with a weight.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(cumulative, at, right=True), last)
+
+
+class _Draw(LogitsProcessor):
+    """Draw each row's next token and keep its log-probability; all other tokens are ruled out."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self._steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.temperature:
+            uniform = torch.rand(len(scores), dtype=torch.float64, device=scores.device)
+            drawn = draw_tokens(torch.softmax(scores / self.temperature, dim=-1), uniform)[:, None]
+        else:
+            drawn = scores.argmax(dim=-1, keepdim=True)
+        self._steps.append(scores.gather(-1, drawn) - scores.logsumexp(dim=-1, keepdim=True))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
+
+    def logps(self) -> list[list[float]]:
+        """Log-probabilities of the drawn tokens by row, those after the end of a response among them."""
+        return torch.cat(self._steps, dim=-1).tolist()
+
+
+def _plain_config(tokenizer: PreTrainedTokenizerBase, stops: list[int], max_new_tokens: int) -> GenerationConfig:
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = stops[0] if stops else 0
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     return GenerationConfig(
-        **{"do_sample": False, **sampling},
+        do_sample=False,  # takes the one token that _Draw leaves
         max_new_tokens=max_new_tokens,
         eos_token_id=stops or None,
         pad_token_id=pad,
@@ -122,7 +182,7 @@ def _undisturbed(model: torch.nn.Module, inner: Any, config: GenerationConfig, s
 
 
 def _generate_batch(
-    model: Any, prompts: list[Sequence[int]], config: GenerationConfig, device: torch.device
+    model: Any, prompts: list[Sequence[int]], config: GenerationConfig, device: torch.device, draw: _Draw
 ) -> list[list[int]]:
     longest = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long)
@@ -130,7 +190,11 @@ def _generate_batch(
     for row, ids in enumerate(prompts):
         input_ids[row, longest - len(ids) :] = torch.tensor(ids)
         attention_mask[row, longest - len(ids) :] = 1
-    output = model.generate(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        logits_processor=LogitsProcessorList([draw]),
+    )
     return output[:, longest:].tolist()
 
 

@@ -155,7 +155,7 @@ def measure_generations(
         metrics["gold_reward/difference"], metrics["gold_reward/difference_se"] = difference, error
         wins = 0.5 * (1 + np.sign(gold["policy"] - gold["base"]))
         metrics["gold_reward/win_rate"], metrics["gold_reward/win_rate_se"] = mean_and_se(wins, groups)
-    kl = sample_kl(models["policy"], models["base"], prompts, generations["policy"])
+    kl = sample_kl(models["base"], prompts, generations["policy"])
     columns["policy_kl"] = kl
     metrics["kl"], metrics["kl_se"] = mean_and_se(kl, groups)
     tokens = np.array([len(one.response_ids) for one in generations["policy"]])
@@ -166,12 +166,11 @@ def measure_generations(
 
 
 @torch.no_grad()
-def sample_kl(
-    policy: nn.Module, base: nn.Module, prompts: list[list[int]], generations: list[Generation]
-) -> np.ndarray:
-    """Per response sampled from the policy: sum of log pi_policy - log pi_base over its tokens, in nats.
+def sample_kl(base: nn.Module, prompts: list[list[int]], generations: list[Generation]) -> np.ndarray:
+    """Per response sampled from a policy: sum of log pi_policy - log pi_base over its tokens, in nats.
 
-    Its mean is an unbiased estimate of KL(policy || base) per response when sampling was at temperature 1.
+    Its mean is an unbiased estimate of KL(policy || base) per response when sampling was at temperature 1. The
+    policy's log-probabilities are those that sampling kept; only the base reads the responses.
     """
     ids = [list(one.response_ids) for one in generations]
     pairs = make_table(
@@ -184,6 +183,5 @@ def sample_kl(
             "rejected_ids": [response[:1] for response in ids],
         },
     )
-    after, _ = response_sums(dataset_logps(policy, pairs), "logps")
     before, _ = response_sums(dataset_logps(base, pairs), "logps")
-    return after - before
+    return np.array([sum(one.logps) for one in generations]) - before
