@@ -64,7 +64,7 @@ base: base.yaml
 output_dir: {out}
 sweep_seed: 0
 seeds: [1, 2]
-checkpoints: 2
+checkpoints: [0.25]
 kl: 0.5
 keep_models: true
 variants:
@@ -118,7 +118,9 @@ def test_runs_are_counted_with_and_without_a_sweep_seed(workplace):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("checkpoints: 2", "checkpoint: 2", "unknown key 'checkpoint' (did you mean 'checkpoints'?)"),
+        ("checkpoints: [0.25]", "checkpoints: [0.5, 1.5]", "checkpoints.2 is 1.5"),
+        ("checkpoints: [0.25]", "checkpoints: 0", "checkpoints is 0: expected a number of 1 or more"),
+        ("checkpoints: [0.25]", "checkpoint: 2", "unknown key 'checkpoint' (did you mean 'checkpoints'?)"),
         ("policy.beta: 0.05", "policy.betta: 0.05", "unknown key 'policy.betta' (did you mean 'beta'?)"),
         ("policy.beta: 0.05", "data.sample: 0.5", "have different data or eval settings"),
         ("policy.beta: 0.05", "policy.training.num_train_epochs: 3", "see different numbers of pairs"),
@@ -185,8 +187,8 @@ def test_a_comparison_leaves_table_pictures_and_every_checkpoint(finished):
     assert len(results["runs"]) == 10
     assert [run["reported"] for run in results["runs"]] == [False, False] + [True] * 8
     for run in results["runs"]:
-        assert [point["step"] for point in run["points"]] == [4, 8]
-        assert [point["pairs_seen"] for point in run["points"]] == [24, 48]
+        assert [point["step"] for point in run["points"]] == [2, 8]
+        assert [point["pairs_seen"] for point in run["points"]] == [12, 48]
         assert all(math.isfinite(point["kl"]) for point in run["points"])
     assert {row["seeds"] for row in results["rows"] if row["reported"]} == {2}
     reported = {row["variant"]: row for row in results["rows"] if row["reported"]}

@@ -485,16 +485,16 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
             / len(train)
             * (4 / 3 if kl_direction(recipe.policy.objective, recipe.policy.alpha) else 1)
         )
-        # A decoding step costs about 3 times its FLOPs' time; then policy and start score what was sampled.
-        measured = 2 * (3 + 2) * generated * grid.checkpoints
+        # A decoding step costs about 3 times its FLOPs' time; then the start scores what was sampled.
+        measured = 2 * (3 + 1) * generated * len(grid.checkpoints)
         if recipe.eval.gold is None:
-            measured += 2 * held_tokens * grid.checkpoints
+            measured += 2 * held_tokens * len(grid.checkpoints)
         seconds = runs * parameters(recipe, True) * (flops + measured) / rate
         total += seconds
         swept = f", sweep of {len(group)}" if len(group) > 1 else ""
         rows.append(_row(variant, f"{recipe.policy.objective}, {pairs:,.0f} pairs a run{swept}", runs, seconds))
     runs = sum(int(row["runs"]) for row in rows if row["stage"] in settings)
-    rows.append(_row("total", f"{grid.checkpoints} checkpoints a run, {responses} responses each", runs, total))
+    rows.append(_row("total", f"{len(grid.checkpoints)} checkpoints a run, {responses} responses each", runs, total))
     return rows
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from sepo.errors import UserError
 from sepo.recipe import (
@@ -43,7 +43,17 @@ from sepo.recipe import (
 )
 
 Seed = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def _shares(points: Any) -> Any:
+    """Shares of a run, ascending and with its end, from a list of them or their number."""
+    if isinstance(points, int) and not isinstance(points, bool) and points >= 1:
+        return [(index + 1) / points for index in range(points)]
+    if isinstance(points, list) and points and all(isinstance(share, int | float) for share in points):
+        return sorted({*points, 1.0})
+    raise ValueError("expected a number of 1 or more, or a list of shares of a run")
 
 
 class Variant(Settings):
@@ -69,7 +79,12 @@ class Grid(Settings):
     seeds_vary: Literal["policy", "oracle"] = Field(
         "policy", description="what a seed changes: the policy's training and samples, or the oracle's training too"
     )
-    checkpoints: int = Field(4, ge=1, description="measurements a run, evenly spaced, the last at its end")
+    checkpoints: Annotated[list[Share], BeforeValidator(_shares)] = Field(
+        4,
+        validate_default=True,
+        description="measurements a run: a number, evenly spaced with the last at its end, or a list of shares of the "
+        "run, such as [0.25, 1.0]",
+    )
     kl: float | None = Field(None, gt=0, description="compare at this KL; default: at the end of each run")
     keep_models: bool = Field(False, description="keep the trained policies, not only what was measured")
     variants: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Variant], Field(min_length=1)] = Field(

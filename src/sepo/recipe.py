@@ -364,7 +364,8 @@ def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
         if choices:
             text += f"; valid keys: {', '.join(choices)}"
     else:
-        message = first["msg"][0].lower() + first["msg"][1:]
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
         text = f"{path} is {_short(first['input'])}: {message}"
     return text + (f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else "")
 

@@ -110,23 +110,24 @@ def gold_of(generations: Sequence[Generation], tokenizer: PreTrainedTokenizerBas
 
 
 class Checkpoints(TrainerCallback):
-    """Measure the policy `number` times during a run, evenly spaced and at its end, into a JSON file.
+    """Measure the policy at given points of a run into a JSON file.
 
     A step that the file holds already is not measured again, so an interrupted run goes on with its curve.
 
     Args:
+        shares: when to measure, as shares of the run's steps in (0, 1].
         path: the JSON file.
         pairs: pairs in one epoch.
     """
 
-    def __init__(self, judge: Judge, number: int, path: Path, pairs: int):
-        self.judge, self.number, self.path, self.pairs = judge, number, path, pairs
+    def __init__(self, judge: Judge, shares: Sequence[float], path: Path, pairs: int):
+        self.judge, self.shares, self.path, self.pairs = judge, shares, path, pairs
         self.points: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
         self.measuring = 0.0
         self.started = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.steps = {round(state.max_steps * (index + 1) / self.number) for index in range(self.number)}
+        self.steps = {max(1, round(state.max_steps * share)) for share in self.shares}
         done = [point["train_seconds"] for point in self.points if point["step"] <= state.global_step]
         self.started = time.monotonic() - max(done, default=0.0)
         self.measuring = 0.0
