@@ -366,6 +366,21 @@ def test_methods_are_compared_by_the_seeds_that_both_have():
     assert only["high"] == pytest.approx(0.2 + 4.303 * 0.1 / math.sqrt(3))
 
 
+def test_the_page_sets_differences_at_the_kl_beside_those_at_the_end():
+    runs = [
+        *(run("a", "", seed, points((1.0, gain), (2.0, gain))) for seed, gain in enumerate((0.1, 0.2))),
+        *(run("b", "", seed, points((1.0, gain), (2.0, 0.7))) for seed, gain in enumerate((0.2, 0.4))),
+    ]
+    comparison = {
+        "name": "t", "kl": 1.0, "gold": "vader", "rows": summarise_runs(runs, 1.0), "runs": runs, "shared": [],
+        "differences": differences(runs, 1.0), "environment": {"device": "d", "packages": {"torch": "1"}},
+    }  # fmt: skip
+    # At KL 1: differences 0.1 and 0.2; at the end 0.6 and 0.5. One degree of freedom: 12.706 standard errors of 0.05.
+    assert "| b | 2 | +0.150 | -0.485 to +0.785 | +0.550 | -0.085 to +1.185 |" in comparison_markdown(comparison)
+    comparison |= {"kl": None, "rows": summarise_runs(runs, None), "differences": differences(runs, None)}
+    assert "| b | 2 | +0.550 | -0.085 to +1.185 |" in comparison_markdown(comparison)
+
+
 def test_names_in_pictures_keep_their_values():
     one = run("dpo", "policy.beta=0.1 policy.training.learning_rate=3e-05", 0, points((1.0, 0.1)))
     assert _name(one) == "dpo beta=0.1 learning_rate=3e-05"

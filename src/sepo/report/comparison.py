@@ -144,11 +144,13 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     if found := comparison["differences"]:
+        tables = {value: found} | ({"gain at the end": differences(comparison["runs"], None)} if kl else {})
         lines += ["", f"## Against {found[0]['against']}, seed by seed", ""]
-        lines += [f"| method | seeds | difference of {value} | 95 % interval |", "|---|---:|---:|---:|"]
-        for row in found:
-            interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
-            lines.append(f"| {row['name']} | {row['seeds']} | {row['difference']:+.3f} | {interval} |")
+        headers = [f"difference of {name} | 95 % interval" for name in tables]
+        lines += [f"| method | seeds | {' | '.join(headers)} |", "|---|---:|" + "---:|---:|" * len(tables)]
+        for rows in zip(*tables.values(), strict=True):
+            cells = [f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f}" for row in rows]
+            lines.append(f"| {rows[0]['name']} | {rows[0]['seeds']} | {' | '.join(cells)} |")
     if comparison["shared"]:
         lines += ["", "## Shared passes", "", "| pass | seconds | what |", "|---|---:|---|"]
         for item in comparison["shared"]:
