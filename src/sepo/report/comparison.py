@@ -148,9 +148,9 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         lines += ["", f"## Against {found[0]['against']}, seed by seed", ""]
         headers = [f"difference of {name} | 95 % interval" for name in tables]
         lines += [f"| method | seeds | {' | '.join(headers)} |", "|---|---:|" + "---:|---:|" * len(tables)]
-        for rows in zip(*tables.values(), strict=True):
-            cells = [f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f}" for row in rows]
-            lines.append(f"| {rows[0]['name']} | {rows[0]['seeds']} | {' | '.join(cells)} |")
+        for method in zip(*tables.values(), strict=True):
+            cells = [f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f}" for row in method]
+            lines.append(f"| {method[0]['name']} | {method[0]['seeds']} | {' | '.join(cells)} |")
     if comparison["shared"]:
         lines += ["", "## Shared passes", "", "| pass | seconds | what |", "|---|---:|---|"]
         for item in comparison["shared"]:
