@@ -22,6 +22,7 @@ from sepo.evaluate.accuracy import mean_and_se, paired_difference, preference_ac
 from sepo.evaluate.fidelity import auc, fidelity, token_pieces, token_words, word_valences
 from sepo.evaluate.generate import draw_tokens, generate_responses
 from sepo.evaluate.run import sample_kl
+from sepo.logps import NonFiniteError
 from sepo.models import load_model, stop_ids
 from sepo.tables import make_table
 from tiny_models import tiny_model, tiny_tokenizer
@@ -213,6 +214,16 @@ def test_every_end_of_the_model_the_tokenizer_and_the_template_stops_a_response(
     model.generation_config.eos_token_id = [EOS, 50]
     tokenizer.chat_template = "{% for message in messages %}<|user|>{{ message['content'] }}\n<|assistant|>{% endfor %}"
     assert stop_ids(model, tokenizer) == [EOS, 5, 50]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_named(value, temperature):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(value)
+    with pytest.raises(NonFiniteError, match="logits are not finite"):
+        generate_responses(model, tiny_tokenizer(), [[5, 6]], temperature=temperature, progress=False)
 
 
 def test_a_prompt_without_tokens_is_refused():

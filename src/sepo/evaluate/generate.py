@@ -17,6 +17,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from sepo.logps import NonFiniteError
 from sepo.models import stop_ids
 
 _BLOCK = 256
@@ -65,6 +66,7 @@ def generate_responses(
 
     Raises:
         ValueError: a prompt without a token, or a number out of range.
+        NonFiniteError: a logit is NaN or +infinity, or all of a row are -infinity.
     """
     if samples < 1 or max_new_tokens < 1 or batch_size < 1 or temperature < 0:
         raise ValueError("samples, max_new_tokens and batch_size must be at least 1, temperature at least 0")
@@ -135,12 +137,15 @@ class _Draw(LogitsProcessor):
         self._steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        total = scores.logsumexp(dim=-1, keepdim=True)
+        if not torch.isfinite(total).all():
+            raise NonFiniteError("the model's logits are not finite, so no token can be drawn; check its weights")
         if self.temperature:
             uniform = torch.rand(len(scores), dtype=torch.float64, device=scores.device)
             drawn = draw_tokens(torch.softmax(scores / self.temperature, dim=-1), uniform)[:, None]
         else:
             drawn = scores.argmax(dim=-1, keepdim=True)
-        self._steps.append(scores.gather(-1, drawn) - scores.logsumexp(dim=-1, keepdim=True))
+        self._steps.append(scores.gather(-1, drawn) - total)
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
 
     def logps(self) -> list[list[float]]:
