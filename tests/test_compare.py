@@ -202,7 +202,7 @@ def test_a_comparison_leaves_table_pictures_and_every_checkpoint(finished):
 def test_passes_that_can_be_shared_are_done_once(finished):
     folder, _, results = finished
     manifest = json.loads((folder / "out" / "manifest.json").read_text())
-    kinds = [name.split("-")[0] for name in manifest["stages"] if not name.startswith("run ")]
+    kinds = [name.split("-")[0] for name in manifest["stages"] if not name.startswith("run-")]
     count = {kind: kinds.count(kind) for kind in set(kinds)}
     # Of the reference: its passes over both parts; of the oracle likewise. Two random draws, one top selection.
     # Samples of the start at seeds 0, 1 and 2.
@@ -247,6 +247,31 @@ def test_the_same_command_reuses_everything_and_a_new_variant_costs_its_own_runs
     more = GRID + "  confpo: {{set: {{policy.objective: confpo}}}}\n"
     assert main(["compare", str(write_grid(folder, more))]) == 0
     assert stages_done(capsys.readouterr().err) == ["run confpo seed=1", "run confpo seed=2"]
+
+
+def test_grids_with_one_work_folder_share_passes_and_runs(workplace, capsys):
+    text = GRID.replace("sweep_seed: 0\n", f"work_dir: {workplace / 'work'}\n").replace("seeds: [1, 2]", "seeds: [1]")
+    head, variants = text.split("variants:\n")
+    sepo_and = "variants:\n  sepo: {{sweep: {{policy.gamma: [1.0, 2.5]}}}}\n"
+    assert main(["compare", str(write_grid(workplace, head + sepo_and, "one", "one-out"))]) == 0
+    first = stages_done(capsys.readouterr().err)
+    assert first[-2:] == ["run sepo policy.gamma=1 seed=1", "run sepo policy.gamma=2.5 seed=1"]
+    # The same method under another name, and one that is new.
+    other = "variants:\n  low: {{set: {{policy.gamma: 1.0}}}}\n  orpo: {{set: {{policy.objective: orpo}}}}\n"
+    path = write_grid(workplace, head + other, "two", "two-out")
+    assert main(["compare", str(path)]) == 0
+    assert stages_done(capsys.readouterr().err) == ["run orpo seed=1"]
+    one, two = (json.loads((workplace / f"{name}-out" / "compare.json").read_text()) for name in ("one", "two"))
+    assert [run["variant"] for run in two["runs"]] == ["low", "orpo"]
+    assert two["runs"][0]["points"] == one["runs"][0]["points"]
+    assert sorted(p.name for p in (workplace / "two-out").iterdir()) == sorted(
+        ["compare.json", "compare.md", "frontier.png", "grid.json", "win-rate.png"]
+    )
+    (workplace / "taken-out").mkdir()
+    (workplace / "taken-out" / "thesis.tex").write_text("")
+    assert main(["compare", str(write_grid(workplace, head + other, "three", "taken-out"))]) == 2
+    assert "is not empty and holds no comparison" in capsys.readouterr().err
+    assert [p.name for p in (workplace / "taken-out").iterdir()] == ["thesis.tex"]
 
 
 def test_an_interrupted_comparison_keeps_its_runs_and_checkpoints(workplace, capsys, monkeypatch):

@@ -272,7 +272,7 @@ def compare_command(arguments: argparse.Namespace) -> None:
         print_plan(grid.name, plan_grid(grid, settings))
         return
     compare(grid, settings)
-    folder = next(iter(settings.values()))[0].recipe.run_folder
+    folder = grid.results_folder
     print((folder / "compare.md").read_text(encoding="utf-8"))
     print(f"{folder}/compare.md  compare.json  frontier.png")
 

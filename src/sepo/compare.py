@@ -3,8 +3,9 @@
     data -> reference -> [reference log-probabilities -> oracle -> scores -> selection] -> runs -> table and pictures
               shared by all      shared by those with equal settings                one a setting and seed
 
-The folder is a run folder (`pipeline.Run`): each pass is a stage with a fingerprint, so an interrupted comparison goes
-on where it stopped, and a variant added later costs its own runs only. Policies are measured while they are trained,
+The work folder is a run folder (`pipeline.Run`): each pass and each run is a stage named by its fingerprint, so an
+interrupted comparison goes on where it stopped, a variant added later costs its own runs only, and grids with the same
+work folder share what they have in common. Policies are measured while they are trained,
 at several points of the reward-KL frontier, and not kept unless asked for.
 """
 
@@ -79,9 +80,11 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         UserError: anything about the grid or its recipes that can be known before a model is loaded.
     """
     check_grid(settings)
+    check_results_folder(grid)
     first = next(iter(settings.values()))[0].recipe
     with open_run(first) as run:
-        write_text(run.path("grid.json"), json.dumps(grid.model_dump(mode="json"), indent=2) + "\n")
+        grid.results_folder.mkdir(parents=True, exist_ok=True)
+        write_text(grid.results_folder / "grid.json", json.dumps(grid.model_dump(mode="json"), indent=2) + "\n")
         work = _Comparison(run, grid, first)
         for setting, seed, reported in work.schedule(settings):
             work.add(setting, seed, reported)
@@ -110,8 +113,19 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
             )
 
 
+def check_results_folder(grid: Grid) -> None:
+    """Refuse a folder of results, apart from the work folder (`open_run` looks at that), which holds something else."""
+    folder = grid.results_folder
+    if folder == grid.work_folder or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
+    if any(folder.iterdir()) and not (folder / "grid.json").is_file():
+        raise UserError(f"'{folder}' is not empty and holds no comparison: set output_dir to a new folder")
+
+
 class _Comparison:
-    """The stages of a comparison in its folder, and the results so far."""
+    """The stages of a comparison in its work folder, and the results so far."""
 
     def __init__(self, run: Run, grid: Grid, recipe: Recipe):
         self.run, self.grid, self.recipe = run, grid, recipe
@@ -302,7 +316,8 @@ class _Comparison:
             "checkpoints": self.grid.checkpoints,
             "seed": seed,
         }
-        folder = self.run.path("runs", f"{setting.variant}-{digest(depends)[:10]}")
+        key = f"run-{digest(depends)[:10]}"
+        folder = self.run.path("runs", key)
 
         def work() -> dict[str, Any]:
             table = (
@@ -342,7 +357,7 @@ class _Comparison:
             return {"target_tokens": round(epochs * _target_tokens(table)), "read_tokens": round(epochs * read)}
 
         name = " ".join(part for part in (setting.variant, setting.label, f"seed={seed}") if part)
-        record = self.run.stage(f"run {name}", depends, [folder / "points.json"], work)
+        record = self.run.stage(key, depends, [folder / "points.json"], work, title=f"run {name}")
         points = json.loads((folder / "points.json").read_text())
         self.runs.append(
             {
@@ -398,7 +413,7 @@ class _Comparison:
             "runs": self.runs,
             "shared": list(self.shared.values()),
         }
-        folder = self.run.folder
+        folder = self.grid.results_folder
         write_text(folder / "compare.md", comparison_markdown(comparison))
         save_comparison_figures(comparison, folder)
         write_text(folder / "compare.json", json.dumps(_defined(comparison), indent=1) + "\n")

@@ -70,6 +70,11 @@ class Grid(Settings):
 
     name: str = Field(pattern=_NAME, description="name of the comparison")
     output_dir: str | None = Field(None, description="folder of the results; default: runs/NAME")
+    work_dir: str | None = Field(
+        None,
+        description="folder of the shared passes and the runs; grids with the same one share what they have in common; "
+        "default: output_dir",
+    )
     base: str | None = Field(None, description="the recipe that variants start from, relative to the grid file")
     set: dict[str, Any] = Field(default_factory=dict, description="settings for all variants, on top of the base")
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="seeds of the runs that are reported")
@@ -90,6 +95,14 @@ class Grid(Settings):
     variants: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Variant], Field(min_length=1)] = Field(
         description="the methods to compare, by name"
     )
+
+    @property
+    def results_folder(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def work_folder(self) -> Path:
+        return self.results_folder if self.work_dir is None else Path(self.work_dir)
 
 
 @dataclass(frozen=True)
@@ -129,10 +142,11 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Grid, di
         _merge(start, key, value, f"{path}, set")
     for override in overrides:
         set_key(start, *parse_override(override), f"override '{override}'")
-    folder = grid.output_dir or f"runs/{grid.name}"
+    # A folder that several grids share is named after itself.
+    where = {"name": grid.name if grid.work_dir is None else grid.work_folder.name, "output_dir": str(grid.work_folder)}
     settings = {
         name: [
-            Setting(name, label, parse_recipe({**chosen, "name": grid.name, "output_dir": folder}, f"{path}, {name}"))
+            Setting(name, label, parse_recipe({**chosen, **where}, f"{path}, {name}"))
             for label, chosen in _choices(start, name, variant, path)
         ]
         for name, variant in grid.variants.items()

@@ -99,33 +99,44 @@ class Run:
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
 
-    def stage(self, name: str, depends: dict[str, Any], outputs: list[Path], work: Callable[[], dict | None]) -> dict:
+    def stage(
+        self,
+        name: str,
+        depends: dict[str, Any],
+        outputs: list[Path],
+        work: Callable[[], dict | None],
+        title: str | None = None,
+    ) -> dict:
         """Run a stage unless it stands already; returns its record.
 
         Args:
+            name: what its record is kept under.
             depends: everything that its output depends on: settings, and the `content` of the stages it reads.
             outputs: the files and folders that it writes.
             work: writes them; returns results for the manifest. All processes of a launch call it.
+            title: what messages call it; default: its name.
 
         Returns:
             a record with `fingerprint`, `depends`, `files` (checksums of the output), `content` (their fingerprint),
             `seconds` and `results`.
         """
         depends = json.loads(json.dumps({"format": FORMAT_VERSION, **depends}, default=str))
-        record = processes.on_main(lambda: self._standing(name, depends, outputs))
+        title = title or name
+        record = processes.on_main(lambda: self._standing(name, title, depends, outputs))
         if record is not None:
             return record
         started = time.monotonic()
         results = work() or {}
         processes.wait()
-        return processes.on_main(lambda: self._record(name, depends, outputs, results, time.monotonic() - started))
+        seconds = time.monotonic() - started
+        return processes.on_main(lambda: self._record(name, title, depends, outputs, results, seconds))
 
-    def _standing(self, name: str, depends: dict[str, Any], outputs: list[Path]) -> dict | None:
+    def _standing(self, name: str, title: str, depends: dict[str, Any], outputs: list[Path]) -> dict | None:
         """Return the record of a stage that stands; else say why it does not, and drop the record."""
         record = self.manifest.setdefault("stages", {}).get(name)
         reason = None
         if record is None:
-            say(f"[{name}]")
+            say(f"[{title}]")
             return None
         if "files" not in record or "depends" not in record:
             reason = "was made by an older version"
@@ -134,14 +145,14 @@ class Run:
         else:
             damage = _damage(record["files"], self._digests(outputs))
             if damage is None:
-                say(f"[{name}] unchanged, reused")
+                say(f"[{title}] unchanged, reused")
                 return record
             reason = damage
-        say(f"[{name}] {reason}: done again")
+        say(f"[{title}] {reason}: done again")
         self.forget(name)
         return None
 
-    def _record(self, name: str, depends: dict, outputs: list[Path], results: dict, seconds: float) -> dict:
+    def _record(self, name: str, title: str, depends: dict, outputs: list[Path], results: dict, seconds: float) -> dict:
         files = self._digests(outputs)
         record = {
             "fingerprint": digest(depends),
@@ -155,7 +166,7 @@ class Run:
         }
         self.manifest["stages"][name] = record
         self.save()
-        say(f"[{name}] {seconds:.0f} s")
+        say(f"[{title}] {seconds:.0f} s")
         return record
 
     def _digests(self, outputs: list[Path]) -> dict[str, str]:
