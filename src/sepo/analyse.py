@@ -587,9 +587,10 @@ def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]
 
     def changed(axes: Axes) -> None:
         found = result["agreement"]["changed"]
-        axes.bar(range(len(found)), list(found.values()), color="#1d5ca8", width=0.6)
-        axes.axhline(1 - result["agreement"]["chance"], color="#5f6168", linewidth=0.8, linestyle=":")
-        axes.set_xticks(range(len(found)), list(found))
+        axes.barh(range(len(found)), list(found.values()), color="#1d5ca8", height=0.6)
+        axes.axvline(1 - result["agreement"]["chance"], color="#5f6168", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(found)), list(found))
+        axes.invert_yaxis()
 
     def fidelities(axes: Axes) -> None:
         found = result["fidelity"]
@@ -605,7 +606,7 @@ def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]
         "position": make_figure(position, "Place in the response", "Mean reward s"),
     }
     if "agreement" in result and result["agreement"]["chance"] is not None:
-        figures["agreement"] = make_figure(changed, "Oracle", "Key tokens not those of the last oracle")
+        figures["agreement"] = make_figure(changed, "Share of key tokens that are not the last oracle's", "")
     if "fidelity" in result:
         figures["fidelity"] = make_figure(fidelities, "AUC for the words of the lexicon, sign-aware", "")
     return [write_png(figure, folder / f"{stem}.png") for stem, figure in figures.items()]
