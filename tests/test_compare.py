@@ -251,7 +251,7 @@ def test_the_same_command_reuses_everything_and_a_new_variant_costs_its_own_runs
 
 def test_grids_with_one_work_folder_share_passes_and_runs(workplace, capsys):
     text = GRID.replace("sweep_seed: 0\n", f"work_dir: {workplace / 'work'}\n").replace("seeds: [1, 2]", "seeds: [1]")
-    head, variants = text.split("variants:\n")
+    head = text[: text.index("variants:\n")]
     sepo_and = "variants:\n  sepo: {{sweep: {{policy.gamma: [1.0, 2.5]}}}}\n"
     assert main(["compare", str(write_grid(workplace, head + sepo_and, "one", "one-out"))]) == 0
     first = stages_done(capsys.readouterr().err)
