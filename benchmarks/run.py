@@ -37,6 +37,11 @@ def main() -> int:
     parser.add_argument("--data", help="preference data, as for `sepo run`; `memory` makes its own")
     parser.add_argument("--as-chat", action="store_true", help="wrap plain prompts with the chat template")
     parser.add_argument("--pairs", type=int, default=8, help="pairs in the effective batch (default 8)")
+    parser.add_argument(
+        "--whole-prompts",
+        action="store_true",
+        help="all pairs of a random sample of prompts, as a pass over the whole data reads them (scoring)",
+    )
     parser.add_argument("--k", type=float, default=0.3, help="share of key tokens (default 0.3)")
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3, help="alternating runs of each contender (default 3)")
@@ -80,6 +85,7 @@ def about(arguments) -> dict[str, Any]:
         "data": Path(arguments.data or "synthetic").name,
         "pairs": arguments.pairs,
         "as_chat": arguments.as_chat,
+        "whole_prompts": arguments.whole_prompts,
         "max_length": arguments.max_length,
         "k": arguments.k,
         "dtype": "bfloat16 autocast" if arguments.bf16 else "float32",
@@ -94,13 +100,14 @@ def about(arguments) -> dict[str, Any]:
 
 def load_pairs(arguments) -> list:
     """The same seeded sample of pairs for every contender, tokenised by this package."""
-    from sepo.data import tokenize_pairs
+    from sepo.data import group_by_prompt, tokenize_pairs
     from sepo.loading import load_preferences
     from sepo.logps import table_pairs
     from sepo.models import load_tokenizer
 
     dataset = load_preferences(arguments.data).shuffle(seed=0)
-    dataset = dataset.select(range(min(len(dataset), 2 * arguments.pairs + 20)))  # some may be dropped
+    if not arguments.whole_prompts:
+        dataset = dataset.select(range(min(len(dataset), 2 * arguments.pairs + 20)))  # some may be dropped
     table, _ = tokenize_pairs(
         dataset,
         load_tokenizer(arguments.model),
@@ -108,7 +115,7 @@ def load_pairs(arguments) -> list:
         as_chat=arguments.as_chat,
         progress=False,
     )
-    return table_pairs(table.slice(0, arguments.pairs))
+    return table_pairs((group_by_prompt(table) if arguments.whole_prompts else table).slice(0, arguments.pairs))
 
 
 def key_tokens(pairs: list, share: float) -> list:
@@ -421,7 +428,7 @@ def run_worker(arguments, worker: str, **changes) -> dict[str, float] | None:
     ):
         if values[name] is not None:
             command += [f"--{name.replace('_', '-')}", str(values[name])]
-    command += [f"--{name.replace('_', '-')}" for name in ("as_chat", "bf16") if values[name]]
+    command += [f"--{name.replace('_', '-')}" for name in ("as_chat", "whole_prompts", "bf16") if values[name]]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     for line in done.stdout.splitlines():

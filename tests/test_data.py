@@ -20,6 +20,7 @@ from sepo.data import (
     DropRow,
     TextPair,
     dataset_fingerprint,
+    group_by_prompt,
     normalise_row,
     sample_pairs,
     split_pairs,
@@ -783,6 +784,14 @@ class TestSplits:
         table = pairs_table([i % 7 for i in range(60)])
         chunked = pa.concat_tables([table.slice(0, 13), table.slice(13, 30), table.slice(43)])
         assert split_pairs(chunked, held_out=20)[0].equals(split_pairs(table, held_out=20)[0])
+
+    def test_pairs_of_one_prompt_are_brought_together_and_otherwise_keep_their_order(self):
+        table = pairs_table([5, 3, 5, 9, 3, 5])
+        assert group_by_prompt(table)["pair_id"].to_pylist() == [0, 2, 5, 1, 4, 3]
+        chunked = pa.concat_tables([table.slice(0, 2), table.slice(2)])
+        assert group_by_prompt(chunked).equals(group_by_prompt(table))
+        assert group_by_prompt(table).schema.equals(table.schema, check_metadata=True)
+        assert group_by_prompt(table.slice(0, 0)).num_rows == 0
 
     def test_a_smaller_sample_is_part_of_a_larger_one(self):
         table = pairs_table(list(range(100)))

@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from sepo import stages
 from sepo.cli import main
 from sepo.recipe import SftSettings, SftTrainingSettings
 from sepo.stages import _last_checkpoint, seal_checkpoint, train_reference
-from sepo.tables import flat, read_table
+from sepo.tables import flat, read_shard, read_table, table_paths
 from tiny_models import tiny_model, tiny_tokenizer
 
 PROMISED_FILES = [
@@ -151,6 +153,22 @@ def test_selection_rules_and_objectives_are_settings_of_the_stage_commands(finis
     assert main([*train, "--objective", "tis_dop", "--out", str(tmp_path / "none"), *few]) == 2
     assert main([*train, "--objective", "ipo", "--label-smoothing", "0.1", "--out", str(tmp_path / "none"), *few]) == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_pairs_of_a_prompt_share_a_shard_and_a_table_of_one_shard_keeps_its_order(finished, tmp_path, monkeypatch):
+    table = read_table(finished / "run" / "pairs" / "train", "pairs").slice(0, 8)
+    prompts = table.column("prompt_ids").to_pylist()
+    twice = pa.table({**{name: table.column(name) for name in table.column_names}, "prompt_ids": prompts[:4] * 2})
+    twice = twice.cast(table.schema)
+    stages.write_pairs(tmp_path / "one", twice)
+    assert read_table(tmp_path / "one", "pairs").equals(twice)
+    monkeypatch.setattr(stages, "PAIRS_PER_SHARD", 2)
+    stages.write_pairs(tmp_path / "four", twice)
+    shards = [read_shard(path, "pairs") for path in table_paths(tmp_path / "four", "pairs")]
+    assert [len({tuple(ids) for ids in shard["prompt_ids"].to_pylist()}) for shard in shards] == [1] * 4
+    assert sorted(pair for shard in shards for pair in shard["pair_id"].to_pylist()) == sorted(
+        twice["pair_id"].to_pylist()
+    )
 
 
 def test_stage_commands_give_what_the_run_gives(finished, tmp_path, capsys):

@@ -334,7 +334,6 @@ def score_command(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     from sepo import stages
     from sepo.models import check_model, load_tokenizer, resolve_model
-    from sepo.tables import write_table
 
     processes = _join(arguments.device)
     for name in (arguments.oracle, arguments.reference):
@@ -346,7 +345,7 @@ def score_command(arguments: argparse.Namespace) -> None:
 
     def write_pairs() -> int:
         pairs = stages.read_pairs(settings, tokenizer)
-        write_table(out / "pairs", pairs, stages.PAIRS_PER_SHARD)
+        stages.write_pairs(out / "pairs", pairs)
         return len(pairs)
 
     pairs = processes.on_main(write_pairs)
@@ -451,7 +450,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     from sepo import stages
     from sepo.evaluate.run import evaluate_run
     from sepo.models import check_model, load_tokenizer, resolve_model
-    from sepo.tables import write_metrics, write_table
+    from sepo.tables import write_metrics
 
     def measure() -> dict[str, float]:
         for name in (arguments.policy, arguments.base):
@@ -459,7 +458,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
         policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
         tokenizer = load_tokenizer(base)
         stages.check_same_tokenizer("policy", load_tokenizer(policy), "base", tokenizer)
-        write_table(out / "pairs", stages.read_pairs(settings, tokenizer), stages.PAIRS_PER_SHARD)
+        stages.write_pairs(out / "pairs", stages.read_pairs(settings, tokenizer))
         metrics = evaluate_run(
             policy, base, out / "pairs", out, eval_settings, seed=arguments.seed, device=arguments.device
         )

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from sepo.errors import UserError, nearest, one_line
 from sepo.loading import COLUMNS
-from sepo.tables import make_table, provenance_of, ragged, with_provenance
+from sepo.tables import flat, make_table, provenance_of, ragged, with_provenance
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 
@@ -819,9 +819,7 @@ def split_pairs(
         UserError: a number out of range, or too few prompts for both sides.
     """
     target = _held_out_pairs(held_out, len(table))
-    column = table.column("prompt_ids").combine_chunks()
-    values, offsets = column.values.to_numpy(zero_copy_only=False).astype("<i4"), column.offsets.to_numpy()
-    keys = [values[start:stop].tobytes() for start, stop in pairwise(offsets)]
+    keys = _prompt_keys(table)
     counts: dict[bytes, int] = {}
     for key in keys:
         counts[key] = counts.get(key, 0) + 1
@@ -840,6 +838,20 @@ def split_pairs(
     settings = {"held_out": held_out, "sample": sample, "seed": seed}
     train = sample_pairs(table.filter(pa.array(~mask)), sample, seed=seed)
     return _with_split(train, "train", settings), _with_split(table.filter(pa.array(mask)), "held_out", settings)
+
+
+def group_by_prompt(table: pa.Table) -> pa.Table:
+    """Bring the pairs of each prompt together, prompts in the order of their first pair; else the order stays."""
+    first: dict[bytes, int] = {}
+    order = np.argsort([first.setdefault(key, len(first)) for key in _prompt_keys(table)], kind="stable")
+    return table.take(pa.array(order, type=pa.int64()))
+
+
+def _prompt_keys(table: pa.Table) -> list[bytes]:
+    values, lengths = flat(table.column("prompt_ids"))
+    ends = np.cumsum([0, *lengths])
+    values = values.astype("<i4")
+    return [values[start:stop].tobytes() for start, stop in pairwise(ends)]
 
 
 def _held_out_pairs(held_out: int | float, rows: int) -> int:

