@@ -203,7 +203,7 @@ def tokens_per_row_for(device: torch.device | str, scoring: bool = False) -> int
     """The token budget of a row that measured best on a kind of device (docs/performance.md)."""
     kind = torch.device(device).type
     budget = TOKENS_PER_ROW.get(kind, 4096)
-    return 4 * budget if scoring and kind == "cpu" else budget
+    return 8 * budget if scoring and kind == "cpu" else budget
 
 
 @torch.no_grad()
