@@ -315,6 +315,7 @@ class _Comparison:
             "eval": recipe.eval.model_dump(mode="json"),
             "checkpoints": self.grid.checkpoints,
             "seed": seed,
+            "dtype": recipe.dtype,  # of the start that it is measured against
         }
         key = f"run-{digest(depends)[:10]}"
         folder = self.run.path("runs", key)
