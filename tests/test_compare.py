@@ -328,6 +328,22 @@ def test_seeds_can_vary_the_oracle_too(workplace, capsys):
     assert first.column("pair_id") == second.column("pair_id")
 
 
+def test_settings_with_one_and_with_several_oracles_share_the_first(workplace, capsys):
+    text = (
+        GRID.replace("sweep_seed: 0\n", "")
+        .replace("[1, 2]", "[0]")
+        .replace("policy.gamma: [1.0, 2.5]", "oracle.count: [1, 2]")
+    )
+    path = write_grid(workplace, text[: text.index("  random")], "ensemble", "ensemble-out")
+    assert main(["compare", str(path), "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(path)]) == 0
+    done = [name.split("-")[0] for name in stages_done(capsys.readouterr().err)]
+    assert (done.count("oracle"), done.count("scores"), done.count("selection")) == (2, 2, 2)
+    results = json.loads((workplace / "ensemble-out" / "compare.json").read_text())
+    assert sum("the mean of oracle-" in item["what"] for item in results["shared"]) == 1
+
+
 # --- reading curves -------------------------------------------------------------------------------------------------
 
 

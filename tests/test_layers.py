@@ -134,6 +134,46 @@ def _holder(module):
     return model
 
 
+@pytest.mark.parametrize("frozen", [(), ("first",), ("first", "second")])
+def test_the_output_of_a_norm_is_not_kept_but_formed_anew(frozen):
+    torch.manual_seed(0)
+    layer = nn.ModuleDict(
+        {"norm": LlamaRMSNorm(24), "first": nn.Linear(24, 16, bias=False), "second": nn.Linear(24, 8)}
+    )
+    for name in frozen:
+        layer[name].requires_grad_(False)
+    plain = copy.deepcopy(layer)
+    use_fast_layers(_holder(layer))
+    x = torch.randn(2, 16, 24)
+
+    def run(layer, x, times):
+        normed = layer["norm"](x)
+        loss = (layer["first"](normed).cos().sum() + layer["second"](normed).square().sum()).clone()
+        wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        for _ in range(times):
+            gradients = torch.autograd.grad(loss, wanted, retain_graph=True)
+        return normed, gradients
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        normed, got = run(layer, x.clone().requires_grad_(), times=2)
+    assert not any(tensor.shape[-1] == 24 and torch.equal(tensor.flatten(), normed.flatten()) for tensor in saved)
+    _, expected = run(plain, x.clone().requires_grad_(), times=1)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_weights_keep_no_input():
+    """With LoRA most weights are frozen: what they read is of no use to the backward pass."""
+    layer = FastLinear(24, 16).requires_grad_(False)
+    x = torch.randn(20, 24, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x).sum().backward()
+    assert [tuple(tensor.shape) for tensor in saved] == [(16, 24)]
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(20, 24))
+
+
 def test_a_norm_that_does_something_else_is_left_alone():
     class TwiceRMSNorm(LlamaRMSNorm):
         def forward(self, hidden_states):

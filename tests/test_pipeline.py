@@ -9,6 +9,7 @@ import pytest
 from sepo import stages
 from sepo.cli import main
 from sepo.recipe import SftSettings, SftTrainingSettings
+from sepo.report.build import read_training
 from sepo.stages import _last_checkpoint, seal_checkpoint, train_reference
 from sepo.tables import flat, read_shard, read_table, table_paths
 from tiny_models import tiny_model, tiny_tokenizer
@@ -117,6 +118,31 @@ def test_a_second_run_reuses_everything_and_a_changed_rate_redoes_what_follows(f
     assert (finished / "run" / "selection" / "part-00000.parquet").read_bytes() == before
 
 
+def test_the_rewards_of_several_oracles_are_averaged_and_the_first_is_the_run_of_one(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["run", str(finished / "recipe.yaml"), f"output_dir={run}"]
+    assert main([*command, "oracle.count=2"]) == 0
+    assert stages_done(capsys.readouterr().err) == ["data", "oracle", "oracle-2", "score", "select", "train", "eval"]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run / "oracle", run / "oracle-2")]
+    assert weights[0] == (finished / "run" / "oracle" / "model.safetensors").read_bytes()
+    assert weights[1] != weights[0]
+    for scores, part in (("scores", "."), ("scores_held_out", "held_out")):
+        table = read_table(run / scores, "scores")
+        first, second, reference = (
+            read_table(run / "logps" / name / part, "logps") for name in ("oracle", "oracle-2", "reference")
+        )
+        for side in ("chosen_logps", "rejected_logps"):
+            one, two, base = (flat(stored.column(side))[0].astype(float) for stored in (first, second, reference))
+            rewards = flat(table.column(side.replace("logps", "rewards")))[0]
+            np.testing.assert_allclose(rewards, (one + two) / 2 - base, atol=1e-5)
+            assert np.abs(rewards - (one - base)).max() > 1e-2
+    assert [curves["model"] for curves in read_training(run)] == ["oracle", "oracle-2", "policy"]
+    assert main(command) == 0  # one is enough after all
+    assert stages_done(capsys.readouterr().err) == ["score", "select", "train", "eval"]
+    assert read_table(run / "scores", "scores").equals(read_table(finished / "run" / "scores", "scores"))
+    assert [curves["model"] for curves in read_training(run)] == ["oracle", "policy"]
+
+
 def test_a_rival_objective_runs_from_the_same_recipe_on_held_out_pairs_of_another_source(workplace, tmp_path):
     lines = (workplace / "prefs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(line.replace("Is it", "Was it") for line in lines[10:22]))
@@ -221,6 +247,7 @@ def bad_inputs(folder, tmp_path):
         "k out of range": (["run", recipe, "select.k_chosen=1.2"], "select.k_chosen is 1.2"),
         "k out of range, stage": (["select", "--table", "x", "--k", "0", "--out", "y"], "k_chosen is 0"),
         "no such model": (["run", recipe, fresh, "reference.model=./nowhere"], "nowhere"),
+        "one model, two oracles": (["run", recipe, fresh, f"oracle.model={model}", "oracle.count=2"], "leave one out"),
         "no such data": (["run", recipe, fresh, "data.source=./nowhere.parquet"], "nowhere.parquet"),
         "no such column": (["run", recipe, fresh, f"data.source={columns}"], "did you mean 'chosne'"),
         "no usable pair": (["run", recipe, fresh, f"data.source={useless}", "data.held_out=0"], "identical responses"),

@@ -360,7 +360,7 @@ def score_command(arguments: argparse.Namespace) -> None:
         )
         for role, model in (("reference", reference), ("oracle", oracle))
     }
-    processes.on_main(lambda: str(stages.score_pairs(out / "pairs", stores["oracle"], stores["reference"], out)))
+    processes.on_main(lambda: str(stages.score_pairs(out / "pairs", [stores["oracle"]], stores["reference"], out)))
     from sepo.evaluate.run import oracle_accuracy
     from sepo.tables import read_table
 

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sepo.data import sample_pairs, tokenizer_fingerprint
+from sepo.data import tokenizer_fingerprint
 from sepo.errors import UserError
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.frontier import Checkpoints, Judge, start_of
@@ -57,11 +57,13 @@ from sepo.stages import (
     embedded_data,
     logps_pass,
     objective_settings,
+    oracle_seeds,
     prepare_data,
     say,
     score_pairs,
     select,
     train_model,
+    train_oracle,
     train_reference,
 )
 from sepo.tables import flat, read_table, write_text
@@ -215,51 +217,39 @@ class _Comparison:
         return self._stage("logps", f"{Path(model).name}, {part} pairs", depends, ["."], work)
 
     def oracle(self, recipe: Recipe, seed: int, data: tuple[str, Path]) -> tuple[str, str]:
+        """One oracle; where `count` asks for several, the one of this seed among them."""
         settings = recipe.oracle
         if settings.model is not None:
             model = resolve_model(settings.model)
             return model_fingerprint(model), model
         reference_key, reference = self.reference(recipe)
         store = self.logps(recipe, reference, reference_key, data, "train")
-        depends = {"oracle": settings.model_dump(mode="json"), "logps": store[0], "seed": seed}
+        depends = {"oracle": settings.model_dump(mode="json", exclude={"count"}), "logps": store[0], "seed": seed}
 
         def work(folder: Path) -> dict[str, Any]:
-            pairs, logps = read_table(data[1] / "train", "pairs"), read_table(store[1], "logps")
-            sample = sample_pairs(pairs, settings.sample, seed=seed)
-            rows = np.isin(pairs.column("pair_id").to_numpy(), sample.column("pair_id").to_numpy())
-            train_model(
-                reference,
-                sample,
-                folder,
-                settings.training,
-                reference_logps=logps.filter(pa.array(rows)),
-                lora=settings.lora,
-                quantization=settings.quantization,
-                seed=seed,
-                device=recipe.device,
-                objective="dpo",
-                beta=settings.beta,
-                label_smoothing=settings.label_smoothing,
-            )
-            return {"pairs": len(sample)}
+            train, logps = data[1] / "train", store[1]
+            results = train_oracle(reference, train, logps, folder, settings, seed=seed, device=recipe.device)
+            return {"pairs": results["pairs"]}
 
         what = f"DPO on {settings.sample:.0%} of the pairs, beta {settings.beta:g}, seed {seed}"
         key, folder = self._stage("oracle", what, depends, ["."], work)
         return key, str(folder)
 
     def scores(self, recipe: Recipe, seed: int, data: tuple[str, Path]) -> tuple[str, Path]:
-        oracle_key, oracle = self.oracle(recipe, seed, data)
+        oracles = [self.oracle(recipe, one, data) for one in oracle_seeds(seed, recipe.oracle.count)]
         reference_key, reference = self.reference(recipe)
+        roles = {"oracle" + (f"-{i}" if i else ""): oracle for i, oracle in enumerate(oracles)}
         stores = {
             (role, part): self.logps(recipe, model, key, data, part)
-            for role, model, key in (("oracle", oracle, oracle_key), ("reference", reference, reference_key))
+            for role, (key, model) in {**roles, "reference": (reference_key, reference)}.items()
             for part in ("train", "held_out")
         }
         depends = {name: key for name, (key, _) in ((f"{role}-{part}", s) for (role, part), s in stores.items())}
 
         def work(folder: Path) -> dict[str, Any]:
             for part in ("train", "held_out"):
-                score_pairs(data[1] / part, stores["oracle", part][1], stores["reference", part][1], folder / part)
+                logps = [stores[role, part][1] for role in roles]
+                score_pairs(data[1] / part, logps, stores["reference", part][1], folder / part)
             metrics = oracle_accuracy(read_table(folder / "held_out", "scores"))
             found = {name: metrics[f"oracle/{name}"] for name in ("accuracy", "accuracy_se", "accuracy_not_longer")}
             if recipe.eval.gold == "vader":
@@ -270,7 +260,9 @@ class _Comparison:
 
         key, folder = self._stage("scores", "token rewards", depends, ["train", "held_out"], work)
         record = self.shared[folder.name]
-        record["what"] = f"token rewards of {Path(oracle).name}: held-out accuracy {_text(record, 'accuracy')}" + (
+        names = ", ".join(Path(model).name for _, model in oracles)
+        whose = f"the mean of {names}" if len(oracles) > 1 else names
+        record["what"] = f"token rewards of {whose}: held-out accuracy {_text(record, 'accuracy')}" + (
             f", fidelity AUC {_text(record, 'auc')}" if "auc" in record else ""
         )
         return key, folder
@@ -476,8 +468,10 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
         seconds = 0.0
         for recipe in oracles.values():
             epochs = 0.0 if recipe.oracle.model else recipe.oracle.training.num_train_epochs * recipe.oracle.sample
-            seconds += parameters(recipe, False) / rate * (6 * epochs * train_tokens + 2 * (train_tokens + held_tokens))
-        rows.append(_row("oracles", "DPO, then token rewards; shared", len(oracles) * copies, seconds * copies))
+            each = 6 * epochs * train_tokens + 2 * (train_tokens + held_tokens)
+            seconds += recipe.oracle.count * parameters(recipe, False) / rate * each
+        number = sum(recipe.oracle.count for recipe in oracles.values())
+        rows.append(_row("oracles", "DPO, then token rewards; shared", number * copies, seconds * copies))
     elif any(recipe.policy.objective in WITH_REFERENCE for recipe in everything):
         rows.append(
             _row("reference", "log-probabilities; shared", 1, 2 * parameters(first, True) * train_tokens / rate)

@@ -96,11 +96,15 @@ def add_gradient(weight: Tensor, left: Tensor, right: Tensor, rows: slice = slic
     """`weight.grad[rows] += left.T @ right`, without a temporary where the types allow it."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    target = weight.grad[rows]
+    _add_product(weight.grad[rows], left.t(), right)
+
+
+def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """`target += left @ right`."""
     if left.dtype == target.dtype:
-        target.addmm_(left.t(), right)
+        target.addmm_(left, right)
     else:
-        target += left.t() @ right
+        target += left @ right
 
 
 def compute_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,37 +125,81 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
+class _Normed:
+    """The output of a norm, formed anew in the backward pass for the linear layers that read it.
+
+    A linear layer needs its input for the gradient of its weight. A norm's output is an elementwise product of what the
+    norm keeps anyway, so nothing more is kept of it. The first reader to come forms it, the last one drops it.
+    """
+
+    def __init__(self) -> None:
+        self.readers = self.left = 0
+        self.rows: Tensor | None = None
+
+    def form(self, x: Tensor, inverse: Tensor, scale: Tensor) -> Tensor:
+        rows = (x * inverse).mul_(scale).flatten(0, -2) if self.rows is None else self.rows
+        self.left = (self.left or self.readers) - 1
+        self.rows = rows if self.left else None
+        return rows
+
+
+# What a norm's output was made of, `(_Normed, x, inverse, scale)`, and the attribute of the output that says so.
+_MadeOf = tuple[_Normed, Tensor, Tensor, Tensor]
+_MADE_OF = "_sepo_made_of"
+
+
+def _to_keep(rows: Tensor, made_of: _MadeOf | None, needed: bool) -> tuple[_Normed | None, tuple[Tensor, ...]]:
+    """What the backward pass of a linear layer has to keep of its input; `_kept_rows` makes the input of it."""
+    if not needed:
+        return None, ()
+    if made_of is None:
+        return None, (rows,)
+    made_of[0].readers += 1
+    return made_of[0], made_of[1:]
+
+
+def _kept_rows(normed: _Normed | None, kept: list[Tensor]) -> Tensor:
+    return kept[0] if normed is None else normed.form(*kept)
+
+
+def _weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, add: bool) -> Tensor | None:
+    """`grad.T @ rows`, returned, or added to `weight.grad`."""
+    if not add:
+        return (grad.t() @ rows).to(weight.dtype)
+    add_gradient(weight, grad, rows)
+    return None
+
+
 class _LinearFunction(torch.autograd.Function):
     """y = x W^T (+ b); `x` `[..., in]`, `W` `[out, in]`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, made_of: _MadeOf | None) -> Tensor:
         dtype = compute_dtype(weight)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         low = compute_copy(weight, dtype)
         output = matmul_nt(rows, low)
         if bias is not None:
             output += bias.to(dtype)
-        ctx.save_for_backward(rows, low if ctx.needs_input_grad[0] else None)
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        ctx.normed, kept = _to_keep(rows, made_of, need_weight)
+        ctx.save_for_backward(low if need_x else None, *kept)
         # The parameter itself: a saved tensor comes back as an alias (under checkpointing), whose .grad nobody reads.
         ctx.weight = weight
-        ctx.in_place, ctx.shape, ctx.x_dtype = in_place(), x.shape, x.dtype
+        ctx.in_place, ctx.shape, ctx.x_dtype, ctx.dtype = in_place(), x.shape, x.dtype, dtype
         return output.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        rows, low = ctx.saved_tensors
-        weight = ctx.weight
-        grad = grad.reshape(-1, grad.shape[-1]).to(rows.dtype)
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        low, *kept = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         d_x = matmul_nt(grad, low.t()).to(ctx.x_dtype).view(ctx.shape) if need_x else None
         d_weight = None
-        if need_weight and ctx.in_place:
-            add_gradient(weight, grad, rows)
-        elif need_weight:
-            d_weight = (grad.t() @ rows).to(weight.dtype)
-        return d_x, d_weight, grad.sum(0).to(weight.dtype) if need_bias else None
+        if need_weight:
+            d_weight = _weight_gradient(ctx.weight, grad, _kept_rows(ctx.normed, kept).to(ctx.dtype), ctx.in_place)
+        return d_x, d_weight, grad.sum(0).to(ctx.weight.dtype) if need_bias else None, None
 
 
 class FastLinear(nn.Linear):
@@ -160,7 +208,7 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not _ours(x, self.weight):
             return super().forward(x)
-        return _LinearFunction.apply(x, self.weight, self.bias)
+        return _LinearFunction.apply(x, self.weight, self.bias, getattr(x, _MADE_OF, None))
 
 
 class _EmbeddingFunction(torch.autograd.Function):
@@ -200,16 +248,18 @@ class _RMSNormFunction(torch.autograd.Function):
     """x / rms(x) * (weight + offset); keeps x and one number a row for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        scale = weight + offset if offset else weight
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+        scale = weight + offset  # a tensor of its own, since it is returned
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, scale)
-        return (x * inverse).mul_(scale)
+        ctx.mark_non_differentiable(inverse, scale)
+        ctx.set_materialize_grads(False)
+        return (x * inverse).mul_(scale), inverse, scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, *_):
         x, inverse, scale = ctx.saved_tensors
         normed = x * inverse
         product = (grad * normed).flatten(0, -2)
@@ -229,7 +279,10 @@ class FastRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32:
             return super().forward(hidden_states)
-        return _RMSNormFunction.apply(hidden_states, self.weight, _eps(self), self.weight_offset)
+        output, *parts = _RMSNormFunction.apply(hidden_states, self.weight, _eps(self), self.weight_offset)
+        if torch.is_grad_enabled():
+            setattr(output, _MADE_OF, (_Normed(), hidden_states.detach(), *parts))
+        return output
 
 
 def _eps(norm: nn.Module) -> float:
@@ -247,34 +300,51 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
 }
 
 
-class _GatedDownFunction(torch.autograd.Function):
-    """(act(gate) * up) W^T; keeps gate and up, and forms their product anew in the backward pass."""
+class _GatedMLPFunction(torch.autograd.Function):
+    """(act(x G^T) * (x U^T)) D^T; keeps both products with x, and forms their product anew in the backward pass."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, activation: str) -> Tensor:
-        low = compute_copy(weight, gate.dtype)
-        product = _ACTIVATIONS[activation][0](gate).mul_(up)
-        ctx.save_for_backward(gate, up, low)
-        ctx.weight, ctx.activation, ctx.in_place = weight, activation, in_place()
-        return matmul_nt(product.flatten(0, -2), low).view(*gate.shape[:-1], len(weight))
+    def forward(
+        ctx, x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, activation: str,
+        made_of: _MadeOf | None,
+    ) -> Tensor:  # fmt: skip
+        dtype = compute_dtype(gate_weight)
+        weights = gate_weight, up_weight, down_weight
+        low = tuple(compute_copy(weight, dtype) for weight in weights)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        gate, up = matmul_nt(rows, low[0]), matmul_nt(rows, low[1])
+        output = matmul_nt(_ACTIVATIONS[activation][0](gate).mul_(up), low[2])
+        ctx.normed, kept = _to_keep(rows, made_of, any(ctx.needs_input_grad[1:3]))
+        ctx.save_for_backward(gate, up, *low, *kept)
+        ctx.weights, ctx.activation, ctx.in_place = weights, activation, in_place()
+        ctx.shape, ctx.x_dtype, ctx.dtype = x.shape, x.dtype, dtype
+        return output.view(*x.shape[:-1], len(down_weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        gate, up, low = ctx.saved_tensors
+        gate, up, low_gate, low_up, low_down, *kept = ctx.saved_tensors
+        need_x, *need_weights = ctx.needs_input_grad[:4]
         activation, activation_backward = _ACTIVATIONS[ctx.activation]
-        rows = grad.flatten(0, -2).to(gate.dtype)
-        d_product = matmul_nt(rows, low.t()).view_as(gate)
+        grad = grad.flatten(0, -2).to(ctx.dtype)
+        d_product = matmul_nt(grad, low_down.t())
         activated = activation(gate)
-        d_weight = None
-        if ctx.needs_input_grad[2]:
-            product = (activated * up).flatten(0, -2)
-            if ctx.in_place:
-                add_gradient(ctx.weight, rows, product)
-            else:
-                d_weight = (rows.t() @ product).to(ctx.weight.dtype)
+        d_weights: list[Tensor | None] = [None, None, None]
+        if need_weights[2]:
+            d_weights[2] = _weight_gradient(ctx.weights[2], grad, activated * up, ctx.in_place)
         d_gate = activation_backward(d_product * up, gate)
-        return d_gate, d_product.mul_(activated), d_weight, None
+        d_up = d_product.mul_(activated)
+        if any(need_weights[:2]):
+            rows = _kept_rows(ctx.normed, kept).to(ctx.dtype)
+            for i, d_linear in enumerate((d_gate, d_up)):
+                if need_weights[i]:
+                    d_weights[i] = _weight_gradient(ctx.weights[i], d_linear, rows, ctx.in_place)
+        d_x = None
+        if need_x:
+            d_x = matmul_nt(d_gate, low_gate.t()).to(ctx.x_dtype)
+            _add_product(d_x, d_up, low_up)
+            d_x = d_x.view(ctx.shape)
+        return d_x, *d_weights, None, None
 
 
 class FastGatedMLP(nn.Module):
@@ -287,11 +357,13 @@ class FastGatedMLP(nn.Module):
     activation: str
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        down = self.down_proj
-        if type(down) is not FastLinear or down.bias is not None or not _ours(x, down.weight):
-            return down(self.act_fn(gate) * up)
-        return _GatedDownFunction.apply(gate, up, down.weight, self.activation)
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        # An adapter may have taken the place of some.
+        if not all(type(layer) is FastLinear and layer.bias is None and _ours(x, layer.weight) for layer in layers):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return _GatedMLPFunction.apply(
+            x, *(layer.weight for layer in layers), self.activation, getattr(x, _MADE_OF, None)
+        )
 
 
 def _ours(x: Tensor, weight: Tensor) -> bool:

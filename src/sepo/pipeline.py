@@ -21,18 +21,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 import yaml
 from filelock import FileLock, Timeout
 
 from sepo import processes
-from sepo.data import sample_pairs, tokenizer_fingerprint
+from sepo.data import tokenizer_fingerprint
 from sepo.errors import UserError, nearest, one_line
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.run import evaluate_run
@@ -60,6 +59,7 @@ from sepo.stages import (
     held_out_data,
     logps_pass,
     objective_settings,
+    oracle_seeds,
     prepare_data,
     read_split,
     recover_folder,
@@ -67,6 +67,7 @@ from sepo.stages import (
     score_pairs,
     select,
     train_model,
+    train_oracle,
     train_reference,
 )
 from sepo.tables import (
@@ -81,7 +82,6 @@ from sepo.tables import (
 from sepo.trainer import PreferenceConfig
 
 STAGES = ("data", "reference", "oracle", "score", "select", "train", "eval")
-MODEL_FOLDERS = ("reference", "oracle", "policy")
 MANIFEST_FORMAT = 2
 
 
@@ -211,7 +211,7 @@ def _take_folder(run: Run, lock: FileLock) -> None:
     except Timeout:
         raise UserError(f"'{run.folder}' is in use by another process: wait for it, or set output_dir") from None
     remove_leftovers(run.folder)
-    for name in MODEL_FOLDERS:
+    for name in ("reference", *oracle_names(run.recipe.oracle.count), "policy"):
         recover_folder(run.path(name))
     run.manifest = _read_manifest(run.folder)
     if damage := run.manifest.pop("damage", None):
@@ -332,63 +332,60 @@ def _run_stages(run: Run) -> dict[str, float]:
     else:
         run.forget("reference")
 
-    oracle_folder = run.path("oracle")
+    def make_oracle(folder: Path, seed: int) -> dict[str, Any]:
+        store = logps_pass(reference, train, run.path("logps", "reference"), description="reference", **scoring)
+        return train_oracle(reference, train, store, folder, recipe.oracle, seed=seed, device=recipe.device)
 
-    def make_oracle() -> dict[str, Any]:
-        logps_pass(reference, train, run.path("logps", "reference"), description="reference", **scoring)
-        pairs = read_table(train, "pairs")
-        logps = read_table(run.path("logps", "reference"), "logps")
-        sample = sample_pairs(pairs, recipe.oracle.sample, seed=seed)
-        rows = np.isin(pairs.column("pair_id").to_numpy(), sample.column("pair_id").to_numpy())
-        return train_model(
-            reference,
-            sample,
-            oracle_folder,
-            recipe.oracle.training,
-            reference_logps=logps.filter(pa.array(rows)),
-            lora=recipe.oracle.lora,
-            quantization=recipe.oracle.quantization,
-            seed=seed,
-            device=recipe.device,
-            objective="dpo",
-            beta=recipe.oracle.beta,
-            label_smoothing=recipe.oracle.label_smoothing,
-        )
-
+    names = oracle_names(recipe.oracle.count)
+    oracles: dict[str, str] = {}  # folder of its log-probabilities -> model
+    oracle_keys = []
     if recipe.oracle.model is not None:
-        run.forget("oracle")
-        oracle = resolve_model(recipe.oracle.model)
-        oracle_key = processes.on_main(lambda: model_fingerprint(oracle))
-    else:
-        oracle = str(oracle_folder)
-        oracle_key = run.stage(
-            "oracle",
+        names = []
+        oracles["oracle"] = resolve_model(recipe.oracle.model)
+        oracle_keys.append(processes.on_main(lambda: model_fingerprint(oracles["oracle"])))
+    for stale in [stage for stage in run.manifest.get("stages", {}) if stage.startswith("oracle")]:
+        if stale not in names:
+            run.forget(stale)
+    for name, oracle_seed in zip(names, oracle_seeds(seed, len(names)), strict=True):
+        oracles[name] = str(run.path(name))
+        record = run.stage(
+            name,
             {
-                "oracle": settings["oracle"],
+                # One of several is the oracle that its seed alone would make.
+                "oracle": {key: value for key, value in settings["oracle"].items() if key != "count"},
                 "pairs": data["content"],
                 "reference": reference_key,
-                "seed": seed,
+                "seed": oracle_seed,
                 "dtype": recipe.dtype,
             },
-            [oracle_folder],
-            make_oracle,
-        )["content"]
+            [run.path(name)],
+            partial(make_oracle, run.path(name), oracle_seed),
+        )
+        oracle_keys.append(record["content"])
 
     def make_scores() -> dict[str, Any]:
         tables = []
         for pairs, suffix, scores in ((train, (), "scores"), (held_out, ("held_out",), "scores_held_out")):
-            stores = {}
-            for role, model in (("reference", reference), ("oracle", oracle)):
-                stores[role] = logps_pass(
-                    model, pairs, run.path("logps", role, *suffix), description=f"{role} {pairs.name}", **scoring
-                )
-            tables.append((pairs, stores["oracle"], stores["reference"], run.path(scores)))
+            stores = []
+            for role, model in (("reference", reference), *oracles.items()):
+                folder = run.path("logps", role, *suffix)
+                stores.append(logps_pass(model, pairs, folder, description=f"{role} {pairs.name}", **scoring))
+            tables.append((pairs, stores[1:], stores[0], run.path(scores)))
         return processes.on_main(lambda: {"tables": [str(score_pairs(*folders)) for folders in tables]})
 
     score = run.stage(
         "score",
-        {"oracle": oracle_key, "reference": reference_key, "pairs": data["content"], "dtype": recipe.dtype},
-        [run.path(*parts) for parts in (["scores"], ["scores_held_out"], ["logps", "reference"], ["logps", "oracle"])],
+        {
+            "oracle": oracle_keys[0] if len(oracle_keys) == 1 else oracle_keys,
+            "reference": reference_key,
+            "pairs": data["content"],
+            "dtype": recipe.dtype,
+        },
+        [
+            run.path("scores"),
+            run.path("scores_held_out"),
+            *(run.path("logps", role) for role in ("reference", *oracles)),
+        ],
         make_scores,
     )
 
@@ -565,17 +562,27 @@ def plan_run(recipe: Recipe) -> list[dict[str, str]]:
         rows.append(_plan_row("reference", f"SFT on {recipe.reference.sft.source}"))
     if recipe.oracle.model is None:
         share, epochs = recipe.oracle.sample, _epochs(recipe.oracle.training, train * recipe.oracle.sample)
-        seconds = (2 + 6 * share * epochs) * small["parameters"] * train_tokens / rate
+        count = recipe.oracle.count
+        seconds = (2 + 6 * share * epochs * count) * small["parameters"] * train_tokens / rate
         memory = _training_memory(small, recipe.oracle.training, recipe.oracle.lora is not None, device)
         rows.append(
-            _plan_row("oracle", "reference pass, then DPO", round(train * share), train_tokens, seconds, memory)
+            _plan_row(
+                "oracle",
+                "reference pass, then DPO" + (f", {count} times" if count > 1 else ""),
+                round(train * share),
+                train_tokens,
+                seconds,
+                memory,
+            )
         )
-    tokens = (2 if recipe.oracle.model else 1) * train_tokens + 2 * held_tokens
+    oracles = recipe.oracle.count
+    # The reference has read the training pairs for the oracle already, where one is trained.
+    tokens = (oracles + bool(recipe.oracle.model)) * train_tokens + (oracles + 1) * held_tokens
     seconds = 2 * small["parameters"] * tokens / rate
     rows.append(
         _plan_row(
             "score",
-            "reference and oracle passes" if recipe.oracle.model else "oracle pass",
+            "reference and oracle passes" if recipe.oracle.model else f"oracle pass{'es' if oracles > 1 else ''}",
             train + held,
             tokens,
             seconds,
@@ -615,6 +622,11 @@ def matmul_rate(device: torch.device, seconds: float = 0.3) -> float:
             done += 1
         rates.append(done * 2 * 1024 * 1024 * 4096 / (time.perf_counter() - started))
     return max(rates)
+
+
+def oracle_names(count: int) -> list[str]:
+    """Folders and stages of a run's oracles: oracle, oracle-2, ..."""
+    return ["oracle", *(f"oracle-{number}" for number in range(2, count + 1))]
 
 
 def _epochs(training: TrainingSettings, pairs: float) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sepo.errors import UserError, nearest
 
@@ -125,11 +125,23 @@ class OracleSettings(Settings):
 
     model: str | None = Field(None, description="an oracle that exists already (then nothing is trained)")
     sample: Rate = Field(1.0, description="share of the training pairs to train on, drawn at random")
+    count: int = Field(
+        1,
+        ge=1,
+        le=9,
+        description="oracles to train, each on its own draw of pairs; their rewards are averaged",
+    )
     beta: float = Field(0.1, gt=0, description="DPO's KL strength")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO)")
     lora: LoraConfig | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+
+    @model_validator(mode="after")
+    def _one_model_is_one_oracle(self) -> OracleSettings:
+        if self.model is not None and self.count > 1:
+            raise ValueError("count is the number of oracles to train, but model names one that exists; leave one out")
+        return self
 
 
 class SelectSettings(Settings):

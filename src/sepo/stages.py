@@ -1,6 +1,6 @@
 """The stages of the method as functions of folders: read tables and models, write tables and models.
 
-    prepare_data -> train_reference -> train_model (DPO) -> logps_pass, score_pairs -> select -> train_model (SePO)
+    prepare_data -> train_reference -> train_oracle -> logps_pass, score_pairs -> select -> train_model
 
 Each can be called alone; the stage commands do, and `pipeline.py` strings them together. Passes over a dataset work
 shard by shard, and a shard that stands already, made from the same model and pairs, is kept. Training continues from
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -32,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from sepo import processes
-from sepo.data import DataReport, group_by_prompt, split_pairs, tokenize_pairs, tokenizer_fingerprint
+from sepo.data import DataReport, group_by_prompt, sample_pairs, split_pairs, tokenize_pairs, tokenizer_fingerprint
 from sepo.errors import UserError, one_line
 from sepo.loading import load_preferences, load_rows, source_fingerprint
 from sepo.logps import dataset_logps
@@ -44,14 +45,23 @@ from sepo.models import (
     replace_folder,
     save_model,
 )
-from sepo.recipe import EMBEDDED_DATA, DataSettings, LoraConfig, PolicySettings, SftSettings, TrainingSettings
-from sepo.rewards import token_rewards
+from sepo.recipe import (
+    EMBEDDED_DATA,
+    DataSettings,
+    LoraConfig,
+    OracleSettings,
+    PolicySettings,
+    SftSettings,
+    TrainingSettings,
+)
+from sepo.rewards import combine_scores, token_rewards
 from sepo.selection import check_rule, dataset_thresholds, select_key_tokens
 from sepo.tables import (
     FORMAT_VERSION,
     file_digest,
     provenance_of,
     read_shard,
+    read_table,
     shard_path,
     table_digest,
     table_paths,
@@ -386,6 +396,52 @@ def train_model(
     return _train(trainer, tokenizer, out, made_with)
 
 
+def train_oracle(
+    reference: str,
+    pairs: Path,
+    reference_logps: Path,
+    out: Path,
+    settings: OracleSettings,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, float]:
+    """Train one oracle: DPO on the reference, over `settings.sample` of the pairs.
+
+    Args:
+        reference: the model that it starts from.
+        pairs, reference_logps: all training pairs, and their stored log-probabilities under the reference.
+        out: its model folder.
+        seed: of the draw of pairs and of their order; one for each oracle (`oracle_seeds`).
+
+    Returns:
+        the number of `pairs`, and what `train_model` returns.
+    """
+    table, logps = read_table(pairs, "pairs"), read_table(reference_logps, "logps")
+    sample = sample_pairs(table, settings.sample, seed=seed)
+    rows = np.isin(table.column("pair_id").to_numpy(), sample.column("pair_id").to_numpy())
+    results = train_model(
+        reference,
+        sample,
+        out,
+        settings.training,
+        reference_logps=logps.filter(pa.array(rows)),
+        lora=settings.lora,
+        quantization=settings.quantization,
+        seed=seed,
+        device=device,
+        objective="dpo",
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+    )
+    return {"pairs": len(sample), **results}
+
+
+def oracle_seeds(seed: int, count: int) -> list[int]:
+    """A seed for each of several oracles of a run, the run's own first; runs at neighbouring seeds share none."""
+    return [seed + 1000 * member for member in range(count)]
+
+
 def _train(trainer: Any, tokenizer: PreTrainedTokenizerBase, out: Path, made_with: dict[str, Any]) -> dict[str, float]:
     """Train from the last whole checkpoint on, and put the finished model with its history into `out`."""
     started = time.monotonic()
@@ -620,14 +676,15 @@ def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
     return None
 
 
-def score_pairs(pairs: Path, oracle_logps: Path, reference_logps: Path, out: Path) -> Path:
-    """Join stored log-probabilities into a scores table, shard by shard."""
-    kinds = ((pairs, "pairs"), (oracle_logps, "logps"), (reference_logps, "logps"))
+def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path, out: Path) -> Path:
+    """Join stored log-probabilities into a scores table, shard by shard; several oracles' rewards are averaged."""
+    kinds = ((pairs, "pairs"), (reference_logps, "logps"), *((store, "logps") for store in oracle_logps))
     shards = list(zip(*(table_paths(folder, kind) for folder, kind in kinds), strict=True))
     _clear_shards(out)
-    for index, (pair, oracle, reference) in enumerate(shards):
-        table = token_rewards(read_shard(pair, "pairs"), read_shard(oracle, "logps"), read_shard(reference, "logps"))
-        write_shard(out, index, table, len(shards))
+    for index, (pair, reference, *oracles) in enumerate(shards):
+        table, base = read_shard(pair, "pairs"), read_shard(reference, "logps")
+        scores = [token_rewards(table, read_shard(oracle, "logps"), base) for oracle in oracles]
+        write_shard(out, index, scores[0] if len(scores) == 1 else combine_scores(scores), len(shards))
     return out
 
 

@@ -186,7 +186,10 @@ def _read_json(path: Path) -> object | None:
 def read_training(run: Path) -> list[dict]:
     """Read the training curves of a run: one entry a model that was trained in it."""
     curves = []
-    for model in MODELS:
+    manifest = _read_json(run / "manifest.json")
+    stages = manifest.get("stages", {}) if isinstance(manifest, dict) else {}
+    more = sorted(stage for stage in stages if stage.startswith("oracle-"))  # of several oracles
+    for model in ("reference", "oracle", *more, "policy"):
         state = _read_json(run / model / "trainer_state.json")
         history = state.get("log_history") if isinstance(state, dict) else None
         if charts := training_curves(history or []):
