@@ -203,11 +203,12 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
         axes.invert_yaxis()
 
     gain = "Gold reward above the start" if comparison["gold"] else "Held-out accuracy above one half"
-    figures = {"frontier": make_figure(frontier, "KL from the start, nats a response", gain)}
+    figures = {"frontier": make_figure(frontier, "KL from the start, nats a response", gain, legend_beside=True)}
     if comparison["gold"]:
         figures["win-rate"] = make_figure(win_rates, "Win rate against the start", "")
     for stem, figure in figures.items():
-        figure.set_size_inches(6.4, max(0.28 * len(names) + 1, 4.0 if stem == "frontier" else 3.0))
+        width, height = (8.0, 4.0) if stem == "frontier" else (6.4, 3.0)
+        figure.set_size_inches(width, max(0.28 * len(names) + 1, height))
     return [write_png(figure, folder / f"{stem}.png") for stem, figure in figures.items()]
 
 

@@ -27,8 +27,11 @@ _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
 _NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def make_figure(draw: Callable[[Axes], None], x_label: str, y_label: str) -> Figure:
-    """Make a figure of one panel in the report's style; a legend appears where several things carry a label."""
+def make_figure(draw: Callable[[Axes], None], x_label: str, y_label: str, legend_beside: bool = False) -> Figure:
+    """Make a figure of one panel in the report's style; a legend appears where several things carry a label.
+
+    `legend_beside` puts it beside the panel, where lines may run anywhere.
+    """
     figure = Figure(figsize=(4.8, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -39,7 +42,10 @@ def make_figure(draw: Callable[[Axes], None], x_label: str, y_label: str) -> Fig
     axes.grid(axis="y", color="#e2e2dd", linewidth=0.6)
     axes.set_axisbelow(True)
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False)
+        if legend_beside:
+            figure.legend(loc="outside right upper", frameon=False)
+        else:
+            axes.legend(frameon=False)
     return figure
 
 
