@@ -158,6 +158,7 @@ def test_the_output_of_a_norm_is_not_kept_but_formed_anew(frozen):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         normed, got = run(layer, x.clone().requires_grad_(), times=2)
     assert not any(tensor.shape[-1] == 24 and torch.equal(tensor.flatten(), normed.flatten()) for tensor in saved)
+    assert getattr(normed, layers._MADE_OF)[0].rows is None  # the last reader has dropped it
     _, expected = run(plain, x.clone().requires_grad_(), times=1)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
