@@ -187,8 +187,9 @@ def read_training(run: Path) -> list[dict]:
     """Read the training curves of a run: one entry a model that was trained in it."""
     curves = []
     manifest = _read_json(run / "manifest.json")
-    stages = manifest.get("stages", {}) if isinstance(manifest, dict) else {}
-    more = sorted(stage for stage in stages if stage.startswith("oracle-"))  # of several oracles
+    stages = manifest.get("stages") if isinstance(manifest, dict) else None
+    # Of several oracles; a folder whose stage is gone belongs to an earlier recipe.
+    more = sorted(stage for stage in stages if stage.startswith("oracle-")) if isinstance(stages, dict) else []
     for model in ("reference", "oracle", *more, "policy"):
         state = _read_json(run / model / "trainer_state.json")
         history = state.get("log_history") if isinstance(state, dict) else None
