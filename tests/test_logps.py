@@ -231,17 +231,6 @@ def test_block_attention_agrees_with_a_masked_softmax_forward_and_backward(monke
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("window", [None, 8])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_flex_attention_sees_the_same_documents(window, softcap):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    query, key, value, layout = attention_inputs(awkward_pairs(), dtype=torch.float32)
-    query, key, value = query.detach(), key.detach(), value.detach()
-    got = attention._flex_attention(query, key, value, layout, 0.3, window, softcap, kernel=flex_attention)
-    expected = attention.plain_packed_attention(query, key, value, layout, 0.3, window, softcap)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-
 
 # --- LM head --------------------------------------------------------------------------------------------------------
 

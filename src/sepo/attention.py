@@ -10,8 +10,8 @@ On a CPU each block is one call of PyTorch's flash kernel. The two blocks of a l
 log-sum-exp (the identity behind ring attention, arXiv 2310.01889): the backward kernel, given the merged output and
 log-sum-exp, returns each block's exact share of the gradients. For the same reason the backward pass may cut a causal
 block into smaller ones: the kernel's own computes most of the half that the mask hides. No key is copied, no mask is
-read, and grouped key-value heads are never repeated. On CUDA the same pattern is a FlexAttention block mask, compiled
-once. Where neither applies (soft-capping on a CPU, an unknown device) a plain masked softmax per document stands in; it
+read, and grouped key-value heads are never repeated. A GPU makes one call of a variable-length kernel
+(`attention_cuda.py`). Where neither applies (soft-capping on a CPU, an unknown device) a plain masked softmax per document stands in; it
 is also what the tests hold the fast paths against.
 
 The functions plug into Transformers' attention interface under the name `ATTENTION`; a forward that carries no
@@ -21,7 +21,6 @@ The functions plug into Transformers' attention interface under the name `ATTENT
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from sepo.attention_cuda import packed_attention
 from sepo.packing import Layout
 
 ATTENTION = "sepo_packed"
@@ -80,7 +80,8 @@ def packed_attention_forward(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kind == "cuda":
-        output = _flex_attention(query, key, value, layout, scaling, sliding_window, softcap)
+        window = sliding_window if _windowed(layout, sliding_window) else None
+        output = packed_attention(query, key, value, layout, scaling, window, softcap)
     elif kind == "cpu" and softcap is None and not _windowed(layout, sliding_window):
         output = _BlockAttention.apply(query, key, value, layout, scaling)
     else:
@@ -272,58 +273,3 @@ def _document_masks(layout: Layout, sliding_window: int | None, device: torch.de
             masks.append(allowed)
         layout.cache[key] = masks
     return layout.cache[key]
-
-
-# --- CUDA: FlexAttention --------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def _flex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    kernel=None,
-) -> Tensor:
-    """FlexAttention over the row's block mask; `kernel` defaults to the compiled one."""
-
-    def capped(score, batch, head, q_index, k_index):
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
-
-    return (kernel or _compiled_flex())(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else capped,
-        block_mask=_block_mask(layout, sliding_window if _windowed(layout, sliding_window) else None, query.device),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _block_mask(layout: Layout, sliding_window: int | None, device: torch.device):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    cache_key = ("flex", sliding_window, device)
-    if cache_key not in layout.cache:
-        document, branch, position = (torch.from_numpy(x).to(device) for x in layout.token_coordinates())
-
-        def allowed(batch, head, q, k):
-            visible = (document[q] == document[k]) & ((branch[k] < 0) | (branch[k] == branch[q]))
-            visible = visible & (position[k] <= position[q])
-            if sliding_window is not None:
-                visible = visible & (position[q] - position[k] < sliding_window)
-            return visible
-
-        layout.cache[cache_key] = create_block_mask(allowed, None, None, layout.length, layout.length, device=device)
-    return layout.cache[cache_key]

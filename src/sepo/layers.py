@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 # Below this many rows (a generation step) oneDNN's set-up costs more than it saves.
 _FEW_ROWS = 16
+_CUDA_LINEAR = os.environ.get("SEPO_CUDA_LINEAR", "") == "1"
 
 
 # --- matmul ---------------------------------------------------------------------------------------------------------
@@ -96,13 +97,15 @@ def add_gradient(weight: Tensor, left: Tensor, right: Tensor, rows: slice = slic
     """`weight.grad[rows] += left.T @ right`, without a temporary where the types allow it."""
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    _add_product(weight.grad[rows], left.t(), right)
+    add_product(weight.grad[rows], left.t(), right)
 
 
-def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     """`target += left @ right`."""
     if left.dtype == target.dtype:
         target.addmm_(left, right)
+    elif left.is_cuda and target.dtype == torch.float32:
+        torch.addmm(target, left, right, out_dtype=torch.float32, out=target)
     else:
         target += left @ right
 
@@ -342,7 +345,7 @@ class _GatedMLPFunction(torch.autograd.Function):
         d_x = None
         if need_x:
             d_x = matmul_nt(d_gate, low_gate.t()).to(ctx.x_dtype)
-            _add_product(d_x, d_up, low_up)
+            add_product(d_x, d_up, low_up)
             d_x = d_x.view(ctx.shape)
         return d_x, *d_weights, None, None
 
@@ -368,7 +371,9 @@ class FastGatedMLP(nn.Module):
 
 def _ours(x: Tensor, weight: Tensor) -> bool:
     """Do the functions above take this input of a linear layer?"""
-    return x.device.type == "cpu" and weight.dtype == torch.float32 and x.numel() >= _FEW_ROWS * x.shape[-1]
+    if weight.dtype != torch.float32 or x.numel() < _FEW_ROWS * x.shape[-1]:
+        return False
+    return x.device.type == "cpu" or (_CUDA_LINEAR and in_place() and torch.is_grad_enabled() and x.is_cuda)
 
 
 def use_fast_layers(lm: PreTrainedModel) -> None:
@@ -382,12 +387,14 @@ def use_fast_layers(lm: PreTrainedModel) -> None:
         # A model's own kind of embedding (Gemma scales its output) calls nn.Embedding.forward through super(): the
         # new class stands between the two.
         embedding.__class__ = FastEmbedding if kind is nn.Embedding else _join(kind, kind, FastEmbedding)
-    if next(lm.parameters()).device.type != "cpu" or lm.dtype != torch.float32:
+    if lm.dtype != torch.float32:
         return
     head = lm.get_output_embeddings()
     for module in list(lm.modules()):
         if type(module) is nn.Linear and module is not head:
             module.__class__ = FastLinear
+    if next(lm.parameters()).device.type != "cpu":
+        return
     for module in list(lm.modules()):
         if isinstance(module, FastRMSNorm | FastGatedMLP) or len(signature(module.forward).parameters) != 1:
             continue

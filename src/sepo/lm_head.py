@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from sepo.layers import add_gradient, compute_copy, compute_dtype, in_place, matmul_nt
+from sepo import lm_head_cuda
+from sepo.layers import add_gradient, add_product, compute_copy, compute_dtype, in_place, matmul_nt
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,19 @@ class _TargetLogps(torch.autograd.Function):
         kept: list[tuple[Tensor, Tensor]] = []
         targets = torch.zeros(len(h), dtype=_float(h), device=h.device)
         normalisers = torch.full_like(targets, float("-inf"))
+        ctx.fused = lm_head_cuda.available(h) and bias is None
         for rows, columns in _blocks(h, len(w)):
+            if ctx.fused:
+                raw = lm_head_cuda.matmul_float32(h[rows], w[columns])
+                budget -= raw.numel() * h.element_size()
+                shift, sums, exponentials = lm_head_cuda.block_forward(
+                    raw, target_ids[rows], targets[rows], columns.start, transform.scale, transform.softcap,
+                    h.dtype if budget >= 0 else None,
+                )  # fmt: skip
+                normalisers[rows] = torch.logaddexp(normalisers[rows], sums.log_() + shift)
+                if exponentials is not None:
+                    kept.append((exponentials, shift))
+                continue
             logits = _logits(h[rows], w[columns], None if bias is None else bias[columns], transform)
             inside, local = _inside(target_ids[rows], columns)
             targets[rows] += torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0)
@@ -174,6 +187,21 @@ class _TargetLogps(torch.autograd.Function):
         # d logp / d z = onehot - softmax(z)
         d_targets = ctx.transform.backward_(grad.clone(), targets)
         for index, (rows, columns) in enumerate(_blocks(h, len(w))):
+            if ctx.fused:
+                values, shift = kept[2 * index : 2 * index + 2] if 2 * index < len(kept) else (None, None)
+                if values is None:
+                    values = lm_head_cuda.matmul_float32(h[rows], w[columns])
+                d_logits = lm_head_cuda.block_backward(
+                    values, target_ids[rows], shift, normalisers[rows], grad[rows].contiguous(), columns.start,
+                    ctx.transform.scale, ctx.transform.softcap, h.dtype,
+                )  # fmt: skip
+                if d_hidden is not None:
+                    add_product(d_hidden[rows], d_logits, w[columns])
+                if need_weight and ctx.in_place:
+                    add_gradient(weight, d_logits, h[rows], columns)
+                elif d_weight is not None:
+                    d_weight[columns] += (d_logits.t() @ h[rows]).to(d_weight.dtype)
+                continue
             if 2 * index < len(kept):
                 exponentials, shift = kept[2 * index : 2 * index + 2]
             else:

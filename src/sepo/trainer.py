@@ -48,7 +48,7 @@ from sepo.objectives import (
 )
 from sepo.packing import PackedBatch, Pair, read_length
 from sepo.rewards import target_sums
-from sepo.tables import SCHEMAS
+from sepo.tables import SCHEMAS, provenance_of
 from sepo.token_kl import token_logps_and_kl
 
 
@@ -89,6 +89,10 @@ class PreferenceConfig(TrainingArguments):
             raise UserError(f"layout is '{self.layout}': expected auto, packed or padded")
         # Batches are made of pairs, not of model inputs: nothing may be dropped by column name.
         self.remove_unused_columns = False
+        # One process drives one device. Left to itself, Trainer would wrap the model for all visible GPUs
+        # (nn.DataParallel), multiply the batch by their number, and fail on packed rows.
+        _ = self.device  # counts them
+        self._n_gpu = min(self._n_gpu, 1)
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -161,6 +165,14 @@ class PairCollator:
         return {"batches": batches, "references": references, "num_pairs": len(items)}
 
 
+# What is logged, in the order of the running sums.
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+def _no_metrics(device: torch.device) -> Tensor:
+    return torch.zeros(len(METRICS) + 1, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss or a gradient became NaN or infinite; the message names the step and the pairs."""
 
@@ -218,8 +230,8 @@ class PreferenceTrainer(Trainer):
             copy.deepcopy(model).to(args.device).requires_grad_(False).eval() if self.kl_direction else None
         )
         _bind_packed_forward(model)
-        # Running (sum, count) of each metric since the last log.
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        # Running sums of METRICS and the number of pairs since the last log, on the device.
+        self._metrics = {mode: _no_metrics(args.device) for mode in ("train", "eval")}
         self._update_pairs: list[int] = []  # of the update at hand, to find out whose gradient went wrong
         super().__init__(
             model=model,
@@ -246,12 +258,14 @@ class PreferenceTrainer(Trainer):
             )
         if args.objective not in SELECTIVE:
             data = data.select(SCHEMAS["pairs"].names)
-        with_reference = args.objective in WITH_REFERENCE
-        if with_reference and reference_logps is None:
-            reference_logps = dataset_logps(
-                model.to(args.device), data, tokens_per_row=args.tokens_per_row, over_processes=True
-            )
-        return PairDataset(data, reference_logps if with_reference else None)
+        if args.objective not in WITH_REFERENCE:
+            return PairDataset(data)
+        if reference_logps is None or not _same_numerics(args, reference_logps):
+            with _autocast(args):
+                reference_logps = dataset_logps(
+                    model.to(args.device), data, tokens_per_row=args.tokens_per_row, over_processes=True
+                )
+        return PairDataset(data, reference_logps)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
@@ -284,24 +298,28 @@ class PreferenceTrainer(Trainer):
         )
 
     def _batch_loss(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None, mode: str) -> Tensor:
-        """Sum of the losses of one packed batch; its metrics are added to the running ones of `mode`, if any."""
+        """Losses of the pairs of one packed batch; its metrics are added to the running ones of `mode`, if any."""
         with self.compute_loss_context_manager():
-            losses, chosen_rewards, rejected_rewards = self._losses(model, batch, reference)
-        if not torch.isfinite(losses).all():
-            bad = [batch.pair_ids[i] for i in (~torch.isfinite(losses)).nonzero()[:, 0].tolist()]
+            losses, chosen, rejected = self._losses(model, batch, reference)
+        if mode:
+            with torch.no_grad():
+                values = (losses, chosen, rejected, chosen - rejected, objectives.accuracy(chosen, rejected))
+                sums = torch.stack([value.sum() for value in values]).to(self._metrics[mode].dtype)
+                self._metrics[mode][:-1] += sums
+                self._metrics[mode][-1] += len(losses)
+        return losses
+
+    def _require_finite(self, losses: list[Tensor], pair_ids: list[int]) -> None:
+        """Name the pairs whose loss is not finite; asked once for many rows, since asking waits for the device."""
+        if not losses:
+            return
+        finite = torch.isfinite(torch.cat(losses))
+        if not finite.all():
+            bad = [pair_ids[i] for i in (~finite).nonzero()[:, 0].tolist()]
             raise NonFiniteLossError(
                 f"the loss of pair {bad[0]} (of {len(bad)} pairs) is not finite at step {self.state.global_step}; "
                 "lower learning_rate or continue from the last checkpoint"
             )
-        if not mode:
-            return losses.sum()
-        with torch.no_grad():
-            self._add(mode, "loss", losses)
-            self._add(mode, "rewards/chosen", chosen_rewards)
-            self._add(mode, "rewards/rejected", rejected_rewards)
-            self._add(mode, "rewards/margins", chosen_rewards - rejected_rewards)
-            self._add(mode, "rewards/accuracies", objectives.accuracy(chosen_rewards, rejected_rewards))
-        return losses.sum()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
         """Forward and backward over the packed rows of one batch; returns the mean loss of its pairs (its share)."""
@@ -318,15 +336,21 @@ class PreferenceTrainer(Trainer):
     def _accumulate_rows(self, model: nn.Module, inputs: dict[str, Any], pairs_in_update: float) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         rows = self._rows(inputs)
+        seen: list[Tensor] = []
+        pair_ids: list[int] = []
         for index, (batch, reference, counts) in enumerate(rows):
             # Gradients travel between processes once an update, with the last row.
             with contextlib.nullcontext() if index == len(rows) - 1 else self._hold_gradients(model):
                 batch = batch.to(self.args.device)
                 reference = reference if reference is None else reference.to(self.args.device)
-                loss = self._batch_loss(model, batch, reference, "train" if counts else "") * counts
+                losses = self._batch_loss(model, batch, reference, "train" if counts else "")
+                loss = losses.sum() * counts
                 # Processes average their gradients, so the sum over processes needs their number back.
                 self.accelerator.backward(loss * (self.args.world_size / pairs_in_update), **self._backward_options)
                 total += loss.detach() / pairs_in_update
+                seen.append(losses.detach())
+                pair_ids += batch.pair_ids
+        self._require_finite(seen, pair_ids)
         self._update_pairs += [pair_id for batch in inputs["batches"] for pair_id in batch.pair_ids]
         return total * self.args.world_size
 
@@ -397,7 +421,7 @@ class PreferenceTrainer(Trainer):
             model.zero_grad()
             for batch, reference in zip(inputs["batches"], inputs["references"], strict=True):
                 reference = reference if reference is None else reference.to(self.args.device)
-                self._batch_loss(model, batch.to(self.args.device), reference, "").backward()
+                self._batch_loss(model, batch.to(self.args.device), reference, "").sum().backward()
             if not all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None):
                 return f"pair {pair_id}"
         return every
@@ -447,12 +471,18 @@ class PreferenceTrainer(Trainer):
         model = self.model_wrapped
         training = model.training
         model.eval()
-        self._metrics["eval"].clear()
+        self._metrics["eval"].zero_()
+        seen: list[Tensor] = []
+        pair_ids: list[int] = []
         with torch.no_grad():
             for inputs in loader:
                 for batch, reference, counts in self._rows(inputs):
                     reference = reference if reference is None else reference.to(self.args.device)
-                    self._batch_loss(model, batch.to(self.args.device), reference, "eval" if counts else "")
+                    seen.append(
+                        self._batch_loss(model, batch.to(self.args.device), reference, "eval" if counts else "")
+                    )
+                    pair_ids += batch.pair_ids
+        self._require_finite(seen, pair_ids)
         model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take("eval").items()}
         self.log(metrics)
@@ -465,20 +495,32 @@ class PreferenceTrainer(Trainer):
             logs = {**self._take("train"), **logs}
         super().log(logs, start_time)
 
-    def _add(self, mode: str, name: str, values: Tensor) -> None:
-        entry = self._metrics[mode].setdefault(name, [0.0, 0.0])
-        entry[0] += float(values.sum())
-        entry[1] += len(values)
-
     def _take(self, mode: str) -> dict[str, float]:
-        """Means of the running metrics over all processes; starts them anew."""
+        """Means of the running metrics over all processes, each of which must ask; starts them anew."""
         sums = self._metrics[mode]
-        names = sorted(sums)
-        values = torch.tensor([sums[name] for name in names], dtype=torch.float64).reshape(-1, 2)
-        if self.args.world_size > 1 and names:
-            values = self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
-        sums.clear()
-        return {name: float(total / max(count, 1)) for name, (total, count) in zip(names, values, strict=True)}
+        if self.args.world_size > 1:
+            # The same numbers in every process, also in one that had no pair since the last log.
+            sums = self.accelerator.reduce(sums.clone(), "sum")
+        *totals, count = sums.tolist()
+        self._metrics[mode].zero_()
+        return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
+
+
+def _autocast(args: TrainingArguments) -> torch.autocast:
+    """The types that the policy's forward is computed in; the reference is read in the same."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(args.device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16))
+
+
+def _same_numerics(args: TrainingArguments, logps: pa.Table) -> bool:
+    """May stored log-probabilities stand beside those of the training's own forward?
+
+    In bfloat16 the sum over a response is off by about a nat from the same sum in float32, as much as a training moves
+    it: a reference read in other types would make the first loss another than ln 2, and bias every one after it.
+    """
+    if args.fp16 or args.bf16:
+        return provenance_of(logps).get("autocast") == ("float16" if args.fp16 else "bfloat16")
+    return "autocast" not in provenance_of(logps)
 
 
 def _disable_dropout(model: nn.Module) -> None:
