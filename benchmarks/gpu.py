@@ -30,6 +30,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
+from sepo.layers import LIGER_KERNELS, USE_LIGER
 from sepo.logps import dataset_logps, prepare_model, table_pairs
 from sepo.packing import pack
 from sepo.tables import SCHEMAS, make_table, read_table
@@ -104,18 +105,21 @@ def make_model(shape: str, dtype: torch.dtype = torch.float32, **options):
 
 
 def step_flops(shape: str, pairs: list, train: bool = True) -> float:
-    """Matmul FLOPs that cannot be avoided: backbone over the tokens read, LM head over the targets, attention apart."""
+    """FLOPs that cannot be avoided: linear layers over the tokens read (a pair's prompt once), LM head over the
+    targets, causal attention; nothing counted for what pairs share with each other."""
     s = SHAPES[shape]
     width, kv = s["num_attention_heads"] * s["head_dim"], s["num_key_value_heads"] * s["head_dim"]
     layer = s["hidden_size"] * (2 * width + 2 * kv + 3 * s["intermediate_size"])
-    batch = pack(pairs)
-    linear = batch.num_tokens * layer * s["num_hidden_layers"] + len(batch.target_ids) * s["vocab_size"] * s["hidden_size"]
-    seen = sum(
-        (doc.prompt + b) * (doc.prompt + b + 1) / 2 - (doc.prompt * (doc.prompt + 1) / 2 if i else 0)
-        for doc in batch.layout.documents
-        for i, b in enumerate(doc.branches)
-    )
-    attention = 2 * seen * width * s["num_hidden_layers"]  # scores and their product with the values
+    linear = attention = 0.0
+    for pair in pairs:
+        batch = pack([pair])
+        linear += batch.num_tokens * layer * s["num_hidden_layers"]
+        linear += len(batch.target_ids) * s["vocab_size"] * s["hidden_size"]
+        for doc in batch.layout.documents:
+            for i, branch in enumerate(doc.branches):
+                whole = doc.prompt + branch
+                seen = whole * (whole + 1) / 2 - (doc.prompt * (doc.prompt + 1) / 2 if i else 0)
+                attention += 2 * seen * width * s["num_hidden_layers"]  # scores, and their product with the values
     return (linear + attention) * (6 if train else 2)
 
 
@@ -140,6 +144,7 @@ def arguments_of(steps: int, **settings) -> dict[str, Any]:
         "bf16": True,
         "use_cpu": DEVICE == "cpu",
         "optim": "adamw_torch_fused",
+        "dataloader_num_workers": 1,
         **settings,
     }
 
@@ -148,8 +153,13 @@ class Bench:
     def __init__(self, arguments):
         self.arguments = arguments
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-        self.pairs = table_pairs(read_table(arguments.pairs_table, "pairs"))[: arguments.pairs]
         self.warm_up, self.steps = 2, arguments.steps
+        # Other pairs at every step, drawn in one order by both trainers.
+        every = table_pairs(read_table(arguments.pairs_table, "pairs"))
+        self.batch = arguments.pairs
+        self.pairs = every[: self.batch * (self.warm_up + self.steps)]
+        if len(self.pairs) < self.batch * (self.warm_up + self.steps):
+            raise SystemExit(f"the table has {len(every)} pairs, too few for {self.warm_up + self.steps} steps")
 
     # --- contenders -------------------------------------------------------------------------------------------------
 
@@ -168,7 +178,7 @@ class Bench:
         trainer = PreferenceTrainer(
             make_model(shape),
             PreferenceConfig(
-                **arguments_of(self.warm_up + self.steps, per_device_train_batch_size=len(marked), **settings),
+                **arguments_of(self.warm_up + self.steps, per_device_train_batch_size=self.batch, **settings),
                 objective=objective,
                 tokens_per_row=rows,
             ),
@@ -181,7 +191,7 @@ class Bench:
         trainer.train()
         result = self.result(shape, timer, step_flops(shape, marked))
         if profile:
-            self.profile(trainer, f"{shape}-{objective}")
+            self.profile(trainer, f"{shape}-{objective}" + ("" if USE_LIGER else "-plain"))
         return result
 
     def profile(self, trainer, name: str) -> None:
@@ -203,7 +213,7 @@ class Bench:
         text = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
         common = arguments_of(
             self.warm_up + self.steps, per_device_train_batch_size=batch,
-            gradient_accumulation_steps=len(self.pairs) // batch, gradient_checkpointing=False, max_length=4096,
+            gradient_accumulation_steps=self.batch // batch, gradient_checkpointing=False, max_length=4096,
             **settings,
         )  # fmt: skip
         made = {"args": None, "train_dataset": text, "processing_class": self.tokenizer, "callbacks": [timer]}
@@ -258,7 +268,7 @@ class Bench:
                     seconds.append(time.perf_counter() - started)
         finally:
             torch.set_float32_matmul_precision("highest")
-        return self.figures(statistics.median(seconds), seconds, step_flops(shape, self.pairs, train=False))
+        return self.figures(statistics.median(seconds), seconds, step_flops(shape, self.pairs, train=False), len(self.pairs))
 
     def loop(self, shape: str) -> dict[str, Any]:
         """One sequence a forward, through the model's own logits."""
@@ -277,57 +287,51 @@ class Bench:
         started = time.perf_counter()
         run(self.pairs)
         seconds = time.perf_counter() - started
-        return self.figures(seconds, [seconds], step_flops(shape, self.pairs, train=False))
+        return self.figures(seconds, [seconds], step_flops(shape, self.pairs, train=False), len(self.pairs))
 
     # --- figures ----------------------------------------------------------------------------------------------------
 
     def result(self, shape: str, timer: Timer, flops: float) -> dict[str, Any]:
         timed = timer.seconds[self.warm_up :]
-        return self.figures(statistics.median(timed), timer.seconds, flops)
+        return self.figures(statistics.mean(timed), timer.seconds, flops / (self.warm_up + self.steps), self.batch)
 
-    def figures(self, seconds: float, all_seconds: list[float], flops: float) -> dict[str, Any]:
+    def figures(self, seconds: float, all_seconds: list[float], flops: float, pairs: int) -> dict[str, Any]:
+        tokens = sum(pack([pair]).num_tokens for pair in self.pairs) / len(self.pairs) * pairs
         return {
             "seconds": seconds,
             "all_seconds": [round(s, 4) for s in all_seconds],
-            "pairs": len(self.pairs),
-            "packed_tokens_per_second": pack(self.pairs).num_tokens / seconds,
+            "pairs": pairs,
+            "packed_tokens_per_second": tokens / seconds,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0,
             "mfu": flops / seconds / (self.arguments.peak_tflops * 1e12),
             "flops": flops,
         }
 
     def plan(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Contenders by name, the most wanted first; those that patch libraries for good come last."""
+        """Contenders by name, the most wanted first. With Liger-Kernel, whose patches stay, TRL has it too."""
         plan: dict[str, Callable[[], dict[str, Any]]] = {}
 
         def add(name: str, call: Callable[..., dict[str, Any]], *args, **kwargs) -> None:
             plan[name] = lambda: call(*args, **kwargs)
 
-        shapes = (("tiny", 1024, (2,)),) if DEVICE == "cpu" else (("llama-1b", 16384, (8, 16, 32)), ("smollm2-135m", 32768, (16, 32)))
+        shapes = (("llama-1b", 16384, (4, 8)), ("smollm2-135m", 32768, (16, 32)))
+        if DEVICE == "cpu":
+            shapes = (("tiny", 1024, (2,)),)
+        fused = {"use_liger_kernel": True, "liger_kernel_config": LIGER_KERNELS} if USE_LIGER and DEVICE == "cuda" else {}
         for shape, rows, batches in shapes:
             for objective in ("sepo", "dpo"):
-                add(f"{shape} {objective} ours", self.ours, shape, objective, rows, profile=True)
+                add(f"{shape} {objective} ours rows={rows}", self.ours, shape, objective, rows, profile=True)
                 for batch in batches:
-                    add(f"{shape} {objective} trl batch={batch}", self.trl, shape, objective, batch)
+                    add(f"{shape} {objective} trl batch={batch}", self.trl, shape, objective, batch, **fused)
             add(f"{shape} score ours bf16", self.score, shape, rows, torch.bfloat16)
             add(f"{shape} score loop bf16", self.loop, shape)
             add(f"{shape} score ours tf32", self.score, shape, rows, precision="high")
             add(f"{shape} score ours autocast", self.score, shape, rows, autocast=True)
             add(f"{shape} score ours fp32", self.score, shape, rows)
-        if DEVICE == "cpu":
-            return plan
         for shape, sizes in (("llama-1b", (4096, 8192, 32768)), ("smollm2-135m", (8192, 16384, 65536))):
-            for size in sizes:
+            for size in sizes if DEVICE == "cuda" else ():
                 for objective in ("sepo", "dpo"):
                     add(f"{shape} {objective} ours rows={size}", self.ours, shape, objective, size)
-        liger = {"use_liger_kernel": True}
-        kernels = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
-        for shape, rows, batch in (("llama-1b", 16384, 16), ("smollm2-135m", 32768, 32)):
-            for objective in ("sepo", "dpo"):
-                add(f"{shape} {objective} ours liger", self.ours, shape, objective, rows, profile=True,
-                    liger_kernel_config=kernels, **liger)  # fmt: skip
-                add(f"{shape} {objective} trl liger batch={batch}", self.trl, shape, objective, batch,
-                    liger_kernel_config=kernels, **liger)  # fmt: skip
         return plan
 
 
@@ -342,7 +346,7 @@ def about() -> dict[str, Any]:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     names = ("torch", "transformers", "trl", "accelerate", "triton", "liger-kernel")
-    return {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", "commit": commit.stdout.strip(), **{name: of(name) for name in names}}
+    return {"liger": USE_LIGER, "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", "commit": commit.stdout.strip(), **{name: of(name) for name in names}}
 
 
 def main() -> int:
@@ -350,8 +354,8 @@ def main() -> int:
     parser.add_argument("--pairs-table", type=Path, required=True, help="folder of a pairs table (sepo)")
     parser.add_argument("--tokenizer", required=True, help="folder of any tokenizer: TRL wants one")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a training contender (default 3)")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs in an update (default 64)")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a training contender (default 4)")
     parser.add_argument("--minutes", type=float, default=4.0, help="no contender starts after this")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="nominal bfloat16 rate (989: H100, H200 SXM)")
     parser.add_argument("--plan", default="", help="only contenders whose name matches this regular expression")

@@ -19,7 +19,6 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from functools import lru_cache
 from inspect import signature
 
@@ -30,7 +29,6 @@ from transformers import PreTrainedModel
 
 # Below this many rows (a generation step) oneDNN's set-up costs more than it saves.
 _FEW_ROWS = 16
-_CUDA_LINEAR = os.environ.get("SEPO_CUDA_LINEAR", "") == "1"
 
 
 # --- matmul ---------------------------------------------------------------------------------------------------------
@@ -62,8 +60,9 @@ def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
 
 # --- gradients in place ---------------------------------------------------------------------------------------------
 
-# Lower-precision copies of the weights of one training step, or None outside of `gradients_in_place`.
-_step_copies: ContextVar[dict[int, Tensor] | None] = ContextVar("step_copies", default=None)
+# Lower-precision copies of the weights of one training step, or None outside of `gradients_in_place`. One for all
+# threads: on a GPU the backward pass, and with it what activation checkpointing computes again, has a thread of its own.
+_step_copies: dict[int, Tensor] | None = None
 
 
 @contextlib.contextmanager
@@ -74,16 +73,17 @@ def gradients_in_place(enabled: bool = True) -> Iterator[None]:
     gradients: hooks on them do not run and `torch.autograd.grad` does not return them. `may_accumulate_in_place` says
     whether a model can do with that.
     """
-    token = _step_copies.set({} if enabled else None)
+    global _step_copies
+    before, _step_copies = _step_copies, {} if enabled else None
     try:
         yield
     finally:
-        _step_copies.reset(token)
+        _step_copies = before
 
 
 def in_place() -> bool:
-    """Is `gradients_in_place` on? To be asked in a forward: the backward runs in a thread of its own on a GPU."""
-    return _step_copies.get() is not None
+    """Is `gradients_in_place` on?"""
+    return _step_copies is not None
 
 
 def may_accumulate_in_place(model: nn.Module) -> bool:
@@ -114,7 +114,7 @@ def compute_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in the type that is computed with; converted once a step inside `gradients_in_place`."""
     if weight.dtype == dtype:
         return weight
-    copies = _step_copies.get()
+    copies = _step_copies
     if copies is None:
         return weight.to(dtype)
     if id(weight) not in copies:
@@ -206,7 +206,11 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class FastLinear(nn.Linear):
-    """A linear layer on a CPU: oneDNN forward and backward, gradient added in place where that is on."""
+    """A linear layer of float32 weights whose gradient is added in place where that is on; on a CPU by oneDNN.
+
+    On a GPU under autocast the weight is cast once a step instead of once a row, and the gradient of a row is summed
+    into the float32 one by the matmul itself, where autograd would round it, cast it back and add it up.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not _ours(x, self.weight):
@@ -373,7 +377,7 @@ def _ours(x: Tensor, weight: Tensor) -> bool:
     """Do the functions above take this input of a linear layer?"""
     if weight.dtype != torch.float32 or x.numel() < _FEW_ROWS * x.shape[-1]:
         return False
-    return x.device.type == "cpu" or (_CUDA_LINEAR and in_place() and torch.is_grad_enabled() and x.is_cuda)
+    return x.device.type == "cpu" or (x.is_cuda and in_place() and torch.is_grad_enabled())
 
 
 def use_fast_layers(lm: PreTrainedModel) -> None:
@@ -387,6 +391,8 @@ def use_fast_layers(lm: PreTrainedModel) -> None:
         # A model's own kind of embedding (Gemma scales its output) calls nn.Embedding.forward through super(): the
         # new class stands between the two.
         embedding.__class__ = FastEmbedding if kind is nn.Embedding else _join(kind, kind, FastEmbedding)
+    if next(lm.parameters()).device.type == "cuda":
+        use_liger_kernels(lm)
     if lm.dtype != torch.float32:
         return
     head = lm.get_output_embeddings()
@@ -404,6 +410,37 @@ def use_fast_layers(lm: PreTrainedModel) -> None:
         elif all(type(getattr(module, f"{name}_proj", None)) is FastLinear for name in ("gate", "up", "down")):
             width = module.get_parameter("up_proj.weight").shape[1]
             _try_fast(module, FastGatedMLP, width, activation=tuple(_ACTIVATIONS))
+
+
+# SEPO_LIGER=0 leaves a model's own layers in place (to compare, or where a release of the library is at fault).
+USE_LIGER = os.environ.get("SEPO_LIGER", "1") != "0"
+LIGER_KERNELS = {
+    "rope": True, "rms_norm": True, "layer_norm": True, "swiglu": True, "geglu": True,
+    # These two would replace the model's forward, which this package calls around.
+    "cross_entropy": False, "fused_linear_cross_entropy": False,
+}  # fmt: skip
+
+
+def use_liger_kernels(lm: PreTrainedModel) -> bool:
+    """Give a model on a GPU the fused norms, rotary embeddings and MLPs of Liger-Kernel, where that is installed.
+
+    A fifth of a step of a billion-parameter Llama (docs/performance.md). True if the library knows the architecture.
+    """
+    if not USE_LIGER:
+        return False
+    try:
+        from liger_kernel.transformers.monkey_patch import (
+            MODEL_TYPE_TO_APPLY_LIGER_FN,
+            _apply_liger_kernel_to_instance,
+        )
+    except ImportError:
+        return False
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(lm.config.model_type)
+    if apply is None:
+        return False
+    known = signature(apply).parameters
+    _apply_liger_kernel_to_instance(lm, **{name: on for name, on in LIGER_KERNELS.items() if name in known})
+    return True
 
 
 _joined: dict[tuple[type, ...], type] = {}

@@ -326,6 +326,8 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
         "seed": seed,
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
+        # Rows are laid out by a process beside the one that keeps the GPU busy.
+        "dataloader_num_workers": 0 if use_cpu else 1,
         "disable_tqdm": True,  # ProgressBar below shows one bar instead of a log
     }
     return {**arguments, **settings.arguments}

@@ -1,5 +1,7 @@
 """Tests that need a GPU: `make gpu-right`. Without one they are skipped."""
 
+import os
+
 import pytest
 import torch
 
@@ -19,3 +21,10 @@ def _exact_float32():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+def pytest_runtest_logreport(report):
+    """Tell of a failure at once where $OUT is set: a run that is cut short prints no summary."""
+    if report.failed and os.environ.get("OUT") and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(os.path.join(os.environ["OUT"], "failures.txt"), "a") as file:
+            file.write(f"=== {report.nodeid} ({report.when})\n{report.longreprtext[-1500:]}\n")
