@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -25,12 +26,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# Rows differ in length: without this the allocator asks the driver for new blocks for many steps.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 import numpy as np
-import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
-from sepo.layers import LIGER_KERNELS, USE_LIGER
 from sepo.logps import dataset_logps, prepare_model, table_pairs
 from sepo.packing import pack
 from sepo.tables import SCHEMAS, make_table, read_table
@@ -191,7 +193,7 @@ class Bench:
         trainer.train()
         result = self.result(shape, timer, step_flops(shape, marked))
         if profile:
-            self.profile(trainer, f"{shape}-{objective}" + ("" if USE_LIGER else "-plain"))
+            self.profile(trainer, f"{shape}-{objective}")
         return result
 
     def profile(self, trainer, name: str) -> None:
@@ -282,12 +284,13 @@ class Bench:
                     logits = model(input_ids=tokens, use_cache=False).logits[0, len(pair.prompt_ids) - 1 : -1]
                     logits.float().log_softmax(-1).gather(1, tokens[0, len(pair.prompt_ids) :, None]).cpu()
 
-        run(self.pairs[:4])
+        pairs = self.pairs[: self.batch]
+        run(pairs[:4])
         reset_memory()
         started = time.perf_counter()
-        run(self.pairs)
+        run(pairs)
         seconds = time.perf_counter() - started
-        return self.figures(seconds, [seconds], step_flops(shape, self.pairs, train=False), len(self.pairs))
+        return self.figures(seconds, [seconds], step_flops(shape, pairs, train=False), len(pairs))
 
     # --- figures ----------------------------------------------------------------------------------------------------
 
@@ -308,7 +311,7 @@ class Bench:
         }
 
     def plan(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Contenders by name, the most wanted first. With Liger-Kernel, whose patches stay, TRL has it too."""
+        """Contenders by name, the most wanted first. With --liger TRL has the kernels of that library."""
         plan: dict[str, Callable[[], dict[str, Any]]] = {}
 
         def add(name: str, call: Callable[..., dict[str, Any]], *args, **kwargs) -> None:
@@ -317,12 +320,15 @@ class Bench:
         shapes = (("llama-1b", 16384, (4, 8)), ("smollm2-135m", 32768, (16, 32)))
         if DEVICE == "cpu":
             shapes = (("tiny", 1024, (2,)),)
-        fused = {"use_liger_kernel": True, "liger_kernel_config": LIGER_KERNELS} if USE_LIGER and DEVICE == "cuda" else {}
+        # The loss of its own trainer replaces the model's forward, which these trainers want for themselves.
+        kernels = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        fused = {"use_liger_kernel": True, "liger_kernel_config": kernels} if self.arguments.liger else {}
+        named = " liger" if fused else ""
         for shape, rows, batches in shapes:
             for objective in ("sepo", "dpo"):
                 add(f"{shape} {objective} ours rows={rows}", self.ours, shape, objective, rows, profile=True)
                 for batch in batches:
-                    add(f"{shape} {objective} trl batch={batch}", self.trl, shape, objective, batch, **fused)
+                    add(f"{shape} {objective} trl{named} batch={batch}", self.trl, shape, objective, batch, **fused)
             add(f"{shape} score ours bf16", self.score, shape, rows, torch.bfloat16)
             add(f"{shape} score loop bf16", self.loop, shape)
             add(f"{shape} score ours tf32", self.score, shape, rows, precision="high")
@@ -346,7 +352,7 @@ def about() -> dict[str, Any]:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     names = ("torch", "transformers", "trl", "accelerate", "triton", "liger-kernel")
-    return {"liger": USE_LIGER, "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", "commit": commit.stdout.strip(), **{name: of(name) for name in names}}
+    return {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", "commit": commit.stdout.strip(), **{name: of(name) for name in names}}
 
 
 def main() -> int:
@@ -359,6 +365,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=4.0, help="no contender starts after this")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="nominal bfloat16 rate (989: H100, H200 SXM)")
     parser.add_argument("--plan", default="", help="only contenders whose name matches this regular expression")
+    parser.add_argument("--liger", action="store_true", help="TRL with Liger-Kernel, whose patches stay: apart")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: only tries the harness out")
     arguments = parser.parse_args()
     global DEVICE

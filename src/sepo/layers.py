@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from sepo import layers_cuda
+
 # Below this many rows (a generation step) oneDNN's set-up costs more than it saves.
 _FEW_ROWS = 16
 
@@ -277,14 +279,38 @@ class _RMSNormFunction(torch.autograd.Function):
         return d_x, d_weight, None, None
 
 
+class _FusedRMSNormFunction(torch.autograd.Function):
+    """The same on a GPU, by one kernel each way; the output is of the type that matmuls are computed in."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Tensor:
+        x = x.contiguous()
+        output, inverses = layers_cuda.norm_forward(x, weight, eps, offset, dtype)
+        ctx.save_for_backward(x, weight, inverses)
+        ctx.offset = offset
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, inverses = ctx.saved_tensors
+        d_x, d_weight = layers_cuda.norm_backward(x, weight, inverses, grad.contiguous(), ctx.offset)
+        return d_x, d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+
+
 class FastRMSNorm(nn.Module):
-    """Stands before a model's own RMSNorm class; float32 goes through the function above."""
+    """Stands before a model's own RMSNorm class; float32 on a CPU and every type on a GPU go through the above."""
 
     weight: nn.Parameter
     weight_offset: float  # 1 where the model keeps the weight's distance from 1 (Gemma)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32:
+        if layers_cuda.available(hidden_states):
+            dtype = hidden_states.dtype
+            if torch.is_autocast_enabled("cuda") and hidden_states.shape[-1] >= _HIDDEN:
+                dtype = torch.get_autocast_dtype("cuda")
+            return _FusedRMSNormFunction.apply(hidden_states, self.weight, _eps(self), self.weight_offset, dtype)
+        if hidden_states.device.type != "cpu" or hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32:
             return super().forward(hidden_states)
         output, *parts = _RMSNormFunction.apply(hidden_states, self.weight, _eps(self), self.weight_offset)
         if torch.is_grad_enabled():
@@ -297,6 +323,10 @@ def _eps(norm: nn.Module) -> float:
     return torch.finfo(torch.float32).eps if eps is None else float(eps)  # None is PyTorch's name for that
 
 
+# Norms of at least this width are those of the residual stream, which linear layers read; narrower ones are of queries
+# and keys, which are rotated in float32.
+_HIDDEN = 512
+
 # By name: the activation, and its derivative times the gradient of its output.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (nn.functional.silu, torch.ops.aten.silu_backward),
@@ -305,6 +335,44 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
         lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
     ),
 }
+
+
+def _gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """`act(gate) * up`."""
+    if layers_cuda.available(gate):
+        return layers_cuda.gated_forward(activation, gate, up)
+    return _ACTIVATIONS[activation][0](gate).mul_(up)
+
+
+def _gated_backward(
+    activation: str, gate: Tensor, up: Tensor, grad: Tensor, product: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `gate` and `up`, and `act(gate) * up` anew if asked; `grad` is used up."""
+    if layers_cuda.available(gate):
+        return layers_cuda.gated_backward(activation, gate, up, grad, product)
+    activate, activation_backward = _ACTIVATIONS[activation]
+    activated = activate(gate)
+    again = activated * up if product else None
+    d_gate = activation_backward(grad * up, gate)
+    return d_gate, grad.mul_(activated), again
+
+
+class _GatedFunction(torch.autograd.Function):
+    """`act(gate) * up`, between linear layers of any kind (adapters, quantised) on a GPU."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _gated(activation, gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        d_gate, d_up, _ = _gated_backward(ctx.activation, gate, up, grad.contiguous(), product=False)
+        return d_gate, d_up, None
 
 
 class _GatedMLPFunction(torch.autograd.Function):
@@ -320,7 +388,7 @@ class _GatedMLPFunction(torch.autograd.Function):
         low = tuple(compute_copy(weight, dtype) for weight in weights)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         gate, up = matmul_nt(rows, low[0]), matmul_nt(rows, low[1])
-        output = matmul_nt(_ACTIVATIONS[activation][0](gate).mul_(up), low[2])
+        output = matmul_nt(_gated(activation, gate, up), low[2])
         ctx.normed, kept = _to_keep(rows, made_of, any(ctx.needs_input_grad[1:3]))
         ctx.save_for_backward(gate, up, *low, *kept)
         ctx.weights, ctx.activation, ctx.in_place = weights, activation, in_place()
@@ -332,15 +400,13 @@ class _GatedMLPFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         gate, up, low_gate, low_up, low_down, *kept = ctx.saved_tensors
         need_x, *need_weights = ctx.needs_input_grad[:4]
-        activation, activation_backward = _ACTIVATIONS[ctx.activation]
         grad = grad.flatten(0, -2).to(ctx.dtype)
         d_product = matmul_nt(grad, low_down.t())
-        activated = activation(gate)
         d_weights: list[Tensor | None] = [None, None, None]
-        if need_weights[2]:
-            d_weights[2] = _weight_gradient(ctx.weights[2], grad, activated * up, ctx.in_place)
-        d_gate = activation_backward(d_product * up, gate)
-        d_up = d_product.mul_(activated)
+        d_gate, d_up, product = _gated_backward(ctx.activation, gate, up, d_product, need_weights[2])
+        if product is not None:
+            d_weights[2] = _weight_gradient(ctx.weights[2], grad, product, ctx.in_place)
+            del product
         if any(need_weights[:2]):
             rows = _kept_rows(ctx.normed, kept).to(ctx.dtype)
             for i, d_linear in enumerate((d_gate, d_up)):
@@ -367,7 +433,10 @@ class FastGatedMLP(nn.Module):
         layers = self.gate_proj, self.up_proj, self.down_proj
         # An adapter may have taken the place of some.
         if not all(type(layer) is FastLinear and layer.bias is None and _ours(x, layer.weight) for layer in layers):
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            gate, up = self.gate_proj(x), self.up_proj(x)
+            if layers_cuda.available(gate) and gate.dtype == up.dtype:
+                return self.down_proj(_GatedFunction.apply(gate, up, self.activation))
+            return self.down_proj(self.act_fn(gate) * up)
         return _GatedMLPFunction.apply(
             x, *(layer.weight for layer in layers), self.activation, getattr(x, _MADE_OF, None)
         )
@@ -391,56 +460,21 @@ def use_fast_layers(lm: PreTrainedModel) -> None:
         # A model's own kind of embedding (Gemma scales its output) calls nn.Embedding.forward through super(): the
         # new class stands between the two.
         embedding.__class__ = FastEmbedding if kind is nn.Embedding else _join(kind, kind, FastEmbedding)
-    if next(lm.parameters()).device.type == "cuda":
-        use_liger_kernels(lm)
-    if lm.dtype != torch.float32:
+    on_cpu = next(lm.parameters()).device.type == "cpu"
+    if on_cpu and lm.dtype != torch.float32:
         return
     head = lm.get_output_embeddings()
     for module in list(lm.modules()):
         if type(module) is nn.Linear and module is not head:
             module.__class__ = FastLinear
-    if next(lm.parameters()).device.type != "cpu":
-        return
     for module in list(lm.modules()):
         if isinstance(module, FastRMSNorm | FastGatedMLP) or len(signature(module.forward).parameters) != 1:
             continue
         parts = list(dict(module.named_children())), list(dict(module.named_parameters(recurse=False)))
         if type(module).__name__.endswith("RMSNorm") and parts == ([], ["weight"]):
             _try_fast(module, FastRMSNorm, module.get_parameter("weight").shape[-1], weight_offset=(0.0, 1.0))
-        elif all(type(getattr(module, f"{name}_proj", None)) is FastLinear for name in ("gate", "up", "down")):
-            width = module.get_parameter("up_proj.weight").shape[1]
-            _try_fast(module, FastGatedMLP, width, activation=tuple(_ACTIVATIONS))
-
-
-# SEPO_LIGER=0 leaves a model's own layers in place (to compare, or where a release of the library is at fault).
-USE_LIGER = os.environ.get("SEPO_LIGER", "1") != "0"
-LIGER_KERNELS = {
-    "rope": True, "rms_norm": True, "layer_norm": True, "swiglu": True, "geglu": True,
-    # These two would replace the model's forward, which this package calls around.
-    "cross_entropy": False, "fused_linear_cross_entropy": False,
-}  # fmt: skip
-
-
-def use_liger_kernels(lm: PreTrainedModel) -> bool:
-    """Give a model on a GPU the fused norms, rotary embeddings and MLPs of Liger-Kernel, where that is installed.
-
-    A fifth of a step of a billion-parameter Llama (docs/performance.md). True if the library knows the architecture.
-    """
-    if not USE_LIGER:
-        return False
-    try:
-        from liger_kernel.transformers.monkey_patch import (
-            MODEL_TYPE_TO_APPLY_LIGER_FN,
-            _apply_liger_kernel_to_instance,
-        )
-    except ImportError:
-        return False
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(lm.config.model_type)
-    if apply is None:
-        return False
-    known = signature(apply).parameters
-    _apply_liger_kernel_to_instance(lm, **{name: on for name, on in LIGER_KERNELS.items() if name in known})
-    return True
+        elif all(hasattr(getattr(module, f"{name}_proj", None), "in_features") for name in ("gate", "up", "down")):
+            _try_fast(module, FastGatedMLP, module.up_proj.in_features, activation=tuple(_ACTIVATIONS))
 
 
 _joined: dict[tuple[type, ...], type] = {}
@@ -458,7 +492,7 @@ def _try_fast(module: nn.Module, fast: type, width: int, **choices: tuple[object
     ((name, values),) = choices.items()
     own = {parameter: parameter.data for parameter in module.parameters(recurse=False)}
     for parameter in own:  # a norm's weights are often all equal, which would hide what is done with them
-        parameter.data = torch.linspace(0.5, 2, parameter.numel()).view_as(parameter)
+        parameter.data = torch.linspace(0.5, 2, parameter.numel(), device=parameter.device).view_as(parameter)
     try:
         _join_if_equal(module, fast, kind, name, values, width)
     finally:
@@ -469,12 +503,15 @@ def _try_fast(module: nn.Module, fast: type, width: int, **choices: tuple[object
 def _join_if_equal(
     module: nn.Module, fast: type, kind: type, name: str, values: tuple[object, ...], width: int
 ) -> None:
-    x = torch.linspace(-3, 3, _FEW_ROWS * width).reshape(1, _FEW_ROWS, width).sin()
+    like = next(module.parameters())
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    x = torch.linspace(-3, 3, _FEW_ROWS * width).reshape(1, _FEW_ROWS, width).sin().to(like.device, dtype)
     expected = module(x)
+    relative, absolute = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 1e-2)
     module.__class__ = _join(kind, fast, kind)
     for value in values:
         setattr(module, name, value)
-        if torch.allclose(module(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
+        if torch.allclose(module(x), expected, rtol=relative, atol=absolute * float(expected.abs().max())):
             return
     delattr(module, name)
     module.__class__ = kind

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -217,6 +218,8 @@ class PreferenceTrainer(Trainer):
 
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model, train=True)
+        if args.device.type == "cuda" and not _placed_elsewhere(model):
+            model = model.to(args.device)  # it is tried out where it will run
         layout = prepare_model(model, args.layout)
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
         train = self._dataset(model, args, train_dataset, reference_logps, processing_class)
@@ -504,6 +507,14 @@ class PreferenceTrainer(Trainer):
         *totals, count = sums.tolist()
         self._metrics[mode].zero_()
         return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
+
+
+def _placed_elsewhere(model: nn.Module) -> bool:
+    """Does somebody else decide where the weights are (a launcher that cuts them up, a quantised base)?"""
+    sharded = any(
+        os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true" for kind in ("FSDP", "DEEPSPEED")
+    )
+    return sharded or getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None) is not None
 
 
 def _autocast(args: TrainingArguments) -> torch.autocast:

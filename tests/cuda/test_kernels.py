@@ -1,9 +1,11 @@
 """The GPU's kernels against plain float64: attention over packed rows and the LM head, values and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from sepo import attention, attention_cuda, lm_head
+from sepo import attention, attention_cuda, layers, layers_cuda, lm_head
 from sepo.layers import gradients_in_place
 from test_attention_cuda import many_rows
 from test_logps import attention_inputs
@@ -81,6 +83,42 @@ def test_lm_head(monkeypatch, dtype, keep_bytes, transform, targets, in_place):
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert relative(hidden.grad, expected[0]) < tolerance
     assert relative(head.weight.grad, expected[1]) < tolerance
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 517, 576), (2, 300, 2048), (1, 40, 9000)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(dtype, offset, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+    weight = torch.randn(shape[-1], device="cuda", requires_grad=True)
+    upstream = torch.randn(shape, device="cuda").to(dtype)
+    wide, wide_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    plain = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * (wide_weight + offset)
+    plain.backward(upstream.double())
+    got = layers._FusedRMSNormFunction.apply(x, weight, 1e-5, offset, dtype)
+    got.backward(upstream)
+    assert got.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 6e-3
+    for one, other in ((got, plain), (x.grad, wide.grad), (weight.grad, wide_weight.grad)):
+        assert relative(one, other.detach().cpu()) < tolerance
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_activation(dtype, activation):
+    gate, up, upstream = (torch.randn(37, 333, device="cuda").to(dtype).requires_grad_() for _ in range(3))
+    wide = [x.detach().double().requires_grad_() for x in (gate, up)]
+    act = torch.nn.functional.silu if activation == "silu" else partial(torch.nn.functional.gelu, approximate="tanh")
+    plain = act(wide[0]) * wide[1]
+    expected = torch.autograd.grad(plain, wide, upstream.double())
+    got = layers._GatedFunction.apply(gate, up, activation)
+    tolerance = 1e-5 if dtype == torch.float32 else 6e-3
+    assert relative(got, plain.detach().cpu()) < tolerance
+    for one, other in zip(torch.autograd.grad(got, (gate, up), upstream), expected, strict=True):
+        assert relative(one, other.cpu()) < tolerance
+    _, _, product = layers_cuda.gated_backward(activation, gate.detach(), up.detach(), upstream.detach(), True)
+    assert relative(product, plain.detach().cpu()) < tolerance
 
 
 @pytest.mark.parametrize("window", [None, 8])

@@ -68,6 +68,24 @@ def test_gradients_added_in_place(name, precision):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_residual_stream_wide_enough_for_norms_in_half_precision(name, in_place):
+    agree(name, "bfloat16", in_place=in_place, hidden_size=512, initializer_range=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_half_precision_weights(name):
+    """As a scoring pass may hold them; against float64 on the same rounded weights."""
+    pairs = awkward_pairs()
+    model = tiny_model(name, dtype=torch.bfloat16, **NARROW).cuda()
+    assert prepare_model(model) == "packed"
+    expected = plain_logps(tiny_model(name, dtype=torch.bfloat16, **NARROW).double(), pairs)
+    with torch.no_grad():
+        got = token_logps(model, pack(pairs).to("cuda"))
+    assert (got.double().cpu() - expected).abs().max().item() < 0.4
+
+
+@pytest.mark.parametrize("in_place", [False, True])
 def test_activation_checkpointing(in_place):
     agree("llama", "bfloat16", in_place=in_place, checkpointing=True, **NARROW)
 
@@ -91,8 +109,8 @@ def test_an_adapter_gets_its_gradients():
 def test_two_streams_of_row_lengths_leave_no_graph_behind():
     model = tiny_model("llama").cuda()
     pairs = awkward_pairs()
+    prepare_model(model)
     with torch.autocast("cuda", torch.bfloat16):
-        prepare_model(model)
         alone = [token_logps(model, pack(pairs[i : i + 2]).to("cuda")) for i in range(4)]
         again = [token_logps(model, pack(pairs[i : i + 2]).to("cuda")) for i in range(4)]
     for one, two in zip(alone, again, strict=True):
