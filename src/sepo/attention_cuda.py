@@ -36,7 +36,7 @@ except ImportError:  # PyTorch before 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 # The widest head of the flash kernels, and what widths must be a multiple of.
-_WIDEST_HEAD, _HEAD_MULTIPLE = 256, 8
+_WIDEST_HEAD, _HEAD_MULTIPLE, _FLEX_HEAD_MULTIPLE = 256, 8, 16
 # FlexAttention's tile: the block mask's resolution.
 _TILE = 128
 
@@ -124,7 +124,10 @@ def _make_sequences(layout: Layout, device: torch.device | str) -> Sequences:
     rows, own = np.concatenate(keys), np.concatenate(is_own)
 
     def move(values: np.ndarray, dtype: type) -> Tensor:
-        return torch.from_numpy(values.astype(dtype)).to(device, non_blocking=True)
+        tensor = torch.from_numpy(values.astype(dtype))
+        if torch.device(device).type == "cuda":  # from pinned memory, so that the host does not wait for the GPU
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
 
     return Sequences(
         keys=move(rows, np.int64),
@@ -248,11 +251,11 @@ def flex_packed_attention(
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    # A row of no more than one tile would be a graph of its own: it is filled up.
-    length = query.shape[2]
-    missing = max(0, _TILE + 1 - length)
-    if missing:
-        query, key, value = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (query, key, value))
+    # A row of no more than one tile would be a graph of its own, and narrow heads have no kernel: both are filled up.
+    length, width = query.shape[2:]
+    missing, narrow = max(0, _TILE + 1 - length), -width % _FLEX_HEAD_MULTIPLE
+    if missing or narrow:
+        query, key, value = (torch.nn.functional.pad(x, (0, narrow, 0, missing)) for x in (query, key, value))
     call = kernel or _compiled_flex()
     # As a constant of the graph: lifted to a tensor, the soft cap cannot be lowered.
     with torch._dynamo.config.patch(specialize_float=True):
@@ -265,7 +268,7 @@ def flex_packed_attention(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-    return output[:, :, :length]
+    return output[:, :, :length, :width]
 
 
 def block_mask(layout: Layout, length: int, window: int | None, device: torch.device) -> Any:

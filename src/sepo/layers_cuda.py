@@ -1,4 +1,4 @@
-"""RMSNorm and gated activations on a GPU, one kernel each way (Triton).
+"""RMSNorm, rotary embeddings and gated activations on a GPU, one kernel each way (Triton).
 
 As PyTorch operations these are read and written four to ten times; at a row of 16,384 tokens that is a fifth of a step
 of a billion-parameter Llama. The norm writes its output in the type that the next matmul reads: under autocast every
@@ -61,6 +61,31 @@ if triton is not None:
             tl.store(d_x + row * width + at, out.to(d_x.dtype.element_ty), mask=inside)
             d_weight += g * normed
         tl.store(d_weights + program * width + at, d_weight, mask=inside)
+
+    @triton.jit
+    def _rotate(x, cos, sin, out, heads, half, sign, HALF: tl.constexpr, HEADS: tl.constexpr):
+        """One program a token: both halves of all its heads. `sign` -1 undoes the rotation (and is its transpose)."""
+        token = tl.program_id(0).to(tl.int64)
+        head = tl.arange(0, HEADS)[:, None]
+        at = tl.arange(0, HALF)[None]
+        line = token * 2 * half + at
+        inside = at < half
+        cos_one = tl.load(cos + line, mask=inside, other=0.0).to(tl.float32)
+        cos_two = tl.load(cos + line + half, mask=inside, other=0.0).to(tl.float32)
+        sin_one = tl.load(sin + line, mask=inside, other=0.0).to(tl.float32)
+        sin_two = tl.load(sin + line + half, mask=inside, other=0.0).to(tl.float32)
+        where = token * heads * 2 * half + head * 2 * half + at
+        inside = inside & (head < heads)
+        one = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+        two = tl.load(x + where + half, mask=inside, other=0.0).to(tl.float32)
+        if sign > 0:
+            first = one * cos_one - two * sin_one
+            second = two * cos_two + one * sin_two
+        else:
+            first = one * cos_one + two * sin_two
+            second = two * cos_two - one * sin_one
+        tl.store(out + where, first.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + where + half, second.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _activated(gate, KIND: tl.constexpr):
@@ -128,6 +153,22 @@ def norm_backward(x: Tensor, weight: Tensor, inverses: Tensor, grad: Tensor, off
         x, weight, inverses, grad, d_x, d_weights, rows, each, width, offset, BLOCK=block, num_warps=_warps(block)
     )
     return d_x, d_weights.sum(0)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """`x cos + rotate_half(x) sin` (sign 1), or its transpose (sign -1).
+
+    Args:
+        x: `[tokens, heads, dim]`, contiguous.
+        cos, sin: `[tokens, dim]`, contiguous.
+    """
+    tokens, heads, width = x.shape
+    out = torch.empty_like(x)
+    _rotate[(tokens,)](
+        x, cos, sin, out, heads, width // 2, sign,
+        HALF=triton.next_power_of_2(width // 2), HEADS=triton.next_power_of_2(heads),
+    )  # fmt: skip
+    return out
 
 
 def gated_forward(activation: str, gate: Tensor, up: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ its weight. Inputs after the last target of a branch cannot matter and are cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -125,10 +126,17 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch on `device` (the layout stays on the host)."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        return self._with(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        """Return the batch in memory that a GPU reads while the host goes on; a DataLoader asks for it."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
     @property
     def num_pairs(self) -> int:
@@ -292,8 +300,9 @@ def read_length(pair: Pair) -> int:
 def fill_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:
     """Divide a batch into rows of at most `tokens_per_row` tokens (a longer pair gets a row of its own).
 
-    First-fit decreasing over documents: pairs that share a prompt stay together while they fit. Every pair of the
-    batch is in exactly one row, so a mean over the batch is the sum over rows divided by the number of pairs.
+    Pairs that share a prompt stay together while they fit. The rows are as few as can be and about equally long: each
+    has a cost of its own, which a short one does not repay. Every pair of the batch is in exactly one row, so a mean
+    over the batch is the sum over rows divided by the number of pairs.
     """
     groups: dict[tuple[int, ...], list[Pair]] = {}
     for pair in pairs:
@@ -301,17 +310,25 @@ def fill_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:
     pieces: list[tuple[int, list[Pair]]] = []
     for members in groups.values():
         pieces.extend(_split_group(members, tokens_per_row))
-    rows: list[list[Pair]] = []
-    free: list[int] = []
-    for length, members in sorted(pieces, key=lambda piece: -piece[0]):
-        for index, room in enumerate(free):
-            if length <= room:
-                rows[index].extend(members)
-                free[index] -= length
-                break
-        else:
-            rows.append(list(members))
-            free.append(tokens_per_row - length)
+    pieces.sort(key=lambda piece: -piece[0])
+    longer = [members for length, members in pieces if length > tokens_per_row]
+    pieces = pieces[len(longer) :]
+    number = -(-sum(length for length, _ in pieces) // tokens_per_row)
+    while (rows := _share_out(pieces, number, tokens_per_row)) is None:
+        number += 1 + number // 50
+    return [*longer, *rows]
+
+
+def _share_out(pieces: list[tuple[int, list[Pair]]], number: int, most: int) -> list[list[Pair]] | None:
+    """Give each piece, the longest first, to the emptiest of `number` rows; None if one grows beyond `most`."""
+    rows: list[list[Pair]] = [[] for _ in range(number)]
+    lengths = [(0, index) for index in range(number)]
+    for length, members in pieces:
+        shortest, index = lengths[0]
+        if shortest + length > most:
+            return None
+        rows[index].extend(members)
+        heapq.heapreplace(lengths, (shortest + length, index))
     return rows
 
 
