@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
-from sepo.logps import dataset_logps, prepare_model, table_pairs
-from sepo.packing import pack
-from sepo.tables import SCHEMAS, make_table, read_table
-from sepo.trainer import PreferenceConfig, PreferenceTrainer
+from sepo.data.tables import SCHEMAS, make_table, read_table
+from sepo.forward.packing import pack
+from sepo.forward.passes import dataset_logps, table_pairs
+from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
 DEVICE = "cuda"  # "cpu" tries the harness out, with figures that mean nothing
 
@@ -174,7 +174,10 @@ class Bench:
             for side in ("chosen", "rejected"):
                 columns[f"{side}_weights"] = [[1.0] * len(x) for x in columns[f"{side}_positions"]]
         else:
-            logps = {f"{side}_logps": [[-1.0] * len(getattr(p, f"{side}_ids")) for p in marked] for side in ("chosen", "rejected")}
+            logps = {
+                f"{side}_logps": [[-1.0] * len(getattr(p, f"{side}_ids")) for p in marked]
+                for side in ("chosen", "rejected")
+            }
             reference = make_table("logps", {"pair_id": columns["pair_id"], **logps}, {"autocast": "bfloat16"})
         timer = Timer()
         trainer = PreferenceTrainer(
@@ -199,7 +202,11 @@ class Bench:
     def profile(self, trainer, name: str) -> None:
         """One more step under PyTorch's profiler: time on the device by kernel."""
         inputs = next(iter(trainer.get_train_dataloader()))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA if DEVICE == "cuda" else torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with torch.profiler.profile(
+            activities=[
+                torch.profiler.ProfilerActivity.CUDA if DEVICE == "cuda" else torch.profiler.ProfilerActivity.CPU
+            ]
+        ) as profiler:
             trainer.training_step(trainer.model, inputs)
             synchronise()
         rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
@@ -226,7 +233,12 @@ class Bench:
             trainer = CPOTrainer(model, **made)
             rows = []
             for p in self.pairs:
-                row: dict[str, Any] = {"prompt": "", "chosen": "", "rejected": "", "prompt_input_ids": list(p.prompt_ids)}
+                row: dict[str, Any] = {
+                    "prompt": "",
+                    "chosen": "",
+                    "rejected": "",
+                    "prompt_input_ids": list(p.prompt_ids),
+                }
                 row["prompt_attention_mask"] = [1] * len(p.prompt_ids)
                 for side in ("chosen", "rejected"):
                     ids = list(getattr(p, f"{side}_ids"))
@@ -250,7 +262,9 @@ class Bench:
         trainer.train_dataset = datasets.Dataset.from_list(rows)
         reset_memory()
         trainer.train()
-        return self.result(shape, timer, step_flops(shape, key_tokens(self.pairs) if objective == "sepo" else self.pairs))
+        return self.result(
+            shape, timer, step_flops(shape, key_tokens(self.pairs) if objective == "sepo" else self.pairs)
+        )
 
     def score(self, shape: str, rows: int, dtype: torch.dtype = torch.float32, autocast: bool = False,
               precision: str = "highest") -> dict[str, Any]:  # fmt: skip
@@ -270,7 +284,9 @@ class Bench:
                     seconds.append(time.perf_counter() - started)
         finally:
             torch.set_float32_matmul_precision("highest")
-        return self.figures(statistics.median(seconds), seconds, step_flops(shape, self.pairs, train=False), len(self.pairs))
+        return self.figures(
+            statistics.median(seconds), seconds, step_flops(shape, self.pairs, train=False), len(self.pairs)
+        )
 
     def loop(self, shape: str) -> dict[str, Any]:
         """One sequence a forward, through the model's own logits."""
@@ -352,7 +368,11 @@ def about() -> dict[str, Any]:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     names = ("torch", "transformers", "trl", "accelerate", "triton", "liger-kernel")
-    return {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", "commit": commit.stdout.strip(), **{name: of(name) for name in names}}
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
+        "commit": commit.stdout.strip(),
+        **{name: of(name) for name in names},
+    }
 
 
 def main() -> int:

@@ -13,7 +13,8 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sepo.models import load_tokenizer, resolve_model
+from sepo.models.names import resolve_model
+from sepo.models.tokenizer import load_tokenizer
 
 
 def main() -> None:

@@ -100,10 +100,11 @@ def about(arguments) -> dict[str, Any]:
 
 def load_pairs(arguments) -> list:
     """The same seeded sample of pairs for every contender, tokenised by this package."""
-    from sepo.data import group_by_prompt, tokenize_pairs
-    from sepo.loading import load_preferences
-    from sepo.logps import table_pairs
-    from sepo.models import load_tokenizer
+    from sepo.data.encoding import tokenize_pairs
+    from sepo.data.loading import load_preferences
+    from sepo.data.splits import group_by_prompt
+    from sepo.forward.passes import table_pairs
+    from sepo.models.tokenizer import load_tokenizer
 
     dataset = load_preferences(arguments.data).shuffle(seed=0)
     if not arguments.whole_prompts:
@@ -168,7 +169,8 @@ def _peak_memory() -> float:
 
 def _model(arguments, train: bool = False):
     """The model, in float32 for training; for scoring in float32 on a CPU and with --bf16 in bfloat16."""
-    from sepo.models import causal_lm, load_model
+    from sepo.models.adapters import causal_lm
+    from sepo.models.weights import load_model
 
     model = load_model(arguments.model, train=train, dtype="bfloat16" if arguments.bf16 and not train else "float32")
     if arguments.vocabulary:
@@ -179,11 +181,11 @@ def _model(arguments, train: bool = False):
 def _result(seconds: float, pairs: list, flops: float) -> dict[str, float]:
     import torch
 
-    from sepo.pipeline import matmul_rate
+    from sepo.forward.speed import matmul_rate
 
     memory = _peak_memory()
     rate = matmul_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seconds=1.0)
-    from sepo.packing import read_length
+    from sepo.forward.packing import read_length
 
     return {
         "seconds_per_pair": seconds / len(pairs),
@@ -200,8 +202,8 @@ def step_flops(model, pairs: list, train: bool = True) -> float:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from sepo.models import causal_lm
-    from sepo.packing import pack
+    from sepo.forward.packing import pack
+    from sepo.models.adapters import causal_lm
 
     lm = causal_lm(model)
     config = lm.config.get_text_config()
@@ -238,9 +240,9 @@ def ours_step(arguments) -> dict[str, float]:
     """One optimizer step of `PreferenceTrainer` over all pairs (policy-step: SePO; oracle-step: DPO)."""
     import pyarrow as pa
 
-    from sepo.models import load_tokenizer
-    from sepo.tables import SCHEMAS, make_table
-    from sepo.trainer import PreferenceConfig, PreferenceTrainer
+    from sepo.data.tables import SCHEMAS, make_table
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
     pairs = load_pairs(arguments)
     policy = arguments.benchmark == "policy-step"
@@ -280,7 +282,7 @@ def trl_step(arguments) -> dict[str, float]:
     """The same step in TRL: SimPO (CPOTrainer) or DPO with stored reference, `batch` pairs a forward."""
     import datasets
 
-    from sepo.models import load_tokenizer
+    from sepo.models.tokenizer import load_tokenizer
 
     batch = int(arguments.worker.split(":")[1])
     pairs = load_pairs(arguments)
@@ -327,8 +329,9 @@ def trl_step(arguments) -> dict[str, float]:
 
 def ours_scoring(arguments) -> dict[str, float]:
     """Log-probabilities of every response token over packed rows."""
-    from sepo.logps import dataset_logps, prepare_model
-    from sepo.tables import SCHEMAS, make_table
+    from sepo.data.tables import SCHEMAS, make_table
+    from sepo.forward.passes import dataset_logps
+    from sepo.forward.prepare import prepare_model
 
     pairs = load_pairs(arguments)
     model = _model(arguments)
@@ -368,9 +371,10 @@ def stored_scoring(arguments) -> dict[str, float]:
     """Store the log-probabilities of synthetic pairs, shard by shard: what the memory of a pass depends on."""
     import numpy as np
 
-    from sepo.models import load_tokenizer
-    from sepo.stages import PAIRS_PER_SHARD, logps_pass
-    from sepo.tables import make_table, write_table
+    from sepo.data.tables import make_table, write_table
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.stages.data import PAIRS_PER_SHARD
+    from sepo.stages.logps import logps_pass
 
     rng = np.random.default_rng(0)
     vocabulary = len(load_tokenizer(arguments.model))
@@ -524,7 +528,7 @@ def compare_pipeline(arguments) -> dict[str, Any]:
 
 def sweep(arguments) -> dict[str, Any]:
     """How our cost grows with one quantity, everything else as given."""
-    from sepo.models import describe_model, load_config
+    from sepo.models.config import describe_model, load_config
 
     own = describe_model(load_config(arguments.model))["vocab"]
     values: dict[str, list] = {

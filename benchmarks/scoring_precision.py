@@ -17,12 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sepo.logps import dataset_logps, prepare_model
-from sepo.models import load_model, load_tokenizer
-from sepo.rewards import response_sums, token_rewards
-from sepo.selection import select_key_tokens
-from sepo.tables import flat, read_table
-from sepo.trainer import PreferenceConfig, PreferenceTrainer
+from sepo.credit.rewards import response_sums, token_rewards
+from sepo.credit.selection import select_key_tokens
+from sepo.data.ragged import flat
+from sepo.data.tables import read_table
+from sepo.forward.passes import dataset_logps
+from sepo.forward.prepare import prepare_model
+from sepo.models.tokenizer import load_tokenizer
+from sepo.models.weights import load_model
+from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
 
 def scores(models, table, dtype: torch.dtype, autocast: bool, precision: str):
@@ -53,7 +56,11 @@ def rewards_of(table) -> np.ndarray:
 def key_tokens(table) -> list[set[tuple[int, int]]]:
     selection = select_key_tokens(table, 0.3, 0.3)
     return [
-        {(row, at) for row, positions in enumerate(selection.column(f"{side}_positions").to_pylist()) for at in positions}
+        {
+            (row, at)
+            for row, positions in enumerate(selection.column(f"{side}_positions").to_pylist())
+            for at in positions
+        }
         for side in ("chosen", "rejected")
     ]
 

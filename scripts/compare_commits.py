@@ -25,9 +25,7 @@ def source_of(commit: str, folder: Path) -> Path:
     """A source folder of the commit."""
     if commit == ".":
         return HERE.parent / "src"
-    subprocess.run(
-        ["git", "worktree", "add", "--detach", "--quiet", str(folder), commit], cwd=HERE.parent, check=True
-    )
+    subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(folder), commit], cwd=HERE.parent, check=True)
     return folder / "src"
 
 

@@ -17,10 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sepo.models import DEFAULT_MODEL, causal_lm, load_model, load_tokenizer, resolve_model, save_model
-from sepo.recipe import DataSettings
-from sepo.stages import read_split
-from sepo.tables import write_text
+from sepo.files import write_text
+from sepo.models.adapters import causal_lm
+from sepo.models.names import resolve_model
+from sepo.models.saving import save_model
+from sepo.models.tokenizer import load_tokenizer
+from sepo.models.weights import load_model
+from sepo.recipe.settings import DEFAULT_MODEL, DataSettings
+from sepo.stages.data import read_split
 
 
 def drop_layers(model: torch.nn.Module, keep: int) -> list[int]:

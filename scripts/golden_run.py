@@ -1,7 +1,7 @@
 """A small real run whose every number can be compared: one thread on a CPU, about a quarter of a minute.
 
     python scripts/golden_run.py --out DIR [--recipe RECIPE] [key=value ...]
-    python scripts/golden_run.py --out DIR --record "rows are equally long"     the record that tests/test_golden.py asserts
+    python scripts/golden_run.py --out DIR --record "why it changed"     for tests/test_golden.py
 
 By default a tiny Llama reads pairs of the embedded task: data, oracle, scores and selection, then policies by SePO,
 SimPO and DPO on it, and the evaluation. With `--recipe` that recipe is run instead. Prints JSON: for every table its

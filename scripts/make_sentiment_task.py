@@ -30,10 +30,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sepo.evaluate.accuracy import mean_and_se
 from sepo.evaluate.generate import generate_responses
 from sepo.evaluate.gold import vader_scores
-from sepo.models import DEFAULT_MODEL, load_model, load_tokenizer
+from sepo.evaluate.statistics import mean_and_se
+from sepo.models.tokenizer import load_tokenizer
+from sepo.models.weights import load_model
+from sepo.recipe.settings import DEFAULT_MODEL
 
 # A system message of our own is shorter than the one that the chat template would add.
 SYSTEM = "Answer in one short sentence."

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from sepo.errors import UserError
-from sepo.models import DEFAULT_MODEL, check_model, resolve_model
+from sepo.models.names import check_model, resolve_model
+from sepo.recipe.settings import DEFAULT_MODEL
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -38,8 +38,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from trl import SFTTrainer  # noqa: F401  imported here once, for the stage reference
 
-from sepo import pipeline, stages
 from sepo.cli import main
+from sepo.runs import pipeline
+from sepo.stages import data
+from sepo.training.checkpoints import STATE_FILE
 from tiny_models import tiny_model, tiny_tokenizer
 
 STAGES = ("start", *pipeline.STAGES)
@@ -144,7 +146,7 @@ def child(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    stages.PAIRS_PER_SHARD = 30
+    data.PAIRS_PER_SHARD = 30
     if kill_operation is not None or count:
         watch(str(out), kill_operation, count)
     return main(arguments)
@@ -245,7 +247,7 @@ def differences(clean: Path, other: Path, exact: bool = True) -> list[str]:
 
 
 def loss_curve(model: Path) -> list[tuple[float, ...]]:
-    history = json.loads((model / stages.STATE_FILE).read_text())["log_history"]
+    history = json.loads((model / STATE_FILE).read_text())["log_history"]
     return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"]) for row in history if "loss" in row]
 
 

@@ -1,4 +1,4 @@
-"""Random pairs of awkward shapes, and the plain formula that everything fast is held against."""
+"""Random pairs of awkward shapes, what is made of them, and the plain formula that everything fast is held against."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sepo.packing import CHOSEN, REJECTED, Pair
-from sepo.tables import make_table
+from sepo.data.tables import make_table
+from sepo.forward.packing import CHOSEN, REJECTED, Pair, pack
+from sepo.training.trainer import PreferenceConfig
 
 
 def random_ids(rng: np.random.Generator, size: int, vocabulary: int = 101) -> tuple[int, ...]:
@@ -46,3 +47,51 @@ def plain_logps(model: PreTrainedModel, pairs: list[Pair]) -> Tensor:
             logps = logits.log_softmax(-1)[torch.arange(len(ids)), tokens[0, len(pair.prompt_ids) :]]
             parts.append(logps if positions is None else logps[list(positions)])
     return torch.cat(parts)
+
+
+def some_pairs(number=12, seed=5):
+    """A table of pairs of 1 to 14 tokens a part."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 15, (number, 3))
+    return pairs_table([Pair(i, *(random_ids(rng, int(size)) for size in row)) for i, row in enumerate(sizes)])
+
+
+def many_rows():
+    """Pairs of four rows: awkward ones, long ones, many branches of one prompt, all of these."""
+    rng = np.random.default_rng(5)
+    few = [Pair(i, random_ids(rng, 1 + 37 * i), random_ids(rng, 1 + 90 * i), random_ids(rng, 70)) for i in range(6)]
+    shared = random_ids(rng, 150)
+    many = [Pair(i, shared, random_ids(rng, 20 + i), random_ids(rng, 140)) for i in range(7)]
+    return [awkward_pairs(), few, many, [*few, *many]]
+
+
+def attention_inputs(pairs, heads=6, kv_heads=2, dim=16, dtype=torch.float64):
+    """Queries, keys and values of a packed row, and its layout."""
+    layout = pack(pairs).layout
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, layout.length)
+    query, key, value = (
+        torch.randn(*shape, n, dim, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    )
+    return query, key, value, layout
+
+
+def config(folder, **settings):
+    """A `PreferenceConfig` for short trainings on a CPU."""
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 0,
+    }
+    return PreferenceConfig(str(folder), **{**defaults, **settings})
+
+
+def weights(model):
+    """All weights of a model in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sepo import tables
+from sepo.data import tables
 
 END = "<|im_end|>"
 _CORPUS = [f"Question {i}: what is the answer? The answer is {i}, and that is all.\n" for i in range(20)]

@@ -1,37 +1,53 @@
 """Selective preference optimization: align a language model on the tokens that carry the preference.
 
-The public names, imported from their rooms when they are first used (so that `import sepo` costs nothing):
+The folders are the method, in the order in which data goes through it:
+
+    recipe  data  models  credit  forward  training  evaluate  report  analyse  stages  runs  cli
+
+The public names, imported from their modules when they are first used (so that `import sepo` costs nothing):
 
 >>> import sepo
 >>> sepo.select_key_tokens.__module__
-'sepo.selection'
+'sepo.credit.selection'
 """
 
 from importlib import import_module
 
-_ROOMS = {
-    "errors": ["UserError"],
-    "loading": ["load_preferences"],
-    "data": ["sample_pairs", "split_pairs", "tokenize_pairs"],
-    "models": ["LoraSettings", "load_model", "load_tokenizer", "save_model"],
-    "packing": ["Pair", "PackedBatch", "pack"],
-    "logps": ["dataset_logps", "prepare_model", "token_logps"],
-    "rewards": ["combine_scores", "token_rewards"],
-    "selection": ["select_key_tokens"],
-    "trainer": ["PreferenceConfig", "PreferenceTrainer"],
-    "recipe": ["Recipe", "load_recipe"],
-    "pipeline": ["run_recipe"],
-    "report": ["build_report", "display", "save_figures"],
-}
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+from sepo import _moved
 
-__all__ = sorted(_ROOM_OF)
+_NAMES = {
+    "errors": ["UserError"],
+    "recipe.settings": ["LoraSettings", "Recipe"],
+    "recipe.reading": ["load_recipe"],
+    "data.loading": ["load_preferences"],
+    "data.encoding": ["tokenize_pairs"],
+    "data.splits": ["sample_pairs", "split_pairs"],
+    "models.tokenizer": ["load_tokenizer"],
+    "models.weights": ["load_model"],
+    "models.saving": ["save_model"],
+    "credit.rewards": ["combine_scores", "token_rewards"],
+    "credit.selection": ["select_key_tokens"],
+    "forward.packing": ["Pair", "PackedBatch", "pack"],
+    "forward.logps": ["token_logps"],
+    "forward.prepare": ["prepare_model"],
+    "forward.passes": ["dataset_logps"],
+    "training.trainer": ["PreferenceConfig", "PreferenceTrainer"],
+    "report.build": ["build_report"],
+    "report.figures": ["save_figures"],
+    "report.notebook": ["display"],
+    "runs.pipeline": ["run_recipe"],
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+_moved.install()
 
 
 def __getattr__(name: str):
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'sepo' has no attribute '{name}'")
-    return getattr(import_module(f"sepo.{_ROOM_OF[name]}"), name)
+    return getattr(import_module(f"sepo.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -37,6 +37,16 @@ def one_line(value: object, limit: int = 500) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def named_error(error: BaseException) -> str:
+    """The class and the message of an exception in one line of at most 200 characters.
+
+    >>> named_error(ValueError("no\\n  such thing"))
+    'ValueError: no such thing'
+    """
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
 # What libraries say when the disk is full: only some of them raise an OSError with its number.
 _FULL_DISK = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed", "inline_container.cc")
 _LOST_PROCESS = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -70,6 +71,12 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is the process that decides and writes."""
     return rank() == 0
+
+
+def say(text: str) -> None:
+    """Print a line of progress to standard error, where it does not disturb results on standard output."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 def on_main(work: Callable[[], Any]) -> Any:

@@ -1,1 +1,1 @@
-"""Measuring a run: gold rewards, generation, preference accuracy and the fidelity of token rewards."""
+"""Evaluation: accuracy, gold rewards, generation, fidelity of token rewards, the reward-KL frontier."""

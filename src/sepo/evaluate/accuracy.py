@@ -1,4 +1,4 @@
-"""Preference accuracy beside its length-only baseline, and means with standard errors clustered by prompt.
+"""Preference accuracy beside its length-only baseline.
 
 The preferred response is the longer one in most preference data (84 % of the pairs of a typical benchmark), so an
 accuracy says little until it is read next to what length alone achieves and on the pairs where length cannot help.
@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike
+
+from sepo.credit.rewards import response_sums
+from sepo.data.ragged import flat
+from sepo.evaluate.statistics import mean_and_se
 
 
 def preference_accuracy(
@@ -41,73 +46,57 @@ def preference_accuracy(
     if len({array.shape for array in arrays}) != 1 or arrays[0].ndim != 1:
         raise ValueError(f"expected four arrays of one length, got shapes {[array.shape for array in arrays]}")
     scores, others, lengths, other_lengths = arrays
-    won = _won(scores, others)
+    wins = won(scores, others)
     not_longer = lengths <= other_lengths
-    accuracy, accuracy_se = mean_and_se(won, groups)
+    accuracy, accuracy_se = mean_and_se(wins, groups)
     kept = None if groups is None else [groups[index] for index in np.flatnonzero(not_longer).tolist()]
-    accuracy_not_longer, accuracy_not_longer_se = mean_and_se(won[not_longer], kept)
+    accuracy_not_longer, accuracy_not_longer_se = mean_and_se(wins[not_longer], kept)
     return {
         "accuracy": accuracy,
         "accuracy_se": accuracy_se,
         "accuracy_not_longer": accuracy_not_longer,
         "accuracy_not_longer_se": accuracy_not_longer_se,
-        "pairs": len(won),
+        "pairs": len(wins),
         "pairs_not_longer": int(not_longer.sum()),
-        "length_baseline": mean_and_se(_won(lengths, other_lengths))[0],
+        "length_baseline": mean_and_se(won(lengths, other_lengths))[0],
     }
 
 
-def _won(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+def won(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """1 where a value is the higher of the two, one half where they are equal, NaN where one is: `[pairs]`."""
     # A NaN on either side compares as neither higher nor lower and must not look like a tie.
     half = np.where(np.isnan(values - others) & ~(values == others), np.nan, 0.5 * (values == others))
     return (values > others) + half
 
 
-def mean_and_se(values: ArrayLike, groups: Sequence[Hashable] | None = None) -> tuple[float, float]:
-    """Mean and its standard error.
+def oracle_accuracy(scores: pa.Table) -> dict[str, float]:
+    """Preference accuracy of the oracle's summed token rewards on the pairs of a scores table."""
+    return _prefixed("oracle", _accuracy(*response_sums(scores, "rewards"), scores))
 
-    With `groups` (one label a value, for example its prompt) the error is clustered: values of one group may depend on
-    each other in any way, groups are independent. Several samples of one prompt then do not count as several prompts.
 
-    Returns:
-        (mean, standard error); NaN for the mean of nothing and for the error of fewer than two groups.
+def policy_accuracy(before: pa.Table, after: pa.Table, pairs: pa.Table) -> dict[str, float]:
+    """Preference accuracy of a policy on pairs, from log-probabilities before and after training.
 
-    Raises:
-        ValueError: `groups` is not as long as `values`.
+    `policy/accuracy` judges by the implicit reward, the summed log-ratio after to before: what training taught.
+    `policy/accuracy_mean_logp` and `base/accuracy_mean_logp` judge by the mean log-probability of a response, the
+    quantity that the reference-free loss contrasts.
     """
-    values = np.asarray(values, np.float64)
-    if groups is None:
-        index, count = np.arange(len(values)), len(values)
-    else:
-        if len(groups) != len(values):
-            raise ValueError(f"{len(values)} values but {len(groups)} group labels")
-        labels: dict[Hashable, int] = {}
-        index = np.array([labels.setdefault(group, len(labels)) for group in groups], dtype=np.int64)
-        count = len(labels)
-    if len(values) == 0:
-        return float("nan"), float("nan")
-    mean = values.mean()
-    if count < 2:
-        return float(mean), float("nan")
-    residuals = np.bincount(index, weights=values - mean, minlength=count)
-    # Cluster-robust variance of a mean, with the G / (G - 1) correction; s^2 / n where each group has one value.
-    variance = count / (count - 1) * np.sum(residuals**2) / len(values) ** 2
-    return float(mean), float(np.sqrt(variance))
+    lengths = [flat(pairs.column(f"{side}_ids"))[1] for side in ("chosen", "rejected")]
+    old, new = response_sums(before, "logps"), response_sums(after, "logps")
+    metrics = _prefixed("policy", _accuracy(new[0] - old[0], new[1] - old[1], pairs))
+    for name, sums in (("base", old), ("policy", new)):
+        mean = _accuracy(sums[0] / lengths[0], sums[1] / lengths[1], pairs)
+        metrics[f"{name}/accuracy_mean_logp"] = mean["accuracy"]
+        metrics[f"{name}/accuracy_mean_logp_not_longer"] = mean["accuracy_not_longer"]
+    return metrics
 
 
-def paired_difference(
-    policy_values: ArrayLike, base_values: ArrayLike, groups: Sequence[Hashable]
-) -> tuple[float, float]:
-    """Mean of policy minus base and its standard error, clustered by prompt.
+def _accuracy(chosen: np.ndarray, rejected: np.ndarray, pairs: pa.Table) -> dict[str, float]:
+    lengths = [flat(pairs.column(f"{side}_ids"))[1] for side in ("chosen", "rejected")]
+    prompts = [tuple(ids) for ids in pairs.column("prompt_ids").to_pylist()]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return preference_accuracy(chosen, rejected, *lengths, groups=[numbers[prompt] for prompt in prompts])
 
-    Args:
-        policy_values, base_values: `[n]`, measured on the same prompts in the same order.
-        groups: `[n]`, the prompt of each value.
 
-    Raises:
-        ValueError: the arrays differ in length.
-    """
-    policy_values, base_values = np.asarray(policy_values, np.float64), np.asarray(base_values, np.float64)
-    if policy_values.shape != base_values.shape:
-        raise ValueError(f"{policy_values.shape} policy values but {base_values.shape} base values")
-    return mean_and_se(policy_values - base_values, groups)
+def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}

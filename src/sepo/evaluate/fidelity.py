@@ -14,103 +14,21 @@ Words are judged by themselves; in "not good" the word "good" still counts as po
 
 from __future__ import annotations
 
-import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from sepo.data.ragged import SIDES
 from sepo.evaluate.gold import lexicon_valence
+from sepo.evaluate.words import word_valences
 
-SIDES = ("chosen", "rejected")
 Columns: TypeAlias = pa.Table | Mapping[str, Sequence[Sequence]]
 
 
-def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Split the text of `ids` into (number of tokens, text) pieces, most of them one token long.
-
-    Tokens that hold only part of a character (byte-level vocabularies, emoji, CJK) are joined until the character is
-    complete. Each piece is read off as what it adds to the text before it, so that markers of a leading space come
-    out right for every kind of tokenizer; only the piece before is decoded again, and the cost is linear.
-    """
-
-    def text(start: int, stop: int) -> str:
-        part = list(ids[start:stop])
-        return str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    context, done = 0, 0
-    before = ""
-    for stop in range(1, len(ids) + 1):
-        after = text(context, stop)
-        if after.endswith("\ufffd") and stop < len(ids):
-            continue  # an incomplete character, unless the response was cut off inside one
-        yield stop - done, after[len(before) :]
-        context, done = done, stop
-        before = text(context, done)
-
-
-def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Find the words of a response and the word that each token belongs to.
-
-    A word is a whitespace-separated stretch with the ASCII punctuation around it taken off, as VADER splits text, that
-    has at least one letter. Special tokens separate words.
-
-    Returns:
-        words, and for each token the index of the (first) word it holds a character of, or -1: `[tokens]` int64.
-    """
-    special = set(tokenizer.all_special_ids)
-    owners: list[int] = []  # the token that a character of `text` comes from; of a joined piece, its first
-    counts: list[int] = []  # tokens per piece, 0 for those that a piece swallowed
-    text = ""
-    at = 0
-    for count, piece in token_pieces(tokenizer, ids):
-        if any(token in special for token in ids[at : at + count]):
-            piece = " "
-        text += piece
-        owners.extend([at] * len(piece))
-        counts.extend([count] + [0] * (count - 1))
-        at += count
-
-    words: list[str] = []
-    index = np.full(len(ids), -1, dtype=np.int64)
-    position = 0
-    for chunk in text.split():
-        position = text.index(chunk, position)
-        word = chunk.strip(string.punctuation)
-        if any(character.isalpha() for character in word):
-            start = position + chunk.index(word)
-            for token in dict.fromkeys(owners[start : start + len(word)]):
-                span = index[token : token + counts[token]]
-                span[span < 0] = len(words)
-            words.append(word)
-        position += len(chunk)
-    return words, index
-
-
-def word_valences(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], valence: Callable[[str], float] = lexicon_valence
-) -> np.ndarray:
-    """Return each token's word valence, `[tokens]` float64: 0 in words without one, NaN outside words."""
-    words, index = token_words(tokenizer, ids)
-    values = np.array([valence(word) for word in words] + [np.nan])  # index -1 reads the last
-    return values[index]
-
-
-def auc(targets: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float:
-    """Mann-Whitney statistic P(target > other) + P(target = other) / 2; NaN if either is empty.
-
-    >>> auc([2.0, 1.0], [1.0, 0.0])
-    0.875
-    """
-    values = np.concatenate([np.asarray(targets, np.float64), np.asarray(others, np.float64)])
-    codes = np.unique(values, return_inverse=True)[1]
-    is_target = np.arange(len(values)) < len(targets)
-    return _weighted_auc(codes, is_target.astype(np.float64), (~is_target).astype(np.float64))
-
-
-def _weighted_auc(codes: np.ndarray, target_weights: np.ndarray, other_weights: np.ndarray) -> float:
+def weighted_auc(codes: np.ndarray, target_weights: np.ndarray, other_weights: np.ndarray) -> float:
     """AUC of values given as ranks `codes` (equal values share one), each counted with a weight; linear in tokens."""
     targets = np.bincount(codes, target_weights)
     others = np.bincount(codes, other_weights)
@@ -207,7 +125,7 @@ class _Side:
         """(AUC, weight of the target tokens) of one sign, with pairs weighted by `weights` `[pairs]`."""
         of_token = weights[self.pair]
         targets = of_token * (self.valences * sign > 0)
-        value = _weighted_auc(self.codes, targets, of_token * (self.valences == 0))
+        value = weighted_auc(self.codes, targets, of_token * (self.valences == 0))
         return (value if sign > 0 else 1 - value), float(targets.sum())
 
     def flat_positions(self, positions: Sequence[Sequence[int]]) -> np.ndarray:

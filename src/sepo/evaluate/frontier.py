@@ -17,13 +17,14 @@ import pyarrow as pa
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from sepo.evaluate.accuracy import mean_and_se, paired_difference
+from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation, generate_responses
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.run import policy_accuracy, sample_kl
-from sepo.logps import dataset_logps
-from sepo.recipe import EvalSettings
-from sepo.tables import write_text
+from sepo.evaluate.measure import sample_kl
+from sepo.evaluate.statistics import mean_and_se, paired_difference
+from sepo.files import write_text
+from sepo.forward.passes import dataset_logps
+from sepo.recipe.settings import EvalSettings
 
 
 class Judge:
@@ -122,7 +123,7 @@ class Checkpoints(TrainerCallback):
 
     def __init__(self, judge: Judge, shares: Sequence[float], path: Path, pairs: int):
         self.judge, self.shares, self.path, self.pairs = judge, shares, path, pairs
-        self.points: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+        self.points = _read_points(path)
         self.measuring = 0.0
         self.started = 0.0
 
@@ -147,7 +148,14 @@ class Checkpoints(TrainerCallback):
         write_text(self.path, json.dumps(self.points, indent=1) + "\n")
 
 
-# --- comparing curves -----------------------------------------------------------------------------------------------
+def _read_points(path: Path) -> list[dict[str, Any]]:
+    """What an interrupted run measured; nothing if that is no list of points."""
+    try:
+        points = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    whole = isinstance(points, list) and all(isinstance(point, dict) and "step" in point for point in points)
+    return points if whole else []
 
 
 def quality(point: Mapping[str, Any]) -> float:

@@ -17,8 +17,8 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from sepo.logps import NonFiniteError
-from sepo.models import stop_ids
+from sepo.data.templates import stop_ids
+from sepo.forward.passes import NonFiniteError
 
 _BLOCK = 256
 

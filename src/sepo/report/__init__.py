@@ -1,7 +1,12 @@
 """The report: which tokens carry the preference, seen in a page, in a notebook and in figures."""
 
-from sepo.report.build import build_report
-from sepo.report.figures import save_figures
-from sepo.report.notebook import display
+from sepo._moved import names_of
 
-__all__ = ["build_report", "display", "save_figures"]
+__getattr__ = names_of(
+    __name__,
+    {
+        "build_report": "sepo.report.build",
+        "display": "sepo.report.notebook",
+        "save_figures": "sepo.report.figures",
+    },
+)

@@ -22,16 +22,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sepo import tables
+from sepo.credit.selection import check_rate, ends_response
+from sepo.data import tables
+from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.errors import UserError
+from sepo.files import write_bytes
 from sepo.report.payload import jsonable, pack, smallest_unsigned
 from sepo.report.pieces import PieceTable, load_vocabulary
-from sepo.report.summary import segment_sums, summarise, training_curves
-from sepo.selection import check_rate, ends_response
+from sepo.report.summary import summarise, training_curves
 
-SIDES = ("chosen", "rejected")
 MODELS = ("reference", "oracle", "policy")
-
 # Log-probabilities are for reading: 1/1000 nat in 16 bits. The last value says that there is none.
 _LOGP_SCALE, _NO_LOGP = 1000, 65535
 _FACET_VALUES = 40
@@ -68,7 +68,7 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
     for shard in paths:
         table = tables.read_shard(shard, "scores")
         for side in SIDES:
-            values, counts = tables.flat(table[f"{side}_rewards"])
+            values, counts = flat(table[f"{side}_rewards"])
             rewards[side].append(values)
             lengths[side].append(counts)
         inside = picked[(picked >= start) & (picked < start + len(table))] - start
@@ -93,7 +93,7 @@ def _spread(
     pairs that the table does not hold keep `fill`.
     """
     where = {pair_id: i for i, pair_id in enumerate(rows["pair_id"].to_pylist())}
-    lengths = {side: tables.flat(rows[f"{side}_ids"])[1] for side in SIDES}
+    lengths = {side: flat(rows[f"{side}_ids"])[1] for side in SIDES}
     starts = {side: np.cumsum(counts) - counts for side, counts in lengths.items()}
     out = {side: np.full(int(counts.sum()), fill, dtype=np.float32) for side, counts in lengths.items()}
     for table in tables.iter_tables(path, kind):
@@ -228,7 +228,7 @@ def _payload(
         recorded = tables.provenance_of(pq.read_schema(tables.table_paths(selection, "selection")[0]))
         include_end = bool(recorded.get("include_end", False))
     columns = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
-    ids = {name: tables.flat(rows[column]) for name, column in columns.items()}
+    ids = {name: flat(rows[column]) for name, column in columns.items()}
     all_ids = np.concatenate([values for values, _ in ids.values()])
     all_lengths = np.concatenate([lengths for _, lengths in ids.values()])
     numbers = pieces.encode(all_ids, all_lengths)
@@ -240,8 +240,8 @@ def _payload(
         arrays[f"{name}_pieces"] = smallest_unsigned(numbers[start : start + len(values)])
         start += len(values)
     margins = np.zeros(len(rows))
-    for side, sign in zip(SIDES, (1, -1), strict=True):
-        rewards, lengths = tables.flat(rows[f"{side}_rewards"])
+    for side, sign in SIGNED_SIDES:
+        rewards, lengths = flat(rows[f"{side}_rewards"])
         arrays[f"{side}_rewards"] = rewards.astype(np.float32)
         ended = ends_response(ids[side][0], lengths, [] if include_end else scores.provenance.get("end_ids", []))
         arrays[f"{side}_ended"] = ended[np.cumsum(lengths) - 1].astype(np.uint8)  # a response has a token at least
@@ -378,5 +378,5 @@ def build_report(
     }
     data = _payload(scores, pieces, selection, logps, header)
     out = Path(out)
-    tables.write_bytes(out, _page(title, data).encode("utf-8"))
+    write_bytes(out, _page(title, data).encode("utf-8"))
     return out

@@ -8,38 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from sepo.evaluate.frontier import at_kl, quality
+from sepo.evaluate.statistics import interval, over_seeds
 from sepo.report.figures import make_figure, write_png
-
-_COLOURS = (
-    "#00756a",
-    "#96307a",
-    "#1d5ca8",
-    "#b3541e",
-    "#5f6168",
-    "#7a7a00",
-    "#c0392b",
-    "#2c7fb8",
-    "#4d9221",
-    "#8c6bb1",
-)
-_MARKERS = "osD^vP*Xhp"
+from sepo.report.style import GREY, MARKERS, SERIES
 
 _LEADING = re.compile(r"^[^=]*\.(?=[^.=]*=)")  # of policy.training.learning_rate=3e-05, all before learning_rate
-
-# Quantiles of Student's t for a two-sided interval of 95 %, from one degree of freedom on.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error over independent runs; NaN error for a single one."""
-    if not values:
-        return math.nan, math.nan
-    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), spread
 
 
 def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dict[str, Any]]:
@@ -84,7 +60,7 @@ def differences(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dic
 
     Returns:
         rows with name, against, seeds (at least 2), difference of the values at `kl`, and low and high, the interval
-        of 95 % by Student's t (with more than 11 seeds by the quantile of 11, a little wide).
+        of 95 % by Student's t.
     """
     values: dict[str, dict[int, float]] = {}
     for run in runs:
@@ -97,9 +73,9 @@ def differences(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dic
         if len(common) < 2:
             continue
         mean, error = over_seeds(common)
-        reach = _T95[min(len(common) - 2, len(_T95) - 1)] * error
+        low, high = interval(mean, error, len(common))
         row = {"name": name, "against": first, "seeds": len(common)}
-        rows.append({**row, "difference": mean, "low": mean - reach, "high": mean + reach})
+        rows.append({**row, "difference": mean, "low": low, "high": high})
     return rows
 
 
@@ -173,8 +149,7 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
     runs = [run for run in comparison["runs"] if run["reported"]] or list(comparison["runs"])
     names = list(dict.fromkeys(_name(run) for run in runs))
     style: dict[str, dict[str, Any]] = {
-        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
-        for i, name in enumerate(names)
+        name: {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
     }
 
     def frontier(axes: Axes) -> None:
@@ -186,8 +161,8 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
                 label = name if index == 0 else None
                 axes.plot(at, gained, **style[name], label=label, markersize=4, linewidth=1, alpha=0.8)
         if comparison["kl"]:
-            axes.axvline(comparison["kl"], color="#5f6168", linewidth=0.8, linestyle=":")
-        axes.axhline(0, color="#5f6168", linewidth=0.8)
+            axes.axvline(comparison["kl"], color=GREY, linewidth=0.8, linestyle=":")
+        axes.axhline(0, color=GREY, linewidth=0.8)
 
     def win_rates(axes: Axes) -> None:
         for place, name in enumerate(names):
@@ -198,7 +173,7 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
                 color=style[name]["color"], capsize=3,
             )  # fmt: skip
             axes.plot(values, [place] * len(values), "|", color=style[name]["color"], alpha=0.6)
-        axes.axvline(0.5, color="#5f6168", linewidth=0.8, linestyle=":")
+        axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
 

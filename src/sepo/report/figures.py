@@ -14,15 +14,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from sepo.data.ragged import SIDES
 from sepo.errors import UserError
-from sepo.report.build import SIDES, read_scores, read_training
+from sepo.files import write_bytes
+from sepo.report.build import read_scores, read_training
+from sepo.report.style import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES
 from sepo.report.summary import summarise
-from sepo.tables import write_bytes
 
 FORMATS = ("png", "svg", "pdf")
-_COLOURS = {"chosen": "#00756a", "rejected": "#96307a"}
-_STYLES = {"chosen": "-", "rejected": (0, (4, 2))}
-_PLAIN = "#1d5ca8"
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
 _NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 
@@ -56,9 +55,11 @@ def _table_figures(summary: dict) -> dict[str, Figure]:
         curves = summary["cumulative"]
         for side in SIDES:
             if side in curves:
-                axes.plot(curves["share"], curves[side], color=_COLOURS[side], linestyle=_STYLES[side], label=side)
-        axes.axhline(0.8, color="#5f6168", linewidth=0.8, linestyle=":")
-        axes.axvline(curves["share_for_80"], color="#5f6168", linewidth=0.8, linestyle=":")
+                axes.plot(
+                    curves["share"], curves[side], color=SIDE_COLOURS[side], linestyle=SIDE_LINES[side], label=side
+                )
+        axes.axhline(0.8, color=GREY, linewidth=0.8, linestyle=":")
+        axes.axvline(curves["share_for_80"], color=GREY, linewidth=0.8, linestyle=":")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(_PERCENT)
         axes.set(xlim=(0, 1), ylim=(0, 1))
@@ -68,11 +69,11 @@ def _table_figures(summary: dict) -> dict[str, Figure]:
             if log:
                 axes.set_yscale("log")
             for group in groups:
-                colour = _COLOURS.get(group, _PLAIN)
+                colour = SIDE_COLOURS.get(group, PLAIN)
                 shares, edges = summary[name][group], summary[name]["edges"]
-                axes.stairs(shares, edges, color=colour, linestyle=_STYLES.get(group, "-"), label=group)
+                axes.stairs(shares, edges, color=colour, linestyle=SIDE_LINES.get(group, "-"), label=group)
                 axes.stairs(shares, edges, color=colour, fill=True, alpha=0.12)
-            axes.axvline(0, color="#5f6168", linewidth=0.8, linestyle=":")
+            axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
             axes.yaxis.set_major_formatter(_PERCENT)
 
         return draw
@@ -84,9 +85,9 @@ def _table_figures(summary: dict) -> dict[str, Figure]:
                 name: [float("nan") if value is None else value for value in values]
                 for name, values in summary["positions"][side].items()
             }
-            axes.plot(at, lines["mean"], color=_COLOURS[side], linestyle=_STYLES[side], label=side)
-            axes.fill_between(at, lines["low"], lines["high"], color=_COLOURS[side], alpha=0.14, linewidth=0)
-        axes.axhline(0, color="#5f6168", linewidth=0.8)
+            axes.plot(at, lines["mean"], color=SIDE_COLOURS[side], linestyle=SIDE_LINES[side], label=side)
+            axes.fill_between(at, lines["low"], lines["high"], color=SIDE_COLOURS[side], alpha=0.14, linewidth=0)
+        axes.axhline(0, color=GREY, linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(_NUMBER)
 
@@ -108,8 +109,8 @@ def _training_figures(run: Path) -> dict[str, Figure]:
             def draw(axes: Axes, series: list[dict] = chart["series"]) -> None:
                 for line in series:
                     side = line["name"].split(",")[0]
-                    style = (0, (1, 1)) if "evaluation" in line["name"] else _STYLES.get(side, "-")
-                    colour = _COLOURS.get(side, "#1b1c20" if side == "evaluation" else _PLAIN)
+                    style = (0, (1, 1)) if "evaluation" in line["name"] else SIDE_LINES.get(side, "-")
+                    colour = SIDE_COLOURS.get(side, "#1b1c20" if side == "evaluation" else PLAIN)
                     marker = "o" if len(line["step"]) < 15 else None
                     axes.plot(
                         line["step"],

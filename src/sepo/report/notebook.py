@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sepo import tables
+from sepo.credit.selection import check_rate, keep_counts, selection_order
+from sepo.data import tables
+from sepo.data.ragged import SIDES
 from sepo.errors import UserError
-from sepo.report.build import SIDES, find_tokenizer
+from sepo.report.build import find_tokenizer
 from sepo.report.pieces import MARK_OFF, MARK_ON, Piece, PieceTable, load_vocabulary
-from sepo.report.summary import selection_order
-from sepo.selection import check_rate, keep_counts
+from sepo.report.style import NEGATIVE, POSITIVE
 
 # Blue for positive rewards, orange for negative ones, laid over whatever background the notebook has.
-_COLOURS = {True: "47,125,209", False: "226,128,26"}
+_COLOURS = {True: POSITIVE, False: NEGATIVE}
 _STRONGEST = 0.75
 
 

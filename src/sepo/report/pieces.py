@@ -31,11 +31,9 @@ from sepo.errors import UserError
 
 MARK_ON, MARK_OFF = "\x01", "\x02"
 _SPACE_MARK, _WIDE_SPACE_MARK, _NEWLINE_MARK, _TAB_MARK = "·", "␣", "↵", "⇥"
-
 # Characters that print nothing though Unicode does not call them controls or formats.
 _BLANK = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
 _JOINERS = {0x200C, 0x200D}
-
 _UNMARK = str.maketrans("", "", MARK_ON + MARK_OFF)
 _LABEL = str.maketrans(" ", _SPACE_MARK, MARK_ON + MARK_OFF + "\n\t")
 

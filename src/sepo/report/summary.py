@@ -10,30 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sepo.data.ragged import segment_sums
+from sepo.evaluate.accuracy import won
+
 CHART_POINTS = 600
-
-
-def segment_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Sum a flat array by segment, in float64: `[sum of lengths]`, `[rows]` -> `[rows]`."""
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    return np.bincount(rows, weights=values.astype(np.float64), minlength=len(lengths))
-
-
-def selection_order(rewards: np.ndarray, side: str, ended: bool = False) -> np.ndarray:
-    """Positions of one response in the order in which they are selected.
-
-    Args:
-        rewards: token rewards s_i `[tokens]`.
-        side: "chosen" (highest first) or "rejected" (lowest first); ties go to the earlier position.
-        ended: the last token ends the response and is no candidate: it comes last.
-
-    >>> selection_order(np.array([0.1, 0.5, 0.5, -0.2]), "chosen").tolist()
-    [1, 2, 0, 3]
-    >>> selection_order(np.array([0.1, 0.5, 0.5, -0.2]), "rejected", ended=True).tolist()
-    [0, 1, 2, 3]
-    """
-    last = np.arange(len(rewards)) == (len(rewards) - 1 if ended else -1)
-    return np.lexsort((-rewards if side == "chosen" else rewards, last))
 
 
 def cumulative_share(rewards: np.ndarray, lengths: np.ndarray, shares: np.ndarray) -> np.ndarray | None:
@@ -137,18 +117,19 @@ def summarise(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict:
         sides: for "chosen" and "rejected", the flat token rewards `[tokens]` and the lengths `[pairs]`.
 
     Returns:
-        Plain numbers and lists: `pairs`, `tokens`, `accuracy` (share of pairs whose summed reward margin is
-        positive), `chosen_longer`, `colour_limit` (|s| at which the colour scale ends) and the figures
-        `cumulative`, `rewards`, `margins` and `positions`.
+        Plain numbers and lists: `pairs`, `tokens`, `accuracy` (share of pairs whose chosen response has the higher
+        summed reward, ties one half), `chosen_longer`, `colour_limit` (|s| at which the colour scale ends) and the
+        figures `cumulative`, `rewards`, `margins` and `positions`.
     """
     (chosen, chosen_lengths), (rejected, rejected_lengths) = sides["chosen"], sides["rejected"]
-    margins = segment_sums(chosen, chosen_lengths) - segment_sums(rejected, rejected_lengths)
+    sums = {side: segment_sums(*values) for side, values in sides.items()}
+    margins = sums["chosen"] - sums["rejected"]
     magnitude = np.abs(np.concatenate([chosen, rejected]))
     limit = float(np.quantile(magnitude, 0.98)) if len(magnitude) else 0.0
     return {
         "pairs": len(margins),
         "tokens": len(chosen) + len(rejected),
-        "accuracy": float(np.mean(margins > 0)),
+        "accuracy": float(np.mean(won(sums["chosen"], sums["rejected"]))),
         "chosen_longer": float(np.mean(chosen_lengths > rejected_lengths)),
         "colour_limit": limit or 1.0,
         "cumulative": _cumulative_figure(sides),

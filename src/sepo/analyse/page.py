@@ -1,0 +1,188 @@
+"""The analysis as a Markdown page and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from sepo.analyse.measures import POSITION_BINS
+from sepo.report.figures import make_figure, write_png
+from sepo.report.style import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None or value != value else f"{value:{form}}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{100 * value:.1f} %"
+
+
+def analysis_markdown(result: Mapping[str, Any]) -> str:
+    """The analysis as a Markdown page; docs/compare.md says how to read it."""
+    sides = ("chosen", "rejected")
+    seen, few, length = result["overview"], result["concentration"], result["length"]
+    lines = [f"# Token rewards of {result['table']}", ""]
+    lines += _table(
+        ("", *sides),
+        [
+            ("tokens", *(f"{seen[side]['tokens']:,}" for side in sides)),
+            ("tokens a response", *(_number(seen[side]["mean_length"], ".1f") for side in sides)),
+            ("mean reward s", *(_number(seen[side]["mean"], "+.4f") for side in sides)),
+            ("standard deviation of s", *(_number(seen[side]["sd"], ".4f") for side in sides)),
+            ("mean s of the end of a response", *(_number(seen[side]["mean_end"], "+.4f") for side in sides)),
+            ("effective share of tokens", *(_percent(seen[side]["effective_share"]) for side in sides)),
+        ],
+    )
+    lines += [f"{seen['pairs']:,} pairs.", "", "## How few tokens carry the reward", ""]
+    lines += [
+        f"80 % of Σ\\|s\\| lie in {_percent(few['magnitude']['share_for_80'])} of the tokens, 80 % of the reward that "
+        f"speaks for the label in {_percent(few['mass']['share_for_80'])} (paper: 35–40 % for the reward difference).",
+        "",
+        "![](share.png)",
+        "",
+        "## Length",
+        "",
+    ]
+    lines += _table(
+        ("reward of a response", "accuracy", "chosen not longer", "rank correlation with length, chosen / rejected"),
+        [
+            (
+                name,
+                f"{_number(length[name]['accuracy'])} ± {_number(length[name]['accuracy_se'])}",
+                f"{_number(length[name]['accuracy_not_longer'])} ± {_number(length[name]['accuracy_not_longer_se'])}",
+                " / ".join(_number(length[name][f"length_correlation_{side}"], "+.2f") for side in sides),
+            )
+            for name in ("sum", "mean")
+        ],
+    )
+    lines += [
+        f"Preferring the longer response: {_number(length['length_baseline'])}; {length['pairs_not_longer']:,} pairs "
+        "have a chosen response that is not the longer one.",
+        "",
+        "## Position",
+        "",
+        "![](position.png)",
+        "",
+    ]
+    if "classes" in result:
+        lines += ["## Token classes", ""]
+        for side in sides:
+            lines += _table(
+                (side, "share of tokens", f"share of key tokens (k = {result['k']:g})", "share of Σ\\|s\\|", "mean s"),
+                [
+                    (
+                        name,
+                        _percent(row["share"]),
+                        _percent(row["key_share"]),
+                        _percent(row["magnitude_share"]),
+                        _number(row["mean"], "+.4f"),
+                    )
+                    for name, row in result["classes"][side].items()
+                    if row["tokens"]
+                ],
+            )
+    if "agreement" in result:
+        found = result["agreement"]
+        lines += ["## Agreement between oracles", ""]
+        lines += _table(
+            ("oracles", "correlation of s", "same sign", f"key tokens in common (k = {result['k']:g})"),
+            [
+                (
+                    f"{row['a']}, {row['b']}",
+                    _number(row["correlation"]),
+                    _percent(row["same_sign"]),
+                    _percent(row["overlap"]),
+                )
+                for row in found["between"]
+            ],
+        )
+        lines += [f"Two random selections have {_percent(found['chance'])} in common.", "", "![](agreement.png)", ""]
+    if "fidelity" in result:
+        lines += ["## Fidelity: do rewards find the words that carry the gold reward?", ""]
+        lines += _table(
+            (
+                "reward",
+                "AUC, sign-aware",
+                "AUC of \\|s\\|",
+                "correlation",
+                "precision chosen (lift)",
+                "rejected (lift)",
+            ),
+            [
+                (
+                    name,
+                    f"{_number(row['auc'])} ± {_number(row['auc_se'])}",
+                    _number(row["auc_unsigned"]),
+                    _number(row["correlation"], "+.3f"),
+                    *(
+                        f"{_percent(row[f'precision_{side}'])} ({_number(row[f'lift_{side}'], '.2f')})"
+                        for side in sides
+                    ),
+                )
+                for name, row in result["fidelity"].items()
+            ],
+        )
+        lines += ["![](fidelity.png)", ""]
+    return "\n".join(lines)
+
+
+def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw share.png, position.png and, where they were computed, agreement.png and fidelity.png."""
+
+    def share(axes: Axes) -> None:
+        for kind, style in (("magnitude", "-"), ("mass", SIDE_LINES["rejected"])):
+            for side in SIDE_COLOURS:
+                if side in result["concentration"][kind]:
+                    label = f"{side}, {'Σ|s|' if kind == 'magnitude' else 'for the label'}"
+                    axes.plot(
+                        result["concentration"]["share"],
+                        result["concentration"][kind][side],
+                        color=SIDE_COLOURS[side],
+                        linestyle=style,
+                        label=label,
+                    )
+        axes.axhline(0.8, color=GREY, linewidth=0.8, linestyle=":")
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+
+    def position(axes: Axes) -> None:
+        at = (np.arange(POSITION_BINS) + 0.5) / POSITION_BINS
+        for side, colour in SIDE_COLOURS.items():
+            means = [np.nan if value is None else value for value in result["position"][side]["mean"]]
+            axes.plot(at, means, color=colour, marker="o", markersize=3, label=side)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+
+    def changed(axes: Axes) -> None:
+        found = result["agreement"]["changed"]
+        axes.barh(range(len(found)), list(found.values()), color=PLAIN, height=0.6)
+        axes.axvline(1 - result["agreement"]["chance"], color=GREY, linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(found)), list(found))
+        axes.invert_yaxis()
+
+    def fidelities(axes: Axes) -> None:
+        found = result["fidelity"]
+        errors = [1.96 * row["auc_se"] for row in found.values()]
+        values = [row["auc"] for row in found.values()]
+        axes.errorbar(values, range(len(found)), xerr=errors, fmt="o", color=PLAIN, capsize=3)
+        axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(found)), list(found))
+        axes.invert_yaxis()
+
+    figures = {
+        "share": make_figure(share, "Share of tokens, largest first", "Share of the reward"),
+        "position": make_figure(position, "Place in the response", "Mean reward s"),
+    }
+    if "agreement" in result and result["agreement"]["chance"] is not None:
+        figures["agreement"] = make_figure(changed, "Share of key tokens that are not the last oracle's", "")
+    if "fidelity" in result:
+        figures["fidelity"] = make_figure(fidelities, "AUC for the words of the lexicon, sign-aware", "")
+    return [write_png(figure, folder / f"{stem}.png") for stem, figure in figures.items()]

@@ -1,0 +1,208 @@
+"""The command line as argparse reads it: commands, options, their help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from sepo.cli import commands
+from sepo.errors import one_line
+
+EPILOG = """\
+the usual way:
+  sepo run recipes/quickstart.yaml              the whole job, offline, on the embedded model and data
+  sepo run my.yaml --dry-run                    what would be done: plan, counts, time and memory
+  sepo run my.yaml oracle.beta=0.05             with one setting changed
+  sepo recipe                                   every setting with its default and meaning
+  sepo analyse runs/quickstart                  what the token rewards look like, and how far to trust them
+  sepo compare recipes/experiments/objectives.yaml    rival objectives at one budget, over seeds
+
+stage by stage, without a recipe:
+  sepo oracle --reference MODEL --data prefs.parquet --out oracle learning_rate=5e-6
+  sepo score  --oracle oracle --reference MODEL --data prefs.parquet --out scores
+  sepo select --table scores --k 0.3 --out selection
+  sepo train  --policy MODEL --selection selection --out policy learning_rate=5e-6
+  sepo eval   --policy policy --base MODEL --data held_out.parquet --out eval
+  sepo report --table scores --tokenizer MODEL  every token coloured by its reward, in the browser
+
+MODEL is a hub id, a folder, a .gguf file, or package:PACKAGE/FILE.gguf. Data is a hub id, a folder or a
+parquet, json, jsonl or csv file with the columns chosen, rejected and (unless both share it) prompt.
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; `key=value` settings may stand anywhere, also after flags."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    settings = getattr(arguments, "overrides", getattr(arguments, "training", None))
+    for item in rest:
+        if settings is None or item.startswith("-") or "=" not in item:
+            parser.error(f"unrecognized argument: {item}")
+        settings.append(item)
+    return arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))  # it repeats what it was given, however long
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sepo",
+        description="Selective preference optimization: align a model on the tokens that carry the preference.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, work: Callable, text: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(work=work)
+        return sub
+
+    run = command("run", commands.run_command, "run all stages of a recipe, reusing what stands")
+    run.add_argument("recipe", help="YAML file; see recipes/ and `sepo recipe`")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. oracle.beta=0.2")
+    run.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
+
+    compare = command(
+        "compare", commands.compare_command, "train every method of a grid at one budget and compare them"
+    )
+    compare.add_argument("grid", help="YAML file; see docs/compare.md and recipes/experiments/")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in all variants")
+    compare.add_argument("--dry-run", action="store_true", help="show the runs and an estimate of time; train nothing")
+
+    analyse = command(
+        "analyse", commands.analyse_command, "say what token rewards look like, and how far they can be trusted"
+    )
+    analyse.add_argument("run", nargs="?", metavar="RUN", help="run folder: its scores, tokenizer and gold reward")
+    analyse.add_argument(
+        "--table",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a score table; repeat for several oracles of the same pairs, the best-informed last",
+    )
+    analyse.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer the tables' tokens are")
+    analyse.add_argument("--reference-logps", metavar="DIR", help="log-probabilities of the pairs, for the surprisal")
+    analyse.add_argument("--gold", choices=["vader"], help="gold reward whose word values are the truth")
+    analyse.add_argument("--k", type=float, default=0.3, help="share of key tokens to look at (default 0.3)")
+    analyse.add_argument("--seed", type=int, default=0, help="seed of the random baseline (default 0)")
+    analyse.add_argument("--out", metavar="DIR", help="folder of the results (default: analysis/ in the run)")
+
+    command("recipe", commands.recipe_command, "print every setting of a recipe with its default and meaning")
+
+    oracle = command("oracle", commands.oracle_command, "train an oracle: DPO on a reference model")
+    oracle.add_argument("--reference", required=True, metavar="MODEL", help="model to start from")
+    _data_options(oracle)
+    _out_option(oracle, "folder for the oracle model")
+    oracle.add_argument("--beta", type=float, default=0.1, help="DPO's KL strength (default 0.1)")
+    _training_options(oracle)
+
+    score = command("score", commands.score_command, "score every response token: log oracle minus log reference")
+    score.add_argument("--oracle", required=True, metavar="MODEL", help="model trained with DPO")
+    score.add_argument("--reference", required=True, metavar="MODEL", help="the model it was trained from")
+    _data_options(score)
+    _out_option(score, "folder for the score table (pairs and log-probabilities are kept inside it)")
+    score.add_argument("--tokens-per-row", type=int, help="token budget of a packed row; bounds the memory")
+    _device_options(score)
+
+    select = command("select", commands.select_command, "select the key tokens of a score table")
+    select.add_argument(
+        "--table",
+        action="append",
+        required=True,
+        metavar="DIR",
+        help="score table, from `sepo score`; repeat for several oracles of the same pairs",
+    )
+    select.add_argument("--combine", choices=["mean", "min"], default="mean", help="how to join several (default mean)")
+    select.add_argument("--k", type=float, default=0.3, help="share of tokens to keep on both sides (default 0.3)")
+    select.add_argument("--k-chosen", type=float, help="share for chosen responses, instead of --k")
+    select.add_argument("--k-rejected", type=float, help="share for rejected responses, instead of --k")
+    select.add_argument("--include-end", action="store_true", help="let the end-of-response token be a key token")
+    select.add_argument("--seed", type=int, default=0, help="seed of rule random (default 0)")
+    _out_option(select, "folder for the selection table")
+    select.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings as in a recipe's select section: rule_chosen=mass credit=soft ... (docs/selection.md)",
+    )
+
+    train = command("train", commands.train_command, "train a policy on key tokens, or by a rival objective")
+    train.add_argument("--policy", required=True, metavar="MODEL", help="model to align; needs the oracle's tokenizer")
+    train.add_argument("--selection", required=True, metavar="DIR", help="selection table, from `sepo select`")
+    _out_option(train, "folder for the trained policy")
+    train.add_argument("--objective", default="sepo", help="the loss (default sepo); see docs/objectives.md")
+    train.add_argument("--gamma", type=float, default=2.0, help="reward scale of sepo, simpo, confpo (default 2.0)")
+    train.add_argument("--margin", type=float, default=0.0, help="target margin of the same (default 0)")
+    train.add_argument("--beta", type=float, default=0.1, help="KL strength of dpo and its kin (default 0.1)")
+    train.add_argument("--alpha", type=float, help="weight of the objective's second term (default: its paper's)")
+    train.add_argument("--label-smoothing", type=float, default=0.0, help="probability of a flipped label (default 0)")
+    _training_options(train)
+
+    evaluate = command("eval", commands.eval_command, "measure a policy against the model it started from")
+    evaluate.add_argument("--policy", required=True, metavar="MODEL", help="trained model")
+    evaluate.add_argument("--base", required=True, metavar="MODEL", help="the model it was trained from")
+    _data_options(evaluate)
+    _out_option(evaluate, "folder for metrics.json and generations.parquet")
+    evaluate.add_argument("--gold", choices=["vader"], help="gold reward of the generations")
+    evaluate.add_argument("--prompts", type=int, default=100, help="prompts to generate for (default 100)")
+    evaluate.add_argument("--samples", type=int, default=1, help="generations a prompt (default 1)")
+    evaluate.add_argument("--max-new-tokens", type=int, default=256, help="length limit (default 256)")
+    _device_options(evaluate)
+
+    report = command("report", commands.report_command, "write the HTML report of a run or of any score table")
+    report.add_argument("run", nargs="?", metavar="RUN", help="run folder")
+    report.add_argument("--table", metavar="DIR", help="a score table instead of a run")
+    report.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer to show the table's tokens with")
+    report.add_argument("--out", metavar="FILE", help="HTML file (default: report.html in the run or beside the table)")
+    report.add_argument("--figures", metavar="DIR", help="also save the figures there as PNG and SVG")
+    report.add_argument("--max-pairs", type=int, default=5000, help="pairs to show at most (default 5000)")
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"sepo {version('sepo')}"
+    except PackageNotFoundError:
+        return "sepo (not installed)"
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="SOURCE", help="hub id, folder or file of preference pairs")
+    parser.add_argument("--split", default="train", help="split to read (default train)")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="ours=theirs",
+        help="a column under another name, e.g. chosen=preferred; repeatable",
+    )
+    parser.add_argument("--as-chat", action="store_true", help="wrap plain-text prompts as one user turn")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and response (default 2048)")
+
+
+def _out_option(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help=text)
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0, mps (default auto)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random draw (default 0)")
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    _device_options(parser)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train LoRA adapters of this rank")
+    parser.add_argument(
+        "training",
+        nargs="*",
+        metavar="key=value",
+        help="training settings as in a recipe: learning_rate=5e-6 batch_size=64 num_train_epochs=1 ...",
+    )

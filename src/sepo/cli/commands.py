@@ -1,0 +1,333 @@
+"""What each command does, once its arguments are read. Libraries are imported where they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sepo.cli.output import print_metrics, print_plan
+from sepo.errors import UserError
+
+if TYPE_CHECKING:
+    from sepo.recipe.settings import Recipe
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    from sepo.recipe.reading import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    _quiet_libraries()
+    from sepo.runs.pipeline import run_recipe
+    from sepo.runs.plan import plan_run
+
+    if arguments.dry_run:
+        processes = _join("cpu")
+        rows = processes.on_main(lambda: plan_run(recipe))
+        if processes.is_main():
+            print_plan(recipe.name, rows)
+        return
+    metrics = run_recipe(recipe)
+    print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
+
+
+def compare_command(arguments: argparse.Namespace) -> None:
+    from sepo.recipe.grid import load_grid
+
+    grid, settings = load_grid(arguments.grid, arguments.overrides)
+    _quiet_libraries()
+    from sepo.runs.compare import compare
+    from sepo.runs.plan import plan_grid
+
+    if arguments.dry_run:
+        print_plan(grid.name, plan_grid(grid, settings))
+        return
+    compare(grid, settings)
+    folder = grid.results_folder
+    print((folder / "compare.md").read_text(encoding="utf-8"))
+    print(f"{folder}/compare.md  compare.json  frontier.png")
+
+
+def analyse_command(arguments: argparse.Namespace) -> None:
+    from sepo.credit.selection import check_rate
+
+    check_rate("k", arguments.k)
+    if arguments.run is None and (not arguments.table or arguments.out is None):
+        raise UserError("analyse needs a run folder, or --table DIR and --out DIR: see `sepo analyse --help`")
+    _quiet_libraries()
+    from sepo.analyse.analyse import analyse, run_inputs
+
+    inputs = run_inputs(
+        None if arguments.run is None else Path(arguments.run),
+        arguments.table,
+        tokenizer=arguments.tokenizer,
+        reference_logps=arguments.reference_logps,
+        gold=arguments.gold,
+    )
+    out = Path(arguments.out) if arguments.out else Path(arguments.run) / "analysis"
+    analyse(inputs, out, k=arguments.k, seed=arguments.seed)
+    print((out / "analysis.md").read_text(encoding="utf-8"))
+
+
+def recipe_command(arguments: argparse.Namespace) -> None:
+    from sepo.recipe.reading import describe_recipe
+
+    print(describe_recipe())
+
+
+def oracle_command(arguments: argparse.Namespace) -> None:
+    recipe = _recipe_of(arguments, reference={"model": arguments.reference}, oracle=_training_of(arguments))
+    _quiet_libraries()
+    from sepo.models.names import resolve_model
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.stages import data, oracle, reference
+    from sepo.training.fit import train_model
+
+    _join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
+    model = resolve_model(arguments.reference)
+    pairs = data.read_pairs(recipe.data, load_tokenizer(model))
+    results = train_model(
+        model,
+        pairs,
+        Path(arguments.out),
+        recipe.oracle.training,
+        lora=recipe.oracle.lora,
+        seed=recipe.seed,
+        device=recipe.device,
+        objective="dpo",
+        beta=recipe.oracle.beta,
+    )
+    print_metrics(f"oracle: {arguments.out}", {"pairs": len(pairs), **results})
+
+
+def score_command(arguments: argparse.Namespace) -> None:
+    recipe = _recipe_of(
+        arguments, reference={"model": arguments.reference}, oracle={"model": arguments.oracle},
+        tokens_per_row=arguments.tokens_per_row,
+    )  # fmt: skip
+    _quiet_libraries()
+    from sepo.data.tables import read_table
+    from sepo.evaluate.accuracy import oracle_accuracy
+    from sepo.models.names import resolve_model
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.stages import data, oracle, reference
+    from sepo.stages.logps import logps_pass, scoring_dtype
+    from sepo.stages.score import score_pairs
+
+    processes = _join(arguments.device)
+    processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
+    models = {"reference": resolve_model(arguments.reference), "oracle": resolve_model(arguments.oracle)}
+    out = Path(arguments.out)
+
+    def write_pairs() -> int:
+        pairs = data.read_pairs(recipe.data, load_tokenizer(models["reference"]))
+        data.write_pairs(out / "pairs", pairs)
+        return len(pairs)
+
+    pairs = processes.on_main(write_pairs)
+    stores = {
+        role: logps_pass(
+            model,
+            out / "pairs",
+            out / "logps" / role,
+            device=recipe.device,
+            dtype=scoring_dtype(recipe),
+            tokens_per_row=recipe.tokens_per_row,
+            description=role,
+        )
+        for role, model in models.items()
+    }
+    processes.on_main(lambda: str(score_pairs(out / "pairs", [stores["oracle"]], stores["reference"], out)))
+    print_metrics(f"scores: {out}", {"pairs": pairs, **oracle_accuracy(read_table(out, "scores"))})
+
+
+def select_command(arguments: argparse.Namespace) -> None:
+    from sepo.credit.selection import check_rate
+    from sepo.recipe.reading import load_recipe
+
+    rates = {
+        side: arguments.k if getattr(arguments, f"k_{side}") is None else getattr(arguments, f"k_{side}")
+        for side in ("chosen", "rejected")
+    }
+    for side, rate in rates.items():
+        check_rate(f"k_{side}", rate)
+    settings = load_recipe(None, [f"select.{item}" for item in arguments.overrides]).select.model_dump()
+    settings |= {"k_chosen": rates["chosen"], "k_rejected": rates["rejected"]}
+    settings["include_end"] |= arguments.include_end
+    from sepo.credit.rewards import combine_scores
+    from sepo.data.ragged import flat
+    from sepo.data.tables import read_table, write_table
+    from sepo.stages.data import PAIRS_PER_SHARD
+    from sepo.stages.select import select
+
+    out = Path(arguments.out)
+
+    def write_selection() -> str:
+        scores = Path(arguments.table[0])
+        with tempfile.TemporaryDirectory() as folder:
+            if len(arguments.table) > 1:
+                joined = combine_scores([read_table(path, "scores") for path in arguments.table], arguments.combine)
+                scores = Path(folder)
+                write_table(scores, joined, PAIRS_PER_SHARD)
+            return str(select(scores, out, **settings, seed=arguments.seed))
+
+    _join("cpu").on_main(write_selection)
+    table = read_table(arguments.out, "selection")
+    metrics: dict[str, float] = {"pairs": len(table)}
+    for side in ("chosen", "rejected"):
+        kept, total = (int(flat(table.column(f"{side}_{part}"))[1].sum()) for part in ("positions", "ids"))
+        metrics |= {f"{side}/tokens": total, f"{side}/key_tokens": kept, f"{side}/share": kept / total}
+    print_metrics(f"selection: {arguments.out}", metrics)
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    recipe = _recipe_of(arguments, policy=_training_of(arguments))
+    policy = recipe.policy
+    _quiet_libraries()
+    from sepo.data.fingerprints import check_table_tokenizer
+    from sepo.data.tables import read_table
+    from sepo.models.names import check_model, resolve_model
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.stages import train
+    from sepo.training.fit import objective_settings, train_model
+
+    _join(arguments.device)
+    train.check(recipe)
+    table = read_table(arguments.selection, "selection")
+    check_model(arguments.policy)
+    model = resolve_model(arguments.policy)
+    check_table_tokenizer(table, load_tokenizer(model), arguments.selection, arguments.policy)
+    results = train_model(
+        model,
+        table,
+        Path(arguments.out),
+        policy.training,
+        lora=policy.lora,
+        seed=recipe.seed,
+        device=recipe.device,
+        **objective_settings(policy),
+    )
+    print_metrics(f"policy: {arguments.out}", {"pairs": len(table), **results})
+
+
+def eval_command(arguments: argparse.Namespace) -> None:
+    settings = {name: getattr(arguments, name) for name in ("gold", "prompts", "samples", "max_new_tokens")}
+    recipe = _recipe_of(
+        arguments, reference={"model": arguments.base}, policy={"model": arguments.policy}, eval=settings
+    )
+    _quiet_libraries()
+    from sepo.evaluate.measure import evaluate_run
+    from sepo.files import write_json
+    from sepo.models.names import resolve_model
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.stages import data, evaluate, reference, train
+
+    def measure() -> dict[str, float]:
+        for stage in (reference, train, evaluate, data):
+            stage.check(recipe)
+        policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
+        data.write_pairs(out / "pairs", data.read_pairs(recipe.data, load_tokenizer(base)))
+        metrics = evaluate_run(policy, base, out / "pairs", out, recipe.eval, seed=recipe.seed, device=recipe.device)
+        write_json(out / "metrics.json", metrics)
+        return metrics
+
+    out = Path(arguments.out)
+    print_metrics(f"eval: {out}", _join("cpu").on_main(measure))
+
+
+def report_command(arguments: argparse.Namespace) -> None:
+    if (arguments.run is None) == (arguments.table is None):
+        raise UserError("report needs a run folder or --table DIR, one of the two: see `sepo report --help`")
+    run = None if arguments.run is None else Path(arguments.run)
+    if run is not None and not (run / "manifest.json").is_file():
+        raise UserError(f"'{run}' is not a run folder (no manifest.json): expected what `sepo run` wrote")
+    table = None if arguments.table is None else Path(arguments.table)
+    tokenizer = None
+    if arguments.tokenizer is not None:
+        _quiet_libraries()
+        from sepo.models.names import resolve_model
+
+        tokenizer = Path(resolve_model(arguments.tokenizer))
+    from sepo.report.build import build_report
+    from sepo.report.figures import save_figures
+
+    source = run or table
+    assert source is not None
+    out = Path(arguments.out) if arguments.out else (run or source.parent) / "report.html"
+
+    def write() -> None:
+        print(build_report(run, table=table, tokenizer=tokenizer, out=out, max_pairs=arguments.max_pairs))
+        if arguments.figures:
+            for path in save_figures(source, Path(arguments.figures)):
+                print(path)
+
+    _join("cpu").on_main(write)
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
+    """The recipe that the options of a stage command amount to, checked as a recipe is."""
+    from sepo.recipe.reading import parse_recipe
+
+    values = {key: value for key, value in sections.items() if value is not None}
+    for name in ("seed", "device"):
+        if hasattr(arguments, name):
+            values[name] = getattr(arguments, name)
+    if hasattr(arguments, "data"):
+        columns: dict[str, str] = {}
+        for item in arguments.column:
+            ours, equals, theirs = item.partition("=")
+            if not equals or ours not in ("prompt", "chosen", "rejected") or not theirs:
+                raise UserError(f"--column {item}: expected prompt=NAME, chosen=NAME or rejected=NAME")
+            columns[ours] = theirs
+        values["data"] = {
+            "source": arguments.data,
+            "split": arguments.split,
+            "columns": columns,
+            "as_chat": arguments.as_chat,
+            "max_length": arguments.max_length,
+        }
+    return parse_recipe(values, "command line")
+
+
+def _training_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A recipe's section "oracle" or "policy" from options and `key=value` training settings."""
+    from sepo.recipe.reading import parse_override, set_key
+
+    values: dict[str, Any] = {}
+    for item in arguments.training:
+        key, value = parse_override(item)
+        set_key(values, f"training.{key}", value, f"override '{item}'")
+    for name in ("objective", "beta", "gamma", "margin", "alpha", "label_smoothing"):
+        if getattr(arguments, name, None) is not None:
+            values[name] = getattr(arguments, name)
+    if arguments.lora is not None:
+        values["lora"] = {"r": arguments.lora}
+    return values
+
+
+def _join(device: str):
+    """Meet the other processes of a launch (torchrun, accelerate launch); returns the module `processes`."""
+    from sepo import processes
+
+    processes.join(device)
+    return processes
+
+
+def _quiet_libraries() -> None:
+    """Keep third-party progress bars and notices from drowning our own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Deprecations inside the libraries are their authors' business, not the user's.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,1 @@
+"""Credit: the reward of every token, and the key tokens among them."""

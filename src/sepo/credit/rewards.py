@@ -1,0 +1,115 @@
+"""Token rewards: how much more the oracle believes in a token than the reference does.
+
+    s_i = log pi_oracle(y_i | x, y_<i) - log pi_reference(y_i | x, y_<i)      (arXiv 2408.13518, Theorem 1)
+
+The DPO reward of a token is beta * s_i; beta does not change any ranking and is left out. For an oracle trained with
+DPO the rewards of a response sum to its reward, up to a term of the prompt alone: that sum is what Theorem 1 fixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from sepo.data.ragged import SIDES, flat, ragged, segment_sums
+from sepo.data.tables import make_table, provenance_of
+from sepo.errors import UserError
+
+
+def token_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.Table:
+    """Join pairs with two log-probability tables into a table of kind "scores".
+
+    Args:
+        pairs: kind "pairs", `n` rows.
+        oracle, reference: kind "logps", the same rows in the same order.
+
+    Raises:
+        UserError: the tables do not belong to the same pairs.
+    """
+    for name, logps in (("oracle", oracle), ("reference", reference)):
+        if logps.column("pair_id").to_pylist() != pairs.column("pair_id").to_pylist():
+            raise UserError(f"the {name} log-probabilities are not those of these pairs: score the same data with both")
+    columns: dict[str, object] = {name: pairs.column(name) for name in pairs.column_names}
+    for side in SIDES:
+        after, lengths = flat(oracle.column(f"{side}_logps"))
+        before, before_lengths = flat(reference.column(f"{side}_logps"))
+        _, ids_lengths = flat(pairs.column(f"{side}_ids"))
+        if not (np.array_equal(lengths, ids_lengths) and np.array_equal(before_lengths, ids_lengths)):
+            raise UserError(f"the {side} log-probabilities are not as long as the responses: score the same data again")
+        columns[f"{side}_rewards"] = ragged(after - before, lengths)
+    provenance = {
+        **{key: value for key, value in provenance_of(pairs).items() if key not in ("format", "version")},
+        "oracle": provenance_of(oracle).get("model"),
+        "reference": provenance_of(reference).get("model"),
+    }
+    return make_table("scores", columns, provenance)
+
+
+def response_sums(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sum a token column over each response.
+
+    Args:
+        table: kind "scores" or "logps".
+        column: "rewards" or "logps", the part of the column name after `chosen_` and `rejected_`.
+
+    Returns:
+        chosen and rejected sums, each `[rows]` float64.
+    """
+    chosen, rejected = (segment_sums(*flat(table.column(f"{side}_{column}"))) for side in SIDES)
+    return chosen, rejected
+
+
+def target_sums(table: pa.Table, logps: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Sum log-probabilities over the targets of each response, each times its weight.
+
+    Args:
+        table: kind "selection" (its positions and weights are the targets) or "pairs" (every token is one).
+        logps: kind "logps", row for row with `table`.
+
+    Returns:
+        chosen and rejected sums, each `[rows]` float64.
+    """
+    if "chosen_positions" not in table.column_names:
+        return response_sums(logps, "logps")
+    sums = []
+    for side in SIDES:
+        values, lengths = flat(logps.column(f"{side}_logps"))
+        positions, counts = flat(table.column(f"{side}_positions"))
+        weights, _ = flat(table.column(f"{side}_weights"))
+        starts = np.repeat(np.cumsum(lengths) - lengths, counts)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        kept = values[starts + positions].astype(np.float64) * weights
+        sums.append(np.bincount(rows, kept, minlength=len(counts)))
+    return sums[0], sums[1]
+
+
+def combine_scores(tables: Sequence[pa.Table], how: str = "mean") -> pa.Table:
+    """Join the token rewards of several oracles into one table of kind "scores".
+
+    Args:
+        tables: kind "scores", the same pairs in the same order.
+        how: "mean", or "min": the pessimistic one, a lower bound of the reward that the most doubtful oracle sets
+            (Theorem 2 has it in expectation for one oracle on part of the data).
+
+    Raises:
+        UserError: the tables do not hold the same pairs, or `how` is neither.
+    """
+    if how not in ("mean", "min"):
+        raise UserError(f"combine is '{how}': expected mean or min")
+    first = tables[0]
+    columns: dict[str, object] = {name: first.column(name) for name in first.column_names}
+    for side in SIDES:
+        ids, lengths = flat(first.column(f"{side}_ids"))
+        stack = []
+        for table in tables:
+            other, other_lengths = flat(table.column(f"{side}_ids"))
+            if not (np.array_equal(other_lengths, lengths) and np.array_equal(other, ids)):
+                raise UserError("the score tables do not hold the same pairs: score the same data with each oracle")
+            stack.append(flat(table.column(f"{side}_rewards"))[0])
+        joined = np.mean(stack, 0) if how == "mean" else np.min(stack, 0)
+        columns[f"{side}_rewards"] = ragged(joined.astype(np.float32), lengths)
+    provenance = {key: value for key, value in provenance_of(first).items() if key not in ("format", "version")}
+    provenance |= {"oracle": [provenance_of(table).get("oracle") for table in tables], "combined": how}
+    return make_table("scores", columns, provenance)

@@ -1,0 +1,21 @@
+"""Preference data: a source -> validated pairs -> token ids -> train and held out -> tables on disk.
+
+loading  formats    any source: hub id, folder, file
+rows                any preference format -> prompt, chosen, rejected
+templates encoding  text -> token ids, with a firm boundary between prompt and response
+splits              train and held out by prompt
+tables  ragged      parquet tables with provenance; list columns as flat arrays
+fingerprints        what a tokenizer and a dataset are
+"""
+
+from sepo._moved import names_of
+
+__getattr__ = names_of(
+    __name__,
+    {
+        "load_preferences": "sepo.data.loading",
+        "sample_pairs": "sepo.data.splits",
+        "split_pairs": "sepo.data.splits",
+        "tokenize_pairs": "sepo.data.encoding",
+    },
+)

@@ -1,0 +1,76 @@
+"""What a tokenizer and a dataset are, in 16 hex digits that are the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from sepo.data.loading import ROWS_AT_ONCE, read_rows, relevant_columns
+from sepo.data.tables import provenance_of
+from sepo.errors import UserError
+
+_PROBE = (
+    "The quick brown fox doesn't jump over 1234567 lazy dogs; naïve café, ÀÉ, 3.14 × 10⁻²!\n\n"
+    "\tdef f(x):  return x\n  Müller straße 东京的天气很好。Привет, мир! مرحبا שלום नमस्ते 👩\u200d👧 "
+    "\u200b<b>&amp;</b> https://a.b/c?d=e#f \r\n   end "
+)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return 16 hex digits that identify what a tokenizer does: two tokenizers with one fingerprint agree on
+    ids.
+
+    Made of the vocabulary, the ids of BOS, EOS and the unknown token, and the ids of a fixed text in many
+    scripts (which depend on merges, normaliser and the BOS that is put by default). The padding token and
+    the chat template do not count: neither changes what an id means.
+    """
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    return short_digest(json.dumps([vocabulary, special, list(tokenizer(_PROBE)["input_ids"])]))
+
+
+def dataset_fingerprint(dataset: datasets.Dataset) -> str:
+    """Return 16 hex digits that identify the prompts, responses and pair ids of a dataset.
+
+    It depends on content and order alone: not on the file format, the column order, other columns or the
+    process.
+    """
+    digest = hashlib.sha256()
+    dataset = relevant_columns(dataset)
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        update_digest(digest, read_rows(dataset, start, min(start + ROWS_AT_ONCE, len(dataset))))
+    return digest.hexdigest()[:16]
+
+
+def update_digest(digest: Any, rows: Sequence[dict[str, Any] | None]) -> None:
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        digest.update(b"\n")
+
+
+def short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:16]
+
+
+def check_same_tokenizer(role: str, tokenizer: Any, other_role: str, other: Any) -> None:
+    """Raise a UserError unless both tokenizers give the same ids: token rewards are tied to ids."""
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other):
+        raise UserError(
+            f"{role} and {other_role} have different tokenizers: token rewards are tied to token ids; "
+            "choose models that share a tokenizer"
+        )
+
+
+def check_table_tokenizer(table: pa.Table, tokenizer: Any, path: str, model: str) -> None:
+    """Raise a UserError unless a table was made with this tokenizer."""
+    made_with = provenance_of(table).get("tokenizer")
+    if made_with is not None and made_with != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"'{path}' was made with another tokenizer than that of '{model}': "
+            "train a model that shares the oracle's tokenizer, or score again"
+        )

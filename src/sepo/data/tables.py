@@ -1,0 +1,312 @@
+"""Parquet tables on disk: one schema per kind, provenance in the metadata, atomic writes.
+
+A table is a folder of shards `part-00000.parquet`, `part-00001.parquet`, ... with one row a pair.
+A shard is written under a temporary name and renamed, so a reader never sees half a shard. The
+schema metadata holds one JSON object under the key `sepo`: `format` (the kind of table), `version`
+and the fingerprints of what the table was made from.
+
+What is read is checked, never believed: each shard carries its number, the number of shards and a
+digest of its rows, and the rows must fit each other (one reward a token, positions inside their
+response, finite numbers). A table that fails is refused in one line. The checks take about as long
+as reading does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sepo.data.ragged import flat
+from sepo.errors import UserError, one_line
+from sepo.files import replacing
+
+FORMAT_VERSION = 1
+_KEY = b"sepo"
+# Provenance that belongs to one shard on disk, not to what the table was made from.
+_SHARD_KEYS = ("shard", "shards", "digest")
+_IDS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+_PAIR_FIELDS = [
+    pa.field("pair_id", pa.int64()),
+    pa.field("prompt_ids", _IDS),
+    pa.field("chosen_ids", _IDS),
+    pa.field("rejected_ids", _IDS),
+]
+SCHEMAS: dict[str, pa.Schema] = {
+    "pairs": pa.schema(_PAIR_FIELDS),
+    "logps": pa.schema(
+        [pa.field("pair_id", pa.int64()), pa.field("chosen_logps", _FLOATS), pa.field("rejected_logps", _FLOATS)]
+    ),
+    "scores": pa.schema([*_PAIR_FIELDS, pa.field("chosen_rewards", _FLOATS), pa.field("rejected_rewards", _FLOATS)]),
+    "selection": pa.schema(
+        [
+            *_PAIR_FIELDS,
+            pa.field("chosen_positions", _IDS),
+            pa.field("rejected_positions", _IDS),
+            pa.field("chosen_weights", _FLOATS),
+            pa.field("rejected_weights", _FLOATS),
+        ]
+    ),
+}
+
+
+def make_table(kind: str, columns: Mapping[str, object], provenance: Mapping[str, object] | None = None) -> pa.Table:
+    """Build a table of one `kind` (a key of `SCHEMAS`) from columns, with its provenance attached.
+
+    Raises:
+        KeyError: a column of the schema is missing.
+    """
+    schema = SCHEMAS[kind]
+    arrays = []
+    for field in schema:
+        column = columns[field.name]
+        if not isinstance(column, pa.Array | pa.ChunkedArray):
+            column = pa.array(column, type=field.type)
+        arrays.append(column.cast(field.type))
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    return with_provenance(table, kind, provenance or {})
+
+
+def with_provenance(table: pa.Table, kind: str, provenance: Mapping[str, object]) -> pa.Table:
+    """Return `table` with its format, version and provenance in the schema metadata."""
+    payload = {"format": kind, "version": FORMAT_VERSION, **provenance}
+    return table.replace_schema_metadata({_KEY: json.dumps(payload, sort_keys=True).encode()})
+
+
+def provenance_of(schema_or_table: pa.Schema | pa.Table) -> dict:
+    """Return the metadata object of a table: `format`, `version` and fingerprints (empty if it has none)."""
+    schema = schema_or_table.schema if isinstance(schema_or_table, pa.Table) else schema_or_table
+    raw = (schema.metadata or {}).get(_KEY)
+    value = json.loads(raw) if raw else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"its provenance is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def table_digest(table: pa.Table) -> str:
+    """Fingerprint of the rows of a table, independent of how they are chunked and of its provenance."""
+    digest = hashlib.sha256()
+    for name in sorted(table.column_names):
+        digest.update(name.encode("utf-8", "surrogatepass"))
+        column = table.column(name).combine_chunks()
+        if pa.types.is_list(column.type):
+            digest.update(column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
+            column = column.flatten()
+        digest.update(str(column.type).encode())
+        if column.null_count == 0 and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+        else:
+            digest.update(json.dumps(column.to_pylist(), default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"part-{index:05d}.parquet"
+
+
+def write_shard(folder: str | os.PathLike, index: int, table: pa.Table, shards: int = 1) -> Path:
+    """Write shard `index` of a table of `shards` shards, atomically, with the digest that `read_shard` checks."""
+    provenance = {**provenance_of(table), "shard": index, "shards": shards}
+    provenance["digest"] = _shard_digest(table, provenance)
+    metadata = {_KEY: json.dumps(provenance, sort_keys=True).encode()}
+    return write_parquet(shard_path(Path(folder), index), table.replace_schema_metadata(metadata))
+
+
+def _shard_digest(table: pa.Table, provenance: Mapping[str, Any]) -> str:
+    """Digest of the rows and of all provenance but the digest itself."""
+    rest = {key: value for key, value in provenance.items() if key != "digest"}
+    text = table_digest(table) + json.dumps(rest, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_parquet(path: Path, table: pa.Table) -> Path:
+    """Write a parquet file atomically."""
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd")
+    return path
+
+
+def write_table(folder: str | os.PathLike, table: pa.Table, rows_per_shard: int = 10_000) -> None:
+    """Write a whole table as shards of `rows_per_shard` rows, replacing what the folder held."""
+    folder = Path(folder)
+    for stale in folder.glob("part-*.parquet"):
+        stale.unlink()
+    starts = range(0, max(len(table), 1), rows_per_shard)
+    for index, start in enumerate(starts):
+        write_shard(folder, index, table.slice(start, rows_per_shard), len(starts))
+
+
+def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
+    """Return the shards of a table folder (or a single parquet file), in order; the rows are not read.
+
+    Raises:
+        UserError: the folder is missing, lacks a shard, or holds another kind or version of table, or shards of
+            different tables.
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise UserError(f"no {kind} table at '{path}': expected a folder of part-*.parquet files")
+    if path.is_file():
+        _read_provenance(path, kind)
+        return [path]
+    paths = sorted(path.glob("part-*.parquet"))
+    if not paths:
+        raise UserError(f"'{path}' holds no part-*.parquet file: expected a {kind} table")
+    sources = []
+    for index, shard in enumerate(paths):
+        found = _read_provenance(shard, kind)
+        number, shards = found.get("shard", index), found.get("shards", len(paths))
+        if number != index or shards != len(paths):
+            raise UserError(
+                f"'{path}' holds {len(paths)} of {shards} shards ('{shard.name}' is number {number}): "
+                "the stage that writes it was interrupted, run it again"
+            )
+        sources.append({key: value for key, value in found.items() if key not in (*_SHARD_KEYS, "pairs")})
+        if sources[-1] != sources[0]:
+            differ = sorted(key for key in {*sources[0], *sources[-1]} if sources[0].get(key) != sources[-1].get(key))
+            raise UserError(
+                f"'{shard}' belongs to another table than '{paths[0].name}' (its {differ[0]} differs): "
+                "run the stage that writes it again"
+            )
+    return paths
+
+
+def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
+    """Check columns and version of one file of a table; returns its provenance."""
+    try:
+        with open(path, "rb") as file:
+            schema = pq.read_schema(file)
+        provenance = provenance_of(schema)
+    except Exception as error:  # a damaged file: whatever the reader meets
+        raise _unreadable(path, error) from None
+    missing = [name for name in SCHEMAS[kind].names if name not in schema.names]
+    if missing:
+        raise UserError(f"'{path}' has no column '{missing[0]}': expected a {kind} table with {SCHEMAS[kind].names}")
+    version = provenance.get("version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise UserError(f"'{path}' has format version {version}, this release reads {FORMAT_VERSION}; make it again")
+    end_ids = provenance.get("end_ids", [])
+    if not isinstance(end_ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in end_ids):
+        raise UserError(f"'{path}': its end_ids are {one_line(end_ids, 60)}, expected a list of token ids")
+    return provenance
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"'{path}' is not a readable parquet file ({one_line(error, 200)}); delete it and run the stage again"
+    )
+
+
+def read_shard(path: Path, kind: str) -> pa.Table:
+    """Read one file of a table and check it: columns, version, digest, and that the rows fit each other.
+
+    Raises:
+        UserError: whatever is wrong with it, in one line.
+    """
+    provenance = _read_provenance(path, kind)
+    try:
+        with open(path, "rb") as file:
+            table = pq.read_table(file)
+    except Exception as error:  # a damaged file: whatever the reader meets
+        raise _unreadable(path, error) from None
+    if "digest" in provenance and provenance["digest"] != _shard_digest(table, provenance):
+        raise UserError(f"'{path}' was altered since it was written (its checksum differs): run the stage again")
+    for field in SCHEMAS[kind]:
+        table = _cast_column(table, field, path, kind)
+    _check_rows(table, kind, path)
+    metadata = {key: value for key, value in provenance.items() if key not in _SHARD_KEYS}
+    return table.replace_schema_metadata({_KEY: json.dumps(metadata, sort_keys=True).encode()} if metadata else None)
+
+
+def _cast_column(table: pa.Table, field: pa.Field, path: Path, kind: str) -> pa.Table:
+    """Give a column the type that the schema asks for (tables made elsewhere often hold int64 and double)."""
+    if table.schema.names.count(field.name) > 1:
+        raise UserError(f"'{path}' has two columns '{field.name}': expected one, so make the table again")
+    index = table.schema.get_field_index(field.name)
+    column = table.column(index)
+    if column.null_count or (pa.types.is_nested(column.type) and _has_null_items(column)):
+        raise UserError(f"'{path}': the column '{field.name}' holds nulls; expected a value in every row")
+    if column.type == field.type:
+        return table
+    try:
+        return table.set_column(index, field, column.cast(field.type))
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(
+            f"'{path}': the column '{field.name}' is {column.type}, a {kind} table has {field.type} "
+            f"({one_line(error, 120)}); make the table again"
+        ) from None
+
+
+def _has_null_items(column: pa.ChunkedArray) -> bool:
+    return any(hasattr(chunk, "flatten") and _flattened(chunk).null_count > 0 for chunk in column.chunks)
+
+
+def _flattened(chunk: pa.Array) -> pa.Array:
+    values = chunk.flatten()
+    return pa.nulls(0) if isinstance(values, list) else values  # a struct's fields: no list at all, refused by the cast
+
+
+def _check_rows(table: pa.Table, kind: str, path: Path) -> None:
+    """Check that the columns of a table fit each other; vectorised, no loop over rows."""
+    pair_ids = table.column("pair_id").to_numpy()
+    if len(np.unique(pair_ids)) < len(pair_ids):
+        values, counts = np.unique(pair_ids, return_counts=True)
+        raise UserError(f"'{path}' holds pair {values[counts > 1][0]} twice: expected every pair once")
+
+    def refuse(bad: np.ndarray, counts: np.ndarray | None, text: str, *numbers: np.ndarray) -> None:
+        """Name the first bad row, or the row of the first bad item if `counts` gives the items of each row."""
+        if bad.any():
+            item = int(np.argmax(bad))
+            row = item if counts is None else int(np.searchsorted(np.cumsum(counts), item, side="right"))
+            problem = text.format(*(values[item] for values in numbers))
+            raise UserError(f"'{path}', pair {pair_ids[row]}: {problem}; make the table again")
+
+    columns = {name: flat(table.column(name)) for name in SCHEMAS[kind].names if name != "pair_id"}
+    for name, (values, counts) in columns.items():
+        a_number = f"a {name.replace('_', ' ').removesuffix('s')} is {{}}"
+        if name.endswith("_ids"):
+            refuse(counts == 0, None, f"{name} is empty, expected a token at least")
+            refuse(values < 0, counts, a_number, values)
+        elif values.dtype.kind == "f":
+            refuse(~np.isfinite(values), counts, a_number, values)
+    for side in ("chosen", "rejected"):
+        for one, other, of in (("rewards", "ids", "tokens"), ("weights", "positions", "key tokens")):
+            if f"{side}_{one}" in columns:
+                got, wanted = columns[f"{side}_{one}"][1], columns[f"{side}_{other}"][1]
+                refuse(got != wanted, None, f"{{}} {side} {one} for {{}} {of}", got, wanted)
+        if f"{side}_positions" in columns:
+            positions, counts = columns[f"{side}_positions"]
+            beyond = (positions < 0) | (positions >= np.repeat(columns[f"{side}_ids"][1], counts))
+            refuse(beyond, counts, f"key token {{}} lies beyond the {side} response", positions)
+            row = np.repeat(np.arange(len(counts)), counts)
+            unordered = np.zeros(len(positions), bool)
+            unordered[1:] = (positions[1:] <= positions[:-1]) & (row[1:] == row[:-1])
+            refuse(unordered, counts, f"the {side} key tokens are not in ascending order")
+
+
+def read_table(folder: str | os.PathLike, kind: str) -> pa.Table:
+    """Read a whole table into memory (see `table_paths` and `read_shard` for the errors)."""
+    tables = list(iter_tables(folder, kind))
+    try:
+        table = pa.concat_tables(tables)
+    except pa.ArrowException as error:
+        raise UserError(f"the shards of '{folder}' have different columns ({one_line(error, 200)})") from None
+    if len(tables) > 1:
+        values, counts = np.unique(table.column("pair_id").to_numpy(), return_counts=True)
+        if len(values) < len(table):
+            raise UserError(f"'{folder}' holds pair {values[counts > 1][0]} in two shards: run the stage again")
+    return table
+
+
+def iter_tables(folder: str | os.PathLike, kind: str) -> Iterator[pa.Table]:
+    """Read a table shard by shard, so that memory stays flat in the number of pairs."""
+    for path in table_paths(folder, kind):
+        yield read_shard(path, kind)

@@ -1,0 +1,81 @@
+"""The words of a response, and the word that each of its tokens belongs to."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sepo.evaluate.gold import lexicon_valence
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """Split the text of `ids` into (number of tokens, text) pieces, most of them one token long.
+
+    Tokens that hold only part of a character (byte-level vocabularies, emoji, CJK) are joined until the character is
+    complete. Each piece is read off as what it adds to the text before it, so that markers of a leading space come
+    out right for every kind of tokenizer; only the piece before is decoded again, and the cost is linear.
+    """
+
+    def text(start: int, stop: int) -> str:
+        part = list(ids[start:stop])
+        return str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    context, done = 0, 0
+    before = ""
+    for stop in range(1, len(ids) + 1):
+        after = text(context, stop)
+        if after.endswith("\ufffd") and stop < len(ids):
+            continue  # an incomplete character, unless the response was cut off inside one
+        yield stop - done, after[len(before) :]
+        context, done = done, stop
+        before = text(context, done)
+
+
+def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[list[str], np.ndarray]:
+    """Find the words of a response and the word that each token belongs to.
+
+    A word is a whitespace-separated stretch with the ASCII punctuation around it taken off, as VADER splits text, that
+    has at least one letter. Special tokens separate words.
+
+    Returns:
+        words, and for each token the index of the (first) word it holds a character of, or -1: `[tokens]` int64.
+    """
+    special = set(tokenizer.all_special_ids)
+    owners: list[int] = []  # the token that a character of `text` comes from; of a joined piece, its first
+    counts: list[int] = []  # tokens per piece, 0 for those that a piece swallowed
+    text = ""
+    at = 0
+    for count, piece in token_pieces(tokenizer, ids):
+        if any(token in special for token in ids[at : at + count]):
+            piece = " "
+        text += piece
+        owners.extend([at] * len(piece))
+        counts.extend([count] + [0] * (count - 1))
+        at += count
+
+    words: list[str] = []
+    index = np.full(len(ids), -1, dtype=np.int64)
+    position = 0
+    for chunk in text.split():
+        position = text.index(chunk, position)
+        word = chunk.strip(string.punctuation)
+        if any(character.isalpha() for character in word):
+            start = position + chunk.index(word)
+            for token in dict.fromkeys(owners[start : start + len(word)]):
+                span = index[token : token + counts[token]]
+                span[span < 0] = len(words)
+            words.append(word)
+        position += len(chunk)
+    return words, index
+
+
+def word_valences(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], valence: Callable[[str], float] = lexicon_valence
+) -> np.ndarray:
+    """Return each token's word valence, `[tokens]` float64: 0 in words without one, NaN outside words."""
+    words, index = token_words(tokenizer, ids)
+    values = np.array([valence(word) for word in words] + [np.nan])  # index -1 reads the last
+    return values[index]

@@ -1,0 +1,147 @@
+"""Durable files: what stands on the disk is whole, and one can tell whether it still is.
+
+A file is written under a temporary name, flushed and renamed; a folder is written beside the old one and takes its
+place. Checksums are of bytes. Everything here is a plain function of paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file in the same folder; it is flushed and takes the place of `path` if all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a JSON file atomically; what is not defined (NaN, infinite) becomes null, which JSON can hold."""
+    write_text(path, json.dumps(defined(value), indent=indent, default=str) + "\n")
+
+
+def defined(value: Any) -> Any:
+    """The same JSON-like value with null for every number that is not finite.
+
+    >>> defined({"accuracy": float("nan"), "pairs": [3]})
+    {'accuracy': None, 'pairs': [3]}
+    """
+    if isinstance(value, Mapping):
+        return {name: defined(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [defined(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left under `folder` (nobody may be writing there)."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give an empty sibling to write into; on success it takes the folder's place, on error it is dropped.
+
+    A reader sees the old folder or the new one, whole. Killed between the two renames that replace an
+    existing folder, it leaves none, never half of one. What an earlier, killed attempt left is removed.
+
+    >>> with replace_folder("runs/demo/oracle") as temporary:
+    ...     (temporary / "note.txt").write_text("whole or not at all")
+    """
+    target = Path(os.path.abspath(folder))
+    temporary, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _flush(temporary)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Push a folder's content to the disk, so that a power cut leaves no empty file under a final name."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo what a process killed inside `replace_folder` left: put the old folder back, or remove the remains."""
+    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
+    for leftover in (new, old, new.with_name(f".{new.name}.new"), new.with_name(f".{new.name}.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the bytes of a file (1 to 2 GB a second), read once a process while the file stays as it is."""
+    status = path.stat()
+    return _sha256_of(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: str, size: int, mtime_ns: int, ctime_ns: int) -> str:
+    # Nothing may set the change time, so a file that was written to has another.
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Digest of every file under a folder, by its path in it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def differing_file(folder: Path, digests: Mapping[str, str]) -> str | None:
+    """Say which file is missing or has another digest than it had; None if all are as they were."""
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_digest(path) != digest:
+            return f"{name} was altered"
+    return None
+
+
+def digest(value: Any) -> str:
+    """Fingerprint of a JSON-like value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

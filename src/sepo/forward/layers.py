@@ -1,0 +1,413 @@
+"""Linear layers, embeddings, norms and gated MLPs, faster and with less kept for the backward pass.
+
+Everything here leaves the model's numbers as they are (the tests hold values and gradients against the untouched model)
+and is put in place by `prepare.prepare_model`: weights and names stay, a norm or an MLP is changed only where ours
+gives the same numbers. docs/performance.md has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from sepo.forward import layers_cuda
+from sepo.forward.gradients import FEW_ROWS, add_gradient, add_product, compute_copy, compute_dtype, in_place, matmul_nt
+from sepo.forward.rotary import use_fused_rotary
+
+
+class _Normed:
+    """The output of a norm, formed anew in the backward pass for the linear layers that read it.
+
+    A linear layer needs its input for the gradient of its weight. A norm's output is an elementwise product of what the
+    norm keeps anyway, so nothing more is kept of it. The first reader to come forms it, the last one drops it.
+    """
+
+    def __init__(self) -> None:
+        self.readers = self.left = 0
+        self.rows: Tensor | None = None
+
+    def form(self, x: Tensor, inverse: Tensor, scale: Tensor) -> Tensor:
+        rows = (x * inverse).mul_(scale).flatten(0, -2) if self.rows is None else self.rows
+        self.left = (self.left or self.readers) - 1
+        self.rows = rows if self.left else None
+        return rows
+
+
+# What a norm's output was made of, `(_Normed, x, inverse, scale)`, and the attribute of the output that says so.
+_MadeOf = tuple[_Normed, Tensor, Tensor, Tensor]
+_MADE_OF = "_sepo_made_of"
+
+
+def _to_keep(rows: Tensor, made_of: _MadeOf | None, needed: bool) -> tuple[_Normed | None, tuple[Tensor, ...]]:
+    """What the backward pass of a linear layer has to keep of its input; `_kept_rows` makes the input of it."""
+    if not needed:
+        return None, ()
+    if made_of is None:
+        return None, (rows,)
+    made_of[0].readers += 1
+    return made_of[0], made_of[1:]
+
+
+def _kept_rows(normed: _Normed | None, kept: list[Tensor]) -> Tensor:
+    return kept[0] if normed is None else normed.form(*kept)
+
+
+def _weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, add: bool) -> Tensor | None:
+    """`grad.T @ rows`, returned, or added to `weight.grad`."""
+    if not add:
+        return (grad.t() @ rows).to(weight.dtype)
+    add_gradient(weight, grad, rows)
+    return None
+
+
+class _LinearFunction(torch.autograd.Function):
+    """y = x W^T (+ b); `x` `[..., in]`, `W` `[out, in]`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, made_of: _MadeOf | None) -> Tensor:
+        dtype = compute_dtype(weight)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        low = compute_copy(weight, dtype)
+        output = matmul_nt(rows, low)
+        if bias is not None:
+            output += bias.to(dtype)
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        ctx.normed, kept = _to_keep(rows, made_of, need_weight)
+        ctx.save_for_backward(low if need_x else None, *kept)
+        # The parameter itself: a saved tensor comes back as an alias (under checkpointing), whose .grad nobody reads.
+        ctx.weight = weight
+        ctx.in_place, ctx.shape, ctx.x_dtype, ctx.dtype = in_place(), x.shape, x.dtype, dtype
+        return output.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        low, *kept = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        d_x = matmul_nt(grad, low.t()).to(ctx.x_dtype).view(ctx.shape) if need_x else None
+        d_weight = None
+        if need_weight:
+            d_weight = _weight_gradient(ctx.weight, grad, _kept_rows(ctx.normed, kept).to(ctx.dtype), ctx.in_place)
+        return d_x, d_weight, grad.sum(0).to(ctx.weight.dtype) if need_bias else None, None
+
+
+class FastLinear(nn.Linear):
+    """A linear layer of float32 weights whose gradient is added in place where that is on; on a CPU by oneDNN.
+
+    On a GPU under autocast the weight is cast once a step instead of once a row, and the gradient of a row is summed
+    into the float32 one by the matmul itself, where autograd would round it, cast it back and add it up.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _ours(x, self.weight):
+            return super().forward(x)
+        return _LinearFunction.apply(x, self.weight, self.bias, getattr(x, _MADE_OF, None))
+
+
+class _EmbeddingFunction(torch.autograd.Function):
+    """`weight[ids]`, whose gradient goes to the lines that were read."""
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding_idx = weight, padding_idx
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (ids,) = ctx.saved_tensors
+        weight = ctx.weight
+        ids, grad = ids.flatten(), grad.flatten(0, -2).to(weight.dtype)
+        if ctx.padding_idx is not None:
+            grad = grad * (ids != ctx.padding_idx).unsqueeze(1)
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, ids, grad)
+        return None, None, None
+
+
+class FastEmbedding(nn.Embedding):
+    """An embedding without a dense gradient of its own, inside `gradients_in_place`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = not in_place() or not self.weight.requires_grad or not torch.is_grad_enabled()
+        if plain or self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
+            return super().forward(input)
+        return _EmbeddingFunction.apply(input, self.weight, self.padding_idx)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """x / rms(x) * (weight + offset); keeps x and one number a row for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+        scale = weight + offset  # a tensor of its own, since it is returned
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse, scale)
+        ctx.mark_non_differentiable(inverse, scale)
+        ctx.set_materialize_grads(False)
+        return (x * inverse).mul_(scale), inverse, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_):
+        x, inverse, scale = ctx.saved_tensors
+        normed = x * inverse
+        product = (grad * normed).flatten(0, -2)
+        d_weight = product.sum(0) if ctx.needs_input_grad[1] else None
+        # The part of the gradient along x changes its length, which the norm undoes.
+        along = torch.mv(product, scale).div_(x.shape[-1]).view_as(inverse)
+        d_x = (grad * scale).addcmul_(normed, along, value=-1).mul_(inverse)
+        return d_x, d_weight, None, None
+
+
+class _FusedRMSNormFunction(torch.autograd.Function):
+    """The same on a GPU, by one kernel each way; the output is of the type that matmuls are computed in."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Tensor:
+        x = x.contiguous()
+        output, inverses = layers_cuda.norm_forward(x, weight, eps, offset, dtype)
+        ctx.save_for_backward(x, weight, inverses)
+        ctx.offset = offset
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, inverses = ctx.saved_tensors
+        d_x, d_weight = layers_cuda.norm_backward(x, weight, inverses, grad.contiguous(), ctx.offset)
+        return d_x, d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+# Norms of at least this width are those of the residual stream, which linear layers read; narrower ones are of queries
+# and keys, which are rotated in float32.
+_HIDDEN = 512
+
+
+class FastRMSNorm(nn.Module):
+    """Stands before a model's own RMSNorm class; float32 on a CPU and every type on a GPU go through the above."""
+
+    weight: nn.Parameter
+    weight_offset: float  # 1 where the model keeps the weight's distance from 1 (Gemma)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if layers_cuda.available(hidden_states):
+            dtype = hidden_states.dtype
+            if torch.is_autocast_enabled("cuda") and hidden_states.shape[-1] >= _HIDDEN:
+                dtype = torch.get_autocast_dtype("cuda")
+            return _FusedRMSNormFunction.apply(hidden_states, self.weight, _eps(self), self.weight_offset, dtype)
+        if (
+            hidden_states.device.type != "cpu"
+            or hidden_states.dtype != torch.float32
+            or self.weight.dtype != torch.float32
+        ):
+            return super().forward(hidden_states)
+        output, *parts = _RMSNormFunction.apply(hidden_states, self.weight, _eps(self), self.weight_offset)
+        if torch.is_grad_enabled():
+            setattr(output, _MADE_OF, (_Normed(), hidden_states.detach(), *parts))
+        return output
+
+
+def _eps(norm: nn.Module) -> float:
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return torch.finfo(torch.float32).eps if eps is None else float(eps)  # None is PyTorch's name for that
+
+
+# By name: the activation, and its derivative times the gradient of its output.
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (nn.functional.silu, torch.ops.aten.silu_backward),
+    "gelu_tanh": (
+        lambda x: nn.functional.gelu(x, approximate="tanh"),
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+}
+
+
+def _gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """`act(gate) * up`."""
+    if layers_cuda.available(gate):
+        return layers_cuda.gated_forward(activation, gate, up)
+    return _ACTIVATIONS[activation][0](gate).mul_(up)
+
+
+def _gated_backward(
+    activation: str, gate: Tensor, up: Tensor, grad: Tensor, product: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `gate` and `up`, and `act(gate) * up` anew if asked; `grad` is used up."""
+    if layers_cuda.available(gate):
+        return layers_cuda.gated_backward(activation, gate, up, grad, product)
+    activate, activation_backward = _ACTIVATIONS[activation]
+    activated = activate(gate)
+    again = activated * up if product else None
+    d_gate = activation_backward(grad * up, gate)
+    return d_gate, grad.mul_(activated), again
+
+
+class _GatedFunction(torch.autograd.Function):
+    """`act(gate) * up`, between linear layers of any kind (adapters, quantised) on a GPU."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _gated(activation, gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        d_gate, d_up, _ = _gated_backward(ctx.activation, gate, up, grad.contiguous(), product=False)
+        return d_gate, d_up, None
+
+
+class _GatedMLPFunction(torch.autograd.Function):
+    """(act(x G^T) * (x U^T)) D^T; keeps both products with x, and forms their product anew in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, activation: str,
+        made_of: _MadeOf | None,
+    ) -> Tensor:  # fmt: skip
+        dtype = compute_dtype(gate_weight)
+        weights = gate_weight, up_weight, down_weight
+        low = tuple(compute_copy(weight, dtype) for weight in weights)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        gate, up = matmul_nt(rows, low[0]), matmul_nt(rows, low[1])
+        output = matmul_nt(_gated(activation, gate, up), low[2])
+        ctx.normed, kept = _to_keep(rows, made_of, any(ctx.needs_input_grad[1:3]))
+        ctx.save_for_backward(gate, up, *low, *kept)
+        ctx.weights, ctx.activation, ctx.in_place = weights, activation, in_place()
+        ctx.shape, ctx.x_dtype, ctx.dtype = x.shape, x.dtype, dtype
+        return output.view(*x.shape[:-1], len(down_weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up, low_gate, low_up, low_down, *kept = ctx.saved_tensors
+        need_x, *need_weights = ctx.needs_input_grad[:4]
+        grad = grad.flatten(0, -2).to(ctx.dtype)
+        d_product = matmul_nt(grad, low_down.t())
+        d_weights: list[Tensor | None] = [None, None, None]
+        d_gate, d_up, product = _gated_backward(ctx.activation, gate, up, d_product, need_weights[2])
+        if product is not None:
+            d_weights[2] = _weight_gradient(ctx.weights[2], grad, product, ctx.in_place)
+            del product
+        if any(need_weights[:2]):
+            rows = _kept_rows(ctx.normed, kept).to(ctx.dtype)
+            for i, d_linear in enumerate((d_gate, d_up)):
+                if need_weights[i]:
+                    d_weights[i] = _weight_gradient(ctx.weights[i], d_linear, rows, ctx.in_place)
+        d_x = None
+        if need_x:
+            d_x = matmul_nt(d_gate, low_gate.t()).to(ctx.x_dtype)
+            add_product(d_x, d_up, low_up)
+            d_x = d_x.view(ctx.shape)
+        return d_x, *d_weights, None, None
+
+
+class FastGatedMLP(nn.Module):
+    """Stands before a model's own gated MLP class: down(act(gate(x)) * up(x)), with less kept for the backward pass."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+    activation: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        # An adapter may have taken the place of some.
+        if not all(type(layer) is FastLinear and layer.bias is None and _ours(x, layer.weight) for layer in layers):
+            gate, up = self.gate_proj(x), self.up_proj(x)
+            if layers_cuda.available(gate) and gate.dtype == up.dtype:
+                return self.down_proj(_GatedFunction.apply(gate, up, self.activation))
+            return self.down_proj(self.act_fn(gate) * up)
+        return _GatedMLPFunction.apply(
+            x, *(layer.weight for layer in layers), self.activation, getattr(x, _MADE_OF, None)
+        )
+
+
+def _ours(x: Tensor, weight: Tensor) -> bool:
+    """Do the functions above take this input of a linear layer?"""
+    if weight.dtype != torch.float32 or x.numel() < FEW_ROWS * x.shape[-1]:
+        return False
+    return x.device.type == "cpu" or (x.is_cuda and in_place() and torch.is_grad_enabled())
+
+
+def use_fast_layers(lm: PreTrainedModel) -> None:
+    """Give a model's embedding and, on a CPU, its linear layers, norms and gated MLPs the classes above.
+
+    Weights and names stay. A norm or an MLP is changed only where ours gives the same numbers.
+    """
+    embedding = lm.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding) and not isinstance(embedding, FastEmbedding):
+        kind = type(embedding)
+        # A model's own kind of embedding (Gemma scales its output) calls nn.Embedding.forward through super(): the
+        # new class stands between the two.
+        embedding.__class__ = FastEmbedding if kind is nn.Embedding else _join(kind, kind, FastEmbedding)
+    on_cpu = next(lm.parameters()).device.type == "cpu"
+    use_fused_rotary(lm)
+    if on_cpu and lm.dtype != torch.float32:
+        return
+    head = lm.get_output_embeddings()
+    for module in list(lm.modules()):
+        if type(module) is nn.Linear and module is not head:
+            module.__class__ = FastLinear
+    for module in list(lm.modules()):
+        if isinstance(module, FastRMSNorm | FastGatedMLP) or len(signature(module.forward).parameters) != 1:
+            continue
+        parts = list(dict(module.named_children())), list(dict(module.named_parameters(recurse=False)))
+        if type(module).__name__.endswith("RMSNorm") and parts == ([], ["weight"]):
+            _try_fast(module, FastRMSNorm, module.get_parameter("weight").shape[-1], weight_offset=(0.0, 1.0))
+        elif all(hasattr(getattr(module, f"{name}_proj", None), "in_features") for name in ("gate", "up", "down")):
+            _try_fast(module, FastGatedMLP, int(module.up_proj.in_features), activation=tuple(_ACTIVATIONS))  # type: ignore[union-attr, arg-type]
+
+
+_joined: dict[tuple[type, ...], type] = {}
+
+
+def _join(kind: type, *bases: type) -> type:
+    """A class with these bases under the name of the model's own, which libraries go by."""
+    return _joined.setdefault(bases, type(kind.__name__, bases, {}))
+
+
+@torch.no_grad()
+def _try_fast(module: nn.Module, fast: type, width: int, **choices: tuple[object, ...]) -> None:
+    """Put `fast` before the module's class with the first of the settings that gives the module's own numbers."""
+    kind = type(module)
+    ((name, values),) = choices.items()
+    own = {parameter: parameter.data for parameter in module.parameters(recurse=False)}
+    for parameter in own:  # a norm's weights are often all equal, which would hide what is done with them
+        parameter.data = torch.linspace(0.5, 2, parameter.numel(), device=parameter.device).view_as(parameter)
+    try:
+        _join_if_equal(module, fast, kind, name, values, width)
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
+
+
+def _join_if_equal(
+    module: nn.Module, fast: type, kind: type, name: str, values: tuple[object, ...], width: int
+) -> None:
+    like = next(module.parameters())
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    x = torch.linspace(-3, 3, FEW_ROWS * width).reshape(1, FEW_ROWS, width).sin().to(like.device, dtype)
+    expected = module(x)
+    relative, absolute = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 1e-2)
+    module.__class__ = _join(kind, fast, kind)
+    for value in values:
+        setattr(module, name, value)
+        if torch.allclose(module(x), expected, rtol=relative, atol=absolute * float(expected.abs().max())):
+            return
+    delattr(module, name)
+    module.__class__ = kind

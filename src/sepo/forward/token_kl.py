@@ -1,0 +1,86 @@
+"""KL between policy and reference over the whole vocabulary, at every target: what TDPO and TIS-DPO ask for.
+
+A log-probability needs one logit and a normaliser; a KL needs every logit of both models, so it cannot be stored ahead
+of training and the frozen reference runs beside the policy (about a third more time for equal models). The LM heads are
+applied to a few targets at a time under activation checkpointing: memory is bounded by a chunk of both models' logits,
+whatever the number of targets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sepo.forward.lm_head import LogitTransform
+from sepo.forward.logps import target_hidden
+from sepo.forward.packing import PackedBatch
+from sepo.models.adapters import causal_lm
+
+# Of the two models' logits of one chunk of targets.
+_CHUNK_BYTES = 64 * 2**20
+
+
+def token_logps_and_kl(
+    model: nn.Module, reference: nn.Module, batch: PackedBatch, direction: str
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every target, and the KL between the models' next-token distributions there.
+
+        forward   KL(reference || model) = sum over v of ref(v) (log ref(v) - log pi(v))
+        reverse   KL(model || reference)
+
+    Args:
+        model: the policy, prepared with `logps.prepare_model`; gradients flow into it if they are enabled.
+        reference: a frozen model with the same vocabulary and layout.
+        direction: "forward" or "reverse".
+
+    Returns:
+        logps and kl, each `[N]` float32 (float64 for float64 models), in nats.
+    """
+    hidden = target_hidden(causal_lm(model), batch)
+    with torch.no_grad():
+        frozen = target_hidden(causal_lm(reference), batch)
+    parts = _Heads(model, reference, direction == "forward")
+    wide = 8 if hidden.dtype == torch.float64 else 4
+    rows = max(1, _CHUNK_BYTES // (parts.vocabulary * wide * 2))
+    pieces = []
+    for start in range(0, len(hidden), rows):
+        chunk = (hidden[start : start + rows], frozen[start : start + rows], batch.target_ids[start : start + rows])
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(parts, *chunk, use_reentrant=False))
+        else:
+            pieces.append(parts(*chunk))
+    logps, kls = zip(*pieces, strict=True)
+    return torch.cat(logps), torch.cat(kls)
+
+
+class _Heads:
+    """The two LM heads, applied to one chunk of targets."""
+
+    def __init__(self, model: nn.Module, reference: nn.Module, forward_kl: bool):
+        self.head, self.transform = _head_of(model)
+        self.reference_head, self.reference_transform = _head_of(reference)
+        self.forward_kl = forward_kl
+        self.vocabulary = getattr(self.head, "out_features", 2**17)
+
+    def __call__(self, hidden: Tensor, frozen: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+        log_policy = self._log_softmax(self.head, self.transform, hidden)
+        with torch.no_grad():
+            log_reference = self._log_softmax(self.reference_head, self.reference_transform, frozen)
+        difference = log_reference - log_policy
+        if self.forward_kl:
+            kl = (log_reference.exp() * difference).sum(1)
+        else:
+            kl = -(log_policy.exp() * difference).sum(1)
+        return log_policy.gather(1, target_ids[:, None])[:, 0], kl
+
+    @staticmethod
+    def _log_softmax(head: nn.Module, transform: LogitTransform, hidden: Tensor) -> Tensor:
+        logits = head(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return transform.apply(logits).log_softmax(1)
+
+
+def _head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
+    lm = causal_lm(model)
+    return lm.get_output_embeddings(), LogitTransform.from_config(lm.config)

@@ -1,0 +1,24 @@
+"""Models: any name a user may type -> one local folder -> weights in memory, and back to a folder.
+
+names  hub  gguf  folders   a name -> a folder
+tokenizer  weights          a folder -> tokenizer, weights
+devices  adapters           where and in which types; LoRA through PEFT
+saving                      weights -> a folder
+fingerprint  config         what a model computes; its size
+"""
+
+from sepo._moved import names_of
+
+__getattr__ = names_of(
+    __name__,
+    {
+        "DEFAULT_MODEL": "sepo.recipe.settings",
+        "LoraSettings": "sepo.recipe.settings",
+        "causal_lm": "sepo.models.adapters",
+        "check_model": "sepo.models.names",
+        "load_model": "sepo.models.weights",
+        "load_tokenizer": "sepo.models.tokenizer",
+        "resolve_model": "sepo.models.names",
+        "save_model": "sepo.models.saving",
+    },
+)

@@ -1,0 +1,72 @@
+"""LoRA adapters through PEFT: new ones, stored ones, and the model inside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from sepo.errors import UserError, named_error
+from sepo.models.folders import is_adapter
+from sepo.models.names import resolve_model
+from sepo.recipe.settings import LoraSettings
+
+
+def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, train: bool) -> PeftModel:
+    folder = Path(resolve_model(adapter))
+    if not is_adapter(folder):
+        raise UserError(f"'{adapter}' is not an adapter: expected adapter_config.json and adapter_model.safetensors")
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=train)
+    except Exception as error:
+        raise UserError(f"the adapter '{adapter}' does not fit its base model ({named_error(error)})") from None
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return peft_model
+
+
+def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"lora.target_modules {lora.target_modules!r} does not fit the model: {named_error(error)}"
+        ) from None
+
+
+@contextmanager
+def reference_weights(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a model with an adapter is its own reference: the adapter is off.
+
+    Raises:
+        TypeError: the model has no adapter, so that its starting weights are not in it. A reference that
+            is silently the trained model itself would make every token reward zero.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"reference_weights needs a PeftModel, found {type(model).__name__}: load the reference apart")
+    with model.disable_adapter():
+        yield
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """Return the Transformers causal LM inside a model: itself, or what a `PeftModel` wraps.
+
+    Raises:
+        TypeError: the model is of another kind.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"expected a Transformers causal language model, found {type(inner).__name__}")
+    return inner

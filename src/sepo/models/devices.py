@@ -1,0 +1,86 @@
+"""Which device a model is put on, and in which types its weights and its sums are.
+
+dtype "auto": bfloat16 on CUDA for weights that stay as they are (generation, the base under LoRA), float32
+everywhere else. Weights that are trained in full stay in float32, also on CUDA: bfloat16 carries 8 bits, so the update of an
+optimizer step at lr 5e-7 would round to nothing. The trainer's bf16 autocast gives the speed of mixed precision instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from sepo.errors import UserError
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """Return the device to load a model on: "auto" is CUDA, else MPS, else the CPU.
+
+    Of several GPUs of one launch, each process takes its own (`LOCAL_RANK`).
+
+    Raises:
+        UserError: the device is unknown or not on this machine.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device '{device}' is unknown: expected auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+            raise UserError(f"device '{device}' is not there: this machine has {found}; use device=auto or device=cpu")
+        return torch.device("cuda", index)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device 'mps' is not there: this machine has no Metal GPU; use device=auto or device=cpu")
+    if chosen.type not in ("cpu", "mps"):
+        raise UserError(f"device '{device}' is not supported: expected auto, cpu, cuda, cuda:N or mps")
+    return chosen
+
+
+def choose_dtype(dtype: str = "auto", device: torch.device | None = None, *, trained: bool = False) -> torch.dtype:
+    """Return the dtype of a model's weights; "auto" is explained at the head of this file.
+
+    Args:
+        dtype: "auto", "float32", "bfloat16", "float16" or "float64".
+        device: from `choose_device`; None is the device that "auto" gives.
+        trained: whether these weights themselves are trained (not only an adapter on them).
+
+    Raises:
+        UserError: the dtype is unknown.
+    """
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype '{dtype}' is unknown: expected auto, {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    device = device or choose_device()
+    # Emulated bfloat16 (GPUs before Ampere) is slower than float32.
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast and not trained else torch.float32
+
+
+def check_quantization(quantization: str | None, *, train: bool = False, lora: bool = False) -> None:
+    """Check, before anything is loaded, that quantized weights can be had here.
+
+    Raises:
+        UserError: an unknown kind, quantized weights that are to be trained in full, or no bitsandbytes.
+    """
+    if quantization is None:
+        return
+    if quantization != "4bit":
+        raise UserError(f"quantization '{quantization}' is unknown: expected 4bit or none")
+    if train and not lora:
+        raise UserError("quantization=4bit trains an adapter only: set lora, or leave quantization out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError('quantization=4bit needs the package bitsandbytes; run: pip install "sepo[qlora]"')

@@ -1,0 +1,55 @@
+"""What a model computes, in one hash: its config and every byte of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sepo.files import file_digest
+from sepo.models.folders import adapter_base, is_adapter, read_json_object, weight_files
+from sepo.models.hub import hub_snapshot
+from sepo.models.names import gguf_path, resolve_model
+
+# Keys of config files that depend on the machine or the library version, not on the model.
+_VOLATILE_KEYS = {
+    "_name_or_path",
+    "transformers_version",
+    "base_model_name_or_path",
+    "peft_version",
+    "inference_mode",
+}
+
+
+def model_fingerprint(name_or_path: str | os.PathLike, *, revision: str | None = None) -> str:
+    """Return a sha256 of what the model computes: its config and every byte of its weights.
+
+    The same on every machine: paths, file times and library versions do not enter. An adapter's covers its
+    base. A hub id's covers its commit, so nothing is downloaded or read for it.
+
+    Raises:
+        UserError: no such model.
+    """
+    name = os.fspath(name_or_path)
+    if gguf_path(name) is None and not os.path.isdir(name):
+        commit, _ = hub_snapshot(name, revision)
+        return hashlib.sha256(f"hub:{name}@{commit}".encode()).hexdigest()
+    folder = Path(resolve_model(name, revision=revision))
+    digest = hashlib.sha256()
+    for config in ("config.json", "adapter_config.json"):
+        if (folder / config).is_file():
+            values = {k: v for k, v in read_json_object(folder / config).items() if k not in _VOLATILE_KEYS}
+            digest.update(f"{config}:{json.dumps(_sorted_lists(values), sort_keys=True)}\n".encode())
+    for path in weight_files(folder):
+        digest.update(f"{path.name}:{file_digest(path)}\n".encode())
+    if is_adapter(folder):
+        base, base_revision = adapter_base(folder)
+        digest.update(f"base:{model_fingerprint(base, revision=base_revision)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sorted_lists(values: dict[str, Any]) -> dict[str, Any]:
+    # PEFT writes its target modules, a set, in an order that changes from process to process.
+    return {k: sorted(v, key=str) if k == "target_modules" and isinstance(v, list) else v for k, v in values.items()}

@@ -1,0 +1,61 @@
+"""A model folder in the Transformers layout: what must be in it, and what an adapter's folder names.
+
+Only safetensors are read and written: no pickle is ever loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sepo.errors import UserError, named_error
+
+
+def check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
+        raise UserError(f"no model in '{folder}': expected config.json or adapter_config.json beside *.safetensors")
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    if not weight_files(folder):
+        raise UserError(f"the model folder '{folder}' holds no *.safetensors file; {_no_pickle(folder)}")
+
+
+def _no_pickle(folder: Path) -> str:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        return "pickled weights (*.bin, *.pt) are never loaded: save the model as safetensors"
+    return "expected the weights of the model as safetensors"
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("adapter_model.safetensors" if is_adapter(folder) else "*.safetensors"))
+
+
+def adapter_base(folder: Path) -> tuple[str, str | None]:
+    """The base model that an adapter folder names, and its revision."""
+    config = read_json_object(folder / "adapter_config.json")
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"'{folder / 'adapter_config.json'}' has no base_model_name_or_path: put the base model there")
+    if os.path.isabs(base) and not os.path.exists(base):
+        raise UserError(
+            f"the adapter '{folder}' needs its base model '{base}', which is not there; "
+            f"put its place into base_model_name_or_path of '{folder / 'adapter_config.json'}'"
+        )
+    return base, config.get("revision")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read '{path}' ({named_error(error)}): expected a JSON object") from None
+    if not isinstance(value, dict):
+        raise UserError(f"'{path}' holds a JSON {type(value).__name__}: expected an object")
+    return value

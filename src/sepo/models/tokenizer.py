@@ -1,0 +1,40 @@
+"""The tokenizer of a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sepo.errors import UserError, named_error
+from sepo.models.folders import adapter_base, is_adapter
+from sepo.models.names import resolve_model
+
+
+def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, always with a pad token and never with a new one.
+
+    A tokenizer without a pad token pads with its end-of-sequence token, so the vocabulary stays the model's.
+    An adapter folder without tokenizer files has its base model's tokenizer. The padding side is left as it
+    came: packed rows hold no padding, and generation sets its own side.
+
+    Raises:
+        UserError: no such model, no tokenizer in it, or a tokenizer that needs remote code.
+    """
+    folder = Path(resolve_model(name_or_path, revision=revision))
+    if is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
+        base, base_revision = adapter_base(folder)
+        return load_tokenizer(base, revision=base_revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"the model '{name_or_path}' has no tokenizer that loads ({named_error(error)})") from None
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of '{name_or_path}' has neither a pad nor an end-of-sequence token; "
+                "set one of them in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

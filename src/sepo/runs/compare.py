@@ -1,0 +1,260 @@
+"""`sepo compare`: every method of a grid on one dataset, every pass that can be shared done once.
+
+    data -> reference -> [reference log-probabilities -> oracle -> scores -> selection] -> runs -> table and pictures
+              shared by all      shared by those with equal settings                one a setting and seed
+
+The work folder is a run folder (`folder.Run`): each pass and each run is a stage of `sepo.stages`, in a folder named by
+its fingerprint, so an interrupted comparison goes on where it stopped, a variant added later costs its own runs only,
+and grids with the same work folder share what they have in common. Policies are measured while they are trained, at
+several points of the reward-KL frontier, and not kept unless asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sepo.data.fingerprints import check_same_tokenizer
+from sepo.errors import UserError
+from sepo.files import digest, write_json, write_text
+from sepo.models.tokenizer import load_tokenizer
+from sepo.models.weights import load_model
+from sepo.processes import say
+from sepo.recipe.grid import Grid, Setting
+from sepo.recipe.settings import Recipe
+from sepo.report.comparison import (
+    best_setting,
+    comparison_markdown,
+    differences,
+    save_comparison_figures,
+    summarise_runs,
+)
+from sepo.runs.folder import Run, environment, open_run
+from sepo.runs.pipeline import check_inputs
+from sepo.stages import data, logps, measured, oracle, reference, score, select, train
+from sepo.stages.stage import Made, Model, Stage
+
+
+def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
+    """Run a grid, reusing what stands, and write `compare.json`, `compare.md` and the pictures into its folder.
+
+    The results are written after every run, so a comparison can be read while it goes on.
+
+    Returns:
+        what `compare.json` holds: name, kl, gold, rows (`report.comparison.summarise_runs`), differences, runs with
+        all their checkpoints, shared passes, environment.
+
+    Raises:
+        UserError: anything about the grid or its recipes that can be known before a model is loaded.
+    """
+    check_grid(settings)
+    check_results_folder(grid)
+    first = next(iter(settings.values()))[0].recipe
+    with open_run(first) as run:
+        grid.results_folder.mkdir(parents=True, exist_ok=True)
+        write_json(grid.results_folder / "grid.json", grid.model_dump(mode="json"))
+        work = _Comparison(run, grid, first)
+        for setting, seed, reported in work.schedule(settings):
+            work.add(setting, seed, reported)
+        return work.results()
+
+
+def check_grid(settings: dict[str, list[Setting]]) -> None:
+    """Check every recipe of a grid before anything expensive; see `pipeline.check_inputs`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compare runs in one process: start it without torchrun or accelerate")
+    first = next(iter(settings.values()))[0].recipe.reference
+    for setting in (setting for group in settings.values() for setting in group):
+        recipe = setting.recipe
+        if recipe.eval.prompts == 0 or not (
+            recipe.data.held_out or recipe.data.held_out_split or recipe.data.held_out_source
+        ):
+            raise UserError("compare measures on held-out prompts: set eval.prompts and data.held_out above 0")
+        check_inputs(recipe)
+        if recipe.reference.model != first.model:
+            # The pairs are tokenised once, for all variants.
+            check_same_tokenizer(
+                f"{setting.variant}'s reference",
+                load_tokenizer(recipe.reference.model, revision=recipe.reference.revision),
+                "the other variants' reference",
+                load_tokenizer(first.model, revision=first.revision),
+            )
+
+
+def check_results_folder(grid: Grid) -> None:
+    """Refuse a folder of results, apart from the work folder (`open_run` looks at that), which holds something else."""
+    folder = grid.results_folder
+    if folder == grid.work_folder or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
+    if any(folder.iterdir()) and not (folder / "grid.json").is_file():
+        raise UserError(f"'{folder}' is not empty and holds no comparison: set output_dir to a new folder")
+
+
+def oracle_key(recipe: Recipe) -> str:
+    """Recipes with one key train the same oracles."""
+    return digest([recipe.oracle.model_dump(mode="json"), recipe.reference.model_dump(mode="json")])
+
+
+class _Comparison:
+    """The stages of a comparison in its work folder, and the results so far."""
+
+    def __init__(self, run: Run, grid: Grid, recipe: Recipe):
+        self.run, self.grid, self.recipe = run, grid, recipe
+        self.runs: list[dict[str, Any]] = []
+        self.shared: dict[str, dict[str, Any]] = {}
+        self._bases: dict[str, torch.nn.Module] = {}
+
+    def schedule(self, settings: dict[str, list[Setting]]) -> Iterator[tuple[Setting, int, bool]]:
+        """Yield the runs in order; the best setting of a sweep is known only when its runs are done."""
+        grid = self.grid
+        chosen: dict[str, Setting] = {}
+        for variant, group in settings.items():
+            if grid.sweep_seed is None or len(group) == 1:
+                continue
+            for setting in group:
+                yield setting, grid.sweep_seed, False
+            rows = summarise_runs([one for one in self.runs if one["variant"] == variant], grid.kl)
+            label = best_setting(rows, variant)
+            chosen[variant] = next(setting for setting in group if setting.label == label)
+            say(f"[{variant}] best of {len(group)} settings: {label}")
+        # Seed by seed, so that an unfinished comparison has all methods at some seeds.
+        for seed in grid.seeds:
+            for variant, group in settings.items():
+                for setting in [chosen[variant]] if variant in chosen else group:
+                    yield setting, seed, True
+
+    # --- shared passes ----------------------------------------------------------------------------------------------
+
+    def _share(self, stage: Stage, what: str | None = None) -> Made:
+        """Do a stage in a folder named by its fingerprint, and list it among the shared passes."""
+        name = f"{stage.kind}-{digest({'stage': stage.kind, **stage.depends})[:10]}"
+        made = self.run.do(stage, self.run.path("shared", name), name=name, title=name)
+        figures = {
+            key: value for key, value in made.results.items() if value is None or isinstance(value, int | float | str)
+        }
+        self.shared[name] = {"stage": name, "what": what or stage.what, "seconds": made.seconds, **figures}
+        return made
+
+    def data(self) -> Made:
+        recipe = self.recipe
+        return self._share(data.stage(recipe.data, load_tokenizer(reference.start(recipe).folder), recipe.seed))
+
+    def reference(self, recipe: Recipe) -> Model:
+        start = reference.start(recipe)
+        tuning = reference.stage(recipe, start)
+        return start if tuning is None else Model.of(self._share(tuning))
+
+    def logps(self, recipe: Recipe, model: Model, pairs: Made, role: str) -> Made:
+        return self._share(logps.stage(recipe, model, pairs, role))
+
+    def oracle(self, recipe: Recipe, seed: int, pairs: Made) -> Model:
+        """One oracle; where `count` asks for several, the one of this seed among them."""
+        if (existing := oracle.existing(recipe.oracle)) is not None:
+            return existing
+        model = self.reference(recipe)
+        stored = self.logps(recipe, model, pairs, "reference")
+        return Model.of(self._share(oracle.stage(recipe, model, pairs, stored, seed)))
+
+    def scores(self, recipe: Recipe, seed: int, pairs: Made) -> Made:
+        oracles = [self.oracle(recipe, one, pairs) for one in oracle.seeds(seed, recipe.oracle.count)]
+        read = [self.logps(recipe, model, pairs, "oracle") for model in oracles]
+        small = self.reference(recipe)
+        words = load_tokenizer(small.folder) if recipe.eval.gold == "vader" else None
+        made = self._share(score.stage(pairs, read, self.logps(recipe, small, pairs, "reference"), words))
+        row = self.shared[made.folder.name]
+        names = ", ".join(Path(model.folder).name for model in oracles)
+        whose = f"the mean of {names}" if len(oracles) > 1 else names
+        row["what"] = f"token rewards of {whose}: held-out accuracy {_text(row, 'oracle/accuracy')}" + (
+            f", fidelity AUC {_text(row, 'fidelity/auc')}" if words else ""
+        )
+        return made
+
+    def selection(self, recipe: Recipe, seed: int, pairs: Made) -> Made:
+        scores = self.scores(recipe, seed if self.grid.seeds_vary == "oracle" else recipe.seed, pairs)
+        return self._share(select.stage(recipe.select, scores, seed))
+
+    # --- runs -------------------------------------------------------------------------------------------------------
+
+    def add(self, setting: Setting, seed: int, reported: bool) -> None:
+        """Train and measure one setting at one seed unless that stands, and write the results so far."""
+        recipe = setting.recipe
+        pairs = self.data()
+        start = train.start(recipe, self.reference(recipe))
+
+        def base() -> torch.nn.Module:
+            return self._base(recipe, start)
+
+        without_gold = recipe.eval.gold is None
+        stored = None
+        if train.needs_reference(recipe) or without_gold:
+            stored = self.logps(recipe, start, pairs, "start")
+        stage = measured.run_stage(
+            recipe,
+            start,
+            self.selection(recipe, seed, pairs) if train.reads_selection(recipe) else None,
+            stored if train.needs_reference(recipe) else None,
+            pairs,
+            self._share(measured.start_stage(recipe, start, pairs, seed, base)),
+            stored if without_gold else None,
+            self.grid.checkpoints,
+            seed,
+            base,
+            self.grid.keep_models,
+        )
+        key = f"run-{digest(stage.depends)[:10]}"
+        name = " ".join(part for part in (setting.variant, setting.label, f"seed={seed}") if part)
+        made = self.run.do(stage, self.run.path("runs", key), name=key, title=f"run {name}")
+        self.runs.append(
+            {
+                "variant": setting.variant,
+                "label": setting.label,
+                "seed": seed,
+                "reported": reported,
+                "objective": recipe.policy.objective,
+                "folder": str(made.folder.relative_to(self.run.folder)),
+                **made.results,
+                "points": json.loads((made.folder / measured.POINTS).read_text()),
+            }
+        )
+        self.results()
+
+    def _base(self, recipe: Recipe, start: Model) -> torch.nn.Module:
+        if start.content not in self._bases:
+            # In the type of the policy in training: a KL between two types would measure their rounding.
+            dtype = logps.scoring_dtype(recipe)
+            self._bases[start.content] = load_model(start.folder, device=recipe.device, dtype=dtype)
+        return self._bases[start.content]
+
+    # --- results ----------------------------------------------------------------------------------------------------
+
+    def results(self) -> dict[str, Any]:
+        """Write table, JSON and pictures of the runs so far; returns the JSON's content."""
+        comparison = {
+            "name": self.grid.name,
+            "kl": self.grid.kl,
+            "gold": self.recipe.eval.gold,
+            "environment": environment(),
+            "rows": summarise_runs(self.runs, self.grid.kl),
+            "differences": differences(self.runs, self.grid.kl),
+            "runs": self.runs,
+            "shared": list(self.shared.values()),
+        }
+        folder = self.grid.results_folder
+        write_text(folder / "compare.md", comparison_markdown(comparison))
+        save_comparison_figures(comparison, folder)
+        write_json(folder / "compare.json", comparison, indent=1)
+        return comparison
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+    value, error = record.get(name), record.get(f"{name}_se")
+    if value is None or value != value:
+        return "–"
+    return f"{value:.3f}" + ("" if error is None or error != error else f" ± {error:.3f}")

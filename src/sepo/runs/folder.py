@@ -1,0 +1,268 @@
+"""A run folder: what stands in it, why, and the lock that keeps a second process out.
+
+A stage is not done again if all that it depends on (its settings, the content of its inputs, the format version) is
+unchanged and the checksums of its output are those it was written with. So an interrupted run continues, a changed
+recipe redoes what the change touches and says what changed, and a damaged file is noticed and made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from sepo import processes
+from sepo.data.tables import FORMAT_VERSION
+from sepo.errors import UserError, one_line
+from sepo.files import digest, file_digest, recover_folder, remove_leftovers, write_json, write_text
+from sepo.processes import say
+from sepo.recipe.reading import dump_recipe
+from sepo.recipe.settings import Recipe
+from sepo.stages import oracle
+from sepo.stages.stage import Made, Stage
+from sepo.training.checkpoints import STATE_FILE
+
+MANIFEST_FORMAT = 3
+
+
+@dataclass
+class Run:
+    """A run folder: its recipe, and its manifest, which records every stage that stands."""
+
+    folder: Path
+    recipe: Recipe
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    def do(self, stage: Stage, folder: Path, name: str | None = None, title: str | None = None) -> Made:
+        """Do a stage unless it stands already.
+
+        Args:
+            folder: where its outputs lie, in the run folder.
+            name: what its record is kept under; default: its kind.
+            title: what messages call it; default: its name.
+        """
+        name = name or stage.kind
+        title = title or name
+        depends = json.loads(json.dumps({"format": FORMAT_VERSION, **stage.depends}, default=str))
+        record = processes.on_main(lambda: self._standing(name, title, depends, stage, folder))
+        if record is None:
+            started = time.monotonic()
+            results = stage.work(folder) or {}
+            processes.wait()
+            seconds = time.monotonic() - started
+            record = processes.on_main(lambda: self._record(name, title, depends, stage, folder, results, seconds))
+        return Made(folder, record["content"], record["results"] or {}, record["seconds"])
+
+    def _standing(self, name: str, title: str, depends: dict[str, Any], stage: Stage, folder: Path) -> dict | None:
+        """Return the record of a stage that stands; else say why it does not, and drop the record."""
+        record = self.manifest.setdefault("stages", {}).get(name)
+        if record is None:
+            say(f"[{title}]")
+            return None
+        if "files" not in record or "depends" not in record:
+            reason = "was made by an older version"
+        elif record.get("fingerprint") != digest(depends):
+            reason = f"{', '.join(_changes(record['depends'], depends)) or 'something'} changed"
+        else:
+            damage = _damage(record["files"], self._digests(stage, folder))
+            if damage is None:
+                say(f"[{title}] unchanged, reused")
+                return record
+            reason = damage
+        say(f"[{title}] {reason}: done again")
+        self.forget(name)
+        if not stage.verifies:
+            self._remove(stage, folder)
+        return None
+
+    def _remove(self, stage: Stage, folder: Path) -> None:
+        for path in _outputs(stage, folder):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _record(
+        self, name: str, title: str, depends: dict, stage: Stage, folder: Path, results: dict, seconds: float
+    ) -> dict:
+        files = self._digests(stage, folder)
+        inside = folder.relative_to(self.folder).as_posix()
+        record = {
+            "fingerprint": digest(depends),
+            "depends": depends,
+            "files": files,
+            # By place in the stage's own folder, so that it is the same wherever that lies. The history of a training
+            # holds times, which differ from run to run.
+            "content": digest(
+                {
+                    path.removeprefix(f"{inside}/"): value
+                    for path, value in files.items()
+                    if not path.endswith(STATE_FILE)
+                }
+            ),
+            "seconds": round(seconds, 2),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "results": results,
+        }
+        self.manifest["stages"][name] = record
+        self.save()
+        say(f"[{title}] {seconds:.0f} s")
+        return record
+
+    def _digests(self, stage: Stage, folder: Path) -> dict[str, str]:
+        """Checksums of all output files of a stage, by their path in the run folder; missing outputs have none."""
+        found: dict[str, str] = {}
+        for output in _outputs(stage, folder):
+            files = sorted(output.rglob("*")) if output.is_dir() else [output]
+            found |= {p.relative_to(self.folder).as_posix(): file_digest(p) for p in files if p.is_file()}
+        return found
+
+    def forget(self, name: str) -> None:
+        """Drop the record of a stage that the recipe no longer has, with its time."""
+        if self.manifest.setdefault("stages", {}).pop(name, None):
+            self.save()  # in the main process: the others have no manifest
+
+    def save(self) -> None:
+        write_json(self.path("manifest.json"), self.manifest)
+
+
+def _outputs(stage: Stage, folder: Path) -> list[Path]:
+    """The output files and folders of a stage that are there."""
+    found = [folder] if "." in stage.outputs and folder.exists() else []
+    return [*found, *(path for pattern in stage.outputs if pattern != "." for path in sorted(folder.glob(pattern)))]
+
+
+def do_alone(stage: Stage, folder: Path) -> Made:
+    """Do a stage without a run: what the single commands do. Its work finds out itself what stands already."""
+    results = stage.work(folder) or {}
+    processes.wait()
+    return Made(folder, "", results)
+
+
+# --- opening a run --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_run(recipe: Recipe) -> Iterator[Run]:
+    """Open (or make) the recipe's run folder and hold its lock.
+
+    Raises:
+        UserError: another process works in the folder, or it belongs to another recipe.
+    """
+    lock = FileLock(recipe.run_folder / ".lock")
+    run = Run(recipe.run_folder, recipe)
+    try:
+        processes.on_main(lambda: _take_folder(run, lock))
+        yield run
+    finally:
+        lock.release()
+
+
+def _take_folder(run: Run, lock: FileLock) -> None:
+    """Lock the run folder, clear away what killed processes left, read the manifest and write down the recipe."""
+    check_run_folder(run.recipe)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"'{run.folder}' is in use by another process: wait for it, or set output_dir") from None
+    remove_leftovers(run.folder)
+    for name in ("reference", *oracle.names(run.recipe.oracle), "policy"):
+        recover_folder(run.path(name))
+    run.manifest = _read_manifest(run.folder)
+    if damage := run.manifest.pop("damage", None):
+        say(f"manifest.json is damaged ({damage}): every stage is looked at again")
+    run.manifest |= {"name": run.recipe.name, "format": MANIFEST_FORMAT, "environment": environment()}
+    run.save()
+    write_text(run.path("recipe.yaml"), dump_recipe(run.recipe))
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Refuse a run folder that is a file, holds foreign files, or belongs to a recipe of another name."""
+    folder = recipe.run_folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
+    manifest = _read_manifest(folder)
+    if manifest and manifest.get("name") != recipe.name:
+        raise UserError(
+            f"'{folder}' belongs to the recipe '{manifest.get('name')}', not '{recipe.name}': set output_dir or name"
+        )
+    if manifest or not folder.is_dir():
+        return
+    # A run killed at its very start has left hidden files only.
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"'{folder}' is not empty and not a run folder: set output_dir to a new folder")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest; one that is damaged gives its `damage` and the name in recipe.yaml, and no stages."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(record, dict) for record in manifest.get("stages", {}).values()):
+            return manifest
+        damage = "a stage is no JSON object"
+    except (ValueError, AttributeError, RecursionError) as error:
+        damage = one_line(error, 200)
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        recipe = None
+    return {"damage": damage, "name": recipe.get("name") if isinstance(recipe, dict) else None}
+
+
+def _damage(written: dict[str, str], found: dict[str, str]) -> str | None:
+    """Say what happened to the files of a stage since it wrote them; notes that a user put beside them do no harm."""
+    for path, checksum in written.items():
+        if found.get(path) != checksum:
+            return f"{path} {'was altered' if path in found else 'is missing'}"
+    added = [path for path in found if path not in written and path.endswith((".parquet", ".safetensors"))]
+    return f"{added[0]} was added" if added else None
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Name what differs between two nested mappings: `["policy.training.learning_rate"]`."""
+    names = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            names += _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for the manifest."""
+    packages = ("sepo", "torch", "transformers", "datasets", "accelerate", "peft")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages if _installed(name)},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

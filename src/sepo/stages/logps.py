@@ -1,0 +1,159 @@
+"""A pass of a frozen model over all pairs: log-probabilities that are stored once and used many times.
+
+The reference's are half of the token rewards *and* the oracle's DPO reference. A pass goes shard by shard, and a shard
+that stands already, made from the same model and pairs, is kept.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from sepo import processes
+from sepo.data.tables import (
+    FORMAT_VERSION,
+    provenance_of,
+    read_shard,
+    shard_path,
+    table_digest,
+    table_paths,
+    write_shard,
+)
+from sepo.errors import UserError, one_line
+from sepo.forward.passes import dataset_logps
+from sepo.models.fingerprint import model_fingerprint
+from sepo.models.weights import load_model
+from sepo.processes import say
+from sepo.recipe.settings import Recipe
+from sepo.stages.stage import Made, Model, Stage
+
+PARTS = ("train", "held_out")
+
+
+def stage(recipe: Recipe, model: Model, pairs: Made, role: str) -> Stage:
+    """Log-probabilities of the training pairs, and of the held-out ones in `held_out`.
+
+    Args:
+        role: what the model is, for progress bars ("oracle").
+    """
+    dtype = scoring_dtype(recipe)
+
+    def work(folder: Path) -> dict[str, Any]:
+        for part in PARTS:
+            logps_pass(
+                model.folder,
+                pairs.folder / part,
+                part_of(folder, part),
+                device=recipe.device,
+                dtype=dtype,
+                tokens_per_row=recipe.tokens_per_row,
+                description=f"{role} {part}",
+            )
+        return {}
+
+    return Stage(
+        kind="logps",
+        what=f"log-probabilities, {Path(model.folder).name}",
+        depends={"model": model.content, "pairs": pairs.content, "dtype": dtype},
+        outputs=("part-*.parquet", "held_out/part-*.parquet"),
+        work=work,
+        verifies=True,
+    )
+
+
+def scoring_dtype(recipe: Recipe) -> str:
+    """The type of weights that score: float32, unless the recipe says otherwise.
+
+    Token rewards are small differences: bfloat16 weights would round most of what the oracle learned away.
+    """
+    return "float32" if recipe.dtype == "auto" else recipe.dtype
+
+
+def part_of(folder: Path, part: str) -> Path:
+    """Where the log-probabilities of the training or the held-out pairs lie."""
+    return folder if part == "train" else folder / part
+
+
+def logps_pass(
+    model: str,
+    pairs: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokens_per_row: int | None = None,
+    description: str = "log-probabilities",
+) -> Path:
+    """Store the log-probability of every response token of a pairs table under a frozen model.
+
+    The table is written shard by shard; shards of the same model and pairs that stand already are kept, so that an
+    interrupted pass continues where it stopped.
+    """
+    processes.join(device)
+    shards = len(table_paths(pairs, "pairs"))
+    todo = processes.on_main(lambda: _shards_to_do(model, pairs, out, dtype))
+    if not todo:
+        return out
+
+    def write(index: int, table: pa.Table) -> None:
+        write_shard(out, index, table, shards)
+
+    loaded = load_model(model, device=device, dtype=dtype)
+    total = sum(item["pairs"] for item in todo)
+    with tqdm(
+        total=total, desc=f"  {description}", unit="pair", smoothing=0.05, disable=not processes.is_main() or None
+    ) as bar:
+        for item in todo:
+            index = item["index"]
+            table = dataset_logps(
+                loaded,
+                read_shard(shard_path(pairs, index), "pairs"),
+                tokens_per_row=tokens_per_row,
+                provenance=item["provenance"],
+                progress=lambda done: bar.update(done * processes.size()),
+                over_processes=True,
+            )
+            processes.on_main(partial(write, index, table))
+    return out
+
+
+def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str) -> list[dict[str, Any]]:
+    """The shards of a pass that do not stand yet, each with its provenance and number of pairs."""
+    fingerprint = {"model": model_fingerprint(model), "dtype": dtype}
+    paths = table_paths(pairs, "pairs")
+    todo, problems = [], []
+    for index, path in enumerate(paths):
+        table = read_shard(path, "pairs")
+        made_from = {"tokenizer": provenance_of(table).get("tokenizer"), "pairs": table_digest(table)}
+        expected = {**fingerprint, **made_from}
+        stored = shard_path(out, index)
+        problem = _shard_problem(stored, {**expected, "shard": index, "shards": len(paths)})
+        if problem is not None:
+            todo.append({"index": index, "provenance": expected, "pairs": len(table)})
+            problems += [f"{stored} {problem}"] if stored.exists() else []
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        say(f"  {problems[0]}{more}: computed again")
+    for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
+        stale.unlink()
+    return todo
+
+
+def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
+    """Say why a stored shard cannot be used; None if it is whole and was made from what is expected."""
+    if not path.is_file():
+        return "is missing"
+    try:
+        found = provenance_of(pq.read_schema(path))
+        for key, value in {"version": FORMAT_VERSION, **expected}.items():
+            if found.get(key) != value:
+                return f"was made with another {key}"
+        read_shard(path, "logps")
+    except (UserError, OSError, ValueError, pa.ArrowException) as error:
+        return f"is damaged ({one_line(error, 200)})"
+    return None

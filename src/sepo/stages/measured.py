@@ -1,0 +1,144 @@
+"""Stages of a comparison: the starting model's samples, and a training that is measured on its way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import nn
+
+from sepo.data.ragged import SIDES, flat
+from sepo.data.tables import read_table
+from sepo.evaluate.frontier import Checkpoints, Judge, start_of
+from sepo.evaluate.measure import unique_prompts
+from sepo.files import write_json
+from sepo.forward.packing import read_length
+from sepo.forward.passes import table_pairs
+from sepo.models.tokenizer import load_tokenizer
+from sepo.recipe.settings import Recipe
+from sepo.stages.stage import Made, Model, Stage
+from sepo.training.checkpoints import STATE_FILE
+from sepo.training.fit import objective_settings, train_model
+
+POINTS, SAMPLES = "points.json", "start.json"
+
+
+def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Callable[[], nn.Module]) -> Stage:
+    """Samples of the starting model, which every policy of that seed is paired with, in `start.json`.
+
+    Args:
+        base: gives `start` in memory.
+    """
+
+    def work(folder: Path) -> dict[str, Any]:
+        prompts = unique_prompts(read_table(pairs.folder / "held_out", "pairs"), recipe.eval.prompts)
+        samples = start_of(base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
+        write_json(folder / SAMPLES, samples, indent=None)
+        return {name: float(np.mean(values)) for name, values in samples.items()}
+
+    return Stage(
+        kind="start",
+        what=f"samples of the starting model, seed {seed}",
+        depends={
+            "start": start.content,
+            "pairs": pairs.content,
+            "eval": recipe.eval.model_dump(mode="json"),
+            "seed": seed,
+            "dtype": recipe.dtype,
+        },
+        outputs=(SAMPLES,),
+        work=work,
+    )
+
+
+def run_stage(
+    recipe: Recipe,
+    start: Model,
+    targets: Made | None,
+    logps: Made | None,
+    pairs: Made,
+    samples: Made,
+    held_out_logps: Made | None,
+    checkpoints: list[float],
+    seed: int,
+    base: Callable[[], nn.Module],
+    keep_model: bool = False,
+) -> Stage:
+    """One setting at one seed: a policy trained, measured at `checkpoints` (shares of the run) into `points.json`.
+
+    Args:
+        targets: a selection table; None trains on every response token of `pairs`.
+        logps: of `start` over the pairs, for objectives with a reference.
+        samples: from `start_stage`.
+        held_out_logps: of `start`, where there is no gold reward.
+        base: gives `start` in memory.
+    """
+    policy = recipe.policy
+
+    def work(folder: Path) -> dict[str, Any]:
+        if targets is None:
+            table = read_table(pairs.folder / "train", "pairs")
+        else:
+            table = read_table(targets.folder, "selection")
+        held_out = read_table(pairs.folder / "held_out", "pairs")
+        judge = Judge(
+            base(),
+            load_tokenizer(start.folder),
+            unique_prompts(held_out, recipe.eval.prompts),
+            recipe.eval,
+            seed,
+            json.loads((samples.folder / SAMPLES).read_text()),
+            held_out,
+            None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
+        )
+        watch = Checkpoints(judge, checkpoints, folder / POINTS, len(table))
+        train_model(
+            start.folder,
+            table,
+            folder / "policy",
+            policy.training,
+            reference_logps=None if logps is None else read_table(logps.folder, "logps"),
+            lora=policy.lora,
+            quantization=policy.quantization,
+            seed=seed,
+            device=recipe.device,
+            callbacks=[watch],
+            **objective_settings(policy),
+        )
+        if not keep_model:
+            os.replace(folder / "policy" / STATE_FILE, folder / STATE_FILE)
+            shutil.rmtree(folder / "policy")
+        epochs = watch.points[-1]["pairs_seen"] / len(table)
+        read = sum(read_length(pair) for pair in table_pairs(table))
+        return {"target_tokens": round(epochs * target_tokens(table)), "read_tokens": round(epochs * read)}
+
+    return Stage(
+        kind="run",
+        what=f"{policy.objective}, seed {seed}",
+        depends={
+            "policy": policy.model_dump(mode="json"),
+            "start": start.content,
+            "targets": pairs.content if targets is None else targets.content,
+            "logps": None if logps is None else logps.content,
+            "pairs": pairs.content,
+            "samples": samples.content,
+            "eval": recipe.eval.model_dump(mode="json"),
+            "checkpoints": checkpoints,
+            "seed": seed,
+            "dtype": recipe.dtype,  # of the start that it is measured against
+        },
+        outputs=(POINTS,),
+        work=work,
+    )
+
+
+def target_tokens(table: pa.Table) -> int:
+    """Tokens that a table trains on: the key tokens of a selection, or every response token."""
+    column = "positions" if "chosen_positions" in table.column_names else "ids"
+    return sum(int(flat(table.column(f"{side}_{column}"))[1].sum()) for side in SIDES)

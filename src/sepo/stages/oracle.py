@@ -1,0 +1,145 @@
+"""Stage "oracle": the reference trained with DPO on all or a part of the pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from sepo import processes
+from sepo.data.fingerprints import check_same_tokenizer
+from sepo.data.splits import sample_pairs
+from sepo.data.tables import read_table
+from sepo.models.devices import check_quantization
+from sepo.models.fingerprint import model_fingerprint
+from sepo.models.names import check_model, resolve_model
+from sepo.models.tokenizer import load_tokenizer
+from sepo.recipe.settings import OracleSettings, Recipe
+from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
+from sepo.training.fit import check_training, epochs, train_model, training_memory
+
+
+def check(recipe: Recipe) -> None:
+    """The model that exists, where one is named, and the settings of a training."""
+    settings = recipe.oracle
+    check_quantization(settings.quantization, train=True, lora=settings.lora is not None)
+    check_training(settings.training)
+    if settings.model is not None:
+        check_model(settings.model)
+        reference = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
+        check_same_tokenizer(
+            f"oracle '{settings.model}'",
+            load_tokenizer(settings.model),
+            f"reference '{recipe.reference.model}'",
+            reference,
+        )
+
+
+def existing(settings: OracleSettings) -> Model | None:
+    """The oracle that the recipe names; None if one is to be trained."""
+    if settings.model is None:
+        return None
+    folder = resolve_model(settings.model)
+    return Model(folder, processes.on_main(lambda: model_fingerprint(folder)))
+
+
+def stage(recipe: Recipe, reference: Model, pairs: Made, reference_logps: Made, seed: int) -> Stage:
+    """One oracle; `seed` draws its pairs and their order (`seeds`)."""
+    settings = recipe.oracle
+
+    def work(folder: Path) -> dict[str, Any]:
+        return train_oracle(
+            reference.folder,
+            pairs.folder / "train",
+            reference_logps.folder,
+            folder,
+            settings,
+            seed=seed,
+            device=recipe.device,
+        )
+
+    return Stage(
+        kind="oracle",
+        what=f"DPO on {settings.sample:.0%} of the pairs, beta {settings.beta:g}, seed {seed}",
+        depends={
+            # One of several is the oracle that its seed alone would make.
+            "oracle": settings.model_dump(mode="json", exclude={"count"}),
+            "pairs": pairs.content,
+            "reference": reference.content,
+            "reference_logps": reference_logps.content,
+            "seed": seed,
+        },
+        outputs=(".",),
+        work=work,
+        verifies=True,
+    )
+
+
+def names(settings: OracleSettings) -> list[str]:
+    """Folders of a run's oracles: oracle, oracle-2, ...; none where the recipe names one that exists."""
+    if settings.model is not None:
+        return []
+    return ["oracle", *(f"oracle-{number}" for number in range(2, settings.count + 1))]
+
+
+def seeds(seed: int, count: int) -> list[int]:
+    """A seed for each of several oracles of a run, the run's own first; runs at neighbouring seeds share none."""
+    return [seed + 1000 * member for member in range(count)]
+
+
+def train_oracle(
+    reference: str,
+    pairs: Path,
+    reference_logps: Path,
+    out: Path,
+    settings: OracleSettings,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, float]:
+    """Train one oracle: DPO on the reference, over `settings.sample` of the pairs.
+
+    Args:
+        reference: the model that it starts from.
+        pairs, reference_logps: all training pairs, and their stored log-probabilities under the reference.
+        out: its model folder.
+        seed: of the draw of pairs and of their order; one for each oracle (`seeds`).
+
+    Returns:
+        the number of `pairs`, and what `train_model` returns.
+    """
+    table, logps = read_table(pairs, "pairs"), read_table(reference_logps, "logps")
+    sample = sample_pairs(table, settings.sample, seed=seed)
+    rows = np.isin(table.column("pair_id").to_numpy(), sample.column("pair_id").to_numpy())
+    results = train_model(
+        reference,
+        sample,
+        out,
+        settings.training,
+        reference_logps=logps.filter(pa.array(rows)),
+        lora=settings.lora,
+        quantization=settings.quantization,
+        seed=seed,
+        device=device,
+        objective="dpo",
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+    )
+    return {"pairs": len(sample), **results}
+
+
+def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
+    """The reference's pass and the trainings; None for an oracle that exists."""
+    settings = recipe.oracle
+    if settings.model is not None:
+        return None
+    passes = epochs(settings.training, sizes.train * settings.sample)
+    return Cost(
+        "reference pass, then DPO" + (f", {settings.count} times" if settings.count > 1 else ""),
+        round(sizes.train * settings.sample),
+        sizes.train_tokens,
+        (2 + 6 * settings.sample * passes * settings.count) * sizes.small["parameters"] * sizes.train_tokens,
+        training_memory(sizes.small, settings.training, settings.lora is not None, sizes.device),
+    )

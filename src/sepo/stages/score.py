@@ -1,0 +1,83 @@
+"""Stage "score": the reward of every response token, and how far the oracle's labels can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sepo import processes
+from sepo.credit.rewards import combine_scores, token_rewards
+from sepo.data.tables import read_shard, read_table, table_paths, write_shard
+from sepo.evaluate.accuracy import oracle_accuracy
+from sepo.evaluate.fidelity import fidelity
+from sepo.recipe.settings import Recipe
+from sepo.stages.logps import PARTS, part_of
+from sepo.stages.stage import Cost, Made, Sizes, Stage
+
+SCORES, SCORES_HELD_OUT = "scores", "scores_held_out"
+_TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
+
+
+def stage(
+    pairs: Made, oracle_logps: Sequence[Made], reference_logps: Made, words: PreTrainedTokenizerBase | None = None
+) -> Stage:
+    """Token rewards of all pairs, the mean over oracles, in `scores` and `scores_held_out`.
+
+    Args:
+        words: a tokenizer, to judge the rewards by the words of VADER's lexicon as well.
+    """
+
+    def work(folder: Path) -> dict[str, Any]:
+        for part in PARTS:
+            oracles = [part_of(logps.folder, part) for logps in oracle_logps]
+            score_pairs(pairs.folder / part, oracles, part_of(reference_logps.folder, part), folder / _TABLES[part])
+        held_out = read_table(folder / SCORES_HELD_OUT, "scores")
+        results: dict[str, Any] = oracle_accuracy(held_out) if len(held_out) else {}
+        if words is not None:
+            judged = fidelity(words, read_table(folder / SCORES, "scores"))
+            results |= {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
+        return results
+
+    return Stage(
+        kind="score",
+        what="token rewards" + (f", the mean of {len(oracle_logps)} oracles" if len(oracle_logps) > 1 else ""),
+        depends={
+            "oracle": [logps.content for logps in oracle_logps],
+            "reference": reference_logps.content,
+            "pairs": pairs.content,
+            "words": words is not None,
+        },
+        outputs=(SCORES, SCORES_HELD_OUT),
+        work=lambda folder: processes.on_main(lambda: work(folder)),
+    )
+
+
+def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path, out: Path) -> Path:
+    """Join stored log-probabilities into a scores table, shard by shard; several oracles' rewards are averaged."""
+    kinds = ((pairs, "pairs"), (reference_logps, "logps"), *((store, "logps") for store in oracle_logps))
+    shards = list(zip(*(table_paths(folder, kind) for folder, kind in kinds), strict=True))
+    clear_shards(out)
+    for index, (pair, reference, *oracles) in enumerate(shards):
+        table, base = read_shard(pair, "pairs"), read_shard(reference, "logps")
+        scores = [token_rewards(table, read_shard(oracle, "logps"), base) for oracle in oracles]
+        write_shard(out, index, scores[0] if len(scores) == 1 else combine_scores(scores), len(shards))
+    return out
+
+
+def clear_shards(folder: Path) -> None:
+    """Remove the shards of an earlier table."""
+    for stale in folder.glob("part-*.parquet"):
+        stale.unlink()
+
+
+def cost(recipe: Recipe, sizes: Sizes) -> Cost:
+    """The passes of the oracles, and of a reference that has not read the pairs yet."""
+    oracles = recipe.oracle.count
+    # The reference has read the training pairs for the oracle already, where one is trained.
+    tokens = (oracles + bool(recipe.oracle.model)) * sizes.train_tokens + (oracles + 1) * sizes.held_out_tokens
+    what = "reference and oracle passes" if recipe.oracle.model else f"oracle pass{'es' if oracles > 1 else ''}"
+    small = sizes.small["parameters"]
+    return Cost(what, sizes.train + sizes.held_out, tokens, 2 * small * tokens, 6 * small)

@@ -1,0 +1,64 @@
+"""Stage "select": the key tokens of every response."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sepo import processes
+from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens
+from sepo.data.ragged import SIDES, flat
+from sepo.data.tables import read_shard, read_table, table_paths, write_shard
+from sepo.errors import UserError
+from sepo.recipe.settings import Recipe, SelectSettings
+from sepo.stages.score import SCORES, clear_shards
+from sepo.stages.stage import Cost, Made, Sizes, Stage
+from sepo.training.objectives import SELECTIVE
+
+
+def check(recipe: Recipe) -> None:
+    """The rule and its settings."""
+    check_rule(**recipe.select.model_dump())
+
+
+def stage(settings: SelectSettings, scores: Made, seed: int) -> Stage:
+    """The selection of a score table; only a random one depends on the seed."""
+    rule = settings.model_dump(mode="json")
+    rules = rule["rule_chosen"], rule["rule_rejected"]
+
+    def work(folder: Path) -> dict[str, Any]:
+        table = read_table(select(scores.folder / SCORES, folder, **rule, seed=seed), "selection")
+        return {"key_tokens": sum(int(flat(table.column(f"{side}_positions"))[1].sum()) for side in SIDES)}
+
+    return Stage(
+        kind="select",
+        what=f"{rules[0]} {settings.k_chosen:g} / {rules[1]} {settings.k_rejected:g}, {settings.credit} credit",
+        depends={"scores": scores.content, "select": rule, "seed": seed if "random" in rules else None},
+        outputs=(".",),
+        work=lambda folder: processes.on_main(lambda: work(folder)),
+    )
+
+
+def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0.3, **rule: Any) -> Path:
+    """Write the key tokens of a scores table, shard by shard; `rule` are keywords of `select_key_tokens`."""
+    check_rule(k_chosen, k_rejected, **rule)
+    paths = table_paths(scores, "scores")
+    for path in paths:
+        if path.parent.resolve() == out.resolve():
+            raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
+        read_shard(path, "scores")  # all of it is sound before the old selection goes
+    # A rule over the whole dataset is a threshold for each shard.
+    settings = dataset_thresholds((read_shard(path, "scores") for path in paths), k_chosen, k_rejected, **rule)
+    clear_shards(out)
+    for index, path in enumerate(paths):
+        table = select_key_tokens(read_shard(path, "scores"), k_chosen, k_rejected, **settings)
+        write_shard(out, index, table, len(paths))
+    return out
+
+
+def cost(recipe: Recipe, sizes: Sizes) -> Cost:
+    """Sorting: seconds at most."""
+    kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
+    if recipe.policy.objective not in SELECTIVE:
+        kept += f" (not read by {recipe.policy.objective})"
+    return Cost(kept, sizes.train)

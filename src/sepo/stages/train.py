@@ -1,0 +1,105 @@
+"""Stage "train": the policy, on key tokens or by a rival objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sepo import processes
+from sepo.data.fingerprints import check_same_tokenizer
+from sepo.data.tables import read_table
+from sepo.models.devices import check_quantization
+from sepo.models.fingerprint import model_fingerprint
+from sepo.models.names import check_model, resolve_model
+from sepo.models.tokenizer import load_tokenizer
+from sepo.recipe.settings import Recipe
+from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
+from sepo.training.fit import check_training, epochs, objective_settings, train_model, training_memory
+from sepo.training.objectives import SELECTIVE, WITH_REFERENCE, check_objective, kl_direction
+
+
+def check(recipe: Recipe) -> None:
+    """The model, its tokenizer, the objective and the settings of the training."""
+    policy = recipe.policy
+    check_quantization(policy.quantization, train=True, lora=policy.lora is not None)
+    check_training(policy.training)
+    check_objective(policy.objective, policy.label_smoothing)
+    if policy.model is not None:
+        check_model(policy.model, revision=policy.revision)
+        reference = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
+        check_same_tokenizer(
+            f"policy '{policy.model}'",
+            load_tokenizer(policy.model, revision=policy.revision),
+            f"reference '{recipe.reference.model}'",
+            reference,
+        )
+
+
+def start(recipe: Recipe, reference: Model) -> Model:
+    """The model that the policy starts from: the recipe's, or the reference."""
+    if recipe.policy.model is None:
+        return reference
+    folder = resolve_model(recipe.policy.model, revision=recipe.policy.revision)
+    return Model(folder, processes.on_main(lambda: model_fingerprint(folder)))
+
+
+def reads_selection(recipe: Recipe) -> bool:
+    """Is the policy trained on the key tokens of a selection (or on every response token)?"""
+    return recipe.policy.objective in SELECTIVE
+
+
+def needs_reference(recipe: Recipe) -> bool:
+    """Does the objective contrast the policy with the model that it starts from?"""
+    return recipe.policy.objective in WITH_REFERENCE
+
+
+def stage(recipe: Recipe, model: Model, selection: Made, logps: Made | None, seed: int) -> Stage:
+    """The policy, trained on a selection table.
+
+    Args:
+        model: from `start`.
+        selection: a selection table; objectives over all tokens read its pairs alone.
+        logps: of `model` over the pairs, for objectives with a reference.
+    """
+
+    def work(folder: Path) -> dict[str, Any]:
+        return train_model(
+            model.folder,
+            read_table(selection.folder, "selection"),
+            folder,
+            recipe.policy.training,
+            reference_logps=None if logps is None else read_table(logps.folder, "logps"),
+            lora=recipe.policy.lora,
+            quantization=recipe.policy.quantization,
+            seed=seed,
+            device=recipe.device,
+            **objective_settings(recipe.policy),
+        )
+
+    return Stage(
+        kind="train",
+        what=f"{recipe.policy.objective} objective",
+        depends={
+            "policy": recipe.policy.model_dump(mode="json"),
+            "start": model.content,
+            "selection": selection.content,
+            "logps": None if logps is None else logps.content,
+            "seed": seed,
+        },
+        outputs=(".",),
+        work=work,
+        verifies=True,
+    )
+
+
+def flops(recipe: Recipe, sizes: Sizes) -> float:
+    """FLOPs of the training: 6 a parameter and token, a third more where the reference runs beside the policy."""
+    beside = 4 / 3 if kl_direction(recipe.policy.objective, recipe.policy.alpha) else 1.0
+    passes = epochs(recipe.policy.training, sizes.train)
+    return 6 * beside * sizes.large["parameters"] * sizes.train_tokens * passes
+
+
+def cost(recipe: Recipe, sizes: Sizes) -> Cost:
+    """The training of the policy."""
+    memory = training_memory(sizes.large, recipe.policy.training, recipe.policy.lora is not None, sizes.device)
+    return Cost(f"{recipe.policy.objective} objective", sizes.train, sizes.train_tokens, flops(recipe, sizes), memory)

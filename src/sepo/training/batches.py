@@ -1,0 +1,84 @@
+"""Pairs in batches: their dataset, their order, and the packed rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from sepo.credit.rewards import target_sums
+from sepo.errors import UserError
+from sepo.forward.packing import Pair
+from sepo.forward.passes import make_batches, table_pairs
+
+NO_PAIR = -1
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Pairs with the (weighted) sums of their targets' reference log-probabilities (None without a reference)."""
+
+    def __init__(self, table: pa.Table, reference_logps: pa.Table | None = None):
+        self.pairs = table_pairs(table)
+        self.reference: list[tuple[float, float]] | None = None
+        if reference_logps is not None:
+            if reference_logps.column("pair_id").to_pylist() != table.column("pair_id").to_pylist():
+                raise UserError("the reference log-probabilities are not those of these pairs: compute them again")
+            chosen, rejected = target_sums(table, reference_logps)
+            self.reference = list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Pair, tuple[float, float] | None] | None:
+        if index == NO_PAIR:
+            return None
+        return self.pairs[index], self.reference[index] if self.reference is not None else None
+
+
+class PairSampler(torch.utils.data.Sampler[int]):
+    """The order of the pairs: a function of seed and epoch alone, so a continued or a shared training keeps it.
+
+    Filled up with `NO_PAIR` to a multiple of the batch over all processes. Each process then gets as many batches as
+    any other and no pair twice, and an update consists of the same pairs whatever the number of processes.
+    """
+
+    def __init__(self, pairs: int, multiple: int, seed: int | None, epoch: Callable[[], int] = lambda: 0):
+        self.pairs, self.missing, self.seed, self.epoch = pairs, -pairs % multiple, seed, epoch
+
+    def __iter__(self):
+        order = torch.arange(self.pairs)
+        if self.seed is not None:
+            # The order that Trainer's own sampler draws.
+            order = torch.randperm(self.pairs, generator=torch.Generator().manual_seed(self.seed + self.epoch()))
+        yield from order.tolist()
+        yield from [NO_PAIR] * self.missing
+
+    def __len__(self) -> int:
+        return self.pairs + self.missing
+
+
+@dataclass
+class PairCollator:
+    """Turn items of a `PairDataset` into packed batches of at most `tokens_per_row` tokens each.
+
+    Returns a dict: `batches`, a list of `PackedBatch`; `references`, for each batch `[2, pairs]` float32 sums of
+    reference log-probabilities (chosen, rejected) or None; `num_pairs`.
+    """
+
+    layout: str
+    tokens_per_row: int
+
+    def __call__(self, batch: Sequence[tuple[Pair, tuple[float, float] | None] | None]) -> dict[str, Any]:
+        items = [item for item in batch if item is not None]
+        batches = make_batches([pair for pair, _ in items], self.layout, self.tokens_per_row)
+        sums = {pair.pair_id: reference for pair, reference in items}
+        references = [
+            None
+            if items[0][1] is None
+            else torch.tensor([sums[pair_id] for pair_id in batch.pair_ids], dtype=torch.float32).T
+            for batch in batches
+        ]
+        return {"batches": batches, "references": references, "num_pairs": len(items)}

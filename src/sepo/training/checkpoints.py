@@ -1,0 +1,150 @@
+"""Checkpoints that are whole, and finished models that stand: what a training continues from, or need not do again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from sepo import processes
+from sepo.errors import UserError
+from sepo.files import differing_file, file_digests, recover_folder, write_text
+from sepo.models.fingerprint import model_fingerprint
+from sepo.processes import say
+from sepo.recipe.settings import TrainingSettings
+from sepo.training.trainer import NonFiniteLossError
+
+STATE_FILE = "trainer_state.json"
+_SEAL = "sealed.json"
+# Part of every training's fingerprint: raised when checkpoints or training change in a way that must not be mixed.
+_TRAINING_FORMAT = 2
+
+
+class SaveEvery(TrainerCallback):
+    """Save a checkpoint when `minutes` have passed since the last: short runs write none, long ones lose little.
+
+    A checkpoint that is whole on the disk is sealed (`seal_checkpoint`); only a sealed one is ever continued from.
+    """
+
+    def __init__(self, minutes: float):
+        self.seconds = 60 * minutes
+        self.last = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.seconds or state.global_step >= state.max_steps:
+            return control
+        # One clock decides for all processes: saving is a joint act.
+        if processes.on_main(lambda: time.monotonic() - self.last > self.seconds):
+            control.should_save = True
+            self.last = time.monotonic()
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        require_finite_weights(kwargs["model"], state.global_step)
+        processes.wait()
+        processes.on_main(lambda: seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+
+def require_finite_weights(model: torch.nn.Module, step: int) -> None:
+    """Raise a `NonFiniteLossError` if a weight is not finite: no such checkpoint is sealed, no such model kept."""
+    for name, parameter in model.named_parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP: the part of this process
+        if not bool(torch.isfinite(own).all()):
+            raise NonFiniteLossError(
+                f"the weight {name} is not finite after step {step}; lower learning_rate: "
+                "the checkpoints before it are kept"
+            )
+
+
+def sharding() -> str:
+    """How the launcher cuts up a model: "fsdp", "deepspeed" or nothing. Checkpoints of one kind fit no other."""
+    kinds = ("fsdp", "deepspeed")
+    return next((k for k in kinds if os.environ.get(f"ACCELERATE_USE_{k.upper()}", "false").lower() == "true"), "")
+
+
+def training_fingerprint(model: str, training: TrainingSettings, **rest: Any) -> dict[str, Any]:
+    """Everything that a training depends on, but for the number of processes, which does not change its result."""
+    return {
+        "format": _TRAINING_FORMAT,
+        "model": processes.on_main(lambda: model_fingerprint(model)),
+        "training": training.model_dump(mode="json"),
+        **rest,
+    }
+
+
+def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | None:
+    """Return the results of a finished training with this fingerprint if its model stands in `out`, unaltered.
+
+    Raises:
+        UserError: `out` holds something else, which saving the model would remove.
+    """
+    recover_folder(out)
+    if not out.exists():
+        return None
+    known = ("config.json", "adapter_config.json", "checkpoints", STATE_FILE)
+    if not out.is_dir() or (any(out.iterdir()) and not any((out / name).exists() for name in known)):
+        raise UserError(f"'{out}' is not a model folder: its content would be replaced; choose a new folder")
+    try:
+        state = json.loads((out / STATE_FILE).read_text(encoding="utf-8"))
+        same = state["made_with"] == json.loads(json.dumps(made_with, default=str))
+        if not same:
+            return None
+        if problem := differing_file(out, state["files"]):
+            say(f"  {out}: {problem}; trained again")
+            return None
+        results = {name: float(value) for name, value in state["results"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of an attempt with other settings
+    say(f"  {out} stands already, made with the same model, data and settings: kept")
+    return results
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Mark a checkpoint as whole: its files are on the disk, and their checksums are written last."""
+    # A pickle of the arguments: nobody reads it, and nobody should.
+    for name in ("training_args.bin", _SEAL):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    write_text(folder / _SEAL, json.dumps(file_digests(folder)))
+
+
+def _checkpoint_problem(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint; None if it is whole."""
+    try:
+        digests = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        return differing_file(folder, digests)
+    except FileNotFoundError:
+        return "it was not finished"
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f"{_SEAL} is damaged"
+
+
+def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
+    """Return the last whole checkpoint of the same training; others, unfinished and damaged ones are removed."""
+    folder = out / "checkpoints"
+    record = folder / "made_with.json"
+    text = json.dumps({**made_with, "sharding": sharding()}, sort_keys=True, default=str)
+    if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):
+        if any(folder.glob("checkpoint-*")):  # Trainer makes the empty folder itself
+            say(f"  checkpoints in {folder} were made with other settings or data: removed")
+        shutil.rmtree(folder)
+    write_text(record, text)
+    numbered = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    for _, checkpoint in sorted(numbered.items(), reverse=True):
+        problem = _checkpoint_problem(checkpoint)
+        if problem is None:
+            say(f"  continuing from {checkpoint}")
+            return str(checkpoint)
+        say(f"  {checkpoint}: {problem}; removed")
+        shutil.rmtree(checkpoint)
+    return None

@@ -1,0 +1,216 @@
+"""A model and a table -> a trained model in a folder, continued where an earlier attempt stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import pickle
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+
+from sepo import processes
+from sepo.data.tables import table_digest
+from sepo.errors import UserError, nearest, one_line
+from sepo.files import file_digests, replace_folder, write_text
+from sepo.forward.passes import tokens_per_row_for
+from sepo.models.saving import save_model
+from sepo.models.tokenizer import load_tokenizer
+from sepo.models.weights import load_model
+from sepo.recipe.settings import LoraSettings, PolicySettings, TrainingSettings
+from sepo.training.checkpoints import (
+    STATE_FILE,
+    SaveEvery,
+    last_checkpoint,
+    require_finite_weights,
+    sharding,
+    standing_model,
+    training_fingerprint,
+)
+from sepo.training.progress import ProgressBar
+from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
+
+
+def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, device: str = "auto") -> dict[str, Any]:
+    """Translate `TrainingSettings` into keyword arguments of `transformers.TrainingArguments`."""
+    number = processes.launched()
+    if settings.batch_size % number:
+        raise UserError(f"batch_size {settings.batch_size} is not a multiple of the {number} processes")
+    use_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    arguments: dict[str, Any] = {
+        "output_dir": str(out / "checkpoints"),
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": settings.num_train_epochs,
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.batch_size // number,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_ratio,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "bf16": settings.bf16 if settings.bf16 is not None else not use_cpu,
+        "activation_checkpointing": settings.activation_checkpointing,
+        "optim": "adamw_torch_fused",
+        "save_strategy": "no" if not settings.save_minutes else "steps",
+        "save_steps": 2**31 - 1,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": settings.report_to,
+        "seed": seed,
+        "use_cpu": use_cpu,
+        "dataloader_pin_memory": not use_cpu,
+        # Rows are laid out by a process beside the one that keeps the GPU busy.
+        "dataloader_num_workers": 0 if use_cpu else 1,
+        "disable_tqdm": True,  # ProgressBar below shows one bar instead of a log
+    }
+    return {**arguments, **settings.arguments}
+
+
+def check_training(settings: TrainingSettings) -> None:
+    """Raise a UserError for settings of a training that cannot work, before anything expensive starts."""
+    names = {item.name for item in dataclasses.fields(PreferenceConfig)}
+    for key in settings.arguments:
+        if key not in names:
+            raise UserError(f"training.arguments.{key}: not a TrainingArguments field{nearest(key, names)}")
+
+
+def epochs(settings: TrainingSettings, pairs: float) -> float:
+    """How many times a training sees its pairs."""
+    if settings.max_steps > 0:
+        return settings.max_steps * settings.batch_size / max(pairs, 1)
+    return settings.num_train_epochs
+
+
+def training_memory(model: Mapping[str, Any], settings: TrainingSettings, lora: bool, device: torch.device) -> float:
+    """Bytes: weights, gradients and two AdamW moments, and the activations of one packed row.
+
+    Args:
+        model: figures from `models.config.describe_model`.
+    """
+    tokens = settings.tokens_per_row or tokens_per_row_for(device)
+    width = 4 if device.type == "cpu" else 2
+    activations = tokens * model["layers"] * model["hidden"] * 20 * width
+    if settings.activation_checkpointing:
+        activations /= model["layers"] / 2
+    return (4 if lora else 16) * model["parameters"] + activations
+
+
+def train_model(
+    model: str,
+    table: pa.Table,
+    out: Path,
+    training: TrainingSettings,
+    *,
+    reference_logps: pa.Table | None = None,
+    lora: LoraSettings | None = None,
+    quantization: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    callbacks: Sequence[TrainerCallback] = (),
+    **objective: Any,
+) -> dict[str, float]:
+    """Train a model on a pairs or selection table and save it to `out`.
+
+    Args:
+        callbacks: besides the progress bar and the checkpoints.
+        objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
+
+    Returns:
+        `seconds`, the mean `loss` over the run, and `steps`.
+    """
+    processes.join(device)
+    made_with = training_fingerprint(
+        model,
+        training,
+        pairs=table_digest(table),
+        reference_logps=None if reference_logps is None else table_digest(reference_logps),
+        lora=lora.model_dump(mode="json") if lora else None,
+        quantization=quantization,
+        seed=seed,
+        **objective,
+    )
+    standing = processes.on_main(lambda: standing_model(out, made_with))
+    if standing is not None:
+        return standing
+    tokenizer = load_tokenizer(model)
+    config = PreferenceConfig(
+        **training_arguments(training, out, seed=seed, device=device),
+        tokens_per_row=training.tokens_per_row,
+        **objective,
+    )
+    trainer = PreferenceTrainer(
+        model=load_model(
+            model,
+            device=device,
+            train=True,
+            lora=lora,
+            quantization=quantization,
+        ),
+        args=config,
+        train_dataset=table,
+        reference_logps=reference_logps,
+        processing_class=tokenizer,
+        callbacks=[
+            SaveEvery(training.save_minutes),
+            ProgressBar(str(objective.get("objective", "training")).upper()),
+            *callbacks,
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return run_training(trainer, tokenizer, out, made_with)
+
+
+def run_training(
+    trainer: Any, tokenizer: PreTrainedTokenizerBase, out: Path, made_with: dict[str, Any]
+) -> dict[str, float]:
+    """Train from the last whole checkpoint on, and put the finished model with its history into `out`."""
+    started = time.monotonic()
+    checkpoint = processes.on_main(lambda: last_checkpoint(out, made_with))
+    try:
+        # Trainer reads optimizer, schedule and random state with torch's restricted loader: numbers only, no code.
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"'{checkpoint}' cannot be continued from ({one_line(error, 200)}): delete it") from None
+    require_finite_weights(trainer.model, trainer.state.global_step)
+    seconds = time.monotonic() - started
+    # A sharded model (FSDP, DeepSpeed) is gathered by all processes together.
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharding() else None
+    history = trainer.state.log_history
+    losses = [row["loss"] for row in history if "loss" in row]
+    # The trainer's own mean covers the steps since the last restart only.
+    loss = sum(losses) / max(len(losses), 1)
+    results = {"seconds": seconds, "loss": loss, "steps": trainer.state.global_step}
+
+    def save() -> dict[str, float]:
+        with replace_folder(out) as temporary:
+            save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, temporary, state_dict=state_dict)
+            state = {"log_history": history, "global_step": trainer.state.global_step, "results": results}
+            state |= {"made_with": made_with, "files": file_digests(temporary)}
+            write_text(temporary / STATE_FILE, json.dumps(state))
+        return results
+
+    saved = processes.on_main(save)
+    _release(trainer)
+    return saved
+
+
+def _release(trainer: Any) -> None:
+    """Give back what a training holds: trainer, accelerator and model refer to each other, so that weights, gradients
+    and optimizer states would stay in (GPU) memory, while the next stage runs, until the collector comes by.
+    """
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.model = trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def objective_settings(policy: PolicySettings) -> dict[str, Any]:
+    """The keywords of `train_model` that a recipe's policy section sets."""
+    return policy.model_dump(include={"objective", "beta", "gamma", "margin", "alpha", "label_smoothing"})

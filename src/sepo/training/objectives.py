@@ -1,0 +1,387 @@
+"""Losses over pairs: pure functions of log-probability sums (and counts) of the two responses.
+
+Every argument is a `[pairs]` tensor and so is every result; averaging over pairs is the caller's business. Sums run
+over the targets: all response tokens, or the selected ones, each times its weight. docs/objectives.md compares the
+methods; this is where each is its formula:
+
+    with a reference        dpo  ipo  tdpo1  tdpo2  tis_dpo
+    without                 sepo  simpo  confpo  cpo  orpo  rrhf
+    on selected tokens      sepo  tis_dpo  (the table says which and with what weight)  confpo (the policy says which)
+
+`pair_losses` is the one door the trainer goes through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from sepo.errors import UserError, nearest
+from sepo.recipe.settings import Objective
+
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+# Trained on the tokens and weights of a selection table; the others take every response token.
+SELECTIVE = ("sepo", "tis_dpo")
+WITH_REFERENCE = ("dpo", "ipo", "tdpo1", "tdpo2", "tis_dpo")
+WITH_LABEL_SMOOTHING = ("sepo", "dpo", "simpo", "cpo", "confpo")
+# The weight of a method's second term, where it has one, if none is given.
+ALPHA = {"cpo": 1.0, "orpo": 0.1, "rrhf": 1.0, "tdpo2": 0.5, "tis_dpo": 0.0}
+
+
+def sepo(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    chosen_counts: Tensor,
+    rejected_counts: Tensor,
+    gamma: float = 2.0,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """SePO, the contrast of mean log-probabilities over the key tokens (arXiv 2408.13518, equation 9).
+
+        u = gamma / |S| * sum over S of log pi(y_i | x, y_<i)
+        L = -log sigmoid(u_chosen - u_rejected - margin)
+
+    Args:
+        chosen_sums, rejected_sums: `[pairs]` (weighted) sums of policy log-probabilities over the key tokens.
+        chosen_counts, rejected_counts: `[pairs]` number of key tokens, or sum of their weights.
+        gamma: reward scale. The paper searched 2.1 to 2.5.
+        margin: how much better the chosen response should score.
+        label_smoothing: probability that a label is flipped, as in `dpo`; 0 in the paper.
+    """
+    difference = gamma * (chosen_sums / chosen_counts - rejected_sums / rejected_counts)
+    return _contrast(difference - margin, label_smoothing)
+
+
+def simpo(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    chosen_counts: Tensor,
+    rejected_counts: Tensor,
+    gamma: float = 2.0,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """SimPO (arXiv 2405.14734, equation 6): SePO's loss with every response token in the sums.
+
+        L = -log sigmoid(gamma / |y_w| log pi(y_w) - gamma / |y_l| log pi(y_l) - margin)
+
+    Names are SePO's: `gamma` here is the paper's beta (2.0 to 2.5), `margin` its gamma (0.5 to 1.6).
+    """
+    return sepo(chosen_sums, rejected_sums, chosen_counts, rejected_counts, gamma, margin, label_smoothing)
+
+
+def confpo(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    chosen_counts: Tensor,
+    rejected_counts: Tensor,
+    gamma: float = 2.0,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """ConfPO (arXiv 2506.08712): SimPO over the tokens that `below_mean_probability` marks.
+
+    A pair with a side on which no token is below the mean (one token, or all alike) has no loss, as in the authors'
+    code.
+
+    Args:
+        chosen_sums, rejected_sums, chosen_counts, rejected_counts: `[pairs]`, over the marked tokens; counts may be 0.
+    """
+    usable = (chosen_counts > 0) & (rejected_counts > 0)
+    counts = chosen_counts.clamp(min=1), rejected_counts.clamp(min=1)
+    return sepo(chosen_sums, rejected_sums, *counts, gamma, margin, label_smoothing) * usable
+
+
+def below_mean_probability(logps: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """Mark the tokens that ConfPO trains on: less probable than their response's mean (arXiv 2506.08712, section 4).
+
+        pi(y_i | x, y_<i) < 1 / |y| * sum over j of pi(y_j | x, y_<j)
+
+    Args:
+        logps: `[targets]` log-probabilities under the current policy, all tokens of each response.
+        segments: `[targets]`, the response of each target, below `num_segments`.
+
+    Returns:
+        `[targets]` bool, without gradient.
+    """
+    probabilities = logps.detach().exp()
+    sums = probabilities.new_zeros(num_segments).index_add(0, segments, probabilities)
+    counts = probabilities.new_zeros(num_segments).index_add(0, segments, torch.ones_like(probabilities))
+    # Equal probabilities must not fall below their own mean by a rounding.
+    margin = 1 - 8 * torch.finfo(probabilities.dtype).eps
+    return probabilities < (sums / counts.clamp(min=1))[segments] * margin
+
+
+def dpo(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    reference_chosen_sums: Tensor,
+    reference_rejected_sums: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """DPO (arXiv 2305.18290, equation 7), with label smoothing as in its conservative form (cDPO).
+
+        h = beta * [(log pi_chosen - log ref_chosen) - (log pi_rejected - log ref_rejected)]
+        L = -(1 - e) log sigmoid(h) - e log sigmoid(-h)
+
+    Args:
+        chosen_sums, rejected_sums: `[pairs]` sums of policy log-probabilities over all response tokens.
+        reference_chosen_sums, reference_rejected_sums: `[pairs]`, the same under the reference.
+        beta: strength of the KL constraint.
+        label_smoothing: e, the probability that a label is flipped; 0 to below 0.5.
+    """
+    margins = (chosen_sums - reference_chosen_sums) - (rejected_sums - reference_rejected_sums)
+    return _contrast(beta * margins, label_smoothing)
+
+
+def ipo(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    chosen_counts: Tensor,
+    rejected_counts: Tensor,
+    reference_chosen_sums: Tensor,
+    reference_rejected_sums: Tensor,
+    beta: float = 0.1,
+) -> Tensor:
+    """IPO (arXiv 2310.12036, equation 17) on log-ratios per token.
+
+        h = (log pi_chosen - log ref_chosen) / |y_w| - (log pi_rejected - log ref_rejected) / |y_l|
+        L = (h - 1 / (2 beta))^2
+
+    The paper writes sums; the mean over tokens is what its authors ran (they confirmed it to TRL, which does the
+    same), and keeps a long response from asking for a larger margin.
+    """
+    chosen = (chosen_sums - reference_chosen_sums) / chosen_counts
+    rejected = (rejected_sums - reference_rejected_sums) / rejected_counts
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def cpo(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    chosen_counts: Tensor,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """CPO (arXiv 2401.08417, equation 5): DPO with a uniform reference, and a likelihood term on the chosen side.
+
+        L = -log sigmoid(beta log pi(y_w) - beta log pi(y_l)) - alpha / |y_w| log pi(y_w)
+
+    The likelihood term is a mean over the response's tokens, so that its weight `alpha` does not grow with length.
+    """
+    return _contrast(beta * (chosen_sums - rejected_sums), label_smoothing) - alpha * chosen_sums / chosen_counts
+
+
+def orpo(
+    chosen_sums: Tensor, rejected_sums: Tensor, chosen_counts: Tensor, rejected_counts: Tensor, alpha: float = 0.1
+) -> Tensor:
+    """ORPO (arXiv 2403.07691, equations 4, 6 and 7): likelihood of the chosen response plus a log odds ratio.
+
+        P(y) = exp(1 / |y| log pi(y)),   odds(y) = P(y) / (1 - P(y))
+        L = -log P(y_w) - alpha log sigmoid(log odds(y_w) - log odds(y_l))
+
+    `alpha` is the paper's lambda (TRL's beta). P is kept below 1 by 1e-6: odds of a certain response are infinite.
+    """
+    chosen = (chosen_sums / chosen_counts).clamp(max=-1e-6)
+    rejected = (rejected_sums / rejected_counts).clamp(max=-1e-6)
+    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+    return -chosen_sums / chosen_counts - alpha * logsigmoid(log_odds)
+
+
+def rrhf(
+    chosen_sums: Tensor, rejected_sums: Tensor, chosen_counts: Tensor, rejected_counts: Tensor, alpha: float = 1.0
+) -> Tensor:
+    """RRHF (arXiv 2304.05302, equations 1 to 4) for two responses: a hinge on mean log-probabilities, and likelihood.
+
+        p(y) = 1 / |y| log pi(y)
+        L = max(0, p(y_l) - p(y_w)) - alpha p(y_w)
+
+    The likelihood term is a mean over tokens as in the authors' code (a sum in their equation 3).
+    """
+    chosen, rejected = chosen_sums / chosen_counts, rejected_sums / rejected_counts
+    return torch.relu(rejected - chosen) - alpha * chosen
+
+
+def tdpo1(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    reference_chosen_sums: Tensor,
+    reference_rejected_sums: Tensor,
+    chosen_kls: Tensor,
+    rejected_kls: Tensor,
+    beta: float = 0.1,
+) -> Tensor:
+    """TDPO1 (arXiv 2404.11999, equations 14 to 16): DPO with the difference of the sequential forward KLs.
+
+        u = beta * [(log pi_w - log ref_w) - (log pi_l - log ref_l)]
+        L = -log sigmoid(u - beta (D(y_l) - D(y_w))),   D(y) = sum over t of KL(ref || pi)(. | x, y_<t)
+
+    Args:
+        chosen_kls, rejected_kls: `[pairs]`, D of each response, with gradient (see `token_kl.py`).
+    """
+    margins = (chosen_sums - reference_chosen_sums) - (rejected_sums - reference_rejected_sums)
+    return -logsigmoid(beta * (margins - (rejected_kls - chosen_kls)))
+
+
+def tdpo2(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    reference_chosen_sums: Tensor,
+    reference_rejected_sums: Tensor,
+    chosen_kls: Tensor,
+    rejected_kls: Tensor,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+) -> Tensor:
+    """TDPO2 (arXiv 2404.11999, equation 17): TDPO1 with a weight, and no gradient through the chosen side's KL.
+
+    L = -log sigmoid(u - alpha beta (D(y_l) - stop_gradient(D(y_w))))
+    """
+    margins = (chosen_sums - reference_chosen_sums) - (rejected_sums - reference_rejected_sums)
+    return -logsigmoid(beta * (margins - alpha * (rejected_kls - chosen_kls.detach())))
+
+
+def tis_dpo(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    reference_chosen_sums: Tensor,
+    reference_rejected_sums: Tensor,
+    chosen_kls: Tensor | float = 0.0,
+    rejected_kls: Tensor | float = 0.0,
+    beta: float = 0.1,
+    alpha: float = 0.0,
+) -> Tensor:
+    """TIS-DPO (arXiv 2410.04350, equation 13): DPO with an importance weight on every token.
+
+        u = beta * [sum w_i (log pi - log ref)(y_w,i) - sum w_i (log pi - log ref)(y_l,i)]
+        eta = beta * [sum w_i KL(pi || ref)(. | y_w,<i) - sum w_i KL(pi || ref)(. | y_l,<i)]
+        L = -log sigmoid(u - alpha eta)
+
+    alpha is 1 in the paper's equation and 0 by default in the authors' code. The paper's weights, exp(±clamp(log
+    pi+ / pi-, -0.5, 1.5)) with a contrastive pair of models, are soft credit of `selection.py` with oracle and
+    reference as that pair. With 0/1 weights this is DPO on the selected tokens.
+
+    Args:
+        chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums: `[pairs]`, weighted.
+        chosen_kls, rejected_kls: `[pairs]`, weighted; not needed when alpha is 0.
+    """
+    margins = (chosen_sums - reference_chosen_sums) - (rejected_sums - reference_rejected_sums)
+    return -logsigmoid(beta * (margins - alpha * (chosen_kls - rejected_kls)))
+
+
+def _contrast(logits: Tensor, label_smoothing: float) -> Tensor:
+    return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x below 0, exact at both ends."""
+    return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+@dataclass
+class PairSums:
+    """What an objective may read about a batch, each `[pairs]`: (weighted) sums over the targets of each side.
+
+    Attributes:
+        chosen, rejected: log-probabilities under the policy.
+        chosen_counts, rejected_counts: sums of the weights; the number of targets where all weights are 1.
+        reference_chosen, reference_rejected: log-probabilities under the reference; None without one.
+        chosen_kls, rejected_kls: KL between policy and reference at each target; None where not needed.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_counts: Tensor
+    rejected_counts: Tensor
+    reference_chosen: Tensor | None = None
+    reference_rejected: Tensor | None = None
+    chosen_kls: Tensor | None = None
+    rejected_kls: Tensor | None = None
+
+
+def kl_direction(objective: str, alpha: float | None = None) -> str | None:
+    """Which KL an objective reads: "forward" is KL(reference || policy), "reverse" the other way; None for neither."""
+    if objective in ("tdpo1", "tdpo2"):
+        return "forward"
+    weight = ALPHA["tis_dpo"] if alpha is None else alpha
+    return "reverse" if objective == "tis_dpo" and weight else None
+
+
+def pair_losses(
+    objective: str,
+    sums: PairSums,
+    *,
+    beta: float = 0.1,
+    gamma: float = 2.0,
+    margin: float = 0.0,
+    alpha: float | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and implicit rewards (chosen, rejected) of an objective by name, each `[pairs]`.
+
+    The implicit reward is what the loss contrasts: the scaled log-ratio to the reference, or the scaled (mean)
+    log-probability without one.
+
+    Args:
+        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; `ALPHA` when None.
+    """
+    weight = ALPHA.get(objective, 0.0) if alpha is None else alpha
+    policy = (sums.chosen, sums.rejected)
+    counts = (sums.chosen_counts, sums.rejected_counts)
+    if objective in ("sepo", "simpo", "confpo"):
+        function = {"sepo": sepo, "simpo": simpo, "confpo": confpo}[objective]
+        losses = function(*policy, *counts, gamma, margin, label_smoothing)
+        chosen, rejected = (
+            gamma * total / number.clamp(min=1e-6) for total, number in zip(policy, counts, strict=True)
+        )
+        return losses, chosen, rejected
+    if objective == "cpo":
+        losses = cpo(*policy, sums.chosen_counts, beta, weight, label_smoothing)
+        return losses, beta * sums.chosen, beta * sums.rejected
+    if objective in ("orpo", "rrhf"):
+        losses = {"orpo": orpo, "rrhf": rrhf}[objective](*policy, *counts, weight)
+        return losses, sums.chosen / sums.chosen_counts, sums.rejected / sums.rejected_counts
+    if sums.reference_chosen is None or sums.reference_rejected is None:
+        raise ValueError(f"{objective} needs log-probabilities under the reference")
+    reference = (sums.reference_chosen, sums.reference_rejected)
+    rewards = (beta * (sums.chosen - reference[0]), beta * (sums.rejected - reference[1]))
+    if objective == "dpo":
+        return dpo(*policy, *reference, beta, label_smoothing), *rewards
+    if objective == "ipo":
+        return ipo(*policy, *counts, *reference, beta), *rewards
+    if objective == "tis_dpo" and sums.chosen_kls is None:
+        return tis_dpo(*policy, *reference, beta=beta), *rewards
+    if sums.chosen_kls is None or sums.rejected_kls is None:
+        raise ValueError(f"{objective} needs the KL between policy and reference at every target")
+    kls = (sums.chosen_kls, sums.rejected_kls)
+    if objective == "tdpo1":
+        return tdpo1(*policy, *reference, *kls, beta), *rewards
+    if objective == "tdpo2":
+        return tdpo2(*policy, *reference, *kls, beta, weight), *rewards
+    if objective == "tis_dpo":
+        return tis_dpo(*policy, *reference, *kls, beta, weight), *rewards
+    raise ValueError(f"no objective '{objective}': expected one of {', '.join(OBJECTIVES)}")
+
+
+def check_objective(objective: str, label_smoothing: float = 0.0) -> None:
+    """Raise a UserError for an objective that does not exist, or label smoothing that it does not define."""
+    if objective not in OBJECTIVES:
+        raise UserError(
+            f"objective is '{objective}'{nearest(objective, OBJECTIVES)}: expected one of {', '.join(OBJECTIVES)}"
+        )
+    if not 0 <= label_smoothing < 0.5:
+        raise UserError(f"label_smoothing is {label_smoothing}: expected 0 to below 0.5")
+    if label_smoothing and objective not in WITH_LABEL_SMOOTHING:
+        raise UserError(f"label_smoothing is not defined for {objective}: leave it at 0")
+
+
+def accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """Share of pairs whose chosen reward is the higher one, ties one half: `[pairs]` of 0, 0.5 or 1."""
+    return 0.5 * (1 + torch.sign(chosen_rewards - rejected_rewards))

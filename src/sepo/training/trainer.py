@@ -1,0 +1,495 @@
+"""`PreferenceTrainer` and `PreferenceConfig`: a `transformers.Trainer` over packed pairs.
+
+A batch is a number of pairs; the trainer lays them out as packed rows of a fixed token budget and accumulates the
+gradients of the rows. Memory is set by the token budget, statistics by the batch size, and one does not disturb the
+other: the loss is the exact mean over the pairs of an update, however they fall into rows, micro-batches and processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from sepo.data.encoding import tokenize_pairs
+from sepo.data.tables import SCHEMAS, provenance_of
+from sepo.errors import UserError
+from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
+from sepo.forward.logps import segment_sums, segment_weights, token_logps
+from sepo.forward.memory import keep_freed_memory
+from sepo.forward.packing import PackedBatch, Pair, read_length
+from sepo.forward.passes import dataset_logps, tokens_per_row_for
+from sepo.forward.prepare import prepare_model
+from sepo.forward.token_kl import token_logps_and_kl
+from sepo.training import objectives
+from sepo.training.batches import PairCollator, PairDataset, PairSampler
+from sepo.training.objectives import (
+    OBJECTIVES,
+    SELECTIVE,
+    WITH_REFERENCE,
+    PairSums,
+    below_mean_probability,
+    check_objective,
+    kl_direction,
+    pair_losses,
+)
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """Settings of a `PreferenceTrainer`: all of `transformers.TrainingArguments`, and these.
+
+    Args:
+        objective: a loss of `sepo.objectives` by name (docs/objectives.md). "sepo" and "tis_dpo" train on the tokens
+            of a selection table, the others on all response tokens, whichever kind of table they are given.
+        beta: KL strength of dpo, ipo, tdpo1, tdpo2 and tis_dpo; reward scale of cpo.
+        gamma: reward scale of sepo, simpo and confpo.
+        margin: target margin of the same.
+        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; the paper's (`objectives.ALPHA`) if
+            None.
+        label_smoothing: probability that a label is flipped, for sepo, simpo, confpo, cpo and dpo.
+        tokens_per_row: token budget of a packed row, which bounds the memory of a step; a default for the device
+            when None. `per_device_train_batch_size` counts pairs and may need many rows.
+        layout: "auto" packs rows where the model takes them (checked once), "packed" and "padded" insist.
+        max_length, max_prompt_length: used only when the trainer is given text to tokenise.
+    """
+
+    objective: str = field(default="sepo", metadata={"help": ", ".join(OBJECTIVES)})
+    beta: float = field(default=0.1, metadata={"help": "KL strength of the objectives with a reference; CPO's scale"})
+    gamma: float = field(default=2.0, metadata={"help": "reward scale of SePO, SimPO and ConfPO"})
+    margin: float = field(default=0.0, metadata={"help": "target margin of SePO, SimPO and ConfPO"})
+    alpha: float | None = field(default=None, metadata={"help": "weight of the objective's second term"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "probability of a flipped label, below 0.5"})
+    tokens_per_row: int | None = field(default=None, metadata={"help": "token budget of a packed row"})
+    layout: str = field(default="auto", metadata={"help": "auto, packed or padded"})
+    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and response together"})
+    max_prompt_length: int | None = field(default=None, metadata={"help": "tokens of the prompt"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_objective(self.objective, self.label_smoothing)
+        if self.layout not in ("auto", "packed", "padded"):
+            raise UserError(f"layout is '{self.layout}': expected auto, packed or padded")
+        # Batches are made of pairs, not of model inputs: nothing may be dropped by column name.
+        self.remove_unused_columns = False
+        # One process drives one device. Left to itself, Trainer would wrap the model for all visible GPUs
+        # (nn.DataParallel), multiply the batch by their number, and fail on packed rows.
+        _ = self.device  # counts them
+        self._n_gpu = min(self._n_gpu, 1)
+
+
+# What is logged, in the order of the running sums.
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+def _no_metrics(device: torch.device) -> Tensor:
+    return torch.zeros(len(METRICS) + 1, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a gradient became NaN or infinite; the message names the step and the pairs."""
+
+
+class PreferenceTrainer(Trainer):
+    """Train a causal LM (or a PEFT model of one) on preference pairs.
+
+    Args:
+        model: the model, or a name that `sepo.models.load_model` takes. Its own dropout is turned off.
+        args: a `PreferenceConfig`.
+        train_dataset: a table of kind "pairs" (all response tokens are targets) or "selection" (the key tokens are);
+            or a `datasets.Dataset` with prompt, chosen and rejected, tokenised here with `processing_class`.
+        eval_dataset: the same, optional.
+        reference_logps: a table of kind "logps" for the rows of `train_dataset`, for the objectives with a reference.
+            Computed from the model as it is given when None, once, before training.
+        eval_reference_logps: likewise for `eval_dataset`.
+        processing_class: the tokenizer.
+
+    Example:
+        >>> config = PreferenceConfig("oracle", objective="dpo")
+        >>> trainer = PreferenceTrainer("Qwen/Qwen3-0.6B", config, train_dataset=dataset)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    args: PreferenceConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        args: PreferenceConfig | None = None,
+        train_dataset: pa.Table | datasets.Dataset | None = None,
+        eval_dataset: pa.Table | datasets.Dataset | None = None,
+        reference_logps: pa.Table | None = None,
+        eval_reference_logps: pa.Table | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        args = args or PreferenceConfig("preference_trainer")
+        if isinstance(model, str):
+            from sepo.models import load_model, load_tokenizer
+
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_model(model, train=True)
+        assert isinstance(model, nn.Module)
+        if args.device.type == "cuda" and not _placed_elsewhere(model):
+            model = model.to(args.device)  # it is tried out where it will run
+        layout = prepare_model(model, args.layout)
+        self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
+        train = self._dataset(model, args, train_dataset, reference_logps, processing_class)
+        evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class)
+        if args.device.type == "cpu":
+            keep_freed_memory()
+        _disable_dropout(model)
+        # The KL needs every logit of the reference, which cannot be stored: the model as it is given stays beside.
+        self.kl_direction = kl_direction(args.objective, args.alpha)
+        self.kl_reference = (
+            copy.deepcopy(model).to(args.device).requires_grad_(False).eval() if self.kl_direction else None
+        )
+        _bind_packed_forward(model)
+        # Running sums of METRICS and the number of pairs since the last log, on the device.
+        self._metrics = {mode: _no_metrics(args.device) for mode in ("train", "eval")}
+        self._update_pairs: list[int] = []  # of the update at hand, to find out whose gradient went wrong
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(layout, self.tokens_per_row),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Reported losses are means over pairs already: Trainer must not divide them by the accumulation steps.
+        self.loss_is_scaled_for_ga = True
+
+    @staticmethod
+    def _dataset(model, args, data, reference_logps, tokenizer) -> PairDataset | None:
+        if data is None:
+            return None
+        if isinstance(data, datasets.Dataset):
+            if tokenizer is None:
+                raise UserError("a dataset of text needs processing_class: pass the model's tokenizer")
+            data, _ = tokenize_pairs(
+                data, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length
+            )
+        if args.objective not in SELECTIVE:
+            data = data.select(SCHEMAS["pairs"].names)
+        if args.objective not in WITH_REFERENCE:
+            return PairDataset(data)
+        if reference_logps is None or not _same_numerics(args, reference_logps):
+            with _autocast(args):
+                reference_logps = dataset_logps(
+                    model.to(args.device), data, tokens_per_row=args.tokens_per_row, over_processes=True
+                )
+        return PairDataset(data, reference_logps)
+
+    # --- the loss ---------------------------------------------------------------------------------------------------
+
+    def _losses(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses and implicit rewards (chosen, rejected), each `[pairs]`."""
+        args = self.args
+        kls: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+        if self.kl_reference is None:
+            logps = model(packed_batch=batch)
+        else:
+            logps, token_kls = model(packed_batch=batch, kl_reference=self.kl_reference, kl_direction=self.kl_direction)
+            kls = segment_sums(token_kls, batch, weighted=True)
+        if args.objective == "confpo":
+            marked = below_mean_probability(logps, batch.segments, 2 * batch.num_pairs)
+            batch = replace(batch, weights=marked.to(batch.weights.dtype))
+        sums = PairSums(
+            *segment_sums(logps, batch, weighted=True),
+            *segment_weights(batch),
+            *((None, None) if reference is None else reference),
+            *kls,
+        )
+        return pair_losses(
+            args.objective,
+            sums,
+            beta=args.beta,
+            gamma=args.gamma,
+            margin=args.margin,
+            alpha=args.alpha,
+            label_smoothing=args.label_smoothing,
+        )
+
+    def _batch_loss(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None, mode: str) -> Tensor:
+        """Losses of the pairs of one packed batch; its metrics are added to the running ones of `mode`, if any."""
+        with self.compute_loss_context_manager():
+            losses, chosen, rejected = self._losses(model, batch, reference)
+        if mode:
+            with torch.no_grad():
+                values = (losses, chosen, rejected, chosen - rejected, objectives.accuracy(chosen, rejected))
+                sums = torch.stack([value.sum() for value in values]).to(self._metrics[mode].dtype)
+                self._metrics[mode][:-1] += sums
+                self._metrics[mode][-1] += len(losses)
+        return losses
+
+    def _require_finite(self, losses: list[Tensor], pair_ids: list[int]) -> None:
+        """Name the pairs whose loss is not finite; asked once for many rows, since asking waits for the device."""
+        if not losses:
+            return
+        finite = torch.isfinite(torch.cat(losses))
+        if not finite.all():
+            bad = [pair_ids[i] for i in (~finite).nonzero()[:, 0].tolist()]
+            raise NonFiniteLossError(
+                f"the loss of pair {bad[0]} (of {len(bad)} pairs) is not finite at step {self.state.global_step}; "
+                "lower learning_rate or continue from the last checkpoint"
+            )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        """Forward and backward over the packed rows of one batch; returns the mean loss of its pairs (its share)."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have a training mode
+            self.optimizer.train()  # type: ignore[union-attr]
+        pairs_in_update = float(num_items_in_batch or inputs["num_pairs"])
+        with gradients_in_place(self._in_place(model)):
+            return self._accumulate_rows(model, inputs, pairs_in_update)
+
+    def _in_place(self, model: nn.Module) -> bool:
+        return not self.is_fsdp_enabled and not self.is_deepspeed_enabled and may_accumulate_in_place(model)
+
+    def _accumulate_rows(self, model: nn.Module, inputs: dict[str, Any], pairs_in_update: float) -> Tensor:
+        total = torch.zeros((), device=self.args.device)
+        rows = self._rows(inputs)
+        seen: list[Tensor] = []
+        pair_ids: list[int] = []
+        for index, (batch, reference, counts) in enumerate(rows):
+            # Gradients travel between processes once an update, with the last row.
+            with contextlib.nullcontext() if index == len(rows) - 1 else self._hold_gradients(model):
+                batch = batch.to(self.args.device)
+                reference = reference if reference is None else reference.to(self.args.device)
+                losses = self._batch_loss(model, batch, reference, "train" if counts else "")
+                loss = losses.sum() * counts
+                # Processes average their gradients, so the sum over processes needs their number back.
+                self.accelerator.backward(loss * (self.args.world_size / pairs_in_update), **self._backward_options)
+                total += loss.detach() / pairs_in_update
+                seen.append(losses.detach())
+                pair_ids += batch.pair_ids
+        self._require_finite(seen, pair_ids)
+        self._update_pairs += [pair_id for batch in inputs["batches"] for pair_id in batch.pair_ids]
+        return total * self.args.world_size
+
+    def _rows(self, inputs: dict[str, Any]) -> list[tuple[PackedBatch, Tensor | None, bool]]:
+        """The packed rows of one batch, as many in every process: some wrappers (FSDP, ZeRO) wait for each other in
+        each forward. The last of a row says whether it counts; one that fills up does not.
+        """
+        rows = [(*row, True) for row in zip(inputs["batches"], inputs["references"], strict=True)]
+        if self.args.world_size == 1:
+            return rows
+        number = torch.tensor([len(rows)], device=self.args.device)
+        most = int(self.accelerator.gather(number).max())
+        if most > len(rows):
+            filler: dict[str, Any] = self.data_collator([self._shortest])  # type: ignore[list-item]
+            rows += [(filler["batches"][0], filler["references"][0], False)] * (most - len(rows))
+        return rows
+
+    @property
+    def _shortest(self) -> tuple[Pair, tuple[float, float] | None]:
+        dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        return dataset[min(range(len(dataset)), key=lambda index: read_length(dataset.pairs[index]))]
+
+    @contextlib.contextmanager
+    def _hold_gradients(self, model: nn.Module) -> Iterator[None]:
+        """While it lasts, gradients add up in this process."""
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            with self.accelerator.no_sync(model):
+                yield
+            return
+        # DeepSpeed takes an optimizer step with each backward pass unless it is told that more will come.
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
+
+    @property
+    def _backward_options(self) -> dict[str, bool]:
+        # DeepSpeed would divide by the accumulation steps once more.
+        return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        """Stop before the optimizer step if a gradient is not finite; names the pair."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        pair_ids, self._update_pairs = self._update_pairs, []
+        # A gradient scaler (fp16) skips such steps itself.
+        if norm is None or getattr(self.accelerator, "scaler", None) is not None:
+            return norm
+        if not math.isfinite(float(norm)):
+            raise NonFiniteLossError(
+                f"the gradient of {self._pair_of_bad_gradient(pair_ids)} is not finite at step "
+                f"{self.state.global_step}; lower learning_rate or continue from the last checkpoint"
+            )
+        return norm
+
+    def _pair_of_bad_gradient(self, pair_ids: list[int]) -> str:
+        """Find the pair whose gradient alone is not finite, by doing the pairs of the update one by one."""
+        every = f"one of the pairs {', '.join(map(str, pair_ids))}"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # a process alone cannot do a backward pass there
+            return every
+        model = self.accelerator.unwrap_model(self.model)
+        dataset: Any = self.train_dataset
+        index_of = {pair.pair_id: index for index, pair in enumerate(dataset.pairs)}
+        for pair_id in pair_ids:
+            inputs: dict[str, Any] = self.data_collator([dataset[index_of[pair_id]]])
+            model.zero_grad()
+            for batch, reference in zip(inputs["batches"], inputs["references"], strict=True):
+                reference = reference if reference is None else reference.to(self.args.device)
+                self._batch_loss(model, batch.to(self.args.device), reference, "").sum().backward()
+            if not all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None):
+                return f"pair {pair_id}"
+        return every
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Number of pairs in one update, over accumulation steps and processes."""
+        pairs = torch.tensor(float(sum(batch["num_pairs"] for batch in batch_samples)), device=device)
+        return self.accelerator.gather(pairs[None]).sum() if self.args.world_size > 1 else pairs
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # The epoch is asked for, not set: a loader that skips the batches before a checkpoint passes no epoch on.
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return PairSampler(
+            len(dataset),
+            self.args.train_batch_size * self.args.world_size,
+            seed,
+            lambda: int(self.state.epoch or 0),
+        )
+
+    def _get_eval_sampler(self, eval_dataset):
+        return PairSampler(len(eval_dataset), self.args.eval_batch_size * self.args.world_size, None)
+
+    def _prepare_inputs(self, inputs):
+        return inputs  # rows move to the device one by one
+
+    def floating_point_ops(self, inputs) -> int:
+        """Matmul FLOPs of a step: 6 for each parameter outside the embeddings and each token read."""
+        tokens = sum(batch.num_tokens for batch in inputs["batches"])
+        return 6 * tokens * _matmul_parameters(self.accelerator.unwrap_model(self.model))
+
+    # --- evaluation and logging -------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Mean loss, implicit rewards and accuracy over the evaluation pairs."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, pa.Table | datasets.Dataset):
+            if self.args.objective in WITH_REFERENCE:
+                # Computed now, the reference would be the model as it is after training.
+                raise UserError(
+                    f"evaluating {self.args.objective} needs the reference: pass eval_dataset when the trainer is made"
+                )
+            dataset = self._dataset(self.model, self.args, dataset, None, self.processing_class)
+        loader = self.get_eval_dataloader(dataset)  # type: ignore[arg-type]
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        self._metrics["eval"].zero_()
+        seen: list[Tensor] = []
+        pair_ids: list[int] = []
+        with torch.no_grad():
+            for inputs in loader:
+                for batch, reference, counts in self._rows(inputs):
+                    reference = reference if reference is None else reference.to(self.args.device)
+                    seen.append(
+                        self._batch_loss(model, batch.to(self.args.device), reference, "eval" if counts else "")
+                    )
+                    pair_ids += batch.pair_ids
+        self._require_finite(seen, pair_ids)
+        model.train(training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take("eval").items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last log, as TRL does, to what `Trainer` logs."""
+        if "loss" in logs:
+            logs = {**self._take("train"), **logs}
+        super().log(logs, start_time)
+
+    def _take(self, mode: str) -> dict[str, float]:
+        """Means of the running metrics over all processes, each of which must ask; starts them anew."""
+        sums = self._metrics[mode]
+        if self.args.world_size > 1:
+            # The same numbers in every process, also in one that had no pair since the last log.
+            sums = self.accelerator.reduce(sums.clone(), "sum")
+        *totals, count = sums.tolist()
+        self._metrics[mode].zero_()
+        return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
+
+
+def _placed_elsewhere(model: nn.Module) -> bool:
+    """Does somebody else decide where the weights are (a launcher that cuts them up, a quantised base)?"""
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
+    return sharded or getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None) is not None
+
+
+def _autocast(args: TrainingArguments) -> torch.autocast:
+    """The types that the policy's forward is computed in; the reference is read in the same."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(args.device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16))
+
+
+def _same_numerics(args: TrainingArguments, logps: pa.Table) -> bool:
+    """May stored log-probabilities stand beside those of the training's own forward?
+
+    In bfloat16 the sum over a response is off by about a nat from the same sum in float32, as much as a training moves
+    it: a reference read in other types would make the first loss another than ln 2, and bias every one after it.
+    """
+    if args.fp16 or args.bf16:
+        return provenance_of(logps).get("autocast") == ("float16" if args.fp16 else "bfloat16")
+    return "autocast" not in provenance_of(logps)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Turn off the model's own dropout, as preference training does (TRL too): a loss of log-ratios would drown in it.
+
+    The dropout of a LoRA adapter is the user's setting and stays.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _bind_packed_forward(model: nn.Module) -> None:
+    """Let `model(packed_batch=...)` return token log-probabilities, and with `kl_reference` the KL to it as well.
+
+    Wrappers (DDP, FSDP, DeepSpeed, autocast) act on the call of the module they wrap, so the packed path must go
+    through that call rather than around it.
+    """
+    original = model.forward
+    if getattr(original, "takes_packed_batches", False):
+        return
+
+    def forward(self, *args, packed_batch: PackedBatch | None = None, kl_reference=None, kl_direction=None, **kwargs):
+        if packed_batch is None:
+            return original(*args, **kwargs)
+        if kl_reference is not None:
+            return token_logps_and_kl(self, kl_reference, packed_batch, kl_direction)
+        return token_logps(self, packed_batch)
+
+    forward.takes_packed_batches = True  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+
+
+def _matmul_parameters(model: nn.Module) -> int:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)

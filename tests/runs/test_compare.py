@@ -1,0 +1,447 @@
+"""Comparisons: the grid file, shared passes, curves over checkpoints, resumption, and what the results say."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sepo.compare
+from scipy import stats
+
+from sepo.cli import main
+from sepo.data.tables import read_table
+from sepo.errors import UserError
+from sepo.evaluate.frontier import Checkpoints, Judge, at_kl
+from sepo.evaluate.gold import GOLD_REWARDS
+from sepo.evaluate.measure import evaluate_run
+from sepo.evaluate.statistics import over_seeds
+from sepo.recipe.grid import load_grid, number_of_runs
+from sepo.report.comparison import _name, best_setting, comparison_markdown, differences, summarise_runs
+from tiny_models import tiny_model, tiny_tokenizer
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+COLORS = ["red", "blue", "green", "pink", "teal", "gold"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_gold_reward_that_gibberish_moves():
+    """The tiny models write no word of VADER's lexicon: judge by the mean character instead."""
+    with pytest.MonkeyPatch.context() as patch:
+        judge = lambda texts: np.array([np.mean([ord(c) for c in text] or [0]) / 100 for text in texts])  # noqa: E731
+        patch.setitem(GOLD_REWARDS, "vader", judge)
+        yield
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A tiny chat model, a preference file, a base recipe and a grid over three objectives."""
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = []
+    for index in range(30):
+        color = COLORS[index % 6]
+        prompt = [{"role": "user", "content": f"Is it {color}? {index}"}]
+        good, bad = (
+            [{"role": "assistant", "content": text}] for text in (f"Yes, {color}, thanks!", f"no {color} here {index}")
+        )
+        rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "base.yaml").write_text(
+        f"""
+data: {{source: {folder / "prefs.jsonl"}, held_out: 6}}
+reference: {{model: {folder / "model"}}}
+device: cpu
+oracle: {{training: {{learning_rate: 0.002, batch_size: 8, num_train_epochs: 2}}}}
+policy: {{training: {{learning_rate: 0.001, batch_size: 6, num_train_epochs: 2}}}}
+eval: {{gold: vader, prompts: 3, samples: 2, max_new_tokens: 6}}
+"""
+    )
+    return folder
+
+
+GRID = """
+base: base.yaml
+output_dir: {out}
+sweep_seed: 0
+seeds: [1, 2]
+checkpoints: [0.25]
+kl: 0.5
+keep_models: true
+variants:
+  sepo: {{sweep: {{policy.gamma: [1.0, 2.5]}}}}
+  random: {{set: {{select.rule_chosen: random, select.rule_rejected: random}}}}
+  dpo: {{set: {{policy.objective: dpo, policy.beta: 0.05}}}}
+  simpo: {{set: {{policy: {{objective: simpo, gamma: 1.5}}}}}}
+"""
+
+
+def write_grid(folder, text=GRID, name="grid", out="out"):
+    path = folder / f"{name}.yaml"
+    path.write_text(text.format(out=folder / out))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(workplace):
+    path = write_grid(workplace)
+    assert main(["compare", str(path)]) == 0
+    return workplace, path, json.loads((workplace / "out" / "compare.json").read_text())
+
+
+def stages_done(text):
+    return [line.split("]")[0][1:] for line in text.splitlines() if line.startswith("[") and line.endswith(" s")]
+
+
+# --- the grid file --------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_the_base_with_its_settings_changed(workplace):
+    grid, settings = load_grid(write_grid(workplace), ["eval.samples=1"])
+    assert [one.label for one in settings["sepo"]] == ["policy.gamma=1", "policy.gamma=2.5"]
+    assert settings["sepo"][1].recipe.policy.gamma == 2.5
+    assert settings["dpo"][0].recipe.policy.objective == "dpo"
+    assert settings["simpo"][0].recipe.policy.gamma == 1.5
+    assert settings["simpo"][0].recipe.policy.training.learning_rate == 0.001  # a group is merged, not replaced
+    assert all(one.recipe.eval.samples == 1 for group in settings.values() for one in group)
+    assert number_of_runs(grid, settings) == 2 + 2 * 4
+
+
+def test_runs_are_counted_with_and_without_a_sweep_seed(workplace):
+    for change, runs in (
+        (("sweep_seed: 0\n", ""), 2 * 5),
+        (("sweep_seed: 0", "sweep_seed: 1"), 2 + 2 * 4 - 1),
+    ):
+        grid, settings = load_grid(write_grid(workplace, GRID.replace(*change), "counted"))
+        assert number_of_runs(grid, settings) == runs
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("checkpoints: [0.25]", "checkpoints: [0.5, 1.5]", "checkpoints.2 is 1.5"),
+        ("checkpoints: [0.25]", "checkpoints: 0", "checkpoints is 0: expected a number of 1 or more"),
+        ("checkpoints: [0.25]", "checkpoint: 2", "unknown key 'checkpoint' (did you mean 'checkpoints'?)"),
+        ("policy.beta: 0.05", "policy.betta: 0.05", "unknown key 'policy.betta' (did you mean 'beta'?)"),
+        ("policy.beta: 0.05", "data.sample: 0.5", "have different data or eval settings"),
+        ("policy.beta: 0.05", "policy.training.num_train_epochs: 3", "see different numbers of pairs"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "the same seed twice"),
+        ("seeds: [1, 2]", "seeds: []", "seeds is []"),
+        ("[1.0, 2.5]", "[]", "variants.sepo.sweep.policy.gamma is []"),
+        ("[1.0, 2.5]", "[1.0, 1.0]", "lists the same value twice"),
+        ("kl: 0.5", "kl: 0", "kl is 0"),
+        ("base: base.yaml", "base: none.yaml", "no recipe at"),
+        ("objective: dpo", "objective: dpoo", "policy.objective is 'dpoo'"),
+        ("dpo:", "../dpo:", "variants"),
+    ],
+)
+def test_a_bad_grid_is_refused_in_one_line_before_anything_runs(workplace, capsys, monkeypatch, old, new, message):
+    monkeypatch.setattr(sepo.compare, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert old in GRID
+    path = write_grid(workplace, GRID.replace(old, new), "bad", "bad-out")
+    assert main(["compare", str(path)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sepo: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (workplace / "bad-out").exists()
+
+
+def test_a_comparison_without_held_out_prompts_is_refused(workplace, capsys):
+    path = write_grid(workplace, GRID, "no-prompts", "no-prompts-out")
+    assert main(["compare", str(path), "eval.prompts=0"]) == 2
+    assert "set eval.prompts" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_the_runs_and_writes_nothing(workplace, capsys):
+    path = write_grid(workplace, GRID, "dry", "dry-out")
+    assert main(["compare", str(path), "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
+    assert "4" in rows["sepo"]
+    assert "10" in rows["total"]
+    assert not (workplace / "dry-out").exists()
+
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "recipes" / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_shipped_experiments_are_valid_and_as_long_as_their_documentation_says(path):
+    grid, settings = load_grid(path)
+    assert grid.name == path.stem
+    row = next(line for line in DOCUMENT.splitlines() if f"`{path.name}`" in line)
+    assert row.split("|")[-2].strip() == str(number_of_runs(grid, settings))
+
+
+# --- a whole comparison ---------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_leaves_table_pictures_and_every_checkpoint(finished):
+    folder, _, results = finished
+    for name in ("frontier.png", "win-rate.png"):
+        assert (folder / "out" / name).read_bytes().startswith(b"\x89PNG")
+    page = (folder / "out" / "compare.md").read_text()
+    assert "## Reported" in page
+    assert "## Sweep" in page
+    assert "## Against sepo" in page
+    assert [row["seeds"] for row in results["differences"]] == [2, 2, 2]
+    assert len(results["runs"]) == 10
+    assert [run["reported"] for run in results["runs"]] == [False, False] + [True] * 8
+    for run in results["runs"]:
+        assert [point["step"] for point in run["points"]] == [2, 8]
+        assert [point["pairs_seen"] for point in run["points"]] == [12, 48]
+        assert all(math.isfinite(point["kl"]) for point in run["points"])
+    assert {row["seeds"] for row in results["rows"] if row["reported"]} == {2}
+    reported = {row["variant"]: row for row in results["rows"] if row["reported"]}
+    assert set(reported) == {"sepo", "random", "dpo", "simpo"}
+    assert reported["dpo"]["target_tokens"] == reported["simpo"]["target_tokens"]
+    assert reported["sepo"]["target_tokens"] < 0.5 * reported["dpo"]["target_tokens"]
+    assert reported["random"]["target_tokens"] == reported["sepo"]["target_tokens"]
+    assert not list((folder / "out").rglob("*.tmp"))
+
+
+def test_passes_that_can_be_shared_are_done_once(finished):
+    folder, _, results = finished
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    kinds = [name.split("-")[0] for name in manifest["stages"] if not name.startswith("run-")]
+    count = {kind: kinds.count(kind) for kind in set(kinds)}
+    # A pass of the reference, one of the oracle. Two random draws, one top selection. Samples of the start at seeds 0,
+    # 1 and 2.
+    assert count == {"data": 1, "logps": 2, "oracle": 1, "score": 1, "select": 3, "start": 3}
+    assert len(results["shared"]) == sum(count.values())
+    scores = next(item for item in results["shared"] if item["stage"].startswith("score"))
+    assert 0 <= scores["oracle/accuracy"] <= 1
+    assert "AUC" in scores["what"]
+
+
+def test_a_run_that_was_measured_is_what_evaluation_says_of_the_trained_model(finished):
+    folder, path, results = finished
+    _, settings = load_grid(path)
+    run = next(run for run in results["runs"] if run["variant"] == "dpo")
+    held_out = next((folder / "out" / "shared").glob("data-*")) / "held_out"
+    metrics = evaluate_run(
+        str(folder / "out" / run["folder"] / "policy"),
+        str(folder / "model"),
+        held_out,
+        folder / "evaluated",
+        settings["dpo"][0].recipe.eval,
+        seed=run["seed"],
+        device="cpu",
+    )
+    last = run["points"][-1]
+    assert last["kl"] == pytest.approx(metrics["kl"], abs=1e-4)
+    assert last["gold_difference"] == pytest.approx(metrics["gold_reward/difference"], abs=1e-9)
+    assert last["win_rate"] == pytest.approx(metrics["gold_reward/win_rate"], abs=1e-9)
+    assert last["length"] == pytest.approx(metrics["length/policy"])
+    assert last["kl"] != 0
+    assert last["gold_difference"] != 0
+
+
+def test_the_same_command_reuses_everything_and_a_new_variant_costs_its_own_runs(
+    finished, capsys, tmp_path, monkeypatch
+):
+    folder, path, results = finished
+    monkeypatch.chdir(tmp_path)  # where it is started, and what lies there, does not matter
+    assert main(["compare", str(path)]) == 0
+    assert stages_done(capsys.readouterr().err) == []
+    assert json.loads((folder / "out" / "compare.json").read_text()) == results
+    more = GRID + "  confpo: {{set: {{policy.objective: confpo}}}}\n"
+    assert main(["compare", str(write_grid(folder, more))]) == 0
+    assert stages_done(capsys.readouterr().err) == ["run confpo seed=1", "run confpo seed=2"]
+
+
+def test_grids_with_one_work_folder_share_passes_and_runs(workplace, capsys):
+    text = GRID.replace("sweep_seed: 0\n", f"work_dir: {workplace / 'work'}\n").replace("seeds: [1, 2]", "seeds: [1]")
+    head = text[: text.index("variants:\n")]
+    sepo_and = "variants:\n  sepo: {{sweep: {{policy.gamma: [1.0, 2.5]}}}}\n"
+    assert main(["compare", str(write_grid(workplace, head + sepo_and, "one", "one-out"))]) == 0
+    first = stages_done(capsys.readouterr().err)
+    assert first[-2:] == ["run sepo policy.gamma=1 seed=1", "run sepo policy.gamma=2.5 seed=1"]
+    # The same method under another name, and one that is new.
+    other = "variants:\n  low: {{set: {{policy.gamma: 1.0}}}}\n  orpo: {{set: {{policy.objective: orpo}}}}\n"
+    path = write_grid(workplace, head + other, "two", "two-out")
+    assert main(["compare", str(path)]) == 0
+    assert stages_done(capsys.readouterr().err) == ["run orpo seed=1"]
+    one, two = (json.loads((workplace / f"{name}-out" / "compare.json").read_text()) for name in ("one", "two"))
+    assert [run["variant"] for run in two["runs"]] == ["low", "orpo"]
+    assert two["runs"][0]["points"] == one["runs"][0]["points"]
+    assert sorted(p.name for p in (workplace / "two-out").iterdir()) == sorted(
+        ["compare.json", "compare.md", "frontier.png", "grid.json", "win-rate.png"]
+    )
+    (workplace / "taken-out").mkdir()
+    (workplace / "taken-out" / "thesis.tex").write_text("")
+    assert main(["compare", str(write_grid(workplace, head + other, "three", "taken-out"))]) == 2
+    assert "is not empty and holds no comparison" in capsys.readouterr().err
+    assert [p.name for p in (workplace / "taken-out").iterdir()] == ["thesis.tex"]
+
+
+def test_an_interrupted_comparison_keeps_its_runs_and_checkpoints(workplace, capsys, monkeypatch):
+    text = GRID.replace("sweep_seed: 0\n", "").replace("keep_models: true", "keep_models: false")
+    text = text.replace("seeds: [1, 2]", "seeds: [5]").replace("[1.0, 2.5]", "[1.0]")
+    path = write_grid(workplace, text, "broken", "broken-out")
+    measured = []
+    original = Checkpoints.on_step_end
+
+    def stop_at_the_fourth(self, args, state, control, **kwargs):
+        before = len(self.points)
+        if len(measured) == 3 and state.global_step in self.steps:
+            raise KeyboardInterrupt
+        original(self, args, state, control, **kwargs)
+        measured.extend(self.points[before:])
+
+    monkeypatch.setattr(Checkpoints, "on_step_end", stop_at_the_fourth)
+    assert main(["compare", str(path)]) == 130
+    assert "continues where it stopped" in capsys.readouterr().err
+    half = json.loads((workplace / "broken-out" / "compare.json").read_text())
+    assert len(half["runs"]) == 1
+    monkeypatch.setattr(Checkpoints, "on_step_end", original)
+    judged = []
+    measure = Judge.measure
+    monkeypatch.setattr(Judge, "measure", lambda self, policy: judged.append(1) or measure(self, policy))
+    assert main(["compare", str(path)]) == 0
+    done = json.loads((workplace / "broken-out" / "compare.json").read_text())
+    assert len(done["runs"]) == 4
+    assert done["runs"][0] == half["runs"][0]
+    assert len(judged) == 8 - 3  # a checkpoint that was measured is not measured again
+    assert not list((workplace / "broken-out").glob("runs/*/policy"))
+    assert len(list((workplace / "broken-out").glob("runs/*/trainer_state.json"))) == 4
+
+
+def test_without_a_gold_reward_the_held_out_accuracy_is_compared(workplace):
+    text = GRID.replace("sweep_seed: 0\n", "").replace("[1.0, 2.5]", "[1.0]").replace("seeds: [1, 2]", "seeds: [0]")
+    path = write_grid(workplace, text[: text.index("  random")], "accuracy", "accuracy-out")
+    assert main(["compare", str(path), "eval.gold=null", "policy.training.learning_rate=0.003"]) == 0
+    results = json.loads((workplace / "accuracy-out" / "compare.json").read_text())
+    assert results["runs"][0]["points"][-1]["accuracy"] > 0.6
+    assert not (workplace / "accuracy-out" / "win-rate.png").exists()
+    assert "accuracy gain" in (workplace / "accuracy-out" / "compare.md").read_text()
+
+
+def test_seeds_can_vary_the_oracle_too(workplace, capsys):
+    text = GRID.replace("sweep_seed: 0\n", "seeds_vary: oracle\n").replace("[1.0, 2.5]", "[1.0]")
+    path = write_grid(workplace, text[: text.index("  random")], "oracles", "oracles-out")
+    assert main(["compare", str(path)]) == 0
+    done = [name.split("-")[0] for name in stages_done(capsys.readouterr().err)]
+    assert done.count("oracle") == 2
+    assert done.count("data") == 1
+    folders = sorted((workplace / "oracles-out" / "shared").glob("select-*"))
+    first, second = (read_table(folder, "selection") for folder in folders)
+    assert first.column("pair_id") == second.column("pair_id")
+
+
+def test_settings_with_one_and_with_several_oracles_share_the_first(workplace, capsys):
+    text = (
+        GRID.replace("sweep_seed: 0\n", "")
+        .replace("[1, 2]", "[0]")
+        .replace("policy.gamma: [1.0, 2.5]", "oracle.count: [1, 2]")
+    )
+    path = write_grid(workplace, text[: text.index("  random")], "ensemble", "ensemble-out")
+    assert main(["compare", str(path), "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(path)]) == 0
+    done = [name.split("-")[0] for name in stages_done(capsys.readouterr().err)]
+    assert (done.count("oracle"), done.count("score"), done.count("select")) == (2, 2, 2)
+    results = json.loads((workplace / "ensemble-out" / "compare.json").read_text())
+    assert sum("the mean of oracle-" in item["what"] for item in results["shared"]) == 1
+
+
+# --- reading curves -------------------------------------------------------------------------------------------------
+
+
+def points(*pairs):
+    return [{"kl": kl, "gold_difference": gain} for kl, gain in pairs]
+
+
+def test_a_curve_is_read_between_its_checkpoints_and_never_beyond_them():
+    curve = points((1.0, 0.1), (3.0, 0.3), (2.0, 0.4))
+    assert at_kl(curve, 0.5) == (pytest.approx(0.05), True)
+    assert at_kl(curve, 2.5) == (pytest.approx(0.35), True)  # in order of KL, not of steps
+    assert at_kl(curve, 4.0) == (pytest.approx(0.3), False)
+    assert at_kl(curve, None) == (0.4, True)
+    assert at_kl(points((-0.2, 0.1)), 1.0) == (pytest.approx(0.1), False)
+    assert at_kl([{"kl": 2.0, "accuracy": 0.9}], 1.0) == (pytest.approx(0.2), True)
+
+
+def run(variant, label, seed, curve, reported=True, tokens=10):
+    full = [{**point, "win_rate": 0.6, "length": 5.0, "train_seconds": 2.0, "pairs_seen": 4} for point in curve]
+    return {
+        "variant": variant, "label": label, "seed": seed, "reported": reported, "points": full,
+        "target_tokens": tokens, "read_tokens": 3 * tokens,
+    }  # fmt: skip
+
+
+def test_rows_are_means_over_seeds_with_their_standard_errors():
+    runs = [
+        run("a", "", 0, points((1.0, 0.1), (2.0, 0.2))),
+        run("b", "x=1", 0, points((4.0, 0.4))),
+        run("a", "", 1, points((1.0, 0.3), (2.0, 0.4))),
+        run("a", "", 2, points((0.5, 0.2))),
+    ]
+    a, b = summarise_runs(runs, 1.0)
+    assert (a["variant"], a["seeds"], a["reached"]) == ("a", 3, 2)
+    assert a["value"] == pytest.approx(np.mean([0.1, 0.3, 0.2]))
+    assert a["value_se"] == pytest.approx(0.1 / math.sqrt(3))
+    assert a["final_kl"] == pytest.approx(1.5)
+    assert b["value"] == pytest.approx(0.1)
+    assert math.isnan(b["value_se"])
+    assert over_seeds([]) == (pytest.approx(math.nan, nan_ok=True), pytest.approx(math.nan, nan_ok=True))
+    page = comparison_markdown(
+        {"name": "t", "kl": 1.0, "gold": "vader", "rows": [a, b], "runs": runs, "differences": [], "shared": [],
+         "environment": {"device": "d", "packages": {"torch": "1"}}}
+    )  # fmt: skip
+    assert "+0.200 ± 0.058*" in page  # one of three did not get to KL 1
+    assert "| b | x=1 | 1 | +0.100 |" in page
+
+
+def test_methods_are_compared_by_the_seeds_that_both_have():
+    runs = [
+        *(run("a", "", seed, points((1.0, gain))) for seed, gain in enumerate((0.1, 0.2, 0.3))),
+        *(run("b", "policy.beta=0.1", seed, points((1.0, gain))) for seed, gain in ((0, 0.2), (1, 0.4), (2, 0.6))),
+        run("c", "", 0, points((1.0, 0.9))),  # a single seed in common says nothing
+        *(run("d", "", seed, points((1.0, 9.0)), reported=False) for seed in range(3)),
+    ]
+    (only,) = differences(runs, 1.0)
+    assert (only["name"], only["against"], only["seeds"]) == ("b beta=0.1", "a", 3)
+    assert only["difference"] == pytest.approx(0.2)
+    # Differences 0.1, 0.2, 0.3: standard error 0.1 / sqrt(3), and Student's t is 4.303 at two degrees of freedom.
+    assert only["low"] == pytest.approx(0.2 - stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))
+    assert only["high"] == pytest.approx(0.2 + stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))
+
+
+def test_the_page_sets_differences_at_the_kl_beside_those_at_the_end():
+    runs = [
+        *(run("a", "", seed, points((1.0, gain), (2.0, gain))) for seed, gain in enumerate((0.1, 0.2))),
+        *(run("b", "", seed, points((1.0, gain), (2.0, 0.7))) for seed, gain in enumerate((0.2, 0.4))),
+    ]
+    comparison = {
+        "name": "t", "kl": 1.0, "gold": "vader", "rows": summarise_runs(runs, 1.0), "runs": runs, "shared": [],
+        "differences": differences(runs, 1.0), "environment": {"device": "d", "packages": {"torch": "1"}},
+    }  # fmt: skip
+    # At KL 1: differences 0.1 and 0.2; at the end 0.6 and 0.5. One degree of freedom: 12.706 standard errors of 0.05.
+    assert "| b | 2 | +0.150 | -0.485 to +0.785 | +0.550 | -0.085 to +1.185 |" in comparison_markdown(comparison)
+    comparison |= {"kl": None, "rows": summarise_runs(runs, None), "differences": differences(runs, None)}
+    assert "| b | 2 | +0.550 | -0.085 to +1.185 |" in comparison_markdown(comparison)
+
+
+def test_names_in_pictures_keep_their_values():
+    one = run("dpo", "policy.beta=0.1 policy.training.learning_rate=3e-05", 0, points((1.0, 0.1)))
+    assert _name(one) == "dpo beta=0.1 learning_rate=3e-05"
+    assert _name({**one, "label": ""}) == "dpo"
+
+
+def test_the_best_setting_is_the_best_at_the_kl_asked_for():
+    runs = [
+        run("a", "low", 0, points((1.0, 0.2), (2.0, 0.25)), reported=False),
+        run("a", "high", 0, points((1.0, 0.1), (9.0, 0.9)), reported=False),
+        run("b", "", 0, points((1.0, 0.9))),
+    ]
+    assert best_setting(summarise_runs(runs, 1.0), "a") == "low"
+    assert best_setting(summarise_runs(runs, None), "a") == "high"
+
+
+def test_two_processes_are_refused(workplace, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, settings = load_grid(write_grid(workplace, GRID, "two", "two-out"))
+    with pytest.raises(UserError, match="one process"):
+        sepo.compare.check_grid(settings)

@@ -1,0 +1,52 @@
+"""A short run of the fault suite (`make faults` is the whole), and launchers that start every process themselves."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from report_fixtures import score_table, word_tokenizer
+from sepo.data.tables import read_table, write_table
+
+HERE = Path(__file__).parents[1]
+
+
+def python(*arguments, **variables):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), **variables}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=600, env=environment
+    )
+
+
+def test_killed_runs_full_disks_and_lost_processes_lose_nothing():
+    done = python(str(HERE / "faults.py"), "--kills", "3", "--fills", "1", "--ranks", "1", "--seed", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    faults, lost = map(int, re.search(r"(\d+) faults, (\d+) with a loss", done.stdout).groups())
+    assert faults >= 6
+    assert lost == 0
+
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sepo"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
+                   "--main_process_port", "0", "-m", "sepo.cli"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_starts_the_command_and_the_main_process_alone_writes(launcher, tmp_path):
+    write_table(tmp_path / "scores", score_table(word_tokenizer()))
+    good = python(*LAUNCHERS[launcher], "select", "--table", str(tmp_path / "scores"), "--out", str(tmp_path / "out"))
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.count("selection: ") == 1
+    assert len(read_table(tmp_path / "out", "selection")) == 6
+
+
+def test_a_failure_of_the_main_process_ends_the_others_with_its_reason(tmp_path):
+    bad = python(*LAUNCHERS["torchrun"], "select", "--table", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
+    assert bad.returncode != 0
+    assert bad.stderr.count("\nsepo: no scores table at") == 1

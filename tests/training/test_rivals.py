@@ -1,0 +1,332 @@
+"""Every objective against its published formula written out token by token, and against TRL where TRL has it."""
+
+import math
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import torch
+from datasets import Dataset
+from test_objectives import TEXTS, assert_same_gradients, gradients_of, our_step
+
+from pairs import awkward_pairs, pairs_table
+from sepo.data.tables import make_table
+from sepo.errors import UserError
+from sepo.forward.packing import CHOSEN, REJECTED, Pair, pack
+from sepo.forward.passes import dataset_logps
+from sepo.forward.prepare import prepare_model
+from sepo.forward.token_kl import token_logps_and_kl
+from sepo.recipe import settings as recipe
+from sepo.training import objectives
+from sepo.training.objectives import OBJECTIVES, WITH_LABEL_SMOOTHING, PairSums, below_mean_probability, pair_losses
+from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
+from tiny_models import tiny_model, tiny_tokenizer
+
+SETTINGS = {"beta": 0.3, "gamma": 1.7, "margin": 0.4}
+
+
+# --- the formulas, token by token -----------------------------------------------------------------------------------
+
+
+def log_sigmoid(x):
+    return -torch.log1p(torch.exp(-x))
+
+
+def responses(model, reference, pair):
+    """Per side: log-probabilities, reference log-probabilities, forward and reverse KL of each token, and weights."""
+    for side in (CHOSEN, REJECTED):
+        ids, positions, weights = pair.side(side)
+        tokens = torch.tensor([[*pair.prompt_ids, *ids]])
+        first = len(pair.prompt_ids)
+        policy = model(input_ids=tokens, use_cache=False).logits[0, first - 1 : -1].log_softmax(-1)
+        with torch.no_grad():
+            frozen = reference(input_ids=tokens, use_cache=False).logits[0, first - 1 : -1].log_softmax(-1)
+        rows = []
+        for t, token in enumerate(ids):
+            forward = sum(frozen[t].exp() * (frozen[t] - policy[t]))
+            reverse = sum(policy[t].exp() * (policy[t] - frozen[t]))
+            rows.append((policy[t, token], frozen[t, token], forward, reverse))
+        keep = range(len(ids)) if positions is None else positions
+        weight_of = dict(zip(keep, weights or [1.0] * len(ids), strict=False))
+        yield rows, [weight_of.get(t, 0.0) for t in range(len(ids))]
+
+
+def published_loss(objective, model, reference, pair, alpha=None, smoothing=0.0, beta=0.3, gamma=1.7, margin=0.4):
+    (chosen, w), (rejected, v) = responses(model, reference, pair)
+    mean = lambda rows: sum(row[0] for row in rows) / len(rows)  # noqa: E731
+    total = lambda rows: sum(row[0] for row in rows)  # noqa: E731
+    ratio = lambda rows: sum(row[0] - row[1] for row in rows)  # noqa: E731
+    smooth = lambda x: -(1 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x)  # noqa: E731
+    alpha = objectives.ALPHA.get(objective) if alpha is None else alpha
+    if objective == "sepo":
+        up = sum(a * row[0] for a, row in zip(w, chosen, strict=True)) / sum(w)
+        down = sum(a * row[0] for a, row in zip(v, rejected, strict=True)) / sum(v)
+        return smooth(gamma * up - gamma * down - margin)
+    if objective == "simpo":
+        return smooth(gamma * mean(chosen) - gamma * mean(rejected) - margin)
+    if objective == "confpo":
+        means = []
+        for rows in (chosen, rejected):
+            threshold = sum(row[0].exp().item() for row in rows) / len(rows)
+            below = [row for row in rows if row[0].exp().item() < threshold - 1e-12]
+            if not below:
+                return 0 * total(rows)
+            means.append(mean(below))
+        return smooth(gamma * means[0] - gamma * means[1] - margin)
+    if objective == "dpo":
+        return smooth(beta * (ratio(chosen) - ratio(rejected)))
+    if objective == "ipo":
+        return (ratio(chosen) / len(chosen) - ratio(rejected) / len(rejected) - 1 / (2 * beta)) ** 2
+    if objective == "cpo":
+        return smooth(beta * (total(chosen) - total(rejected))) - alpha * mean(chosen)
+    if objective == "orpo":
+        p, q = mean(chosen).exp(), mean(rejected).exp()
+        return -p.log() - alpha * log_sigmoid(((p / (1 - p)) / (q / (1 - q))).log())
+    if objective == "rrhf":
+        return max(0 * mean(chosen), mean(rejected) - mean(chosen)) - alpha * mean(chosen)
+    if objective in ("tdpo1", "tdpo2"):
+        kl_w, kl_l = (sum(row[2] for row in rows) for rows in (chosen, rejected))
+        u = beta * (ratio(chosen) - ratio(rejected))
+        if objective == "tdpo1":
+            return -log_sigmoid(u - beta * (kl_l - kl_w))
+        return -log_sigmoid(u - alpha * beta * (kl_l - kl_w.detach()))
+    assert objective == "tis_dpo"
+    u = sum(a * (row[0] - row[1]) for a, row in zip(w, chosen, strict=True))
+    u = u - sum(a * (row[0] - row[1]) for a, row in zip(v, rejected, strict=True))
+    eta = sum(a * row[3] for a, row in zip(w, chosen, strict=True))
+    eta = eta - sum(a * row[3] for a, row in zip(v, rejected, strict=True))
+    return -log_sigmoid(beta * u - alpha * beta * eta)
+
+
+def weighted_table(pairs):
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in ("pair_id", "prompt_ids")}
+    for side, name in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
+        sides = [pair.side(side) for pair in pairs]
+        columns[f"{name}_ids"] = [ids for ids, _, _ in sides]
+        columns[f"{name}_positions"] = [range(len(ids)) if at is None else at for ids, at, _ in sides]
+        columns[f"{name}_weights"] = [
+            [1.0] * len(columns[f"{name}_positions"][i]) if w is None else w for i, (_, _, w) in enumerate(sides)
+        ]
+        columns[f"{name}_positions"] = [list(at) for at in columns[f"{name}_positions"]]
+    return make_table("selection", columns)
+
+
+CASES = [(name, None, 0.0) for name in OBJECTIVES] + [
+    ("tis_dpo", 1.0, 0.0),
+    ("cpo", 0.0, 0.2),
+    ("orpo", 0.7, 0.0),
+    *((name, None, 0.3) for name in ("sepo", "simpo", "confpo", "dpo")),
+]
+
+
+@pytest.mark.parametrize(("objective", "alpha", "smoothing"), CASES)
+def test_a_training_step_is_the_published_formula_written_out(objective, alpha, smoothing):
+    """Loss and gradient over one-token responses, equal responses, shared prompts, some tokens, uneven weights."""
+    pairs = awkward_pairs()
+    reference = tiny_model("llama", torch.float64, seed=1)
+    model = tiny_model("llama", torch.float64)
+    expected = sum(published_loss(objective, model, reference, pair, alpha, smoothing) for pair in pairs) / len(pairs)
+    expected.backward()
+    expected_gradients = gradients_of(model)
+
+    model = tiny_model("llama", torch.float64)
+    config = PreferenceConfig(
+        "unused", objective=objective, alpha=alpha, label_smoothing=smoothing, use_cpu=True, report_to="none",
+        per_device_train_batch_size=len(pairs), tokens_per_row=64, **SETTINGS,
+    )  # fmt: skip
+    table = weighted_table(pairs)
+    trainer = PreferenceTrainer(
+        model, config, train_dataset=table, reference_logps=dataset_logps(reference, pairs_table(pairs))
+    )
+    if trainer.kl_reference is not None:
+        prepare_model(reference)
+        trainer.kl_reference = reference
+    inputs = next(iter(trainer.get_train_dataloader()))
+    assert len(inputs["batches"]) > 1
+    trainer.create_optimizer()
+    model.zero_grad()
+    loss = trainer.training_step(model, inputs, torch.tensor(float(len(pairs))))
+    assert loss.item() == pytest.approx(expected.item(), abs=2e-5)
+    assert_same_gradients(gradients_of(model), expected_gradients)
+
+
+def test_the_recipe_offers_the_objectives_that_exist():
+    assert get_args(recipe.Objective) == OBJECTIVES
+
+
+@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - set(WITH_LABEL_SMOOTHING)))
+def test_label_smoothing_is_refused_where_it_is_not_defined(objective):
+    with pytest.raises(UserError, match=f"label_smoothing is not defined for {objective}"):
+        PreferenceConfig("unused", objective=objective, label_smoothing=0.1, use_cpu=True, report_to="none")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_and_gradients_stay_finite_far_from_balance(objective):
+    far = [torch.tensor([-1e4, -1e-9, -3.0, 0.0], requires_grad=True) for _ in range(2)]
+    other = torch.tensor([0.0, -1e4, -3.0, -1e-9])
+    sums = PairSums(far[0], far[1] + other, torch.ones(4), torch.ones(4), other, -other, other.abs(), other.abs())
+    losses, chosen, rejected = pair_losses(objective, sums, alpha=1.0)
+    assert losses.shape == chosen.shape == rejected.shape == (4,)
+    assert losses.isfinite().all()
+    losses.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in far)
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def test_confpo_marks_tokens_below_the_mean_probability_of_their_own_response():
+    logps = torch.log(torch.tensor([0.9, 0.1, 0.5, 0.2, 0.3, 0.3, 0.3, 0.7]))
+    segments = torch.tensor([0, 0, 0, 1, 2, 2, 2, 4])
+    marks = below_mean_probability(logps, segments, 5)
+    # One token, and equal tokens, are not below their own mean.
+    assert marks.tolist() == [False, True, False, False, False, False, False, False]
+
+
+def test_confpo_gives_no_loss_to_a_pair_without_a_marked_token():
+    sums = torch.tensor([-3.0, 0.0]), torch.tensor([-4.0, -2.0])
+    losses = objectives.confpo(*sums, torch.tensor([2.0, 0.0]), torch.tensor([2.0, 1.0]))
+    assert losses[0] > 0
+    assert losses[1] == 0
+
+
+def test_tis_dpo_with_a_mask_is_dpo_on_those_tokens():
+    values = [torch.tensor(x) for x in ([-3.0, -1.0], [-4.0, -2.0], [-3.5, -1.0], [-3.0, -2.5])]
+    torch.testing.assert_close(objectives.tis_dpo(*values, beta=0.2), objectives.dpo(*values, beta=0.2))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "gpt2"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_token_kl_agrees_with_the_plain_formula_in_chunks(architecture, direction, monkeypatch):
+    monkeypatch.setattr("sepo.forward.token_kl._CHUNK_BYTES", 101 * 16 * 3)  # three targets at a time
+    model, reference = (tiny_model(architecture, torch.float64, seed=seed) for seed in (0, 1))
+    pairs = awkward_pairs()
+    expected_logps, expected_kl = [], []
+    for pair in pairs:
+        for rows, weights in responses(model, reference, pair):
+            kept = [row for row, weight in zip(rows, weights, strict=True) if weight]
+            expected_logps += [row[0] for row in kept]
+            expected_kl += [row[2 if direction == "forward" else 3] for row in kept]
+    (torch.stack(expected_kl).sum() + torch.stack(expected_logps).sum()).backward()
+    expected_gradients = gradients_of(model)
+    model.zero_grad()
+    layouts = {prepare_model(model), prepare_model(reference)}
+    assert layouts == {"packed"}
+    logps, kl = token_logps_and_kl(model, reference, pack(pairs), direction)
+    torch.testing.assert_close(logps, torch.stack(expected_logps), atol=5e-6, rtol=0)
+    torch.testing.assert_close(kl, torch.stack(expected_kl), atol=5e-6, rtol=0)
+    (kl.sum() + logps.sum()).backward()
+    assert_same_gradients(gradients_of(model), expected_gradients)
+
+
+def test_the_reference_of_a_kl_objective_is_the_model_as_it_was_given():
+    model = tiny_model("llama")
+    config = PreferenceConfig(
+        "unused", objective="tdpo2", use_cpu=True, report_to="none", max_steps=2, learning_rate=1e-2,
+        per_device_train_batch_size=6, save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    trainer = PreferenceTrainer(model, config, train_dataset=pairs_table(awkward_pairs()))
+    trainer.train()
+    before, after = tiny_model("llama").state_dict(), model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.kl_reference.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    first = next(row for row in trainer.state.log_history if "loss" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)  # no KL, no log-ratio yet
+
+
+# --- TRL ------------------------------------------------------------------------------------------------------------
+
+
+def text_dataset():
+    return Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in TEXTS])
+
+
+def test_ipo_step_agrees_with_trl(tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        str(tmp_path), loss_type="ipo", beta=0.3, max_length=None, per_device_train_batch_size=4, report_to="none",
+        use_cpu=True, bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    model = tiny_model("llama")
+    theirs = DPOTrainer(
+        model,
+        tiny_model("llama", seed=1),
+        args=config,
+        train_dataset=text_dataset(),
+        processing_class=tiny_tokenizer(),
+    )
+    rows = list(theirs.train_dataset)
+    model.train()
+    expected = theirs.compute_loss(model, theirs._prepare_inputs(theirs.data_collator(rows)))
+    expected.backward()
+    expected_gradients = gradients_of(model)
+    pairs = [
+        Pair(i, *(tuple(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))) for i, row in enumerate(rows)
+    ]
+    reference = dataset_logps(tiny_model("llama", seed=1), pairs_table(pairs))
+    loss, gradients = our_step(tiny_model("llama"), pairs, reference, objective="ipo", beta=0.3)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.8, "beta": 2.5, "label_smoothing": 0.1},
+            {"objective": "simpo", "gamma": 2.5, "margin": 0.8, "label_smoothing": 0.1},
+        ),
+        (
+            {"loss_type": "sigmoid", "cpo_alpha": 0.5, "beta": 0.2},
+            {"objective": "cpo", "alpha": 0.5, "beta": 0.2},
+        ),
+    ],
+)
+def test_simpo_with_margin_and_cpo_steps_agree_with_trl(tmp_path, theirs, ours):
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    # TRL averages CPO's likelihood term over the tokens of a batch, we over each response's: equal for one pair.
+    number = 1 if ours["objective"] == "cpo" else 4
+    config = CPOConfig(
+        str(tmp_path), max_length=256, per_device_train_batch_size=number, report_to="none", use_cpu=True, bf16=False,
+        gradient_checkpointing=False, **theirs,
+    )  # fmt: skip
+    model = tiny_model("llama")
+    trainer = CPOTrainer(model, args=config, train_dataset=text_dataset(), processing_class=tiny_tokenizer())
+    rows = list(trainer.train_dataset)[-number:]
+    expected, _ = trainer.get_batch_loss_metrics(model, trainer.data_collator(rows))
+    expected.backward()
+    expected_gradients = gradients_of(model)
+    pairs = []
+    for index, row in enumerate(rows):
+        first = len(row["prompt_input_ids"])
+        parts = (row["prompt_input_ids"], row["chosen_input_ids"][first:], row["rejected_input_ids"][first:])
+        pairs.append(Pair(index, *map(tuple, parts)))
+    config = PreferenceConfig(
+        "unused", use_cpu=True, report_to="none", per_device_train_batch_size=number, **ours
+    )  # fmt: skip
+    model = tiny_model("llama")
+    ours_trainer = PreferenceTrainer(model, config, train_dataset=pairs_table(pairs))
+    ours_trainer.create_optimizer()
+    inputs = next(iter(ours_trainer.get_train_dataloader()))
+    loss = ours_trainer.training_step(model, inputs, torch.tensor(float(number)))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(gradients_of(model), expected_gradients)
+
+
+def test_orpo_odds_ratio_agrees_with_trl_values_and_gradients():
+    from trl.experimental.orpo import ORPOTrainer
+
+    means = [torch.tensor(values, requires_grad=True) for values in ([-0.3, -2.0, -0.01], [-0.5, -0.7, -4.0])]
+    counts = torch.tensor([3.0, 1.0, 7.0])
+    self = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
+    ratios = ORPOTrainer.odds_ratio_loss(self, *means)[0]
+    (-means[0] - ratios).sum().backward()
+    expected = [tensor.grad.clone() for tensor in means]
+    ours = [(tensor.detach() * counts).requires_grad_() for tensor in means]
+    losses = objectives.orpo(*ours, counts, counts, alpha=0.4)
+    torch.testing.assert_close(losses, (-means[0] - ratios).detach())
+    losses.sum().backward()
+    for tensor, gradient in zip(ours, expected, strict=True):
+        torch.testing.assert_close(tensor.grad * counts, gradient)
