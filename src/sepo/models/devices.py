@@ -1,8 +1,9 @@
 """Which device a model is put on, and in which types its weights and its sums are.
 
 dtype "auto": bfloat16 on CUDA for weights that stay as they are (generation, the base under LoRA), float32
-everywhere else. Weights that are trained in full stay in float32, also on CUDA: bfloat16 carries 8 bits, so the update of an
-optimizer step at lr 5e-7 would round to nothing. The trainer's bf16 autocast gives the speed of mixed precision instead.
+everywhere else. Weights that are trained in full stay in float32, also on CUDA: bfloat16 carries 8 bits, so the update
+of an optimizer step at lr 5e-7 would round to nothing. The trainer's bf16 autocast gives the speed of mixed precision
+instead.
 """
 
 from __future__ import annotations
