@@ -12,11 +12,18 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the GPU's kernels are imported
+
 from sepo.errors import UserError
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import DEFAULT_MODEL
 
-if "OMP_NUM_THREADS" not in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: a thread each, also in the processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+elif "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

@@ -11,12 +11,13 @@ from sepo.errors import one_line
 
 EPILOG = """\
 the usual way:
-  sepo run recipes/quickstart.yaml              the whole job, offline, on the embedded model and data
+  sepo run quickstart                           the whole job, offline, on the embedded model and data
   sepo run my.yaml --dry-run                    what would be done: plan, counts, time and memory
   sepo run my.yaml oracle.beta=0.05             with one setting changed
   sepo recipe                                   every setting with its default and meaning
+  sepo recipe --list                            recipes that come along; `sepo recipe NAME` prints one
   sepo analyse runs/quickstart                  what the token rewards look like, and how far to trust them
-  sepo compare recipes/experiments/objectives.yaml    rival objectives at one budget, over seeds
+  sepo compare objectives                       rival objectives at one budget, over seeds
 
 stage by stage, without a recipe:
   sepo oracle --reference MODEL --data prefs.parquet --out oracle learning_rate=5e-6
@@ -64,14 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     run = command("run", commands.run_command, "run all stages of a recipe, reusing what stands")
-    run.add_argument("recipe", help="YAML file; see recipes/ and `sepo recipe`")
+    run.add_argument("recipe", help="YAML file, or a name of `sepo recipe --list`")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. oracle.beta=0.2")
     run.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
 
     compare = command(
         "compare", commands.compare_command, "train every method of a grid at one budget and compare them"
     )
-    compare.add_argument("grid", help="YAML file; see docs/compare.md and recipes/experiments/")
+    compare.add_argument("grid", help="YAML file, or a name of `sepo recipe --list`; see docs/compare.md")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in all variants")
     compare.add_argument("--dry-run", action="store_true", help="show the runs and an estimate of time; train nothing")
 
@@ -93,7 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     analyse.add_argument("--seed", type=int, default=0, help="seed of the random baseline (default 0)")
     analyse.add_argument("--out", metavar="DIR", help="folder of the results (default: analysis/ in the run)")
 
-    command("recipe", commands.recipe_command, "print every setting of a recipe with its default and meaning")
+    recipe = command("recipe", commands.recipe_command, "print every setting of a recipe, or a recipe that comes along")
+    shown = recipe.add_mutually_exclusive_group()
+    shown.add_argument("name", nargs="?", help="print this built-in recipe: sepo recipe quickstart > mine.yaml")
+    shown.add_argument("--list", action="store_true", help="the recipes and grids that come with the package")
+    shown.add_argument("--schema", action="store_true", help="a JSON schema, from which editors complete")
 
     oracle = command("oracle", commands.oracle_command, "train an oracle: DPO on a reference model")
     oracle.add_argument("--reference", required=True, metavar="MODEL", help="model to start from")

@@ -28,7 +28,7 @@ def run_command(arguments: argparse.Namespace) -> None:
         processes = _join("cpu")
         rows = processes.on_main(lambda: plan_run(recipe))
         if processes.is_main():
-            print_plan(recipe.name, rows)
+            print_plan(f"plan of {recipe.name}", rows)
         return
     metrics = run_recipe(recipe)
     print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
@@ -43,7 +43,7 @@ def compare_command(arguments: argparse.Namespace) -> None:
     from sepo.runs.plan import plan_grid
 
     if arguments.dry_run:
-        print_plan(grid.name, plan_grid(grid, settings))
+        print_plan(f"plan of {grid.name}", plan_grid(grid, settings))
         return
     compare(grid, settings)
     folder = grid.results_folder
@@ -73,9 +73,22 @@ def analyse_command(arguments: argparse.Namespace) -> None:
 
 
 def recipe_command(arguments: argparse.Namespace) -> None:
-    from sepo.recipe.reading import describe_recipe
+    from sepo.recipe import builtin
 
-    print(describe_recipe())
+    if arguments.list:
+        print_plan("built in", [{"name": name, "what": builtin.about(path)} for name, path in builtin.names().items()])
+    elif arguments.schema:
+        import json
+
+        from sepo.recipe.settings import Recipe
+
+        print(json.dumps(Recipe.model_json_schema(), indent=2))
+    elif arguments.name is not None:
+        print(builtin.read(arguments.name), end="")
+    else:
+        from sepo.recipe.reading import describe_recipe
+
+        print(describe_recipe())
 
 
 def oracle_command(arguments: argparse.Namespace) -> None:

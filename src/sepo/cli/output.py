@@ -40,7 +40,7 @@ def print_plan(title: str, rows: list[dict[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"plan of {title}"), title_justify="left", show_edge=False, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
     for name in rows[0]:
         right = name in ("pairs", "tokens", "runs", "time", "memory")
         table.add_column(name, justify="right" if right else "left")

@@ -7,8 +7,8 @@ A row of documents `[prompt | branch | branch ...]` needs three kinds of block (
     a later branch on prompt  full, no mask
 
 A CPU makes one kernel call a block (`attention_cpu.py`), a GPU one for the whole row (`attention_cuda.py`). Where
-neither applies (soft-capping on a CPU, an unknown device) a plain masked softmax per document stands in; it is also what
-the tests hold the fast paths against.
+neither applies (soft-capping on a CPU, an unknown device) a plain masked softmax per document stands in; it is also
+what the tests hold the fast paths against.
 
 The functions plug into Transformers' attention interface under the name `ATTENTION`; a forward that carries no
 `layout` (generation, evaluation by other code) falls through to ordinary SDPA.

@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from sepo.errors import UserError
-from sepo.recipe.reading import explain, load_recipe, parse_override, parse_recipe, read_settings, set_key
+from sepo.recipe.reading import explain, find_file, load_recipe, parse_override, parse_recipe, read_settings, set_key
 from sepo.recipe.settings import Recipe, Settings
 
 Seed = Annotated[int, Field(ge=0)]
@@ -119,7 +119,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Grid, di
     Raises:
         UserError: as `load_recipe`; or two variants are trained on different data or for different numbers of pairs.
     """
-    path = Path(path)
+    path = find_file(path, "grid")
     values = read_settings(path, "grid")
     values.setdefault("name", path.stem)
     try:

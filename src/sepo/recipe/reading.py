@@ -12,11 +12,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sepo.errors import UserError, nearest
+from sepo.recipe import builtin
 from sepo.recipe.settings import Recipe, Settings
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file (None: all defaults) and apply `key=value` overrides such as `oracle.beta=0.2`.
+    """Read a recipe (a file, a built-in name, or None for all defaults) and apply overrides such as `oracle.beta=0.2`.
 
     Raises:
         UserError: the file is missing or no YAML mapping, a key is unknown, or a value is impossible; the message
@@ -25,7 +26,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     values: dict[str, Any] = {}
     where = "command line"
     if path is not None:
-        path = Path(path)
+        path = find_file(path, "recipe")
         where = str(path)
         values = read_settings(path, "recipe")
         values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "sepo")
@@ -34,10 +35,23 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     return parse_recipe(values, where)
 
 
+def find_file(name: str | Path, kind: str) -> Path:
+    """The file that a name means: a path, or a recipe or grid that comes with the package.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if (found := builtin.find(str(name))) is not None:
+        return found
+    near = nearest(str(name), builtin.names())
+    raise UserError(f"no {kind} at '{name}'{near}: expected a YAML file, or a name that `sepo recipe --list` shows")
+
+
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; `kind` names what it should be in error messages."""
-    if not path.is_file():
-        raise UserError(f"no {kind} at '{path}': expected a YAML file, see recipes/ for examples")
     values = _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
