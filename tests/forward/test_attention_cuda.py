@@ -9,6 +9,8 @@ from pairs import attention_inputs, awkward_pairs, many_rows
 from sepo.forward import attention, attention_cuda
 from sepo.forward.packing import pack
 
+SLOW = pytest.mark.slow
+
 
 def reference_varlen(query, key, value, q_starts, k_starts, max_q, max_k, *, scale, window_size, **kwargs):
     """The kernel's contract in plain float64: every sequence alone, the mask aligned to the ends of both."""
@@ -58,7 +60,7 @@ def test_heads_of_an_odd_width_are_filled_up_for_the_kernel(monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 8, 100])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("row", range(4))
+@pytest.mark.parametrize("row", [0, pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)])
 def test_flex_attention_sees_the_same_documents(row, window, softcap):
     query, key, value, layout = attention_inputs(many_rows()[row], dtype=torch.float32)
     query, key, value = query.detach(), key.detach(), value.detach()
@@ -88,6 +90,7 @@ def test_tiles_of_the_block_mask_miss_nothing_and_whole_ones_are_whole(row, wind
     assert ours.sparsity() <= dense.sparsity()
 
 
+@pytest.mark.slow
 def test_every_kind_of_flex_call_keeps_its_graph(monkeypatch):
     """An oracle and a policy of other head counts, with and without gradients, short and long rows: all compiled."""
     graphs = []
@@ -101,17 +104,17 @@ def test_every_kind_of_flex_call_keeps_its_graph(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: torch._dynamo.optimize(counting, dynamic=dynamic)(f))
     kinds = 0
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for heads, kv_heads in ((2, 1), (4, 2), (6, 3), (8, 2)):
+        for heads, kv_heads in ((2, 1), (4, 2), (6, 3)):
             for dtype in (torch.float32, torch.bfloat16):
                 for window in (None, 8):
                     before = len(graphs)
-                    for row in many_rows()[:3]:
+                    for row in many_rows()[:2]:
                         *inputs, layout = attention_inputs(row, heads, kv_heads, dtype=dtype)
                         query, key, value = (x.detach() for x in inputs)
                         with torch.no_grad():
                             attention_cuda.flex_packed_attention(query, key, value, layout, 0.3, window, 5.0)
                     kinds += 1
                     assert len(graphs) - before <= 2  # neither the length of a row nor its documents make a graph
-    assert kinds > 8
+    assert len(graphs) >= kinds > 8
     attention_cuda._compiled_flex.cache_clear()
     torch._dynamo.reset()

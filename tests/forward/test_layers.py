@@ -329,6 +329,7 @@ def tiny_model_on(model):
     return wide
 
 
+@pytest.mark.slow
 def test_rows_of_many_lengths_leave_no_memory_behind():
     """oneDNN keeps compiled code by shape; a long pass over rows of every length must not grow with it."""
     model = tiny_model("llama")

@@ -559,6 +559,7 @@ def test_a_row_beyond_the_table_is_refused(run: Path) -> None:
         display(run, 99)
 
 
+@pytest.mark.slow
 def test_figures_for_papers_are_written_and_reproducible(run: Path, tmp_path: Path) -> None:
     written = save_figures(run, tmp_path / "a")
     stems = {path.stem for path in written}

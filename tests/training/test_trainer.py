@@ -19,6 +19,7 @@ def train(folder, table, resume=None, **settings):
     return trainer
 
 
+@pytest.mark.slow
 def test_accumulation_over_micro_batches_gives_the_same_update(tmp_path):
     table = some_pairs(10)
     whole = train(tmp_path, table, per_device_train_batch_size=10, num_train_epochs=2)
@@ -36,6 +37,7 @@ def test_accumulation_over_micro_batches_gives_the_same_update(tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "sepo"])
 def test_training_learns_the_preferences_it_is_shown(tmp_path, objective):
     table = some_pairs(8)
@@ -52,12 +54,14 @@ def test_training_learns_the_preferences_it_is_shown(tmp_path, objective):
     assert metrics["eval_loss"] < history[0]["loss"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_seed_another_order(tmp_path):
     runs = [train(tmp_path, some_pairs(), seed=seed).model for seed in (0, 0, 1)]
     assert torch.equal(weights(runs[0]), weights(runs[1]))
     assert not torch.equal(weights(runs[0]), weights(runs[2]))
 
 
+@pytest.mark.slow
 def test_a_run_continued_from_a_checkpoint_ends_where_an_unbroken_one_does(tmp_path):
     table = some_pairs()
     settings = {"num_train_epochs": 2, "lr_scheduler_type": "cosine"}
@@ -68,6 +72,7 @@ def test_a_run_continued_from_a_checkpoint_ends_where_an_unbroken_one_does(tmp_p
     assert resumed.state.global_step == 6
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
     plain = train(tmp_path, some_pairs(4), max_steps=2)
     checkpointed = train(tmp_path, some_pairs(4), max_steps=2, activation_checkpointing=True)
@@ -84,6 +89,7 @@ def test_the_dropout_of_a_model_is_off_in_training(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 def test_mixed_precision_trains_and_stays_near_float32(tmp_path, architecture):
     losses = []
