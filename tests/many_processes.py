@@ -1,0 +1,71 @@
+"""A process of a launch: train, evaluate and save on several numbers of pairs; the main one prints what came of it.
+
+    torchrun --nproc-per-node 2 tests/many_processes.py OUT OBJECTIVE 16,17,20
+
+What fits no multiple of the processes and the batch leaves processes without a pair at the end of an epoch.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from pairs import some_pairs
+from sepo import processes
+from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
+from tiny_models import tiny_model
+
+BATCH = 12
+
+
+def watch_gradients(trainer) -> list[bool]:
+    """After each row of a training: do the weights have gradients (whole or of this process's shard)?"""
+    seen: list[bool] = []
+    backward = trainer.accelerator.backward
+
+    def watched(loss, **options):
+        backward(loss, **options)
+        seen.append(any(p.grad is not None for p in trainer.model_wrapped.parameters()))
+
+    trainer.accelerator.backward = watched
+    return seen
+
+
+def run(out: Path, objective: str, sizes: list[int]) -> dict[str, dict]:
+    """Results by number of pairs; all processes of the launch call it."""
+    number = processes.size()
+    results = {}
+    for size in sizes:
+        config = PreferenceConfig(
+            str(out / str(size)), objective=objective, use_cpu=True, report_to="none", save_strategy="no", seed=3,
+            per_device_train_batch_size=BATCH // number, per_device_eval_batch_size=BATCH // number,
+            learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, disable_tqdm=True, tokens_per_row=64,
+        )  # fmt: skip
+        table = some_pairs(size)
+        trainer = PreferenceTrainer(
+            tiny_model("llama", initializer_range=0.1), config, train_dataset=table, eval_dataset=table
+        )
+        before = trainer.evaluate()
+        reduced = watch_gradients(trainer)
+        trainer.train()
+        after = trainer.evaluate()
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        history = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        results[str(size)] = {
+            "losses": history,
+            "eval": [before["eval_loss"], after["eval_loss"]],
+            "reduced_every_row": all(reduced),
+            "weights": None if not whole else float(sum(value.double().abs().sum() for value in whole.values())),
+        }
+    return results
+
+
+def main(out: Path, objective: str, sizes: list[int]) -> None:
+    processes.join("cpu")
+    results = run(out, objective, sizes)
+    if processes.is_main():
+        print("RESULT " + json.dumps(results), flush=True)
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], [int(size) for size in sys.argv[3].split(",")])
