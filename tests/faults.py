@@ -38,6 +38,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from trl import SFTTrainer  # noqa: F401  imported here once, for the stage reference
 
+import fsdp_on_cpu
 from sepo.cli import main
 from sepo.runs import pipeline
 from sepo.stages import data
@@ -46,10 +47,6 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 STAGES = ("start", *pipeline.STAGES)
 MODELS = ("reference", "oracle", "policy")
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true", "ACCELERATE_USE_CPU": "true",
-}  # fmt: skip
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 RECIPE = """
 name: faults
@@ -146,6 +143,8 @@ def child(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    if "ACCELERATE_USE_FSDP" in variables:
+        fsdp_on_cpu.enable()
     data.PAIRS_PER_SHARD = 30
     if kill_operation is not None or count:
         watch(str(out), kill_operation, count)
@@ -379,7 +378,7 @@ def fsdp(lab: Lab, draw: random.Random) -> None:
     """One of two processes that share a model by FSDP2 dies; the run goes on and gives what one process gives."""
     one, two = (lab.folder / "runs" / name for name in ("whole", "sharded"))
     expected = lab.run(one, "reference.sft=null")
-    arguments = {"ranks": 2, "environment": FSDP}
+    arguments = {"ranks": 2, "environment": fsdp_on_cpu.ENVIRONMENT}
     outcome = lab.run(two, "reference.sft=null", kill_after=draw.uniform(0.4, 0.8) * expected.seconds, **arguments)
     lost = [] if all(outcome.codes) else [f"not all processes failed: {outcome.codes}"]
     (lab.folder / f"{two.name}.log").unlink()

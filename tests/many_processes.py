@@ -6,9 +6,13 @@ What fits no multiple of the processes and the batch leaves processes without a 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
+from torch.distributed.tensor import DTensor
+
+import fsdp_on_cpu
 from pairs import some_pairs
 from sepo import processes
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
@@ -18,13 +22,14 @@ BATCH = 12
 
 
 def watch_gradients(trainer) -> list[bool]:
-    """After each row of a training: do the weights have gradients (whole or of this process's shard)?"""
+    """After each row of a training: is every gradient this process's shard, none a whole one that waits?"""
     seen: list[bool] = []
     backward = trainer.accelerator.backward
 
     def watched(loss, **options):
         backward(loss, **options)
-        seen.append(any(p.grad is not None for p in trainer.model_wrapped.parameters()))
+        gradients = [p.grad for p in trainer.model_wrapped.parameters()]
+        seen.append(all(isinstance(grad, DTensor) for grad in gradients))
 
     trainer.accelerator.backward = watched
     return seen
@@ -54,12 +59,15 @@ def run(out: Path, objective: str, sizes: list[int]) -> dict[str, dict]:
             "losses": history,
             "eval": [before["eval_loss"], after["eval_loss"]],
             "reduced_every_row": all(reduced),
+            "wrapper": type(trainer.model_wrapped).__name__,
             "weights": None if not whole else float(sum(value.double().abs().sum() for value in whole.values())),
         }
     return results
 
 
 def main(out: Path, objective: str, sizes: list[int]) -> None:
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        fsdp_on_cpu.enable()
     processes.join("cpu")
     results = run(out, objective, sizes)
     if processes.is_main():

@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import fsdp_on_cpu
 from many_processes import run
 
 HERE = Path(__file__).parents[1]
 SIZES = (3, 17, 20, 24)
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true", "ACCELERATE_USE_CPU": "true",
-}  # fmt: skip
-
 pytestmark = pytest.mark.slow
 
 
@@ -45,10 +41,11 @@ def alone(tmp_path_factory):
 def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_path, alone, number, sharded):
     """3 pairs on 3 processes, 17 and 20 on 2: nobody waits for a process without a pair."""
     objective = "simpo" if sharded else "dpo"
-    results = launch(number, tmp_path, objective, SIZES, **(FSDP2 if sharded else {}))
+    results = launch(number, tmp_path, objective, SIZES, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
     assert results.keys() == alone[objective].keys()
     for size, one in alone[objective].items():
         assert results[size]["losses"] == pytest.approx(one["losses"], abs=2e-5), f"{size} pairs"
         assert results[size]["eval"] == pytest.approx(one["eval"], abs=2e-5), f"{size} pairs"
+        assert results[size]["wrapper"].startswith("FSDP" if sharded else "DistributedDataParallel")
         assert results[size]["reduced_every_row"] or not sharded
         assert results[size]["weights"] == pytest.approx(one["weights"], rel=1e-5), f"{size} pairs"
