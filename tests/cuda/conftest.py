@@ -1,4 +1,4 @@
-"""Tests that need a GPU: `make gpu-right`. Without one they are skipped."""
+"""Tests that need a GPU: `make gpu`. Without one they are skipped."""
 
 import os
 

@@ -345,7 +345,7 @@ def _ours(x: Tensor, weight: Tensor) -> bool:
 
 
 def use_fast_layers(lm: PreTrainedModel) -> None:
-    """Give a model's embedding and, on a CPU, its linear layers, norms and gated MLPs the classes above.
+    """Give a model's embedding, linear layers, norms and gated MLPs the classes above.
 
     Weights and names stay. A norm or an MLP is changed only where ours gives the same numbers.
     """
