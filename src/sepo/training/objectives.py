@@ -242,7 +242,9 @@ def tdpo2(
 ) -> Tensor:
     """TDPO2 (arXiv 2404.11999, equation 17): TDPO1 with a weight, and no gradient through the chosen side's KL.
 
-        L = -log sigmoid(u - alpha beta (D(y_l) - stop_gradient(D(y_w))))
+            L = -log sigmoid(u - alpha beta (D(y_l) - stop_gradient(D(y_w))))
+
+    with u and D of `tdpo1`.
     """
     margins = (chosen_sums - reference_chosen_sums) - (rejected_sums - reference_rejected_sums)
     return -logsigmoid(beta * (margins - alpha * (rejected_kls - chosen_kls.detach())))

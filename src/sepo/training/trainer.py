@@ -52,8 +52,8 @@ class PreferenceConfig(TrainingArguments):
     """Settings of a `PreferenceTrainer`: all of `transformers.TrainingArguments`, and these.
 
     Args:
-        objective: a loss of `sepo.training.objectives` by name (docs/objectives.md). "sepo" and "tis_dpo" train on the tokens
-            of a selection table, the others on all response tokens, whichever kind of table they are given.
+        objective: a loss of `sepo.training.objectives` by name (docs/objectives.md). "sepo" and "tis_dpo" train on the
+            tokens of a selection table, the others on all response tokens, whichever kind of table they are given.
         beta: KL strength of dpo, ipo, tdpo1, tdpo2 and tis_dpo; reward scale of cpo.
         gamma: reward scale of sepo, simpo and confpo.
         margin: target margin of the same.
