@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 _WAIT = timedelta(days=7)
 _group: Any = None
+_said: set[str] = set()
 
 
 class MainProcessError(RuntimeError):
@@ -79,6 +81,13 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def say_once(text: str) -> None:
+    """`say` a line that the same command would otherwise repeat."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
+
+
 def on_main(work: Callable[[], Any]) -> Any:
     """Call `work` in the main process alone; every process gets its JSON-like result.
 
@@ -125,3 +134,8 @@ def wait() -> None:
     """Return when every process has come here."""
     if size() > 1:
         dist.barrier(group=_group)
+
+
+def progress_bar(shown: bool, **settings: Any) -> tqdm:
+    """A bar of tqdm; where it is shown, tqdm's own variables (TQDM_DISABLE) are heeded."""
+    return tqdm(**settings) if shown else tqdm(**settings, disable=True)

@@ -339,15 +339,17 @@ class TestChatTokens:
         )
         assert tokenizer.decode(ids["chosen_ids"]) == "\nhello<|im_end|>"
 
-    def test_a_template_that_opens_the_turn_differently_in_the_prompt_still_works(self):
+    def test_an_answer_is_not_put_into_a_thought_that_the_generation_prompt_opens(self):
         template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
         prompt, chosen, _ = texts_of(CONVERSATION, chatml(template=template))
-        assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+        assert prompt.endswith("<|im_start|>assistant\n")
         assert chosen == "Blue.<|im_end|>"
 
-    def test_text_that_the_template_puts_before_the_response_belongs_to_the_response(self):
+    def test_text_that_the_template_puts_before_the_response_belongs_to_the_prompt(self):
         template = CHATML.replace("m['content']", "('<none>' if m['role'] == 'assistant' else '') + m['content']")
-        assert texts_of(CONVERSATION, chatml(template=template))[1] == "<none>Blue.<|im_end|>"
+        prompt, chosen, _ = texts_of(CONVERSATION, chatml(template=template))
+        assert prompt.endswith("<|im_start|>assistant\n<none>")
+        assert chosen == "Blue.<|im_end|>"
 
     def test_a_template_without_an_end_of_turn_token_gets_an_eos(self):
         template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}" \

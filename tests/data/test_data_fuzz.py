@@ -122,8 +122,12 @@ def test_no_text_changes_the_structure_of_a_conversation(tokenizer, conversation
     table, _ = tokenize_pairs(datasets.Dataset.from_list([row]), tokenizer, max_length=100_000, progress=False)
     (ids,) = table.to_pylist()
     start, end = tokenizer.convert_tokens_to_ids(CONTROL)
-    assert (ids["prompt_ids"].count(start), ids["prompt_ids"].count(end)) == (len(prompt) + 1, len(prompt))
-    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    prefill = prompt[-1]["role"] == "assistant"  # the responses go on with it
+    turns = len(prompt) - prefill
+    assert (ids["prompt_ids"].count(start), ids["prompt_ids"].count(end)) == (turns + 1, turns)
+    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=not prefill)
+    if prefill:
+        rendered = rendered.removesuffix("<|im_end|>\n")
     assert tokenizer.decode(ids["prompt_ids"]) == rendered
     for side, text in (("chosen_ids", chosen), ("rejected_ids", rejected)):
         assert tokenizer.decode(ids[side]) == text + "<|im_end|>"

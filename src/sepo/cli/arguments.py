@@ -187,9 +187,19 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ours=theirs",
-        help="a column under another name, e.g. chosen=preferred; repeatable",
+        help="a column under another name, e.g. chosen=preferred; also of system, input, history, tools; repeatable",
+    )
+    parser.add_argument(
+        "--pairs-from", metavar="NAME", help="make pairs of the labels or scores of a public dataset (docs/data.md)"
     )
     parser.add_argument("--as-chat", action="store_true", help="wrap plain-text prompts as one user turn")
+    parser.add_argument(
+        "--chat-template",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="a keyword for the chat template, e.g. enable_thinking=false; repeatable",
+    )
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and response (default 2048)")
 
 

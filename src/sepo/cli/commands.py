@@ -285,7 +285,7 @@ def report_command(arguments: argparse.Namespace) -> None:
 
 def _recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
     """The recipe that the options of a stage command amount to, checked as a recipe is."""
-    from sepo.recipe.reading import parse_recipe
+    from sepo.recipe.reading import parse_override, parse_recipe
 
     values = {key: value for key, value in sections.items() if value is not None}
     for name in ("seed", "device"):
@@ -295,14 +295,16 @@ def _recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
         columns: dict[str, str] = {}
         for item in arguments.column:
             ours, equals, theirs = item.partition("=")
-            if not equals or ours not in ("prompt", "chosen", "rejected") or not theirs:
-                raise UserError(f"--column {item}: expected prompt=NAME, chosen=NAME or rejected=NAME")
+            if not equals or not ours or not theirs:
+                raise UserError(f"--column {item}: expected ours=theirs, such as chosen=preferred")
             columns[ours] = theirs
         values["data"] = {
             "source": arguments.data,
             "split": arguments.split,
             "columns": columns,
+            "pairs_from": arguments.pairs_from,
             "as_chat": arguments.as_chat,
+            "chat_template_kwargs": dict(parse_override(item) for item in arguments.chat_template),
             "max_length": arguments.max_length,
         }
     return parse_recipe(values, "command line")

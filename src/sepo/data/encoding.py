@@ -10,7 +10,7 @@ model would have to write. A row that cannot be used raises `DropRow` inside and
 traceback.
 
 Text from the dataset cannot become structure. A control token typed in a message ("<|im_end|>") is cut in
-two by a separator before the chat template sees it. The separator is an extra token of a private copy of the
+two by a separator before the chat template sees it (chat.py). The separator is an extra token of a private copy of the
 tokenizer, so that the whole text is still tokenised in one pass, and its id is removed afterwards.
 
 Cost: tokenising is three encodings a pair (prompt, prompt + chosen, prompt + rejected), in batches through
@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,19 +30,21 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from tokenizers import AddedToken, Tokenizer
-from tqdm import tqdm
 
+from sepo.data.chat import ChatWriter, Guard
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint, update_digest
-from sepo.data.loading import ROWS_AT_ONCE, read_rows, relevant_columns
+from sepo.data.loading import ROWS_AT_ONCE, note_unread_columns, read_rows, relevant_columns
+from sepo.data.messages import DropRow
 from sepo.data.ragged import ragged
-from sepo.data.rows import DataReport, DropRow, Message, TextPair, normalise_row, transcript_text
+from sepo.data.rows import DataReport, TextPair, normalise_row, transcript_text
 from sepo.data.tables import make_table, with_provenance
-from sepo.data.templates import control_tokens, probe_template
+from sepo.data.templates import THINKING, any_of, probe_template, special_tokens
 from sepo.errors import UserError
+from sepo.processes import progress_bar
 
 
 class _Item(NamedTuple):
-    """A pair as guarded text (see `_Encoder.guard`), ready to be tokenised."""
+    """A pair as guarded text (see `chat.Guard`), ready to be tokenised."""
 
     prompt: str
     chosen: str
@@ -56,58 +58,40 @@ class _Encoder:
 
     Attributes:
         backend: private copy of the fast tokenizer with one more token, the separator.
-        separator: text of that token, random, so that no dataset can contain it.
-        control: matches every control token: the special ones, and those the chat template writes around a
-            turn.
-        control_ids: their ids, without the unknown token's, which ordinary text may produce.
+        guard: keeps control tokens typed in a text from becoming structure, by the separator. Control tokens are the
+            special ones, and those the chat template writes around a turn.
+        separator_id: id of the separator.
+        control_ids: ids of the control tokens, without the unknown token's, which ordinary text may produce.
         head: ids that the tokenizer puts before any text (its BOS), usually one or none.
         tail: ids after a plain-text response: the EOS.
         dummy_prefix: the tokenizer puts a space before text that follows a special token (some
             SentencePiece).
-        turn_end: what the chat template writes after a response, as text (None: no usable template).
-        kept_end: the part of it that a model generates: up to the end-of-turn token.
-        chat_tail: ids after that: the EOS where the template has no end-of-turn token.
-        trims: the template strips whitespace around the response.
+        writer: writes conversations (None: no chat template).
+        chat_tail: ids after what the template ends a response with: the EOS where it has no end-of-turn token.
     """
 
     tokenizer: Any
     backend: Tokenizer
-    separator: str
+    guard: Guard
     separator_id: int
-    control: re.Pattern
     control_ids: frozenset[int]
     head: list[int]
     tail: list[int]
     dummy_prefix: bool
-    turn_end: str | None = None
-    kept_end: str = ""
+    writer: ChatWriter | None = None
     chat_tail: list[int] = field(default_factory=list)
-    trims: bool = False
-
-    def guard(self, text: str) -> str:
-        """Cut every control token typed in `text` in two, so that it stays ordinary text."""
-        pieces, start = [], 0
-        while match := self.control.search(text, start):
-            if len(match[0]) == 1:
-                raise DropRow("control token in text")
-            pieces.append(text[start : match.start() + 1])
-            start = match.start() + 1
-        return self.separator.join([*pieces, text[start:]])
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenise guarded texts without adding a BOS or EOS."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [
-            [i for i in encoding.ids if i != self.separator_id] if self.separator in text else encoding.ids
+            [i for i in encoding.ids if i != self.separator_id] if self.guard.separator in text else encoding.ids
             for encoding, text in zip(encodings, texts, strict=True)
         ]
 
     def encode_alone(self, text: str) -> list[int]:
         """Tokenise a response by itself, without the space some tokenizers put before every text."""
-        (ids,) = self.encode([self.separator + text])
+        (ids,) = self.encode([self.guard.separator + text])
         if not self.dummy_prefix:
             return ids
         newline, anchored = self.encode(["\n", "\n" + text])
@@ -116,11 +100,13 @@ class _Encoder:
         is_bare_space = bool(ids) and self.backend.id_to_token(ids[0]) == "▁"
         return ids[1:] if is_bare_space and not text.startswith(" ") else ids
 
-    def item(self, pair: TextPair) -> _Item:
-        """Render a pair: text of the prompt, and of each response up to its end of turn."""
+    def item(self, pair: TextPair, report: DataReport) -> _Item:
+        """Write a pair: text of the prompt, and of each response up to its end of turn."""
         if isinstance(pair.prompt, str):
+            if self.writer is not None:
+                report.note(PLAIN_TEXT)
             return _Item(self.guard(pair.prompt), self.guard(pair.chosen), self.guard(pair.rejected), False)
-        if self.turn_end is None:
+        if self.writer is None:
             if not pair.transcript:
                 raise UserError(
                     "the dataset holds conversations, but the tokenizer has no chat template: use an "
@@ -128,28 +114,10 @@ class _Encoder:
                 )
             prompt = transcript_text(pair.prompt)
             return _Item(self.guard(prompt), self.guard(" " + pair.chosen), self.guard(" " + pair.rejected), False)
-        messages = [{"role": m["role"], "content": self.guard(m["content"])} for m in pair.prompt]
-        try:
-            prompt = self.render(messages, add_generation_prompt=True)
-            chosen, rejected = (
-                self._rendered_response(messages, prompt, self.guard(text)) for text in (pair.chosen, pair.rejected)
-            )
-        except DropRow:
-            raise
-        except Exception:  # the template is foreign code: whatever it raises, it refuses this conversation
-            raise DropRow("refused by the chat template") from None
-        return _Item(prompt, chosen, rejected, True)
-
-    def _rendered_response(self, messages: list[Message], prompt: str, content: str) -> str:
-        assert self.turn_end is not None
-        full = self.render([*messages, {"role": "assistant", "content": content}])
-        if full.startswith(prompt) and full.endswith(self.turn_end) and len(full) > len(prompt) + len(self.turn_end):
-            response = full[len(prompt) : len(full) - len(self.turn_end)]
-        else:  # the template opens the turn in another way than its generation prompt: place the text itself
-            response = content.strip() if self.trims else content
-        if not response.strip():
-            raise DropRow("no response")
-        return response + self.kept_end
+        written = self.writer.write(pair)
+        for note in written.notes:
+            report.note(note)
+        return _Item(*written[:3], True)
 
     def ids_of(self, item: _Item, prompt: list[int], chosen: list[int], rejected: list[int]) -> list[list[int]]:
         """Turn tokens of (prompt, prompt + chosen, prompt + rejected) into prompt, chosen, rejected ids."""
@@ -159,7 +127,7 @@ class _Encoder:
             responses.append(joint[len(prompt) :] if keeps_prompt else self.encode_alone(text))
         for ids, text in zip((prompt, *responses), (item.prompt, item.chosen, item.rejected), strict=True):
             # The promise about typed control tokens, checked on every text: a normaliser might make one.
-            if sum(i in self.control_ids for i in ids) != len(self.control.findall(text)):
+            if sum(i in self.control_ids for i in ids) != _count(self.guard.control, text):
                 raise DropRow("control token in text")
         if not all(responses):
             raise DropRow("no response")
@@ -184,7 +152,11 @@ class _Encoder:
         return int(prompt[0] == self.tokenizer.bos_token_id and prompt[0] not in prompt[1:])
 
 
-def _make_encoder(tokenizer: Any) -> _Encoder:
+def _count(pattern: re.Pattern, text: str) -> int:
+    return sum(1 for _ in pattern.finditer(text))
+
+
+def _make_encoder(tokenizer: Any, options: Mapping[str, Any]) -> _Encoder:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(
@@ -200,28 +172,31 @@ def _make_encoder(tokenizer: Any) -> _Encoder:
     head = full[: starts[0]] if starts and bare else []
     separator = f"\ue000{secrets.token_hex(8)}\ue001"
     backend.add_special_tokens([AddedToken(separator, special=True, normalized=False)])
+    template = probe_template(tokenizer, options)
+    guard = Guard(
+        any_of(special_tokens(tokenizer)) if template is None else template.control,
+        any_of(()) if template is None else template.own,
+        separator,
+    )
+    tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoder = _Encoder(
         tokenizer=tokenizer,
         backend=backend,
-        separator=separator,
+        guard=guard,
         separator_id=backend.token_to_id(separator) or 0,
-        control=control_tokens(tokenizer),
-        control_ids=frozenset(),
+        control_ids=frozenset(
+            index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if guard.control.fullmatch(token.content) and index != tokenizer.unk_token_id
+        ),
         head=head,
-        tail=[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
+        tail=tail,
         dummy_prefix=False,
+        writer=None if template is None else ChatWriter(tokenizer, template, guard, options),
+        chat_tail=[] if template is None or template.end_token else tail,
     )
     after, newline, anchored = encoder.encode([separator + "a", "\n", "\na"])
     encoder.dummy_prefix = after != anchored[len(newline) :]
-    if (template := probe_template(tokenizer)) is not None:
-        encoder.control = template.control
-        encoder.turn_end, encoder.kept_end, encoder.trims = template.turn_end, template.kept_end, template.trims
-        encoder.chat_tail = [] if template.end_token else encoder.tail
-    encoder.control_ids = frozenset(
-        index
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if encoder.control.fullmatch(token.content) and index != tokenizer.unk_token_id
-    )
     return encoder
 
 
@@ -232,6 +207,7 @@ def tokenize_pairs(
     max_length: int = 2048,
     max_prompt_length: int | None = None,
     as_chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[pa.Table, DataReport]:
     """Turn the rows of a preference dataset into a table of token ids.
@@ -248,9 +224,10 @@ def tokenize_pairs(
         max_length: most tokens of a prompt with one response. What does not fit is cut from the right of the
             response, at least one token of which stays.
         max_prompt_length: most tokens of a prompt; longer ones are cut from the left, behind the BOS. None: a
-            prompt is cut only if the pair does not fit, and then to what the longer response leaves, but to
-            no less than half of `max_length`.
+            prompt is cut only if a pair does not fit, and then to what the longest response to it leaves, but to
+            no less than half of `max_length`; all pairs of a prompt cut it alike.
         as_chat: wrap plain-text prompts as one user turn.
+        chat_template_kwargs: keywords for the chat template, such as `{"enable_thinking": False}`.
         progress: show a progress bar.
 
     Returns:
@@ -262,22 +239,36 @@ def tokenize_pairs(
             (or `as_chat`) with a tokenizer that has no chat template.
     """
     _check_lengths(max_length, max_prompt_length)
-    encoder = _make_encoder(tokenizer)
-    if as_chat and encoder.turn_end is None:
+    options = dict(chat_template_kwargs or {})
+    encoder = _make_encoder(tokenizer, options)
+    if as_chat and encoder.writer is None:
         raise UserError("`as_chat` needs a chat template, but the tokenizer has none: use an instruct model")
     report = DataReport(rows=len(dataset))
+    note_unread_columns(dataset, report)
     digest = hashlib.sha256()
     dataset = relevant_columns(dataset)
-    tables = []
-    bar = tqdm(total=len(dataset), desc="tokenise", unit="row", disable=not progress)
+    if "pair_id" in dataset.column_names and len(set(ids := dataset["pair_id"][:])) < len(ids):
+        dataset = dataset.remove_columns("pair_id")
+        report.note("numbered anew, because ids occur twice (are these several datasets joined?)", len(dataset))
+    encoded: list[_Encoded] = []
+    markup = 0
+    bar = progress_bar(progress, total=len(dataset), desc="tokenise", unit="row")
     for start in range(0, len(dataset), ROWS_AT_ONCE):
         rows = read_rows(dataset, start, min(start + ROWS_AT_ONCE, len(dataset)))
         update_digest(digest, rows)
-        items = list(_items(rows, start, encoder, as_chat, report))
-        tables.append(_tokenize_batch(items, encoder, max_length, max_prompt_length, report))
+        items = []
+        for pair_id, pair in _pairs(rows, start, as_chat, report):
+            markup += _is_rendered(pair, encoder.guard.control)
+            try:
+                items.append((pair_id, encoder.item(pair, report)))
+            except DropRow as drop:
+                report.drop(drop.reason, pair_id, drop.detail)
+        encoded += _encode(items, encoder, report)
         bar.update(len(rows))
     bar.close()
-    report.kept = sum(len(table) for table in tables)
+    _check_markup(markup, report)
+    table = _fitted(encoded, max_length, max_prompt_length, report)
+    report.kept = len(table)
     if not report.kept:
         drops = report.reasons() or "there is no row"
         raise UserError(f"the dataset has no usable pair in {report.rows:,} rows: {drops}; check columns and format")
@@ -290,14 +281,73 @@ def tokenize_pairs(
         "as_chat": as_chat,
         "end_ids": _end_ids(encoder),
     }
-    return with_provenance(pa.concat_tables(tables), "pairs", provenance), report
+    if options:  # left out otherwise: tables made before this existed stay what they were
+        provenance["chat_template_kwargs"] = options
+    return with_provenance(table, "pairs", provenance), report
+
+
+PLAIN_TEXT = (
+    "the prompt is plain text and is read as it is, though the tokenizer has a chat template: as_chat would make it a "
+    "user turn"
+)
+# The markup of other families' chat templates, which this tokenizer does not know.
+_MARKUP = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|begin_of_text|end_of_text|endoftext|user|assistant"
+    r"|system|end|start|return)\|>|<(?:start|end)_of_turn>|</?s>|\[/?INST\]|<｜(?:User|Assistant)｜>"
+)
+
+
+def _is_rendered(pair: TextPair, control: re.Pattern) -> bool:
+    """Does a pair hold a chat template's markup, where a template would have written it, as text?"""
+    prompts = [pair.prompt] if isinstance(pair.prompt, str) else [message["content"] for message in pair.prompt]
+    return any(
+        _begins_with_markup(text, control) or _ends_with_markup(text, control) for text in prompts if text
+    ) or any(_ends_with_markup(text, control) for text in (pair.chosen, pair.rejected))
+
+
+def _begins_with_markup(text: str, control: re.Pattern) -> bool:
+    text = text.lstrip()[:40]
+    found = control.match(text) or _MARKUP.match(text)
+    return found is not None and len(found[0]) > 2 and THINKING.fullmatch(found[0]) is None
+
+
+def _ends_with_markup(text: str, control: re.Pattern) -> bool:
+    text = text.rstrip()[-40:]
+    return any(
+        match.end() == len(text) and len(match[0]) > 2 and THINKING.fullmatch(match[0]) is None
+        for pattern in (control, _MARKUP)
+        for match in pattern.finditer(text)
+    )
+
+
+def _check_markup(rows: int, report: DataReport) -> None:
+    if rows:
+        report.note("a chat template's markup stands in the text, and is read as text (it was rendered before?)", rows)
+    if rows > _FEW_ROWS and rows > report.rows / 2:
+        raise UserError(
+            f"{rows:,} of {report.rows:,} rows hold a chat template's markup as text, such as a token that ends a "
+            "turn: a model would learn to type it; give the conversations as messages, as before they were rendered"
+        )
+
+
+_FEW_ROWS = 2  # so few are a trial, or a test of one's own
+
+
+class _Encoded(NamedTuple):
+    """A pair as token ids, whole."""
+
+    pair_id: int
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    kept_head: int
 
 
 def _end_ids(encoder: _Encoder) -> list[int]:
     """Ids that end a response: the EOS, and the end of turn of the chat template."""
     ids = {encoder.tokenizer.eos_token_id}
-    if encoder.turn_end is not None:
-        ids.update([*encoder.encode([encoder.kept_end])[0], *encoder.chat_tail][-1:])
+    if encoder.writer is not None:
+        ids.update([*encoder.encode([encoder.writer.template.kept_end])[0], *encoder.chat_tail][-1:])
     return sorted(ids - {None})
 
 
@@ -311,58 +361,80 @@ def _check_lengths(max_length: int, max_prompt_length: int | None) -> None:
         )
 
 
-def _items(
-    rows: Sequence[dict[str, Any] | None], start: int, encoder: _Encoder, as_chat: bool, report: DataReport
-) -> Iterable[tuple[int, _Item]]:
+def _pairs(
+    rows: Sequence[dict[str, Any] | None], start: int, as_chat: bool, report: DataReport
+) -> Iterable[tuple[int, TextPair]]:
     for index, row in enumerate(rows, start):
         pair_id = index if row is None else row.get("pair_id", index)
         try:
             if row is None:
                 raise DropRow("invalid Unicode")
-            yield pair_id, encoder.item(normalise_row(row, as_chat=as_chat))
+            pair = normalise_row(row, as_chat=as_chat)
         except DropRow as drop:
-            report.drop(drop.reason, pair_id)
+            report.drop(drop.reason, pair_id, drop.detail)
+            continue
+        for note in pair.notes:
+            report.note(note)
+        yield pair_id, pair
 
 
-def _tokenize_batch(
-    items: Sequence[tuple[int, _Item]],
-    encoder: _Encoder,
-    max_length: int,
-    max_prompt_length: int | None,
-    report: DataReport,
-) -> pa.Table:
+def _encode(items: Sequence[tuple[int, _Item]], encoder: _Encoder, report: DataReport) -> Iterable[_Encoded]:
     texts = [
         text for _, item in items for text in (item.prompt, item.prompt + item.chosen, item.prompt + item.rejected)
     ]
     encoded = encoder.encode(texts) if texts else []
-    pair_ids: list[int] = []
-    columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for (pair_id, item), *ids in zip(items, encoded[::3], encoded[1::3], encoded[2::3], strict=True):
         try:
-            parts = encoder.ids_of(item, *ids)
-            fitted = truncate_pair(
-                *parts,
+            prompt, chosen, rejected = encoder.ids_of(item, *ids)
+            if chosen == rejected:
+                raise DropRow("identical responses")
+        except DropRow as drop:
+            report.drop(drop.reason, pair_id, drop.detail)
+            continue
+        yield _Encoded(pair_id, _ids(prompt), _ids(chosen), _ids(rejected), encoder.kept_head(prompt))
+
+
+def _ids(tokens: list[int]) -> np.ndarray:
+    return np.asarray(tokens, dtype=np.int32)
+
+
+def _fitted(pairs: Sequence[_Encoded], max_length: int, max_prompt_length: int | None, report: DataReport) -> pa.Table:
+    """Cut the pairs to length and make their table.
+
+    All pairs of a prompt cut it alike, so that it stays one prompt: what the longest response of any of them leaves.
+    """
+    longest: dict[bytes, int] = {}
+    for pair in pairs:
+        key = pair.prompt.tobytes()
+        longest[key] = max(longest.get(key, 0), len(pair.chosen), len(pair.rejected))
+    pair_ids: list[int] = []
+    columns: dict[str, list[np.ndarray]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for pair in pairs:
+        parts = pair.prompt, pair.chosen, pair.rejected
+        longest_response = longest[pair.prompt.tobytes()]
+        if len(pair.prompt) + longest_response > max_length or len(pair.prompt) > (max_prompt_length or max_length):
+            cut = truncate_pair(
+                *(part.tolist() for part in parts),
                 max_length=max_length,
                 max_prompt_length=max_prompt_length,
-                keep=encoder.kept_head(parts[0]),
+                keep=pair.kept_head,
+                longest_response=longest_response,
             )
-            if fitted[1] == fitted[2]:
-                raise DropRow("identical responses" if parts[1] == parts[2] else "identical after truncation")
-        except DropRow as drop:
-            report.drop(drop.reason, pair_id)
-            continue
-        report.truncated_prompts += len(fitted[0]) < len(parts[0])
-        report.truncated_responses += sum(len(fitted[i]) < len(parts[i]) for i in (1, 2))
-        pair_ids.append(pair_id)
-        for column, values in zip(columns.values(), fitted, strict=True):
+            if cut[1] == cut[2]:
+                report.drop("identical after truncation", pair.pair_id)
+                continue
+            report.truncated_prompts += len(cut[0]) < len(pair.prompt)
+            report.truncated_responses += sum(len(cut[i]) < len(parts[i]) for i in (1, 2))
+            parts = _ids(cut[0]), _ids(cut[1]), _ids(cut[2])
+        pair_ids.append(pair.pair_id)
+        for column, values in zip(columns.values(), parts, strict=True):
             column.append(values)
     return make_table("pairs", {"pair_id": pair_ids, **{name: _list_column(ids) for name, ids in columns.items()}})
 
 
-def _list_column(ids: list[list[int]]) -> pa.Array:
+def _list_column(ids: list[np.ndarray]) -> pa.Array:
     lengths = np.array([len(row) for row in ids], dtype=np.int64)
-    values = np.fromiter((i for row in ids for i in row), dtype=np.int32, count=int(lengths.sum()))
-    return ragged(values, lengths)
+    return ragged(np.concatenate([*ids, np.zeros(0, np.int32)]).astype(np.int32, copy=False), lengths)
 
 
 def truncate_pair(
@@ -373,6 +445,7 @@ def truncate_pair(
     max_length: int,
     max_prompt_length: int | None = None,
     keep: int = 0,
+    longest_response: int | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
     """Cut a pair to `max_length` tokens of prompt and response: the prompt on the left, responses on the
     right.
@@ -387,8 +460,9 @@ def truncate_pair(
         max_length: most tokens of the prompt with one response, at least 2.
         max_prompt_length: most tokens of the prompt; None: see `tokenize_pairs`.
         keep: leading ids of the prompt that stay (the BOS).
+        longest_response: tokens of the longest response that any pair has to this prompt; None: of this pair.
     """
-    longest = max(len(chosen), len(rejected))
+    longest = max(len(chosen), len(rejected), longest_response or 0)
     limit = max(max_length // 2, max_length - longest) if max_prompt_length is None else max_prompt_length
     if len(prompt) > limit:
         keep = min(keep, limit)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from sepo.data.loading import ROWS_AT_ONCE, read_rows, relevant_columns
 from sepo.data.tables import provenance_of
 from sepo.errors import UserError
+from sepo.processes import say_once
 
 _PROBE = (
     "The quick brown fox doesn't jump over 1234567 lazy dogs; naïve café, ÀÉ, 3.14 × 10⁻²!\n\n"
@@ -58,11 +59,19 @@ def short_digest(text: str) -> str:
 
 
 def check_same_tokenizer(role: str, tokenizer: Any, other_role: str, other: Any) -> None:
-    """Raise a UserError unless both tokenizers give the same ids: token rewards are tied to ids."""
+    """Raise a UserError unless both tokenizers give the same ids: token rewards are tied to ids.
+
+    A line says it if their chat templates differ: pairs are written with the first one's.
+    """
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other):
         raise UserError(
             f"{role} and {other_role} have different tokenizers: token rewards are tied to token ids; "
             "choose models that share a tokenizer"
+        )
+    if tokenizer.chat_template and other.chat_template and tokenizer.chat_template != other.chat_template:
+        say_once(
+            f"  {role} and {other_role} have different chat templates: all training is on conversations as the first "
+            "one's writes them, and so should be what the model is given later"
         )
 
 

@@ -16,10 +16,14 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from sepo.data.formats import SUFFIXES, read_file
+from sepo.data.formats import EXPECTED, SUFFIXES, read_file, table_of
+from sepo.data.pairing import make_pairs, preset_of, suggestion
+from sepo.data.rows import EXTRA_COLUMNS, READ_COLUMNS, DataReport
 from sepo.errors import UserError, nearest, one_line
 from sepo.files import file_digest
+from sepo.recipe.settings import PairsFrom
 
 COLUMNS = ("prompt", "chosen", "rejected")
 _KNOWN_SPLITS = frozenset({"train", "test", "validation", "valid", "val", "dev", "eval"})
@@ -27,26 +31,30 @@ ROWS_AT_ONCE = 1000  # rows read and tokenised at once: enough to keep the Rust 
 
 
 def load_preferences(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Any,
     *,
     split: str = "train",
     config_name: str | None = None,
     columns: Mapping[str, str] | None = None,
+    pairs_from: str | PairsFrom | None = None,
 ) -> datasets.Dataset:
     """Load a preference dataset and give its columns the names `prompt`, `chosen` and `rejected`.
 
     Local files are read directly, not through a cache, so a changed file is never served stale and a file
-    name may hold any character. CSV cells that hold message lists (as JSON, or as Python prints them) are
-    parsed.
+    name may hold any character.
 
     Args:
-        source: a file (parquet, json, jsonl, csv; json and csv also gzipped), a folder (`save_to_disk`, or
-            data files named or foldered by split), or a dataset id on the Hugging Face Hub.
+        source: a file (parquet, json, jsonl, csv, tsv, arrow; the text ones also compressed), a folder
+            (`save_to_disk`, or data files named or foldered by split), a dataset id on the Hugging Face Hub; or rows
+            in memory: a `Dataset`, an Arrow table, a pandas data frame.
         split: a split's name, with an optional slice: `train`, `train_prefs`, `test[:500]`, `train[:10%]`.
             A file holds one split, `train`.
         config_name: the configuration of a hub dataset, or the sub-folder of a local one.
         columns: our name -> the dataset's, for example `{"prompt": "instruction", "chosen": "better"}`.
-            A column that already has one of our names and is not mapped is kept as `source_<name>`.
+            A column that already has one of our names and is not mapped is kept as `source_<name>`. Beside the three,
+            `system`, `input` (which follows the prompt), `history` and `tools` can be mapped.
+        pairs_from: make the pairs of labels, scores or ranks: the name of a preset, or a description
+            (`pairing.PRESETS`).
 
     Returns:
         The dataset with `chosen`, `rejected`, `prompt` (unless the prompt is implicit), `pair_id` (int64,
@@ -56,9 +64,17 @@ def load_preferences(
     Raises:
         UserError: the source, split or a column is missing, or the data is empty or cannot be read.
     """
+    preset = preset_of(pairs_from)
+    wanted = {**preset.columns, **(columns or {})}
     _, slice_text = _parse_split(split)
-    dataset = _load_whole_split(source, split, config_name, {*COLUMNS, *(columns or {}).values()})
-    dataset = _rename_columns(dataset, columns or {}, str(source))
+    name = "the dataset" if not isinstance(source, str | os.PathLike) else str(source)
+    dataset = _load_whole_split(source, split, config_name, {*COLUMNS, *wanted.values()})
+    if preset.pairs_from is not None:
+        prompt = wanted.pop("prompt", "prompt" if "prompt" in dataset.column_names else preset.pairs_from.group_by)
+        if replaced := {"chosen", "rejected"} & wanted.keys():
+            raise UserError(f"`columns` names {' and '.join(sorted(replaced))}, which pairs_from makes: leave them out")
+        dataset = make_pairs(dataset, preset.pairs_from, prompt)
+    dataset = _rename_columns(dataset, wanted, name)
     dataset = dataset.add_column("pair_id", np.arange(len(dataset), dtype=np.int64))
     return _take_slice(dataset, split, _parse_split(split)[0]) if slice_text else dataset
 
@@ -87,9 +103,11 @@ def source_fingerprint(source: str | os.PathLike) -> str:
 
 
 def _load_whole_split(
-    source: str | os.PathLike, split: str, config_name: str | None, text_columns: Collection[str]
+    source: str | os.PathLike | Any, split: str, config_name: str | None, text_columns: Collection[str]
 ) -> datasets.Dataset:
     name, _ = _parse_split(split)
+    if not isinstance(source, str | os.PathLike):
+        return _in_memory(source)
     path = Path(source).expanduser()
     try:
         found = path.exists()
@@ -104,6 +122,31 @@ def _load_whole_split(
         dataset = _load_hub(str(source), name, config_name)
     if not len(dataset):
         raise UserError(f"'{source}' holds no row (split '{name}'): expected at least one")
+    return dataset
+
+
+def _in_memory(source: Any) -> datasets.Dataset:
+    """Rows that the caller holds already."""
+    if isinstance(source, datasets.DatasetDict):
+        raise UserError(f"expected one split of the dataset: dataset['train'], for example; it has {', '.join(source)}")
+    if isinstance(source, datasets.Dataset):
+        dataset = source
+    elif isinstance(source, pa.Table):
+        dataset = _from_table(source, "the table")
+    elif type(source).__module__.startswith("pandas"):
+        try:
+            dataset = _from_table(pa.Table.from_pandas(source, preserve_index=False), "the data frame")
+        except (pa.ArrowException, TypeError, ValueError):
+            dataset = _from_table(table_of(source.to_dict("records")), "the data frame")
+    elif isinstance(source, list) and all(isinstance(row, Mapping) for row in source):
+        dataset = _from_table(table_of([dict(row) for row in source]), "the list")
+    else:
+        raise UserError(
+            f"a {type(source).__name__} is no dataset: expected a path, a hub id, a Dataset, an Arrow table, a data "
+            "frame or a list of rows"
+        )
+    if not len(dataset):
+        raise UserError("the dataset holds no row: expected at least one")
     return dataset
 
 
@@ -139,7 +182,8 @@ def _load_hub(source: str, split: str, config_name: str | None) -> datasets.Data
     is_hub_id = re.fullmatch(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", source)
     if not is_hub_id or source.lower().endswith(SUFFIXES):
         near = nearest(Path(source).name, _listing(Path(source).expanduser().parent))
-        raise UserError(f"no file or folder at '{source}'{near}: expected a dataset file, a folder or a hub id")
+        where = "" if Path(source).expanduser().is_absolute() else f" (looked for in '{Path.cwd()}')"
+        raise UserError(f"no file or folder at '{source}'{where}{near}: expected a dataset file, a folder or a hub id")
     try:
         return datasets.load_dataset(source, config_name, split=split)
     except Exception as error:  # whatever the hub client meets, the user needs one line
@@ -175,8 +219,10 @@ def _load_folder(folder: Path, split: str, config_name: str | None, text_columns
         raise UserError(f"'{folder}' is a saved dataset that cannot be read ({one_line(error)})") from error
     names = {path: _split_names(path.relative_to(folder)) for path in _data_files(folder)}
     if not names:
-        raise UserError(f"folder '{folder}' holds no dataset: expected {', '.join(SUFFIXES[:4])} files")
-    tables = [read_file(path, text_columns) for path in _files_of_split(folder, names, split)]
+        raise UserError(f"folder '{folder}' holds no dataset: expected {EXPECTED}")
+    files = _files_of_split(folder, names, split)
+    _check_no_copies(files)
+    tables = [read_file(path, text_columns) for path in files]
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -186,12 +232,42 @@ def _load_folder(folder: Path, split: str, config_name: str | None, text_columns
     return _from_table(table, folder)
 
 
+# What lies beside data and is none: descriptions that `datasets`, DVC, hubs and programs leave.
+_NO_DATA = frozenset(
+    f"{name}.json"
+    for name in (
+        "dataset_info",
+        "dataset_infos",
+        "dataset_dict",
+        "metadata",
+        "state",
+        "config",
+        "info",
+        "package",
+        "schema",
+    )
+)
+
+
+def _check_no_copies(files: Iterable[Path]) -> None:
+    """Refuse one name in several formats: that is one dataset twice, and all its rows would count twice."""
+    first: dict[Path, Path] = {}
+    for path in files:
+        plain = path.with_name(_SUFFIX.sub("", path.name))
+        other = first.setdefault(plain, path)
+        if other is not path:
+            raise UserError(
+                f"'{other}' and '{path.name}' have one name in two formats, and would be read as two parts: remove "
+                "one, or name the file"
+            )
+
+
 def _data_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
         if path.name.lower().endswith(SUFFIXES)
-        and path.name not in ("dataset_info.json", "dataset_infos.json")
+        and path.name.lower() not in _NO_DATA
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
@@ -203,8 +279,11 @@ def _split_names(path: Path) -> list[str]:
     >>> _split_names(Path("data/test-00000-of-00002.json.gz"))
     ['data', 'test']
     """
-    stem = re.sub(r"(-\d+-of-\d+[^.]*)?\.(parquet|jsonl?|csv)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    stem = re.sub(r"-\d+-of-\d+[^.]*$", "", _SUFFIX.sub("", path.name))
     return [*path.parts[:-1], stem]
+
+
+_SUFFIX = re.compile(r"\.(parquet|arrow|feather|jsonl?|csv|tsv)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 
 
 def _files_of_split(folder: Path, names: Mapping[Path, list[str]], split: str) -> list[Path]:
@@ -225,7 +304,7 @@ def _unknown_split(source: object, split: str, found: Iterable[str]) -> str:
     return f"unknown split '{split}'{nearest(split, found)}: '{source}' has {', '.join(found[:8])}"
 
 
-def _from_table(table: pa.Table, source: Path) -> datasets.Dataset:
+def _from_table(table: pa.Table, source: Path | str) -> datasets.Dataset:
     for index, column in enumerate(table.schema):
         if pa.types.is_dictionary(column.type):  # pandas' categories
             table = table.set_column(index, column.name, table.column(index).cast(column.type.value_type))
@@ -236,40 +315,86 @@ def _from_table(table: pa.Table, source: Path) -> datasets.Dataset:
 
 
 def _rename_columns(dataset: datasets.Dataset, columns: Mapping[str, str], source: str) -> datasets.Dataset:
+    known = (*COLUMNS, *EXTRA_COLUMNS)
     for ours in columns:
-        if ours not in COLUMNS:
-            raise UserError(f"unknown column key '{ours}'{nearest(ours, COLUMNS)}: expected {', '.join(COLUMNS)}")
+        if ours not in known:
+            raise UserError(f"unknown column key '{ours}'{nearest(ours, known)}: expected {', '.join(known)}")
     found = list(dataset.column_names)
     wanted = {ours: columns.get(ours, ours) for ours in COLUMNS}
     if "prompt" not in columns and "prompt" not in found:
         del wanted["prompt"]  # implicit: chosen and rejected share it
+    wanted |= {EXTRA_COLUMNS[ours]: theirs for ours, theirs in columns.items() if ours in EXTRA_COLUMNS}
     for ours, theirs in wanted.items():
         if theirs not in found:
             listed = ", ".join(f"'{name}'" for name in found[:20])
-            raise UserError(
-                f"'{source}' has no column '{theirs}'{nearest(theirs, found)}: found {listed}; "
-                f"name the column that holds '{ours}' with `columns`"
-            )
+            hint = suggestion(found) or f"; name the column that holds '{ours}' with `columns`"
+            raise UserError(f"'{source}' has no column '{theirs}'{nearest(theirs, found)}: found {listed}{hint}")
     if len(set(wanted.values())) < len(wanted):
-        raise UserError(f"`columns` uses one column of '{source}' twice: {dict(columns)}; expected three columns")
+        raise UserError(f"`columns` uses one column of '{source}' twice: {dict(columns)}; expected different columns")
     new_names = {theirs: ours for ours, theirs in wanted.items() if ours != theirs}
-    taken = {*found, *COLUMNS, "pair_id"}
+    ours_alone = {*COLUMNS, "pair_id", *EXTRA_COLUMNS.values()} - {"tools"}
+    taken = {*found, *COLUMNS, "pair_id", *EXTRA_COLUMNS.values()}
     for name in found:
-        if (name in COLUMNS and name not in wanted.values()) or name == "pair_id":
+        if name in ours_alone and name not in wanted.values():
             new_names[name] = next(
                 option for n in range(len(taken) + 1) if (option := f"source_{name}" + "_" * n) not in taken
             )
             taken.add(new_names[name])
+    if "tools" in wanted and "tools" in found and wanted["tools"] != "tools":
+        new_names["tools"] = "source_tools"
     return dataset.rename_columns(new_names) if new_names else dataset
+
+
+# Columns that change what a good response is, or say which one it is, and are read only where they are named.
+_TELLING = {
+    "system": "map it with columns: {{system: {0}}}",
+    "system_prompt": "map it with columns: {{system: {0}}}",
+    "input": "map it with columns: {{input: {0}}}",
+    "history": "map it with columns: {{history: {0}}}",
+    **dict.fromkeys(
+        ("images", "image", "audio", "audios", "video", "videos", "documents"), "models here are given text alone"
+    ),
+    **dict.fromkeys(
+        (
+            *("better_response_id", "safer_response_id", "preference_strength", "overall_preference", "preference"),
+            *("winner", "winner_model_a", "labels", "label", "rank", "ranks"),
+        ),
+        "if it says which response is better, data.pairs_from makes pairs of it",
+    ),
+}
+
+
+def note_unread_columns(dataset: datasets.Dataset, report: DataReport) -> None:
+    """Note the columns of well-known names that hold something and are not read, with the number of rows."""
+    names = [name for name in dataset.column_names if name in _TELLING]
+    for name in names:
+        values = dataset.with_format("arrow").select_columns([name])
+        filled = sum(_filled(batch.column(0)) for batch in values.iter(ROWS_AT_ONCE))
+        if filled:
+            report.note(f"the column '{name}' holds something and is not read; {_TELLING[name].format(name)}", filled)
+
+
+def _filled(column: pa.ChunkedArray) -> int:
+    """Number of values that are neither null nor an empty text or list."""
+    type_ = column.type
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_):
+        lengths = pc.utf8_length(pc.utf8_trim_whitespace(column))
+    elif pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        lengths = pc.list_value_length(column)
+    else:
+        return len(column) - column.null_count
+    return pc.sum(pc.greater(lengths, 0)).as_py() or 0
 
 
 def relevant_columns(dataset: datasets.Dataset) -> datasets.Dataset:
     for name in ("chosen", "rejected"):
         if name not in dataset.column_names:
             found = ", ".join(dataset.column_names)
-            raise UserError(f"the dataset has no column '{name}'{nearest(name, dataset.column_names)}: found {found}")
-    names = [name for name in (*COLUMNS, "pair_id") if name in dataset.column_names]
-    return dataset.select_columns(names).with_format(None)
+            hint = suggestion(dataset.column_names)
+            raise UserError(
+                f"the dataset has no column '{name}'{nearest(name, dataset.column_names)}: found {found}{hint}"
+            )
+    return dataset.select_columns([name for name in READ_COLUMNS if name in dataset.column_names]).with_format(None)
 
 
 def read_rows(dataset: datasets.Dataset, start: int, stop: int) -> list[dict[str, Any] | None]:

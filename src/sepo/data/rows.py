@@ -1,40 +1,59 @@
 """Rows of any preference format -> prompt, chosen and rejected as text or messages.
 
 A row that cannot be used raises `DropRow` inside and is counted in the `DataReport` under one of the fixed
-`DROP_REASONS`; nothing is dropped silently, and bad data never ends in a traceback.
+`DROP_REASONS`; nothing is dropped silently, and bad data never ends in a traceback. What a row holds and a pair does
+not is counted too, as a note.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-ROLES = frozenset({"system", "user", "assistant", "tool"})
+from sepo.data.messages import DropRow, Message, Messages, check_text, read_cell, read_tools
+
 DROP_REASONS: dict[str, str] = {
     "missing value": "the prompt, the chosen or the rejected response is null",
     "wrong type": "a value is neither text nor a list of messages, or text and messages are mixed",
-    "unknown role": "a message has a role other than system, user, assistant or tool",
+    "messages as text": "a text looks like a list of messages, but cannot be read as one",
+    "unknown role": "a message has a role other than system, user, assistant or tool, by any of their names",
+    "not text": "a message holds an image, a sound or another part that is not text",
     "invalid Unicode": "a text cannot be encoded as UTF-8, for example an unpaired surrogate",
     "no response": "a response is blank, or a conversation does not end with an assistant turn",
     "identical responses": "chosen and rejected are the same",
+    "tie": "both responses have the same score, rank or label",
+    "unknown label": "the label names neither response",
+    "one response": "there are not two responses to one prompt",
     "no shared prompt": "there is no prompt, and chosen and rejected do not share one",
     "empty prompt": "there is no message, or no text and neither a BOS nor an EOS token to start from",
+    "tools": "the tools are not a list of schemas, or stand beside a prompt that is no conversation",
     "refused by the chat template": "the chat template cannot render the conversation",
+    "left out by the chat template": "the chat template does not write a message, a tool call or a part of a response",
+    "two prompts": "the chat template writes another prompt before each response",
     "control token in text": "a control token typed in the text cannot be told apart from a real one",
     "identical after truncation": "chosen and rejected differ only beyond the maximum length",
 }
-Message = dict[str, str]
-
-
-class DropRow(Exception):
-    """A row that gives no pair; `reason` is a key of `DROP_REASONS`. Counted, never shown to the user."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+# Columns of a dataset that a pair may use beside prompt, chosen and rejected: the name in `columns`, and in the rows.
+EXTRA_COLUMNS = {"system": "prompt_system", "input": "prompt_input", "history": "prompt_history", "tools": "tools"}
+TEMPLATE_OPTIONS = "chat_template_kwargs"  # of a row, as in TRL
+SCORE_COLUMNS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+DROP_COLUMN = "drop_reason"  # rows that `pairing` could make no pair of carry their reason in it
+READ_COLUMNS = (
+    *("prompt", "chosen", "rejected", "pair_id", DROP_COLUMN, TEMPLATE_OPTIONS),
+    *EXTRA_COLUMNS.values(),
+    *(name for pair in SCORE_COLUMNS for name in pair),
+)
+# A prompt that both responses begin with is taken to be repeated if it has at least so many characters.
+_REPEATED = 20
+_NOTHING: Mapping[str, Any] = {}
 
 
 class TextPair(NamedTuple):
@@ -46,12 +65,22 @@ class TextPair(NamedTuple):
         rejected: text of the dispreferred response.
         transcript: the messages were read from an HH-RLHF transcript, so a model without a chat template
             can be given the transcript as plain text.
+        prefill: the prompt ends within the assistant's turn, which the responses go on with.
+        extras: what the last turns of chosen and rejected hold beside text: `tool_calls`, `reasoning_content`.
+        tools: schemas of the tools that the conversation may call.
+        options: keywords for the chat template.
+        notes: what the row holds and the pair does not, in words that `DataReport.notes` counts.
     """
 
     prompt: str | list[Message]
     chosen: str
     rejected: str
     transcript: bool = False
+    prefill: bool = False
+    extras: tuple[Mapping[str, Any], Mapping[str, Any]] = (_NOTHING, _NOTHING)
+    tools: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = _NOTHING
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -63,45 +92,80 @@ class DataReport:
         kept: pairs in the table.
         dropped: number of dropped rows by reason (a key of `DROP_REASONS`).
         first_dropped: the `pair_id` of the first row dropped for each reason.
+        details: for some reasons, number of rows by what exactly it was: the role, the chat template's own sentence.
         truncated_prompts: pairs whose prompt was cut on the left.
         truncated_responses: responses (not pairs) that were cut on the right, and so end without an end of
             turn.
+        notes: what was read over or read in a way to know of, in words, with the number of rows.
     """
 
     rows: int = 0
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     first_dropped: dict[str, int] = field(default_factory=dict)
+    details: dict[str, dict[str, int]] = field(default_factory=dict)
     truncated_prompts: int = 0
     truncated_responses: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
 
-    def drop(self, reason: str, pair_id: int) -> None:
+    def drop(self, reason: str, pair_id: int, detail: str = "") -> None:
         """Count one dropped row; `reason` must be a key of `DROP_REASONS`."""
         if reason not in DROP_REASONS:
             raise KeyError(reason)
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.first_dropped.setdefault(reason, pair_id)
+        if detail:
+            counts = self.details.setdefault(reason, {})
+            detail = detail if detail in counts or len(counts) < _MOST_DETAILS else "other"
+            counts[detail] = counts.get(detail, 0) + 1
+
+    def note(self, what: str, rows: int = 1) -> None:
+        """Count rows that something is to be said of."""
+        what = what if what in self.notes or len(self.notes) < _MOST_DETAILS else "other remarks"
+        self.notes[what] = self.notes.get(what, 0) + rows
 
     def reasons(self) -> str:
         """Return the drops in one phrase, most frequent first: `no response 3 (first: row 17), ...`."""
-        ordered = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
-        return ", ".join(f"{reason} {count:,} (first: row {self.first_dropped[reason]})" for reason, count in ordered)
+        return ", ".join(
+            f"{reason}{self._details(reason)} {count:,} (first: row {self.first_dropped[reason]})"
+            for reason, count in _by_count(self.dropped)
+        )
+
+    def _details(self, reason: str) -> str:
+        found = _by_count(self.details.get(reason, {}))
+        shown = ", ".join(detail if len(found) == 1 else f"{detail} {count:,}" for detail, count in found[:3])
+        return f" [{shown}{', ...' if len(found) > 3 else ''}]" if found else ""
+
+    def remarks(self) -> list[str]:
+        """Return the notes as sentences, most frequent first: `12 rows: the column 'system' is not read`."""
+        return [f"{count:,} {'row' if count == 1 else 'rows'}: {what}" for what, count in _by_count(self.notes)]
 
     def summary(self) -> str:
-        """Return one line a person can read: rows, kept, dropped by reason, truncated."""
+        """Return what a person should read: rows, kept, dropped by reason, truncated; then a line for each note."""
         dropped = f"{self.rows - self.kept:,} dropped" + (f": {self.reasons()}" if self.dropped else "")
-        return (
+        first = (
             f"{self.rows:,} rows, {self.kept:,} pairs kept, {dropped}; "
             f"{self.truncated_prompts:,} prompts and {self.truncated_responses:,} responses truncated"
         )
+        return "\n    ".join([first, *self.remarks()])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+_MOST_DETAILS = 20  # a dataset may hold a different one in every row
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+# --- one row --------------------------------------------------------------------------------------------------------
+
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# Turns of Nemotron prompts, in which HelpSteer2 holds conversations: text, then these with a speaker each.
+_NEMOTRON_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
@@ -110,110 +174,164 @@ def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
     Formats: three texts; two texts that share their beginning (the prompt then ends at the last shared
     whitespace); three message lists; two message lists that share their leading messages; a text prompt with
     message lists that repeat it (UltraFeedback-binarized); HH-RLHF transcripts, whole or split in prompt and
-    responses. Messages are `{"role", "content"}` or `{"from", "value"}`.
+    responses. Messages come in any spelling that `messages.py` reads.
 
-    >>> normalise_row({"chosen": "The sky is blue.", "rejected": "The sky is green."})
-    TextPair(prompt='The sky is', chosen=' blue.', rejected=' green.', transcript=False)
+    >>> normalise_row({"chosen": "The sky is blue.", "rejected": "The sky is green."})[:3]
+    ('The sky is', ' blue.', ' green.')
 
     Args:
-        row: values by column name; columns other than prompt, chosen and rejected are ignored.
+        row: values by column name; those of `READ_COLUMNS` are used.
         as_chat: wrap a plain-text prompt as one user turn.
 
     Raises:
         DropRow: the row gives no pair (see `DROP_REASONS`).
     """
-    chosen, rejected = _value(row.get("chosen")), _value(row.get("rejected"))
-    prompt = _value(row.get("prompt"))
+    if (reason := row.get(DROP_COLUMN)) is not None:
+        name, _, detail = str(reason).partition(": ")
+        raise DropRow(name if name in DROP_REASONS else "wrong type", detail)
+    chosen, rejected = read_cell(row.get("chosen")), read_cell(row.get("rejected"))
+    prompt = read_cell(row.get("prompt"))
     if chosen is None or rejected is None:
         raise DropRow("missing value")
-    if isinstance(chosen, list) and isinstance(rejected, list):
+    notes = _score_notes(row)
+    if isinstance(chosen, Messages) and isinstance(rejected, Messages):
         pair = _pair_from_messages(prompt, chosen, rejected)
     elif isinstance(chosen, str) and isinstance(rejected, str):
         pair = _pair_from_text(prompt, chosen, rejected, "prompt" in row, as_chat)
     else:
-        raise DropRow("wrong type")
-    if not pair.chosen.strip() or not pair.rejected.strip():
+        raise DropRow("wrong type", "text and messages mixed")
+    pair = _with_columns(pair, row)
+    if not all(_says_something(*side) for side in zip((pair.chosen, pair.rejected), pair.extras, strict=True)):
         raise DropRow("no response")
-    if pair.chosen == pair.rejected:
+    if pair.chosen == pair.rejected and pair.extras[0] == pair.extras[1]:
         raise DropRow("identical responses")
-    return pair
+    ignored = {name for value in (prompt, chosen, rejected) if isinstance(value, Messages) for name in value.ignored}
+    notes += [f"a message's '{check_text(name)[:40]}' is not read" for name in sorted(ignored)]
+    return pair._replace(notes=(*pair.notes, *notes))
 
 
-def _value(value: Any) -> str | list[Message] | None:
-    """Check one cell: text, messages or nothing."""
-    if isinstance(value, Mapping) and set(value) == {"json"}:  # see `_column`
-        try:
-            value = json.loads(value["json"])
-        except (ValueError, TypeError, RecursionError):
-            raise DropRow("wrong type") from None
+def _says_something(text: str, extra: Mapping[str, Any]) -> bool:
+    return bool(text.strip() or extra.get("tool_calls"))
+
+
+def _score_notes(row: Mapping[str, Any]) -> list[str]:
+    """Drop ties; note rows whose scores contradict their columns."""
+    for better, worse in SCORE_COLUMNS:
+        high, low = row.get(better), row.get(worse)
+        if isinstance(high, int | float) and isinstance(low, int | float):
+            if high == low:
+                raise DropRow("tie")
+            if high < low:
+                return [f"'{better}' is lower than '{worse}'; the columns chosen and rejected were followed"]
+    return []
+
+
+def _with_columns(pair: TextPair, row: Mapping[str, Any]) -> TextPair:
+    """Add what mapped columns hold beside the prompt: a system message, an input, a history, tools, options."""
+    system, given = (_text_cell(row.get(EXTRA_COLUMNS[name])) for name in ("system", "input"))
+    history, tools = _history(row.get(EXTRA_COLUMNS["history"])), read_tools(row.get("tools"))
+    options = row.get(TEMPLATE_OPTIONS)
+    if isinstance(options, Mapping):
+        pair = pair._replace(options={key: value for key, value in options.items() if value is not None})
+    prompt = pair.prompt
+    if isinstance(prompt, str):
+        if tools or history:
+            raise DropRow("tools" if tools else "wrong type", "" if tools else "a history beside a plain-text prompt")
+        prompt = "\n\n".join(part for part in (system, prompt, given) if part.strip()) if system + given else prompt
+        return pair._replace(prompt=prompt)
+    if given.strip():
+        if prompt[-1]["role"] != "user":
+            raise DropRow("wrong type", "an input, but no user turn to add it to")
+        prompt = [*prompt[:-1], {**prompt[-1], "content": f"{prompt[-1]['content']}\n\n{given}"}]
+    if history:
+        at = int(prompt[0]["role"] == "system")
+        prompt = [*prompt[:at], *history, *prompt[at:]]
+    if system.strip() and prompt[0] != {"role": "system", "content": system}:
+        if any(message["role"] == "system" for message in prompt):
+            raise DropRow("wrong type", "a system column and another system message")
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return pair._replace(prompt=prompt, tools=tuple(tools))
+
+
+def _text_cell(value: Any) -> str:
     if value is None:
-        return None
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, Mapping):
-        value = _unzip(value)
-    if not isinstance(value, list | tuple):
+        return ""
+    if not isinstance(value, str):
         raise DropRow("wrong type")
-    return [_message(message) for message in value]
+    return check_text(value)
 
 
-def _unzip(value: Mapping[str, Any]) -> list:
-    """One message, or a struct of lists (how older releases of `datasets` store a list of messages)."""
-    role, content = value.get("role"), value.get("content")
-    if isinstance(role, list) and isinstance(content, list) and len(role) == len(content):
-        return [{"role": r, "content": c} for r, c in zip(role, content, strict=True)]
-    return [value]
+def _history(value: Any) -> list[Message]:
+    """Earlier turns: messages, or pairs of what the user and the assistant said."""
+    if isinstance(value, list | tuple) and value and all(isinstance(turn, list | tuple) for turn in value):
+        if not all(len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in value):
+            raise DropRow("wrong type", "history")
+        return [
+            {"role": role, "content": check_text(text)}
+            for turn in value
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    cell = read_cell(value) if value not in (None, "", [], ()) else None
+    if isinstance(cell, str) and cell.strip():
+        raise DropRow("wrong type", "history")
+    return list(cell) if isinstance(cell, Messages) else []
 
 
-def _message(message: Any) -> Message:
-    if not isinstance(message, Mapping):
-        raise DropRow("wrong type")
-    role, content = message.get("role"), message.get("content")
-    if role is None and content is None:
-        role, content = message.get("from"), message.get("value")
-        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise DropRow("wrong type")
-    if role not in ROLES:
-        raise DropRow("unknown role")
-    return {"role": role, "content": _text(content)}
+# --- conversations --------------------------------------------------------------------------------------------------
 
 
-def _text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DropRow("invalid Unicode") from None
-    return str(value)
-
-
-def _pair_from_messages(prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]) -> TextPair:
+def _pair_from_messages(prompt: str | Messages | None, chosen: list[Message], rejected: list[Message]) -> TextPair:
     for side in (chosen, rejected):
         if not side or side[-1]["role"] != "assistant":
             raise DropRow("no response")
-    context = prompt if isinstance(prompt, list) else []
-    # Some datasets repeat the prompt's messages in the responses.
-    chosen, rejected = (
-        side[len(context) :] if len(side) > len(context) and side[: len(context)] == context else side
-        for side in (chosen, rejected)
-    )
+    context = list(prompt) if isinstance(prompt, Messages) else []
+    chosen, rejected = (_without_repeated(context, side) for side in (chosen, rejected))
     if chosen[:-1] != rejected[:-1]:
         raise DropRow("no shared prompt")  # a response is one turn; these part earlier
+    # A prompt of its own that ends in the assistant's turn has begun the response (TRL: continue_final_message).
+    prefill = bool(context) and context[-1]["role"] == "assistant" and len(chosen) == 1
     context = context + chosen[:-1]
-    if isinstance(prompt, str) and prompt.strip() and not any(m["role"] == "user" for m in context):
-        context = [*context, {"role": "user", "content": prompt}]
+    notes = []
+    if isinstance(prompt, str) and prompt.strip():
+        if not any(message["role"] == "user" for message in context):
+            context = [*context, {"role": "user", "content": prompt}]
+        elif not any(_same_text(prompt, message["content"]) for message in context):
+            notes.append("the prompt column differs from the conversations; the conversations were read")
     if not context:
         raise DropRow("no shared prompt" if prompt is None else "empty prompt")
-    return TextPair(context, chosen[-1]["content"], rejected[-1]["content"])
+    extras = tuple({k: v for k, v in side[-1].items() if k not in ("role", "content")} for side in (chosen, rejected))
+    return TextPair(
+        context,
+        chosen[-1]["content"],
+        rejected[-1]["content"],
+        prefill=prefill,
+        extras=(extras[0], extras[1]),
+        notes=tuple(notes),
+    )
+
+
+def _without_repeated(context: list[Message], side: list[Message]) -> list[Message]:
+    """The messages of one side without those at its beginning that the prompt ends with: some datasets repeat them."""
+    for count in range(min(len(context), len(side) - 1), 0, -1):
+        if context[-count:] == side[:count]:
+            return side[count:]
+    return side
+
+
+def _same_text(prompt: str, content: str) -> bool:
+    return prompt.strip() in content or (bool(content.strip()) and content.strip() in prompt)
+
+
+# --- plain text -----------------------------------------------------------------------------------------------------
 
 
 def _pair_from_text(
-    prompt: str | list[Message] | None, chosen: str, rejected: str, has_prompt_column: bool, as_chat: bool
+    prompt: str | Messages | None, chosen: str, rejected: str, has_prompt_column: bool, as_chat: bool
 ) -> TextPair:
-    if isinstance(prompt, list):
+    if isinstance(prompt, Messages):
         if not prompt:
             raise DropRow("empty prompt")
-        return TextPair(prompt, chosen, rejected)
+        return TextPair(list(prompt), chosen, rejected, prefill=prompt[-1]["role"] == "assistant")
     if prompt is None or not prompt.strip():
         if _is_transcript(chosen) and _is_transcript(rejected):
             return _pair_from_transcripts(chosen, rejected)
@@ -221,13 +339,23 @@ def _pair_from_text(
             raise DropRow("missing value")
     elif _is_transcript(prompt, chosen):
         return _pair_from_split_transcript(prompt, chosen, rejected)
+    elif _NEMOTRON_TURN.search(prompt):
+        return TextPair(_nemotron_turns(prompt), chosen.strip(), rejected.strip(), transcript=True)
+    notes: tuple[str, ...] = ()
     if prompt is None:
         prompt, chosen, rejected = _split_shared_prefix(chosen, rejected)
+    elif len(prompt.strip()) >= _REPEATED and all(_goes_on(prompt, side) for side in (chosen, rejected)):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        notes = ("both responses began with the prompt, which was taken off them",)
     if as_chat:
         if not prompt.strip():
             raise DropRow("empty prompt")
-        return TextPair([{"role": "user", "content": prompt}], chosen.strip(), rejected.strip())
-    return TextPair(prompt, chosen, rejected)
+        return TextPair([{"role": "user", "content": prompt}], chosen.strip(), rejected.strip(), notes=notes)
+    return TextPair(prompt, chosen, rejected, notes=notes)
+
+
+def _goes_on(prompt: str, response: str) -> bool:
+    return response.startswith(prompt) and bool(response[len(prompt) :].strip())
 
 
 def _split_shared_prefix(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -248,6 +376,9 @@ def _split_shared_prefix(chosen: str, rejected: str) -> tuple[str, str, str]:
     if not chosen[:end].strip():
         raise DropRow("no shared prompt")
     return chosen[:end], chosen[end:], rejected[end:]
+
+
+# --- transcripts ----------------------------------------------------------------------------------------------------
 
 
 def _is_transcript(text: str, response: str = "") -> bool:
@@ -272,6 +403,12 @@ def _turns(transcript: str) -> list[Message]:
     ]
 
 
+def _nemotron_turns(prompt: str) -> list[Message]:
+    first, *parts = _NEMOTRON_TURN.split(prompt)
+    turns = [("User", first), *zip(parts[::2], parts[1::2], strict=True)]
+    return [{"role": speaker.lower(), "content": text.strip()} for speaker, text in turns if text.strip()]
+
+
 def _pair_from_transcripts(chosen: str, rejected: str) -> TextPair:
     return _pair_from_messages(None, _turns(chosen), _turns(rejected))._replace(transcript=True)
 
@@ -287,6 +424,6 @@ def _pair_from_split_transcript(prompt: str, chosen: str, rejected: str) -> Text
 
 
 def transcript_text(messages: Sequence[Message]) -> str:
-    speakers = {"user": "Human", "assistant": "Assistant"}
-    text = "".join(f"\n\n{speakers[message['role']]}: {message['content']}" for message in messages)
+    speakers = {"user": "Human: ", "assistant": "Assistant: "}
+    text = "".join(f"\n\n{speakers.get(message['role'], '')}{message['content']}" for message in messages)
     return text + "\n\nAssistant:"

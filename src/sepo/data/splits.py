@@ -58,6 +58,18 @@ def split_pairs(
     return _with_split(train, "train", settings), _with_split(table.filter(pa.array(mask)), "held_out", settings)
 
 
+def sample_prompts(table: pa.Table, limit: int) -> list[list[int]]:
+    """Token ids of `limit` distinct prompts, drawn by a hash of them, in the order of the table."""
+    prompts = list(dict.fromkeys(_prompt_keys(table)))
+    drawn = set(sorted(prompts, key=lambda key: _order("sample", 0, key))[:limit])
+    return [np.frombuffer(key, "<i4").tolist() for key in prompts if key in drawn]
+
+
+def shared_prompts(table: pa.Table, other: pa.Table) -> int:
+    """Number of distinct prompts that occur in both tables."""
+    return len(set(_prompt_keys(table)) & set(_prompt_keys(other)))
+
+
 def group_by_prompt(table: pa.Table) -> pa.Table:
     """Bring the pairs of each prompt together, prompts in the order of their first pair; else the order stays."""
     first: dict[bytes, int] = {}
@@ -107,7 +119,12 @@ def sample_pairs(table: pa.Table, fraction: float, *, seed: int = 0) -> pa.Table
     """
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise UserError(f"the sample fraction is {fraction!r}: expected a number in (0, 1]")
-    number = min(len(table), max(1, round(fraction * len(table))))
+    return take_pairs(table, max(1, round(fraction * len(table))), seed=seed)
+
+
+def take_pairs(table: pa.Table, number: int, *, seed: int = 0) -> pa.Table:
+    """Return so many pairs, or all there are, drawn as `sample_pairs` does."""
+    number = min(len(table), number)
     ids = table.column("pair_id").to_pylist()
     order = sorted(range(len(ids)), key=lambda row: (_order("sample", seed, str(ids[row]).encode()), row))
     return table.take(pa.array(sorted(order[:number]), type=pa.int64()))

@@ -182,7 +182,7 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
 def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
     """Check columns and version of one file of a table; returns its provenance."""
     try:
-        with open(path, "rb") as file:
+        with pa.OSFile(os.fspath(path)) as file:
             schema = pq.read_schema(file)
         provenance = provenance_of(schema)
     except Exception as error:  # a damaged file: whatever the reader meets
@@ -213,7 +213,8 @@ def read_shard(path: Path, kind: str) -> pa.Table:
     """
     provenance = _read_provenance(path, kind)
     try:
-        with open(path, "rb") as file:
+        # Not a file of Python: Arrow's threads may still hold one when the interpreter ends, which aborts the process.
+        with pa.OSFile(os.fspath(path)) as file:
             table = pq.read_table(file)
     except Exception as error:  # a damaged file: whatever the reader meets
         raise _unreadable(path, error) from None
@@ -256,10 +257,8 @@ def _flattened(chunk: pa.Array) -> pa.Array:
 
 def _check_rows(table: pa.Table, kind: str, path: Path) -> None:
     """Check that the columns of a table fit each other; vectorised, no loop over rows."""
+    check_pairs_differ(table, f"'{path}'")
     pair_ids = table.column("pair_id").to_numpy()
-    if len(np.unique(pair_ids)) < len(pair_ids):
-        values, counts = np.unique(pair_ids, return_counts=True)
-        raise UserError(f"'{path}' holds pair {values[counts > 1][0]} twice: expected every pair once")
 
     def refuse(bad: np.ndarray, counts: np.ndarray | None, text: str, *numbers: np.ndarray) -> None:
         """Name the first bad row, or the row of the first bad item if `counts` gives the items of each row."""
@@ -292,6 +291,13 @@ def _check_rows(table: pa.Table, kind: str, path: Path) -> None:
             refuse(unordered, counts, f"the {side} key tokens are not in ascending order")
 
 
+def check_pairs_differ(table: pa.Table, name: str = "the table") -> None:
+    """Raise a UserError if a `pair_id` occurs twice: log-probabilities and rewards go by it."""
+    values, counts = np.unique(table.column("pair_id").to_numpy(), return_counts=True)
+    if len(values) < len(table):
+        raise UserError(f"{name} holds pair {values[counts > 1][0]} twice: expected every pair_id once; make it again")
+
+
 def read_table(folder: str | os.PathLike, kind: str) -> pa.Table:
     """Read a whole table into memory (see `table_paths` and `read_shard` for the errors)."""
     tables = list(iter_tables(folder, kind))
@@ -300,9 +306,7 @@ def read_table(folder: str | os.PathLike, kind: str) -> pa.Table:
     except pa.ArrowException as error:
         raise UserError(f"the shards of '{folder}' have different columns ({one_line(error, 200)})") from None
     if len(tables) > 1:
-        values, counts = np.unique(table.column("pair_id").to_numpy(), return_counts=True)
-        if len(values) < len(table):
-            raise UserError(f"'{folder}' holds pair {values[counts > 1][0]} in two shards: run the stage again")
+        check_pairs_differ(table, f"'{folder}', in two shards,")
     return table
 
 

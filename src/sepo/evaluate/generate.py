@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from sepo.data.templates import stop_ids
 from sepo.forward.passes import NonFiniteError
+from sepo.processes import progress_bar
 
 _BLOCK = 256
 
@@ -82,7 +82,7 @@ def generate_responses(
     jobs = [(prompt, sample) for prompt in range(len(prompt_ids)) for sample in range(samples)]
     jobs.sort(key=lambda job: len(prompt_ids[job[0]]))  # stable: the samples of a prompt stay together
     results: list[Generation] = []
-    with _undisturbed(model, inner, config, seed), tqdm(total=len(jobs), desc="generate", disable=not progress) as bar:
+    with _undisturbed(model, inner, config, seed), progress_bar(progress, total=len(jobs), desc="generate") as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             draw = _Draw(temperature)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo.credit.rewards import response_sums
+from sepo.data.splits import sample_prompts
 from sepo.data.tables import make_table, read_table, write_parquet
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
@@ -66,16 +67,10 @@ def evaluate_run(
     if len(pairs):
         before = read_table(base_logps, "logps") if base_logps is not None else dataset_logps(models["base"], pairs)
         metrics |= policy_accuracy(before, dataset_logps(models["policy"], pairs), pairs)
-    prompts = unique_prompts(pairs, settings.prompts)
+    prompts = sample_prompts(pairs, settings.prompts)
     if prompts:
         metrics |= measure_generations(models, tokenizer, prompts, settings, seed, out / "generations.parquet")
     return {name: float(value) for name, value in metrics.items()}
-
-
-def unique_prompts(pairs: pa.Table, limit: int) -> list[list[int]]:
-    """Return the first `limit` distinct prompts of a pairs table, in order."""
-    prompts = dict.fromkeys(tuple(ids) for ids in pairs.column("prompt_ids").to_pylist())
-    return [list(ids) for ids in list(prompts)[:limit]]
 
 
 def measure_generations(

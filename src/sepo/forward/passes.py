@@ -11,7 +11,7 @@ from torch import nn
 
 from sepo import processes
 from sepo.data.ragged import ragged
-from sepo.data.tables import make_table
+from sepo.data.tables import check_pairs_differ, make_table
 from sepo.forward.logps import token_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, fill_rows, pack, pad
 from sepo.forward.prepare import prepare_model
@@ -27,6 +27,7 @@ class NonFiniteError(RuntimeError):
 
 def table_pairs(table: pa.Table) -> list[Pair]:
     """Read the rows of a pairs, scores or selection table as `Pair`s (selection positions and weights included)."""
+    check_pairs_differ(table)
     names = [name for name in Pair.__dataclass_fields__ if name in table.column_names]
     columns = [table.column(name).to_pylist() for name in names]
     return [Pair(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]

@@ -25,6 +25,45 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, strict=False, allow_inf_nan=False)
 
 
+class PairsFrom(Settings):
+    """How labels, scores or ranks become pairs; docs/data.md has one for each form, and presets by name."""
+
+    responses: str | list[str] = Field(
+        description="two columns with a response each; or one column with a list of them, or (with group_by) with one"
+    )
+    text: str | None = Field(None, description="field of a list's items that holds the response; null: they are texts")
+    label: str | None = Field(None, description="column that says which of two responses is better")
+    first: list[Any] = Field([0], description="values of the label that mean the first response")
+    second: list[Any] = Field([1], description="values of the label that mean the second response")
+    ties: list[Any] = Field([], description="further values that mean a tie ('tie' and 'both_bad' do)")
+    score: str | list[str] | None = Field(
+        None,
+        description="column or field with a score; of two responses: two columns, or one that is negative where the "
+        "first is better",
+    )
+    lower_is_better: bool = Field(False, description="the score is a rank")
+    group_by: str | None = Field(None, description="rows with the same value of this column answer one prompt")
+    pick: Literal["extremes", "all"] = Field(
+        "extremes", description="of more than two: the best with the worst, or all pairs with different scores"
+    )
+    turns: bool = Field(False, description="prompt and responses are lists of turns of one conversation")
+
+    @model_validator(mode="after")
+    def _check(self) -> PairsFrom:
+        two = not isinstance(self.responses, str)
+        if two and len(self.responses) != 2:
+            raise ValueError("responses names two columns, or one that holds a list")
+        if two and (self.label is None) == (self.score is None):
+            raise ValueError("two responses need either label or score")
+        if not two and not isinstance(self.score, str):
+            raise ValueError("a list of responses, or rows of one prompt, need score: the name of a column or field")
+        if two and isinstance(self.score, list) and len(self.score) != 2:
+            raise ValueError("score names one column, or two")
+        if self.group_by is not None and two:
+            raise ValueError("group_by takes one column of responses")
+        return self
+
+
 class DataSettings(Settings):
     """The preference dataset."""
 
@@ -34,9 +73,17 @@ class DataSettings(Settings):
     split: str = Field("train", description="split to train on")
     config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
     columns: dict[str, str] = Field(
-        default_factory=dict, description="names of the columns where they differ, e.g. {chosen: preferred}"
+        default_factory=dict,
+        description="names of the columns where they differ, e.g. {chosen: preferred}; further ones that may be named: "
+        "system, input, history, tools",
+    )
+    pairs_from: str | PairsFrom | None = Field(
+        None, description="labels, scores or ranks to make pairs of: the name of a public dataset, or a description"
     )
     as_chat: bool = Field(False, description="wrap plain-text prompts as one user turn of the chat template")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="keywords for the chat template, e.g. {enable_thinking: false}"
+    )
     sample: Rate = Field(1.0, description="share of the training pairs to use, drawn at random")
     held_out: float = Field(
         0.05,

@@ -15,7 +15,7 @@ from sepo.data.encoding import tokenize_pairs
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import load_preferences, source_fingerprint
 from sepo.data.rows import DataReport
-from sepo.data.splits import group_by_prompt, split_pairs
+from sepo.data.splits import group_by_prompt, shared_prompts, split_pairs, take_pairs
 from sepo.data.tables import write_table
 from sepo.errors import UserError
 from sepo.processes import say
@@ -85,7 +85,7 @@ def prepare_data(
         name = held_out_split if held_out_split and settings.held_out_source is None else "held_out"
         held_out, reports[name] = _tokenize(*held_out_data(settings, held_out_split), tokenizer, progress)
         if number >= 1:
-            held_out = held_out.slice(0, int(number))
+            held_out = take_pairs(held_out, int(number), seed=seed)
         train, _ = split_pairs(table, held_out=0, sample=settings.sample, seed=seed)
     else:
         train, held_out = split_pairs(table, held_out=number, sample=settings.sample, seed=seed)
@@ -93,9 +93,15 @@ def prepare_data(
     write_pairs(out / "held_out", held_out)
     for name, one in reports.items():
         say(f"  {name}: {one.summary()}")
+    shared = shared_prompts(train, held_out)
+    if shared:
+        say(f"  {shared:,} prompts are both trained on and held out: held-out figures are not of unseen prompts alone")
+    if settings.held_out and not len(held_out):
+        say(f"  data.held_out {settings.held_out:g} of {len(train):,} pairs is none: nothing will be evaluated")
     return {
         "train": len(train),
         "held_out": len(held_out),
+        "shared_prompts": shared,
         "report": {name: one.to_dict() for name, one in reports.items()},
     }
 
@@ -135,6 +141,7 @@ def _tokenize(
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
         as_chat=settings.as_chat,
+        chat_template_kwargs=settings.chat_template_kwargs,
         progress=progress,
     )
 
@@ -143,7 +150,11 @@ def read_split(settings: DataSettings, split: str) -> datasets.Dataset:
     """Read the rows of one split, columns renamed; raises a UserError for whatever is wrong with the source."""
     if settings.source != EMBEDDED_DATA:
         return load_preferences(
-            settings.source, split=split, config_name=settings.config_name, columns=dict(settings.columns)
+            settings.source,
+            split=split,
+            config_name=settings.config_name,
+            columns=dict(settings.columns),
+            pairs_from=settings.pairs_from,
         )
     dataset = load_preferences(embedded_data(), columns=dict(settings.columns))
     rows = [index for index, name in enumerate(dataset["split"]) if name == split]

@@ -14,9 +14,9 @@ import pyarrow as pa
 from torch import nn
 
 from sepo.data.ragged import SIDES, flat
+from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table
 from sepo.evaluate.frontier import Checkpoints, Judge, start_of
-from sepo.evaluate.measure import unique_prompts
 from sepo.files import write_json
 from sepo.forward.packing import read_length
 from sepo.forward.passes import table_pairs
@@ -37,7 +37,7 @@ def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Call
     """
 
     def work(folder: Path) -> dict[str, Any]:
-        prompts = unique_prompts(read_table(pairs.folder / "held_out", "pairs"), recipe.eval.prompts)
+        prompts = sample_prompts(read_table(pairs.folder / "held_out", "pairs"), recipe.eval.prompts)
         samples = start_of(base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
         write_json(folder / SAMPLES, samples, indent=None)
         return {name: float(np.mean(values)) for name, values in samples.items()}
@@ -90,7 +90,7 @@ def run_stage(
         judge = Judge(
             base(),
             load_tokenizer(start.folder),
-            unique_prompts(held_out, recipe.eval.prompts),
+            sample_prompts(held_out, recipe.eval.prompts),
             recipe.eval,
             seed,
             json.loads((samples.folder / SAMPLES).read_text()),

@@ -242,7 +242,7 @@ def tdpo2(
 ) -> Tensor:
     """TDPO2 (arXiv 2404.11999, equation 17): TDPO1 with a weight, and no gradient through the chosen side's KL.
 
-            L = -log sigmoid(u - alpha beta (D(y_l) - stop_gradient(D(y_w))))
+        L = -log sigmoid(u - alpha beta (D(y_l) - stop_gradient(D(y_w))))
 
     with u and D of `tdpo1`.
     """

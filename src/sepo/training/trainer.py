@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from sepo import processes
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.tables import SCHEMAS, provenance_of
 from sepo.errors import UserError
@@ -63,7 +64,8 @@ class PreferenceConfig(TrainingArguments):
         tokens_per_row: token budget of a packed row, which bounds the memory of a step; a default for the device
             when None. `per_device_train_batch_size` counts pairs and may need many rows.
         layout: "auto" packs rows where the model takes them (checked once), "packed" and "padded" insist.
-        max_length, max_prompt_length: used only when the trainer is given text to tokenise.
+        max_length, max_prompt_length, as_chat, chat_template_kwargs: used only when the trainer is given text to
+            tokenise; see `sepo.data.encoding.tokenize_pairs`.
     """
 
     objective: str = field(default="sepo", metadata={"help": ", ".join(OBJECTIVES)})
@@ -76,6 +78,8 @@ class PreferenceConfig(TrainingArguments):
     layout: str = field(default="auto", metadata={"help": "auto, packed or padded"})
     max_length: int = field(default=2048, metadata={"help": "tokens of prompt and response together"})
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens of the prompt"})
+    as_chat: bool = field(default=False, metadata={"help": "wrap plain-text prompts as one user turn"})
+    chat_template_kwargs: dict | None = field(default=None, metadata={"help": "keywords for the chat template"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -181,9 +185,15 @@ class PreferenceTrainer(Trainer):
         if isinstance(data, datasets.Dataset):
             if tokenizer is None:
                 raise UserError("a dataset of text needs processing_class: pass the model's tokenizer")
-            data, _ = tokenize_pairs(
-                data, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length
+            data, report = tokenize_pairs(
+                data,
+                tokenizer,
+                max_length=args.max_length,
+                max_prompt_length=args.max_prompt_length,
+                as_chat=args.as_chat,
+                chat_template_kwargs=args.chat_template_kwargs,
             )
+            processes.say(report.summary())
         if args.objective not in SELECTIVE:
             data = data.select(SCHEMAS["pairs"].names)
         if args.objective not in WITH_REFERENCE:

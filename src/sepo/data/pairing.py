@@ -1,0 +1,378 @@
+"""Labels, scores and rankings -> pairs: what public preference datasets hold instead of chosen and rejected.
+
+Four forms, all described by `PairsFrom` (the recipe's `data.pairs_from`): two responses with a label or a score that
+says which is better; one column with a list of responses and their scores or ranks; rows that share a prompt, with a
+score each; and two conversations in turns. A row that gives no pair keeps its place and carries the reason, so that it
+is counted like every other (`rows.DROP_COLUMN`). `PRESETS` holds the descriptions of public datasets by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from sepo.data.formats import column_of
+from sepo.data.messages import DropRow, Messages, read_cell
+from sepo.data.rows import DROP_COLUMN
+from sepo.errors import UserError, nearest
+from sepo.recipe.settings import PairsFrom
+
+ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a public dataset becomes pairs.
+
+    Attributes:
+        dataset: its name on the hub.
+        pairs_from: how; None: it has the columns chosen and rejected.
+        columns: as `data.columns`.
+        known_by: columns that tell it from others; empty: it is not suggested.
+    """
+
+    dataset: str
+    pairs_from: PairsFrom | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    known_by: tuple[str, ...] = ()
+
+
+_ARENA = PairsFrom(
+    responses=["conversation_a", "conversation_b"], label="winner", first=["model_a"], second=["model_b"]
+)
+PRESETS: dict[str, Preset] = {
+    "ultrafeedback": Preset(
+        "openbmb/UltraFeedback",
+        # The mean of the four aspects; `overall_score` has known errors (10 where the critique says 1).
+        PairsFrom(responses="completions", text="response", score="fine-grained_score"),
+        {"prompt": "instruction"},
+        ("instruction", "completions"),
+    ),
+    "pku-saferlhf": Preset(
+        "PKU-Alignment/PKU-SafeRLHF",
+        PairsFrom(responses=["response_0", "response_1"], label="better_response_id", first=[0], second=[1]),
+        known_by=("response_0", "response_1", "better_response_id"),
+    ),
+    "pku-saferlhf-safer": Preset(
+        "PKU-Alignment/PKU-SafeRLHF, by harmlessness",
+        PairsFrom(responses=["response_0", "response_1"], label="safer_response_id", first=[0], second=[1]),
+    ),
+    "helpsteer2": Preset(
+        "nvidia/HelpSteer2",
+        PairsFrom(responses="response", group_by="prompt", score="helpfulness"),
+        known_by=("prompt", "response", "helpfulness", "verbosity"),
+    ),
+    "helpsteer2-preference": Preset(
+        "nvidia/HelpSteer2, data_dir preference",
+        PairsFrom(responses=["response_1", "response_2"], score="preference_strength"),
+        known_by=("response_1", "response_2", "preference_strength"),
+    ),
+    "helpsteer3": Preset(
+        "nvidia/HelpSteer3",
+        PairsFrom(responses=["response1", "response2"], score="overall_preference"),
+        {"prompt": "context"},
+        ("context", "response1", "response2", "overall_preference"),
+    ),
+    "nectar": Preset(
+        "berkeley-nest/Nectar",
+        PairsFrom(responses="answers", text="answer", score="rank", lower_is_better=True),
+        known_by=("prompt", "answers", "good_natured"),
+    ),
+    "shp": Preset(
+        "stanfordnlp/SHP",
+        PairsFrom(responses=["human_ref_A", "human_ref_B"], label="labels", first=[1], second=[0]),
+        {"prompt": "history"},
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+    ),
+    "arena-55k": Preset(
+        "lmarena-ai/arena-human-preference-55k",
+        PairsFrom(responses=["response_a", "response_b"], score=["winner_model_a", "winner_model_b"], turns=True),
+        known_by=("response_a", "response_b", "winner_model_a", "winner_model_b"),
+    ),
+    "arena": Preset(
+        "lmsys/chatbot_arena_conversations (33k), lmarena-ai/arena-human-preference-140k",
+        _ARENA,
+        known_by=("conversation_a", "conversation_b", "winner"),
+    ),
+    "orca-dpo-pairs": Preset(
+        "Intel/orca_dpo_pairs",
+        columns={"system": "system", "prompt": "question"},
+        known_by=("system", "question", "chosen", "rejected"),
+    ),
+    "distilabel-orca": Preset(
+        "argilla/distilabel-intel-orca-dpo-pairs",
+        # Rows marked "swapped" were swapped already.
+        PairsFrom(responses=["chosen", "rejected"], label="status", first=["unchanged", "swapped"], second=[]),
+        {"system": "system", "prompt": "input"},
+        ("system", "input", "chosen", "rejected", "status"),
+    ),
+    "distilabel": Preset(
+        "datasets of distilabel's UltraFeedback task",
+        PairsFrom(responses="generations", score="ratings"),
+        {"prompt": "instruction"},
+        ("instruction", "generations", "ratings"),
+    ),
+    "unpaired": Preset(
+        "data for KTO: a good and a bad response to one prompt, where it has both",
+        PairsFrom(responses="completion", group_by="prompt", score="label"),
+        known_by=("prompt", "completion", "label"),
+    ),
+}
+_TIES = {"tie", "tie (bothbad)", "tie (both bad)", "both_bad", "bothbad", "both bad", "both_good", "none", "same"}
+
+
+def preset_of(pairs_from: str | PairsFrom | None) -> Preset:
+    """The preset of a name; a description of one's own as a preset.
+
+    Raises:
+        UserError: there is no preset of that name.
+    """
+    if not isinstance(pairs_from, str):
+        return Preset("", pairs_from)
+    if pairs_from not in PRESETS:
+        raise UserError(
+            f"unknown pairs_from '{pairs_from}'{nearest(pairs_from, PRESETS)}: expected {', '.join(PRESETS)}, or a "
+            "description (docs/data.md)"
+        )
+    return PRESETS[pairs_from]
+
+
+def suggestion(columns: Sequence[str]) -> str:
+    """A hint at the preset that a dataset's columns look like; empty without one."""
+    found = [name for name, preset in PRESETS.items() if preset.known_by and set(preset.known_by) <= set(columns)]
+    if not found:
+        return ""
+    name = max(found, key=lambda one: len(PRESETS[one].known_by))
+    return f"; these look like the columns of {PRESETS[name].dataset}: pairs_from: {name} makes pairs of them"
+
+
+def make_pairs(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> datasets.Dataset:
+    """Make the rows of a dataset with `prompt`, `chosen` and `rejected` of one with labels, scores or ranks.
+
+    Args:
+        dataset: rows as they are stored.
+        how: what its columns mean.
+        prompt: its column that holds the prompt; None: the responses hold it (conversations).
+
+    Returns:
+        `prompt` (if there is one), `chosen`, `rejected` and `drop_reason` (null, or why the row gives no pair); every
+        other column, where one row of the source makes one row.
+
+    Raises:
+        UserError: a column is missing.
+    """
+    _check_columns(dataset, how, prompt)
+    names = ["prompt", "chosen", "rejected", DROP_COLUMN] if prompt else ["chosen", "rejected", DROP_COLUMN]
+    rows = _grouped(dataset, how, prompt or "") if how.group_by else _single(dataset, how, prompt)
+    columns: dict[str, list] = {name: [] for name in names}
+    for row in rows:
+        for name in names:
+            columns[name].append(row.get(name))
+    made = datasets.Dataset(pa.table({name: column_of(values) for name, values in columns.items()}))
+    if len(made) == len(dataset) and not how.group_by:
+        kept = [name for name in dataset.column_names if name not in names]
+        return datasets.concatenate_datasets([dataset.select_columns(kept), made], axis=1) if kept else made
+    return made
+
+
+def _check_columns(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> None:
+    responses = [how.responses] if isinstance(how.responses, str) else how.responses
+    scores = [how.score] if isinstance(how.score, str) else how.score or []
+    in_items = isinstance(how.responses, str) and not how.group_by and how.text is not None
+    wanted = [*responses, *([] if in_items else scores), how.label, how.group_by, prompt]
+    for name in wanted:
+        if name is not None and name not in dataset.column_names:
+            found = ", ".join(f"'{column}'" for column in dataset.column_names[:20])
+            raise UserError(
+                f"pairs_from names the column '{name}'{nearest(name, dataset.column_names)}, which the dataset has "
+                f"not: found {found}"
+            )
+
+
+def _read(dataset: datasets.Dataset, names: Sequence[str | None]) -> Iterator[dict[str, Any]]:
+    dataset = dataset.select_columns([name for name in dict.fromkeys(names) if name is not None]).with_format(None)
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        batch = dataset[start : start + ROWS_AT_ONCE]
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _single(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> Iterator[dict[str, Any]]:
+    """Pairs of rows that hold all responses to a prompt."""
+    responses = [how.responses] if isinstance(how.responses, str) else how.responses
+    scores = [how.score] if isinstance(how.score, str) else how.score or []
+    names = [*responses, *(name for name in scores if name in dataset.column_names), how.label, prompt]
+    for row in _read(dataset, names):
+        given = {"prompt": row.get(prompt)} if prompt else {}
+        try:
+            pairs = list(_pairs_of_two(row, how) if len(responses) == 2 else _pairs_of_list(row, how))
+        except DropRow as drop:
+            yield {**given, DROP_COLUMN: f"{drop.reason}: {drop.detail}" if drop.detail else drop.reason}
+            continue
+        for chosen, rejected in pairs:
+            yield (
+                _in_turns(given.get("prompt"), chosen, rejected)
+                if how.turns
+                else {
+                    **given,
+                    "chosen": chosen,
+                    "rejected": rejected,
+                }
+            )
+
+
+def _pairs_of_two(row: Mapping[str, Any], how: PairsFrom) -> Iterator[tuple[Any, Any]]:
+    first, second = (row[name] for name in how.responses)
+    if how.label is not None:
+        first_is_better = _by_label(row[how.label], how)
+    elif isinstance(how.score, str):  # negative: the first is better
+        score = _number(row[how.score])
+        first_is_better = _better(-score, 0.0, how)
+    else:
+        assert how.score is not None
+        first_is_better = _better(_number(row[how.score[0]]), _number(row[how.score[1]]), how)
+    yield (first, second) if first_is_better else (second, first)
+
+
+def _by_label(label: Any, how: PairsFrom) -> bool:
+    if label is None:
+        raise DropRow("missing value")
+    spelling = _spelling(label)
+    if spelling in map(_spelling, how.first):
+        return True
+    if spelling in map(_spelling, how.second):
+        return False
+    if spelling in _TIES or spelling in map(_spelling, how.ties):
+        raise DropRow("tie")
+    raise DropRow("unknown label", f"'{str(label)[:40]}'")
+
+
+def _spelling(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip().lower()
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise DropRow("unknown label", f"'{value[:40]}'") from None
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        raise DropRow("missing value")
+    if not isinstance(value, int | float):
+        raise DropRow("wrong type")
+    return float(value)
+
+
+def _better(first: float, second: float, how: PairsFrom) -> bool:
+    if first == second:
+        raise DropRow("tie")
+    return (first > second) != how.lower_is_better
+
+
+def _pairs_of_list(row: Mapping[str, Any], how: PairsFrom) -> Iterator[tuple[Any, Any]]:
+    assert isinstance(how.responses, str)
+    assert isinstance(how.score, str)
+    items = row[how.responses]
+    if isinstance(items, str):
+        items = _json_list(items)
+    if not isinstance(items, list):
+        raise DropRow("missing value" if items is None else "wrong type")
+    if how.text is None:
+        scores = row[how.score]
+        scores = _json_list(scores) if isinstance(scores, str) else scores
+        if not isinstance(scores, list) or len(scores) != len(items):
+            raise DropRow("missing value" if scores is None else "wrong type")
+        scored = list(zip(scores, items, strict=True))
+    else:
+        if not all(isinstance(item, Mapping) for item in items):
+            raise DropRow("wrong type")
+        scored = [(item.get(how.score), item.get(how.text)) for item in items]
+    yield from _ranked(scored, how)
+
+
+def _ranked(scored: Sequence[tuple[Any, Any]], how: PairsFrom) -> Iterator[tuple[Any, Any]]:
+    """Pairs of scored responses: the best with the worst, or all with different scores."""
+    usable = []
+    for score, response in scored:
+        if response is None or score is None:
+            continue
+        number = _number(score)
+        usable.append((-number if how.lower_is_better else number, response))
+    if len(usable) < 2:
+        raise DropRow("one response")
+    usable.sort(key=lambda item: -item[0])  # stable: of equal ones, the first
+    if usable[0][0] == usable[-1][0]:
+        raise DropRow("tie")
+    if how.pick == "extremes":
+        yield usable[0][1], usable[-1][1]
+        return
+    for (high, chosen), (low, rejected) in combinations(usable, 2):
+        if high > low:
+            yield chosen, rejected
+
+
+def _grouped(dataset: datasets.Dataset, how: PairsFrom, prompt: str) -> Iterator[dict[str, Any]]:
+    """Pairs of rows that share a prompt, in the order of its first row."""
+    assert isinstance(how.responses, str)
+    assert isinstance(how.score, str)
+    groups: dict[str, list[tuple[Any, Any]]] = {}
+    assert how.group_by is not None
+    prompts: dict[str, Any] = {}
+    for row in _read(dataset, [how.group_by, how.responses, how.score, prompt or None]):
+        key = json.dumps(row[how.group_by], sort_keys=True, default=str)
+        prompts.setdefault(key, row[prompt or how.group_by])
+        groups.setdefault(key, []).append((row[how.score], row[how.responses]))
+    for key, scored in groups.items():
+        given = {"prompt": prompts[key]}
+        try:
+            for chosen, rejected in _ranked(scored, how):
+                yield {**given, "chosen": chosen, "rejected": rejected}
+        except DropRow as drop:
+            yield {**given, DROP_COLUMN: f"{drop.reason}: {drop.detail}" if drop.detail else drop.reason}
+
+
+def _in_turns(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
+    """Conversations of lists of turns: what the user said, and what each side answered."""
+    try:
+        asked, *sides = (_turns(value) for value in (prompt, chosen, rejected))
+    except DropRow as drop:
+        return {DROP_COLUMN: drop.reason}
+    made: dict[str, Any] = {}
+    for name, said in zip(("chosen", "rejected"), sides, strict=True):
+        if len(said) != len(asked):
+            return {DROP_COLUMN: "no response"}
+        made[name] = [
+            {"role": role, "content": text}
+            for turn in zip(asked, said, strict=True)
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    return made
+
+
+def _turns(value: Any) -> list[str]:
+    value = _json_list(value) if isinstance(value, str) else value
+    if not isinstance(value, list) or not value:
+        raise DropRow("wrong type")
+    if not all(isinstance(text, str) for text in value):
+        raise DropRow("missing value")
+    return value
+
+
+def _json_list(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        cell = read_cell(text)
+        return cell if isinstance(cell, Messages) else [text]
