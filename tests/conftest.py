@@ -13,16 +13,16 @@ import pytest
 import torch
 from hypothesis import settings
 
-# A machine that is shared is slow now and then; no example fails for that.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the GPU's kernels are imported
 
 from sepo.errors import UserError
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import DEFAULT_MODEL
+
+# A machine that is shared is slow now and then; no example fails for that.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: a thread each, also in the processes that tests start.
