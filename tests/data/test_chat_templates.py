@@ -48,6 +48,7 @@ def test_every_conversation_is_written_as_the_template_writes_it_or_counted(name
     assert found["prefill"][0] in "=+"
 
 
+@pytest.mark.slow  # all of the above once more
 def test_the_table_in_the_documentation_is_what_the_tests_find():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: PYTHONPATH=src python tests/chat_templates.py"
 
