@@ -655,3 +655,17 @@ def test_an_adapters_trainable_weights_are_counted(llama_dir):
     # r * (in + out) of the seven linear layers of each of two blocks
     per_block = 4 * (2 * (48 + 48) + 2 * (48 + 24) + 3 * (48 + 80))
     assert figures["trainable"] == 2 * per_block
+
+
+@pytest.mark.parametrize("tensor", ["blk.1.ffn_down.weight", "output_norm.weight", "token_embd.weight"])
+def test_a_gguf_that_lacks_a_weight_is_not_converted(tmp_path, monkeypatch, tensor):
+    gguf_writer = pytest.importorskip("gguf").GGUFWriter
+    add = gguf_writer.add_tensor
+    monkeypatch.setattr(
+        gguf_writer, "add_tensor", lambda self, name, *rest: None if name == tensor else add(self, name, *rest)
+    )
+    write_gguf(tmp_path / "x.gguf", tiny_model("llama"))
+    with pytest.raises(UserError, match="would be drawn at random"):
+        resolve_model(tmp_path / "x.gguf")
+    with pytest.raises(UserError, match="would be drawn at random"):
+        load_tokenizer(tmp_path / "x.gguf")

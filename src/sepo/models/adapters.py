@@ -7,30 +7,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sepo.errors import UserError, named_error
-from sepo.models.folders import is_adapter
+from sepo.models.checkpoint import adapter_state, require_same_weights
+from sepo.models.folders import check_folder, is_adapter
 from sepo.models.names import resolve_model
 from sepo.recipe.settings import LoraSettings
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, train: bool) -> PeftModel:
     folder = Path(resolve_model(adapter))
+    check_folder(folder)
     if not is_adapter(folder):
         raise UserError(f"'{adapter}' is not an adapter: expected adapter_config.json and adapter_model.safetensors")
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=train)
     except Exception as error:
         raise UserError(f"the adapter '{adapter}' does not fit its base model ({named_error(error)})") from None
+    require_same_weights(folder, {key: tuple(value.shape) for key, value in adapter_state(peft_model).items()})
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return peft_model
 
 
-def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
+def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -39,7 +43,9 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
         target_modules=lora.target_modules,
     )
     try:
-        return get_peft_model(model, config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
             f"lora.target_modules {lora.target_modules!r} does not fit the model: {named_error(error)}"

@@ -12,6 +12,12 @@ from typing import Any
 
 from sepo.errors import UserError, named_error
 
+# Adapters of PEFT that live outside of the layers: packed rows would pass them by.
+_CHANGES_THE_INPUT = {
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+    "XLORA", "POLY", "SHADOW",
+}  # fmt: skip
+
 
 def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file() and not is_adapter(folder):
@@ -19,8 +25,30 @@ def check_folder(folder: Path) -> None:
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
+    if is_adapter(folder):
+        _check_adapter_folder(folder)
+    elif (folder / "model.safetensors").is_file() and (folder / "model.safetensors.index.json").is_file():
+        raise UserError(
+            f"'{folder}' holds two models, model.safetensors and the shards of model.safetensors.index.json: "
+            "remove one of them"
+        )
     if not weight_files(folder):
         raise UserError(f"the model folder '{folder}' holds no *.safetensors file; {_no_pickle(folder)}")
+
+
+def _check_adapter_folder(folder: Path) -> None:
+    whole = [path.name for path in sorted(folder.glob("model*.safetensors"))]
+    if whole:
+        raise UserError(
+            f"'{folder}' holds two models, an adapter (adapter_config.json) and the weights of a whole one "
+            f"({whole[0]}): remove one of them"
+        )
+    kind = str(read_json_object(folder / "adapter_config.json").get("peft_type"))
+    if kind in _CHANGES_THE_INPUT:
+        raise UserError(
+            f"the adapter '{folder}' ({kind}) changes the model's input or its forward pass rather than its weights, "
+            "which is not supported: expected an adapter of its layers, such as LoRA"
+        )
 
 
 def _no_pickle(folder: Path) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError, named_error
 from sepo.files import file_digest, replace_folder
+from sepo.models.checkpoint import load_whole
 
 # Part of the cache key: raise it when the conversion below changes what it writes.
 _GGUF_CACHE_VERSION = 1
@@ -145,7 +146,7 @@ def _not_convertible(gguf: Path, error: Exception) -> UserError:
 def _write_converted(gguf: Path, folder: Path) -> None:
     parent, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(parent, gguf_file=file, dtype=torch.float32)
+    model = load_whole(gguf.parent, str(gguf), gguf_file=file, dtype=torch.float32)
     # The weights are plain float32 now; marked as quantized, they would be refused by save_pretrained.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

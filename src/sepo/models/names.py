@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 
 from sepo.errors import UserError
+from sepo.models.checkpoint import check_adapter_weights, check_weights
 from sepo.models.folders import adapter_base, check_folder, is_adapter
 from sepo.models.gguf import check_gguf, convert_gguf, converted_folder, is_converted
 from sepo.models.hub import download, hub_snapshot
@@ -28,24 +29,49 @@ _PACKAGE = "package:"
 def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None) -> None:
     """Check that a model is there and of a kind that can be loaded; converts and downloads nothing.
 
-    Takes milliseconds for a folder, under a second for a GGUF file, one request for a hub id.
+    Takes a fraction of a second for a folder, as for a GGUF file, and one request for a hub id.
 
     Raises:
-        UserError: there is no such model, or it is damaged, gated, pickled only, or an adapter whose base is
-            not there.
+        UserError: there is no such model, or it is damaged, gated, pickled only, lacks weights or holds others than
+            its config says, or is an adapter that changes the input or whose base is not there.
     """
     name = os.fspath(name_or_path)
     gguf = gguf_path(name)
     if gguf is not None:
-        if not is_converted(converted_folder(gguf, None)):
+        folder = converted_folder(gguf, None)
+        if is_converted(folder):
+            check_weights(folder, name)
+        else:
             check_gguf(gguf)
-    elif os.path.isdir(name):
-        check_folder(Path(name))
-        if is_adapter(Path(name)):
-            base, base_revision = adapter_base(Path(name))
-            check_model(base, revision=base_revision)
+        return
+    if os.path.isdir(name):
+        folder = Path(name)
     else:
-        hub_snapshot(name, revision)
+        _, cached = hub_snapshot(name, revision)
+        if cached is None:
+            return
+        folder = Path(cached)
+    check_folder(folder)
+    if not is_adapter(folder):
+        check_weights(folder, name)
+        return
+    base, base_revision = adapter_base(folder)
+    check_model(base, revision=base_revision)
+    place = _local(base, base_revision)
+    if place is not None and not is_adapter(place):
+        check_adapter_weights(folder, check_weights(place, base))
+
+
+def _local(name: str, revision: str | None) -> Path | None:
+    """The folder of a model that needs neither conversion nor download."""
+    gguf = gguf_path(name)
+    if gguf is not None:
+        converted = converted_folder(gguf, None)
+        return converted if is_converted(converted) else None
+    if os.path.isdir(name):
+        return Path(name)
+    _, cached = hub_snapshot(name, revision)
+    return None if cached is None else Path(cached)
 
 
 def resolve_model(

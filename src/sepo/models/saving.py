@@ -6,7 +6,9 @@ import copy
 import os
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,15 +37,14 @@ def save_model(
         state_dict: the whole weights of a model whose own are cut up over processes (FSDP, DeepSpeed).
 
     Raises:
-        UserError: an adapter on quantized weights was to be merged, or the folder cannot be written.
+        UserError: an adapter was to be merged that cannot be, or not without changing what the model computes; or the
+            folder cannot be written.
         TypeError: the model is of neither kind.
     """
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(f"expected a Transformers model or a PeftModel, found {type(model).__name__}: unwrap it first")
     if merge_adapter and isinstance(model, PeftModel):
-        if getattr(causal_lm(model), "is_quantized", False):
-            raise UserError("an adapter on 4-bit weights cannot be merged: load it without quantization, then merge it")
-        model = cast(PreTrainedModel, copy.deepcopy(model).merge_and_unload())
+        model = _merged(model)
     try:
         with replace_folder(folder) as temporary:
             if isinstance(model, PeftModel):
@@ -59,3 +60,54 @@ def save_model(
         raise UserError(
             f"cannot save the model to '{folder}' ({named_error(error)}); free space or choose another"
         ) from None
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """A copy of the base with the adapter added to its weights, seen to compute the same."""
+    if getattr(causal_lm(model), "is_quantized", False):
+        raise UserError("an adapter on 4-bit weights cannot be merged: load it without quantization, then merge it")
+    kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
+    twin = copy.deepcopy(model)
+    _untie(causal_lm(twin))
+    try:
+        merged = cast(PreTrainedModel, twin.merge_and_unload())
+    except (ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"this adapter ({kind}) cannot be merged into its base ({named_error(error)}): save it as an adapter"
+        ) from None
+    difference = float((_probe(model) - _probe(merged)).abs().max())
+    if not difference <= (2e-3 if merged.dtype in (torch.float32, torch.float64) else 0.25):
+        raise UserError(
+            f"merged into its base, this adapter ({kind}) computes something else (log-probabilities differ by "
+            f"{difference:.3g}): save it as an adapter"
+        )
+    return merged
+
+
+def _untie(lm: PreTrainedModel) -> None:
+    """Give head and embeddings weights of their own where they share one and an adapter changes either.
+
+    Added to the shared weight, the change of one would be the other's too.
+    """
+    head, embeddings = cast(Any, lm.get_output_embeddings()), cast(Any, lm.get_input_embeddings())
+    if not any(isinstance(module, BaseTunerLayer) for module in (head, embeddings)):
+        return
+    own, other = (
+        cast(Any, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        for module in (head, embeddings)
+    )
+    if own.weight is other.weight:
+        own.weight = nn.Parameter(own.weight.detach().clone())
+        lm.config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _probe(model: nn.Module) -> torch.Tensor:
+    """Log-probabilities after a few tokens from all over the vocabulary, `[tokens, V]` in float64."""
+    training = model.training
+    model.eval()
+    weights = cast(Any, causal_lm(model).get_input_embeddings()).weight
+    tokens = torch.linspace(0, len(weights) - 1, min(len(weights), 32), device=weights.device).long()[None]
+    logps = model(input_ids=tokens, use_cache=False).logits[0].double().log_softmax(-1)
+    model.train(training)
+    return logps

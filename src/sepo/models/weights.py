@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from sepo.errors import UserError, named_error
+from sepo.errors import UserError
 from sepo.models.adapters import LoraSettings, load_adapter, new_adapter
+from sepo.models.checkpoint import load_whole
 from sepo.models.devices import check_quantization, choose_device, choose_dtype
-from sepo.models.folders import adapter_base, is_adapter
+from sepo.models.folders import adapter_base, check_folder, is_adapter
 from sepo.models.names import resolve_model
 
 
@@ -29,6 +30,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     train: bool = False,
+    seed: int = 0,
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model, ready to score (`train=False`) or to train.
 
@@ -48,6 +50,7 @@ def load_model(
         trust_remote_code: run the model repository's own code. Off unless asked for.
         train: leave the weights trainable (all of them, or the adapter's alone) and put the model in training
             mode; otherwise nothing requires a gradient and dropout is off.
+        seed: of a new adapter's first weights; the caller's random state is neither read nor moved.
 
     Raises:
         UserError: no such model, device or dtype; quantization that cannot be had here; damaged weights.
@@ -55,6 +58,7 @@ def load_model(
     name = os.fspath(name_or_path)
     chosen = choose_device(device)
     folder = Path(resolve_model(name, revision=revision))
+    check_folder(folder)
     if adapter is None and is_adapter(folder):
         adapter = folder
         name, revision = adapter_base(folder)
@@ -72,7 +76,7 @@ def load_model(
     if adapter is not None:
         model = load_adapter(base, adapter, train)
     elif lora is not None:
-        model = new_adapter(base, lora)
+        model = new_adapter(base, lora, seed)
     if isinstance(model, PeftModel):
         # The name, not the place it was found in: a cache folder is another one on another machine.
         adapter_config = cast(LoraConfig, model.peft_config["default"])
@@ -96,7 +100,6 @@ def _load_base(
     options: dict[str, Any] = {
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
-        "use_safetensors": True,
     }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -113,13 +116,11 @@ def _load_base(
     if quantization or (device.type == "cuda" and not placed_by_launcher):
         options["device_map"] = {"": str(device)}  # straight to the GPU, with no copy of the weights in host memory
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = load_whole(folder, name, **options)
     except torch.OutOfMemoryError:
         raise UserError(
             f"the model '{name}' does not fit on {device}: use a smaller one, quantization=4bit or device=cpu"
         ) from None
-    except Exception as error:  # a damaged header, a missing shard, an unknown architecture: each its own class
-        raise UserError(f"cannot load the model '{name}' from '{folder}' ({named_error(error)})") from None
     if device.type == "mps" and not placed_by_launcher:
         model.to(device)  # type: ignore[arg-type]
     # Sampling settings beside do_sample=False (as some published chat models have) are refused at save time,

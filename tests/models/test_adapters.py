@@ -1,0 +1,160 @@
+"""Adapters of every kind that PEFT has, with weights that do something: computed as PEFT computes them, or refused."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import AutoModelForCausalLM
+
+from pairs import some_pairs
+from sepo.errors import UserError
+from sepo.forward.passes import dataset_logps
+from sepo.models.names import check_model
+from sepo.models.saving import save_model
+from sepo.models.weights import load_model
+from tiny_models import tiny_model, tiny_tokenizer
+
+# What a kind needs beside its defaults, to fit a tiny Llama.
+NEEDS = {
+    "ADALORA": {"total_step": 10, "target_modules": ["q_proj", "v_proj"]},
+    "BOFT": {"boft_block_size": 4, "target_modules": ["q_proj"]},
+    "FOURIERFT": {"n_frequency": 20, "target_modules": ["q_proj"]},
+    "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "OFT": {"r": 0, "oft_block_size": 4, "target_modules": ["q_proj"]},
+    "BONE": {"r": 4, "target_modules": ["q_proj"]},
+    "MISS": {"r": 4, "target_modules": ["q_proj"]},
+    "C3A": {"block_size": 4, "target_modules": ["q_proj"]},
+    "HRA": {"r": 4, "target_modules": ["q_proj"]},
+    "ROAD": {"group_size": 4, "target_modules": ["q_proj"]},
+    "VBLORA": {"num_vectors": 4, "vector_length": 4, "target_modules": ["q_proj"]},
+    "WAVEFT": {"n_frequency": 20, "target_modules": ["q_proj"]},
+    "SHIRA": {"r": 4, "target_modules": ["q_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "TRAINABLE_TOKENS": {"token_indices": [5, 40, 41], "target_modules": ["embed_tokens"]},
+    "XLORA": {"adapters": {}},
+    "CPT": {"cpt_token_ids": [4, 40, 41], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1},
+}
+PROMPTS = {"num_virtual_tokens": 4, "target_modules": ["q_proj", "v_proj"], "r": 4}
+LORA = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "biases": {"bias": "all"},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "both ends": {"target_modules": ["embed_tokens", "lm_head"]},
+    "whole modules": {"modules_to_save": ["lm_head"]},
+    "whole embedding": {"modules_to_save": ["embed_tokens"]},
+    "whole norms": {"modules_to_save": ["input_layernorm"]},
+    "tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": [5, 40, 41]},
+    "parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+}
+
+
+# Live outside of the layers, or make a pass of their own.
+NOT_OF_THE_LAYERS = {
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING",
+    "P_TUNING", "SHADOW", "XLORA",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in ("llama", "llama_tied"):
+        save_model(tiny_model(kind), tiny_tokenizer(), folder / kind)
+    return {kind: folder / kind for kind in ("llama", "llama_tied")}
+
+
+def saved_adapter(base: Path, config: peft.PeftConfig, folder: Path) -> None:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+def own_logps(folder: Path, table) -> torch.Tensor:
+    """Log-probabilities of the responses by PEFT's own forward."""
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    parts = []
+    for row in table.to_pylist():
+        for side in ("chosen_ids", "rejected_ids"):
+            tokens = torch.tensor([[*row["prompt_ids"], *row[side]]])
+            with torch.no_grad():
+                logits = model(input_ids=tokens).logits[0, -len(row[side]) - 1 : -1]
+            parts.append(logits.log_softmax(-1).gather(1, torch.tensor(row[side])[:, None])[:, 0])
+    return torch.cat(parts)
+
+
+def our_logps(folder: Path, table) -> torch.Tensor:
+    columns = dataset_logps(load_model(folder, device="cpu"), table)
+    rows = zip(columns.column("chosen_logps").to_pylist(), columns.column("rejected_logps").to_pylist(), strict=True)
+    return torch.tensor([value for row in rows for side in row for value in side])
+
+
+def computed_or_refused(base: Path, config: peft.PeftConfig, folder: Path) -> str:
+    table = some_pairs(4)
+    try:
+        saved_adapter(base, config, folder)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as error:
+        pytest.skip(f"PEFT itself does not make or save it: {error}")
+    try:
+        ours = our_logps(folder, table)
+    except UserError as error:
+        return f"refused: {error}"
+    torch.testing.assert_close(ours, own_logps(folder, table), atol=2e-4, rtol=1e-4)
+    check_model(folder)
+    try:
+        save_model(load_model(folder, device="cpu"), None, folder / "merged", merge_adapter=True)
+    except UserError as error:
+        return f"computed, not merged: {error}"
+    torch.testing.assert_close(our_logps(folder / "merged", table), ours, atol=2e-3, rtol=1e-3)
+    return "computed and merged"
+
+
+def config_of(kind: str) -> peft.PeftConfig:
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    known = inspect.signature(cls).parameters
+    return cls(
+        task_type="CAUSAL_LM", **{key: value for key, value in PROMPTS.items() if key in known} | NEEDS.get(kind, {})
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted(str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+def test_an_adapter_of_any_kind_is_computed_as_peft_does_or_refused(tmp_path, bases, kind):
+    try:
+        config = config_of(kind)
+    except (ValueError, TypeError, ImportError) as error:
+        pytest.skip(f"not made from defaults: {error}")
+    outcome = computed_or_refused(bases["llama_tied"], config, tmp_path / "adapter")
+    assert outcome.startswith("refused") == (kind in NOT_OF_THE_LAYERS), outcome
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("base", ["llama", "llama_tied"])
+@pytest.mark.parametrize("kind", LORA)
+def test_lora_in_any_form_is_computed_as_peft_does_and_merged(tmp_path, bases, base, kind):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, **LORA[kind])
+    assert computed_or_refused(bases[base], config, tmp_path / "adapter") == "computed and merged"
+
+
+def test_a_prompt_adapter_is_refused_before_anything_is_loaded(tmp_path, bases):
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    saved_adapter(bases["llama"], config, tmp_path / "prefix")
+    for check in (check_model, lambda folder: load_model(folder, device="cpu")):
+        with pytest.raises(UserError, match=r"\(PREFIX_TUNING\) changes the model's input"):
+            check(tmp_path / "prefix")
