@@ -102,6 +102,7 @@ def oracle_command(arguments: argparse.Namespace) -> None:
     _join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
     model = resolve_model(arguments.reference)
     pairs = data.read_pairs(recipe.data, load_tokenizer(model))
+    data.check_limits(recipe, [pairs])
     results = train_model(
         model,
         pairs,
@@ -137,6 +138,7 @@ def score_command(arguments: argparse.Namespace) -> None:
 
     def write_pairs() -> int:
         pairs = data.read_pairs(recipe.data, load_tokenizer(models["reference"]))
+        data.check_limits(recipe, [pairs])
         data.write_pairs(out / "pairs", pairs)
         return len(pairs)
 
@@ -197,22 +199,21 @@ def select_command(arguments: argparse.Namespace) -> None:
 
 
 def train_command(arguments: argparse.Namespace) -> None:
-    recipe = _recipe_of(arguments, policy=_training_of(arguments))
+    recipe = _recipe_of(arguments, reference={"model": arguments.policy}, policy=_training_of(arguments))
     policy = recipe.policy
     _quiet_libraries()
     from sepo.data.fingerprints import check_table_tokenizer
     from sepo.data.tables import read_table
-    from sepo.models.names import check_model, resolve_model
+    from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
-    from sepo.stages import train
+    from sepo.stages import data, reference, train
     from sepo.training.fit import objective_settings, train_model
 
-    _join(arguments.device)
-    train.check(recipe)
+    _join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, train)] and None)
     table = read_table(arguments.selection, "selection")
-    check_model(arguments.policy)
     model = resolve_model(arguments.policy)
     check_table_tokenizer(table, load_tokenizer(model), arguments.selection, arguments.policy)
+    data.check_limits(recipe, [table])
     results = train_model(
         model,
         table,
@@ -242,7 +243,11 @@ def eval_command(arguments: argparse.Namespace) -> None:
         for stage in (reference, train, evaluate, data):
             stage.check(recipe)
         policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
-        data.write_pairs(out / "pairs", data.read_pairs(recipe.data, load_tokenizer(base)))
+        pairs = data.read_pairs(recipe.data, load_tokenizer(base))
+        data.check_limits(recipe, [pairs])
+        if recipe.eval.prompts:
+            data.check_limits(recipe, [pairs], recipe.eval.max_new_tokens)
+        data.write_pairs(out / "pairs", pairs)
         metrics = evaluate_run(policy, base, out / "pairs", out, recipe.eval, seed=recipe.seed, device=recipe.device)
         write_json(out / "metrics.json", metrics)
         return metrics

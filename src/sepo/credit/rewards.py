@@ -8,7 +8,7 @@ DPO the rewards of a response sum to its reward, up to a term of the prompt alon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +45,21 @@ def token_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.
         "reference": provenance_of(reference).get("model"),
     }
     return make_table("scores", columns, provenance)
+
+
+def require_rewards(tables: Iterable[pa.Table]) -> None:
+    """Raise a UserError if every reward of a dataset is 0: there is nothing to rank tokens by.
+
+    Args:
+        tables: of kind "scores"; without a row there is nothing to complain of.
+    """
+    rows = 0
+    for table in tables:
+        rows += len(table)
+        if any(bool(flat(table.column(f"{side}_rewards"))[0].any()) for side in SIDES):
+            return
+    if rows:
+        raise UserError("every token reward is 0: oracle and reference compute the same; was the oracle trained?")
 
 
 def response_sums(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:

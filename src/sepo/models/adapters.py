@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from sepo.errors import UserError, named_error
 from sepo.models.checkpoint import adapter_state, require_same_weights
 from sepo.models.folders import check_folder, is_adapter
-from sepo.models.names import resolve_model
+from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import LoraSettings
 
 
@@ -34,7 +34,12 @@ def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, train: bool
     return peft_model
 
 
-def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0) -> PeftModel:
+def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0, section: str = "lora") -> PeftModel:
+    """Put a new LoRA adapter on a model, its first weights drawn from `seed`.
+
+    Raises:
+        UserError: names the setting of `section` that does not fit the model.
+    """
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -48,8 +53,20 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0) -> Pe
             return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
-            f"lora.target_modules {lora.target_modules!r} does not fit the model: {named_error(error)}"
+            f"{section}.target_modules {lora.target_modules!r} does not fit the model: {named_error(error)}"
         ) from None
+
+
+def check_lora(name: str, lora: LoraSettings | None, section: str, *, revision: str | None = None) -> None:
+    """Raise a UserError unless a model has the modules that a new adapter is to be put on."""
+    if lora is None:
+        return
+    model = check_model(name, revision=revision)
+    if isinstance(model, PeftModel):
+        raise UserError(f"'{name}' is an adapter already: leave {section} out to train it further, or merge it first")
+    if model is not None:
+        with torch.device("meta"):
+            new_adapter(model, lora, section=section)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -70,14 +70,15 @@ def check_weights(folder: Path, name: str) -> PreTrainedModel | None:
     return load_whole(folder, name, device_map="meta", trust_remote_code=False)
 
 
-def check_adapter_weights(folder: Path, base: PreTrainedModel | None) -> None:
+def check_adapter_weights(folder: Path, base: PreTrainedModel) -> PeftModel | None:
     """Check the headers of an adapter against its base, laid out without weights by `check_weights`.
+
+    Returns:
+        base and adapter, without weights; None where that needs numbers.
 
     Raises:
         UserError: no module of the base is adapted, or names of weights that are missing, unread or of another size.
     """
-    if base is None:
-        return
     try:
         config = PeftConfig.from_pretrained(str(folder))
         with torch.device("meta"):
@@ -87,10 +88,21 @@ def check_adapter_weights(folder: Path, base: PreTrainedModel | None) -> None:
         NotImplementedError,
         RuntimeError,
     ):  # an adapter that cannot be made without numbers: seen when it is loaded
-        return
+        return None
     except Exception as error:
         raise UserError(f"the adapter '{folder}' does not fit its base model ({named_error(error)})") from None
     require_same_weights(folder, expected)
+    return model
+
+
+def adapter_is_idle(folder: Path) -> bool:
+    """Is a stored LoRA adapter one that was never trained: all its B matrices zero, and nothing beside them?"""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        keys = set(file.keys())
+        after = {key for key in keys if re.search(r"\.lora_(embedding_)?B(\.|$)", key)}
+        if not after or any("lora_" not in key for key in keys):
+            return False
+        return not any(bool(file.get_tensor(key).any()) for key in after)
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:

@@ -66,9 +66,12 @@ def choose_dtype(dtype: str = "auto", device: torch.device | None = None, *, tra
             raise UserError(f"dtype '{dtype}' is unknown: expected auto, {', '.join(_DTYPES)}")
         return _DTYPES[dtype]
     device = device or choose_device()
-    # Emulated bfloat16 (GPUs before Ampere) is slower than float32.
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast and not trained else torch.float32
+    return torch.bfloat16 if fast_bfloat16(device) and not trained else torch.float32
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Does a device compute in bfloat16 itself? GPUs before Ampere emulate it, slower than float32; CPUs mostly do."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_quantization(quantization: str | None, *, train: bool = False, lora: bool = False) -> None:

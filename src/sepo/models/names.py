@@ -16,6 +16,9 @@ import importlib.util
 import os
 from pathlib import Path
 
+from peft import PeftModel
+from transformers import PreTrainedModel
+
 from sepo.errors import UserError
 from sepo.models.checkpoint import check_adapter_weights, check_weights
 from sepo.models.folders import adapter_base, check_folder, is_adapter
@@ -26,8 +29,11 @@ from sepo.recipe.settings import DEFAULT_MODEL
 _PACKAGE = "package:"
 
 
-def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None) -> None:
+def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedModel | PeftModel | None:
     """Check that a model is there and of a kind that can be loaded; converts and downloads nothing.
+
+    Returns:
+        the model laid out without memory for its weights, or None where that needs a conversion or a download.
 
     Takes a fraction of a second for a folder, as for a GGUF file, and one request for a hub id.
 
@@ -38,40 +44,26 @@ def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None)
     name = os.fspath(name_or_path)
     gguf = gguf_path(name)
     if gguf is not None:
-        folder = converted_folder(gguf, None)
-        if is_converted(folder):
-            check_weights(folder, name)
-        else:
-            check_gguf(gguf)
-        return
+        converted = converted_folder(gguf, None)
+        if is_converted(converted):
+            return check_weights(converted, name)
+        check_gguf(gguf)
+        return None
     if os.path.isdir(name):
         folder = Path(name)
     else:
         _, cached = hub_snapshot(name, revision)
         if cached is None:
-            return
+            return None
         folder = Path(cached)
     check_folder(folder)
     if not is_adapter(folder):
-        check_weights(folder, name)
-        return
-    base, base_revision = adapter_base(folder)
-    check_model(base, revision=base_revision)
-    place = _local(base, base_revision)
-    if place is not None and not is_adapter(place):
-        check_adapter_weights(folder, check_weights(place, base))
-
-
-def _local(name: str, revision: str | None) -> Path | None:
-    """The folder of a model that needs neither conversion nor download."""
-    gguf = gguf_path(name)
-    if gguf is not None:
-        converted = converted_folder(gguf, None)
-        return converted if is_converted(converted) else None
-    if os.path.isdir(name):
-        return Path(name)
-    _, cached = hub_snapshot(name, revision)
-    return None if cached is None else Path(cached)
+        return check_weights(folder, name)
+    base_name, base_revision = adapter_base(folder)
+    base = check_model(base_name, revision=base_revision)
+    if isinstance(base, PeftModel):
+        raise UserError(f"the base model '{base_name}' is an adapter itself: merge it into its base first")
+    return None if base is None else check_adapter_weights(folder, base)
 
 
 def resolve_model(

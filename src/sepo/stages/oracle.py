@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,38 @@ from sepo import processes
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import sample_pairs
 from sepo.data.tables import read_table
+from sepo.errors import UserError
+from sepo.models.adapters import check_lora
+from sepo.models.checkpoint import adapter_is_idle
 from sepo.models.devices import check_quantization
 from sepo.models.fingerprint import model_fingerprint
+from sepo.models.folders import adapter_base, is_adapter
 from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import load_tokenizer
+from sepo.processes import say_once
 from sepo.recipe.settings import OracleSettings, Recipe
 from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
-from sepo.training.fit import check_training, epochs, train_model, training_memory
+from sepo.training.check import check_training
+from sepo.training.fit import epochs, train_model, training_memory
 
 
 def check(recipe: Recipe) -> None:
     """The model that exists, where one is named, and the settings of a training."""
     settings = recipe.oracle
     check_quantization(settings.quantization, train=True, lora=settings.lora is not None)
-    check_training(settings.training)
-    if settings.model is not None:
+    if settings.model is None:
+        check_training(
+            settings.training,
+            "oracle.training",
+            recipe.device,
+            objective="dpo",
+            beta=settings.beta,
+            label_smoothing=settings.label_smoothing,
+        )
+        check_lora(recipe.reference.model, settings.lora, "oracle.lora", revision=recipe.reference.revision)
+    else:
         check_model(settings.model)
+        _check_existing(recipe)
         reference = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
         check_same_tokenizer(
             f"oracle '{settings.model}'",
@@ -37,12 +54,40 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def existing(settings: OracleSettings) -> Model | None:
-    """The oracle that the recipe names; None if one is to be trained."""
+def _check_existing(recipe: Recipe) -> None:
+    """An oracle that is the reference, or does nothing to it, would give every token the reward 0."""
+    folder = Path(resolve_model(str(recipe.oracle.model)))
+    base = recipe.reference.model
+    if is_adapter(folder):
+        if adapter_is_idle(folder):
+            raise UserError(f"the oracle '{folder}' is an adapter that does nothing (its B is zero): train it")
+        base, _ = adapter_base(folder)
+    elif recipe.reference.sft is None and _same(str(recipe.oracle.model), base):
+        raise UserError(f"the oracle '{folder}' is the reference: every token reward would be 0; name another model")
+    if recipe.reference.sft is None and not _same(base, recipe.reference.model):
+        say_once(
+            f"  the oracle is an adapter of '{base}', the reference is '{recipe.reference.model}': the rewards are "
+            "also of the difference between these two"
+        )
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or os.path.realpath(one) == os.path.realpath(other)
+
+
+def existing(settings: OracleSettings, reference: Model) -> Model | None:
+    """The oracle that the recipe names; None if one is to be trained.
+
+    Raises:
+        UserError: it is the reference.
+    """
     if settings.model is None:
         return None
     folder = resolve_model(settings.model)
-    return Model(folder, processes.on_main(lambda: model_fingerprint(folder)))
+    content = processes.on_main(lambda: model_fingerprint(folder))
+    if content == reference.content:
+        raise UserError(f"the oracle '{settings.model}' has the weights of the reference: every reward would be 0")
+    return Model(folder, content)
 
 
 def stage(recipe: Recipe, reference: Model, pairs: Made, reference_logps: Made, seed: int) -> Stage:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from sepo import processes
-from sepo.data.loading import load_rows, source_fingerprint
-from sepo.errors import UserError
+from sepo.data.loading import source_fingerprint
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Cost, Model, Sizes, Stage
-from sepo.training.fit import check_training
-from sepo.training.sft import train_reference
+from sepo.training.sft import check_sft, train_reference
 
 
 def check(recipe: Recipe) -> None:
@@ -23,10 +20,7 @@ def check(recipe: Recipe) -> None:
     sft = recipe.reference.sft
     if sft is None:
         return
-    if importlib.util.find_spec("trl") is None:
-        raise UserError('reference.sft needs TRL: run pip install "sepo[sft]"')
-    check_training(sft.training)
-    load_rows(sft.source, split=sft.split, config_name=sft.config_name)
+    check_sft(sft, recipe.device)
 
 
 def start(recipe: Recipe) -> Model:

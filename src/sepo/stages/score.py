@@ -9,10 +9,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.credit.rewards import combine_scores, token_rewards
+from sepo.credit.rewards import combine_scores, require_rewards, token_rewards
 from sepo.data.tables import read_shard, read_table, table_paths, write_shard
+from sepo.errors import UserError
 from sepo.evaluate.accuracy import oracle_accuracy
 from sepo.evaluate.fidelity import fidelity
+from sepo.processes import say
 from sepo.recipe.settings import Recipe
 from sepo.stages.logps import PARTS, part_of
 from sepo.stages.stage import Cost, Made, Sizes, Stage
@@ -60,11 +62,27 @@ def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path
     kinds = ((pairs, "pairs"), (reference_logps, "logps"), *((store, "logps") for store in oracle_logps))
     shards = list(zip(*(table_paths(folder, kind) for folder, kind in kinds), strict=True))
     clear_shards(out)
+    made = []
     for index, (pair, reference, *oracles) in enumerate(shards):
         table, base = read_shard(pair, "pairs"), read_shard(reference, "logps")
         scores = [token_rewards(table, read_shard(oracle, "logps"), base) for oracle in oracles]
-        write_shard(out, index, scores[0] if len(scores) == 1 else combine_scores(scores), len(shards))
+        made.append(write_shard(out, index, scores[0] if len(scores) == 1 else combine_scores(scores), len(shards)))
+    try:
+        require_rewards(read_shard(path, "scores") for path in made)
+    except UserError:
+        clear_shards(out)
+        raise
+    _say_if_swapped(oracle_accuracy(read_table(out, "scores")))
     return out
+
+
+def _say_if_swapped(accuracy: dict[str, float]) -> None:
+    value, error = accuracy["oracle/accuracy"], accuracy["oracle/accuracy_se"]
+    if value < 0.5 - 3 * error:
+        say(
+            f"  the oracle prefers the rejected response in {1 - value:.0%} of these pairs: are oracle and reference "
+            "swapped, or the labels?"
+        )
 
 
 def clear_shards(folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sepo import processes
+from sepo.credit.rewards import require_rewards
 from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens
 from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import read_shard, read_table, table_paths, write_shard
@@ -47,6 +48,7 @@ def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0
         if path.parent.resolve() == out.resolve():
             raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
         read_shard(path, "scores")  # all of it is sound before the old selection goes
+    require_rewards(read_shard(path, "scores") for path in paths)
     # A rule over the whole dataset is a threshold for each shard.
     settings = dataset_thresholds((read_shard(path, "scores") for path in paths), k_chosen, k_rejected, **rule)
     clear_shards(out)

@@ -8,13 +8,15 @@ from typing import Any
 from sepo import processes
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.tables import read_table
+from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
-from sepo.training.fit import check_training, epochs, objective_settings, train_model, training_memory
+from sepo.training.check import check_training
+from sepo.training.fit import epochs, objective_settings, train_model, training_memory
 from sepo.training.objectives import SELECTIVE, WITH_REFERENCE, check_objective, kl_direction
 
 
@@ -22,8 +24,8 @@ def check(recipe: Recipe) -> None:
     """The model, its tokenizer, the objective and the settings of the training."""
     policy = recipe.policy
     check_quantization(policy.quantization, train=True, lora=policy.lora is not None)
-    check_training(policy.training)
     check_objective(policy.objective, policy.label_smoothing)
+    check_training(policy.training, "policy.training", recipe.device, **objective_settings(policy))
     if policy.model is not None:
         check_model(policy.model, revision=policy.revision)
         reference = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
@@ -33,6 +35,8 @@ def check(recipe: Recipe) -> None:
             f"reference '{recipe.reference.model}'",
             reference,
         )
+    start_model = recipe.policy if policy.model is not None else recipe.reference
+    check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision)
 
 
 def start(recipe: Recipe, reference: Model) -> Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import gc
 import json
 import pickle
@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from sepo import processes
 from sepo.data.tables import table_digest
-from sepo.errors import UserError, nearest, one_line
+from sepo.errors import UserError, one_line
 from sepo.files import file_digests, replace_folder, write_text
 from sepo.forward.passes import tokens_per_row_for
+from sepo.models.devices import choose_device, fast_bfloat16
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
@@ -53,7 +54,7 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
         "warmup_steps": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "bf16": settings.bf16 if settings.bf16 is not None else not use_cpu,
+        "bf16": settings.bf16 if settings.bf16 is not None else fast_bfloat16(choose_device(device)),
         "activation_checkpointing": settings.activation_checkpointing,
         "optim": "adamw_torch_fused",
         "save_strategy": "no" if not settings.save_minutes else "steps",
@@ -69,14 +70,6 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
         "disable_tqdm": True,  # ProgressBar below shows one bar instead of a log
     }
     return {**arguments, **settings.arguments}
-
-
-def check_training(settings: TrainingSettings) -> None:
-    """Raise a UserError for settings of a training that cannot work, before anything expensive starts."""
-    names = {item.name for item in dataclasses.fields(PreferenceConfig)}
-    for key in settings.arguments:
-        if key not in names:
-            raise UserError(f"training.arguments.{key}: not a TrainingArguments field{nearest(key, names)}")
 
 
 def epochs(settings: TrainingSettings, pairs: float) -> float:
@@ -150,6 +143,7 @@ def train_model(
             train=True,
             lora=lora,
             quantization=quantization,
+            seed=seed,
         ),
         args=config,
         train_dataset=table,
@@ -161,6 +155,7 @@ def train_model(
             *callbacks,
         ],
     )
+    trainer.reference_is_start = True
     trainer.remove_callback(PrinterCallback)
     return run_training(trainer, tokenizer, out, made_with)
 
@@ -173,7 +168,7 @@ def run_training(
     checkpoint = processes.on_main(lambda: last_checkpoint(out, made_with))
     try:
         # Trainer reads optimizer, schedule and random state with torch's restricted loader: numbers only, no code.
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
         raise UserError(f"'{checkpoint}' cannot be continued from ({one_line(error, 200)}): delete it") from None
     require_finite_weights(trainer.model, trainer.state.global_step)
@@ -182,12 +177,14 @@ def run_training(
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharding() else None
     history = trainer.state.log_history
     losses = [row["loss"] for row in history if "loss" in row]
-    # The trainer's own mean covers the steps since the last restart only.
-    loss = sum(losses) / max(len(losses), 1)
+    # The trainer's own mean covers the steps since the last restart only; a run shorter than logging_steps has no
+    # other.
+    loss = sum(losses) / len(losses) if losses else (None if checkpoint else trained.training_loss)
     results = {"seconds": seconds, "loss": loss, "steps": trainer.state.global_step}
 
     def save() -> dict[str, float]:
-        with replace_folder(out) as temporary:
+        configured = getattr(trainer, "as_configured", contextlib.nullcontext)
+        with replace_folder(out) as temporary, configured():
             save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, temporary, state_dict=state_dict)
             state = {"log_history": history, "global_step": trainer.state.global_step, "results": results}
             state |= {"made_with": made_with, "files": file_digests(temporary)}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
+import datasets
 from transformers import PrinterCallback
 
 from sepo import processes
@@ -11,7 +14,8 @@ from sepo.data.loading import load_rows, source_fingerprint
 from sepo.errors import UserError
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
-from sepo.recipe.settings import SftSettings
+from sepo.recipe.settings import SftSettings, TrainingSettings
+from sepo.training.check import require_setup
 from sepo.training.checkpoints import SaveEvery, standing_model, training_fingerprint
 from sepo.training.fit import run_training, training_arguments
 from sepo.training.progress import ProgressBar
@@ -19,23 +23,13 @@ from sepo.training.progress import ProgressBar
 
 def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int = 0, device: str = "auto") -> Path:
     """Fine-tune `model` on conversations or text with TRL's SFTTrainer; returns the model folder `out`."""
-    try:
-        from trl import SFTConfig, SFTTrainer
-    except ImportError:
-        raise UserError('reference.sft needs TRL: run pip install "sepo[sft]"') from None
+    _require_trl()
+    from trl import SFTTrainer
+
     processes.join(device)
-    dataset = load_rows(settings.source, split=settings.split, config_name=settings.config_name)
-    if "messages" in dataset.column_names:
-        # TRL takes a column `prompt` beside it for a prompt-completion pair (UltraChat has both).
-        dataset = dataset.select_columns(["messages"])
+    dataset = _rows(settings)
     if settings.sample < 1:
         dataset = dataset.shuffle(seed=seed).select(range(max(1, int(settings.sample * len(dataset)))))
-    arguments = training_arguments(settings.training, out, seed=seed, device=device)
-    # TRL pads a whole micro-batch: a few rows at a time, accumulated.
-    rows = arguments["per_device_train_batch_size"]
-    micro = next(size for size in (8, 4, 2, 1) if rows % size == 0)
-    arguments |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
-    arguments |= settings.training.arguments
     made_with = training_fingerprint(model, settings.training, sft=settings.model_dump(mode="json"), seed=seed)
     made_with["source"] = processes.on_main(lambda: source_fingerprint(settings.source))
     standing = processes.on_main(lambda: standing_model(out, made_with))
@@ -44,7 +38,7 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
     tokenizer = load_tokenizer(model)
     trainer = SFTTrainer(
         model=load_model(model, device=device, train=True),
-        args=SFTConfig(**arguments, max_length=settings.max_length),
+        args=sft_arguments(settings, settings.training, out, seed=seed, device=device),
         train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[SaveEvery(settings.training.save_minutes), ProgressBar("SFT")],
@@ -52,3 +46,51 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
     trainer.remove_callback(PrinterCallback)
     run_training(trainer, tokenizer, out, made_with)
     return out
+
+
+def check_sft(settings: SftSettings, device: str = "auto") -> None:
+    """Raise a UserError for data or settings that cannot be fine-tuned on."""
+    _require_trl()
+    section = "reference.sft.training"
+    for key in ("output_dir", "auto_find_batch_size"):
+        if settings.training.arguments.get(key):
+            raise UserError(f"{section}.arguments.{key} cannot be used here; leave it out")
+    require_setup(
+        settings.training, section, lambda one, folder: sft_arguments(settings, one, folder, seed=0, device=device)
+    )
+    _rows(settings)
+
+
+def sft_arguments(settings: SftSettings, training: TrainingSettings, out: Path, *, seed: int, device: str) -> Any:
+    """TRL's `SFTConfig` of a fine-tuning."""
+    from trl import SFTConfig
+
+    arguments = training_arguments(training, out, seed=seed, device=device)
+    # TRL pads a whole micro-batch: a few rows at a time, accumulated.
+    rows = arguments["per_device_train_batch_size"]
+    micro = next(size for size in (8, 4, 2, 1) if rows % size == 0)
+    arguments |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
+    return SFTConfig(**arguments | training.arguments, max_length=settings.max_length)
+
+
+def _require_trl() -> None:
+    if importlib.util.find_spec("trl") is None:
+        raise UserError('reference.sft needs TRL: run pip install "sepo[sft]"')
+
+
+# What TRL's SFTTrainer makes text of.
+_FORMS = ({"messages"}, {"text"}, {"prompt", "completion"}, {"conversations"})
+
+
+def _rows(settings: SftSettings) -> datasets.Dataset:
+    """The rows to train on, with the columns that TRL reads."""
+    rows = load_rows(settings.source, split=settings.split, config_name=settings.config_name)
+    if not any(form <= set(rows.column_names) for form in _FORMS):
+        raise UserError(
+            f"reference.sft.source '{settings.source}' has the columns {', '.join(rows.column_names)}: expected "
+            "messages, prompt and completion, or text"
+        )
+    if len(rows) == 0:
+        raise UserError(f"reference.sft.source '{settings.source}' has no row")
+    # TRL takes a column `prompt` beside messages for a prompt-completion pair (UltraChat has both).
+    return rows.select_columns(["messages"]) if "messages" in rows.column_names else rows

@@ -36,6 +36,7 @@ from sepo.forward.prepare import prepare_model
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.training import objectives
 from sepo.training.batches import PairCollator, PairDataset, PairSampler
+from sepo.training.noise import as_configured, draws_in_adapters, noisy_parts, silence
 from sepo.training.objectives import (
     OBJECTIVES,
     SELECTIVE,
@@ -155,7 +156,12 @@ class PreferenceTrainer(Trainer):
         evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class)
         if args.device.type == "cpu":
             keep_freed_memory()
-        _disable_dropout(model)
+        # Whether stored log-probabilities of a reference are said to be those of the model as it is given.
+        self.reference_is_start = reference_logps is None
+        self._start_checked = False
+        self._silenced = silence(model)
+        self._noisy_parts = noisy_parts(model)
+        self._adapters_draw = draws_in_adapters(model)
         # The KL needs every logit of the reference, which cannot be stored: the model as it is given stays beside.
         self.kl_direction = kl_direction(args.objective, args.alpha)
         self.kl_reference = (
@@ -225,6 +231,8 @@ class PreferenceTrainer(Trainer):
             *((None, None) if reference is None else reference),
             *kls,
         )
+        if reference is not None and model.training and self.state.global_step == 0 and not self._start_checked:
+            self._check_start(sums, batch)
         return pair_losses(
             args.objective,
             sums,
@@ -234,6 +242,33 @@ class PreferenceTrainer(Trainer):
             alpha=args.alpha,
             label_smoothing=args.label_smoothing,
         )
+
+    def _check_start(self, sums: PairSums, batch: PackedBatch) -> None:
+        """Before any training policy and reference are one model: each log-ratio is zero, and DPO's loss ln 2.
+
+        Asked once, of the first row: it finds a reference that was read in other types or is of another model, and
+        noise in training.
+        """
+        self._start_checked = True
+        if self._adapters_draw:  # the user asked for it
+            return
+        assert sums.reference_chosen is not None
+        assert sums.reference_rejected is not None
+        with torch.no_grad():
+            ratios = torch.stack([sums.chosen - sums.reference_chosen, sums.rejected - sums.reference_rejected])
+            ratio = ratios.abs().max().item()
+            largest = torch.stack([sums.chosen_counts.max(), sums.rejected_counts.max()]).max().item()
+            scale = batch.weights.max().item()
+        # Rounding adds up as a random walk does: per token about 1e-6 nats in float32, 0.06 in bfloat16.
+        allowed = (0.25 if self.args.bf16 or self.args.fp16 else 1e-3) * scale * math.sqrt(largest / scale + 1)
+        if ratio <= allowed:
+            return
+        text = (
+            f"before any training, the log-probability of a response is off by {ratio:.3g} nats from the reference's: "
+        )
+        if self.reference_is_start:
+            raise UserError(f"{text}the model is not what the reference was read from, or draws at random in training")
+        processes.say(f"{text}the reference is another model than the one that is trained")
 
     def _batch_loss(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None, mode: str) -> Tensor:
         """Losses of the pairs of one packed batch; its metrics are added to the running ones of `mode`, if any."""
@@ -262,6 +297,8 @@ class PreferenceTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
         """Forward and backward over the packed rows of one batch; returns the mean loss of its pairs (its share)."""
         model.train()
+        for module in self._noisy_parts:
+            module.training = False
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have a training mode
             self.optimizer.train()  # type: ignore[union-attr]
         pairs_in_update = float(num_items_in_batch or inputs["num_pairs"])
@@ -392,6 +429,14 @@ class PreferenceTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset):
         return PairSampler(len(eval_dataset), self.args.eval_batch_size * self.args.world_size, None)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with self.as_configured():
+            super()._save(output_dir, state_dict)
+
+    def as_configured(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, the model's config says what it said before its noise was turned off, as when it is saved."""
+        return as_configured(self._silenced)
+
     def _prepare_inputs(self, inputs):
         return inputs  # rows move to the device one by one
 
@@ -472,18 +517,6 @@ def _same_numerics(args: TrainingArguments, logps: pa.Table) -> bool:
     if args.fp16 or args.bf16:
         return provenance_of(logps).get("autocast") == ("float16" if args.fp16 else "bfloat16")
     return "autocast" not in provenance_of(logps)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Turn off the model's own dropout, as preference training does (TRL too): a loss of log-ratios would drown in it.
-
-    The dropout of a LoRA adapter is the user's setting and stays.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_" not in name:
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def _bind_packed_forward(model: nn.Module) -> None:

@@ -1,0 +1,96 @@
+"""What a model draws at random while it trains, turned off: dropout in all its spellings, router noise, skipped layers.
+
+A loss of log-ratios would drown in it: before any training policy and reference are one model, and DPO's loss is ln 2.
+TRL turns dropout modules off too; many architectures keep theirs as a number instead (OPT, XGLM, Falcon, BioGPT,
+Seed-OSS), or read it from their config as they go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# Not jitter of routers: PhiMoE's bounds its choice of experts in evaluation too. `noisy_parts` sees to it.
+_NOISE = re.compile(r"dropout|pdrop|layerdrop|drop_(path|prob|rate)")
+
+Setting = tuple[PreTrainedConfig, str, float]
+
+
+def silence(model: nn.Module) -> list[Setting]:
+    """Turn off all noise of a model's own; an adapter's dropout is the user's setting and stays.
+
+    Returns:
+        the settings of its configs that were changed, with what they were: a model is saved as it was configured
+        (`as_configured`).
+    """
+    changed: list[Setting] = []
+    seen: set[int] = set()
+    for module in _own_modules(model):
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if _is_noise(name, value):
+                setattr(module, name, 0.0)
+            elif isinstance(value, PreTrainedConfig) and id(value) not in seen:
+                seen.add(id(value))
+                changed += _silence_config(value)
+    return changed
+
+
+@contextmanager
+def as_configured(changed: list[Setting]) -> Iterator[None]:
+    """While it lasts, configs have the values again that `silence` changed."""
+    for config, name, value in changed:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, _ in changed:
+            setattr(config, name, 0.0)
+
+
+def noisy_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules that training may leave in evaluation mode, which draw at random without a setting (PhiMoE's router).
+
+    Not adapters, whose dropout is the user's; not layers and whole models, which recompute activations in training
+    mode only.
+    """
+    kept = (PreTrainedModel, PeftModel, GradientCheckpointingLayer)
+    return [module for module in _own_modules(model) if not isinstance(module, kept)]
+
+
+def draws_in_adapters(model: nn.Module) -> bool:
+    """Does an adapter have dropout of its own?"""
+    own = {id(module) for module in _own_modules(model)}
+    return any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules() if id(m) not in own)
+
+
+def _own_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model but those of adapters."""
+    adapters = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in model.named_modules():
+        of = next((one for one in adapters if name == one or name.startswith(f"{one}.")), None)
+        if of is None or name.startswith(f"{of}.base_layer"):
+            yield module
+
+
+def _silence_config(config: PreTrainedConfig) -> list[Setting]:
+    changed: list[Setting] = []
+    for name, value in list(vars(config).items()):
+        if _is_noise(name, value):
+            setattr(config, name, 0.0)
+            changed.append((config, name, value))
+    return changed
+
+
+def _is_noise(name: str, value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value != 0 and bool(_NOISE.search(name))

@@ -1,0 +1,63 @@
+"""One seed, one result, to the byte: whole models and adapters, undisturbed or stopped and continued."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import TrainerCallback
+
+from pairs import some_pairs
+from sepo.files import file_digest
+from sepo.models.saving import save_model
+from sepo.models.weights import load_model
+from sepo.recipe.settings import LoraSettings, TrainingSettings
+from sepo.training.fit import train_model
+from tiny_models import tiny_model, tiny_tokenizer
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def trained(folder, model, seed=0, stop=None, lora=None):
+    settings = TrainingSettings(
+        batch_size=4, num_train_epochs=2, learning_rate=1e-2, save_minutes=1e-9 if stop else 0, warmup_ratio=0
+    )
+    arguments = {"lora": lora, "seed": seed, "device": "cpu", "objective": "dpo"}
+    if stop:
+        with pytest.raises(KeyboardInterrupt):
+            train_model(str(model), some_pairs(14), folder, settings, callbacks=[Stop(stop)], **arguments)
+    results = train_model(str(model), some_pairs(14), folder, settings, **arguments)
+    assert results["steps"] == 8
+    return file_digest(folder / ("adapter_model.safetensors" if lora else "model.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4), LoraSettings(r=4, dropout=0.2)])
+def test_a_seed_gives_the_same_bytes_undisturbed_and_continued(tmp_path, lora):
+    save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
+    one = trained(tmp_path / "one", tmp_path / "m", lora=lora)
+    assert trained(tmp_path / "two", tmp_path / "m", lora=lora) == one
+    assert trained(tmp_path / "other", tmp_path / "m", lora=lora, seed=1) != one
+    for step in (4, 6):  # at and after the incomplete batch that ends the first epoch
+        assert trained(tmp_path / f"stopped-{step}", tmp_path / "m", lora=lora, stop=step) == one
+
+
+def test_a_new_adapter_is_drawn_from_its_seed_and_leaves_the_random_state(tmp_path):
+    import torch
+
+    save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
+    before = torch.random.get_rng_state()
+
+    def drawn(seed):
+        model = load_model(tmp_path / "m", device="cpu", lora=LoraSettings(r=4), seed=seed, train=True)
+        return [p.detach().clone() for n, p in model.named_parameters() if "lora_A" in n]
+
+    one, two, other = drawn(0), drawn(0), drawn(1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
