@@ -14,33 +14,11 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from sepo.files import write_text
-from sepo.models.adapters import causal_lm
-from sepo.models.names import resolve_model
-from sepo.models.saving import save_model
-from sepo.models.tokenizer import load_tokenizer
-from sepo.models.weights import load_model
+from sepo.models.config import describe_model, load_config
+from sepo.models.shrink import shrink_model
 from sepo.recipe.settings import DEFAULT_MODEL, DataSettings
 from sepo.stages.data import read_split
-
-
-def drop_layers(model: torch.nn.Module, keep: int) -> list[int]:
-    """Drop all but `keep` decoder layers, evenly spaced with both ends; returns the indices that stay."""
-    lm = causal_lm(model)
-    layers = lm.base_model.layers
-    if not 2 <= keep <= len(layers):
-        raise SystemExit(f"--keep {keep}: expected 2 to {len(layers)}, the model's number of layers")
-    kept = np.linspace(0, len(layers) - 1, keep).round().astype(int).tolist()
-    lm.base_model.layers = torch.nn.ModuleList(layers[index] for index in kept)
-    for place, layer in enumerate(lm.base_model.layers):
-        layer.self_attn.layer_idx = place  # where the layer keeps its keys and values when generating
-    lm.config.num_hidden_layers = keep
-    if getattr(lm.config, "layer_types", None):
-        lm.config.layer_types = [lm.config.layer_types[index] for index in kept]
-    return kept
 
 
 def healing_rows() -> list[dict]:
@@ -59,13 +37,10 @@ def main() -> None:
     parser.add_argument("--keep", type=int, required=True, help="number of layers to keep")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and heal.jsonl")
     arguments = parser.parse_args()
-    source = resolve_model(arguments.model)
-    model = load_model(source, device="cpu")
-    kept = drop_layers(model, arguments.keep)
-    save_model(model, load_tokenizer(source), arguments.out)
+    kept = shrink_model(arguments.model, arguments.keep, arguments.out)
     rows = healing_rows()
     write_text(arguments.out / "heal.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = describe_model(load_config(arguments.out))["parameters"]
     print(f"{arguments.out}: layers {kept}, {size / 1e6:.0f}M parameters; {len(rows)} responses in heal.jsonl")
 
 

@@ -2,15 +2,17 @@
 
     python scripts/make_sentiment_task.py --out src/sepo/assets/sentiment_pairs.parquet
 
-Several answers to each everyday prompt are sampled from the model itself, so that its responses are on-policy and the
-mean sentiment leaves headroom (a prompt that asks for praise would not). Answers to one prompt are paired, and the
-label follows a Bradley-Terry model of the VADER compound score v:
+Several answers to each everyday prompt are sampled from the model itself, so that its responses are near to what it
+would say and the mean sentiment leaves headroom (a prompt that asks for praise would not). They are drawn as people
+draw them, at temperature 0.7 from the nucleus of 90 %: at temperature 1 a model of this size writes nonsense. What is
+not a plain sentence that the model ended itself is left out. Answers to one prompt are paired, and the label follows a
+Bradley-Terry model of the VADER compound score v:
 
     P(a is preferred to b) = sigmoid((v_a - v_b) / tau)
 
 so labels are noisy, as human ones are. The scores are stored beside the pairs to judge labels by; nothing trains on
 them. Whole topics are held out, so no held-out prompt is a rewording of a training prompt. The same seed, thread count
-and library versions give the same file. The 3,584 answers take about 13 minutes on one idle core.
+and library versions give the same file. The 3,584 answers take about 10 minutes on one idle core.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
 
-from sepo.evaluate.generate import generate_responses
+from sepo.data.templates import stop_ids
 from sepo.evaluate.gold import vader_scores
 from sepo.evaluate.statistics import mean_and_se
 from sepo.models.tokenizer import load_tokenizer
@@ -43,7 +47,7 @@ TEMPLATES = (
     "Write one short sentence about {}.",
     "How was {}?",
     "Describe {} in one sentence.",
-    "Write a text message about {}.",
+    "What was {} like?",
 )
 # Scenes of which good and bad things can be said; no word of them is in the sentiment lexicon.
 TOPICS = (
@@ -76,6 +80,7 @@ TOPICS = (
     "the ride on the tram", "the town square", "the day off", "the grandmother's kitchen",
     "the basketball game", "the office plant", "the pizza on the corner",
 )  # fmt: skip
+BATCH = 128  # answers at a time; part of what makes the file reproducible
 KEYS = [(topic, template) for topic in TOPICS for template in TEMPLATES]
 
 # The model knows little and says anything; what names faith, sex, violence or an address stays out of a shipped file.
@@ -87,6 +92,10 @@ BLOCKED = re.compile(
     r"|butts?\b|buttho|undie|xxx|pope\b|mosque|israel|palestin|assault|immigra|affair|lust\b)|@|https?:|\.com\b",
     re.IGNORECASE,
 )
+
+
+# A plain sentence or two: no digits, quotes, lists, dialogue, hashtags or letters of another script.
+SENTENCE = re.compile(r"[A-Z][A-Za-z ,;'.!-]*[.!]")
 
 
 class Response(NamedTuple):
@@ -102,31 +111,45 @@ def conversation(topic: str, template: str) -> list[dict[str, str]]:
 def sample_responses(args: argparse.Namespace) -> list[list[Response]]:
     """Sample answers to each prompt, in the order of `KEYS`.
 
-    Kept are those that the model ended itself, of one line and at least four words, each text once a prompt.
+    Kept are those that the model ended itself, plain sentences of at least four words, each text once a prompt.
     """
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, dtype="float32")
-    prompt_ids = [
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=0,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=stop_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.generation_config = config  # none of the model's own settings takes part
+    tokenizer.padding_side = "left"
+    prompts = [
         tokenizer.apply_chat_template(conversation(*key), add_generation_prompt=True, return_dict=False) for key in KEYS
     ]
-    generations = generate_responses(
-        model,
-        tokenizer,
-        prompt_ids,
-        samples=args.samples,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        batch_size=128,
-    )
-    texts = [tokenizer.decode(item.response_ids, skip_special_tokens=True).strip() for item in generations]
+    order = sorted(range(len(KEYS)), key=lambda index: len(prompts[index]))
+    jobs = [index for index in order for _ in range(args.samples)]
+    torch.manual_seed(args.seed)
+    answers: list[tuple[int, list[int]]] = []
+    for start in tqdm(range(0, len(jobs), BATCH)):
+        batch = jobs[start : start + BATCH]
+        inputs = tokenizer.pad({"input_ids": [prompts[index] for index in batch]}, return_tensors="pt")
+        with torch.inference_mode():
+            written = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        answers += [(index, ids) for index, ids in zip(batch, written.tolist(), strict=True)]
+    stops = set(config.eos_token_id)
+    finished = [any(token in stops for token in ids) for _, ids in answers]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for _, ids in answers]
     golds = vader_scores(texts)
     kept: list[dict[str, Response]] = [{} for _ in KEYS]
-    for item, text, gold in zip(generations, texts, golds, strict=True):
-        if item.finished and "\n" not in text and len(text.split()) >= 4 and not BLOCKED.search(text):
-            kept[item.prompt_index].setdefault(text, Response(text, len(item.response_ids), float(gold)))
+    for (index, ids), ended, text, gold in zip(answers, finished, texts, golds, strict=True):
+        if ended and SENTENCE.fullmatch(text) and len(text.split()) >= 4 and not BLOCKED.search(text):
+            tokens = next(at for at, token in enumerate(ids, 1) if token in stops)
+            kept[index].setdefault(text, Response(text, tokens, float(gold)))
     print(
-        f"{len(generations)} answers, {np.mean([item.finished for item in generations]):.0%} ended by the model, "
+        f"{len(answers)} answers, {np.mean(finished):.0%} ended by the model, "
         f"{sum(map(len, kept))} kept; sentiment of all: mean {golds.mean():.3f}, SD {golds.std():.3f}"
     )
     return [list(responses.values()) for responses in kept]
@@ -227,8 +250,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="the parquet file to write")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="model that writes the answers")
     parser.add_argument("--samples", type=int, default=8, help="answers sampled for each prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="answers that do not end by then are dropped")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; no top-k, no top-p")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="answers that do not end by then are dropped")
+    parser.add_argument("--temperature", type=float, default=0.7, help="sampling temperature")
+    parser.add_argument("--top-p", type=float, default=0.9, help="share of the probability that tokens are drawn from")
     parser.add_argument("--tau", type=float, default=0.25, help="label noise: P = sigmoid(score difference / tau)")
     parser.add_argument("--min-gap", type=float, default=0.3, help="pairs whose scores differ by less are dropped")
     parser.add_argument("--pairs-per-prompt", type=int, default=5, help="most pairs kept for one prompt")

@@ -4,7 +4,7 @@ names  hub  gguf  folders   a name -> a folder
 tokenizer  weights          a folder -> tokenizer, weights
 devices  adapters           where and in which types; LoRA through PEFT
 checkpoint                  is every weight there, and every one read
-saving                      weights -> a folder
+saving  shrink              weights -> a folder; some of the layers
 fingerprint  config         what a model computes; its size
 """
 

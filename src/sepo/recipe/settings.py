@@ -166,6 +166,9 @@ class ReferenceSettings(Settings):
 
     model: str = Field(DEFAULT_MODEL, description="hub id, folder, .gguf file, or package:PACKAGE/FILE.gguf")
     revision: str | None = Field(None, description="revision of a hub model")
+    layers: int | None = Field(
+        None, ge=2, description="take so many of its layers alone, evenly spaced; name policy.model then"
+    )
     sft: SftSettings | None = Field(None, description="fine-tune it first; by default it is taken as it is")
 
 

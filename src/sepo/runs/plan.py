@@ -59,7 +59,7 @@ def measure_sizes(recipe: Recipe, progress: bool = True) -> Sizes:
             tokens = sum(int(flat(table.column(f"{name}_ids"))[1].sum()) for name in ("prompt", "chosen", "rejected"))
             counts.append((len(table), tokens))
         prompts = len({tuple(ids) for ids in table.column("prompt_ids").to_pylist()})
-    small = describe_model(load_config(recipe.reference.model, revision=recipe.reference.revision))
+    small = describe_model(reference.config(recipe))
     large = small
     if recipe.policy.model:
         large = describe_model(load_config(recipe.policy.model, revision=recipe.policy.revision))
@@ -119,7 +119,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
 
 def _sizes_of(recipe: Recipe, sizes: Sizes) -> Sizes:
     """The same data with the models of another recipe."""
-    small = describe_model(load_config(recipe.reference.model, revision=recipe.reference.revision))
+    small = describe_model(reference.config(recipe))
     large = small
     if recipe.policy.model:
         large = describe_model(load_config(recipe.policy.model, revision=recipe.policy.revision))

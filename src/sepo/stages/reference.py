@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from sepo import processes
 from sepo.data.loading import source_fingerprint
+from sepo.errors import UserError
+from sepo.models.config import load_config
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.names import check_model, resolve_model
+from sepo.models.shrink import cut_config, shrink_model
 from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Cost, Model, Sizes, Stage
 from sepo.training.sft import check_sft, train_reference
 
 
 def check(recipe: Recipe) -> None:
-    """The model and, where it is fine-tuned, its data, its settings and the library that does it."""
+    """The model and, where it is cut or fine-tuned, layers, data, settings and the library that does it."""
     check_model(recipe.reference.model, revision=recipe.reference.revision)
-    sft = recipe.reference.sft
-    if sft is None:
-        return
-    check_sft(sft, recipe.device)
+    if recipe.reference.layers is not None:
+        config(recipe)
+        if recipe.policy.model is None:
+            raise UserError("reference.layers leaves a model that cannot write: name policy.model, the model to align")
+    if recipe.reference.sft is not None:
+        check_sft(recipe.reference.sft, recipe.device)
+
+
+def config(recipe: Recipe) -> PreTrainedConfig:
+    """The config of the model that oracle and reference start from."""
+    whole = load_config(recipe.reference.model, revision=recipe.reference.revision)
+    return whole if recipe.reference.layers is None else cut_config(whole, recipe.reference.layers)
 
 
 def start(recipe: Recipe) -> Model:
@@ -30,31 +44,43 @@ def start(recipe: Recipe) -> Model:
 
 
 def stage(recipe: Recipe, model: Model) -> Stage | None:
-    """Fine-tuning of `model`; None if the recipe takes it as it is."""
-    sft = recipe.reference.sft
-    if sft is None:
+    """`model` with some of its layers, fine-tuned, or both; None if the recipe takes it as it is."""
+    layers, sft = recipe.reference.layers, recipe.reference.sft
+    if layers is None and sft is None:
         return None
 
     def work(folder: Path) -> dict[str, Any]:
-        train_reference(model.folder, sft, folder, seed=recipe.seed, device=recipe.device)
+        source, cut = model.folder, folder.with_name(f"{folder.name}-cut")
+        if layers is not None:
+            source = str(cut if sft is not None else folder)
+            processes.on_main(lambda: shrink_model(model.folder, layers, source))
+        if sft is not None:
+            train_reference(source, sft, folder, seed=recipe.seed, device=recipe.device)
+            processes.on_main(lambda: shutil.rmtree(cut, ignore_errors=True))
         return {}
 
     return Stage(
         kind="reference",
-        what=f"SFT on {sft.source}",
+        what=_what(recipe),
         depends={
             "model": model.content,
-            "reference": {"sft": sft.model_dump(mode="json")},
-            "source": processes.on_main(lambda: source_fingerprint(sft.source)),
+            "reference": {"layers": layers, "sft": None if sft is None else sft.model_dump(mode="json")},
+            "source": sft and processes.on_main(lambda: source_fingerprint(sft.source)),
             "seed": recipe.seed,
         },
         outputs=(".",),
         work=work,
-        verifies=True,
+        verifies=sft is not None,
     )
+
+
+def _what(recipe: Recipe) -> str:
+    layers, sft = recipe.reference.layers, recipe.reference.sft
+    parts = [f"{layers} layers of {recipe.reference.model}"] if layers is not None else []
+    return ", ".join([*parts, f"SFT on {sft.source}"] if sft is not None else parts)
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
     """Not estimated: the length of the data is known only when they are read."""
-    sft = recipe.reference.sft
-    return None if sft is None else Cost(f"SFT on {sft.source}")
+    what = _what(recipe)
+    return Cost(what) if what else None
