@@ -18,12 +18,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from sepo.evaluate.accuracy import policy_accuracy
-from sepo.evaluate.generate import Generation, generate_responses
+from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import sample_kl
+from sepo.evaluate.measure import decoded, sample, sample_kl
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_text
-from sepo.forward.passes import dataset_logps
+from sepo.forward.passes import dataset_logps, read_like
 from sepo.recipe.settings import EvalSettings
 
 
@@ -31,10 +31,12 @@ class Judge:
     """Everything that measuring a policy needs and that does not change with the policy.
 
     Args:
-        base: the model that policies start from, on its device.
+        base: the model that policies start from, on its device, in the types of the policies in training.
         held_out: pairs that are not trained on; their first `settings.prompts` distinct prompts are answered.
-        base_logps: stored log-probabilities of `held_out` under the base; needed only without a gold reward.
+        base_logps: stored log-probabilities of `held_out` under the base, for the accuracy without a gold reward; read
+            again where they are missing or were read in other types or on another kind of device than the policy is.
         start: what `start_of` returned for the same base, prompts, settings and seed.
+        tokens_per_row: token budget of a packed row when reading; a default for the device if None.
     """
 
     def __init__(
@@ -47,9 +49,14 @@ class Judge:
         start: Mapping[str, list[float]],
         held_out: pa.Table,
         base_logps: pa.Table | None = None,
+        tokens_per_row: int | None = None,
     ):
         self.base, self.tokenizer, self.prompts, self.settings, self.seed = base, tokenizer, prompts, settings, seed
         self.start, self.held_out, self.base_logps = start, held_out, base_logps
+        self.tokens_per_row = tokens_per_row
+
+    def _read(self, model: nn.Module) -> pa.Table:
+        return dataset_logps(model, self.held_out, tokens_per_row=self.tokens_per_row)
 
     def measure(self, policy: nn.Module) -> dict[str, float]:
         """Sample from the policy and judge it against the start, on the same prompts and seed.
@@ -60,7 +67,7 @@ class Judge:
         """
         generations = sample(policy, self.tokenizer, self.prompts, self.settings, self.seed)
         groups = [one.prompt_index for one in generations]
-        kl = sample_kl(self.base, self.prompts, generations)
+        kl = sample_kl(policy, self.base, self.prompts, generations)
         lengths = np.array([len(one.response_ids) for one in generations])
         result: dict[str, float] = {"finished": float(np.mean([one.finished for one in generations]))}
         result["kl"], result["kl_se"] = mean_and_se(kl, groups)
@@ -72,8 +79,9 @@ class Judge:
             result["gold_difference"], result["gold_difference_se"] = paired_difference(after, before, groups)
             result["win_rate"], result["win_rate_se"] = mean_and_se(0.5 * (1 + np.sign(after - before)), groups)
         else:
-            assert self.base_logps is not None
-            metrics = policy_accuracy(self.base_logps, dataset_logps(policy, self.held_out), self.held_out)
+            if self.base_logps is None or not read_like(self.base_logps, policy):
+                self.base_logps = self._read(self.base)
+            metrics = policy_accuracy(self.base_logps, self._read(policy), self.held_out)
             for name in ("accuracy", "accuracy_se", "accuracy_not_longer", "accuracy_not_longer_se"):
                 result[name] = metrics[f"policy/{name}"]
         return result
@@ -90,24 +98,9 @@ def start_of(
     return start
 
 
-def sample(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: EvalSettings, seed: int
-) -> list[Generation]:
-    return generate_responses(
-        model,
-        tokenizer,
-        prompts,
-        samples=settings.samples,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        seed=seed,
-        progress=False,
-    )
-
-
 def gold_of(generations: Sequence[Generation], tokenizer: PreTrainedTokenizerBase, name: str) -> np.ndarray:
-    texts = [str(tokenizer.decode(one.response_ids, skip_special_tokens=True)) for one in generations]
-    return gold_reward(name)(texts)
+    """Gold reward of each response, `[responses]`."""
+    return gold_reward(name)(decoded(tokenizer, generations))
 
 
 class Checkpoints(TrainerCallback):

@@ -109,7 +109,7 @@ class _Comparison:
         self.run, self.grid, self.recipe = run, grid, recipe
         self.runs: list[dict[str, Any]] = []
         self.shared: dict[str, dict[str, Any]] = {}
-        self._bases: dict[str, torch.nn.Module] = {}
+        self._bases: dict[tuple, torch.nn.Module] = {}
 
     def schedule(self, settings: dict[str, list[Setting]]) -> Iterator[tuple[Setting, int, bool]]:
         """Yield the runs in order; the best setting of a sweep is known only when its runs are done."""
@@ -226,11 +226,11 @@ class _Comparison:
         self.results()
 
     def _base(self, recipe: Recipe, start: Model) -> torch.nn.Module:
-        if start.content not in self._bases:
-            # In the type of the policy in training: a KL between two types would measure their rounding.
-            dtype = logps.scoring_dtype(recipe)
-            self._bases[start.content] = load_model(start.folder, device=recipe.device, dtype=dtype)
-        return self._bases[start.content]
+        types = measured.training_types(recipe, start)
+        key = (start.content, *types.values())
+        if key not in self._bases:
+            self._bases[key] = load_model(start.folder, device=recipe.device, **types)
+        return self._bases[key]
 
     # --- results ----------------------------------------------------------------------------------------------------
 
