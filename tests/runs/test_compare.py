@@ -17,7 +17,14 @@ from sepo.evaluate.gold import GOLD_REWARDS
 from sepo.evaluate.measure import evaluate_run
 from sepo.evaluate.statistics import over_seeds
 from sepo.recipe.grid import load_grid, number_of_runs
-from sepo.report.comparison import _name, best_setting, comparison_markdown, differences, summarise_runs
+from sepo.report.comparison import (
+    _name,
+    best_setting,
+    comparison_markdown,
+    differences,
+    reading_notes,
+    summarise_runs,
+)
 from tiny_models import tiny_model, tiny_tokenizer
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
@@ -355,12 +362,47 @@ def points(*pairs):
 
 def test_a_curve_is_read_between_its_checkpoints_and_never_beyond_them():
     curve = points((1.0, 0.1), (3.0, 0.3), (2.0, 0.4))
-    assert at_kl(curve, 0.5) == (pytest.approx(0.05), True)
-    assert at_kl(curve, 2.5) == (pytest.approx(0.35), True)  # in order of KL, not of steps
+    assert at_kl(curve, 0.25) == (pytest.approx(0.05), True)  # half of the root of KL 1
+    between = 0.4 - 0.1 * (math.sqrt(2.5) - math.sqrt(2)) / (math.sqrt(3) - math.sqrt(2))
+    assert at_kl(curve, 2.5) == (pytest.approx(between), True)  # in order of KL, not of steps
+    assert at_kl(curve, 2.0) == (pytest.approx(0.4), True)
     assert at_kl(curve, 4.0) == (pytest.approx(0.3), False)
     assert at_kl(curve, None) == (0.4, True)
     assert at_kl(points((-0.2, 0.1)), 1.0) == (pytest.approx(0.1), False)
-    assert at_kl([{"kl": 2.0, "accuracy": 0.9}], 1.0) == (pytest.approx(0.2), True)
+    assert at_kl([{"kl": 4.0, "accuracy": 0.9}], 1.0) == (pytest.approx(0.2), True)
+
+
+@pytest.mark.parametrize("checkpoints", [(0.5, 9.0), (3.5, 9.0), (1.0, 1.5, 2.0, 9.0), (9.0,)])
+def test_methods_on_one_curve_are_equal_wherever_their_checkpoints_lie(checkpoints):
+    """Gain grows as the root of the KL: a fast method, whose first checkpoint lies far out, must not look worse."""
+    on_it = points(*((kl, 0.1 * math.sqrt(kl)) for kl in checkpoints))
+    for kl in (0.25, 1.0, 3.0, 8.0):
+        assert at_kl(on_it, kl) == (pytest.approx(0.1 * math.sqrt(kl)), True)
+
+
+def test_values_that_were_not_measured_are_marked_and_said(workplace, capsys):
+    runs = [
+        run("fast", "", 0, points((4.0, 0.4), (9.0, 0.6))),
+        run("fast", "", 1, points((0.5, 0.1), (9.0, 0.6))),
+        run("slow", "", 0, points((0.2, 0.1), (0.5, 0.2))),
+        run("even", "", 0, points((1.0, 0.2), (2.0, 0.3))),
+    ]
+    rows = summarise_runs(runs, 1.0)
+    assert [(row["unmeasured"], row["reached"]) for row in rows] == [(1, 2), (0, 0), (0, 1)]
+    early, short = reading_notes(rows, 1.0)
+    assert "below KL 1" in early and "1 of fast;" in early  # noqa: PT018
+    assert "as far as KL 1" in short and short.endswith(": 1 of slow")  # noqa: PT018
+    assert reading_notes(summarise_runs(runs, None), None) == []
+    page = comparison_markdown(
+        {"name": "t", "kl": 1.0, "gold": "vader", "rows": rows, "runs": runs, "differences": [], "shared": [],
+         "environment": {"device": "d", "packages": {"torch": "1"}}}
+    )  # fmt: skip
+    cells = {line.split(" | ")[0]: line.split(" | ")[3] for line in page.splitlines() if line.startswith("| ")}
+    assert [cells[f"| {name}"][-1] for name in ("fast", "slow", "even")] == ["†", "*", "0"]
+    text = GRID.replace("sweep_seed: 0\n", "").replace("[1.0, 2.5]", "[1.0]").replace("[1, 2]", "[0]")
+    path = write_grid(workplace, text[: text.index("  random")].replace("kl: 0.5", "kl: 1.0e-9"), "early", "early-out")
+    assert main(["compare", str(path)]) == 0
+    assert "not measured below KL 1e-09" in capsys.readouterr().err
 
 
 def run(variant, label, seed, curve, reported=True, tokens=10):
@@ -383,7 +425,7 @@ def test_rows_are_means_over_seeds_with_their_standard_errors():
     assert a["value"] == pytest.approx(np.mean([0.1, 0.3, 0.2]))
     assert a["value_se"] == pytest.approx(0.1 / math.sqrt(3))
     assert a["final_kl"] == pytest.approx(1.5)
-    assert b["value"] == pytest.approx(0.1)
+    assert b["value"] == pytest.approx(0.2)  # half of the root of KL 4
     assert math.isnan(b["value_se"])
     assert over_seeds([]) == (pytest.approx(math.nan, nan_ok=True), pytest.approx(math.nan, nan_ok=True))
     page = comparison_markdown(
@@ -391,7 +433,7 @@ def test_rows_are_means_over_seeds_with_their_standard_errors():
          "environment": {"device": "d", "packages": {"torch": "1"}}}
     )  # fmt: skip
     assert "+0.200 ± 0.058*" in page  # one of three did not get to KL 1
-    assert "| b | x=1 | 1 | +0.100 |" in page
+    assert "| b | x=1 | 1 | +0.200† |" in page
 
 
 def test_methods_are_compared_by_the_seeds_that_both_have():

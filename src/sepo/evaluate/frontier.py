@@ -157,7 +157,11 @@ def quality(point: Mapping[str, Any]) -> float:
 
 
 def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float, bool]:
-    """Quality of a run at a KL, read off the straight lines through (0, 0) and its checkpoints in order of KL.
+    """Quality of a run at a KL, read off the lines through (0, 0) and its checkpoints, straight in the root of the KL.
+
+    A gold reward grows about as the root of the KL (Gao et al. 2022, arXiv 2210.10760, before it over-optimises), so
+    lines that are straight in the KL itself would read too little wherever a run has no checkpoint near: of the methods
+    that move fast.
 
     Args:
         points: checkpoints with `kl` and what `quality` reads; a KL estimated below 0 counts as 0.
@@ -167,7 +171,7 @@ def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float,
         the quality, and whether the run got that far. One that did not counts with its furthest point: at less KL
         than was allowed.
 
-    >>> at_kl([{"kl": 1.0, "gold_difference": 0.2}, {"kl": 3.0, "gold_difference": 0.3}], 2.0)
+    >>> at_kl([{"kl": 1.0, "gold_difference": 0.2}, {"kl": 4.0, "gold_difference": 0.3}], 2.25)
     (0.25, True)
     >>> at_kl([{"kl": 1.0, "gold_difference": 0.2}], 2.0)
     (0.2, False)
@@ -176,4 +180,9 @@ def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float,
         return quality(points[-1]), True
     curve = sorted([(0.0, 0.0), *((max(point["kl"], 0.0), quality(point)) for point in points)])
     at, gained = zip(*curve, strict=True)
-    return float(np.interp(kl, at, gained)), at[-1] >= kl
+    return float(np.interp(np.sqrt(kl), np.sqrt(at), gained)), at[-1] >= kl
+
+
+def before_first_checkpoint(points: Sequence[Mapping[str, Any]], kl: float | None) -> bool:
+    """Whether a KL lies below that of every checkpoint of a run: `at_kl` then rests on the shape of the curve alone."""
+    return kl is not None and kl < min(point["kl"] for point in points)

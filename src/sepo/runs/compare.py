@@ -31,6 +31,7 @@ from sepo.report.comparison import (
     best_setting,
     comparison_markdown,
     differences,
+    reading_notes,
     save_comparison_figures,
     summarise_runs,
 )
@@ -61,7 +62,10 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         work = _Comparison(run, grid, first)
         for setting, seed, reported in work.schedule(settings):
             work.add(setting, seed, reported)
-        return work.results()
+        results = work.results()
+        for note in reading_notes(results["rows"], grid.kl):
+            say(f"  {note}")
+        return results
 
 
 def check_grid(settings: dict[str, list[Setting]]) -> None:
