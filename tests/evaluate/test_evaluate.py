@@ -551,6 +551,26 @@ def test_fidelity_reads_tables_and_refuses_a_selection_of_other_pairs():
         fidelity(tokenizer, {**columns, "chosen_rewards": [[0.0]] * 5}, valence=_valence)
 
 
+def test_pairs_of_one_prompt_are_drawn_together():
+    tokenizer = tiny_tokenizer()
+    columns = _columns(tokenizer, lambda v, rng: np.nan_to_num(v) + rng.normal(size=len(v)) * 3, pairs=40)
+    prompts = [[5, number] for number in range(40)]
+    one = fidelity(tokenizer, {**columns, "prompt_ids": prompts}, valence=_valence)
+    assert one["auc_se"] == fidelity(tokenizer, columns, valence=_valence)["auc_se"]  # without prompts, each its own
+    fourfold = {name: values * 4 for name, values in {**columns, "prompt_ids": prompts}.items()}
+    again = fidelity(tokenizer, fourfold, valence=_valence)
+    assert again["auc"] == pytest.approx(one["auc"])
+    assert again["auc_se"] == pytest.approx(one["auc_se"])  # the same pairs four times say no more
+    # In the order of a table, not prompt by prompt, and read off one.
+    order = np.random.default_rng(0).permutation(160)
+    mixed = {name: [values[index] for index in order] for name, values in fourfold.items()}
+    table = make_table("scores", {**mixed, "pair_id": list(range(160))})
+    # Other numbers for the prompts, so other draws: 200 of them know the error to 5 %.
+    assert fidelity(tokenizer, table, valence=_valence)["auc_se"] == pytest.approx(one["auc_se"], rel=0.2)
+    same = fidelity(tokenizer, {**columns, "prompt_ids": [[5]] * 40}, valence=_valence)
+    assert np.isnan(same["auc_se"])  # one prompt
+
+
 def test_fidelity_of_no_pairs_is_undefined():
     empty = {"chosen_ids": [], "chosen_rewards": [], "rejected_ids": [], "rejected_rewards": []}
     result = fidelity(tiny_tokenizer(), empty)
