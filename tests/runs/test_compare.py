@@ -154,6 +154,57 @@ def test_a_bad_grid_is_refused_in_one_line_before_anything_runs(workplace, capsy
     assert not (workplace / "bad-out").exists()
 
 
+def with_variants(workplace, name, variants):
+    text = (
+        GRID[: GRID.index("variants:")]
+        + "variants:\n"
+        + "".join(
+            f"  v{index}: {{{{set: {{{{policy.objective: simpo, policy.training: {{{{{settings}}}}}}}}}}}}}\n"
+            for index, settings in enumerate(variants)
+        )
+    )
+    return write_grid(workplace, text, name, f"{name}-out")
+
+
+@pytest.mark.parametrize(
+    ("variants", "counts"),
+    [
+        (["batch_size: 7, max_steps: 4", "batch_size: 4, max_steps: 7"], "(24 and 28, of 24 in an epoch)"),
+        (["batch_size: 6, num_train_epochs: 1", "batch_size: 7, max_steps: 3"], "(24 and 21, of 24 in an epoch)"),
+        (["batch_size: 8, num_train_epochs: 0.5", "batch_size: 7, num_train_epochs: 0.5"], "(16 and 14, of 24"),
+    ],
+)
+def test_variants_that_see_other_numbers_of_pairs_are_refused_before_a_model_is_loaded(
+    workplace, capsys, monkeypatch, variants, counts
+):
+    monkeypatch.setattr(sepo.compare, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    path = with_variants(workplace, f"budget{len(counts)}{counts[1:3]}{counts[8:10]}", variants)
+    for command in (["compare", str(path), "--dry-run"], ["compare", str(path)]):
+        assert main(command) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sepo: ")]
+        assert counts in line
+
+
+def test_variants_that_see_the_same_pairs_are_compared_however_their_batches_fall(workplace, capsys):
+    """24 pairs: the fourth batch of 7 holds three, a batch of 30 all of them."""
+    variants = ["batch_size: 7, max_steps: 4", "batch_size: 6, num_train_epochs: 1", "batch_size: 30, max_steps: 1"]
+    path = with_variants(workplace, "even", variants)
+    assert main(["compare", str(path), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("24 pairs a run") == 3
+    assert main(["compare", str(path)]) == 0
+    assert "not used by these settings" not in capsys.readouterr().err
+    results = json.loads((workplace / "even-out" / "compare.json").read_text())
+    assert {run["points"][-1]["pairs_seen"] for run in results["runs"]} == {24}
+    assert len({run["target_tokens"] for run in results["runs"]}) == 1
+    # A grid of fewer variants in the same folder names what it does not use, and keeps it.
+    fewer = with_variants(workplace, "even", variants[:1])
+    assert main(["compare", str(fewer)]) == 0
+    text = capsys.readouterr().err
+    (line,) = [line for line in text.splitlines() if "not used by these settings, and kept: runs/run-" in line]
+    assert line.count("runs/run-") == 4
+    assert len(list((workplace / "even-out" / "runs").iterdir())) == 6
+
+
 def test_a_comparison_without_held_out_prompts_is_refused(workplace, capsys):
     path = write_grid(workplace, GRID, "no-prompts", "no-prompts-out")
     assert main(["compare", str(path), "eval.prompts=0"]) == 2

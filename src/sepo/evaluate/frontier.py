@@ -22,9 +22,10 @@ from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.measure import decoded, sample, sample_kl
 from sepo.evaluate.statistics import mean_and_se, paired_difference
-from sepo.files import write_text
+from sepo.files import write_json
 from sepo.forward.passes import dataset_logps, read_like
 from sepo.recipe.settings import EvalSettings
+from sepo.training.batches import pairs_seen
 
 
 class Judge:
@@ -134,11 +135,12 @@ class Checkpoints(TrainerCallback):
         figures = self.judge.measure(model)
         took = time.monotonic() - began
         self.measuring += took
-        seen = round(state.epoch * self.pairs)
+        batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        seen = pairs_seen(state.global_step, self.pairs, batch)
         timing = {"train_seconds": round(trained, 2), "measure_seconds": round(took, 2)}
         self.points.append({"step": state.global_step, "pairs_seen": seen, **timing, **figures})
         self.points.sort(key=lambda point: point["step"])
-        write_text(self.path, json.dumps(self.points, indent=1) + "\n")
+        write_json(self.path, self.points, indent=1)
 
 
 def _read_points(path: Path) -> list[dict[str, Any]]:

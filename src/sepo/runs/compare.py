@@ -39,6 +39,7 @@ from sepo.runs.folder import Run, environment, open_run
 from sepo.runs.pipeline import check_inputs
 from sepo.stages import data, logps, measured, oracle, reference, score, select, train
 from sepo.stages.stage import Made, Model, Stage
+from sepo.training.fit import pairs_to_see
 
 
 def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
@@ -60,11 +61,13 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         grid.results_folder.mkdir(parents=True, exist_ok=True)
         write_json(grid.results_folder / "grid.json", grid.model_dump(mode="json"))
         work = _Comparison(run, grid, first)
+        check_same_pairs(settings, work.data().results["train"])
         for setting, seed, reported in work.schedule(settings):
             work.add(setting, seed, reported)
         results = work.results()
         for note in reading_notes(results["rows"], grid.kl):
             say(f"  {note}")
+        run.say_unused("shared/*", "runs/*")
         return results
 
 
@@ -87,6 +90,23 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
                 load_tokenizer(recipe.reference.model, revision=recipe.reference.revision),
                 "the other variants' reference",
                 load_tokenizer(first.model, revision=first.revision),
+            )
+
+
+def check_same_pairs(settings: dict[str, list[Setting]], pairs: int) -> None:
+    """Raise a UserError unless all runs see as many pairs; a last batch that is not full counts what it holds.
+
+    Args:
+        pairs: in one epoch.
+    """
+    everything = [setting for group in settings.values() for setting in group]
+    counts = [pairs_to_see(setting.recipe.policy.training, pairs) for setting in everything]
+    for other, count in zip(everything, counts, strict=True):
+        if count != counts[0]:
+            raise UserError(
+                f"variants {everything[0].variant} and {other.variant} see different numbers of pairs ({counts[0]:,} "
+                f"and {count:,}, of {pairs:,} in an epoch): a comparison needs one budget; set batch_size to a divisor "
+                "of the pairs, or num_train_epochs to a whole number without max_steps"
             )
 
 

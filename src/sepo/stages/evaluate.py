@@ -61,8 +61,8 @@ def stage(
         what=f"gold: {recipe.eval.gold}",
         depends={
             "eval": recipe.eval.what_is_measured(),
-            "policy": policy.content,
-            "start": start.content,
+            "policy": policy.content,  # all of its files
+            "start": start.inherited(),
             "scores": scores.content,
             "selection": selection.content,
             "seed": recipe.seed,

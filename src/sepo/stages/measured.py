@@ -59,7 +59,7 @@ def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Call
         kind="start",
         what=f"samples of the starting model, seed {seed}",
         depends={
-            "start": start.content,
+            "start": start.inherited(),
             "pairs": pairs.content,
             "eval": recipe.eval.what_is_measured(),
             "seed": seed,
@@ -137,7 +137,7 @@ def run_stage(
         what=f"{policy.objective}, seed {seed}",
         depends={
             "policy": policy.model_dump(mode="json"),
-            "start": start.content,
+            "start": start.inherited(),
             "targets": pairs.content if targets is None else targets.content,
             "logps": None if logps is None else logps.content,
             "pairs": pairs.content,

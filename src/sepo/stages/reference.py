@@ -9,7 +9,7 @@ from typing import Any
 from sepo import processes
 from sepo.data.loading import load_rows, source_fingerprint
 from sepo.errors import UserError
-from sepo.models.fingerprint import model_fingerprint
+from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Cost, Model, Sizes, Stage
@@ -31,8 +31,13 @@ def check(recipe: Recipe) -> None:
 
 def start(recipe: Recipe) -> Model:
     """The model that the recipe names, in a local folder."""
-    folder = resolve_model(recipe.reference.model, revision=recipe.reference.revision)
-    return Model(folder, processes.on_main(lambda: model_fingerprint(folder)))
+    return model_in(resolve_model(recipe.reference.model, revision=recipe.reference.revision))
+
+
+def model_in(folder: str) -> Model:
+    """A model that no stage of this run wrote."""
+    content, usage = processes.on_main(lambda: [model_fingerprint(folder), usage_fingerprint(folder)])
+    return Model(folder, content, usage)
 
 
 def stage(recipe: Recipe, model: Model) -> Stage | None:
@@ -49,7 +54,7 @@ def stage(recipe: Recipe, model: Model) -> Stage | None:
         kind="reference",
         what=f"SFT on {sft.source}",
         depends={
-            "model": model.content,
+            "model": model.inherited(),
             "reference": {"sft": sft.model_dump(mode="json")},
             "source": processes.on_main(lambda: source_fingerprint(sft.source)),
             "seed": recipe.seed,
