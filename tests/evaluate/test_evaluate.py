@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from sepo.data.tables import make_table
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError
-from sepo.evaluate import gold
+from sepo.evaluate import generate, gold
 from sepo.evaluate.accuracy import preference_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.generate import draw_tokens, generate_responses
@@ -170,9 +170,9 @@ def test_a_model_is_at_no_distance_from_itself_and_at_the_plain_sum_from_another
         policy.lm_head.weight.mul_(1.5)
     prompts = _prompts([3, 12, 7])
     own = generate_responses(base, tokenizer, prompts, samples=4, max_new_tokens=9)
-    assert sample_kl(base, prompts, own) == pytest.approx(np.zeros(12), abs=1e-4)
+    assert sample_kl(base, base, prompts, own) == pytest.approx(np.zeros(12), abs=1e-4)
     moved = generate_responses(policy, tokenizer, prompts, samples=4, max_new_tokens=9)
-    for item, kl in zip(moved, sample_kl(base, prompts, moved), strict=True):
+    for item, kl in zip(moved, sample_kl(policy, base, prompts, moved), strict=True):
         ids = torch.tensor([prompts[item.prompt_index] + item.response_ids])
         expected = 0.0
         for model, sign in ((policy, 1), (base, -1)):
@@ -195,6 +195,69 @@ def test_sampling_is_seeded_and_leaves_no_trace():
     torch.rand(100)
     assert generate_responses(model, tokenizer, prompts, samples=3, max_new_tokens=10, seed=1) == first
     assert generate_responses(model, tokenizer, prompts, samples=3, max_new_tokens=10, seed=2) != first
+
+
+def _texts(got):
+    return {(item.prompt_index, item.sample_index): item.response_ids for item in got}
+
+
+def test_a_response_is_the_same_in_any_batch_and_beside_any_other_prompts():
+    model, tokenizer = tiny_model("llama", torch.float64), tiny_tokenizer()
+    prompts = _prompts([9, 3, 12, 3, 7])
+
+    def draw(prompts, **changes):
+        settings = {"samples": 3, "max_new_tokens": 12, "temperature": 2.0, "seed": 4, **changes}
+        return _texts(generate_responses(model, tokenizer, prompts, progress=False, **settings))
+
+    whole = draw(prompts)
+    assert len({tuple(ids) for ids in whole.values()}) == 15
+    for batch_size in (1, 2, 7, 100):
+        assert draw(prompts, batch_size=batch_size) == whole
+    for kept in ([0], [4, 2], [1, 3, 0]):  # fewer prompts, in another order
+        some = draw([prompts[index] for index in kept])
+        assert some == {(place, s): whole[index, s] for place, index in enumerate(kept) for s in range(3)}
+    assert draw(prompts, samples=2) == {key: ids for key, ids in whole.items() if key[1] < 2}
+    shorter = draw(prompts, max_new_tokens=5)
+    assert shorter == {key: ids[:5] for key, ids in whole.items()}
+    assert draw(prompts, seed=5) != whole
+
+
+def test_equal_prompts_are_answered_differently():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    got = generate_responses(model, tokenizer, _prompts([5]) * 6, max_new_tokens=8, temperature=2.0, progress=False)
+    assert len({tuple(item.response_ids) for item in got}) == 6
+
+
+def test_two_models_share_the_random_numbers_of_a_response_to_its_last_token():
+    """With one number a token, a policy that moved a little draws what its start draws wherever both agree."""
+    base, policy, tokenizer = tiny_model("llama"), tiny_model("llama"), tiny_tokenizer()
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.001)
+    prompts = _prompts([3, 12, 7, 20, 5])
+    # Batches of 2: what is drawn in the third must not depend on how long the first two went on.
+    settings = {"samples": 4, "max_new_tokens": 10, "temperature": 1.0, "batch_size": 2, "progress": False}
+    one, two = (generate_responses(model, tokenizer, prompts, **settings) for model in (base, policy))
+    agree = np.mean([a.response_ids == b.response_ids for a, b in zip(one, two, strict=True)])
+    assert agree > 0.8  # 20 responses; with numbers of their own about none would
+
+
+@pytest.mark.parametrize(("lengths", "batches"), [([10], [1]), ([20, 600, 25, 22], [1, 2, 1]), ([5] * 9, [6, 3])])
+def test_a_batch_holds_the_prompts_that_fit_its_budget_and_at_least_one(monkeypatch, lengths, batches):
+    monkeypatch.setitem(generate.TOKENS_AT_ONCE, "cpu", 60)
+    sizes, original = [], generate._generate_batch
+    monkeypatch.setattr(generate, "_generate_batch", lambda *a: sizes.append(len(a[1])) or original(*a))
+    model, tokenizer = tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer()
+    generate_responses(model, tokenizer, _prompts(lengths), max_new_tokens=5, progress=False)
+    assert sizes == batches
+
+
+def test_a_batch_that_does_not_fit_the_gpu_names_the_setting(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(generate, "_generate_batch", full)
+    with pytest.raises(UserError, match=r"2 responses at once, of up to 20 tokens .* set eval\.batch_size"):
+        generate_responses(tiny_model("llama"), tiny_tokenizer(), _prompts([3, 12]), max_new_tokens=8, progress=False)
 
 
 def test_an_adapter_takes_part_in_generation():
@@ -486,6 +549,26 @@ def test_fidelity_reads_tables_and_refuses_a_selection_of_other_pairs():
         fidelity(tokenizer, table, others, valence=_valence)
     with pytest.raises(ValueError, match="chosen_rewards"):
         fidelity(tokenizer, {**columns, "chosen_rewards": [[0.0]] * 5}, valence=_valence)
+
+
+def test_pairs_of_one_prompt_are_drawn_together():
+    tokenizer = tiny_tokenizer()
+    columns = _columns(tokenizer, lambda v, rng: np.nan_to_num(v) + rng.normal(size=len(v)) * 3, pairs=40)
+    prompts = [[5, number] for number in range(40)]
+    one = fidelity(tokenizer, {**columns, "prompt_ids": prompts}, valence=_valence)
+    assert one["auc_se"] == fidelity(tokenizer, columns, valence=_valence)["auc_se"]  # without prompts, each its own
+    fourfold = {name: values * 4 for name, values in {**columns, "prompt_ids": prompts}.items()}
+    again = fidelity(tokenizer, fourfold, valence=_valence)
+    assert again["auc"] == pytest.approx(one["auc"])
+    assert again["auc_se"] == pytest.approx(one["auc_se"])  # the same pairs four times say no more
+    # In the order of a table, not prompt by prompt, and read off one.
+    order = np.random.default_rng(0).permutation(160)
+    mixed = {name: [values[index] for index in order] for name, values in fourfold.items()}
+    table = make_table("scores", {**mixed, "pair_id": list(range(160))})
+    # Other numbers for the prompts, so other draws: 200 of them know the error to 5 %.
+    assert fidelity(tokenizer, table, valence=_valence)["auc_se"] == pytest.approx(one["auc_se"], rel=0.2)
+    same = fidelity(tokenizer, {**columns, "prompt_ids": [[5]] * 40}, valence=_valence)
+    assert np.isnan(same["auc_se"])  # one prompt
 
 
 def test_fidelity_of_no_pairs_is_undefined():

@@ -22,7 +22,7 @@ from sepo.models import devices, gguf, hub
 from sepo.models.adapters import reference_weights
 from sepo.models.config import describe_model, load_config
 from sepo.models.devices import check_quantization, choose_device, choose_dtype
-from sepo.models.fingerprint import model_fingerprint
+from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, resolve_model
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
@@ -615,6 +615,40 @@ def test_a_fingerprint_sees_the_config_but_not_the_library_version(llama_dir):
     assert model_fingerprint(llama_dir) == before
     path.write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     assert model_fingerprint(llama_dir) != before
+
+
+def test_how_a_model_is_used_has_a_fingerprint_of_its_own(tmp_path, llama_dir):
+    save_model(load_model(llama_dir), tiny_tokenizer(), llama_dir)
+    weights, before = model_fingerprint(llama_dir), usage_fingerprint(llama_dir)
+    assert usage_fingerprint(shutil.copytree(llama_dir, tmp_path / "copy")) == before
+    save_model(tiny_model("llama", seed=9), tiny_tokenizer(), tmp_path / "other")
+    assert usage_fingerprint(tmp_path / "other") == before
+    seen = {before}
+    for name, change in (
+        ("chat_template.jinja", lambda text: text + "!"),
+        ("generation_config.json", lambda text: json.dumps({**json.loads(text), "eos_token_id": [2, 50]})),
+        ("tokenizer_config.json", lambda text: json.dumps({**json.loads(text), "eos_token": "<unk>"})),
+        ("tokenizer.json", lambda text: text.replace('"~"', '"§"')),
+        ("special_tokens_map.json", lambda text: "{}"),
+        ("additional_chat_templates/tool_use.jinja", lambda text: "{{ messages }}"),
+    ):
+        path = llama_dir / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(change(path.read_text() if path.exists() else ""))
+        assert usage_fingerprint(llama_dir) not in seen, name
+        seen.add(usage_fingerprint(llama_dir))
+    last = usage_fingerprint(llama_dir)
+    path = llama_dir / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_version": "0.0"}, indent=7))
+    (llama_dir / "README.md").write_text("a note")
+    assert usage_fingerprint(llama_dir) == last
+    assert model_fingerprint(llama_dir) == weights
+
+
+def test_an_adapters_usage_covers_its_base(llama_dir, adapter_dir):
+    before = usage_fingerprint(adapter_dir)
+    (llama_dir / "chat_template.jinja").write_text("{{ messages }}")
+    assert usage_fingerprint(adapter_dir) != before
 
 
 def test_an_adapters_fingerprint_covers_its_base(tmp_path, llama_dir, adapter_dir):

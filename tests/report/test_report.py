@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import itertools
 import json
 import re
 import unicodedata
@@ -24,6 +25,7 @@ from sepo.credit.selection import extreme_positions, keep_counts, select_key_tok
 from sepo.data import tables
 from sepo.data.ragged import flat, segment_sums
 from sepo.errors import UserError
+from sepo.evaluate.statistics import mean_and_se
 from sepo.report import build_report, display, save_figures
 from sepo.report.payload import jsonable, pack, unpack
 from sepo.report.pieces import MARK_OFF, MARK_ON, PieceTable, load_vocabulary, visible
@@ -282,7 +284,7 @@ def test_the_summary_counts_pairs_as_a_plain_loop_does() -> None:
     rng = np.random.default_rng(0)
     lengths = {side: rng.integers(1, 9, 50) for side in ("chosen", "rejected")}
     sides = {side: (rng.normal(0.1, 1, n.sum()).astype(np.float32), n) for side, n in lengths.items()}
-    summary = summarise(sides)
+    summary = summarise(sides, np.arange(50))
     rows = {side: np.split(values, np.cumsum(n)[:-1]) for side, (values, n) in sides.items()}
     right = [
         float(w.sum(dtype=np.float64)) > float(v.sum(dtype=np.float64)) for w, v in zip(*rows.values(), strict=True)
@@ -297,7 +299,31 @@ def test_the_summary_counts_pairs_as_a_plain_loop_does() -> None:
 
 def test_a_pair_whose_sums_are_equal_counts_half_as_everywhere_else() -> None:
     sides = {side: (np.array([0.1, 0.2], np.float32), np.array([2])) for side in ("chosen", "rejected")}
-    assert summarise(sides)["accuracy"] == 0.5
+    assert summarise(sides, np.arange(1))["accuracy"] == 0.5
+
+
+def test_the_errors_of_rewards_by_position_are_clustered_by_prompt() -> None:
+    rng = np.random.default_rng(1)
+    # Responses of one prompt share a level, and so do the tokens of a response.
+    prompts = np.repeat(np.arange(30), 4)[rng.permutation(120)]
+    lengths = rng.integers(1, 40, 120)
+    level = rng.normal(size=30)[prompts] + rng.normal(size=120)
+    rewards = (np.repeat(level, lengths) + 0.1 * rng.normal(size=lengths.sum())).astype(np.float32)
+    figure = summarise(dict.fromkeys(("chosen", "rejected"), (rewards, lengths)), prompts)["positions"]
+    rows = np.split(rewards.astype(np.float64), np.cumsum(lengths)[:-1])
+    edges = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 19, 21, 23, 25, 28, 31, 34, 38]
+    for at, (start, stop) in enumerate(itertools.pairwise(edges)):
+        inside = [(value, prompt) for row, prompt in zip(rows, prompts, strict=True) for value in row[start:stop]]
+        mean, error = mean_and_se([value for value, _ in inside], [prompt for _, prompt in inside])
+        assert figure["chosen"]["mean"][at] == pytest.approx(mean, abs=1e-5)
+        assert figure["chosen"]["high"][at] - mean == pytest.approx(1.96 * error, abs=1e-5)
+        assert mean - figure["chosen"]["low"][at] == pytest.approx(1.96 * error, abs=1e-5)
+
+
+def test_a_position_with_one_prompt_has_no_interval() -> None:
+    sides = {side: (np.array([0.1, 0.2, 0.4], np.float32), np.array([2, 1])) for side in ("chosen", "rejected")}
+    figure = summarise(sides, np.array([0, 0]))["positions"]["chosen"]
+    assert figure["low"] == figure["mean"] == figure["high"]
 
 
 def test_training_logs_become_one_chart_a_quantity() -> None:

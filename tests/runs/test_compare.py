@@ -17,7 +17,14 @@ from sepo.evaluate.gold import GOLD_REWARDS
 from sepo.evaluate.measure import evaluate_run
 from sepo.evaluate.statistics import over_seeds
 from sepo.recipe.grid import load_grid, number_of_runs
-from sepo.report.comparison import _name, best_setting, comparison_markdown, differences, summarise_runs
+from sepo.report.comparison import (
+    _name,
+    best_setting,
+    comparison_markdown,
+    differences,
+    reading_notes,
+    summarise_runs,
+)
 from tiny_models import tiny_model, tiny_tokenizer
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
@@ -145,6 +152,57 @@ def test_a_bad_grid_is_refused_in_one_line_before_anything_runs(workplace, capsy
     assert len(lines) == 1
     assert message in lines[0]
     assert not (workplace / "bad-out").exists()
+
+
+def with_variants(workplace, name, variants):
+    text = (
+        GRID[: GRID.index("variants:")]
+        + "variants:\n"
+        + "".join(
+            f"  v{index}: {{{{set: {{{{policy.objective: simpo, policy.training: {{{{{settings}}}}}}}}}}}}}\n"
+            for index, settings in enumerate(variants)
+        )
+    )
+    return write_grid(workplace, text, name, f"{name}-out")
+
+
+@pytest.mark.parametrize(
+    ("variants", "counts"),
+    [
+        (["batch_size: 7, max_steps: 4", "batch_size: 4, max_steps: 7"], "(24 and 28, of 24 in an epoch)"),
+        (["batch_size: 6, num_train_epochs: 1", "batch_size: 7, max_steps: 3"], "(24 and 21, of 24 in an epoch)"),
+        (["batch_size: 8, num_train_epochs: 0.5", "batch_size: 7, num_train_epochs: 0.5"], "(16 and 14, of 24"),
+    ],
+)
+def test_variants_that_see_other_numbers_of_pairs_are_refused_before_a_model_is_loaded(
+    workplace, capsys, monkeypatch, variants, counts
+):
+    monkeypatch.setattr(sepo.compare, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    path = with_variants(workplace, f"budget{len(counts)}{counts[1:3]}{counts[8:10]}", variants)
+    for command in (["compare", str(path), "--dry-run"], ["compare", str(path)]):
+        assert main(command) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sepo: ")]
+        assert counts in line
+
+
+def test_variants_that_see_the_same_pairs_are_compared_however_their_batches_fall(workplace, capsys):
+    """24 pairs: the fourth batch of 7 holds three, a batch of 30 all of them."""
+    variants = ["batch_size: 7, max_steps: 4", "batch_size: 6, num_train_epochs: 1", "batch_size: 30, max_steps: 1"]
+    path = with_variants(workplace, "even", variants)
+    assert main(["compare", str(path), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("24 pairs a run") == 3
+    assert main(["compare", str(path)]) == 0
+    assert "not used by these settings" not in capsys.readouterr().err
+    results = json.loads((workplace / "even-out" / "compare.json").read_text())
+    assert {run["points"][-1]["pairs_seen"] for run in results["runs"]} == {24}
+    assert len({run["target_tokens"] for run in results["runs"]}) == 1
+    # A grid of fewer variants in the same folder names what it does not use, and keeps it.
+    fewer = with_variants(workplace, "even", variants[:1])
+    assert main(["compare", str(fewer)]) == 0
+    text = capsys.readouterr().err
+    (line,) = [line for line in text.splitlines() if "not used by these settings, and kept: runs/run-" in line]
+    assert line.count("runs/run-") == 4
+    assert len(list((workplace / "even-out" / "runs").iterdir())) == 6
 
 
 def test_a_comparison_without_held_out_prompts_is_refused(workplace, capsys):
@@ -355,12 +413,47 @@ def points(*pairs):
 
 def test_a_curve_is_read_between_its_checkpoints_and_never_beyond_them():
     curve = points((1.0, 0.1), (3.0, 0.3), (2.0, 0.4))
-    assert at_kl(curve, 0.5) == (pytest.approx(0.05), True)
-    assert at_kl(curve, 2.5) == (pytest.approx(0.35), True)  # in order of KL, not of steps
+    assert at_kl(curve, 0.25) == (pytest.approx(0.05), True)  # half of the root of KL 1
+    between = 0.4 - 0.1 * (math.sqrt(2.5) - math.sqrt(2)) / (math.sqrt(3) - math.sqrt(2))
+    assert at_kl(curve, 2.5) == (pytest.approx(between), True)  # in order of KL, not of steps
+    assert at_kl(curve, 2.0) == (pytest.approx(0.4), True)
     assert at_kl(curve, 4.0) == (pytest.approx(0.3), False)
     assert at_kl(curve, None) == (0.4, True)
     assert at_kl(points((-0.2, 0.1)), 1.0) == (pytest.approx(0.1), False)
-    assert at_kl([{"kl": 2.0, "accuracy": 0.9}], 1.0) == (pytest.approx(0.2), True)
+    assert at_kl([{"kl": 4.0, "accuracy": 0.9}], 1.0) == (pytest.approx(0.2), True)
+
+
+@pytest.mark.parametrize("checkpoints", [(0.5, 9.0), (3.5, 9.0), (1.0, 1.5, 2.0, 9.0), (9.0,)])
+def test_methods_on_one_curve_are_equal_wherever_their_checkpoints_lie(checkpoints):
+    """Gain grows as the root of the KL: a fast method, whose first checkpoint lies far out, must not look worse."""
+    on_it = points(*((kl, 0.1 * math.sqrt(kl)) for kl in checkpoints))
+    for kl in (0.25, 1.0, 3.0, 8.0):
+        assert at_kl(on_it, kl) == (pytest.approx(0.1 * math.sqrt(kl)), True)
+
+
+def test_values_that_were_not_measured_are_marked_and_said(workplace, capsys):
+    runs = [
+        run("fast", "", 0, points((4.0, 0.4), (9.0, 0.6))),
+        run("fast", "", 1, points((0.5, 0.1), (9.0, 0.6))),
+        run("slow", "", 0, points((0.2, 0.1), (0.5, 0.2))),
+        run("even", "", 0, points((1.0, 0.2), (2.0, 0.3))),
+    ]
+    rows = summarise_runs(runs, 1.0)
+    assert [(row["unmeasured"], row["reached"]) for row in rows] == [(1, 2), (0, 0), (0, 1)]
+    early, short = reading_notes(rows, 1.0)
+    assert "below KL 1" in early and "1 of fast;" in early  # noqa: PT018
+    assert "as far as KL 1" in short and short.endswith(": 1 of slow")  # noqa: PT018
+    assert reading_notes(summarise_runs(runs, None), None) == []
+    page = comparison_markdown(
+        {"name": "t", "kl": 1.0, "gold": "vader", "rows": rows, "runs": runs, "differences": [], "shared": [],
+         "environment": {"device": "d", "packages": {"torch": "1"}}}
+    )  # fmt: skip
+    cells = {line.split(" | ")[0]: line.split(" | ")[3] for line in page.splitlines() if line.startswith("| ")}
+    assert [cells[f"| {name}"][-1] for name in ("fast", "slow", "even")] == ["†", "*", "0"]
+    text = GRID.replace("sweep_seed: 0\n", "").replace("[1.0, 2.5]", "[1.0]").replace("[1, 2]", "[0]")
+    path = write_grid(workplace, text[: text.index("  random")].replace("kl: 0.5", "kl: 1.0e-9"), "early", "early-out")
+    assert main(["compare", str(path)]) == 0
+    assert "not measured below KL 1e-09" in capsys.readouterr().err
 
 
 def run(variant, label, seed, curve, reported=True, tokens=10):
@@ -383,7 +476,7 @@ def test_rows_are_means_over_seeds_with_their_standard_errors():
     assert a["value"] == pytest.approx(np.mean([0.1, 0.3, 0.2]))
     assert a["value_se"] == pytest.approx(0.1 / math.sqrt(3))
     assert a["final_kl"] == pytest.approx(1.5)
-    assert b["value"] == pytest.approx(0.1)
+    assert b["value"] == pytest.approx(0.2)  # half of the root of KL 4
     assert math.isnan(b["value_se"])
     assert over_seeds([]) == (pytest.approx(math.nan, nan_ok=True), pytest.approx(math.nan, nan_ok=True))
     page = comparison_markdown(
@@ -391,7 +484,7 @@ def test_rows_are_means_over_seeds_with_their_standard_errors():
          "environment": {"device": "d", "packages": {"torch": "1"}}}
     )  # fmt: skip
     assert "+0.200 ± 0.058*" in page  # one of three did not get to KL 1
-    assert "| b | x=1 | 1 | +0.100 |" in page
+    assert "| b | x=1 | 1 | +0.200† |" in page
 
 
 def test_methods_are_compared_by_the_seeds_that_both_have():

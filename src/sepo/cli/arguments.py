@@ -158,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--prompts", type=int, default=100, help="prompts to generate for (default 100)")
     evaluate.add_argument("--samples", type=int, default=1, help="generations a prompt (default 1)")
     evaluate.add_argument("--max-new-tokens", type=int, default=256, help="length limit (default 256)")
+    evaluate.add_argument("--batch-size", type=int, help="generations at a time (default: what the device holds)")
     _device_options(evaluate)
 
     report = command("report", commands.report_command, "write the HTML report of a run or of any score table")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -77,8 +77,24 @@ def group_by_prompt(table: pa.Table) -> pa.Table:
     return table.take(pa.array(order, type=pa.int64()))
 
 
+def prompt_numbers(prompt_ids: pa.Array | pa.ChunkedArray | Sequence[Sequence[int]]) -> np.ndarray:
+    """A number for each pair's prompt, `[pairs]` int64 from 0, equal where the token ids are: what errors cluster by.
+
+    >>> prompt_numbers([[5, 6], [7], [5, 6]]).tolist()
+    [0, 1, 0]
+    """
+    if not isinstance(prompt_ids, pa.Array | pa.ChunkedArray):
+        prompt_ids = pa.array(list(prompt_ids), type=pa.list_(pa.int32()))
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in _keys(prompt_ids)], dtype=np.int64)
+
+
 def _prompt_keys(table: pa.Table) -> list[bytes]:
-    values, lengths = flat(table.column("prompt_ids"))
+    return _keys(table.column("prompt_ids"))
+
+
+def _keys(prompt_ids: pa.Array | pa.ChunkedArray) -> list[bytes]:
+    values, lengths = flat(prompt_ids)
     ends = np.cumsum([0, *lengths])
     values = values.astype("<i4")
     return [values[start:stop].tobytes() for start, stop in pairwise(ends)]

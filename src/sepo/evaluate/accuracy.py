@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from sepo.credit.rewards import response_sums
 from sepo.data.ragged import flat
+from sepo.data.splits import prompt_numbers
 from sepo.evaluate.statistics import mean_and_se
 
 
@@ -93,9 +94,7 @@ def policy_accuracy(before: pa.Table, after: pa.Table, pairs: pa.Table) -> dict[
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray, pairs: pa.Table) -> dict[str, float]:
     lengths = [flat(pairs.column(f"{side}_ids"))[1] for side in ("chosen", "rejected")]
-    prompts = [tuple(ids) for ids in pairs.column("prompt_ids").to_pylist()]
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    return preference_accuracy(chosen, rejected, *lengths, groups=[numbers[prompt] for prompt in prompts])
+    return preference_accuracy(chosen, rejected, *lengths, groups=prompt_numbers(pairs.column("prompt_ids")).tolist())
 
 
 def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sepo.data.ragged import SIDES
+from sepo.data.splits import prompt_numbers
 from sepo.evaluate.gold import lexicon_valence
 from sepo.evaluate.words import word_valences
 
@@ -51,10 +52,12 @@ def fidelity(
     """Compare token rewards with the lexicon (see the module's text for what is compared with what).
 
     Args:
-        columns: a score table, or lists under its names: chosen_ids, rejected_ids, chosen_rewards, rejected_rewards.
+        columns: a score table, or lists under its names: chosen_ids, rejected_ids, chosen_rewards, rejected_rewards,
+            and prompt_ids, without which each pair counts as a prompt of its own.
         selection: a selection table of the same pairs, or lists chosen_positions and rejected_positions.
         valence: a word's sentiment; 0 for a word that carries none.
-        resamples: bootstrap resamples of the pairs for the standard error.
+        resamples: bootstrap resamples of the prompts for the standard error: pairs of one prompt, which share
+            responses, come and go together.
 
     Returns:
         auc, auc_se: over both sides and signs, each comparison counting as many times as it has target tokens.
@@ -70,10 +73,14 @@ def fidelity(
     sides = [_Side(tokenizer, columns, side, valence) for side in SIDES]
     pairs = sides[0].pairs
     cells = {(side.name, sign): side.cell(sign, np.ones(pairs)) for side in sides for sign in (1, -1)}
+    known = "prompt_ids" in (columns.column_names if isinstance(columns, pa.Table) else columns)
+    prompt = prompt_numbers(columns["prompt_ids"]) if known else np.arange(pairs)
+    prompts = int(prompt.max(initial=-1)) + 1
     rng = np.random.default_rng(seed)
     draws = []
-    for _ in range(resamples if pairs > 1 else 0):
-        weights = np.bincount(rng.integers(pairs, size=pairs), minlength=pairs).astype(np.float64)
+    for _ in range(resamples if prompts > 1 else 0):
+        drawn = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts).astype(np.float64)
+        weights = drawn[prompt]
         draws.append(_combine(side.cell(sign, weights) for side in sides for sign in (1, -1)))
     defined = np.array([draw for draw in draws if not np.isnan(draw)])
 

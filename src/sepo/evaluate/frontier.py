@@ -18,23 +18,26 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from sepo.evaluate.accuracy import policy_accuracy
-from sepo.evaluate.generate import Generation, generate_responses
+from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import sample_kl
+from sepo.evaluate.measure import decoded, sample, sample_kl
 from sepo.evaluate.statistics import mean_and_se, paired_difference
-from sepo.files import write_text
-from sepo.forward.passes import dataset_logps
+from sepo.files import write_json
+from sepo.forward.passes import dataset_logps, read_like
 from sepo.recipe.settings import EvalSettings
+from sepo.training.batches import pairs_seen
 
 
 class Judge:
     """Everything that measuring a policy needs and that does not change with the policy.
 
     Args:
-        base: the model that policies start from, on its device.
+        base: the model that policies start from, on its device, in the types of the policies in training.
         held_out: pairs that are not trained on; their first `settings.prompts` distinct prompts are answered.
-        base_logps: stored log-probabilities of `held_out` under the base; needed only without a gold reward.
+        base_logps: stored log-probabilities of `held_out` under the base, for the accuracy without a gold reward; read
+            again where they are missing or were read in other types or on another kind of device than the policy is.
         start: what `start_of` returned for the same base, prompts, settings and seed.
+        tokens_per_row: token budget of a packed row when reading; a default for the device if None.
     """
 
     def __init__(
@@ -47,9 +50,14 @@ class Judge:
         start: Mapping[str, list[float]],
         held_out: pa.Table,
         base_logps: pa.Table | None = None,
+        tokens_per_row: int | None = None,
     ):
         self.base, self.tokenizer, self.prompts, self.settings, self.seed = base, tokenizer, prompts, settings, seed
         self.start, self.held_out, self.base_logps = start, held_out, base_logps
+        self.tokens_per_row = tokens_per_row
+
+    def _read(self, model: nn.Module) -> pa.Table:
+        return dataset_logps(model, self.held_out, tokens_per_row=self.tokens_per_row)
 
     def measure(self, policy: nn.Module) -> dict[str, float]:
         """Sample from the policy and judge it against the start, on the same prompts and seed.
@@ -60,7 +68,7 @@ class Judge:
         """
         generations = sample(policy, self.tokenizer, self.prompts, self.settings, self.seed)
         groups = [one.prompt_index for one in generations]
-        kl = sample_kl(self.base, self.prompts, generations)
+        kl = sample_kl(policy, self.base, self.prompts, generations)
         lengths = np.array([len(one.response_ids) for one in generations])
         result: dict[str, float] = {"finished": float(np.mean([one.finished for one in generations]))}
         result["kl"], result["kl_se"] = mean_and_se(kl, groups)
@@ -72,8 +80,9 @@ class Judge:
             result["gold_difference"], result["gold_difference_se"] = paired_difference(after, before, groups)
             result["win_rate"], result["win_rate_se"] = mean_and_se(0.5 * (1 + np.sign(after - before)), groups)
         else:
-            assert self.base_logps is not None
-            metrics = policy_accuracy(self.base_logps, dataset_logps(policy, self.held_out), self.held_out)
+            if self.base_logps is None or not read_like(self.base_logps, policy):
+                self.base_logps = self._read(self.base)
+            metrics = policy_accuracy(self.base_logps, self._read(policy), self.held_out)
             for name in ("accuracy", "accuracy_se", "accuracy_not_longer", "accuracy_not_longer_se"):
                 result[name] = metrics[f"policy/{name}"]
         return result
@@ -90,24 +99,9 @@ def start_of(
     return start
 
 
-def sample(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: EvalSettings, seed: int
-) -> list[Generation]:
-    return generate_responses(
-        model,
-        tokenizer,
-        prompts,
-        samples=settings.samples,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        seed=seed,
-        progress=False,
-    )
-
-
 def gold_of(generations: Sequence[Generation], tokenizer: PreTrainedTokenizerBase, name: str) -> np.ndarray:
-    texts = [str(tokenizer.decode(one.response_ids, skip_special_tokens=True)) for one in generations]
-    return gold_reward(name)(texts)
+    """Gold reward of each response, `[responses]`."""
+    return gold_reward(name)(decoded(tokenizer, generations))
 
 
 class Checkpoints(TrainerCallback):
@@ -141,11 +135,12 @@ class Checkpoints(TrainerCallback):
         figures = self.judge.measure(model)
         took = time.monotonic() - began
         self.measuring += took
-        seen = round(state.epoch * self.pairs)
+        batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        seen = pairs_seen(state.global_step, self.pairs, batch)
         timing = {"train_seconds": round(trained, 2), "measure_seconds": round(took, 2)}
         self.points.append({"step": state.global_step, "pairs_seen": seen, **timing, **figures})
         self.points.sort(key=lambda point: point["step"])
-        write_text(self.path, json.dumps(self.points, indent=1) + "\n")
+        write_json(self.path, self.points, indent=1)
 
 
 def _read_points(path: Path) -> list[dict[str, Any]]:
@@ -164,7 +159,11 @@ def quality(point: Mapping[str, Any]) -> float:
 
 
 def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float, bool]:
-    """Quality of a run at a KL, read off the straight lines through (0, 0) and its checkpoints in order of KL.
+    """Quality of a run at a KL, read off the lines through (0, 0) and its checkpoints, straight in the root of the KL.
+
+    A gold reward grows about as the root of the KL (Gao et al. 2022, arXiv 2210.10760, before it over-optimises), so
+    lines that are straight in the KL itself would read too little wherever a run has no checkpoint near: of the methods
+    that move fast.
 
     Args:
         points: checkpoints with `kl` and what `quality` reads; a KL estimated below 0 counts as 0.
@@ -174,7 +173,7 @@ def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float,
         the quality, and whether the run got that far. One that did not counts with its furthest point: at less KL
         than was allowed.
 
-    >>> at_kl([{"kl": 1.0, "gold_difference": 0.2}, {"kl": 3.0, "gold_difference": 0.3}], 2.0)
+    >>> at_kl([{"kl": 1.0, "gold_difference": 0.2}, {"kl": 4.0, "gold_difference": 0.3}], 2.25)
     (0.25, True)
     >>> at_kl([{"kl": 1.0, "gold_difference": 0.2}], 2.0)
     (0.2, False)
@@ -183,4 +182,9 @@ def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float,
         return quality(points[-1]), True
     curve = sorted([(0.0, 0.0), *((max(point["kl"], 0.0), quality(point)) for point in points)])
     at, gained = zip(*curve, strict=True)
-    return float(np.interp(kl, at, gained)), at[-1] >= kl
+    return float(np.interp(np.sqrt(kl), np.sqrt(at), gained)), at[-1] >= kl
+
+
+def before_first_checkpoint(points: Sequence[Mapping[str, Any]], kl: float | None) -> bool:
+    """Whether a KL lies below that of every checkpoint of a run: `at_kl` then rests on the shape of the curve alone."""
+    return kl is not None and kl < min(point["kl"] for point in points)

@@ -3,24 +3,34 @@
 A chat model's saved generation settings usually change its distribution (top-k 50 by default, nucleus sampling,
 repetition penalties). A comparison of two models must not: here the saved settings are put aside and tokens are drawn
 from softmax(logits / temperature) alone, until the model ends its turn. Drawing keeps the log-probability of every
-token, so that nobody has to read the responses again with the model that wrote them.
+token, so that in float32 nobody has to read the responses again with the model that wrote them.
+
+Every response has random numbers of its own, one a token, made from the seed, the prompt and the number of the sample.
+So it is the same in any batch and beside any other prompts, and two models that answer one prompt share its numbers:
+what they draw differs by what they have learnt, and less by luck.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from sepo.data.templates import stop_ids
+from sepo.errors import UserError
 from sepo.forward.passes import NonFiniteError
 from sepo.processes import progress_bar
 
 _BLOCK = 256
+# Tokens that a batch may hold at its end, prompts, padding and responses: their keys and values stay in memory. On a
+# GPU 27 GB for Llama-2-13B (0.82 MB a token in bfloat16), 17 GB for Llama-2-7B, 4 GB for Llama-3-8B.
+TOKENS_AT_ONCE = {"cpu": 16_384, "cuda": 32_768, "mps": 8_192}
 
 
 class Generation(NamedTuple):
@@ -47,28 +57,30 @@ def generate_responses(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> list[Generation]:
     """Sample `samples` responses to each prompt.
 
-    Prompts are sorted by length and padded on the left, `batch_size` responses at a time. The result depends on
-    `seed`, `batch_size` and the prompts alone: the random state of the caller is neither read nor moved, and the
-    model's train/eval mode is put back.
+    Prompts are sorted by length and padded on the left. Up to the rounding of the model's own sums, a response depends
+    on `seed`, its prompt and its `sample_index` alone: not on the batch, nor on the other prompts. No random state is
+    read or moved, and the model's train/eval mode is put back.
 
     Args:
         model: a Transformers causal language model, or a PEFT model around one (its active adapter is used).
         prompt_ids: token ids with the generation prompt of the chat template, if any; no padding.
         temperature: 0 takes the most likely token at every step (one sample a prompt is then enough).
+        batch_size: responses at a time; None fits them to the device's `TOKENS_AT_ONCE`.
 
     Returns:
-        `len(prompt_ids) * samples` generations, ordered by prompt, then by sample.
+        `len(prompt_ids) * samples` generations, ordered by prompt, then by sample. Equal prompts have different ones.
 
     Raises:
         ValueError: a prompt without a token, or a number out of range.
         NonFiniteError: a logit is NaN or +infinity, or all of a row are -infinity.
+        UserError: a batch does not fit into the memory of the GPU.
     """
-    if samples < 1 or max_new_tokens < 1 or batch_size < 1 or temperature < 0:
+    if samples < 1 or max_new_tokens < 1 or temperature < 0 or (batch_size is not None and batch_size < 1):
         raise ValueError("samples, max_new_tokens and batch_size must be at least 1, temperature at least 0")
     if any(len(ids) == 0 for ids in prompt_ids):
         raise ValueError("a prompt has no token: a response needs at least one token to continue")
@@ -79,19 +91,53 @@ def generate_responses(
     config = _plain_config(tokenizer, stops, max_new_tokens)
     device = next(inner.parameters()).device
 
+    occurrences = _occurrences(prompt_ids)
     jobs = [(prompt, sample) for prompt in range(len(prompt_ids)) for sample in range(samples)]
-    jobs.sort(key=lambda job: len(prompt_ids[job[0]]))  # stable: the samples of a prompt stay together
+    # The longest first: what does not fit fails at once. Stable: the samples of a prompt stay together.
+    jobs.sort(key=lambda job: -len(prompt_ids[job[0]]))
     results: list[Generation] = []
-    with _undisturbed(model, inner, config, seed), progress_bar(progress, total=len(jobs), desc="generate") as bar:
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            draw = _Draw(temperature)
-            new_ids = _generate_batch(inner, [prompt_ids[prompt] for prompt, _ in batch], config, device, draw)
+    with _undisturbed(model, inner, config), progress_bar(progress, total=len(jobs), desc="generate") as bar:
+        while len(results) < len(jobs):
+            longest = len(prompt_ids[jobs[len(results)][0]]) + max_new_tokens
+            number = batch_size or responses_at_once(longest, device)
+            batch = jobs[len(results) : len(results) + number]
+            uniform = np.stack(
+                [_uniforms(seed, prompt_ids[p], occurrences[p], sample, max_new_tokens) for p, sample in batch]
+            )
+            draw = _Draw(temperature, torch.from_numpy(uniform))
+            try:
+                new_ids = _generate_batch(inner, [prompt_ids[prompt] for prompt, _ in batch], config, device, draw)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{len(batch)} responses at once, of up to {longest} tokens with their prompts, do not fit into "
+                    f"the memory of {device}: set eval.batch_size to a lower number"
+                ) from None
             for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
                 ids, finished = _cut(ids, stops)
                 results.append(Generation(prompt, sample, ids, finished, logps[: len(ids)]))
             bar.update(len(batch))
     return sorted(results, key=lambda item: (item.prompt_index, item.sample_index))
+
+
+def responses_at_once(longest: int, device: torch.device | str) -> int:
+    """Responses in a batch whose longest has so many tokens with its prompt: what the device's budget holds, or one."""
+    return max(1, TOKENS_AT_ONCE.get(torch.device(device).type, 4096) // longest)
+
+
+def _occurrences(prompt_ids: Sequence[Sequence[int]]) -> list[int]:
+    """How often each prompt came before: equal prompts must not draw the same numbers."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for ids in map(tuple, prompt_ids):
+        numbers.append(seen[ids])
+        seen[ids] += 1
+    return numbers
+
+
+def _uniforms(seed: int, prompt: Sequence[int], occurrence: int, sample: int, steps: int) -> np.ndarray:
+    """The random numbers of one response, `[steps]` float64 in [0, 1)."""
+    # With its length before it no prompt is the beginning of another's key.
+    return np.random.default_rng([seed, sample, occurrence, len(prompt), *prompt]).random(steps)
 
 
 def draw_tokens(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -132,8 +178,9 @@ def _passes(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 class _Draw(LogitsProcessor):
     """Draw each row's next token and keep its log-probability; all other tokens are ruled out."""
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float, uniform: torch.Tensor):
         self.temperature = temperature
+        self.uniform = uniform  # [rows, steps] float64 on the host: a column is needed at a time
         self._steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -141,7 +188,7 @@ class _Draw(LogitsProcessor):
         if not torch.isfinite(total).all():
             raise NonFiniteError("the model's logits are not finite, so no token can be drawn; check its weights")
         if self.temperature:
-            uniform = torch.rand(len(scores), dtype=torch.float64, device=scores.device)
+            uniform = self.uniform[:, len(self._steps)].to(scores.device)
             drawn = draw_tokens(torch.softmax(scores / self.temperature, dim=-1), uniform)[:, None]
         else:
             drawn = scores.argmax(dim=-1, keepdim=True)
@@ -167,23 +214,21 @@ def _plain_config(tokenizer: PreTrainedTokenizerBase, stops: list[int], max_new_
 
 
 @contextmanager
-def _undisturbed(model: torch.nn.Module, inner: Any, config: GenerationConfig, seed: int) -> Iterator[None]:
-    """Evaluation mode, a seeded random state and `config` in place of the model's own settings, all put back after.
+def _undisturbed(model: torch.nn.Module, inner: Any, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode and `config` in place of the model's own settings, both put back after.
 
     Transformers fills every unset field of a generation config from the model's; replacing the model's is the only
     way to be sure that none of them takes part.
     """
     training, saved = model.training, inner.generation_config
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model.eval()
-        inner.generation_config = config
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            inner.generation_config = saved
-            model.train(training)
+    model.eval()
+    inner.generation_config = config
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        inner.generation_config = saved
+        model.train(training)
 
 
 def _generate_batch(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.generate import Generation, generate_responses
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.statistics import mean_and_se, paired_difference
-from sepo.forward.passes import dataset_logps
+from sepo.forward.passes import dataset_logps, read_like
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import EvalSettings
@@ -39,8 +40,12 @@ def evaluate_run(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    tokens_per_row: int | None = None,
 ) -> dict[str, float]:
     """Measure a policy against the model it started from, on held-out pairs and prompts.
+
+    Both are read in the same types, so that a difference between them is never one of rounding; and one after the
+    other, so that one of them is in memory at a time.
 
     Args:
         policy, base: models after and before training, with one tokenizer.
@@ -48,7 +53,9 @@ def evaluate_run(
         out: folder for `generations.parquet`.
         scores, selection: token rewards and key tokens of the training pairs, for fidelity (with a gold reward).
         scores_held_out: token rewards of the held-out pairs, for the oracle's accuracy.
-        base_logps: the base's stored log-probabilities of `held_out`; computed when None.
+        base_logps: the base's stored log-probabilities of `held_out`; computed when None, and where they were read in
+            other types or on another kind of device than the policy is.
+        tokens_per_row: token budget of a packed row when reading; a default for the device if None.
 
     Returns:
         flat metrics, floats by name.
@@ -63,40 +70,85 @@ def evaluate_run(
         chosen = read_table(selection, "selection") if selection is not None else None
         metrics |= _prefixed("fidelity", fidelity(tokenizer, read_table(scores, "scores"), chosen))
 
-    models = {name: load_model(path, device=device, dtype=dtype) for name, path in (("base", base), ("policy", policy))}
-    if len(pairs):
-        before = read_table(base_logps, "logps") if base_logps is not None else dataset_logps(models["base"], pairs)
-        metrics |= policy_accuracy(before, dataset_logps(models["policy"], pairs), pairs)
+    if not len(pairs):
+        return {name: float(value) for name, value in metrics.items()}
     prompts = sample_prompts(pairs, settings.prompts)
+    stored = read_table(base_logps, "logps") if base_logps is not None else None
+
+    def read(path: str, stored: pa.Table | None, answers: list[Generation] | None) -> tuple[pa.Table, list, np.ndarray]:
+        """Log-probabilities of the pairs, responses, and log-probabilities of `answers` (its own if None)."""
+        model = load_model(path, device=device, dtype=dtype)
+        if stored is None or not read_like(stored, model):
+            stored = dataset_logps(model, pairs, tokens_per_row=tokens_per_row)
+        if not prompts:
+            return stored, [], np.zeros(0)
+        own = sample(model, tokenizer, prompts, settings, seed, progress=True)
+        sums = own_logps(model, prompts, own) if answers is None else response_logps(model, prompts, answers)
+        return stored, own, sums
+
+    after, answers, policy_sums = read(policy, None, None)
+    _release_memory()
+    before, base_answers, base_sums = read(base, stored, answers)
+    _release_memory()
+    metrics |= policy_accuracy(before, after, pairs)
     if prompts:
-        metrics |= measure_generations(models, tokenizer, prompts, settings, seed, out / "generations.parquet")
+        generations = {"base": base_answers, "policy": answers}
+        found, table = judge_generations(generations, policy_sums - base_sums, tokenizer, prompts, settings)
+        metrics |= found
+        write_parquet(out / "generations.parquet", table)
     return {name: float(value) for name, value in metrics.items()}
 
 
-def measure_generations(
-    models: Mapping[str, nn.Module],
+def _release_memory() -> None:
+    """Free a model that nobody refers to any more, cycles included, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def sample(
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     settings: EvalSettings,
     seed: int,
-    out: Path,
-) -> dict[str, float]:
-    """Generate from base and policy, store the texts in `out`, and measure gold reward, KL and lengths."""
-    generations: dict[str, list[Generation]] = {}
-    for name, model in models.items():
-        generations[name] = generate_responses(
-            model,
-            tokenizer,
-            prompts,
-            samples=settings.samples,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=seed,
-        )
-    texts = {
-        name: [str(tokenizer.decode(one.response_ids, skip_special_tokens=True)) for one in items]
-        for name, items in generations.items()
-    }
+    progress: bool = False,
+) -> list[Generation]:
+    """Responses of a model to the prompts, as the settings say."""
+    return generate_responses(
+        model,
+        tokenizer,
+        prompts,
+        samples=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=seed,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, generations: Sequence[Generation]) -> list[str]:
+    """Texts of responses, without special tokens."""
+    return [str(tokenizer.decode(one.response_ids, skip_special_tokens=True)) for one in generations]
+
+
+def judge_generations(
+    generations: Mapping[str, list[Generation]],
+    kl: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    settings: EvalSettings,
+) -> tuple[dict[str, float], pa.Table]:
+    """Gold reward, KL and lengths of responses.
+
+    Args:
+        generations: of "base" and "policy", to the same prompts.
+        kl: `[responses]`, the log-ratio of each of the policy's (`sample_kl`).
+
+    Returns:
+        metrics, and a table with a row for each prompt and sample.
+    """
     metrics: dict[str, float] = {}
     columns: dict[str, object] = {
         "prompt": [tokenizer.decode(prompts[one.prompt_index]) for one in generations["base"]],
@@ -105,13 +157,14 @@ def measure_generations(
     groups = [one.prompt_index for one in generations["base"]]
     gold: dict[str, np.ndarray] = {}
     for name, items in generations.items():
+        texts = decoded(tokenizer, items)
         lengths = np.array([len(one.response_ids) for one in items])
         metrics[f"length/{name}"], metrics[f"length/{name}_se"] = mean_and_se(lengths, groups)
         metrics[f"finished/{name}"] = float(np.mean([one.finished for one in items]))
-        columns[name] = texts[name]
+        columns[name] = texts
         columns[f"{name}_tokens"] = lengths
         if settings.gold is not None:
-            gold[name] = gold_reward(settings.gold)(texts[name])
+            gold[name] = gold_reward(settings.gold)(texts)
             metrics[f"gold_reward/{name}"], metrics[f"gold_reward/{name}_se"] = mean_and_se(gold[name], groups)
             columns[f"{name}_gold"] = gold[name]
     if gold:
@@ -119,23 +172,41 @@ def measure_generations(
         metrics["gold_reward/difference"], metrics["gold_reward/difference_se"] = difference, error
         wins = 0.5 * (1 + np.sign(gold["policy"] - gold["base"]))
         metrics["gold_reward/win_rate"], metrics["gold_reward/win_rate_se"] = mean_and_se(wins, groups)
-    kl = sample_kl(models["base"], prompts, generations["policy"])
     columns["policy_kl"] = kl
     metrics["kl"], metrics["kl_se"] = mean_and_se(kl, groups)
     tokens = np.array([len(one.response_ids) for one in generations["policy"]])
     metrics["kl_per_token"] = float(kl.sum() / tokens.sum())
     metrics["prompts"] = len(prompts)
-    write_parquet(out, pa.table(columns))
-    return metrics
+    return metrics, pa.table(columns)
+
+
+def sample_kl(
+    policy: nn.Module, base: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]
+) -> np.ndarray:
+    """Per response sampled from a policy: sum of log pi_policy - log pi_base over its tokens, in nats, `[responses]`.
+
+    Its mean is an unbiased estimate of KL(policy || base) per response when sampling was at temperature 1.
+    """
+    return own_logps(policy, prompts, generations) - response_logps(base, prompts, generations)
+
+
+def own_logps(policy: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]) -> np.ndarray:
+    """Summed log-probability of each of a policy's own responses, `[responses]`, comparable with what another reads.
+
+    In float32 it is what sampling kept. In fewer bits a step of generation (with a cache, padded) and a packed row
+    round differently, by 0.05 nats a token, and the KL of a model to itself would not be 0: the policy reads its own
+    responses again.
+    """
+    # What Accelerate wraps for mixed precision samples in it, whatever the type of the weights.
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in policy.parameters())
+    if exact and not hasattr(policy, "_original_forward"):
+        return np.array([sum(one.logps) for one in generations])
+    return response_logps(policy, prompts, generations)
 
 
 @torch.no_grad()
-def sample_kl(base: nn.Module, prompts: list[list[int]], generations: list[Generation]) -> np.ndarray:
-    """Per response sampled from a policy: sum of log pi_policy - log pi_base over its tokens, in nats.
-
-    Its mean is an unbiased estimate of KL(policy || base) per response when sampling was at temperature 1. The
-    policy's log-probabilities are those that sampling kept; only the base reads the responses.
-    """
+def response_logps(model: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]) -> np.ndarray:
+    """Summed log-probability of each response under a model that reads it, `[responses]` in nats."""
     ids = [list(one.response_ids) for one in generations]
     pairs = make_table(
         "pairs",
@@ -147,5 +218,4 @@ def sample_kl(base: nn.Module, prompts: list[list[int]], generations: list[Gener
             "rejected_ids": [response[:1] for response in ids],
         },
     )
-    before, _ = response_sums(dataset_logps(base, pairs), "logps")
-    return np.array([sum(one.logps) for one in generations]) - before
+    return response_sums(dataset_logps(model, pairs), "logps")[0]

@@ -11,10 +11,11 @@ from torch import nn
 
 from sepo import processes
 from sepo.data.ragged import ragged
-from sepo.data.tables import check_pairs_differ, make_table
+from sepo.data.tables import check_pairs_differ, make_table, provenance_of
 from sepo.forward.logps import token_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, fill_rows, pack, pad
 from sepo.forward.prepare import prepare_model
+from sepo.models.adapters import causal_lm
 
 LAYOUTS: dict[str, Callable[[Sequence[Pair]], PackedBatch]] = {"packed": pack, "padded": pad}
 # In training; without gradients a row may be larger, as nothing is kept for a backward pass.
@@ -45,6 +46,33 @@ def tokens_per_row_for(device: torch.device | str, scoring: bool = False) -> int
     return 8 * budget if scoring and kind == "cpu" else budget
 
 
+def numerics(model: nn.Module) -> dict[str, str | None]:
+    """What rounds the log-probabilities that are read from a model here and now.
+
+    Two models may stand in one log-ratio only where these are equal: between float32 and bfloat16 the sum over a
+    response is off by about a nat, as much as a training moves it.
+
+    Returns:
+        `dtype` of the weights ("float32", "bfloat16 4bit"), kind of `device`, and `autocast`'s dtype, None without it.
+    """
+    lm = causal_lm(model)
+    weight = next(lm.get_input_embeddings().parameters())
+    kind = weight.device.type
+    quantized = " 4bit" if getattr(lm, "is_quantized", False) else ""
+    autocast = _name(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    return {"dtype": _name(weight.dtype) + quantized, "device": kind, "autocast": autocast}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_like(logps: pa.Table, model: nn.Module) -> bool:
+    """Whether stored log-probabilities were read as those of `model` would be now (`numerics`)."""
+    found = provenance_of(logps)
+    return all(found.get(name) == value for name, value in numerics(model).items())
+
+
 @torch.no_grad()
 def dataset_logps(
     model: nn.Module,
@@ -66,7 +94,7 @@ def dataset_logps(
             the whole table. The rows are those of one process, so the numbers are too.
 
     Returns:
-        a table of kind "logps", row for row with `pairs`.
+        a table of kind "logps", row for row with `pairs`; its provenance holds the model's `numerics`.
 
     Raises:
         NonFiniteError: a log-probability is NaN or infinite.
@@ -113,5 +141,5 @@ def dataset_logps(
             "chosen_logps": ragged(out[CHOSEN], lengths[:, CHOSEN]),
             "rejected_logps": ragged(out[REJECTED], lengths[:, REJECTED]),
         },
-        provenance,
+        {**{name: value for name, value in numerics(model).items() if value is not None}, **(provenance or {})},
     )

@@ -56,7 +56,8 @@ def describe_model(model: nn.Module | PreTrainedConfig) -> dict[str, Any]:
             its weights.
 
     Returns:
-        `architecture`, `parameters` (tied weights once), `trainable`, `layers`, `hidden`, `vocab`, `dtype`.
+        `architecture`, `parameters` (tied weights once), `trainable`, `layers`, `hidden`, `cached` (keys and values of
+        a token), `vocab`, `dtype`.
     """
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
@@ -70,9 +71,19 @@ def describe_model(model: nn.Module | PreTrainedConfig) -> dict[str, Any]:
         "trainable": sum(_count(p) for p in parameters if p.requires_grad),
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
+        "cached": 2 * config.num_hidden_layers * _key_width(config),
         "vocab": config.vocab_size,
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
+
+
+def _key_width(config: PreTrainedConfig) -> int:
+    """Numbers in the keys of one token in one layer; the hidden width where the config does not say more."""
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):  # no attention, or another number in each layer
+        return int(config.hidden_size)
+    return kv_heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _count(parameter: nn.Parameter) -> int:

@@ -1,4 +1,6 @@
-"""What a model computes, in one hash: its config and every byte of its weights."""
+"""What a model computes, in one hash: its config and every byte of its weights. And how it is used, in another: its
+tokenizer, chat template and generation config, which go along with a model that is trained from it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,20 @@ _VOLATILE_KEYS = {
     "base_model_name_or_path",
     "peft_version",
     "inference_mode",
+    "name_or_path",
 }
+# Files of a model folder that say how text becomes tokens, a conversation text, and where a response ends.
+_USAGE_FILES = (
+    "tokenizer*",
+    "*_tokens*.json",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
 
 
 def model_fingerprint(name_or_path: str | os.PathLike, *, revision: str | None = None) -> str:
@@ -47,6 +62,29 @@ def model_fingerprint(name_or_path: str | os.PathLike, *, revision: str | None =
     if is_adapter(folder):
         base, base_revision = adapter_base(folder)
         digest.update(f"base:{model_fingerprint(base, revision=base_revision)}\n".encode())
+    return digest.hexdigest()
+
+
+def usage_fingerprint(name_or_path: str | os.PathLike) -> str:
+    """Return a sha256 of how a model is used: its tokenizer's files, chat templates and generation config.
+
+    Not part of `model_fingerprint`, for none of it changes a log-probability; but a model that is trained from this one
+    inherits it, and it decides where responses end. An adapter's covers its base.
+
+    Raises:
+        UserError: no such model, or a file of it that is no JSON object.
+    """
+    folder = Path(resolve_model(name_or_path))
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _USAGE_FILES for path in folder.glob(pattern) if path.is_file()}):
+        content = file_digest(path)
+        if path.name in ("tokenizer_config.json", "generation_config.json"):
+            values = {k: v for k, v in read_json_object(path).items() if k not in _VOLATILE_KEYS}
+            content = json.dumps(values, sort_keys=True)
+        digest.update(f"{path.relative_to(folder).as_posix()}:{content}\n".encode())
+    if is_adapter(folder):
+        base, revision = adapter_base(folder)
+        digest.update(f"base:{usage_fingerprint(resolve_model(base, revision=revision))}\n".encode())
     return digest.hexdigest()
 
 

@@ -182,13 +182,14 @@ def _short(value: Any) -> str:
 
 
 def check_same_budget(settings: list[Setting]) -> None:
-    """Raise a UserError unless all runs see the same pairs the same number of times."""
+    """Raise a UserError if runs do not see the same pairs, or a different number of epochs of them.
 
-    def budget(recipe: Recipe) -> Any:
+    What else can be known only with the number of pairs is checked there (`runs.compare.check_same_pairs`).
+    """
+
+    def epochs(recipe: Recipe) -> float | None:
         training = recipe.policy.training
-        if training.max_steps > 0:
-            return f"{training.max_steps * training.batch_size} pairs"
-        return f"{training.num_train_epochs:g} epochs"
+        return None if training.max_steps > 0 else training.num_train_epochs
 
     first = settings[0]
     for other in settings[1:]:
@@ -197,10 +198,11 @@ def check_same_budget(settings: list[Setting]) -> None:
                 f"variants {first.variant} and {other.variant} have different data or eval settings: "
                 "set those for all variants, in the grid's `set`"
             )
-        if budget(other.recipe) != budget(first.recipe):
+        counts = epochs(first.recipe), epochs(other.recipe)
+        if None not in counts and counts[0] != counts[1]:
             raise UserError(
                 f"variants {first.variant} and {other.variant} see different numbers of pairs "
-                f"({budget(first.recipe)}, {budget(other.recipe)}): a comparison needs one budget"
+                f"({counts[0]:g} and {counts[1]:g} epochs): a comparison needs one budget"
             )
 
 

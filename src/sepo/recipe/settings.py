@@ -246,6 +246,13 @@ class EvalSettings(Settings):
     samples: int = Field(1, ge=1, description="generations a prompt, from each of base and policy")
     max_new_tokens: int = Field(256, ge=1, description="length limit of a generation")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; the KL estimate is unbiased only at 1")
+    batch_size: int | None = Field(
+        None, ge=1, description="generations at a time; default: as many as a token budget for the device holds"
+    )
+
+    def what_is_measured(self) -> dict[str, Any]:
+        """The settings that figures depend on: all but the number of generations at a time."""
+        return self.model_dump(mode="json", exclude={"batch_size"})
 
 
 class Recipe(Settings):

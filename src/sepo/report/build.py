@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from sepo.credit.selection import check_rate, ends_response
 from sepo.data import tables
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
+from sepo.data.splits import prompt_numbers
 from sepo.errors import UserError
 from sepo.files import write_bytes
 from sepo.report.payload import jsonable, pack, smallest_unsigned
@@ -44,11 +45,13 @@ class Scores:
     Attributes:
         rows: the pairs to show, at most `max_pairs`, spread evenly over the table.
         rewards: for each side, the rewards of *all* pairs and their lengths.
+        prompts: the number of the prompt of *all* pairs.
         provenance: the metadata of the table.
     """
 
     rows: pa.Table
     rewards: dict[str, tuple[np.ndarray, np.ndarray]]
+    prompts: np.ndarray
     provenance: dict
 
 
@@ -64,9 +67,11 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
         raise UserError(f"'{path}' holds no pair: expected a score table with at least one row")
     picked = np.unique(np.linspace(0, total - 1, min(max_pairs, total)).round().astype(np.int64))
     shown, rewards, lengths = [], {side: [] for side in SIDES}, {side: [] for side in SIDES}  # type: ignore[var-annotated]
+    prompt_ids: list[pa.Array] = []
     start = 0
     for shard in paths:
         table = tables.read_shard(shard, "scores")
+        prompt_ids += table["prompt_ids"].chunks
         for side in SIDES:
             values, counts = flat(table[f"{side}_rewards"])
             rewards[side].append(values)
@@ -77,7 +82,8 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
     joined = {side: (np.concatenate(rewards[side]), np.concatenate(lengths[side])) for side in SIDES}
     if not any(len(values) for values, _ in joined.values()):
         raise UserError(f"'{path}' holds no response token: expected responses of at least one token")
-    return Scores(pa.concat_tables(shown), joined, tables.provenance_of(shown[0]))
+    prompts = prompt_numbers(pa.chunked_array(prompt_ids))
+    return Scores(pa.concat_tables(shown), joined, prompts, tables.provenance_of(shown[0]))
 
 
 def _spread(
@@ -373,7 +379,7 @@ def build_report(
     header = {
         "title": title,
         "k": _starting_rates(selection, {"chosen": k_chosen, "rejected": k_rejected}),
-        "summary": summarise(scores.rewards),
+        "summary": summarise(scores.rewards, scores.prompts),
         "documents": jsonable(documents),
     }
     data = _payload(scores, pieces, selection, logps, header)

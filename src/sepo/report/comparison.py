@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
-from sepo.evaluate.frontier import at_kl, quality
+from sepo.evaluate.frontier import at_kl, before_first_checkpoint, quality
 from sepo.evaluate.statistics import interval, over_seeds
 from sepo.report.figures import make_figure, write_png
 from sepo.report.style import GREY, MARKERS, SERIES
@@ -27,8 +28,8 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
 
     Returns:
         rows with variant, label, reported, seeds, and `X` and `X_se` for value (at `kl`, see `frontier.at_kl`), reached
-        (number of runs that got as far as `kl`), final, final_kl, win_rate, length, train_seconds, target_tokens,
-        read_tokens, pairs_seen.
+        (number of runs that got as far as `kl`), unmeasured (number of runs whose checkpoints all lie beyond `kl`),
+        final, final_kl, win_rate, length, train_seconds, target_tokens, read_tokens, pairs_seen.
     """
     groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -38,6 +39,7 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
         row: dict[str, Any] = {"variant": variant, "label": label, "reported": reported, "seeds": len(members)}
         found = [at_kl(run["points"], kl) for run in members]
         row["reached"] = sum(reached for _, reached in found)
+        row["unmeasured"] = sum(before_first_checkpoint(run["points"], kl) for run in members)
         columns: dict[str, list[float]] = {"value": [value for value, _ in found]}
         columns["final"] = [quality(run["points"][-1]) for run in members]
         for name, source in (("final_kl", "kl"), ("win_rate", "win_rate"), ("length", "length")):
@@ -91,8 +93,14 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     lines = [f"# {comparison['name']}", ""]
     lines.append(
         f"Gain: {'mean gold reward above the start' if gold else 'held-out accuracy above one half'}; KL in nats a "
-        "response; ± standard error over seeds (– for one seed). A value marked * has runs that did not get as far as "
-        "the comparison's KL and count with their furthest point."
+        "response; ± standard error over seeds (– for one seed)."
+        + (
+            " Curves are straight in the root of the KL. A value marked * has runs that did not get as far as the "
+            "comparison's KL and count with their furthest point; one marked † has runs whose first checkpoint lies "
+            "beyond it and which were not measured below."
+            if kl
+            else ""
+        )
     )
     reported = [row for row in comparison["rows"] if row["reported"]]
     swept = [row for row in comparison["rows"] if not row["reported"]]
@@ -106,12 +114,12 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         )
         lines.append("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
         for row in sorted(rows, key=lambda row: -row["value"]):
-            star = "*" if row["reached"] < row["seeds"] else ""
+            marks = ("*" if row["reached"] < row["seeds"] else "") + ("†" if row["unmeasured"] else "")
             cells = [
                 row["variant"],
                 row["label"] or "–",
                 str(row["seeds"]),
-                _pm(row, "value", "+.3f") + star,
+                _pm(row, "value", "+.3f") + marks,
                 _pm(row, "final", "+.3f"),
                 _pm(row, "final_kl", ".2f"),
                 _pm(row, "win_rate", ".3f"),
@@ -137,6 +145,24 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reading_notes(rows: Sequence[Mapping[str, Any]], kl: float | None) -> list[str]:
+    """What weakens the values at `kl` of the reported settings, a line each; none without a KL to compare at."""
+
+    def settings(counts: Iterable[int]) -> str:
+        named = zip(reported, counts, strict=True)
+        return ", ".join(f"{count} of {row['variant']} {row['label']}".strip() for row, count in named if count)
+
+    reported = [row for row in rows if row["reported"]]
+    notes = []
+    if early := settings(row["unmeasured"] for row in reported):
+        notes.append(
+            f"not measured below KL {kl:g}, so read off the shape of the curve: {early}; add earlier checkpoints"
+        )
+    if kl is not None and (short := settings(row["seeds"] - row["reached"] for row in reported)):
+        notes.append(f"did not get as far as KL {kl:g} and count with their furthest point: {short}")
+    return notes
+
+
 def _pm(row: Mapping[str, Any], name: str, form: str) -> str:
     if math.isnan(row[name]):
         return "–"
@@ -156,13 +182,16 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
         for name in names:
             members = [run for run in runs if _name(run) == name]
             for index, run in enumerate(members):
-                at = [0.0, *(point["kl"] for point in run["points"])]
+                at = [0.0, *(max(point["kl"], 0.0) for point in run["points"])]
                 gained = [0.0, *(quality(point) for point in run["points"])]
                 label = name if index == 0 else None
                 axes.plot(at, gained, **style[name], label=label, markersize=4, linewidth=1, alpha=0.8)
         if comparison["kl"]:
             axes.axvline(comparison["kl"], color=GREY, linewidth=0.8, linestyle=":")
         axes.axhline(0, color=GREY, linewidth=0.8)
+        # As curves are read (`at_kl`): what is straight between two checkpoints is what is read between them.
+        axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+        axes.set_xlim(left=0)
 
     def win_rates(axes: Axes) -> None:
         for place, name in enumerate(names):

@@ -157,7 +157,7 @@ def save_figures(
     run, folder = Path(run), Path(folder)
     is_run = (run / "scores").is_dir()
     scores = read_scores(run / "scores" if is_run else run, max_pairs=1)
-    summary = summarise(scores.rewards)
+    summary = summarise(scores.rewards, scores.prompts)
     written = []
     for name in formats:
         # Drawn anew for each format: a layout depends on what was drawn before.

@@ -787,7 +787,7 @@ function figuresView(data) {
   }));
   charts.push(figure({
     title: "Reward by position", file: "reward-by-position",
-    caption: "Mean token reward by place in the response (1 is the first token), with the 95 % interval of the mean.",
+    caption: "Mean token reward by place in the response (1 is the first token), with the 95 % interval of the mean, clustered by prompt.",
     xLabel: "Position", yLabel: "Mean reward s", x: { log2: true, format: short, read: (x) => integer(x) }, y: { format: short },
     series: SIDES.map((side) => ({
       name: side, ...SIDE_STYLE[side], x: summary.positions.position, y: summary.positions[side].mean, low: summary.positions[side].low, high: summary.positions[side].high,

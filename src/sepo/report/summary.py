@@ -85,8 +85,12 @@ def _position_edges(longest: int) -> np.ndarray:
     return np.array(edges)
 
 
-def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict:
-    """Mean reward by position in the response, with a 95 % interval of the mean (1.96 standard errors)."""
+def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts: np.ndarray) -> dict:
+    """Mean reward by position in the response, with a 95 % interval of the mean (1.96 standard errors).
+
+    The errors are clustered by prompt, as those of `mean_and_se`: tokens of one response depend on each other, and so
+    do responses to one prompt. Where a single prompt has tokens the interval is the mean itself.
+    """
     lengths = np.concatenate([lengths for _, lengths in sides.values()])
     edges = _position_edges(max(1, int(np.quantile(lengths, 0.95))))
     # The bucket is drawn at the middle of its positions, counted from 1.
@@ -97,11 +101,16 @@ def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict
         inside = position < edges[-1]
         bucket = np.searchsorted(edges, position[inside], side="right") - 1
         values = rewards[inside].astype(np.float64)
-        n = np.bincount(bucket, minlength=len(edges) - 1)
+        buckets = len(edges) - 1
+        n = np.bincount(bucket, minlength=buckets)
         filled = np.maximum(n, 1)
-        mean = np.bincount(bucket, values, len(edges) - 1) / filled
-        square = np.bincount(bucket, values**2, len(edges) - 1) / filled
-        error = 1.96 * np.sqrt(np.maximum(square - mean**2, 0) / filled)
+        mean = np.bincount(bucket, values, buckets) / filled
+        cells, cell = np.unique(np.repeat(prompts, counts)[inside] * buckets + bucket, return_inverse=True)
+        residuals = np.bincount(cell, values - mean[bucket])  # of one prompt in one bucket
+        clusters = np.bincount(cells % buckets, minlength=buckets)
+        spread = np.bincount(cells % buckets, residuals**2, buckets)
+        correction = np.where(clusters > 1, clusters / np.maximum(clusters - 1, 1), 0)
+        error = 1.96 * np.sqrt(correction * spread) / filled
         empty = n == 0
         figure[side] = {
             name: [None if skip else float(value) for value, skip in zip(np.round(line, 6), empty, strict=True)]
@@ -110,11 +119,12 @@ def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict
     return figure
 
 
-def summarise(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict:
+def summarise(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts: np.ndarray) -> dict:
     """Summarise a score table.
 
     Args:
         sides: for "chosen" and "rejected", the flat token rewards `[tokens]` and the lengths `[pairs]`.
+        prompts: the number of each pair's prompt `[pairs]` (`data.splits.prompt_numbers`).
 
     Returns:
         Plain numbers and lists: `pairs`, `tokens`, `accuracy` (share of pairs whose chosen response has the higher
@@ -135,7 +145,7 @@ def summarise(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict:
         "cumulative": _cumulative_figure(sides),
         "rewards": _histogram({"chosen": chosen, "rejected": rejected}, 80),
         "margins": _histogram({"pairs": margins}, int(np.clip(np.sqrt(len(margins)) * 2, 10, 60))),
-        "positions": _position_figure(sides),
+        "positions": _position_figure(sides, prompts),
     }
 
 

@@ -31,6 +31,7 @@ from sepo.report.comparison import (
     best_setting,
     comparison_markdown,
     differences,
+    reading_notes,
     save_comparison_figures,
     summarise_runs,
 )
@@ -38,6 +39,7 @@ from sepo.runs.folder import Run, environment, open_run
 from sepo.runs.pipeline import check_inputs, check_pairs
 from sepo.stages import data, logps, measured, oracle, reference, score, select, train
 from sepo.stages.stage import Made, Model, Stage
+from sepo.training.fit import pairs_to_see
 
 
 def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
@@ -59,9 +61,14 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         grid.results_folder.mkdir(parents=True, exist_ok=True)
         write_json(grid.results_folder / "grid.json", grid.model_dump(mode="json"))
         work = _Comparison(run, grid, first)
+        check_same_pairs(settings, work.data().results["train"])
         for setting, seed, reported in work.schedule(settings):
             work.add(setting, seed, reported)
-        return work.results()
+        results = work.results()
+        for note in reading_notes(results["rows"], grid.kl):
+            say(f"  {note}")
+        run.say_unused("shared/*", "runs/*")
+        return results
 
 
 def check_grid(settings: dict[str, list[Setting]]) -> None:
@@ -83,6 +90,23 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
                 load_tokenizer(recipe.reference.model, revision=recipe.reference.revision),
                 "the other variants' reference",
                 load_tokenizer(first.model, revision=first.revision),
+            )
+
+
+def check_same_pairs(settings: dict[str, list[Setting]], pairs: int) -> None:
+    """Raise a UserError unless all runs see as many pairs; a last batch that is not full counts what it holds.
+
+    Args:
+        pairs: in one epoch.
+    """
+    everything = [setting for group in settings.values() for setting in group]
+    counts = [pairs_to_see(setting.recipe.policy.training, pairs) for setting in everything]
+    for other, count in zip(everything, counts, strict=True):
+        if count != counts[0]:
+            raise UserError(
+                f"variants {everything[0].variant} and {other.variant} see different numbers of pairs ({counts[0]:,} "
+                f"and {count:,}, of {pairs:,} in an epoch): a comparison needs one budget; set batch_size to a divisor "
+                "of the pairs, or num_train_epochs to a whole number without max_steps"
             )
 
 
@@ -109,7 +133,7 @@ class _Comparison:
         self.run, self.grid, self.recipe = run, grid, recipe
         self.runs: list[dict[str, Any]] = []
         self.shared: dict[str, dict[str, Any]] = {}
-        self._bases: dict[str, torch.nn.Module] = {}
+        self._bases: dict[tuple, torch.nn.Module] = {}
 
     def schedule(self, settings: dict[str, list[Setting]]) -> Iterator[tuple[Setting, int, bool]]:
         """Yield the runs in order; the best setting of a sweep is known only when its runs are done."""
@@ -227,11 +251,11 @@ class _Comparison:
         self.results()
 
     def _base(self, recipe: Recipe, start: Model) -> torch.nn.Module:
-        if start.content not in self._bases:
-            # In the type of the policy in training: a KL between two types would measure their rounding.
-            dtype = logps.scoring_dtype(recipe)
-            self._bases[start.content] = load_model(start.folder, device=recipe.device, dtype=dtype)
-        return self._bases[start.content]
+        types = measured.training_types(recipe, start)
+        key = (start.content, *types.values())
+        if key not in self._bases:
+            self._bases[key] = load_model(start.folder, device=recipe.device, **types)
+        return self._bases[key]
 
     # --- results ----------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from sepo import processes
 from sepo.data.tables import FORMAT_VERSION
 from sepo.errors import UserError, one_line
-from sepo.files import digest, file_digest, recover_folder, remove_leftovers, write_json, write_text
+from sepo.files import defined, digest, file_digest, recover_folder, remove_leftovers, write_json, write_text
 from sepo.processes import say
 from sepo.recipe.reading import dump_recipe
 from sepo.recipe.settings import Recipe
@@ -45,6 +45,7 @@ class Run:
     folder: Path
     recipe: Recipe
     manifest: dict[str, Any] = field(default_factory=dict)
+    used: dict[str, Path] = field(default_factory=dict)  # folders of the stages that were asked for, by their names
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
@@ -59,6 +60,7 @@ class Run:
         """
         name = name or stage.kind
         title = title or name
+        self.used[name] = folder
         depends = json.loads(json.dumps({"format": FORMAT_VERSION, **stage.depends}, default=str))
         record = processes.on_main(lambda: self._standing(name, title, depends, stage, folder))
         if record is None:
@@ -118,7 +120,7 @@ class Run:
             ),
             "seconds": round(seconds, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "results": results,
+            "results": defined(results),  # as they are read again: a figure that is not defined is None
         }
         self.manifest["stages"][name] = record
         self.save()
@@ -134,9 +136,30 @@ class Run:
         return found
 
     def forget(self, name: str) -> None:
-        """Drop the record of a stage that the recipe no longer has, with its time."""
+        """Drop the record of a stage, with its time."""
         if self.manifest.setdefault("stages", {}).pop(name, None):
             self.save()  # in the main process: the others have no manifest
+
+    def forget_others(self) -> None:
+        """Drop the records of stages that nobody asked for: the recipe has them no longer."""
+        for name in list(self.manifest.get("stages", {})):
+            if name not in self.used:
+                self.forget(name)
+
+    def say_unused(self, *patterns: str) -> None:
+        """Name the folders that no stage asked for, with their size: earlier settings left them.
+
+        They are kept. Settings that are changed back find their models and tables there, and a folder that several
+        grids share is not theirs alone to clear.
+        """
+        folders = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_dir()}
+        left = sorted(folders - set(self.used.values()))
+        if not left:
+            return
+        size = sum(file.stat().st_size for folder in left for file in folder.rglob("*") if file.is_file())
+        names = [path.relative_to(self.folder).as_posix() for path in left]
+        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        say(f"not used by these settings, and kept: {listed} ({size / 1e9:.2f} GB in '{self.folder}'); may be deleted")
 
     def save(self) -> None:
         write_json(self.path("manifest.json"), self.manifest)

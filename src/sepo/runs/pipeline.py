@@ -61,8 +61,6 @@ def _run_stages(run: Run) -> dict[str, float]:
     tuning = reference.stage(recipe, start)
     if tuning is not None:
         small = Model.of(run.do(tuning, run.path("reference")))
-    else:
-        run.forget("reference")
 
     def passed(model: Model, role: str) -> Made:
         return run.do(logps.stage(recipe, model, pairs, role), run.path("logps", role), name=f"{role}_logps")
@@ -72,7 +70,6 @@ def _run_stages(run: Run) -> dict[str, float]:
     if (existing := oracle.existing(recipe.oracle, small)) is not None:
         oracles["oracle"] = existing
     names = oracle.names(recipe.oracle)
-    _forget_oracles(run, names)
     for name, oracle_seed in zip(names, oracle.seeds(seed, len(names)), strict=True):
         made = run.do(oracle.stage(recipe, small, pairs, small_logps, oracle_seed), run.path(name), name=name)
         oracles[name] = Model.of(made)
@@ -82,7 +79,7 @@ def _run_stages(run: Run) -> dict[str, float]:
     selection = run.do(select.stage(recipe.select, scores, seed), run.path("selection"))
 
     large = train.start(recipe, small)
-    large_logps = small_logps if large == small else None
+    large_logps = small_logps if large.content == small.content else None
     if train.needs_reference(recipe) and large_logps is None:
         large_logps = passed(large, "policy_start")
     targets = large_logps if train.needs_reference(recipe) else None
@@ -94,16 +91,9 @@ def _run_stages(run: Run) -> dict[str, float]:
     return processes.on_main(lambda: _finish(run, pairs, evaluation))
 
 
-def _forget_oracles(run: Run, names: list[str]) -> None:
-    for stage in list(run.manifest.get("stages", {})):
-        if stage.startswith("oracle") and stage.removesuffix("_logps") not in [*names, "oracle"]:
-            run.forget(stage)
-    if "oracle" not in names:
-        run.forget("oracle")
-
-
 def _finish(run: Run, pairs: Made, evaluation: Made) -> dict[str, float]:
-    """Write metrics.json and the report; returns the metrics."""
+    """Write metrics.json and the report, and say what earlier settings left; returns the metrics."""
+    run.forget_others()
     metrics: dict[str, Any] = {
         **evaluation.results,
         "pairs/train": pairs.results["train"],
@@ -113,4 +103,5 @@ def _finish(run: Run, pairs: Made, evaluation: Made) -> dict[str, float]:
     write_json(run.path("metrics.json"), metrics)
     build_report(run.folder, out=run.path("report.html"))
     say(f"report: {run.path('report.html')}")
+    run.say_unused("reference", "oracle", "oracle-[2-9]", "logps/*")
     return metrics

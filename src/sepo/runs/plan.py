@@ -19,7 +19,7 @@ from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.grid import Grid, Setting, number_of_runs
 from sepo.recipe.settings import Recipe
-from sepo.runs.compare import check_grid, oracle_key
+from sepo.runs.compare import check_grid, check_same_pairs, oracle_key
 from sepo.runs.pipeline import check_inputs, check_pairs
 from sepo.stages import data, evaluate, oracle, reference, score, select, train
 from sepo.stages.stage import Cost, Sizes
@@ -82,6 +82,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     everything = [setting.recipe for group in settings.values() for setting in group]
     first = everything[0]
     sizes = measure_sizes(first, progress=False)
+    check_same_pairs(settings, sizes.train)
     rate = _SHARE * matmul_rate(sizes.device)
     rows = [_runs_row("data", first.data.source, 1, None)]
     selective = [recipe for recipe in everything if recipe.policy.objective in SELECTIVE]

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sepo import processes
+from sepo.evaluate.generate import responses_at_once
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.measure import evaluate_run
+from sepo.models.devices import choose_dtype
 from sepo.recipe.settings import Recipe
 from sepo.stages.score import SCORES, SCORES_HELD_OUT
 from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
@@ -51,15 +53,16 @@ def stage(
             seed=recipe.seed,
             device=recipe.device,
             dtype=recipe.dtype,
+            tokens_per_row=recipe.tokens_per_row,
         )
 
     return Stage(
         kind="eval",
         what=f"gold: {recipe.eval.gold}",
         depends={
-            "eval": recipe.eval.model_dump(mode="json"),
-            "policy": policy.content,
-            "start": start.content,
+            "eval": recipe.eval.what_is_measured(),
+            "policy": policy.content,  # all of its files
+            "start": start.inherited(),
             "scores": scores.content,
             "selection": selection.content,
             "seed": recipe.seed,
@@ -77,9 +80,19 @@ def measuring_flops(recipe: Recipe, sizes: Sizes, models: int) -> float:
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Generation with start and policy, and a pass of both over the held-out pairs."""
+    """Generation with start and policy, one after the other, and a pass of both over the held-out pairs."""
     answers = 2 * min(sizes.prompts, recipe.eval.prompts) * recipe.eval.samples * recipe.eval.max_new_tokens
     large = sizes.large["parameters"]
     tokens = 2 * sizes.held_out_tokens
     work = 2 * large * tokens + measuring_flops(recipe, sizes, 2)
-    return Cost(f"gold: {recipe.eval.gold}", sizes.held_out, tokens + answers, work, 9 * large)
+    return Cost(f"gold: {recipe.eval.gold}", sizes.held_out, tokens + answers, work, generating_memory(recipe, sizes))
+
+
+def generating_memory(recipe: Recipe, sizes: Sizes) -> float:
+    """Bytes: the weights of one model, and keys and values of the responses of a batch with their prompts."""
+    responses = min(sizes.prompts, recipe.eval.prompts) * recipe.eval.samples
+    # A pair's tokens stand for a prompt's, of which they are the larger number.
+    length = recipe.eval.max_new_tokens + round(sizes.held_out_tokens / max(sizes.held_out, 1))
+    batch = min(responses, recipe.eval.batch_size or responses_at_once(length, sizes.device))
+    numbers = sizes.large["parameters"] + sizes.large["cached"] * batch * length
+    return float(choose_dtype(recipe.dtype, sizes.device).itemsize * numbers)

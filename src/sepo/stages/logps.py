@@ -26,6 +26,7 @@ from sepo.data.tables import (
 )
 from sepo.errors import UserError, one_line
 from sepo.forward.passes import dataset_logps
+from sepo.models.devices import choose_device, choose_dtype
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
 from sepo.processes import say
@@ -96,7 +97,7 @@ def logps_pass(
     """
     processes.join(device)
     shards = len(table_paths(pairs, "pairs"))
-    todo = processes.on_main(lambda: _shards_to_do(model, pairs, out, dtype))
+    todo = processes.on_main(lambda: _shards_to_do(model, pairs, out, dtype, device))
     if not todo:
         return out
 
@@ -122,9 +123,11 @@ def logps_pass(
     return out
 
 
-def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str) -> list[dict[str, Any]]:
+def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -> list[dict[str, Any]]:
     """The shards of a pass that do not stand yet, each with its provenance and number of pairs."""
-    fingerprint = {"model": model_fingerprint(model), "dtype": dtype}
+    chosen = choose_device(device)
+    weights = str(choose_dtype(dtype, chosen)).removeprefix("torch.")
+    fingerprint = {"model": model_fingerprint(model), "dtype": weights, "device": chosen.type}
     paths = table_paths(pairs, "pairs")
     todo, problems = [], []
     for index, path in enumerate(paths):

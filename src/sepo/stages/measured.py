@@ -20,6 +20,8 @@ from sepo.evaluate.frontier import Checkpoints, Judge, start_of
 from sepo.files import write_json
 from sepo.forward.packing import read_length
 from sepo.forward.passes import table_pairs
+from sepo.models.devices import choose_device, choose_dtype
+from sepo.models.folders import is_adapter
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Made, Model, Stage
@@ -29,11 +31,22 @@ from sepo.training.fit import objective_settings, train_model
 POINTS, SAMPLES = "points.json", "start.json"
 
 
+def training_types(recipe: Recipe, start: Model) -> dict[str, Any]:
+    """`dtype` and `quantization` of the policy's weights in training, as keywords of `load_model`.
+
+    The start is read in the same: a log-ratio between two types would measure their rounding.
+    """
+    policy = recipe.policy
+    adapter = policy.lora is not None or is_adapter(Path(start.folder))
+    dtype = choose_dtype("auto", choose_device(recipe.device), trained=not adapter)
+    return {"dtype": str(dtype).removeprefix("torch."), "quantization": policy.quantization}
+
+
 def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Callable[[], nn.Module]) -> Stage:
     """Samples of the starting model, which every policy of that seed is paired with, in `start.json`.
 
     Args:
-        base: gives `start` in memory.
+        base: gives `start` in memory, in the `training_types`.
     """
 
     def work(folder: Path) -> dict[str, Any]:
@@ -46,11 +59,11 @@ def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Call
         kind="start",
         what=f"samples of the starting model, seed {seed}",
         depends={
-            "start": start.content,
+            "start": start.inherited(),
             "pairs": pairs.content,
-            "eval": recipe.eval.model_dump(mode="json"),
+            "eval": recipe.eval.what_is_measured(),
             "seed": seed,
-            "dtype": recipe.dtype,
+            **training_types(recipe, start),
         },
         outputs=(SAMPLES,),
         work=work,
@@ -77,7 +90,7 @@ def run_stage(
         logps: of `start` over the pairs, for objectives with a reference.
         samples: from `start_stage`.
         held_out_logps: of `start`, where there is no gold reward.
-        base: gives `start` in memory.
+        base: gives `start` in memory, in the `training_types`.
     """
     policy = recipe.policy
 
@@ -96,6 +109,7 @@ def run_stage(
             json.loads((samples.folder / SAMPLES).read_text()),
             held_out,
             None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
+            recipe.tokens_per_row,
         )
         watch = Checkpoints(judge, checkpoints, folder / POINTS, len(table))
         train_model(
@@ -123,15 +137,15 @@ def run_stage(
         what=f"{policy.objective}, seed {seed}",
         depends={
             "policy": policy.model_dump(mode="json"),
-            "start": start.content,
+            "start": start.inherited(),
             "targets": pairs.content if targets is None else targets.content,
             "logps": None if logps is None else logps.content,
             "pairs": pairs.content,
             "samples": samples.content,
-            "eval": recipe.eval.model_dump(mode="json"),
+            "eval": recipe.eval.what_is_measured(),
             "checkpoints": checkpoints,
             "seed": seed,
-            "dtype": recipe.dtype,  # of the start that it is measured against
+            **training_types(recipe, start),
         },
         outputs=(POINTS,),
         work=work,

@@ -12,7 +12,7 @@ from sepo import processes
 from sepo.data.loading import source_fingerprint
 from sepo.errors import UserError
 from sepo.models.config import load_config
-from sepo.models.fingerprint import model_fingerprint
+from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, resolve_model
 from sepo.models.shrink import cut_config, shrink_model
 from sepo.recipe.settings import Recipe
@@ -39,8 +39,13 @@ def config(recipe: Recipe) -> PreTrainedConfig:
 
 def start(recipe: Recipe) -> Model:
     """The model that the recipe names, in a local folder."""
-    folder = resolve_model(recipe.reference.model, revision=recipe.reference.revision)
-    return Model(folder, processes.on_main(lambda: model_fingerprint(folder)))
+    return model_in(resolve_model(recipe.reference.model, revision=recipe.reference.revision))
+
+
+def model_in(folder: str) -> Model:
+    """A model that no stage of this run wrote."""
+    content, usage = processes.on_main(lambda: [model_fingerprint(folder), usage_fingerprint(folder)])
+    return Model(folder, content, usage)
 
 
 def stage(recipe: Recipe, model: Model) -> Stage | None:
@@ -63,7 +68,7 @@ def stage(recipe: Recipe, model: Model) -> Stage | None:
         kind="reference",
         what=_what(recipe),
         depends={
-            "model": model.content,
+            "model": model.inherited(),
             "reference": {"layers": layers, "sft": None if sft is None else sft.model_dump(mode="json")},
             "source": sft and processes.on_main(lambda: source_fingerprint(sft.source)),
             "seed": recipe.seed,

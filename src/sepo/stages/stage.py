@@ -55,10 +55,21 @@ class Made:
 
 
 class Model(NamedTuple):
-    """A model as a stage reads it: a folder, and the digest of what is in it."""
+    """A model as a stage reads it.
+
+    Attributes:
+        folder: where it lies.
+        content: digest of what it computes (of all of its files, if a stage wrote it).
+        usage: digest of its tokenizer, chat template and generation config, where `content` leaves them out.
+    """
 
     folder: str
     content: str
+    usage: str = ""
+
+    def inherited(self) -> dict[str, str]:
+        """What a stage depends on that trains from this model or lets it speak, by names that a message can show."""
+        return {"weights": self.content, "tokenizer and generation config": self.usage}
 
     @classmethod
     def of(cls, made: Made) -> Model:

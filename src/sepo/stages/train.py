@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sepo import processes
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.tables import read_table
 from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization
-from sepo.models.fingerprint import model_fingerprint
 from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import Recipe
+from sepo.stages.reference import model_in
 from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
 from sepo.training.check import check_training
 from sepo.training.fit import epochs, objective_settings, train_model, training_memory
@@ -43,8 +42,7 @@ def start(recipe: Recipe, reference: Model) -> Model:
     """The model that the policy starts from: the recipe's, or the reference."""
     if recipe.policy.model is None:
         return reference
-    folder = resolve_model(recipe.policy.model, revision=recipe.policy.revision)
-    return Model(folder, processes.on_main(lambda: model_fingerprint(folder)))
+    return model_in(resolve_model(recipe.policy.model, revision=recipe.policy.revision))
 
 
 def reads_selection(recipe: Recipe) -> bool:
@@ -85,7 +83,7 @@ def stage(recipe: Recipe, model: Model, selection: Made, logps: Made | None, see
         what=f"{recipe.policy.objective} objective",
         depends={
             "policy": recipe.policy.model_dump(mode="json"),
-            "start": model.content,
+            "start": model.inherited(),
             "selection": selection.content,
             "logps": None if logps is None else logps.content,
             "seed": seed,

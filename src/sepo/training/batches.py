@@ -17,6 +17,16 @@ from sepo.forward.passes import make_batches, table_pairs
 NO_PAIR = -1
 
 
+def pairs_seen(step: int, pairs: int, batch_size: int) -> int:
+    """Pairs that a training has seen after `step` updates: the last one of an epoch has what is left of its pairs.
+
+    >>> [pairs_seen(step, pairs=17, batch_size=8) for step in range(6)]
+    [0, 8, 16, 17, 25, 33]
+    """
+    epochs, rest = divmod(step, -(-pairs // batch_size))
+    return epochs * pairs + min(rest * batch_size, pairs)
+
+
 class PairDataset(torch.utils.data.Dataset):
     """Pairs with the (weighted) sums of their targets' reference log-probabilities (None without a reference)."""
 

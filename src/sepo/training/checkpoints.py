@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from sepo import processes
 from sepo.errors import UserError
 from sepo.files import differing_file, file_digests, recover_folder, write_text
-from sepo.models.fingerprint import model_fingerprint
+from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.processes import say
 from sepo.recipe.settings import TrainingSettings
 from sepo.training.trainer import NonFiniteLossError
@@ -73,6 +73,7 @@ def training_fingerprint(model: str, training: TrainingSettings, **rest: Any) ->
     return {
         "format": _TRAINING_FORMAT,
         "model": processes.on_main(lambda: model_fingerprint(model)),
+        "usage": processes.on_main(lambda: usage_fingerprint(model)),  # saved beside the trained weights
         "training": training.model_dump(mode="json"),
         **rest,
     }

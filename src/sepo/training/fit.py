@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
+import math
 import pickle
 import time
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from sepo import processes
 from sepo.data.tables import table_digest
 from sepo.errors import UserError, one_line
-from sepo.files import file_digests, replace_folder, write_text
+from sepo.files import file_digests, replace_folder, write_json
 from sepo.forward.passes import tokens_per_row_for
 from sepo.models.devices import choose_device, fast_bfloat16
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import LoraSettings, PolicySettings, TrainingSettings
+from sepo.training.batches import pairs_seen
 from sepo.training.checkpoints import (
     STATE_FILE,
     SaveEvery,
@@ -72,11 +73,18 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
     return {**arguments, **settings.arguments}
 
 
+def pairs_to_see(settings: TrainingSettings, pairs: int) -> int:
+    """Pairs that a training will have seen at its end, each as often as it came; Trainer runs whole updates."""
+    steps = settings.max_steps
+    if steps <= 0:
+        steps = math.ceil(settings.num_train_epochs * math.ceil(pairs / settings.batch_size))
+    return pairs_seen(steps, pairs, settings.batch_size)
+
+
 def epochs(settings: TrainingSettings, pairs: float) -> float:
     """How many times a training sees its pairs."""
-    if settings.max_steps > 0:
-        return settings.max_steps * settings.batch_size / max(pairs, 1)
-    return settings.num_train_epochs
+    number = max(round(pairs), 1)
+    return pairs_to_see(settings, number) / number
 
 
 def training_memory(model: Mapping[str, Any], settings: TrainingSettings, lora: bool, device: torch.device) -> float:
@@ -188,7 +196,7 @@ def run_training(
             save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, temporary, state_dict=state_dict)
             state = {"log_history": history, "global_step": trainer.state.global_step, "results": results}
             state |= {"made_with": made_with, "files": file_digests(temporary)}
-            write_text(temporary / STATE_FILE, json.dumps(state))
+            write_json(temporary / STATE_FILE, state, indent=None)
         return results
 
     saved = processes.on_main(save)

@@ -2,7 +2,8 @@
 
 Every argument is a `[pairs]` tensor and so is every result; averaging over pairs is the caller's business. Sums run
 over the targets: all response tokens, or the selected ones, each times its weight. docs/objectives.md compares the
-methods; this is where each is its formula:
+methods; this is where each is its formula. Nothing is added to it: not the auxiliary losses of the routers of
+mixture-of-experts models, which TRL adds where the config has `output_router_logits`.
 
     with a reference        dpo  ipo  tdpo1  tdpo2  tis_dpo
     without                 sepo  simpo  confpo  cpo  orpo  rrhf
@@ -187,7 +188,9 @@ def orpo(
         P(y) = exp(1 / |y| log pi(y)),   odds(y) = P(y) / (1 - P(y))
         L = -log P(y_w) - alpha log sigmoid(log odds(y_w) - log odds(y_l))
 
-    `alpha` is the paper's lambda (TRL's beta). P is kept below 1 by 1e-6: odds of a certain response are infinite.
+    `alpha` is the paper's lambda (TRL's beta). P is kept below 1 by 1e-6: odds of a certain response are infinite. The
+    likelihood is of the response, the mean over its tokens; TRL's is over the tokens of prompt and response, so that it
+    goes on learning prompts, and over the tokens of a whole batch, so that longer ones count more.
     """
     chosen = (chosen_sums / chosen_counts).clamp(max=-1e-6)
     rejected = (rejected_sums / rejected_counts).clamp(max=-1e-6)

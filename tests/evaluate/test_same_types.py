@@ -1,0 +1,166 @@
+"""Policy and start are read in the same types: a model is at no distance from itself, to the last bit."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pairs import config, some_pairs
+from sepo.credit.rewards import response_sums
+from sepo.data.tables import provenance_of, with_provenance, write_table
+from sepo.evaluate import measure
+from sepo.evaluate.frontier import Checkpoints, Judge, start_of
+from sepo.evaluate.generate import generate_responses
+from sepo.evaluate.gold import GOLD_REWARDS
+from sepo.evaluate.measure import evaluate_run, own_logps, response_logps, sample_kl
+from sepo.forward.passes import dataset_logps, read_like
+from sepo.recipe.reading import parse_recipe
+from sepo.recipe.settings import EvalSettings
+from sepo.stages import measured
+from sepo.stages.logps import logps_pass
+from sepo.stages.stage import Model
+from sepo.training.trainer import PreferenceTrainer
+from tiny_models import tiny_model, tiny_tokenizer
+
+SETTINGS = EvalSettings(prompts=6, samples=2, max_new_tokens=9)
+
+
+def prompts_of(pairs, number=6):
+    return pairs.column("prompt_ids").to_pylist()[:number]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    write_table(tmp_path / "pairs", some_pairs(40))
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", None])
+def test_a_model_does_not_differ_from_itself_whatever_was_stored(folder, dtype, stored):
+    model = str(folder / "model")
+    if stored:
+        logps_pass(model, folder / "pairs", folder / "logps", device="cpu", dtype=stored)
+    metrics = evaluate_run(
+        model, model, folder / "pairs", folder / "eval", SETTINGS,
+        base_logps=folder / "logps" if stored else None, device="cpu", dtype=dtype,
+    )  # fmt: skip
+    assert metrics["policy/accuracy"] == 0.5  # margins of exactly 0: ties
+    assert metrics["policy/accuracy_se"] == 0
+    kl = pq.read_table(folder / "eval" / "generations.parquet").column("policy_kl").to_numpy()
+    if dtype == "bfloat16":
+        assert np.array_equal(kl, np.zeros(12))
+    else:  # what sampling kept, against what reading gives
+        assert np.abs(kl).max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_in_bfloat16_a_policy_reads_its_responses_again(architecture):
+    model, tokenizer = tiny_model(architecture, torch.bfloat16), tiny_tokenizer()
+    prompts = prompts_of(some_pairs(40))
+    own = generate_responses(model, tokenizer, prompts, samples=3, max_new_tokens=9, progress=False)
+    kept = np.array([sum(one.logps) for one in own])
+    assert np.abs(kept - response_logps(model, prompts, own)).max() > 0.01  # why it must
+    assert np.array_equal(sample_kl(model, model, prompts, own), np.zeros(18))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_in_float32_what_sampling_kept_is_what_reading_gives(architecture):
+    model, tokenizer = tiny_model(architecture), tiny_tokenizer()
+    prompts = prompts_of(some_pairs(40))
+    own = generate_responses(model, tokenizer, prompts, samples=3, max_new_tokens=9, progress=False)
+    assert own_logps(model, prompts, own) == pytest.approx(response_logps(model, prompts, own), abs=2e-4)
+
+
+def test_stored_log_probabilities_are_used_where_they_were_read_alike_and_nowhere_else():
+    pairs, model = some_pairs(40), tiny_model("llama")
+    logps = dataset_logps(model, pairs)
+    assert provenance_of(logps)["dtype"] == "float32"
+    assert provenance_of(logps)["device"] == "cpu"
+    assert read_like(logps, model)
+    assert not read_like(logps, tiny_model("llama", torch.bfloat16))
+    assert not read_like(with_provenance(logps, "logps", {}), model)  # nobody knows
+    assert not read_like(with_provenance(logps, "logps", {"dtype": "float32", "device": "cuda"}), model)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = dataset_logps(model, pairs)
+        assert read_like(rounded, model)
+        assert not read_like(logps, model)
+    assert not read_like(rounded, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_judge_finds_a_policy_that_did_not_move_where_it_started(dtype):
+    base, policy, tokenizer = tiny_model("llama", dtype), tiny_model("llama", dtype), tiny_tokenizer()
+    pairs = some_pairs(40)
+    prompts = prompts_of(pairs)
+    stored = dataset_logps(tiny_model("llama"), pairs)  # float32, as scoring stores them
+    judge = Judge(base, tokenizer, prompts, SETTINGS, 0, start_of(base, tokenizer, prompts, SETTINGS, 0), pairs, stored)
+    figures = judge.measure(policy)
+    assert (figures["accuracy"], figures["accuracy_se"]) == (0.5, 0)
+    assert figures["kl"] == pytest.approx(0, abs=0 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_policy_in_mixed_precision_that_does_not_move_has_no_kl(tmp_path, lora, monkeypatch):
+    """Sampling goes through the wrapped forward in bfloat16, reading past it in float32."""
+    monkeypatch.setitem(GOLD_REWARDS, "vader", lambda texts: np.array([float(len(text)) for text in texts]))
+    base, policy, tokenizer, pairs = tiny_model("llama"), tiny_model("llama"), tiny_tokenizer(), some_pairs(8)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        policy = get_peft_model(policy, LoraConfig(target_modules="all-linear"))
+    prompts, settings = prompts_of(pairs), SETTINGS.model_copy(update={"gold": "vader"})
+    judge = Judge(base, tokenizer, prompts, settings, 0, start_of(base, tokenizer, prompts, settings, 0), pairs)
+    watch = Checkpoints(judge, [1.0], tmp_path / "points.json", len(pairs))
+    trainer = PreferenceTrainer(
+        policy, config(tmp_path, bf16=True, learning_rate=0.0, objective="simpo"), pairs, callbacks=[watch]
+    )
+    trainer.train()
+    assert (watch.points[-1]["kl"], watch.points[-1]["kl_se"]) == (0, 0)
+
+
+def test_policy_and_base_are_not_in_memory_together(folder, monkeypatch):
+    loaded, load = [], measure.load_model
+
+    def watched(*arguments, **settings):
+        gc.collect()
+        assert [model for model in loaded if model() is not None] == []
+        model = load(*arguments, **settings)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(measure, "load_model", watched)
+    evaluate_run(
+        str(folder / "model"), str(folder / "model"), folder / "pairs", folder / "eval", SETTINGS, device="cpu"
+    )
+    assert len(loaded) == 2
+
+
+def test_the_start_of_a_comparison_is_read_in_the_types_that_its_policy_trains_in(folder, monkeypatch):
+    monkeypatch.setattr(measured, "choose_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **settings: True)
+    start = Model(str(folder / "model"), "")
+    for policy, dtype, quantization in (
+        ({}, "float32", None),
+        ({"lora": {}}, "bfloat16", None),
+        ({"lora": {}, "quantization": "4bit"}, "bfloat16", "4bit"),
+    ):
+        for scoring in ("auto", "float32", "bfloat16"):  # how pairs are scored does not matter
+            recipe = parse_recipe({"policy": policy, "dtype": scoring}, "test")
+            assert measured.training_types(recipe, start) == {"dtype": dtype, "quantization": quantization}
+
+
+def test_sums_of_stored_and_of_new_log_probabilities_are_equal_to_the_last_bit(folder):
+    """A pass stores what evaluation reads: the same rows, so a tie stays one."""
+    logps_pass(str(folder / "model"), folder / "pairs", folder / "logps", device="cpu", dtype="float32")
+    table = pq.read_table(folder / "logps" / "part-00000.parquet")
+    again = dataset_logps(tiny_model("llama"), some_pairs(40))
+    for one, other in zip(response_sums(table, "logps"), response_sums(again, "logps"), strict=True):
+        assert np.array_equal(one, other)
