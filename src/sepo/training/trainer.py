@@ -30,7 +30,7 @@ from sepo.errors import UserError
 from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
-from sepo.forward.packing import PackedBatch, Pair, read_length
+from sepo.forward.packing import PackedBatch, Pair
 from sepo.forward.passes import dataset_logps, tokens_per_row_for
 from sepo.forward.prepare import prepare_model
 from sepo.forward.token_kl import token_logps_and_kl
@@ -149,10 +149,14 @@ class PreferenceTrainer(Trainer):
         assert isinstance(model, nn.Module)
         if args.device.type == "cuda" and not _placed_elsewhere(model):
             model = model.to(args.device)  # it is tried out where it will run
-        layout = prepare_model(model, args.layout)
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
+        prepare_model(model, args.layout, longest=0, tokens_per_row=0, device=args.device)
         train = self._dataset(model, args, train_dataset, reference_logps, processing_class)
         evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class)
+        longest = max(data.pairs.longest if data is not None else 0 for data in (train, evaluation))
+        layout = prepare_model(
+            model, args.layout, longest=longest, tokens_per_row=self.tokens_per_row, device=args.device
+        )
         if args.device.type == "cpu":
             keep_freed_memory()
         _disable_dropout(model)
@@ -309,7 +313,7 @@ class PreferenceTrainer(Trainer):
     @property
     def _shortest(self) -> tuple[Pair, tuple[float, float] | None]:
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        return dataset[min(range(len(dataset)), key=lambda index: read_length(dataset.pairs[index]))]
+        return dataset[dataset.shortest]
 
     @contextlib.contextmanager
     def _hold_gradients(self, model: nn.Module) -> Iterator[None]:
