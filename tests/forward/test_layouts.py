@@ -205,12 +205,29 @@ def test_frequencies_of_the_longest_text_so_far_are_refused_beyond_the_original_
 
 
 def test_a_batch_longer_than_what_was_tried_is_refused():
-    for name in ("longrope", "window in the mask", "mistral"):
+    for name, tried in (("longrope", STEP), ("window in the mask", STEP), ("mistral", STEP), ("longrope", 42)):
         model = model_of(BEYOND[name][0]())
-        prepare_model(model, longest=STEP)
+        prepare_model(model, longest=tried)
         token_logps(model, pack(SHORT[:2]))
         with pytest.raises(UserError, match="longest text has 41"):
             token_logps(model, pack(MIXED[:2]))
+
+
+def test_insisting_in_vain_changes_nothing():
+    model = without_layout(tiny_model("llama"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="layout=padded"):
+            prepare_model(model, "packed")
+        assert prepare_model(model) == "padded"
+    model = model_of(longrope())
+    assert prepare_model(model, "padded", longest=STEP) == "padded"
+    assert prepare_model(model, longest=STEP) == "padded"
+    assert prepare_model(model, "padded", longest=longest(MIXED)) == "alone"
+    assert prepare_model(model, "packed", longest=STEP) == "packed"
+    with pytest.raises(UserError, match=r"packed rows of [0-9]+ tokens .*use layout=padded"):
+        prepare_model(model, longest=longest(MIXED))
+    with pytest.raises(UserError, match="expected auto, packed or padded"):
+        prepare_model(model, "alone")
 
 
 def test_tables_are_scored_by_their_longest_text_whichever_comes_first():

@@ -65,28 +65,33 @@ def prepare_model(
         UserError: the model's own log-probabilities are not reproduced, or packed rows were insisted on and do not
             work, or its weights are not finite, or not here.
     """
+    if layout not in ("auto", "packed", "padded"):
+        raise UserError(f"layout is '{layout}': expected auto, packed or padded")
     lm = causal_lm(model)
     tried: Tried | None = getattr(lm, "sepo_tried", None)
     if tried is None:
         _require_weights(lm)
         tried = Tried(own_attention=lm.config._attn_implementation)
-    if layout != "auto":
-        tried.insisted = layout
+    insisted = tried.insisted if layout == "auto" else layout
     documents, rows = _lengths(lm)
     if longest is None:
-        longest = min(_DEFAULT_LENGTH, getattr(lm.config.get_text_config(), "max_position_embeddings", _DEFAULT_LENGTH))
-    document, document_limit = _reach(documents, longest)
+        positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+        longest = min(_DEFAULT_LENGTH, positions or _DEFAULT_LENGTH)
     # A pair that is longer than a row has one of its own.
-    row, row_limit = _reach(rows, max(tokens_per_row, 2 * longest))
-    for key in ((tried.insisted, 0, 0), (tried.insisted, document, row)):
+    for text, in_row in ((0, 0), (longest, max(tokens_per_row, 2 * longest))):
+        (document, document_limit), (row, row_limit) = _reach(documents, text), _reach(rows, in_row)
+        key = (insisted, document, row)
         if key not in tried.layouts:
             with torch.no_grad(), _modes_kept(model), _moved(model, device):
                 model.eval()
-                tried.layouts[key] = _try_layouts(model, lm, tried, *key[1:])
+                kind = next(model.parameters()).device.type
+                with torch.autocast(kind, enabled=False):  # in the model's own type, differences are seen
+                    tried.layouts[key] = _try_layouts(model, lm, tried, *key)
+        chosen = tried.layouts[key]
+        before = tried.limits.get(chosen, (0, 0))
+        tried.limits[chosen] = (max(before[0], document_limit), max(before[1], row_limit))
+    tried.insisted = insisted
     lm.sepo_tried = tried  # type: ignore[assignment]
-    chosen = tried.layouts[tried.insisted, document, row]
-    before = tried.limits.get(chosen, (0, 0))
-    tried.limits[chosen] = (max(before[0], document_limit), max(before[1], row_limit))
     return chosen
 
 
@@ -153,7 +158,7 @@ _SHORT = (
 )
 
 
-def _try_layouts(model: nn.Module, lm: PreTrainedModel, tried: Tried, document: int, row: int) -> str:
+def _try_layouts(model: nn.Module, lm: PreTrainedModel, tried: Tried, insisted: str, document: int, row: int) -> str:
     """The first layout in which a model gives its own log-probabilities; the model is set up for it.
 
     Args:
@@ -165,8 +170,7 @@ def _try_layouts(model: nn.Module, lm: PreTrainedModel, tried: Tried, document: 
     probe = [_within(pair, vocabulary) for pair in (*_SHORT, *([_long_pair(document)] if document else []))]
     fillers = [_within(pair, vocabulary) for pair in _fillers(document, row)]
     # The model's own logits are rounded to its type; ours are not.
-    exact = lm.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(lm.device.type)
-    tolerance = 2e-3 if exact else 0.25
+    tolerance = 2e-3 if lm.dtype in (torch.float32, torch.float64) else 0.25
 
     def attention(layout: str) -> str:
         return ATTENTION if layout == "packed" or tried.packs else tried.own_attention
@@ -183,7 +187,7 @@ def _try_layouts(model: nn.Module, lm: PreTrainedModel, tried: Tried, document: 
         )
 
     reasons: list[str] = []
-    first = tried.layouts.get((tried.insisted, 0, 0), "padded" if tried.insisted == "padded" else "packed")
+    first = tried.layouts.get((insisted, 0, 0), "padded" if insisted == "padded" else "packed")
     for layout in _ORDER[_ORDER.index(first) :]:
         try:
             _set_attention(lm, attention(layout))
@@ -195,7 +199,7 @@ def _try_layouts(model: nn.Module, lm: PreTrainedModel, tried: Tried, document: 
         if problem is None:
             break
         reasons.append(problem)
-        if layout == tried.insisted == "packed":
+        if layout == insisted == "packed":
             _set_attention(lm, attention("padded"))
             raise UserError(f"model '{name}' does not take packed rows{_of(document)} ({problem}); use layout=padded")
     else:
