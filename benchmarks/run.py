@@ -116,7 +116,7 @@ def load_pairs(arguments) -> list:
         as_chat=arguments.as_chat,
         progress=False,
     )
-    return table_pairs((group_by_prompt(table) if arguments.whole_prompts else table).slice(0, arguments.pairs))
+    return list(table_pairs((group_by_prompt(table) if arguments.whole_prompts else table).slice(0, arguments.pairs)))
 
 
 def key_tokens(pairs: list, share: float) -> list:

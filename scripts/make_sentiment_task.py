@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from sepo.data.templates import stop_ids
 from sepo.evaluate.gold import vader_scores
@@ -104,6 +104,20 @@ class Response(NamedTuple):
     gold: float
 
 
+class Nucleus(LogitsProcessor):
+    """Draw each row's next token from its nucleus, among the 256 likeliest: sorting the whole vocabulary takes longer
+    than the model does."""
+
+    def __init__(self, temperature: float, top_p: float):
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        best, tokens = torch.softmax(scores / self.temperature, dim=-1).topk(256)
+        best[best.cumsum(-1) - best >= self.top_p] = 0.0
+        drawn = tokens.gather(-1, torch.multinomial(best, 1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
+
+
 def conversation(topic: str, template: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": template.format(topic)}]
 
@@ -116,10 +130,7 @@ def sample_responses(args: argparse.Namespace) -> list[list[Response]]:
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, dtype="float32")
     config = GenerationConfig(
-        do_sample=True,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=0,
+        do_sample=False,  # takes the one token that Nucleus leaves
         max_new_tokens=args.max_new_tokens,
         eos_token_id=stop_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -132,12 +143,13 @@ def sample_responses(args: argparse.Namespace) -> list[list[Response]]:
     order = sorted(range(len(KEYS)), key=lambda index: len(prompts[index]))
     jobs = [index for index in order for _ in range(args.samples)]
     torch.manual_seed(args.seed)
+    draw = Nucleus(args.temperature, args.top_p)
     answers: list[tuple[int, list[int]]] = []
     for start in tqdm(range(0, len(jobs), BATCH)):
         batch = jobs[start : start + BATCH]
         inputs = tokenizer.pad({"input_ids": [prompts[index] for index in batch]}, return_tensors="pt")
         with torch.inference_mode():
-            written = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+            written = model.generate(**inputs, logits_processor=[draw])[:, inputs["input_ids"].shape[1] :]
         answers += [(index, ids) for index, ids in zip(batch, written.tolist(), strict=True)]
     stops = set(config.eos_token_id)
     finished = [any(token in stops for token in ids) for _, ids in answers]

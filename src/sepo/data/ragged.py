@@ -30,10 +30,31 @@ def flat(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         values `[sum of lengths]` and lengths `[rows]` (int64).
     """
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # joining copies, also a single chunk
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     lengths = np.diff(column.offsets.to_numpy()).astype(np.int64)
     return column.flatten().to_numpy(zero_copy_only=False), lengths
+
+
+class Ragged:
+    """The rows of a list column as arrays: views of its buffer, in memory once and without an object a row."""
+
+    def __init__(self, column: pa.Array | pa.ChunkedArray):
+        self._values, lengths = flat(column)
+        self._starts = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=self._starts[1:])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[rows]` int64."""
+        return np.diff(self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        row = range(len(self))[row]
+        return self._values[self._starts[row] : self._starts[row + 1]]
 
 
 def segment_sums(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:

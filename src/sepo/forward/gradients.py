@@ -10,7 +10,6 @@ On a CPU, float32 products go through oneDNN instead of MKL: 200 against 170 GFL
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -26,10 +25,6 @@ def _has_onednn() -> bool:
     """Does this build of PyTorch offer oneDNN's float32 linear layer?"""
     if not torch.backends.mkldnn.is_available():
         return False
-    # oneDNN keeps the machine code of the last 1,024 shapes, half a gigabyte, and packed rows have many lengths, of
-    # which one needs a dozen shapes. The limits are read when the first product is made; those set outside stay.
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "32")
     x = torch.ones(2, 3)
     try:
         got = torch.ops.mkldnn._linear_pointwise(x, torch.ones(4, 3), None, "none", [], "")

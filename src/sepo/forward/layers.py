@@ -27,7 +27,8 @@ class _Normed:
     norm keeps anyway, so nothing more is kept of it. The first reader to come forms it, the last one drops it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, version: int) -> None:
+        self.version = version  # of the output; what was changed in place since is no longer made of that
         self.readers = self.left = 0
         self.rows: Tensor | None = None
 
@@ -41,6 +42,11 @@ class _Normed:
 # What a norm's output was made of, `(_Normed, x, inverse, scale)`, and the attribute of the output that says so.
 _MadeOf = tuple[_Normed, Tensor, Tensor, Tensor]
 _MADE_OF = "_sepo_made_of"
+
+
+def _made_of(x: Tensor) -> _MadeOf | None:
+    made_of = getattr(x, _MADE_OF, None)
+    return made_of if made_of is not None and made_of[0].version == x._version else None
 
 
 def _to_keep(rows: Tensor, made_of: _MadeOf | None, needed: bool) -> tuple[_Normed | None, tuple[Tensor, ...]]:
@@ -66,7 +72,7 @@ def _weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, add: bool) -> T
 
 
 class _LinearFunction(torch.autograd.Function):
-    """y = x W^T (+ b); `x` `[..., in]`, `W` `[out, in]`."""
+    """y = x W^T (+ b); `x` `[..., in]`, `W` `[out, in]`, `y` `[rows, out]`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, made_of: _MadeOf | None) -> Tensor:
@@ -82,13 +88,13 @@ class _LinearFunction(torch.autograd.Function):
         # The parameter itself: a saved tensor comes back as an alias (under checkpointing), whose .grad nobody reads.
         ctx.weight = weight
         ctx.in_place, ctx.shape, ctx.x_dtype, ctx.dtype = in_place(), x.shape, x.dtype, dtype
-        return output.view(*x.shape[:-1], len(weight))
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         low, *kept = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
+        grad = grad.to(ctx.dtype)
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         d_x = matmul_nt(grad, low.t()).to(ctx.x_dtype).view(ctx.shape) if need_x else None
         d_weight = None
@@ -107,7 +113,9 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not _ours(x, self.weight):
             return super().forward(x)
-        return _LinearFunction.apply(x, self.weight, self.bias, getattr(x, _MADE_OF, None))
+        output = _LinearFunction.apply(x, self.weight, self.bias, _made_of(x))
+        # Not in the function: a view made there may not be changed in place, as some models do.
+        return output.view(*x.shape[:-1], output.shape[-1])
 
 
 class _EmbeddingFunction(torch.autograd.Function):
@@ -213,7 +221,7 @@ class FastRMSNorm(nn.Module):
             return super().forward(hidden_states)
         output, *parts = _RMSNormFunction.apply(hidden_states, self.weight, _eps(self), self.weight_offset)
         if torch.is_grad_enabled():
-            setattr(output, _MADE_OF, (_Normed(), hidden_states.detach(), *parts))
+            setattr(output, _MADE_OF, (_Normed(output._version), hidden_states.detach(), *parts))
         return output
 
 
@@ -271,7 +279,9 @@ class _GatedFunction(torch.autograd.Function):
 
 
 class _GatedMLPFunction(torch.autograd.Function):
-    """(act(x G^T) * (x U^T)) D^T; keeps both products with x, and forms their product anew in the backward pass."""
+    """(act(x G^T) * (x U^T)) D^T, `[rows, out]`; keeps both products with x, and forms their product anew in the
+    backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -288,14 +298,14 @@ class _GatedMLPFunction(torch.autograd.Function):
         ctx.save_for_backward(gate, up, *low, *kept)
         ctx.weights, ctx.activation, ctx.in_place = weights, activation, in_place()
         ctx.shape, ctx.x_dtype, ctx.dtype = x.shape, x.dtype, dtype
-        return output.view(*x.shape[:-1], len(down_weight))
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up, low_gate, low_up, low_down, *kept = ctx.saved_tensors
         need_x, *need_weights = ctx.needs_input_grad[:4]
-        grad = grad.flatten(0, -2).to(ctx.dtype)
+        grad = grad.to(ctx.dtype)
         d_product = matmul_nt(grad, low_down.t())
         d_weights: list[Tensor | None] = [None, None, None]
         d_gate, d_up, product = _gated_backward(ctx.activation, gate, up, d_product, need_weights[2])
@@ -328,13 +338,15 @@ class FastGatedMLP(nn.Module):
         layers = self.gate_proj, self.up_proj, self.down_proj
         # An adapter may have taken the place of some.
         if not all(type(layer) is FastLinear and layer.bias is None and _ours(x, layer.weight) for layer in layers):
+            if not layers_cuda.available(x):
+                return super().forward(x)
             gate, up = self.gate_proj(x), self.up_proj(x)
             if layers_cuda.available(gate) and gate.dtype == up.dtype:
                 return self.down_proj(_GatedFunction.apply(gate, up, self.activation))
-            return self.down_proj(self.act_fn(gate) * up)
-        return _GatedMLPFunction.apply(
-            x, *(layer.weight for layer in layers), self.activation, getattr(x, _MADE_OF, None)
-        )
+            return super().forward(x)
+        weights = [layer.weight for layer in layers]
+        output = _GatedMLPFunction.apply(x, *weights, self.activation, _made_of(x))
+        return output.view(*x.shape[:-1], output.shape[-1])  # see FastLinear
 
 
 def _ours(x: Tensor, weight: Tensor) -> bool:

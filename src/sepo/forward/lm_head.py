@@ -54,14 +54,17 @@ class LogitTransform:
 
     @classmethod
     def from_config(cls, config) -> LogitTransform:
-        """Read Gemma's `final_logit_softcapping`, Cohere's `logit_scale` and Granite's `logits_scaling`."""
+        """Read Gemma's `final_logit_softcapping` (of RecurrentGemma `logits_soft_cap`), Cohere's `logit_scale` and
+        Granite's `logits_scaling`.
+        """
         config = config.get_text_config()
         scale = 1.0
         if getattr(config, "logit_scale", None) is not None:
             scale = float(config.logit_scale)
         elif getattr(config, "logits_scaling", None) is not None:
             scale = 1.0 / float(config.logits_scaling)
-        return cls(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return cls(scale=scale, softcap=softcap)
 
     def apply_(self, logits: Tensor) -> Tensor:
         """Transform float logits in place."""

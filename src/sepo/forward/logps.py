@@ -7,14 +7,36 @@ answers; none has a forward pass of its own.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sepo.errors import UserError
 from sepo.forward.last_block import last_mlp, rows_only
 from sepo.forward.lm_head import LogitTransform, target_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch
 from sepo.models.adapters import causal_lm
+
+
+@dataclass
+class Tried:
+    """What `prepare_model` found out about a model; kept on the model as `sepo_tried`.
+
+    Attributes:
+        own_attention: the attention implementation it came with.
+        insisted: "auto", or the layout that the user insists on.
+        packs: it takes packed rows, of short texts at least: the packed attention is in place.
+        layouts: the layout for each trial made: (insisted, tokens of the long text, tokens of the row).
+        limits: for each layout the (document, row) lengths up to which it is known to be right.
+    """
+
+    own_attention: str
+    insisted: str = "auto"
+    packs: bool = False
+    layouts: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -33,7 +55,14 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Final hidden states that predict the targets, `[N, hidden]`: what an LM head is applied to."""
+    """Final hidden states that predict the targets, `[N, hidden]`: what an LM head is applied to.
+
+    Raises:
+        UserError: the batch is longer than what `prepare_model` tried, and the model might read it in another way.
+    """
+    _require_tried(lm, batch)
+    if batch.alone:
+        return _alone(lm, batch).index_select(0, batch.target_positions)
     inputs: dict = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.layout is not None:
         inputs["layout"] = batch.layout
@@ -42,8 +71,49 @@ def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
     else:
         inputs["attention_mask"] = batch.attention_mask
     with rows_only(_prunable_mlp(lm, batch), batch.target_rows):
-        hidden = getattr(lm, lm.base_model_prefix)(**inputs).last_hidden_state
+        hidden = backbone(lm)(**inputs).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, batch.target_positions)
+
+
+def _alone(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Final hidden states of a padded batch, `[rows * T, hidden]`, each row read on its own; zeros for the padding."""
+    assert batch.attention_mask is not None
+    width = batch.input_ids.shape[1]
+    rows = []
+    lengths = batch.attention_mask.sum(1).tolist()
+    for ids, positions, length in zip(batch.input_ids, batch.position_ids, lengths, strict=True):
+        read = {"input_ids": ids[None, :length], "position_ids": positions[None, :length], "use_cache": False}
+        hidden = backbone(lm)(**read).last_hidden_state[0]
+        rows.append(nn.functional.pad(hidden, (0, 0, 0, width - length)))
+    return torch.cat(rows)
+
+
+def backbone(lm: PreTrainedModel) -> nn.Module:
+    """What a causal LM has under its head.
+
+    Raises:
+        UserError: it cannot be told.
+    """
+    if lm.base_model is not lm:
+        return lm.base_model
+    # The attribute goes by another name than the class says (Llama 4).
+    inner = [child for child in lm.children() if isinstance(child, PreTrainedModel)]
+    if len(inner) != 1:
+        raise UserError(f"model '{lm.config.name_or_path or type(lm).__name__}': no decoder is found under its LM head")
+    return inner[0]
+
+
+def _require_tried(lm: PreTrainedModel, batch: PackedBatch) -> None:
+    tried: Tried | None = getattr(lm, "sepo_tried", None)
+    layout = "alone" if batch.alone else "padded" if batch.layout is None else "packed"
+    if tried is None or layout not in tried.limits:
+        return
+    document, row = tried.limits[layout]
+    if batch.longest > document or (layout == "packed" and batch.num_tokens > row):
+        raise UserError(
+            f"a {layout} batch of {batch.num_tokens} tokens (the longest text has {batch.longest}) is longer than what "
+            "the model was tried with: pass longest and tokens_per_row to prepare_model"
+        )
 
 
 def _prunable_mlp(lm: PreTrainedModel, batch: PackedBatch) -> nn.Module | None:

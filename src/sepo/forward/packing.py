@@ -32,24 +32,28 @@ from torch import Tensor
 CHOSEN, REJECTED = 0, 1
 
 
-@dataclass(frozen=True)
+Ids = Sequence[int] | np.ndarray
+Weights = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Pair:
     """One pair as token ids, and the positions in each response whose log-probability is wanted.
 
     Positions index into `chosen_ids` / `rejected_ids`, ascending; None means every token. Weights are aligned
-    with the positions; None means 1.
+    with the positions; None means 1. Sequences of numbers or arrays: pairs of a table are views of its buffers.
     """
 
     pair_id: int
-    prompt_ids: Sequence[int]
-    chosen_ids: Sequence[int]
-    rejected_ids: Sequence[int]
-    chosen_positions: Sequence[int] | None = None
-    rejected_positions: Sequence[int] | None = None
-    chosen_weights: Sequence[float] | None = None
-    rejected_weights: Sequence[float] | None = None
+    prompt_ids: Ids
+    chosen_ids: Ids
+    rejected_ids: Ids
+    chosen_positions: Ids | None = None
+    rejected_positions: Ids | None = None
+    chosen_weights: Weights | None = None
+    rejected_weights: Weights | None = None
 
-    def side(self, side: int) -> tuple[Sequence[int], Sequence[int] | None, Sequence[float] | None]:
+    def side(self, side: int) -> tuple[Ids, Ids | None, Weights | None]:
         """Return (ids, positions, weights) of `CHOSEN` or `REJECTED`."""
         if side == CHOSEN:
             return self.chosen_ids, self.chosen_positions, self.chosen_weights
@@ -105,6 +109,7 @@ class PackedBatch:
         position_ids: `[rows, T]`.
         layout: the documents of the single packed row; None for the padded layout.
         attention_mask: `[rows, T]` of the padded layout; None for a packed row.
+        alone: the rows of the padded layout are read one at a time, each without its padding.
         target_positions: `[N]`, index into the flattened `[rows * T]` hidden states.
         target_ids: `[N]`, the token predicted there.
         target_rows: ascending, the positions among `target_positions` once each: the only hidden states that are read.
@@ -123,6 +128,7 @@ class PackedBatch:
     segments: Tensor
     weights: Tensor
     pair_ids: list[int]
+    alone: bool = False
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch on `device` (the layout stays on the host)."""
@@ -146,28 +152,41 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.input_ids.numel()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, a prompt and one of its responses (of the padded layout: of a row)."""
+        if self.layout is None:
+            return self.input_ids.shape[1]
+        return max(doc.prompt + max(doc.branches, default=0) for doc in self.layout.documents)
 
-def _last_target(ids: Sequence[int], positions: Sequence[int] | None) -> int:
+
+def _last_target(ids: Ids, positions: Ids | None) -> int:
     """Number of response tokens that must be read: all before the last target."""
     if positions is None:
         return len(ids) - 1
-    return max(positions, default=0)
+    return int(np.max(positions)) if len(positions) else 0
+
+
+def _key(ids: Ids) -> bytes:
+    """What equal ids are found by."""
+    return np.asarray(ids, np.int32).tobytes()
 
 
 class _OpenDocument:
     """A document being filled: its prompt, its distinct responses and how much of each must be read."""
 
-    def __init__(self, prompt_ids: Sequence[int]):
+    def __init__(self, prompt_ids: Ids):
         self.prompt_ids = prompt_ids
-        self.reads: dict[tuple[int, ...], int] = {}  # response -> tokens read; insertion order is branch order
+        self.responses: dict[bytes, Ids] = {}
+        self.reads: dict[bytes, int] = {}  # response -> tokens read; insertion order is branch order
         self.pairs: list[int] = []
 
     def added_length(self, pair: Pair) -> int:
         added = 0
-        grown: dict[tuple[int, ...], int] = {}
+        grown: dict[bytes, int] = {}
         for side in (CHOSEN, REJECTED):
             ids, positions, _ = pair.side(side)
-            key = tuple(ids)
+            key = _key(ids)
             have = grown.get(key, self.reads.get(key, 0))
             need = _last_target(ids, positions)
             added += max(0, need - have)
@@ -178,7 +197,8 @@ class _OpenDocument:
         self.pairs.append(index)
         for side in (CHOSEN, REJECTED):
             ids, positions, _ = pair.side(side)
-            key = tuple(ids)
+            key = _key(ids)
+            self.responses[key] = ids
             self.reads[key] = max(self.reads.get(key, 0), _last_target(ids, positions))
 
 
@@ -188,69 +208,77 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
     Raises:
         ValueError: a prompt or a response is empty, or a position lies outside its response.
     """
-    documents: dict[tuple[int, ...], _OpenDocument] = {}
+    documents: dict[bytes, _OpenDocument] = {}
     for index, pair in enumerate(pairs):
         _check(pair)
-        key = tuple(pair.prompt_ids)
-        documents.setdefault(key, _OpenDocument(pair.prompt_ids)).add(index, pair)
+        documents.setdefault(_key(pair.prompt_ids), _OpenDocument(pair.prompt_ids)).add(index, pair)
 
-    input_ids: list[int] = []
+    parts: list[Ids] = []
+    length = 0
     layout: list[Document] = []
-    branch_starts: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # (doc, response) -> (first, predictor)
+    branch_starts: dict[tuple[int, bytes], tuple[int, int]] = {}  # (doc, response) -> (first, predictor)
     document_of: dict[int, int] = {}
     for number, document in enumerate(documents.values()):
-        start = len(input_ids)
-        input_ids.extend(document.prompt_ids)
-        last_prompt_token = len(input_ids) - 1
+        layout.append(Document(length, len(document.prompt_ids), tuple(document.reads.values())))
+        parts.append(document.prompt_ids)
+        length += len(document.prompt_ids)
+        last_prompt_token = length - 1
         for response, read in document.reads.items():
-            branch_starts[number, response] = (len(input_ids), last_prompt_token)
-            input_ids.extend(response[:read])
-        layout.append(Document(start, len(document.prompt_ids), tuple(document.reads.values())))
+            branch_starts[number, response] = (length, last_prompt_token)
+            parts.append(document.responses[response][:read])
+            length += read
         document_of.update(dict.fromkeys(document.pairs, number))
 
-    packed = Layout(layout, len(input_ids))
+    packed = Layout(layout, length)
     position_ids = torch.from_numpy(packed.token_coordinates()[2])
 
-    def locate(index: int, ids: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
-        first, predictor = branch_starts[document_of[index], ids]
+    def locate(index: int, ids: Ids, positions: np.ndarray) -> np.ndarray:
+        first, predictor = branch_starts[document_of[index], _key(ids)]
         return np.where(positions == 0, predictor, first + positions - 1)
 
     return PackedBatch(
-        input_ids=torch.tensor(input_ids, dtype=torch.long)[None],
+        input_ids=torch.from_numpy(np.concatenate(parts).astype(np.int64))[None],
         position_ids=position_ids[None],
         layout=packed,
         attention_mask=None,
+        alone=False,
         pair_ids=[pair.pair_id for pair in pairs],
         **_targets(pairs, locate),
     )
 
 
-def pad(pairs: Sequence[Pair], pad_token_id: int = 0) -> PackedBatch:
+def pad(pairs: Sequence[Pair], pad_token_id: int = 0, alone: bool = False) -> PackedBatch:
     """Lay out pairs as right-padded sequences, two rows a pair: the plain layout that any causal model reads.
 
     Used where a model does not take packed rows, and by the tests as the layout to agree with.
+
+    Args:
+        alone: let the model read one row at a time, without its padding and to its end: for models in which the length
+            of what is read changes what they give.
     """
-    rows: list[list[int]] = []
     for pair in pairs:
         _check(pair)
+    lengths = np.array([length for pair in pairs for length in _row_lengths(pair, alone)])
+    width = int(lengths.max())
+    input_ids = np.full((len(lengths), width), pad_token_id, np.int64)
+    for index, pair in enumerate(pairs):
+        prompt = len(pair.prompt_ids)
         for side in (CHOSEN, REJECTED):
-            ids, positions, _ = pair.side(side)
-            rows.append([*pair.prompt_ids, *ids[: _last_target(ids, positions)]])
-    width = max(map(len, rows))
-    input_ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    attention_mask = (torch.arange(width)[None] < lengths[:, None]).long()
+            row = 2 * index + side
+            input_ids[row, :prompt] = pair.prompt_ids
+            input_ids[row, prompt : lengths[row]] = pair.side(side)[0][: lengths[row] - prompt]
 
-    side_of = iter(range(len(rows)))
+    side_of = iter(range(len(lengths)))
 
-    def locate(index: int, ids: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
+    def locate(index: int, ids: Ids, positions: np.ndarray) -> np.ndarray:
         return next(side_of) * width + len(pairs[index].prompt_ids) - 1 + positions
 
     return PackedBatch(
-        input_ids=input_ids,
-        position_ids=torch.arange(width).expand(len(rows), width).contiguous(),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.arange(width).expand(len(lengths), width).contiguous(),
         layout=None,
-        attention_mask=attention_mask,
+        attention_mask=torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
+        alone=alone,
         pair_ids=[pair.pair_id for pair in pairs],
         **_targets(pairs, locate),
     )
@@ -261,7 +289,7 @@ def _check(pair: Pair) -> None:
         raise ValueError(f"pair {pair.pair_id}: prompt and responses need at least one token each")
     for side in (CHOSEN, REJECTED):
         ids, positions, _ = pair.side(side)
-        if positions is not None and len(positions) and not (min(positions) >= 0 and max(positions) < len(ids)):
+        if positions is not None and len(positions) and not (np.min(positions) >= 0 and np.max(positions) < len(ids)):
             raise ValueError(f"pair {pair.pair_id}: a target position lies outside the response of {len(ids)} tokens")
 
 
@@ -272,8 +300,8 @@ def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:
         for side in (CHOSEN, REJECTED):
             ids, positions, side_weights = pair.side(side)
             at = np.arange(len(ids)) if positions is None else np.asarray(positions, dtype=np.int64)
-            where.append(locate(index, tuple(ids), at))
-            tokens.append(np.asarray(ids, dtype=np.int64)[at])
+            where.append(locate(index, ids, at))
+            tokens.append(np.asarray(ids)[at])
             segments.append(np.full(len(at), 2 * index + side, dtype=np.int64))
             weights.append(
                 np.ones(len(at), np.float32) if side_weights is None else np.asarray(side_weights, np.float32)
@@ -282,7 +310,7 @@ def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:
     return {
         "target_positions": torch.from_numpy(target_positions),
         "target_rows": torch.from_numpy(np.unique(target_positions)),
-        "target_ids": torch.from_numpy(np.concatenate(tokens)),
+        "target_ids": torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
         "segments": torch.from_numpy(np.concatenate(segments)),
         "weights": torch.from_numpy(np.concatenate(weights)),
     }
@@ -292,9 +320,37 @@ def read_length(pair: Pair) -> int:
     """Number of tokens that a packed row needs for this pair alone."""
     chosen = _last_target(pair.chosen_ids, pair.chosen_positions)
     rejected = _last_target(pair.rejected_ids, pair.rejected_positions)
-    if tuple(pair.chosen_ids) == tuple(pair.rejected_ids):
+    if np.array_equal(pair.chosen_ids, pair.rejected_ids):
         return len(pair.prompt_ids) + max(chosen, rejected)
     return len(pair.prompt_ids) + chosen + rejected
+
+
+def _row_lengths(pair: Pair, whole: bool = False) -> tuple[int, int]:
+    """Tokens to read of the prompt and the chosen response, and of the prompt and the rejected one."""
+    prompt = len(pair.prompt_ids)
+    if whole:
+        return prompt + len(pair.chosen_ids), prompt + len(pair.rejected_ids)
+    return (
+        prompt + _last_target(pair.chosen_ids, pair.chosen_positions),
+        prompt + _last_target(pair.rejected_ids, pair.rejected_positions),
+    )
+
+
+def fill_padded_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:
+    """Divide pairs into padded batches of at most `tokens_per_row` tokens, padding included (a longer pair is alone).
+
+    Pairs of about the same length come together, the longest first. A pair is two rows of a batch, as wide as the
+    longest row of the batch.
+    """
+    widths = np.array([max(1, *_row_lengths(pair)) for pair in pairs], np.int64)
+    order = np.argsort(-widths, kind="stable")
+    rows: list[list[Pair]] = []
+    at = 0
+    while at < len(order):
+        number = max(1, tokens_per_row // (2 * int(widths[order[at]])))
+        rows.append([pairs[index] for index in order[at : at + number].tolist()])
+        at += number
+    return rows
 
 
 def fill_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:
@@ -304,9 +360,9 @@ def fill_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:
     has a cost of its own, which a short one does not repay. Every pair of the batch is in exactly one row, so a mean
     over the batch is the sum over rows divided by the number of pairs.
     """
-    groups: dict[tuple[int, ...], list[Pair]] = {}
+    groups: dict[bytes, list[Pair]] = {}
     for pair in pairs:
-        groups.setdefault(tuple(pair.prompt_ids), []).append(pair)
+        groups.setdefault(_key(pair.prompt_ids), []).append(pair)
     pieces: list[tuple[int, list[Pair]]] = []
     for members in groups.values():
         pieces.extend(_split_group(members, tokens_per_row))

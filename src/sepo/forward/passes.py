@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -10,14 +12,31 @@ import torch
 from torch import nn
 
 from sepo import processes
-from sepo.data.ragged import ragged
+from sepo.data.ragged import SIDES, Ragged, ragged
 from sepo.data.tables import check_pairs_differ, make_table, provenance_of
 from sepo.forward.logps import token_logps
-from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, fill_rows, pack, pad
+from sepo.forward.packing import (
+    CHOSEN,
+    REJECTED,
+    PackedBatch,
+    Pair,
+    fill_padded_rows,
+    fill_rows,
+    pack,
+    pad,
+)
 from sepo.forward.prepare import prepare_model
 from sepo.models.adapters import causal_lm
+from sepo.models.limits import check_ids, check_lengths, model_limits
 
-LAYOUTS: dict[str, Callable[[Sequence[Pair]], PackedBatch]] = {"packed": pack, "padded": pad}
+# Of each layout that `prepare_model` names: how pairs are divided into batches, and how a batch is laid out. What is
+# read alone comes a pair a batch: processes that wait for each other in each forward then do as many.
+LAYOUTS: dict[str, tuple[Callable[[Sequence[Pair], int], list[list[Pair]]], Callable[[Sequence[Pair]], PackedBatch]]]
+LAYOUTS = {
+    "packed": (fill_rows, pack),
+    "padded": (fill_padded_rows, pad),
+    "alone": (lambda pairs, tokens_per_row: [[pair] for pair in pairs], partial(pad, alone=True)),
+}
 # In training; without gradients a row may be larger, as nothing is kept for a backward pass.
 TOKENS_PER_ROW = {"cpu": 512, "cuda": 16384, "mps": 4096}
 
@@ -26,17 +45,52 @@ class NonFiniteError(RuntimeError):
     """A log-probability is NaN or infinite; the message names the pairs."""
 
 
-def table_pairs(table: pa.Table) -> list[Pair]:
+class TablePairs(Sequence[Pair]):
+    """The rows of a table as `Pair`s, made when they are asked for.
+
+    Their ids are views of the table's buffers: as Python numbers they would take ten times the memory, in every
+    process, and a worker of a DataLoader would copy them by counting references.
+    """
+
+    def __init__(self, table: pa.Table):
+        self.pair_ids = table.column("pair_id").to_numpy()
+        names = [name for name in Pair.__dataclass_fields__ if name != "pair_id" and name in table.column_names]
+        self._columns = {name: Ragged(table.column(name)) for name in names}
+
+    def __len__(self) -> int:
+        return len(self.pair_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its responses; 0 without a pair."""
+        prompt, chosen, rejected = (self._columns[f"{part}_ids"].lengths for part in ("prompt", *SIDES))
+        return int((prompt + np.maximum(chosen, rejected)).max(initial=0))
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Pair]: ...
+    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        fields: dict[str, Any] = {name: column[index] for name, column in self._columns.items()}
+        return Pair(int(self.pair_ids[index]), **fields)
+
+
+def table_pairs(table: pa.Table) -> TablePairs:
     """Read the rows of a pairs, scores or selection table as `Pair`s (selection positions and weights included)."""
     check_pairs_differ(table)
-    names = [name for name in Pair.__dataclass_fields__ if name in table.column_names]
-    columns = [table.column(name).to_pylist() for name in names]
-    return [Pair(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
+    return TablePairs(table)
 
 
 def make_batches(pairs: Sequence[Pair], layout: str, tokens_per_row: int) -> list[PackedBatch]:
-    """Lay out a set of pairs as batches of about `tokens_per_row` tokens each, packed or padded."""
-    return [LAYOUTS[layout](row) for row in fill_rows(pairs, tokens_per_row)]
+    """Lay out a set of pairs as batches of at most `tokens_per_row` tokens each (a longer pair is alone).
+
+    Args:
+        layout: what `prepare_model` returned.
+    """
+    fill, lay_out = LAYOUTS[layout]
+    return [lay_out(row) for row in fill(pairs, tokens_per_row)]
 
 
 def tokens_per_row_for(device: torch.device | str, scoring: bool = False) -> int:
@@ -73,6 +127,14 @@ def read_like(logps: pa.Table, model: nn.Module) -> bool:
     return all(found.get(name) == value for name, value in numerics(model).items())
 
 
+def require_readable(model: nn.Module, pairs: pa.Table) -> None:
+    """Raise a UserError if a model has no embedding for an id of the pairs, or no position for a token."""
+    config = causal_lm(model).config
+    limits, name = model_limits(config), config.name_or_path or type(causal_lm(model)).__name__
+    check_ids(pairs, name, limits)
+    check_lengths(pairs, name, limits)
+
+
 @torch.no_grad()
 def dataset_logps(
     model: nn.Module,
@@ -98,11 +160,14 @@ def dataset_logps(
 
     Raises:
         NonFiniteError: a log-probability is NaN or infinite.
+        UserError: an id or a length that the model cannot read.
     """
-    layout = prepare_model(model)
+    require_readable(model, pairs)
     device = next(model.parameters()).device
     budget = tokens_per_row or tokens_per_row_for(device, scoring=True)
     rows = table_pairs(pairs.select(["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]))
+    layout = prepare_model(model, longest=rows.longest, tokens_per_row=budget)
+    fill, lay_out = LAYOUTS[layout]
     lengths = np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in rows], np.int64).reshape(-1, 2)
     starts = np.zeros_like(lengths)
     np.cumsum(lengths[:-1], axis=0, out=starts[1:])
@@ -114,8 +179,8 @@ def dataset_logps(
     model.eval()
     try:
         own = slice(processes.rank(), None, processes.size()) if over_processes else slice(None)
-        for row in fill_rows(rows, budget)[own]:
-            batch = LAYOUTS[layout](row)
+        for row in fill(rows, budget)[own]:
+            batch = lay_out(row)
             values = token_logps(model, batch.to(device)).float().cpu().numpy()
             if not np.isfinite(values).all():
                 bad = np.unique(batch.segments.numpy()[~np.isfinite(values)] // 2)

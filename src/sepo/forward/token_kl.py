@@ -17,8 +17,9 @@ from sepo.forward.logps import target_hidden
 from sepo.forward.packing import PackedBatch
 from sepo.models.adapters import causal_lm
 
-# Of the two models' logits of one chunk of targets.
+# Of the two models' logits of one chunk of targets; many small passes over both heads would leave a GPU idle.
 _CHUNK_BYTES = 64 * 2**20
+_GPU_CHUNK_BYTES = 512 * 2**20
 
 
 def token_logps_and_kl(
@@ -42,7 +43,8 @@ def token_logps_and_kl(
         frozen = target_hidden(causal_lm(reference), batch)
     parts = _Heads(model, reference, direction == "forward")
     wide = 8 if hidden.dtype == torch.float64 else 4
-    rows = max(1, _CHUNK_BYTES // (parts.vocabulary * wide * 2))
+    budget = _CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES
+    rows = max(1, budget // (parts.vocabulary * wide * 2))
     pieces = []
     for start in range(0, len(hidden), rows):
         chunk = (hidden[start : start + rows], frozen[start : start + rows], batch.target_ids[start : start + rows])
@@ -67,11 +69,10 @@ class _Heads:
         log_policy = self._log_softmax(self.head, self.transform, hidden)
         with torch.no_grad():
             log_reference = self._log_softmax(self.reference_head, self.reference_transform, frozen)
-        difference = log_reference - log_policy
         if self.forward_kl:
-            kl = (log_reference.exp() * difference).sum(1)
+            kl = _kl(log_reference, log_policy)
         else:
-            kl = -(log_policy.exp() * difference).sum(1)
+            kl = _kl(log_policy, log_reference)
         return log_policy.gather(1, target_ids[:, None])[:, 0], kl
 
     @staticmethod
@@ -79,6 +80,13 @@ class _Heads:
         logits = head(hidden)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return transform.apply(logits).log_softmax(1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row; a token that p never gives adds nothing, whatever q says (0 log 0 = 0)."""
+    never = log_p.isneginf()
+    log_p = log_p.masked_fill(never, 0)  # before the product: 0 times infinity has no value and no gradient
+    return (log_p.exp() * (log_p - log_q.masked_fill(never, 0))).masked_fill(never, 0).sum(1)
 
 
 def _head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:

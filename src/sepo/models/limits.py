@@ -6,8 +6,14 @@ import itertools
 import re
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from sepo.data.ragged import SIDES, flat
+from sepo.errors import UserError, one_line
+from sepo.processes import say_once
 
 # Parameters and buffers with a row for each position, and architectures that make such a table as they go.
 _TABLE = re.compile(r"wpe|embed_positions|pos(ition)?s?_?embed")
@@ -43,3 +49,45 @@ def model_limits(config: PreTrainedConfig) -> Limits:
         return Limits(text.vocab_size, None if text.model_type == "xglm" else positions, text.model_type != "xglm")
     rotary = getattr(text, "rope_parameters", None) is not None
     return Limits(text.vocab_size, positions if rotary else None, False)
+
+
+def check_ids(table: pa.Table, name: str, limits: Limits, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise a UserError if a table of pairs holds an id that a model has no embedding for.
+
+    Args:
+        name: what the user calls the model.
+        tokenizer: to name the token.
+    """
+    for part in ("prompt", *SIDES):
+        ids, _ = flat(table.column(f"{part}_ids"))
+        if len(ids) and (largest := int(ids.max())) >= limits.vocabulary:
+            token = "" if tokenizer is None else f" '{one_line(tokenizer.convert_ids_to_tokens(largest), 40)}'"
+            raise UserError(
+                f"a {part} holds the token{token} with id {largest}, but '{name}' has {limits.vocabulary} embeddings: "
+                "tokens were added to its tokenizer alone; resize the embeddings to it and train them, or remove the "
+                "tokens"
+            )
+
+
+def check_lengths(table: pa.Table, name: str, limits: Limits, answers: int = 0) -> None:
+    """Raise a UserError if pairs are longer than a model can read; say so once where it would have to extrapolate.
+
+    Args:
+        answers: look at the prompts alone, with so many tokens generated after each; 0 looks at the pairs.
+    """
+    if limits.positions is None or not len(table):
+        return
+    prompts, chosen, rejected = (flat(table.column(f"{part}_ids"))[1] for part in ("prompt", *SIDES))
+    lengths = prompts + (answers or np.maximum(chosen, rejected))
+    beyond = int((lengths > limits.positions).sum())
+    if not beyond:
+        return
+    what = f"prompts with eval.max_new_tokens {answers:,}" if answers else "pairs"
+    text = (
+        f"{beyond:,} of {len(table):,} {what} are longer than the {limits.positions:,} positions of '{name}', the "
+        f"longest by {int(lengths.max()) - limits.positions:,} tokens"
+    )
+    remedy = "lower eval.max_new_tokens" if answers else f"set data.max_length to {limits.positions}"
+    if limits.firm:
+        raise UserError(f"{text}: {remedy}")
+    say_once(f"  {text}: it extrapolates unless you {remedy}")

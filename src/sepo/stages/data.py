@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
@@ -16,15 +15,14 @@ from sepo import processes
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import load_preferences, source_fingerprint
-from sepo.data.ragged import SIDES, flat
 from sepo.data.rows import DataReport
 from sepo.data.splits import group_by_prompt, shared_prompts, split_pairs, take_pairs
 from sepo.data.tables import write_table
-from sepo.errors import UserError, one_line
+from sepo.errors import UserError
 from sepo.models.config import load_config
-from sepo.models.limits import Limits, model_limits
+from sepo.models.limits import check_ids, check_lengths, model_limits
 from sepo.models.tokenizer import load_tokenizer
-from sepo.processes import say, say_once
+from sepo.processes import say
 from sepo.recipe.settings import EMBEDDED_DATA, DataSettings, Recipe
 from sepo.stages.stage import Cost, Sizes, Stage
 
@@ -128,39 +126,8 @@ def check_limits(recipe: Recipe, tables: Iterable[pa.Table], answers: int = 0) -
     for name, revision in sorted(models, key=str):
         limits = model_limits(load_config(name, revision=revision))
         for table in tables:
-            _check_ids(table, name, limits)
-            _check_lengths(table, name, limits, answers)
-
-
-def _check_ids(table: pa.Table, name: str, limits: Limits) -> None:
-    for part in ("prompt", *SIDES):
-        ids, _ = flat(table.column(f"{part}_ids"))
-        if len(ids) and (largest := int(ids.max())) >= limits.vocabulary:
-            token = load_tokenizer(name).convert_ids_to_tokens(largest)
-            raise UserError(
-                f"a {part} holds the token '{one_line(token, 40)}' with id {largest}, but '{name}' has "
-                f"{limits.vocabulary} embeddings: tokens were added to its tokenizer alone; resize the embeddings "
-                "to it and train them, or remove the tokens"
-            )
-
-
-def _check_lengths(table: pa.Table, name: str, limits: Limits, answers: int) -> None:
-    if limits.positions is None:
-        return
-    prompts, chosen, rejected = (flat(table.column(f"{part}_ids"))[1] for part in ("prompt", *SIDES))
-    lengths = prompts + (answers or np.maximum(chosen, rejected))
-    beyond = int((lengths > limits.positions).sum())
-    if not beyond:
-        return
-    what = f"prompts with eval.max_new_tokens {answers:,}" if answers else "pairs"
-    text = (
-        f"{beyond:,} of {len(table):,} {what} are longer than the {limits.positions:,} positions of '{name}', the "
-        f"longest by {int(lengths.max()) - limits.positions:,} tokens"
-    )
-    remedy = "lower eval.max_new_tokens" if answers else f"set data.max_length to {limits.positions}"
-    if limits.firm:
-        raise UserError(f"{text}: {remedy}")
-    say_once(f"  {text}: it extrapolates unless you {remedy}")
+            check_ids(table, name, limits, load_tokenizer(name, revision=revision))
+            check_lengths(table, name, limits, answers)
 
 
 def write_pairs(folder: Path, table: pa.Table) -> None:

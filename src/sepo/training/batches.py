@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from sepo.credit.rewards import target_sums
 from sepo.errors import UserError
-from sepo.forward.packing import Pair
+from sepo.forward.packing import Pair, read_length
 from sepo.forward.passes import make_batches, table_pairs
 
 NO_PAIR = -1
@@ -32,12 +34,11 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, table: pa.Table, reference_logps: pa.Table | None = None):
         self.pairs = table_pairs(table)
-        self.reference: list[tuple[float, float]] | None = None
+        self.reference: np.ndarray | None = None  # [pairs, 2]
         if reference_logps is not None:
             if reference_logps.column("pair_id").to_pylist() != table.column("pair_id").to_pylist():
                 raise UserError("the reference log-probabilities are not those of these pairs: compute them again")
-            chosen, rejected = target_sums(table, reference_logps)
-            self.reference = list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+            self.reference = np.stack(target_sums(table, reference_logps), 1)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -45,7 +46,12 @@ class PairDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Pair, tuple[float, float] | None] | None:
         if index == NO_PAIR:
             return None
-        return self.pairs[index], self.reference[index] if self.reference is not None else None
+        return self.pairs[index], tuple(self.reference[index].tolist()) if self.reference is not None else None
+
+    @cached_property
+    def shortest(self) -> int:
+        """Index of the pair that makes a model read the fewest tokens."""
+        return min(range(len(self)), key=lambda index: read_length(self.pairs[index]))
 
 
 class PairSampler(torch.utils.data.Sampler[int]):

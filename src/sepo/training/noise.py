@@ -68,6 +68,13 @@ def noisy_parts(model: nn.Module) -> list[nn.Module]:
     return [module for module in _own_modules(model) if not isinstance(module, kept)]
 
 
+def train_quietly(model: nn.Module, parts: list[nn.Module]) -> None:
+    """Put a model into training mode but for some of its parts (`noisy_parts`)."""
+    model.train()
+    for module in parts:
+        module.training = False
+
+
 def draws_in_adapters(model: nn.Module) -> bool:
     """Does an adapter have dropout of its own?"""
     own = {id(module) for module in _own_modules(model)}

@@ -30,13 +30,14 @@ from sepo.errors import UserError
 from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
-from sepo.forward.packing import PackedBatch, Pair, read_length
-from sepo.forward.passes import dataset_logps, tokens_per_row_for
-from sepo.forward.prepare import prepare_model
+from sepo.forward.packing import PackedBatch, Pair
+from sepo.forward.passes import dataset_logps, require_readable, tokens_per_row_for
+from sepo.forward.prepare import prepare_model, training_noise
 from sepo.forward.token_kl import token_logps_and_kl
+from sepo.models.adapters import causal_lm
 from sepo.training import objectives
 from sepo.training.batches import PairCollator, PairDataset, PairSampler
-from sepo.training.noise import as_configured, draws_in_adapters, noisy_parts, silence
+from sepo.training.noise import as_configured, draws_in_adapters, noisy_parts, silence, train_quietly
 from sepo.training.objectives import (
     OBJECTIVES,
     SELECTIVE,
@@ -150,10 +151,14 @@ class PreferenceTrainer(Trainer):
         assert isinstance(model, nn.Module)
         if args.device.type == "cuda" and not _placed_elsewhere(model):
             model = model.to(args.device)  # it is tried out where it will run
-        layout = prepare_model(model, args.layout)
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
+        prepare_model(model, args.layout, longest=0, tokens_per_row=0, device=args.device)
         train = self._dataset(model, args, train_dataset, reference_logps, processing_class)
         evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class)
+        longest = max(data.pairs.longest if data is not None else 0 for data in (train, evaluation))
+        layout = prepare_model(
+            model, args.layout, longest=longest, tokens_per_row=self.tokens_per_row, device=args.device
+        )
         if args.device.type == "cpu":
             keep_freed_memory()
         # Whether stored log-probabilities of a reference are said to be those of the model as it is given.
@@ -162,6 +167,7 @@ class PreferenceTrainer(Trainer):
         self._silenced = silence(model)
         self._noisy_parts = noisy_parts(model)
         self._adapters_draw = draws_in_adapters(model)
+        _require_quiet(model, self._noisy_parts)
         # The KL needs every logit of the reference, which cannot be stored: the model as it is given stays beside.
         self.kl_direction = kl_direction(args.objective, args.alpha)
         self.kl_reference = (
@@ -200,6 +206,7 @@ class PreferenceTrainer(Trainer):
                 chat_template_kwargs=args.chat_template_kwargs,
             )
             processes.say(report.summary())
+        require_readable(model, data)
         if args.objective not in SELECTIVE:
             data = data.select(SCHEMAS["pairs"].names)
         if args.objective not in WITH_REFERENCE:
@@ -296,9 +303,7 @@ class PreferenceTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
         """Forward and backward over the packed rows of one batch; returns the mean loss of its pairs (its share)."""
-        model.train()
-        for module in self._noisy_parts:
-            module.training = False
+        train_quietly(model, self._noisy_parts)
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have a training mode
             self.optimizer.train()  # type: ignore[union-attr]
         pairs_in_update = float(num_items_in_batch or inputs["num_pairs"])
@@ -346,7 +351,7 @@ class PreferenceTrainer(Trainer):
     @property
     def _shortest(self) -> tuple[Pair, tuple[float, float] | None]:
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        return dataset[min(range(len(dataset)), key=lambda index: read_length(dataset.pairs[index]))]
+        return dataset[dataset.shortest]
 
     @contextlib.contextmanager
     def _hold_gradients(self, model: nn.Module) -> Iterator[None]:
@@ -500,6 +505,18 @@ def _placed_elsewhere(model: nn.Module) -> bool:
     """Does somebody else decide where the weights are (a launcher that cuts them up, a quantised base)?"""
     sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
     return sharded or getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None) is not None
+
+
+def _require_quiet(model: nn.Module, parts: list[nn.Module]) -> None:
+    """Raise a UserError for a model that draws at random in training and cannot be kept from it."""
+    if _placed_elsewhere(model):  # its first step sees to it (`_check_start`)
+        return
+    noise = training_noise(model, lambda: train_quietly(model, parts))
+    if not noise <= 0.01:
+        raise UserError(
+            f"model '{causal_lm(model).config.name_or_path}' draws at random in training, and not by a setting that is "
+            f"known here (log-probabilities differ by {noise:.3g} from evaluation): it cannot be trained on preferences"
+        )
 
 
 def _autocast(args: TrainingArguments) -> torch.autocast:

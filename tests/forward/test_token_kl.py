@@ -1,0 +1,63 @@
+"""The KL at every target where a vocabulary has tokens that are never given: logits of -inf."""
+
+import pytest
+import torch
+from torch import nn
+
+from pairs import awkward_pairs
+from sepo.forward.packing import pack
+from sepo.forward.prepare import prepare_model
+from sepo.forward.token_kl import token_logps_and_kl
+from tiny_models import VOCAB_SIZE, tiny_model
+
+GIVEN = 90  # tokens; the rest of the vocabulary is never given
+
+
+def model_with_a_short_vocabulary(seed):
+    model = tiny_model("llama", torch.float64, seed=seed)
+    head = nn.Linear(48, VOCAB_SIZE, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(model.lm_head.weight)
+        head.bias.copy_(torch.linspace(-1, 1, VOCAB_SIZE))
+        head.bias[GIVEN:] = -torch.inf
+    model.lm_head = head
+    return model
+
+
+def plain(model, reference, pair, side, direction):
+    """By the formula, over the tokens that are given."""
+    ids = pair.side(side)[0]
+    tokens = torch.tensor([[*pair.prompt_ids, *ids]])
+    one, other = (
+        m(tokens).logits[0, len(pair.prompt_ids) - 1 : -1, :GIVEN].log_softmax(-1) for m in (model, reference)
+    )
+    first, second = (other, one) if direction == "forward" else (one, other)
+    return (first.exp() * (first - second)).sum(1)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_tokens_that_are_never_given_add_nothing(direction):
+    model, reference = model_with_a_short_vocabulary(0), model_with_a_short_vocabulary(1)
+    pairs = [pair for pair in awkward_pairs() if pair.chosen_positions is None and pair.rejected_positions is None]
+    expected = torch.cat([plain(model, reference, pair, side, direction) for pair in pairs for side in (0, 1)])
+    expected.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    assert prepare_model(model) == prepare_model(reference) == "packed"
+    _, kl = token_logps_and_kl(model, reference, pack(pairs), direction)
+    torch.testing.assert_close(kl, expected, atol=1e-8, rtol=0)
+    kl.sum().backward()
+    for name, parameter in model.named_parameters():
+        scale = gradients[name].abs().max().clamp(min=1e-3)  # the model's own norms compute in float32
+        torch.testing.assert_close(parameter.grad / scale, gradients[name] / scale, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_token_that_only_the_other_model_gives_is_infinitely_far_or_adds_nothing(direction):
+    model, reference = model_with_a_short_vocabulary(0), model_with_a_short_vocabulary(1)
+    with torch.no_grad():
+        reference.lm_head.bias[GIVEN:] = 0.0  # KL(reference || model) is infinite, KL(model || reference) is not
+        for one in (model, reference):
+            prepare_model(one)
+        _, kl = token_logps_and_kl(model, reference, pack(awkward_pairs()[:1]), direction)
+    assert bool(kl.isinf().all() if direction == "forward" else kl.isfinite().all())
