@@ -15,28 +15,35 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file in the same folder; it is flushed and takes the place of `path` if all went well."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Name a temporary file in the same folder to write; it is flushed and takes the place of `path` if all went well.
+
+    A name and not an open file, because not every library may be given a file of Python (`data.tables`).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Push the content of a file to the disk, so that a power cut leaves no empty file under a final name."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
-    with replacing(path) as file:
-        file.write(content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,21 +93,15 @@ def replace_folder(folder: str | os.PathLike) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _flush(temporary)
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                flush(path)
         if target.exists():
             os.replace(target, old)
         os.replace(temporary, target)
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Push a folder's content to the disk, so that a power cut leaves no empty file under a final name."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
 
 
 def recover_folder(folder: Path) -> None:

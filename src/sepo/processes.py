@@ -6,7 +6,8 @@ All processes run the same stages. The main one (rank 0) decides, reads the mani
 answer, or its failure, to the others. Messages are JSON, never pickles. Waiting happens in a group of its own over TCP
 (gloo) without a short timeout, because tokenising a dataset may take longer than the ten minutes that NCCL waits.
 
-With one process every function here is a plain call, and torch.distributed is never touched.
+With one process every function here is a plain call, and PyTorch is not even imported: commands that only sort tables
+answer at once.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 _WAIT = timedelta(days=7)
@@ -42,6 +41,9 @@ def join(device: str = "auto") -> None:
     global _group
     if launched() == 1 or _group is not None:
         return
+    import torch
+    import torch.distributed as dist
+
     # Every process checks the model's layout on whole weights before FSDP cuts them up.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if not dist.is_initialized():
@@ -55,19 +57,22 @@ def join(device: str = "auto") -> None:
 def leave() -> None:
     """Part from the other processes at the end of a command."""
     global _group
-    if _group is not None and dist.is_initialized():
-        dist.destroy_process_group()
+    if _group is not None:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
     _group = None
 
 
 def size() -> int:
     """Number of processes that have joined."""
-    return dist.get_world_size(_group) if _group is not None else 1
+    return _group.size() if _group is not None else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank(_group) if _group is not None else 0
+    return _group.rank() if _group is not None else 0
 
 
 def is_main() -> bool:
@@ -113,6 +118,9 @@ def on_main(work: Callable[[], Any]) -> Any:
 
 def _broadcast(text: str | None) -> str:
     """Send a text from the main process to all."""
+    import torch
+    import torch.distributed as dist
+
     content = np.frombuffer((text or "").encode(), np.uint8)
     length = torch.tensor([len(content)])
     dist.broadcast(length, 0, group=_group)
@@ -125,6 +133,9 @@ def add_up(values: np.ndarray) -> np.ndarray:
     """Sum of an array over the processes. Where all but one hold zeros it is exact."""
     if size() == 1:
         return values
+    import torch
+    import torch.distributed as dist
+
     tensor = torch.from_numpy(values.copy())
     dist.all_reduce(tensor, group=_group)
     return tensor.numpy()
@@ -133,6 +144,8 @@ def add_up(values: np.ndarray) -> np.ndarray:
 def wait() -> None:
     """Return when every process has come here."""
     if size() > 1:
+        import torch.distributed as dist
+
         dist.barrier(group=_group)
 
 

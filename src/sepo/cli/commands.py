@@ -172,8 +172,7 @@ def select_command(arguments: argparse.Namespace) -> None:
     settings["include_end"] |= arguments.include_end
     from sepo.credit.rewards import combine_scores
     from sepo.data.ragged import flat
-    from sepo.data.tables import read_table, write_table
-    from sepo.stages.data import PAIRS_PER_SHARD
+    from sepo.data.tables import number_of_rows, read_table, table_paths, write_table
     from sepo.stages.select import select
 
     out = Path(arguments.out)
@@ -184,7 +183,9 @@ def select_command(arguments: argparse.Namespace) -> None:
             if len(arguments.table) > 1:
                 joined = combine_scores([read_table(path, "scores") for path in arguments.table], arguments.combine)
                 scores = Path(folder)
-                write_table(scores, joined, PAIRS_PER_SHARD)
+                # In shards as large as those of the first.
+                rows = number_of_rows(table_paths(arguments.table[0], "scores")[0])
+                write_table(scores, joined, max(rows, 1))
             return str(select(scores, out, **settings, seed=arguments.seed))
 
     _join("cpu").on_main(write_selection)

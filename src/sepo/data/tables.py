@@ -129,19 +129,32 @@ def _shard_digest(table: pa.Table, provenance: Mapping[str, Any]) -> str:
 
 def write_parquet(path: Path, table: pa.Table) -> Path:
     """Write a parquet file atomically."""
-    with replacing(path) as file:
+    with replacing(path) as temporary, arrow_file(temporary, "wb") as file:
         pq.write_table(table, file, compression="zstd")
     return path
+
+
+def arrow_file(path: str | os.PathLike, mode: str = "rb") -> pa.OSFile:
+    """Open a file for Arrow: never one of Python's, which Arrow's threads may still hold when the interpreter ends.
+
+    That aborts the process, now and then. Nor a name alone, which could be taken for a URI or a glob.
+    """
+    return pa.OSFile(os.fsencode(path), mode)
 
 
 def write_table(folder: str | os.PathLike, table: pa.Table, rows_per_shard: int = 10_000) -> None:
     """Write a whole table as shards of `rows_per_shard` rows, replacing what the folder held."""
     folder = Path(folder)
-    for stale in folder.glob("part-*.parquet"):
-        stale.unlink()
+    clear_shards(folder)
     starts = range(0, max(len(table), 1), rows_per_shard)
     for index, start in enumerate(starts):
         write_shard(folder, index, table.slice(start, rows_per_shard), len(starts))
+
+
+def clear_shards(folder: Path) -> None:
+    """Remove the shards of an earlier table."""
+    for stale in folder.glob("part-*.parquet"):
+        stale.unlink()
 
 
 def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
@@ -179,11 +192,22 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
     return paths
 
 
+def read_schema(path: Path) -> pa.Schema:
+    """The schema of a parquet file; its rows are not read."""
+    with arrow_file(path) as file:
+        return pq.read_schema(file)
+
+
+def number_of_rows(path: Path) -> int:
+    """Rows of a parquet file, from its footer."""
+    with arrow_file(path) as file:
+        return pq.read_metadata(file).num_rows
+
+
 def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
     """Check columns and version of one file of a table; returns its provenance."""
     try:
-        with pa.OSFile(os.fspath(path)) as file:
-            schema = pq.read_schema(file)
+        schema = read_schema(path)
         provenance = provenance_of(schema)
     except Exception as error:  # a damaged file: whatever the reader meets
         raise _unreadable(path, error) from None
@@ -213,8 +237,7 @@ def read_shard(path: Path, kind: str) -> pa.Table:
     """
     provenance = _read_provenance(path, kind)
     try:
-        # Not a file of Python: Arrow's threads may still hold one when the interpreter ends, which aborts the process.
-        with pa.OSFile(os.fspath(path)) as file:
+        with arrow_file(path) as file:
             table = pq.read_table(file)
     except Exception as error:  # a damaged file: whatever the reader meets
         raise _unreadable(path, error) from None

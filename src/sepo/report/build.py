@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sepo.credit.selection import check_rate, ends_response
 from sepo.data import tables
@@ -59,7 +58,7 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
         UserError: the table is missing, empty, or holds rewards that are not finite or not aligned.
     """
     paths = tables.table_paths(path, "scores")
-    total = sum(pq.read_metadata(shard).num_rows for shard in paths)
+    total = sum(tables.number_of_rows(shard) for shard in paths)
     if total == 0:
         raise UserError(f"'{path}' holds no pair: expected a score table with at least one row")
     picked = np.unique(np.linspace(0, total - 1, min(max_pairs, total)).round().astype(np.int64))
@@ -225,7 +224,7 @@ def _payload(
     rows = scores.rows
     include_end = False
     if selection is not None:
-        recorded = tables.provenance_of(pq.read_schema(tables.table_paths(selection, "selection")[0]))
+        recorded = tables.provenance_of(tables.read_schema(tables.table_paths(selection, "selection")[0]))
         include_end = bool(recorded.get("include_end", False))
     columns = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
     ids = {name: flat(rows[column]) for name, column in columns.items()}
@@ -282,7 +281,7 @@ def _starting_rates(selection: Path | None, given: Mapping[str, float | None]) -
     """The rates that were given, else those that the selection was made with, else 0.3."""
     recorded: dict = {}
     if selection is not None:
-        recorded = tables.provenance_of(pq.read_schema(tables.table_paths(selection, "selection")[0]))
+        recorded = tables.provenance_of(tables.read_schema(tables.table_paths(selection, "selection")[0]))
     rates = {}
     for side in SIDES:
         rate = given[side] if given[side] is not None else recorded.get(f"k_{side}")

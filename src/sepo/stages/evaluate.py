@@ -9,8 +9,7 @@ from sepo import processes
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.measure import evaluate_run
 from sepo.recipe.settings import Recipe
-from sepo.stages.score import SCORES, SCORES_HELD_OUT
-from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
+from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Model, Sizes, Stage
 
 GENERATIONS = "generations.parquet"
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from sepo import processes
 from sepo.data.tables import (
     FORMAT_VERSION,
     provenance_of,
+    read_schema,
     read_shard,
     shard_path,
     table_digest,
@@ -149,7 +149,7 @@ def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
     if not path.is_file():
         return "is missing"
     try:
-        found = provenance_of(pq.read_schema(path))
+        found = provenance_of(read_schema(path))
         for key, value in {"version": FORMAT_VERSION, **expected}.items():
             if found.get(key) != value:
                 return f"was made with another {key}"

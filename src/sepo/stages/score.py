@@ -10,14 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
 from sepo.credit.rewards import combine_scores, token_rewards
-from sepo.data.tables import read_shard, read_table, table_paths, write_shard
+from sepo.data.tables import clear_shards, read_shard, read_table, table_paths, write_shard
 from sepo.evaluate.accuracy import oracle_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.recipe.settings import Recipe
 from sepo.stages.logps import PARTS, part_of
-from sepo.stages.stage import Cost, Made, Sizes, Stage
+from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Sizes, Stage
 
-SCORES, SCORES_HELD_OUT = "scores", "scores_held_out"
 _TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
 
 
@@ -65,12 +64,6 @@ def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path
         scores = [token_rewards(table, read_shard(oracle, "logps"), base) for oracle in oracles]
         write_shard(out, index, scores[0] if len(scores) == 1 else combine_scores(scores), len(shards))
     return out
-
-
-def clear_shards(folder: Path) -> None:
-    """Remove the shards of an earlier table."""
-    for stale in folder.glob("part-*.parquet"):
-        stale.unlink()
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:

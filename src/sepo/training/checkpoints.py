@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from sepo import processes
 from sepo.errors import UserError
-from sepo.files import differing_file, file_digests, recover_folder, write_text
+from sepo.files import differing_file, file_digests, flush, recover_folder, write_text
 from sepo.models.fingerprint import model_fingerprint
 from sepo.processes import say
 from sepo.recipe.settings import TrainingSettings
@@ -113,8 +113,7 @@ def seal_checkpoint(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for path in folder.rglob("*"):
         if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            flush(path)
     write_text(folder / _SEAL, json.dumps(file_digests(folder)))
 
 
