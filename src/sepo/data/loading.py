@@ -22,7 +22,7 @@ from sepo.data.formats import EXPECTED, SUFFIXES, read_file, table_of
 from sepo.data.pairing import make_pairs, preset_of, suggestion
 from sepo.data.rows import EXTRA_COLUMNS, READ_COLUMNS, DataReport
 from sepo.errors import UserError, nearest, one_line
-from sepo.files import file_digest
+from sepo.files import expand_home, file_digest
 from sepo.recipe.settings import PairsFrom
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -88,7 +88,7 @@ def load_rows(source: str | os.PathLike, *, split: str = "train", config_name: s
 
 def source_fingerprint(source: str | os.PathLike) -> str:
     """Return 16 hex digits of the content of a file or folder of data; a hub dataset is known by its name alone."""
-    path = Path(source).expanduser()
+    path = Path(expand_home(source, "the data"))
     try:
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     except (OSError, ValueError):  # too long, or a null byte: not a path
@@ -108,7 +108,8 @@ def _load_whole_split(
     name, _ = _parse_split(split)
     if not isinstance(source, str | os.PathLike):
         return _in_memory(source)
-    path = Path(source).expanduser()
+    source = expand_home(source, "the data")
+    path = Path(source)
     try:
         found = path.exists()
     except (OSError, ValueError):  # too long, or a null byte: not a path
@@ -119,7 +120,7 @@ def _load_whole_split(
         _check_single_split(path, name, config_name)
         dataset = _from_table(read_file(path, text_columns), path)
     else:
-        dataset = _load_hub(str(source), name, config_name)
+        dataset = _load_hub(source, name, config_name)
     if not len(dataset):
         raise UserError(f"'{source}' holds no row (split '{name}'): expected at least one")
     return dataset
@@ -181,8 +182,8 @@ def _check_single_split(path: Path, split: str, config_name: str | None) -> None
 def _load_hub(source: str, split: str, config_name: str | None) -> datasets.Dataset:
     is_hub_id = re.fullmatch(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", source)
     if not is_hub_id or source.lower().endswith(SUFFIXES):
-        near = nearest(Path(source).name, _listing(Path(source).expanduser().parent))
-        where = "" if Path(source).expanduser().is_absolute() else f" (looked for in '{Path.cwd()}')"
+        near = nearest(Path(source).name, _listing(Path(source).parent))
+        where = "" if Path(source).is_absolute() else f" (looked for in '{Path.cwd()}')"
         raise UserError(f"no file or folder at '{source}'{where}{near}: expected a dataset file, a folder or a hub id")
     try:
         return datasets.load_dataset(source, config_name, split=split)

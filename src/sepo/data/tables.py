@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from sepo.data.ragged import flat
 from sepo.errors import UserError, one_line
-from sepo.files import replacing
+from sepo.files import expand_home, replacing
 
 FORMAT_VERSION = 1
 _KEY = b"sepo"
@@ -117,7 +117,9 @@ def write_shard(folder: str | os.PathLike, index: int, table: pa.Table, shards: 
     provenance = {**provenance_of(table), "shard": index, "shards": shards}
     provenance["digest"] = _shard_digest(table, provenance)
     metadata = {_KEY: json.dumps(provenance, sort_keys=True).encode()}
-    return write_parquet(shard_path(Path(folder), index), table.replace_schema_metadata(metadata))
+    return write_parquet(
+        shard_path(Path(expand_home(folder, "the folder")), index), table.replace_schema_metadata(metadata)
+    )
 
 
 def _shard_digest(table: pa.Table, provenance: Mapping[str, Any]) -> str:
@@ -144,7 +146,7 @@ def arrow_file(path: str | os.PathLike, mode: str = "rb") -> pa.OSFile:
 
 def write_table(folder: str | os.PathLike, table: pa.Table, rows_per_shard: int = 10_000) -> None:
     """Write a whole table as shards of `rows_per_shard` rows, replacing what the folder held."""
-    folder = Path(folder)
+    folder = Path(expand_home(folder, "the folder"))
     clear_shards(folder)
     starts = range(0, max(len(table), 1), rows_per_shard)
     for index, start in enumerate(starts):
@@ -164,7 +166,7 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
         UserError: the folder is missing, lacks a shard, or holds another kind or version of table, or shards of
             different tables.
     """
-    path = Path(folder)
+    path = Path(expand_home(folder, f"the {kind} table"))
     if not path.exists():
         raise UserError(f"no {kind} table at '{path}': expected a folder of part-*.parquet files")
     if path.is_file():

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 
 from sepo.errors import UserError
+from sepo.files import expand_home
 from sepo.models.folders import adapter_base, check_folder, is_adapter
 from sepo.models.gguf import check_gguf, convert_gguf, converted_folder, is_converted
 from sepo.models.hub import download, hub_snapshot
@@ -34,7 +35,7 @@ def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None)
         UserError: there is no such model, or it is damaged, gated, pickled only, or an adapter whose base is
             not there.
     """
-    name = os.fspath(name_or_path)
+    name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
     if gguf is not None:
         if not is_converted(converted_folder(gguf, None)):
@@ -68,7 +69,7 @@ def resolve_model(
     Raises:
         UserError: as `check_model`, and when a conversion or a download fails.
     """
-    name = os.fspath(name_or_path)
+    name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
     if gguf is not None:
         return str(convert_gguf(gguf, cache_dir))

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from sepo.errors import UserError, named_error
+from sepo.files import expand_home
 from sepo.models.adapters import LoraSettings, load_adapter, new_adapter
 from sepo.models.devices import check_quantization, choose_device, choose_dtype
 from sepo.models.folders import adapter_base, is_adapter
@@ -52,7 +53,7 @@ def load_model(
     Raises:
         UserError: no such model, device or dtype; quantization that cannot be had here; damaged weights.
     """
-    name = os.fspath(name_or_path)
+    name = expand_home(name_or_path, "the model")
     chosen = choose_device(device)
     folder = Path(resolve_model(name, revision=revision))
     if adapter is None and is_adapter(folder):

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sepo.errors import UserError, nearest
+from sepo.files import expand_home
 from sepo.recipe import builtin
 from sepo.recipe.settings import Recipe, Settings
 
@@ -41,7 +42,7 @@ def find_file(name: str | Path, kind: str) -> Path:
     Raises:
         UserError: there is neither.
     """
-    path = Path(name)
+    path = Path(expand_home(name, f"the {kind}"))
     if path.is_file():
         return path
     if (found := builtin.find(str(name))) is not None:

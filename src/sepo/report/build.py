@@ -25,7 +25,7 @@ from sepo.credit.selection import check_rate, ends_response
 from sepo.data import tables
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.errors import UserError
-from sepo.files import write_bytes
+from sepo.files import expand_home, write_bytes
 from sepo.report.payload import jsonable, pack, smallest_unsigned
 from sepo.report.pieces import PieceTable, load_vocabulary
 from sepo.report.summary import summarise, training_curves
@@ -347,7 +347,7 @@ def build_report(
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
         if rate is not None:
             check_rate(name, rate)
-    run = None if run is None else Path(run)
+    run = None if run is None else Path(expand_home(run, "the run folder"))
     if run is not None and not run.is_dir():
         raise UserError(f"no run folder at '{run}': expected the folder that `sepo run` wrote")
     logps = None
@@ -358,10 +358,10 @@ def build_report(
         if selection is None and (run / "selection").exists():
             selection = run / "selection"
         logps = run / "logps" / "reference" if (run / "logps" / "reference").exists() else None
-    selection = None if selection is None else Path(selection)
+    selection = None if selection is None else Path(expand_home(selection, "the selection table"))
     if tokenizer is None and run is not None:
         tokenizer = find_tokenizer(run)
-    table = Path(table)
+    table = Path(expand_home(table, "the score table"))
 
     scores = read_scores(table, max_pairs)
     pieces = PieceTable(None if tokenizer is None else load_vocabulary(tokenizer))
@@ -376,6 +376,6 @@ def build_report(
         "documents": jsonable(documents),
     }
     data = _payload(scores, pieces, selection, logps, header)
-    out = Path(out)
+    out = Path(expand_home(out, "out"))
     write_bytes(out, _page(title, data).encode("utf-8"))
     return out

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from sepo.data.ragged import SIDES
 from sepo.errors import UserError
-from sepo.files import write_bytes
+from sepo.files import expand_home, write_bytes
 from sepo.report.build import read_scores, read_training
 from sepo.report.style import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES
 from sepo.report.summary import summarise
@@ -154,7 +154,7 @@ def save_figures(
     for name in formats:
         if name not in FORMATS:
             raise UserError(f"no figure format '{name}': expected one of {', '.join(FORMATS)}")
-    run, folder = Path(run), Path(folder)
+    run, folder = Path(expand_home(run, "the run folder")), Path(expand_home(folder, "the folder"))
     is_run = (run / "scores").is_dir()
     scores = read_scores(run / "scores" if is_run else run, max_pairs=1)
     summary = summarise(scores.rewards)

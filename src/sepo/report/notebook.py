@@ -18,6 +18,7 @@ from sepo.credit.selection import check_rate, keep_counts, selection_order
 from sepo.data import tables
 from sepo.data.ragged import SIDES
 from sepo.errors import UserError
+from sepo.files import expand_home
 from sepo.report.build import find_tokenizer
 from sepo.report.pieces import MARK_OFF, MARK_ON, Piece, PieceTable, load_vocabulary
 from sepo.report.style import NEGATIVE, POSITIVE
@@ -111,8 +112,9 @@ def display(
     Raises:
         UserError: there is no such table or row, the tokenizer is not the table's, or a rate is not in (0, 1].
     """
-    if tokenizer is None and isinstance(pair_or_table, str | os.PathLike):
-        tokenizer = find_tokenizer(Path(pair_or_table))
+    if isinstance(pair_or_table, str | os.PathLike):
+        pair_or_table = Path(expand_home(pair_or_table, "the score table"))
+        tokenizer = find_tokenizer(pair_or_table) if tokenizer is None else tokenizer
     row = _row(pair_or_table, index)
     pieces = PieceTable(None if tokenizer is None else load_vocabulary(tokenizer))
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
