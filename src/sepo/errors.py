@@ -1,19 +1,40 @@
-"""The one exception a user is meant to see.
+"""What a user is meant to see when something ends early: bad input, and Ctrl-C.
 
 A `UserError` is a problem with the input, not with the program: its message is one line that says
 what is wrong, where, what was expected and what to do. The command line prints it without a
-traceback and exits with code 2.
+traceback and exits with code 2. An `Interrupted` says what is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
-from collections.abc import Iterable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(Exception):
     """Bad input: one line that says what, where, what was expected and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by SIGINT (Ctrl-C) or SIGTERM; the message says what is kept, `number` which signal it was."""
+
+    def __init__(self, kept: str = "", number: int = signal.SIGINT):
+        super().__init__(kept)
+        self.number = number
+
+
+@contextlib.contextmanager
+def saying_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Give an interruption a message of what is kept; of several around each other the innermost has the word."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if str(error):
+            raise
+        raise Interrupted(kept(), getattr(error, "number", signal.SIGINT)) from None
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from tqdm import tqdm
 _WAIT = timedelta(days=7)
 _group: Any = None
 _said: set[str] = set()
+_bars: WeakSet[tqdm] = WeakSet()
 
 
 class MainProcessError(RuntimeError):
@@ -83,7 +85,8 @@ def is_main() -> bool:
 def say(text: str) -> None:
     """Print a line of progress to standard error, where it does not disturb results on standard output."""
     if is_main():
-        print(text, file=sys.stderr, flush=True)
+        tqdm.write(text, file=sys.stderr)  # above a bar that is being drawn, not behind it
+        sys.stderr.flush()
 
 
 def say_once(text: str) -> None:
@@ -151,4 +154,12 @@ def wait() -> None:
 
 def progress_bar(shown: bool, **settings: Any) -> tqdm:
     """A bar of tqdm; where it is shown, tqdm's own variables (TQDM_DISABLE) are heeded."""
-    return tqdm(**settings) if shown else tqdm(**settings, disable=True)
+    bar = tqdm(**settings) if shown else tqdm(**settings, disable=True)
+    _bars.add(bar)
+    return bar
+
+
+def end_bars() -> None:
+    """Close the bars that an error left open, so that the next line does not stand behind one."""
+    for bar in list(_bars):
+        bar.close()

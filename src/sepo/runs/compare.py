@@ -220,7 +220,7 @@ class _Comparison:
                 "objective": recipe.policy.objective,
                 "folder": str(made.folder.relative_to(self.run.folder)),
                 **made.results,
-                "points": json.loads((made.folder / measured.POINTS).read_text()),
+                "points": json.loads((made.folder / measured.POINTS).read_text(encoding="utf-8")),
             }
         )
         self.results()

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from sepo import processes
 from sepo.data.tables import FORMAT_VERSION
-from sepo.errors import UserError, one_line
+from sepo.errors import UserError, one_line, saying_what_is_kept
 from sepo.files import digest, file_digest, recover_folder, remove_leftovers, write_json, write_text
 from sepo.processes import say
 from sepo.recipe.reading import dump_recipe
@@ -63,7 +63,10 @@ class Run:
         record = processes.on_main(lambda: self._standing(name, title, depends, stage, folder))
         if record is None:
             started = time.monotonic()
-            results = stage.work(folder) or {}
+            with saying_what_is_kept(
+                lambda: f"stage {title} was not finished, those before it are kept; the same command goes on with it"
+            ):
+                results = stage.work(folder) or {}
             processes.wait()
             seconds = time.monotonic() - started
             record = processes.on_main(lambda: self._record(name, title, depends, stage, folder, results, seconds))

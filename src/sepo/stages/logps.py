@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from tqdm.auto import tqdm
 
 from sepo import processes
 from sepo.data.tables import (
@@ -24,7 +23,7 @@ from sepo.data.tables import (
     table_paths,
     write_shard,
 )
-from sepo.errors import UserError, one_line
+from sepo.errors import UserError, one_line, saying_what_is_kept
 from sepo.forward.passes import dataset_logps
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
@@ -103,11 +102,14 @@ def logps_pass(
     def write(index: int, table: pa.Table) -> None:
         write_shard(out, index, table, shards)
 
-    loaded = load_model(model, device=device, dtype=dtype)
+    def kept() -> str:
+        number = sum(shard_path(out, index).is_file() for index in range(shards))
+        return f"{number} of {shards} parts of '{out}' are kept; the same command goes on with the next"
+
     total = sum(item["pairs"] for item in todo)
-    with tqdm(
-        total=total, desc=f"  {description}", unit="pair", smoothing=0.05, disable=not processes.is_main() or None
-    ) as bar:
+    bar = processes.progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
+    with saying_what_is_kept(kept), bar:
+        loaded = load_model(model, device=device, dtype=dtype)
         for item in todo:
             index = item["index"]
             table = dataset_logps(
@@ -126,7 +128,8 @@ def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str) -> list[dict[s
     """The shards of a pass that do not stand yet, each with its provenance and number of pairs."""
     fingerprint = {"model": model_fingerprint(model), "dtype": dtype}
     paths = table_paths(pairs, "pairs")
-    todo, problems = [], []
+    todo: list[dict[str, Any]] = []
+    problems: list[str] = []
     for index, path in enumerate(paths):
         table = read_shard(path, "pairs")
         made_from = {"tokenizer": provenance_of(table).get("tokenizer"), "pairs": table_digest(table)}
@@ -139,8 +142,11 @@ def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str) -> list[dict[s
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         say(f"  {problems[0]}{more}: computed again")
-    for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
-        stale.unlink()
+    for stale in (
+        *(shard_path(out, item["index"]) for item in todo),
+        *sorted(out.glob("part-*.parquet"))[len(paths) :],
+    ):
+        stale.unlink(missing_ok=True)
     return todo
 
 

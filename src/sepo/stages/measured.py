@@ -93,7 +93,7 @@ def run_stage(
             sample_prompts(held_out, recipe.eval.prompts),
             recipe.eval,
             seed,
-            json.loads((samples.folder / SAMPLES).read_text()),
+            json.loads((samples.folder / SAMPLES).read_text(encoding="utf-8")),
             held_out,
             None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
         )

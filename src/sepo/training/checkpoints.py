@@ -117,6 +117,14 @@ def seal_checkpoint(folder: Path) -> None:
     write_text(folder / _SEAL, json.dumps(file_digests(folder)))
 
 
+def kept_of(out: Path) -> str:
+    """What is kept of a training that was stopped in the middle of a step."""
+    steps = [int(path.parent.name.split("-")[1]) for path in (out / "checkpoints").glob(f"checkpoint-*/{_SEAL}")]
+    if not steps:
+        return "this training has no checkpoint yet; the same command begins it anew"
+    return f"the checkpoint of step {max(steps)} is kept; the same command goes on from there"
+
+
 def _checkpoint_problem(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint; None if it is whole."""
     try:

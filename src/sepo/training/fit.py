@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import pickle
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from sepo import processes
 from sepo.data.tables import table_digest
-from sepo.errors import UserError, nearest, one_line
+from sepo.errors import Interrupted, UserError, nearest, one_line, saying_what_is_kept
 from sepo.files import file_digests, replace_folder, write_text
 from sepo.forward.passes import tokens_per_row_for
 from sepo.models.saving import save_model
@@ -27,12 +28,14 @@ from sepo.recipe.settings import LoraSettings, PolicySettings, TrainingSettings
 from sepo.training.checkpoints import (
     STATE_FILE,
     SaveEvery,
+    kept_of,
     last_checkpoint,
     require_finite_weights,
     sharding,
     standing_model,
     training_fingerprint,
 )
+from sepo.training.interrupt import StopSignals, StopWhenAsked, asked_anywhere
 from sepo.training.progress import ProgressBar
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
@@ -168,7 +171,32 @@ def train_model(
 def run_training(
     trainer: Any, tokenizer: PreTrainedTokenizerBase, out: Path, made_with: dict[str, Any]
 ) -> dict[str, float]:
-    """Train from the last whole checkpoint on, and put the finished model with its history into `out`."""
+    """Train from the last whole checkpoint on, and put the finished model with its history into `out`.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came. The step at hand was finished and its checkpoint kept, or the model.
+    """
+    signals = StopSignals()
+    stopping = StopWhenAsked(signals)
+    trainer.add_callback(stopping)
+    with signals, saying_what_is_kept(lambda: kept_of(out)):
+        results = _train(trainer, tokenizer, out, made_with, stopping)
+        if asked_anywhere(signals):
+            raise Interrupted(
+                f"the model is trained and kept in '{out}'; the same command goes on from there",
+                signals.number or signal.SIGINT,
+            )
+    _release(trainer)
+    return results
+
+
+def _train(
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    made_with: dict[str, Any],
+    stopping: StopWhenAsked,
+) -> dict[str, float]:
     started = time.monotonic()
     checkpoint = processes.on_main(lambda: last_checkpoint(out, made_with))
     try:
@@ -176,6 +204,12 @@ def run_training(
         trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
         raise UserError(f"'{checkpoint}' cannot be continued from ({one_line(error, 200)}): delete it") from None
+    if stopping.stopped_at is not None:
+        raise Interrupted(
+            f"the checkpoint of step {stopping.stopped_at} of {trainer.state.max_steps} is kept; "
+            "the same command goes on from there",
+            stopping.signals.number or signal.SIGINT,
+        )
     require_finite_weights(trainer.model, trainer.state.global_step)
     seconds = time.monotonic() - started
     # A sharded model (FSDP, DeepSpeed) is gathered by all processes together.
@@ -194,9 +228,7 @@ def run_training(
             write_text(temporary / STATE_FILE, json.dumps(state))
         return results
 
-    saved = processes.on_main(save)
-    _release(trainer)
-    return saved
+    return processes.on_main(save)
 
 
 def _release(trainer: Any) -> None:
