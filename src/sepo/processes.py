@@ -12,16 +12,22 @@ answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
+
+from sepo.errors import UserError, cannot_write
 
 _WAIT = timedelta(days=7)
 _group: Any = None
@@ -130,6 +136,36 @@ def _broadcast(text: str | None) -> str:
     buffer = torch.from_numpy(content.copy()) if text is not None else torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(buffer, 0, group=_group)
     return buffer.numpy().tobytes().decode()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, instead: str = "choose another --out") -> Iterator[None]:
+    """Make a folder and hold its lock, so that no second launch writes there at the same time.
+
+    A folder that was made and not written to is removed again.
+
+    Raises:
+        UserError: another process works in it, or it cannot be written to; `instead` says what to do.
+    """
+    lock = FileLock(folder / ".lock")
+    made = not folder.exists()
+    try:
+        on_main(lambda: _take(lock, folder, instead))
+        yield
+    finally:
+        lock.release()
+        if made and is_main() and folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder)
+
+
+def _take(lock: FileLock, folder: Path, instead: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"'{folder}' is in use by another process: wait for it, or {instead}") from None
+    except OSError as error:
+        raise cannot_write(folder, error, instead) from None
 
 
 def add_up(values: np.ndarray) -> np.ndarray:

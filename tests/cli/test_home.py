@@ -251,6 +251,17 @@ def test_the_home_of_a_user_who_is_not_there_is_a_name_like_any_other(capsys):
         load_preferences("~nobody-of-this-name/x.jsonl")
 
 
+def test_an_empty_path_is_refused(tmp_path, monkeypatch, capsys):
+    """What a shell makes of a variable that is not set: the working folder is nobody's wish."""
+    monkeypatch.chdir(tmp_path)
+    for words in (["select", "--table", "x", "--out", ""], ["analyse", "--table", "a=", "--out", "x"]):
+        assert main(words) == 2
+        assert "is empty: expected a path" in capsys.readouterr().err
+    with pytest.raises(UserError, match="output_dir is empty"):
+        parse_recipe({"output_dir": ""})
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("value", [None, 3, ["a"], b"bytes", b"~/bytes"])
 def test_what_is_no_path_is_refused_in_one_line(value):
     with pytest.raises(UserError, match=r"the thing is of type \w+: expected a path"):

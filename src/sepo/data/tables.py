@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from sepo.files import expand_home, replacing
 
 FORMAT_VERSION = 1
 _KEY = b"sepo"
+# Which command's --out is a table of each kind.
+_WRITTEN_BY = {"scores": "`sepo score`", "selection": "`sepo select`"}
+# Columns of preference data, by the names that are most common.
+_PREFERENCES = frozenset({"chosen", "rejected", "prompt", "messages"})
 # Provenance that belongs to one shard on disk, not to what the table was made from.
 _SHARD_KEYS = ("shard", "shards", "digest")
 _IDS = pa.list_(pa.int32())
@@ -164,7 +169,7 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
 
     Raises:
         UserError: the folder is missing, lacks a shard, or holds another kind or version of table, or shards of
-            different tables.
+            different tables; or it is something else, which is named.
     """
     path = Path(expand_home(folder, f"the {kind} table"))
     if not path.exists():
@@ -174,7 +179,7 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
         return [path]
     paths = sorted(path.glob("part-*.parquet"))
     if not paths:
-        raise UserError(f"'{path}' holds no part-*.parquet file: expected a {kind} table")
+        raise _no_table(path, kind, _what_a_folder_is(path, kind))
     sources = []
     for index, shard in enumerate(paths):
         found = _read_provenance(shard, kind)
@@ -192,6 +197,31 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
                 "run the stage that writes it again"
             )
     return paths
+
+
+def _no_table(path: Path, kind: str, found: str) -> UserError:
+    writer = _WRITTEN_BY.get(kind, "`sepo score` or `sepo run`")
+    return UserError(f"'{path}' is no {kind} table: {found}; expected a folder of part-*.parquet that {writer} wrote")
+
+
+def _what_a_folder_is(folder: Path, kind: str) -> str:
+    """What somebody may have given for a table, which holds no part-*.parquet file."""
+    inside = sorted({path.parent for path in folder.glob("*/part-*.parquet")})
+    if (folder / kind).is_dir() or inside:
+        return f"it holds no table itself, but in '{folder / kind if (folder / kind).is_dir() else inside[0]}'"
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return "it is a model"
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if any(name.lower().endswith(_DATA_FILES) for name in files):
+        return f"it holds {files[0]}, probably preference data, which go to --data"
+    return "it holds no part-*.parquet file"
+
+
+_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
+
+
+def _is_shard(path: Path) -> bool:
+    return re.fullmatch(r"part-\d{5}\.parquet", path.name) is not None
 
 
 def read_schema(path: Path) -> pa.Schema:
@@ -212,10 +242,16 @@ def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
         schema = read_schema(path)
         provenance = provenance_of(schema)
     except Exception as error:  # a damaged file: whatever the reader meets
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, kind, error) from None
     missing = [name for name in SCHEMAS[kind].names if name not in schema.names]
     if missing:
-        raise UserError(f"'{path}' has no column '{missing[0]}': expected a {kind} table with {SCHEMAS[kind].names}")
+        made_as = provenance.get("format")
+        if isinstance(made_as, str) and made_as in SCHEMAS and made_as != kind:
+            raise _no_table(path, kind, f"it is a {made_as} table")
+        names = one_line(", ".join(schema.names), 100)
+        if _PREFERENCES & set(schema.names):
+            raise _no_table(path, kind, f"its columns ({names}) are those of preference data, which go to --data")
+        raise _no_table(path, kind, f"it has no column '{missing[0]}', but {names or 'none'}")
     version = provenance.get("version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise UserError(f"'{path}' has format version {version}, this release reads {FORMAT_VERSION}; make it again")
@@ -225,10 +261,14 @@ def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
     return provenance
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"'{path}' is not a readable parquet file ({one_line(error, 200)}); delete it and run the stage again"
-    )
+def _unreadable(path: Path, kind: str, error: Exception) -> UserError:
+    if _is_shard(path):
+        return UserError(
+            f"'{path}' is not a readable parquet file ({one_line(error, 200)}): run the stage that wrote it again"
+        )
+    if path.name.lower().endswith(_DATA_FILES) and path.suffix.lower() != ".parquet":
+        return _no_table(path, kind, "it is probably preference data, which go to --data")
+    return _no_table(path, kind, f"it is not a readable parquet file ({one_line(error, 100)})")
 
 
 def read_shard(path: Path, kind: str) -> pa.Table:
@@ -242,7 +282,7 @@ def read_shard(path: Path, kind: str) -> pa.Table:
         with arrow_file(path) as file:
             table = pq.read_table(file)
     except Exception as error:  # a damaged file: whatever the reader meets
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, kind, error) from None
     if "digest" in provenance and provenance["digest"] != _shard_digest(table, provenance):
         raise UserError(f"'{path}' was altered since it was written (its checksum differs): run the stage again")
     for field in SCHEMAS[kind]:

@@ -179,7 +179,7 @@ def _read_json(path: Path) -> object | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not readable JSON ({error}); delete it or run the stage again") from None
+        raise UserError(f"'{path}' is not readable JSON ({error}): give the command that wrote it again") from None
 
 
 def read_training(run: Path) -> list[dict]:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from sepo import processes
 from sepo.errors import UserError
-from sepo.files import differing_file, file_digests, flush, recover_folder, write_text
+from sepo.files import check_writable, differing_file, file_digests, flush, recover_folder, write_text
 from sepo.models.fingerprint import model_fingerprint
 from sepo.processes import say
 from sepo.recipe.settings import TrainingSettings
@@ -84,12 +84,10 @@ def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | N
     Raises:
         UserError: `out` holds something else, which saving the model would remove.
     """
+    check_model_folder(out)
     recover_folder(out)
     if not out.exists():
         return None
-    known = ("config.json", "adapter_config.json", "checkpoints", STATE_FILE)
-    if not out.is_dir() or (any(out.iterdir()) and not any((out / name).exists() for name in known)):
-        raise UserError(f"'{out}' is not a model folder: its content would be replaced; choose a new folder")
     try:
         state = json.loads((out / STATE_FILE).read_text(encoding="utf-8"))
         same = state["made_with"] == json.loads(json.dumps(made_with, default=str))
@@ -104,6 +102,20 @@ def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | N
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of an attempt with other settings
     say(f"  {out} stands already, made with the same model, data and settings: kept")
     return results
+
+
+def check_model_folder(out: Path) -> None:
+    """Raise a UserError if `out` holds something else than a model, which saving one would remove, or cannot be made.
+
+    A model folder takes the place of the old one, so that it is the folder around it that must be writable.
+    """
+    check_writable(Path(os.path.abspath(out)).parent, "choose another folder for the model")
+    if not out.exists():
+        return
+    known = ("config.json", "adapter_config.json", "checkpoints", STATE_FILE)
+    foreign = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    if foreign and not any((out / name).exists() for name in known):
+        raise UserError(f"'{out}' is not a model folder: its content would be replaced; choose a new folder")
 
 
 def seal_checkpoint(folder: Path) -> None:
