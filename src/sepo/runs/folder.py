@@ -33,6 +33,7 @@ from sepo.recipe.settings import Recipe
 from sepo.stages import oracle
 from sepo.stages.stage import Made, Stage
 from sepo.training.checkpoints import STATE_FILE
+from sepo.training.logs import LOGS
 
 MANIFEST_FORMAT = 3
 
@@ -132,7 +133,11 @@ class Run:
         found: dict[str, str] = {}
         for output in _outputs(stage, folder):
             files = sorted(output.rglob("*")) if output.is_dir() else [output]
-            found |= {p.relative_to(self.folder).as_posix(): file_digest(p) for p in files if p.is_file()}
+            found |= {
+                path.relative_to(self.folder).as_posix(): file_digest(path)
+                for path in files
+                if path.is_file() and path.relative_to(folder).parts[0] != LOGS  # written for people, at any time
+            }
         return found
 
     def forget(self, name: str) -> None:

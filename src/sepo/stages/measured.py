@@ -25,6 +25,7 @@ from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Made, Model, Stage
 from sepo.training.checkpoints import STATE_FILE
 from sepo.training.fit import objective_settings, train_model
+from sepo.training.logs import carry_logs
 
 POINTS, SAMPLES = "points.json", "start.json"
 
@@ -113,6 +114,7 @@ def run_stage(
         )
         if not keep_model:
             os.replace(folder / "policy" / STATE_FILE, folder / STATE_FILE)
+            carry_logs(folder / "policy", folder)
             shutil.rmtree(folder / "policy")
         epochs = watch.points[-1]["pairs_seen"] / len(table)
         read = sum(read_length(pair) for pair in table_pairs(table))

@@ -18,6 +18,7 @@ from sepo.files import check_writable, differing_file, file_digests, flush, reco
 from sepo.models.fingerprint import model_fingerprint
 from sepo.processes import say
 from sepo.recipe.settings import TrainingSettings
+from sepo.training.logs import keep_logs
 from sepo.training.trainer import NonFiniteLossError
 
 STATE_FILE = "trainer_state.json"
@@ -99,6 +100,7 @@ def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | N
         results = {name: float(value) for name, value in state["results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    keep_logs(out)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of an attempt with other settings
     say(f"  {out} stands already, made with the same model, data and settings: kept")
     return results
@@ -156,6 +158,7 @@ def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
     if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):
         if any(folder.glob("checkpoint-*")):  # Trainer makes the empty folder itself
             say(f"  checkpoints in {folder} were made with other settings or data: removed")
+        keep_logs(out)
         shutil.rmtree(folder)
     write_text(record, text)
     numbered = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}

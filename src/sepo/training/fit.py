@@ -36,6 +36,7 @@ from sepo.training.checkpoints import (
     training_fingerprint,
 )
 from sepo.training.interrupt import StopSignals, StopWhenAsked, asked_anywhere
+from sepo.training.logs import carry_logs, log_into, reporters
 from sepo.training.progress import ProgressBar
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
@@ -63,7 +64,7 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
         "save_steps": 2**31 - 1,
         "save_total_limit": 2,
         "logging_steps": 1,
-        "report_to": settings.report_to,
+        "report_to": reporters(settings.report_to),
         "seed": seed,
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
@@ -76,6 +77,7 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
 
 def check_training(settings: TrainingSettings) -> None:
     """Raise a UserError for settings of a training that cannot work, before anything expensive starts."""
+    reporters(settings.report_to)
     names = {item.name for item in dataclasses.fields(PreferenceConfig)}
     for key in settings.arguments:
         if key not in names:
@@ -179,6 +181,7 @@ def run_training(
     signals = StopSignals()
     stopping = StopWhenAsked(signals)
     trainer.add_callback(stopping)
+    log_into(trainer, out)
     with signals, saying_what_is_kept(lambda: kept_of(out)):
         results = _train(trainer, tokenizer, out, made_with, stopping)
         if asked_anywhere(signals):
@@ -226,6 +229,7 @@ def _train(
             state = {"log_history": history, "global_step": trainer.state.global_step, "results": results}
             state |= {"made_with": made_with, "files": file_digests(temporary)}
             write_text(temporary / STATE_FILE, json.dumps(state))
+            carry_logs(out, temporary)  # no part of the model: after its checksums
         return results
 
     return processes.on_main(save)
