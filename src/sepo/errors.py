@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import math
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral, Real
 
 
 class UserError(Exception):
@@ -35,6 +37,48 @@ def saying_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
         if str(error):
             raise
         raise Interrupted(kept(), getattr(error, "number", signal.SIGINT)) from None
+
+
+def wrong_type(what: str, value: object, expected: str) -> UserError:
+    """What to raise for an argument of a wrong type.
+
+    >>> wrong_type("the recipe", {}, "a Recipe: load_recipe reads one")
+    UserError('the recipe is of type dict: expected a Recipe: load_recipe reads one')
+    """
+    return UserError(f"{what} is of type {type(value).__name__}: expected {expected}")
+
+
+def check_number(
+    what: str,
+    value: object,
+    *,
+    whole: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise a UserError unless an argument is a number within bounds (of which `least` and `most` are themselves good).
+
+    >>> check_number("beta", 0, above=0)
+    Traceback (most recent call last):
+    sepo.errors.UserError: beta is 0: expected a number above 0
+    """
+    bounds = [(least, "of at least"), (above, "above"), (most, "of at most"), (below, "below")]
+    good = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if good:
+        number = float(value)  # type: ignore[arg-type]
+        good = (
+            math.isfinite(number)
+            and (least is None or number >= least)
+            and (above is None or number > above)
+            and (most is None or number <= most)
+            and (below is None or number < below)
+        )
+    if not good:
+        within = " and ".join(f"{words} {bound:g}" for bound, words in bounds if bound is not None)
+        kind = "a whole number" if whole else "a number"
+        raise UserError(f"{what} is {one_line(repr(value), 60)}: expected {' '.join([kind, within]).strip()}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

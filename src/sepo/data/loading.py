@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from sepo.data.formats import EXPECTED, SUFFIXES, read_file, table_of
 from sepo.data.pairing import make_pairs, preset_of, suggestion
 from sepo.data.rows import EXTRA_COLUMNS, READ_COLUMNS, DataReport
-from sepo.errors import UserError, nearest, one_line
+from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, file_digest
 from sepo.recipe.settings import PairsFrom
 
@@ -65,7 +65,10 @@ def load_preferences(
         UserError: the source, split or a column is missing, or the data is empty or cannot be read.
     """
     preset = preset_of(pairs_from)
-    wanted = {**preset.columns, **(columns or {})}
+    columns = {} if columns is None else columns
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for pair in columns.items() for name in pair):
+        raise wrong_type("columns", columns, "our names -> the dataset's, such as {'prompt': 'instruction'}")
+    wanted = {**preset.columns, **columns}
     _, slice_text = _parse_split(split)
     name = "the dataset" if not isinstance(source, str | os.PathLike) else str(source)
     dataset = _load_whole_split(source, split, config_name, {*COLUMNS, *wanted.values()})
@@ -106,6 +109,8 @@ def _load_whole_split(
     source: str | os.PathLike | Any, split: str, config_name: str | None, text_columns: Collection[str]
 ) -> datasets.Dataset:
     name, _ = _parse_split(split)
+    if not isinstance(config_name, str | None):
+        raise wrong_type("config_name", config_name, "a name or None")
     if not isinstance(source, str | os.PathLike):
         return _in_memory(source)
     source = expand_home(source, "the data")
@@ -152,6 +157,8 @@ def _in_memory(source: Any) -> datasets.Dataset:
 
 
 def _parse_split(split: str) -> tuple[str, str]:
+    if not isinstance(split, str):
+        raise wrong_type("split", split, "a name, such as 'train' or 'test[:500]'")
     match = re.fullmatch(r"([\w.-]+)(\[[^\[\]]*\])?", split)
     if match is None:
         raise UserError(f"'{split}' is not a split: expected a name with an optional slice, such as train[:500]")
@@ -385,6 +392,21 @@ def _filled(column: pa.ChunkedArray) -> int:
     else:
         return len(column) - column.null_count
     return pc.sum(pc.greater(lengths, 0)).as_py() or 0
+
+
+def require_dataset(what: str, value: object) -> datasets.Dataset:
+    """The dataset that an argument is.
+
+    Raises:
+        UserError: it is something else; the message names the argument, `what`.
+    """
+    if isinstance(value, datasets.DatasetDict):
+        raise UserError(f"{what} is a DatasetDict: expected one of its splits, {', '.join(map(str, value))}")
+    if isinstance(value, datasets.IterableDataset):
+        raise UserError(f"{what} is a stream: expected a Dataset, so load it without streaming")
+    if not isinstance(value, datasets.Dataset):
+        raise wrong_type(what, value, "a datasets.Dataset (load_preferences makes one of files, lists and data frames)")
+    return value
 
 
 def relevant_columns(dataset: datasets.Dataset) -> datasets.Dataset:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sepo.data.ragged import flat
-from sepo.errors import UserError, one_line
+from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, replacing
 
 FORMAT_VERSION = 1
@@ -80,10 +80,29 @@ def make_table(kind: str, columns: Mapping[str, object], provenance: Mapping[str
     return with_provenance(table, kind, provenance or {})
 
 
+def require_table(what: str, value: object, *kinds: str) -> pa.Table:
+    """The table that an argument is, if it has the columns of one of some kinds.
+
+    Raises:
+        UserError: it is something else, or a table of another kind; the message names the argument, `what`.
+    """
+    wanted = f"a table of kind {' or '.join(kinds)}"
+    if not isinstance(value, pa.Table):
+        raise wrong_type(what, value, f"{wanted}, in memory (read_table reads one from a folder)")
+    names = set(value.column_names)
+    if not any(names >= set(SCHEMAS[kind].names) for kind in kinds):
+        kind = provenance_of(value).get("format")
+        found = f"a table of kind {kind}" if isinstance(kind, str) and kind in SCHEMAS else "a table with the columns "
+        shown = "" if found[-1] != " " else one_line(", ".join(value.column_names), 100)
+        raise UserError(f"{what} is {found}{shown}: expected {wanted}")
+    return value
+
+
 def with_provenance(table: pa.Table, kind: str, provenance: Mapping[str, object]) -> pa.Table:
     """Return `table` with its format, version and provenance in the schema metadata."""
     payload = {"format": kind, "version": FORMAT_VERSION, **provenance}
-    return table.replace_schema_metadata({_KEY: json.dumps(payload, sort_keys=True).encode()})
+    text = json.dumps(payload, sort_keys=True, default=np.generic.item)  # settings may be numbers of numpy
+    return table.replace_schema_metadata({_KEY: text.encode()})
 
 
 def provenance_of(schema_or_table: pa.Schema | pa.Table) -> dict:
@@ -171,6 +190,8 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
         UserError: the folder is missing, lacks a shard, or holds another kind or version of table, or shards of
             different tables; or it is something else, which is named.
     """
+    if kind not in SCHEMAS:
+        raise UserError(f"no kind of table is '{kind}'{nearest(str(kind), SCHEMAS)}: expected {', '.join(SCHEMAS)}")
     path = Path(expand_home(folder, f"the {kind} table"))
     if not path.exists():
         raise UserError(f"no {kind} table at '{path}': expected a folder of part-*.parquet files")

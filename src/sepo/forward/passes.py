@@ -11,7 +11,8 @@ from torch import nn
 
 from sepo import processes
 from sepo.data.ragged import ragged
-from sepo.data.tables import check_pairs_differ, make_table
+from sepo.data.tables import check_pairs_differ, make_table, require_table
+from sepo.errors import check_number
 from sepo.forward.logps import token_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, fill_rows, pack, pad
 from sepo.forward.prepare import prepare_model
@@ -71,6 +72,9 @@ def dataset_logps(
     Raises:
         NonFiniteError: a log-probability is NaN or infinite.
     """
+    require_table("pairs", pairs, "pairs")
+    if tokens_per_row is not None:
+        check_number("tokens_per_row", tokens_per_row, whole=True, least=1)
     layout = prepare_model(model)
     device = next(model.parameters()).device
     budget = tokens_per_row or tokens_per_row_for(device, scoring=True)

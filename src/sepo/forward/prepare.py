@@ -29,6 +29,8 @@ def prepare_model(model: nn.Module, layout: str = "auto") -> str:
     Raises:
         UserError: the model's own logits are not reproduced, or packed rows were insisted on and do not work.
     """
+    if layout not in ("auto", "packed", "padded"):
+        raise UserError(f"layout is '{layout}': expected auto, packed or padded")
     known = getattr(model, "sepo_layout", None)
     if known is not None and layout in ("auto", known):
         return known

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sepo.errors import UserError, named_error
+from sepo.errors import UserError, named_error, wrong_type
 from sepo.files import replace_folder
 from sepo.models.adapters import causal_lm
 
@@ -35,11 +35,13 @@ def save_model(
         state_dict: the whole weights of a model whose own are cut up over processes (FSDP, DeepSpeed).
 
     Raises:
-        UserError: an adapter on quantized weights was to be merged, or the folder cannot be written.
-        TypeError: the model is of neither kind.
+        UserError: the model is of neither kind, the tokenizer is none, an adapter on quantized weights was to be
+            merged, or the folder cannot be written.
     """
     if not isinstance(model, PreTrainedModel | PeftModel):
-        raise TypeError(f"expected a Transformers model or a PeftModel, found {type(model).__name__}: unwrap it first")
+        raise wrong_type("the model", model, "a Transformers model or a PeftModel in memory, not wrapped")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise wrong_type("tokenizer", tokenizer, "a tokenizer in memory (load_tokenizer gives one), or None")
     if merge_adapter and isinstance(model, PeftModel):
         if getattr(causal_lm(model), "is_quantized", False):
             raise UserError("an adapter on 4-bit weights cannot be merged: load it without quantization, then merge it")

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from sepo.errors import UserError, named_error
+from sepo.errors import UserError, named_error, wrong_type
 from sepo.files import expand_home
 from sepo.models.adapters import LoraSettings, load_adapter, new_adapter
 from sepo.models.devices import check_quantization, choose_device, choose_dtype
@@ -55,6 +55,8 @@ def load_model(
     """
     name = expand_home(name_or_path, "the model")
     chosen = choose_device(device)
+    if not isinstance(lora, LoraSettings | None):
+        raise wrong_type("lora", lora, "LoraSettings, such as LoraSettings(r=16)")
     folder = Path(resolve_model(name, revision=revision))
     if adapter is None and is_adapter(folder):
         adapter = folder

@@ -24,7 +24,7 @@ import pyarrow as pa
 from sepo.credit.selection import check_rate, ends_response
 from sepo.data import tables
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
-from sepo.errors import UserError
+from sepo.errors import UserError, check_number
 from sepo.files import expand_home, write_bytes
 from sepo.report.payload import jsonable, pack, smallest_unsigned
 from sepo.report.pieces import PieceTable, load_vocabulary
@@ -342,8 +342,7 @@ def build_report(
     """
     if run is None and table is None:
         raise UserError("nothing to report on: give a run folder or a score table")
-    if max_pairs < 1:
-        raise UserError(f"max_pairs is {max_pairs}: expected at least 1")
+    check_number("max_pairs", max_pairs, whole=True, least=1)
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
         if rate is not None:
             check_rate(name, rate)

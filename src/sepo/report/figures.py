@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sepo.data.ragged import SIDES
-from sepo.errors import UserError
+from sepo.errors import UserError, wrong_type
 from sepo.files import expand_home, write_bytes
 from sepo.report.build import read_scores, read_training
 from sepo.report.style import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES
@@ -151,6 +151,8 @@ def save_figures(
     Raises:
         UserError: there is no score table, or a format is not known.
     """
+    if not isinstance(formats, list | tuple):
+        raise wrong_type("formats", formats, f"a list of {', '.join(FORMATS)}")
     for name in formats:
         if name not in FORMATS:
             raise UserError(f"no figure format '{name}': expected one of {', '.join(FORMATS)}")
