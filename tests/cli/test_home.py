@@ -24,6 +24,8 @@ from sepo.data.loading import load_rows, source_fingerprint
 from sepo.data.tables import iter_tables, read_table, table_paths, write_table
 from sepo.errors import UserError
 from sepo.files import expand_home
+from sepo.models.config import load_config
+from sepo.models.fingerprint import model_fingerprint
 from sepo.models.gguf import _cache_root
 from sepo.models.names import check_model, resolve_model
 from sepo.models.saving import save_model
@@ -193,6 +195,8 @@ def test_functions_know_the_home_folder(at_home):
     assert resolve_model("~/model") == str(at_home / "model")
     assert resolve_model(Path("~/model")) == str(at_home / "model")
     assert len(load_tokenizer("~/model")) == 101
+    assert load_config("~/model").vocab_size == 101
+    assert model_fingerprint("~/model") == model_fingerprint(at_home / "model")
     save_model(load_model("~/model", device="cpu"), load_tokenizer("~/model"), "~/copy")
     assert (at_home / "copy" / "config.json").is_file()
     assert len(load_preferences("~/prefs.jsonl")) == len(load_rows(Path("~/prefs.jsonl"))) == 20
