@@ -127,7 +127,8 @@ def test_ctrl_c_again_stops_at_once_and_says_what_there_is(place, tmp_path, inte
     interrupt_at(3, signal.SIGINT, times=2)
     assert give("oracle", place, tmp_path) == 130
     said = capsys.readouterr().err
-    assert said.endswith("sepo: interrupted: this training has no checkpoint yet; the same command begins it anew\n")
+    last = "this training has no checkpoint yet; the same command begins it anew, what was finished before is kept"
+    assert said.endswith(f"sepo: interrupted: {last}\n")
     interrupt_at(3, signal.SIGINT)
     assert give("oracle", place, tmp_path) == 130
     interrupt_at(5, signal.SIGINT, times=2)

@@ -135,7 +135,7 @@ def kept_of(out: Path) -> str:
     """What is kept of a training that was stopped in the middle of a step."""
     steps = [int(path.parent.name.split("-")[1]) for path in (out / "checkpoints").glob(f"checkpoint-*/{_SEAL}")]
     if not steps:
-        return "this training has no checkpoint yet; the same command begins it anew"
+        return "this training has no checkpoint yet; the same command begins it anew, what was finished before is kept"
     return f"the checkpoint of step {max(steps)} is kept; the same command goes on from there"
 
 
