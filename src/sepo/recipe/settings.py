@@ -133,7 +133,9 @@ class TrainingSettings(Settings):
     )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row; bounds a step's memory")
     save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints; 0 for none")
-    report_to: str | list[str] = Field("none", description="wandb, tensorboard, ... as in TrainingArguments")
+    report_to: str | list[str] = Field(
+        "none", description="wandb, tensorboard, ... or all that are installed; event files are in logs/ of the model"
+    )
     arguments: dict[str, Any] = Field(
         default_factory=dict,
         description="any other TrainingArguments field, passed on as it is (optim, deepspeed, fsdp...)",
