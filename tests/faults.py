@@ -9,6 +9,7 @@ must equal the undisturbed run: bytes of tables and weights, every step of the l
 
 Faults are drawn from a seed. A kill is a SIGKILL either before the n-th operation that writes to the run folder (an
 audit hook counts openings, renames and removals, so that the moments between two renames are hit too), or after a time.
+Interruptions (SIGINT, SIGTERM) come before such an operation too: one run is interrupted in each of its stages.
 Runs are forked from this process, which has imported everything, so that a run costs no start-up.
 """
 
@@ -71,9 +72,7 @@ class Outcome:
 
     @property
     def stage(self) -> str:
-        """The stage that it was in last."""
-        found = re.findall(r"^\[(\w+)\](?! \d+ s$)", self.log, flags=re.MULTILINE)
-        return found[-1] if found else "start"
+        return stage_of(self.log)
 
 
 @dataclass
@@ -100,11 +99,18 @@ class Lab:
         ranks: int = 1,
         environment: dict[str, str] | None = None,
         kill_operation: int | None = None,
+        stop: tuple[str, int, int] | None = None,
+        stop_rank_in: str | None = None,
         kill_after: float | None = None,
         fill_at: str | None = None,
         count: bool = False,
     ) -> Outcome:
-        """Run the recipe into `out` in forked processes; a fault hits the last of them, or the disk under `out`."""
+        """Run the recipe into `out` in forked processes; a fault hits the last of them, or the disk under `out`.
+
+        Args:
+            stop: a stage, the writing operation in it before which the signal comes, and the signal.
+            stop_rank_in: a training in which SIGINT comes after the first checkpoint.
+        """
         log = self.folder / f"{out.name}.log"
         arguments = ["run", str(self.folder / "recipe.yaml"), f"output_dir={out}", *overrides]
         started = time.monotonic()
@@ -115,7 +121,11 @@ class Lab:
                 variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 variables |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             hook = kill_operation if rank == ranks - 1 else None
-            children.append(fork(lambda v=variables, h=hook: child(arguments, log, v, out, h, count)))
+            children.append(fork(lambda v=variables, h=hook: child(arguments, log, v, out, h, count, stop)))
+        if stop_rank_in is not None:
+            while not any((out / stop_rank_in).glob("checkpoints/checkpoint-*/sealed.json")):
+                time.sleep(0.001)
+            os.kill(children[-1], signal.SIGINT)
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(children[-1], signal.SIGKILL)
@@ -136,7 +146,13 @@ class Lab:
 
 
 def child(
-    arguments: list[str], log: Path, variables: dict[str, str], out: Path, kill_operation: int | None, count: bool
+    arguments: list[str],
+    log: Path,
+    variables: dict[str, str],
+    out: Path,
+    kill_operation: int | None,
+    count: bool,
+    stop: tuple[str, int, int] | None,
 ) -> int:
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -148,6 +164,8 @@ def child(
     data.PAIRS_PER_SHARD = 30
     if kill_operation is not None or count:
         watch(str(out), kill_operation, count)
+    if stop is not None:
+        stop_in_stage(str(out), log, *stop)
     return main(arguments)
 
 
@@ -157,8 +175,7 @@ def watch(folder: str, kill_operation: int | None, count: bool) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal done
-        opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if not (opens or event in WRITES) or not str(arguments[0]).startswith(folder):
+        if not writes(folder, event, arguments):
             return
         if done == kill_operation:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -167,6 +184,31 @@ def watch(folder: str, kill_operation: int | None, count: bool) -> None:
         done += 1
 
     sys.addaudithook(hook)
+
+
+def writes(folder: str, event: str, arguments: tuple) -> bool:
+    opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    return bool(opens or event in WRITES) and str(arguments[0]).startswith(folder)
+
+
+def stop_in_stage(folder: str, log: Path, stage: str, operation: int, number: int) -> None:
+    """Send this process a signal before it writes for the n-th time in a stage."""
+    left = operation + 1
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal left
+        if left and writes(folder, event, arguments) and stage_of(log.read_text()) == stage:
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+
+
+def stage_of(log: str) -> str:
+    """The stage that a run was in last."""
+    found = re.findall(r"^\[(\w+)\](?! \d+ s$)", log, flags=re.MULTILINE)
+    return found[-1] if found else "start"
 
 
 def fill(disk: Path) -> None:
@@ -319,6 +361,49 @@ def kills(lab: Lab, clean: Path, undisturbed: Outcome, number: int, draw: random
         shutil.rmtree(out)
 
 
+def interrupts(lab: Lab, clean: Path, undisturbed: Outcome, draw: random.Random) -> None:
+    """Interrupt one run in each of its stages: it says what is kept, a training which step, and goes on from there."""
+    out = lab.folder / "runs" / "stopped"
+    log, step = lab.folder / f"{out.name}.log", None
+    for index, (stage, numbers) in enumerate(operations(undisturbed.log).items()):
+        number = signal.SIGTERM if index % 2 else signal.SIGINT
+        training = stage in ("reference", "oracle", "train")
+        # A training writes its checkpoints first and its model last.
+        operation = len(numbers) // 3 if training else draw.randrange(len(numbers))
+        outcome = lab.run(out, stop=(stage, operation, number))
+        lost = complaint(outcome) + ([] if outcome.codes == [128 + number] else [f"exit code {outcome.codes}"])
+        if step is not None and f"checkpoint-{step}\n" not in outcome.log:
+            lost.append(f"did not go on from step {step}")
+        said = re.search(r"sepo: interrupted: the checkpoint of step (\d+) of \d+ is kept", outcome.log)
+        step = said[1] if said else None
+        if training and step is None:
+            lost.append("the step was not said: " + outcome.log.splitlines()[-1])
+        fault = f"{signal.Signals(number).name} before write {operation} of the stage"
+        lab.note(fault, outcome.stage, f"kept: step {step}" if step else "", lost)
+        log.unlink()
+    last = lab.run(out)
+    lost = [f"exit code {last.codes}"] if last.codes != [0] else differences(clean, out)
+    lab.note("none: after all of these", last.stage, course(last), lost)
+
+
+def interrupted_rank(lab: Lab) -> None:
+    """One of two processes is interrupted in a training: both end, with the checkpoint of one step."""
+    one, two = (lab.folder / "runs" / name for name in ("alone", "both"))
+    # Enough steps that the interruption comes before the last.
+    changes = ["reference.sft=null", "oracle.training.num_train_epochs=4", "eval.prompts=0"]
+    expected = lab.run(one, *changes)
+    outcome = lab.run(two, *changes, ranks=2, stop_rank_in="oracle")
+    lost = [f"exit codes {expected.codes}"] if any(expected.codes) else []
+    lost += complaint(outcome) + ([] if outcome.codes == [130, 130] else [f"exit codes {outcome.codes}"])
+    said = re.search(r"the checkpoint of step (\d+) of \d+ is kept", outcome.log)
+    (lab.folder / f"{two.name}.log").unlink()
+    resumed = lab.run(two, *changes, ranks=2)
+    if said is None or f"checkpoint-{said[1]}\n" not in resumed.log:
+        lost.append("did not go on from the step that was said")
+    lost += [f"exit codes {resumed.codes}"] if any(resumed.codes) else differences(one, two, exact=False)
+    lab.note("SIGINT to one of 2 processes", "oracle", course(resumed), lost)
+
+
 def fills(lab: Lab, clean: Path, number: int, draw: random.Random) -> str | None:
     """Fill the disk of runs (a small tmpfs), free it, and go on; returns why it cannot be done here."""
     size = sum(path.stat().st_size for path in clean.rglob("*") if path.is_file())
@@ -407,6 +492,7 @@ def report(lab: Lab) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--interrupts", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--fills", type=int, default=6)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -421,6 +507,9 @@ if __name__ == "__main__":
             sys.exit(undisturbed.log)
         print(f"an undisturbed run takes {undisturbed.seconds:.1f} s", flush=True)
         kills(lab, clean, undisturbed, options.kills, draw)
+        if options.interrupts:
+            interrupts(lab, clean, undisturbed, draw)
+            interrupted_rank(lab)
         if options.fills and (reason := fills(lab, clean, options.fills, draw)):
             print(f"  full disks skipped: {reason}")
         if options.ranks:

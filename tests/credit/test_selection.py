@@ -149,7 +149,7 @@ def test_tables_of_another_kind_or_version_are_refused_in_one_line(tmp_path):
         tmp_path / "pairs",
         make_table("pairs", {name: [] for name in ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")}),
     )
-    with pytest.raises(UserError, match="no column 'chosen_rewards'"):
+    with pytest.raises(UserError, match="no scores table: it is a pairs table"):
         read_table(tmp_path / "pairs", "scores")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "part-00000.parquet").write_bytes(b"PAR1 not really")

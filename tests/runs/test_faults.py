@@ -21,12 +21,21 @@ def python(*arguments, **variables):
     )
 
 
-def test_killed_runs_full_disks_and_lost_processes_lose_nothing():
-    done = python(str(HERE / "faults.py"), "--kills", "3", "--fills", "1", "--ranks", "1", "--seed", "1")
+def faults(*arguments):
+    """Inject faults (`tests/faults.py`), none of which may lose anything; returns their number."""
+    done = python(str(HERE / "faults.py"), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    faults, lost = map(int, re.search(r"(\d+) faults, (\d+) with a loss", done.stdout).groups())
-    assert faults >= 6
+    number, lost = map(int, re.search(r"(\d+) faults, (\d+) with a loss", done.stdout).groups())
     assert lost == 0
+    return number
+
+
+def test_killed_runs_full_disks_and_lost_processes_lose_nothing():
+    assert faults("--kills", "3", "--no-interrupts", "--fills", "1", "--ranks", "1", "--seed", "1") >= 6
+
+
+def test_a_run_interrupted_in_each_stage_says_what_is_kept_and_ends_as_if_undisturbed():
+    assert faults("--kills", "0", "--fills", "0", "--ranks", "0") == 12
 
 
 LAUNCHERS = {

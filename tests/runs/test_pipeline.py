@@ -268,7 +268,7 @@ def bad_inputs(folder, tmp_path):
         ),
         "table of another kind": (
             ["train", "--policy", model, "--selection", str(folder / "run" / "scores"), "--out", "y"],
-            "no column",
+            "is no selection table: it is a scores table",
         ),
     }
 

@@ -6,43 +6,98 @@ A `UserError` ends as one line on standard error and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from sepo.cli.arguments import parse_arguments
-from sepo.errors import UserError, impossible_path, known_failure, one_line
+from sepo.errors import Interrupted, UserError, impossible_path, known_failure, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
-    arguments = parse_arguments(argv)
+    """Run the command line; returns the exit code.
+
+    0 done, 1 failed, 2 bad input, 130 interrupted (SIGINT), 143 terminated (SIGTERM).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A redirected stream may know a few characters only (ASCII, cp1252): the others are shown as question marks.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
-        code = arguments.work(arguments) or 0
+        with _terminated_as_interrupted():
+            arguments = parse_arguments(argv)
+            code = arguments.work(arguments) or 0
         _leave()
         return code
     except UserError as error:
-        print(f"sepo: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sepo: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+        return _end(2, one_line(error))
+    except KeyboardInterrupt as error:
+        kept = one_line(error) if str(error) else "what was finished is kept; the same command does the rest"
+        code = 128 + getattr(error, "number", signal.SIGINT)
+        return _end(code, f"interrupted: {kept}") if _is_main() else code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if text := impossible_path(error):
-            print(f"sepo: {text}", file=sys.stderr)
-            return 2
+            return _end(2, text)
         text = known_failure(error)
         if text is None and (isinstance(error, OSError) or type(error).__module__.startswith("sepo.")):
             text = one_line(error)
         if text is None:
+            _end_bars()
             raise
-        print(f"sepo: {text}", file=sys.stderr)
-        return 1
+        return _end(1, text)
+
+
+def _end(code: int, text: str) -> int:
+    """Print why the command ends, on a line of its own, and return its exit code."""
+    _end_bars()
+    print(f"sepo: {text}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, with the word of what is kept, instead of at once and silently.
+
+    Not in a launch of several processes: one that waits for another would not hear it. (A training does, `interrupt`.)
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted("", number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# Of `sepo.processes`, which is imported only where there is something to wait for or to show.
+
+
+def _processes() -> Any:
+    return sys.modules.get("sepo.processes")
+
+
+def _is_main() -> bool:
+    return _processes() is None or _processes().is_main()
+
+
+def _end_bars() -> None:
+    if _processes() is not None:
+        _processes().end_bars()
 
 
 def _leave() -> None:
-    if "sepo.processes" in sys.modules:
-        sys.modules["sepo.processes"].leave()
+    if _processes() is not None:
+        _processes().leave()

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from sepo.cli import commands
 from sepo.errors import one_line
+from sepo.files import expand_home
 
 EPILOG = """\
 the usual way:
@@ -65,34 +66,41 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     run = command("run", commands.run_command, "run all stages of a recipe, reusing what stands")
-    run.add_argument("recipe", help="YAML file, or a name of `sepo recipe --list`")
+    run.add_argument("recipe", type=_path, help="YAML file, or a name of `sepo recipe --list`")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. oracle.beta=0.2")
     run.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
 
     compare = command(
         "compare", commands.compare_command, "train every method of a grid at one budget and compare them"
     )
-    compare.add_argument("grid", help="YAML file, or a name of `sepo recipe --list`; see docs/compare.md")
+    compare.add_argument("grid", type=_path, help="YAML file, or a name of `sepo recipe --list`; see docs/compare.md")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in all variants")
     compare.add_argument("--dry-run", action="store_true", help="show the runs and an estimate of time; train nothing")
 
     analyse = command(
         "analyse", commands.analyse_command, "say what token rewards look like, and how far they can be trusted"
     )
-    analyse.add_argument("run", nargs="?", metavar="RUN", help="run folder: its scores, tokenizer and gold reward")
+    analyse.add_argument(
+        "run", type=_path, nargs="?", metavar="RUN", help="run folder: its scores, tokenizer and gold reward"
+    )
     analyse.add_argument(
         "--table",
+        type=_named_path,
         action="append",
         default=[],
         metavar="[NAME=]DIR",
         help="a score table; repeat for several oracles of the same pairs, the best-informed last",
     )
-    analyse.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer the tables' tokens are")
-    analyse.add_argument("--reference-logps", metavar="DIR", help="log-probabilities of the pairs, for the surprisal")
+    analyse.add_argument("--tokenizer", type=_path, metavar="MODEL", help="whose tokenizer the tables' tokens are")
+    analyse.add_argument(
+        "--reference-logps", type=_path, metavar="DIR", help="log-probabilities of the pairs, for the surprisal"
+    )
     analyse.add_argument("--gold", choices=["vader"], help="gold reward whose word values are the truth")
     analyse.add_argument("--k", type=float, default=0.3, help="share of key tokens to look at (default 0.3)")
     analyse.add_argument("--seed", type=int, default=0, help="seed of the random baseline (default 0)")
-    analyse.add_argument("--out", metavar="DIR", help="folder of the results (default: analysis/ in the run)")
+    analyse.add_argument(
+        "--out", type=_path, metavar="DIR", help="folder of the results (default: analysis/ in the run)"
+    )
 
     recipe = command("recipe", commands.recipe_command, "print every setting of a recipe, or a recipe that comes along")
     shown = recipe.add_mutually_exclusive_group()
@@ -101,15 +109,15 @@ def build_parser() -> argparse.ArgumentParser:
     shown.add_argument("--schema", action="store_true", help="a JSON schema, from which editors complete")
 
     oracle = command("oracle", commands.oracle_command, "train an oracle: DPO on a reference model")
-    oracle.add_argument("--reference", required=True, metavar="MODEL", help="model to start from")
+    oracle.add_argument("--reference", type=_path, required=True, metavar="MODEL", help="model to start from")
     _data_options(oracle)
     _out_option(oracle, "folder for the oracle model")
     oracle.add_argument("--beta", type=float, default=0.1, help="DPO's KL strength (default 0.1)")
     _training_options(oracle)
 
     score = command("score", commands.score_command, "score every response token: log oracle minus log reference")
-    score.add_argument("--oracle", required=True, metavar="MODEL", help="model trained with DPO")
-    score.add_argument("--reference", required=True, metavar="MODEL", help="the model it was trained from")
+    score.add_argument("--oracle", type=_path, required=True, metavar="MODEL", help="model trained with DPO")
+    score.add_argument("--reference", type=_path, required=True, metavar="MODEL", help="the model it was trained from")
     _data_options(score)
     _out_option(score, "folder for the score table (pairs and log-probabilities are kept inside it)")
     score.add_argument("--tokens-per-row", type=int, help="token budget of a packed row; bounds the memory")
@@ -118,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     select = command("select", commands.select_command, "select the key tokens of a score table")
     select.add_argument(
         "--table",
+        type=_path,
         action="append",
         required=True,
         metavar="DIR",
@@ -138,8 +147,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     train = command("train", commands.train_command, "train a policy on key tokens, or by a rival objective")
-    train.add_argument("--policy", required=True, metavar="MODEL", help="model to align; needs the oracle's tokenizer")
-    train.add_argument("--selection", required=True, metavar="DIR", help="selection table, from `sepo select`")
+    train.add_argument(
+        "--policy", type=_path, required=True, metavar="MODEL", help="model to align; needs the oracle's tokenizer"
+    )
+    train.add_argument(
+        "--selection", type=_path, required=True, metavar="DIR", help="selection table, from `sepo select`"
+    )
     _out_option(train, "folder for the trained policy")
     train.add_argument("--objective", default="sepo", help="the loss (default sepo); see docs/objectives.md")
     train.add_argument("--gamma", type=float, default=2.0, help="reward scale of sepo, simpo, confpo (default 2.0)")
@@ -150,8 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
     _training_options(train)
 
     evaluate = command("eval", commands.eval_command, "measure a policy against the model it started from")
-    evaluate.add_argument("--policy", required=True, metavar="MODEL", help="trained model")
-    evaluate.add_argument("--base", required=True, metavar="MODEL", help="the model it was trained from")
+    evaluate.add_argument("--policy", type=_path, required=True, metavar="MODEL", help="trained model")
+    evaluate.add_argument("--base", type=_path, required=True, metavar="MODEL", help="the model it was trained from")
     _data_options(evaluate)
     _out_option(evaluate, "folder for metrics.json and generations.parquet")
     evaluate.add_argument("--gold", choices=["vader"], help="gold reward of the generations")
@@ -162,11 +175,15 @@ def build_parser() -> argparse.ArgumentParser:
     _device_options(evaluate)
 
     report = command("report", commands.report_command, "write the HTML report of a run or of any score table")
-    report.add_argument("run", nargs="?", metavar="RUN", help="run folder")
-    report.add_argument("--table", metavar="DIR", help="a score table instead of a run")
-    report.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer to show the table's tokens with")
-    report.add_argument("--out", metavar="FILE", help="HTML file (default: report.html in the run or beside the table)")
-    report.add_argument("--figures", metavar="DIR", help="also save the figures there as PNG and SVG")
+    report.add_argument("run", type=_path, nargs="?", metavar="RUN", help="run folder")
+    report.add_argument("--table", type=_path, metavar="DIR", help="a score table instead of a run")
+    report.add_argument(
+        "--tokenizer", type=_path, metavar="MODEL", help="whose tokenizer to show the table's tokens with"
+    )
+    report.add_argument(
+        "--out", type=_path, metavar="FILE", help="HTML file (default: report.html in the run or beside the table)"
+    )
+    report.add_argument("--figures", type=_path, metavar="DIR", help="also save the figures there as PNG and SVG")
     report.add_argument("--max-pairs", type=int, default=5000, help="pairs to show at most (default 5000)")
     return parser
 
@@ -180,8 +197,21 @@ def _version() -> str:
         return "sepo (not installed)"
 
 
+def _path(text: str) -> str:
+    """A path, or a name that may be one. Left to the shell, `--out=~/x` would make a folder called ~."""
+    return expand_home(text)
+
+
+def _named_path(text: str) -> str:
+    """`[NAME=]PATH`."""
+    name, equals, path = text.partition("=")
+    return f"{name}={_path(path)}" if equals else _path(text)
+
+
 def _data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="SOURCE", help="hub id, folder or file of preference pairs")
+    parser.add_argument(
+        "--data", type=_path, required=True, metavar="SOURCE", help="hub id, folder or file of preference pairs"
+    )
     parser.add_argument("--split", default="train", help="split to read (default train)")
     parser.add_argument(
         "--column",
@@ -205,7 +235,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _out_option(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help=text)
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help=text)
 
 
 def _device_options(parser: argparse.ArgumentParser) -> None:

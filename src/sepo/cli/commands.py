@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sepo.cli.output import print_metrics, print_plan
 from sepo.errors import UserError
+from sepo.files import check_writable
 
 if TYPE_CHECKING:
     from sepo.recipe.settings import Recipe
@@ -57,6 +60,8 @@ def analyse_command(arguments: argparse.Namespace) -> None:
     check_rate("k", arguments.k)
     if arguments.run is None and (not arguments.table or arguments.out is None):
         raise UserError("analyse needs a run folder, or --table DIR and --out DIR: see `sepo analyse --help`")
+    out = Path(arguments.out) if arguments.out else Path(arguments.run) / "analysis"
+    check_writable(out)
     _quiet_libraries()
     from sepo.analyse.analyse import analyse, run_inputs
 
@@ -67,7 +72,6 @@ def analyse_command(arguments: argparse.Namespace) -> None:
         reference_logps=arguments.reference_logps,
         gold=arguments.gold,
     )
-    out = Path(arguments.out) if arguments.out else Path(arguments.run) / "analysis"
     analyse(inputs, out, k=arguments.k, seed=arguments.seed)
     print((out / "analysis.md").read_text(encoding="utf-8"))
 
@@ -97,23 +101,25 @@ def oracle_command(arguments: argparse.Namespace) -> None:
     from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
     from sepo.stages import data, oracle, reference
+    from sepo.training.checkpoints import check_model_folder
     from sepo.training.fit import train_model
 
-    _join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
-    model = resolve_model(arguments.reference)
-    pairs = data.read_pairs(recipe.data, load_tokenizer(model))
-    data.check_limits(recipe, [pairs])
-    results = train_model(
-        model,
-        pairs,
-        Path(arguments.out),
-        recipe.oracle.training,
-        lora=recipe.oracle.lora,
-        seed=recipe.seed,
-        device=recipe.device,
-        objective="dpo",
-        beta=recipe.oracle.beta,
-    )
+    with _writing_to(arguments, check_model_folder) as out:
+        _join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
+        model = resolve_model(arguments.reference)
+        pairs = data.read_pairs(recipe.data, load_tokenizer(model))
+        data.check_limits(recipe, [pairs])
+        results = train_model(
+            model,
+            pairs,
+            out,
+            recipe.oracle.training,
+            lora=recipe.oracle.lora,
+            seed=recipe.seed,
+            device=recipe.device,
+            objective="dpo",
+            beta=recipe.oracle.beta,
+        )
     print_metrics(f"oracle: {arguments.out}", {"pairs": len(pairs), **results})
 
 
@@ -131,31 +137,31 @@ def score_command(arguments: argparse.Namespace) -> None:
     from sepo.stages.logps import logps_pass, scoring_dtype
     from sepo.stages.score import score_pairs
 
-    processes = _join(arguments.device)
-    processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
-    models = {"reference": resolve_model(arguments.reference), "oracle": resolve_model(arguments.oracle)}
-    out = Path(arguments.out)
+    with _writing_to(arguments) as out:
+        processes = _join(arguments.device)
+        processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
+        models = {"reference": resolve_model(arguments.reference), "oracle": resolve_model(arguments.oracle)}
 
-    def write_pairs() -> int:
-        pairs = data.read_pairs(recipe.data, load_tokenizer(models["reference"]))
-        data.check_limits(recipe, [pairs])
-        data.write_pairs(out / "pairs", pairs)
-        return len(pairs)
+        def write_pairs() -> int:
+            pairs = data.read_pairs(recipe.data, load_tokenizer(models["reference"]))
+            data.check_limits(recipe, [pairs])
+            data.write_pairs(out / "pairs", pairs)
+            return len(pairs)
 
-    pairs = processes.on_main(write_pairs)
-    stores = {
-        role: logps_pass(
-            model,
-            out / "pairs",
-            out / "logps" / role,
-            device=recipe.device,
-            dtype=scoring_dtype(recipe),
-            tokens_per_row=recipe.tokens_per_row,
-            description=role,
-        )
-        for role, model in models.items()
-    }
-    processes.on_main(lambda: str(score_pairs(out / "pairs", [stores["oracle"]], stores["reference"], out)))
+        pairs = processes.on_main(write_pairs)
+        stores = {
+            role: logps_pass(
+                model,
+                out / "pairs",
+                out / "logps" / role,
+                device=recipe.device,
+                dtype=scoring_dtype(recipe),
+                tokens_per_row=recipe.tokens_per_row,
+                description=role,
+            )
+            for role, model in models.items()
+        }
+        processes.on_main(lambda: str(score_pairs(out / "pairs", [stores["oracle"]], stores["reference"], out)))
     print_metrics(f"scores: {out}", {"pairs": pairs, **oracle_accuracy(read_table(out, "scores"))})
 
 
@@ -174,22 +180,22 @@ def select_command(arguments: argparse.Namespace) -> None:
     settings["include_end"] |= arguments.include_end
     from sepo.credit.rewards import combine_scores
     from sepo.data.ragged import flat
-    from sepo.data.tables import read_table, write_table
-    from sepo.stages.data import PAIRS_PER_SHARD
+    from sepo.data.tables import number_of_rows, read_table, table_paths, write_table
     from sepo.stages.select import select
 
-    out = Path(arguments.out)
-
-    def write_selection() -> str:
+    def write_selection(out: Path) -> str:
         scores = Path(arguments.table[0])
         with tempfile.TemporaryDirectory() as folder:
             if len(arguments.table) > 1:
                 joined = combine_scores([read_table(path, "scores") for path in arguments.table], arguments.combine)
                 scores = Path(folder)
-                write_table(scores, joined, PAIRS_PER_SHARD)
+                # In shards as large as those of the first.
+                rows = number_of_rows(table_paths(arguments.table[0], "scores")[0])
+                write_table(scores, joined, max(rows, 1))
             return str(select(scores, out, **settings, seed=arguments.seed))
 
-    _join("cpu").on_main(write_selection)
+    with _writing_to(arguments) as out:
+        _join("cpu").on_main(lambda: write_selection(out))
     table = read_table(arguments.out, "selection")
     metrics: dict[str, float] = {"pairs": len(table)}
     for side in ("chosen", "rejected"):
@@ -207,23 +213,25 @@ def train_command(arguments: argparse.Namespace) -> None:
     from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
     from sepo.stages import data, reference, train
+    from sepo.training.checkpoints import check_model_folder
     from sepo.training.fit import objective_settings, train_model
 
-    _join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, train)] and None)
-    table = read_table(arguments.selection, "selection")
-    model = resolve_model(arguments.policy)
-    check_table_tokenizer(table, load_tokenizer(model), arguments.selection, arguments.policy)
-    data.check_limits(recipe, [table])
-    results = train_model(
-        model,
-        table,
-        Path(arguments.out),
-        policy.training,
-        lora=policy.lora,
-        seed=recipe.seed,
-        device=recipe.device,
-        **objective_settings(policy),
-    )
+    with _writing_to(arguments, check_model_folder) as out:
+        _join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, train)] and None)
+        table = read_table(arguments.selection, "selection")
+        model = resolve_model(arguments.policy)
+        check_table_tokenizer(table, load_tokenizer(model), arguments.selection, arguments.policy)
+        data.check_limits(recipe, [table])
+        results = train_model(
+            model,
+            table,
+            out,
+            policy.training,
+            lora=policy.lora,
+            seed=recipe.seed,
+            device=recipe.device,
+            **objective_settings(policy),
+        )
     print_metrics(f"policy: {arguments.out}", {"pairs": len(table), **results})
 
 
@@ -241,7 +249,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
     from sepo.models.tokenizer import load_tokenizer
     from sepo.stages import data, evaluate, reference, train
 
-    def measure() -> dict[str, float]:
+    def measure(out: Path) -> dict[str, float]:
         for stage in (reference, train, evaluate, data):
             stage.check(recipe)
         policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
@@ -254,8 +262,9 @@ def eval_command(arguments: argparse.Namespace) -> None:
         write_json(out / "metrics.json", metrics)
         return metrics
 
-    out = Path(arguments.out)
-    print_metrics(f"eval: {out}", _join("cpu").on_main(measure))
+    with _writing_to(arguments) as out:
+        metrics = _join("cpu").on_main(lambda: measure(out))
+    print_metrics(f"eval: {out}", metrics)
 
 
 def report_command(arguments: argparse.Namespace) -> None:
@@ -277,6 +286,10 @@ def report_command(arguments: argparse.Namespace) -> None:
     source = run or table
     assert source is not None
     out = Path(arguments.out) if arguments.out else (run or source.parent) / "report.html"
+    if out.is_dir():
+        raise UserError(f"'{out}' is a folder: --out names the HTML file")
+    for folder in (out.parent, *([Path(arguments.figures)] if arguments.figures else [])):
+        check_writable(folder)
 
     def write() -> None:
         print(build_report(run, table=table, tokenizer=tokenizer, out=out, max_pairs=arguments.max_pairs))
@@ -331,6 +344,16 @@ def _training_of(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.lora is not None:
         values["lora"] = {"r": arguments.lora}
     return values
+
+
+@contextlib.contextmanager
+def _writing_to(arguments: argparse.Namespace, check: Callable[[Path], None] = lambda out: None) -> Iterator[Path]:
+    """The folder `--out`, which no other command may write to meanwhile; `check` refuses a folder of other things."""
+    out = Path(arguments.out)
+    processes = _join(getattr(arguments, "device", "cpu"))
+    processes.on_main(lambda: check(out))
+    with processes.alone_in(out):
+        yield out
 
 
 def _join(device: str):

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from sepo.data.ragged import SIDES, flat, ragged, segment_sums
-from sepo.data.tables import make_table, provenance_of
-from sepo.errors import UserError
+from sepo.data.tables import make_table, provenance_of, require_table
+from sepo.errors import UserError, wrong_type
 
 
 def token_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.Table:
@@ -28,7 +28,9 @@ def token_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.
     Raises:
         UserError: the tables do not belong to the same pairs.
     """
+    require_table("pairs", pairs, "pairs")
     for name, logps in (("oracle", oracle), ("reference", reference)):
+        require_table(name, logps, "logps")
         if logps.column("pair_id").to_pylist() != pairs.column("pair_id").to_pylist():
             raise UserError(f"the {name} log-probabilities are not those of these pairs: score the same data with both")
     columns: dict[str, object] = {name: pairs.column(name) for name in pairs.column_names}
@@ -113,6 +115,10 @@ def combine_scores(tables: Sequence[pa.Table], how: str = "mean") -> pa.Table:
     """
     if how not in ("mean", "min"):
         raise UserError(f"combine is '{how}': expected mean or min")
+    if not isinstance(tables, list | tuple) or not tables:
+        raise wrong_type("tables", tables, "a list of score tables, at least one")
+    for number, table in enumerate(tables):
+        require_table(f"table {number}", table, "scores")
     first = tables[0]
     columns: dict[str, object] = {name: first.column(name) for name in first.column_names}
     for side in SIDES:

@@ -23,14 +23,15 @@ The last four adapt the rate to the rewards; at least one token is always kept.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 
 from sepo.data.ragged import SIGNED_SIDES, flat, ragged, segment_sums
-from sepo.data.tables import make_table, provenance_of
-from sepo.errors import UserError, nearest
+from sepo.data.tables import make_table, provenance_of, require_table
+from sepo.errors import UserError, check_number, nearest, one_line
 from sepo.recipe.settings import Rule
 
 RULES: tuple[str, ...] = get_args(Rule)
@@ -132,6 +133,7 @@ def select_key_tokens(
         "normalise": normalise,
         "seed": seed,
     }
+    require_table("scores", scores, "scores")
     check_rule(k_chosen, k_rejected, **settings)
     thresholds = dataset_thresholds([scores], k_chosen, k_rejected, include_end=include_end, **settings)
     rates = {"chosen": k_chosen, "rejected": k_rejected}
@@ -267,16 +269,21 @@ def check_rule(k_chosen: float, k_rejected: float, **settings: Any) -> None:
             raise UserError(f"rule_{side} is '{rule}'{nearest(str(rule), RULES)}: expected one of {', '.join(RULES)}")
     if settings.get("credit", "hard") not in ("hard", "soft"):
         raise UserError(f"credit is '{settings['credit']}': expected hard or soft")
-    if not settings.get("temperature", 1.0) > 0:
-        raise UserError(f"temperature is {settings['temperature']}: expected a number above 0")
+    check_number("temperature", settings.get("temperature", 1.0), above=0)
+    for name in ("clip_low", "clip_high", "threshold_chosen", "threshold_rejected"):
+        check_number(name, settings.get(name, 0.0))
+    check_number("seed", settings.get("seed", 0), whole=True, least=0)
     if not settings.get("clip_low", -0.5) <= settings.get("clip_high", 1.5):
         raise UserError(f"clip_low {settings['clip_low']} is above clip_high {settings['clip_high']}")
 
 
 def check_rate(name: str, rate: float) -> None:
     """Raise a UserError unless 0 < rate <= 1."""
-    if not 0 < rate <= 1:
-        raise UserError(f"{name} is {rate}: the share of tokens to keep must be above 0 and at most 1, for example 0.3")
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate <= 1:
+        shown = one_line(repr(rate), 60)
+        raise UserError(
+            f"{name} is {shown}: the share of tokens to keep must be above 0 and at most 1, for example 0.3"
+        )
 
 
 def selection_order(rewards: np.ndarray, side: str, ended: bool = False) -> np.ndarray:

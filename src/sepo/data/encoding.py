@@ -33,13 +33,13 @@ from tokenizers import AddedToken, Tokenizer
 
 from sepo.data.chat import ChatWriter, Guard
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint, update_digest
-from sepo.data.loading import ROWS_AT_ONCE, note_unread_columns, read_rows, relevant_columns
+from sepo.data.loading import ROWS_AT_ONCE, note_unread_columns, read_rows, relevant_columns, require_dataset
 from sepo.data.messages import DropRow
 from sepo.data.ragged import ragged
 from sepo.data.rows import DataReport, TextPair, normalise_row, transcript_text
 from sepo.data.tables import make_table, with_provenance
 from sepo.data.templates import THINKING, any_of, probe_template, special_tokens
-from sepo.errors import UserError
+from sepo.errors import UserError, check_number, wrong_type
 from sepo.processes import progress_bar
 
 
@@ -159,6 +159,8 @@ def _count(pattern: re.Pattern, text: str) -> int:
 def _make_encoder(tokenizer: Any, options: Mapping[str, Any]) -> _Encoder:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
+        if not hasattr(tokenizer, "get_vocab"):
+            raise wrong_type("tokenizer", tokenizer, "a fast tokenizer in memory (load_tokenizer gives one)")
         raise UserError(
             f"the tokenizer {type(tokenizer).__name__} has no fast (tokenizers) backend: use a model "
             "whose folder holds a tokenizer.json"
@@ -238,7 +240,10 @@ def tokenize_pairs(
         UserError: no row is usable; impossible lengths; a tokenizer that has no fast backend; conversations
             (or `as_chat`) with a tokenizer that has no chat template.
     """
+    dataset = require_dataset("dataset", dataset)
     _check_lengths(max_length, max_prompt_length)
+    if not isinstance(chat_template_kwargs, Mapping | None):
+        raise wrong_type("chat_template_kwargs", chat_template_kwargs, "keywords, such as {'enable_thinking': False}")
     options = dict(chat_template_kwargs or {})
     encoder = _make_encoder(tokenizer, options)
     if as_chat and encoder.writer is None:
@@ -352,6 +357,9 @@ def _end_ids(encoder: _Encoder) -> list[int]:
 
 
 def _check_lengths(max_length: int, max_prompt_length: int | None) -> None:
+    check_number("max_length", max_length, whole=True)
+    if max_prompt_length is not None:
+        check_number("max_prompt_length", max_prompt_length, whole=True)
     if max_length < 2:
         raise UserError(f"max_length is {max_length}: expected at least 2, one token of prompt and one of response")
     if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:

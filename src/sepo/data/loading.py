@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 from sepo.data.formats import EXPECTED, SUFFIXES, read_file, table_of
 from sepo.data.pairing import make_pairs, preset_of, suggestion
 from sepo.data.rows import EXTRA_COLUMNS, READ_COLUMNS, DataReport
-from sepo.errors import UserError, nearest, one_line
-from sepo.files import file_digest
+from sepo.errors import UserError, nearest, one_line, wrong_type
+from sepo.files import expand_home, file_digest
 from sepo.recipe.settings import PairsFrom
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -65,7 +65,10 @@ def load_preferences(
         UserError: the source, split or a column is missing, or the data is empty or cannot be read.
     """
     preset = preset_of(pairs_from)
-    wanted = {**preset.columns, **(columns or {})}
+    columns = {} if columns is None else columns
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for pair in columns.items() for name in pair):
+        raise wrong_type("columns", columns, "our names -> the dataset's, such as {'prompt': 'instruction'}")
+    wanted = {**preset.columns, **columns}
     _, slice_text = _parse_split(split)
     name = "the dataset" if not isinstance(source, str | os.PathLike) else str(source)
     dataset = _load_whole_split(source, split, config_name, {*COLUMNS, *wanted.values()})
@@ -88,7 +91,7 @@ def load_rows(source: str | os.PathLike, *, split: str = "train", config_name: s
 
 def source_fingerprint(source: str | os.PathLike) -> str:
     """Return 16 hex digits of the content of a file or folder of data; a hub dataset is known by its name alone."""
-    path = Path(source).expanduser()
+    path = Path(expand_home(source, "the data"))
     try:
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     except (OSError, ValueError):  # too long, or a null byte: not a path
@@ -106,9 +109,12 @@ def _load_whole_split(
     source: str | os.PathLike | Any, split: str, config_name: str | None, text_columns: Collection[str]
 ) -> datasets.Dataset:
     name, _ = _parse_split(split)
+    if not isinstance(config_name, str | None):
+        raise wrong_type("config_name", config_name, "a name or None")
     if not isinstance(source, str | os.PathLike):
         return _in_memory(source)
-    path = Path(source).expanduser()
+    source = expand_home(source, "the data")
+    path = Path(source)
     try:
         found = path.exists()
     except (OSError, ValueError):  # too long, or a null byte: not a path
@@ -119,7 +125,7 @@ def _load_whole_split(
         _check_single_split(path, name, config_name)
         dataset = _from_table(read_file(path, text_columns), path)
     else:
-        dataset = _load_hub(str(source), name, config_name)
+        dataset = _load_hub(source, name, config_name)
     if not len(dataset):
         raise UserError(f"'{source}' holds no row (split '{name}'): expected at least one")
     return dataset
@@ -151,6 +157,8 @@ def _in_memory(source: Any) -> datasets.Dataset:
 
 
 def _parse_split(split: str) -> tuple[str, str]:
+    if not isinstance(split, str):
+        raise wrong_type("split", split, "a name, such as 'train' or 'test[:500]'")
     match = re.fullmatch(r"([\w.-]+)(\[[^\[\]]*\])?", split)
     if match is None:
         raise UserError(f"'{split}' is not a split: expected a name with an optional slice, such as train[:500]")
@@ -181,8 +189,8 @@ def _check_single_split(path: Path, split: str, config_name: str | None) -> None
 def _load_hub(source: str, split: str, config_name: str | None) -> datasets.Dataset:
     is_hub_id = re.fullmatch(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", source)
     if not is_hub_id or source.lower().endswith(SUFFIXES):
-        near = nearest(Path(source).name, _listing(Path(source).expanduser().parent))
-        where = "" if Path(source).expanduser().is_absolute() else f" (looked for in '{Path.cwd()}')"
+        near = nearest(Path(source).name, _listing(Path(source).parent))
+        where = "" if Path(source).is_absolute() else f" (looked for in '{Path.cwd()}')"
         raise UserError(f"no file or folder at '{source}'{where}{near}: expected a dataset file, a folder or a hub id")
     try:
         return datasets.load_dataset(source, config_name, split=split)
@@ -384,6 +392,21 @@ def _filled(column: pa.ChunkedArray) -> int:
     else:
         return len(column) - column.null_count
     return pc.sum(pc.greater(lengths, 0)).as_py() or 0
+
+
+def require_dataset(what: str, value: object) -> datasets.Dataset:
+    """The dataset that an argument is.
+
+    Raises:
+        UserError: it is something else; the message names the argument, `what`.
+    """
+    if isinstance(value, datasets.DatasetDict):
+        raise UserError(f"{what} is a DatasetDict: expected one of its splits, {', '.join(map(str, value))}")
+    if isinstance(value, datasets.IterableDataset):
+        raise UserError(f"{what} is a stream: expected a Dataset, so load it without streaming")
+    if not isinstance(value, datasets.Dataset):
+        raise wrong_type(what, value, "a datasets.Dataset (load_preferences makes one of files, lists and data frames)")
+    return value
 
 
 def relevant_columns(dataset: datasets.Dataset) -> datasets.Dataset:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from sepo.data.formats import column_of
 from sepo.data.messages import DropRow, Messages, read_cell
 from sepo.data.rows import DROP_COLUMN
-from sepo.errors import UserError, nearest
+from sepo.errors import UserError, nearest, wrong_type
 from sepo.recipe.settings import PairsFrom
 
 ROWS_AT_ONCE = 1000
@@ -134,6 +134,8 @@ def preset_of(pairs_from: str | PairsFrom | None) -> Preset:
     Raises:
         UserError: there is no preset of that name.
     """
+    if not isinstance(pairs_from, str | PairsFrom | None):
+        raise wrong_type("pairs_from", pairs_from, "the name of a preset, or a sepo.recipe.settings.PairsFrom")
     if not isinstance(pairs_from, str):
         return Preset("", pairs_from)
     if pairs_from not in PRESETS:

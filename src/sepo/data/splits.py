@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from sepo.data.ragged import flat
-from sepo.data.tables import provenance_of, with_provenance
-from sepo.errors import UserError
+from sepo.data.tables import SCHEMAS, provenance_of, require_table, with_provenance
+from sepo.errors import UserError, check_number
 
 
 def split_pairs(
@@ -36,6 +36,8 @@ def split_pairs(
     Raises:
         UserError: a number out of range, or too few prompts for both sides.
     """
+    table = require_table("table", table, "pairs")
+    check_number("seed", seed, whole=True)
     target = _held_out_pairs(held_out, len(table))
     keys = _prompt_keys(table)
     counts: dict[bytes, int] = {}
@@ -135,6 +137,8 @@ def sample_pairs(table: pa.Table, fraction: float, *, seed: int = 0) -> pa.Table
     """
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise UserError(f"the sample fraction is {fraction!r}: expected a number in (0, 1]")
+    table = require_table("table", table, *SCHEMAS)
+    check_number("seed", seed, whole=True)
     return take_pairs(table, max(1, round(fraction * len(table))), seed=seed)
 
 

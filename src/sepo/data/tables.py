@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sepo.data.ragged import flat
-from sepo.errors import UserError, one_line
-from sepo.files import replacing
+from sepo.errors import UserError, nearest, one_line, wrong_type
+from sepo.files import expand_home, replacing
 
 FORMAT_VERSION = 1
 _KEY = b"sepo"
+# Which command's --out is a table of each kind.
+_WRITTEN_BY = {"scores": "`sepo score`", "selection": "`sepo select`"}
+# Columns of preference data, by the names that are most common.
+_PREFERENCES = frozenset({"chosen", "rejected", "prompt", "messages"})
 # Provenance that belongs to one shard on disk, not to what the table was made from.
 _SHARD_KEYS = ("shard", "shards", "digest")
 _IDS = pa.list_(pa.int32())
@@ -75,10 +80,29 @@ def make_table(kind: str, columns: Mapping[str, object], provenance: Mapping[str
     return with_provenance(table, kind, provenance or {})
 
 
+def require_table(what: str, value: object, *kinds: str) -> pa.Table:
+    """The table that an argument is, if it has the columns of one of some kinds.
+
+    Raises:
+        UserError: it is something else, or a table of another kind; the message names the argument, `what`.
+    """
+    wanted = f"a table of kind {' or '.join(kinds)}"
+    if not isinstance(value, pa.Table):
+        raise wrong_type(what, value, f"{wanted}, in memory (read_table reads one from a folder)")
+    names = set(value.column_names)
+    if not any(names >= set(SCHEMAS[kind].names) for kind in kinds):
+        kind = provenance_of(value).get("format")
+        found = f"a table of kind {kind}" if isinstance(kind, str) and kind in SCHEMAS else "a table with the columns "
+        shown = "" if found[-1] != " " else one_line(", ".join(value.column_names), 100)
+        raise UserError(f"{what} is {found}{shown}: expected {wanted}")
+    return value
+
+
 def with_provenance(table: pa.Table, kind: str, provenance: Mapping[str, object]) -> pa.Table:
     """Return `table` with its format, version and provenance in the schema metadata."""
     payload = {"format": kind, "version": FORMAT_VERSION, **provenance}
-    return table.replace_schema_metadata({_KEY: json.dumps(payload, sort_keys=True).encode()})
+    text = json.dumps(payload, sort_keys=True, default=np.generic.item)  # settings may be numbers of numpy
+    return table.replace_schema_metadata({_KEY: text.encode()})
 
 
 def provenance_of(schema_or_table: pa.Schema | pa.Table) -> dict:
@@ -117,7 +141,9 @@ def write_shard(folder: str | os.PathLike, index: int, table: pa.Table, shards: 
     provenance = {**provenance_of(table), "shard": index, "shards": shards}
     provenance["digest"] = _shard_digest(table, provenance)
     metadata = {_KEY: json.dumps(provenance, sort_keys=True).encode()}
-    return write_parquet(shard_path(Path(folder), index), table.replace_schema_metadata(metadata))
+    return write_parquet(
+        shard_path(Path(expand_home(folder, "the folder")), index), table.replace_schema_metadata(metadata)
+    )
 
 
 def _shard_digest(table: pa.Table, provenance: Mapping[str, Any]) -> str:
@@ -129,19 +155,32 @@ def _shard_digest(table: pa.Table, provenance: Mapping[str, Any]) -> str:
 
 def write_parquet(path: Path, table: pa.Table) -> Path:
     """Write a parquet file atomically."""
-    with replacing(path) as file:
+    with replacing(path) as temporary, arrow_file(temporary, "wb") as file:
         pq.write_table(table, file, compression="zstd")
     return path
 
 
+def arrow_file(path: str | os.PathLike, mode: str = "rb") -> pa.OSFile:
+    """Open a file for Arrow: never one of Python's, which Arrow's threads may still hold when the interpreter ends.
+
+    That aborts the process, now and then. Nor a name alone, which could be taken for a URI or a glob.
+    """
+    return pa.OSFile(os.fsencode(path), mode)
+
+
 def write_table(folder: str | os.PathLike, table: pa.Table, rows_per_shard: int = 10_000) -> None:
     """Write a whole table as shards of `rows_per_shard` rows, replacing what the folder held."""
-    folder = Path(folder)
-    for stale in folder.glob("part-*.parquet"):
-        stale.unlink()
+    folder = Path(expand_home(folder, "the folder"))
+    clear_shards(folder)
     starts = range(0, max(len(table), 1), rows_per_shard)
     for index, start in enumerate(starts):
         write_shard(folder, index, table.slice(start, rows_per_shard), len(starts))
+
+
+def clear_shards(folder: Path) -> None:
+    """Remove the shards of an earlier table."""
+    for stale in folder.glob("part-*.parquet"):
+        stale.unlink()
 
 
 def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
@@ -149,9 +188,11 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
 
     Raises:
         UserError: the folder is missing, lacks a shard, or holds another kind or version of table, or shards of
-            different tables.
+            different tables; or it is something else, which is named.
     """
-    path = Path(folder)
+    if kind not in SCHEMAS:
+        raise UserError(f"no kind of table is '{kind}'{nearest(str(kind), SCHEMAS)}: expected {', '.join(SCHEMAS)}")
+    path = Path(expand_home(folder, f"the {kind} table"))
     if not path.exists():
         raise UserError(f"no {kind} table at '{path}': expected a folder of part-*.parquet files")
     if path.is_file():
@@ -159,7 +200,7 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
         return [path]
     paths = sorted(path.glob("part-*.parquet"))
     if not paths:
-        raise UserError(f"'{path}' holds no part-*.parquet file: expected a {kind} table")
+        raise _no_table(path, kind, _what_a_folder_is(path, kind))
     sources = []
     for index, shard in enumerate(paths):
         found = _read_provenance(shard, kind)
@@ -179,17 +220,59 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
     return paths
 
 
+def _no_table(path: Path, kind: str, found: str) -> UserError:
+    writer = _WRITTEN_BY.get(kind, "`sepo score` or `sepo run`")
+    return UserError(f"'{path}' is no {kind} table: {found}; expected a folder of part-*.parquet that {writer} wrote")
+
+
+def _what_a_folder_is(folder: Path, kind: str) -> str:
+    """What somebody may have given for a table, which holds no part-*.parquet file."""
+    inside = sorted({path.parent for path in folder.glob("*/part-*.parquet")})
+    if (folder / kind).is_dir() or inside:
+        return f"it holds no table itself, but in '{folder / kind if (folder / kind).is_dir() else inside[0]}'"
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return "it is a model"
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if any(name.lower().endswith(_DATA_FILES) for name in files):
+        return f"it holds {files[0]}, probably preference data, which go to --data"
+    return "it holds no part-*.parquet file"
+
+
+_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
+
+
+def _is_shard(path: Path) -> bool:
+    return re.fullmatch(r"part-\d{5}\.parquet", path.name) is not None
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """The schema of a parquet file; its rows are not read."""
+    with arrow_file(path) as file:
+        return pq.read_schema(file)
+
+
+def number_of_rows(path: Path) -> int:
+    """Rows of a parquet file, from its footer."""
+    with arrow_file(path) as file:
+        return pq.read_metadata(file).num_rows
+
+
 def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
     """Check columns and version of one file of a table; returns its provenance."""
     try:
-        with pa.OSFile(os.fspath(path)) as file:
-            schema = pq.read_schema(file)
+        schema = read_schema(path)
         provenance = provenance_of(schema)
     except Exception as error:  # a damaged file: whatever the reader meets
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, kind, error) from None
     missing = [name for name in SCHEMAS[kind].names if name not in schema.names]
     if missing:
-        raise UserError(f"'{path}' has no column '{missing[0]}': expected a {kind} table with {SCHEMAS[kind].names}")
+        made_as = provenance.get("format")
+        if isinstance(made_as, str) and made_as in SCHEMAS and made_as != kind:
+            raise _no_table(path, kind, f"it is a {made_as} table")
+        names = one_line(", ".join(schema.names), 100)
+        if _PREFERENCES & set(schema.names):
+            raise _no_table(path, kind, f"its columns ({names}) are those of preference data, which go to --data")
+        raise _no_table(path, kind, f"it has no column '{missing[0]}', but {names or 'none'}")
     version = provenance.get("version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise UserError(f"'{path}' has format version {version}, this release reads {FORMAT_VERSION}; make it again")
@@ -199,10 +282,14 @@ def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
     return provenance
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"'{path}' is not a readable parquet file ({one_line(error, 200)}); delete it and run the stage again"
-    )
+def _unreadable(path: Path, kind: str, error: Exception) -> UserError:
+    if _is_shard(path):
+        return UserError(
+            f"'{path}' is not a readable parquet file ({one_line(error, 200)}): run the stage that wrote it again"
+        )
+    if path.name.lower().endswith(_DATA_FILES) and path.suffix.lower() != ".parquet":
+        return _no_table(path, kind, "it is probably preference data, which go to --data")
+    return _no_table(path, kind, f"it is not a readable parquet file ({one_line(error, 100)})")
 
 
 def read_shard(path: Path, kind: str) -> pa.Table:
@@ -213,11 +300,10 @@ def read_shard(path: Path, kind: str) -> pa.Table:
     """
     provenance = _read_provenance(path, kind)
     try:
-        # Not a file of Python: Arrow's threads may still hold one when the interpreter ends, which aborts the process.
-        with pa.OSFile(os.fspath(path)) as file:
+        with arrow_file(path) as file:
             table = pq.read_table(file)
     except Exception as error:  # a damaged file: whatever the reader meets
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, kind, error) from None
     if "digest" in provenance and provenance["digest"] != _shard_digest(table, provenance):
         raise UserError(f"'{path}' was altered since it was written (its checksum differs): run the stage again")
     for field in SCHEMAS[kind]:

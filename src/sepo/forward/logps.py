@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sepo.errors import UserError
+from sepo.errors import UserError, wrong_type
 from sepo.forward.last_block import last_mlp, rows_only
 from sepo.forward.lm_head import LogitTransform, target_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch
@@ -50,6 +50,8 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         `[N]` float32 (float64 for a float64 model), in nats, in the order of `batch.segments`.
     """
     lm = causal_lm(model)
+    if not isinstance(batch, PackedBatch):
+        raise wrong_type("batch", batch, "a PackedBatch: pack makes one of pairs")
     targets = target_hidden(lm, batch)
     return target_logps(targets, lm.get_output_embeddings(), batch.target_ids, LogitTransform.from_config(lm.config))
 

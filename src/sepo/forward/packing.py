@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sepo.errors import UserError, wrong_type
+
 CHOSEN, REJECTED = 0, 1
 
 
@@ -206,8 +208,11 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
     """Lay out pairs as one packed row (see the drawing at the top of this file).
 
     Raises:
-        ValueError: a prompt or a response is empty, or a position lies outside its response.
+        UserError: there is no pair, or something else than pairs; a prompt or a response is empty, or a position lies
+            outside its response.
     """
+    if not isinstance(pairs, list | tuple) or not pairs or not all(isinstance(pair, Pair) for pair in pairs):
+        raise wrong_type("pairs", pairs, "a list of Pair, at least one")
     documents: dict[bytes, _OpenDocument] = {}
     for index, pair in enumerate(pairs):
         _check(pair)
@@ -286,11 +291,11 @@ def pad(pairs: Sequence[Pair], pad_token_id: int = 0, alone: bool = False) -> Pa
 
 def _check(pair: Pair) -> None:
     if not len(pair.prompt_ids) or not len(pair.chosen_ids) or not len(pair.rejected_ids):
-        raise ValueError(f"pair {pair.pair_id}: prompt and responses need at least one token each")
+        raise UserError(f"pair {pair.pair_id}: prompt and responses need at least one token each")
     for side in (CHOSEN, REJECTED):
         ids, positions, _ = pair.side(side)
         if positions is not None and len(positions) and not (np.min(positions) >= 0 and np.max(positions) < len(ids)):
-            raise ValueError(f"pair {pair.pair_id}: a target position lies outside the response of {len(ids)} tokens")
+            raise UserError(f"pair {pair.pair_id}: a target position lies outside the response of {len(ids)} tokens")
 
 
 def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:

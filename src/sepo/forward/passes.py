@@ -13,7 +13,8 @@ from torch import nn
 
 from sepo import processes
 from sepo.data.ragged import SIDES, Ragged, ragged
-from sepo.data.tables import check_pairs_differ, make_table, provenance_of
+from sepo.data.tables import check_pairs_differ, make_table, provenance_of, require_table
+from sepo.errors import check_number
 from sepo.forward.logps import token_logps
 from sepo.forward.packing import (
     CHOSEN,
@@ -162,6 +163,9 @@ def dataset_logps(
         NonFiniteError: a log-probability is NaN or infinite.
         UserError: an id or a length that the model cannot read.
     """
+    require_table("pairs", pairs, "pairs")
+    if tokens_per_row is not None:
+        check_number("tokens_per_row", tokens_per_row, whole=True, least=1)
     require_readable(model, pairs)
     device = next(model.parameters()).device
     budget = tokens_per_row or tokens_per_row_for(device, scoring=True)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from sepo.errors import UserError, named_error
+from sepo.errors import UserError, named_error, wrong_type
 from sepo.models.checkpoint import adapter_state, require_same_weights
 from sepo.models.folders import check_folder, is_adapter
 from sepo.models.names import check_model, resolve_model
@@ -87,9 +87,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """Return the Transformers causal LM inside a model: itself, or what a `PeftModel` wraps.
 
     Raises:
-        TypeError: the model is of another kind.
+        UserError: the model is of another kind.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"expected a Transformers causal language model, found {type(inner).__name__}")
+        raise wrong_type("the model", inner, "a Transformers causal language model in memory (load_model gives one)")
     return inner

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from sepo.errors import UserError, named_error
+from sepo.files import expand_home
 from sepo.models.adapters import causal_lm
 from sepo.models.folders import adapter_base, check_folder, is_adapter
 from sepo.models.gguf import check_gguf, converted_folder, is_converted
@@ -24,7 +25,7 @@ def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None)
     Raises:
         UserError: no such model, or a config that Transformers does not know.
     """
-    name = os.fspath(name_or_path)
+    name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
     try:
         if gguf is not None:

@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from sepo.errors import UserError
+from sepo.errors import UserError, wrong_type
 
 _DTYPES = {
     "float64": torch.float64,
@@ -31,6 +31,8 @@ def choose_device(device: str = "auto") -> torch.device:
     Raises:
         UserError: the device is unknown or not on this machine.
     """
+    if not isinstance(device, str | torch.device):
+        raise wrong_type("device", device, "auto, cpu, cuda, cuda:N or mps")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sepo.files import file_digest
+from sepo.files import expand_home, file_digest
 from sepo.models.folders import adapter_base, is_adapter, read_json_object, weight_files
 from sepo.models.hub import hub_snapshot
 from sepo.models.names import gguf_path, resolve_model
@@ -47,7 +47,7 @@ def model_fingerprint(name_or_path: str | os.PathLike, *, revision: str | None =
     Raises:
         UserError: no such model.
     """
-    name = os.fspath(name_or_path)
+    name = expand_home(name_or_path, "the model")
     if gguf_path(name) is None and not os.path.isdir(name):
         commit, _ = hub_snapshot(name, revision)
         return hashlib.sha256(f"hub:{name}@{commit}".encode()).hexdigest()

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError, named_error
-from sepo.files import file_digest, replace_folder
+from sepo.files import expand_home, file_digest, replace_folder
 from sepo.models.checkpoint import load_whole
 
 # Part of the cache key: raise it when the conversion below changes what it writes.
@@ -28,7 +28,7 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOT
 
 
 def _cache_root(cache_dir: str | os.PathLike | None) -> Path:
-    return Path(cache_dir or os.environ.get("SEPO_CACHE") or Path.home() / ".cache" / "sepo").expanduser()
+    return Path(expand_home(cache_dir or os.environ.get("SEPO_CACHE") or "~/.cache/sepo", "the cache of models"))
 
 
 def converted_folder(gguf: Path, cache_dir: str | os.PathLike | None) -> Path:

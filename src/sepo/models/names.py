@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sepo.errors import UserError
+from sepo.files import expand_home
 from sepo.models.checkpoint import check_adapter_weights, check_weights
 from sepo.models.folders import adapter_base, check_folder, is_adapter
 from sepo.models.gguf import check_gguf, convert_gguf, converted_folder, is_converted
@@ -41,7 +42,7 @@ def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None)
         UserError: there is no such model, or it is damaged, gated, pickled only, lacks weights or holds others than
             its config says, or is an adapter that changes the input or whose base is not there.
     """
-    name = os.fspath(name_or_path)
+    name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
     if gguf is not None:
         converted = converted_folder(gguf, None)
@@ -86,7 +87,7 @@ def resolve_model(
     Raises:
         UserError: as `check_model`, and when a conversion or a download fails.
     """
-    name = os.fspath(name_or_path)
+    name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
     if gguf is not None:
         return str(convert_gguf(gguf, cache_dir))

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sepo.errors import UserError, named_error
+from sepo.errors import UserError, named_error, wrong_type
 from sepo.files import replace_folder
 from sepo.models.adapters import causal_lm
 
@@ -37,12 +37,13 @@ def save_model(
         state_dict: the whole weights of a model whose own are cut up over processes (FSDP, DeepSpeed).
 
     Raises:
-        UserError: an adapter was to be merged that cannot be, or not without changing what the model computes; or the
-            folder cannot be written.
-        TypeError: the model is of neither kind.
+        UserError: the model is of neither kind, the tokenizer is none, an adapter was to be merged that cannot be, or
+            not without changing what the model computes; or the folder cannot be written.
     """
     if not isinstance(model, PreTrainedModel | PeftModel):
-        raise TypeError(f"expected a Transformers model or a PeftModel, found {type(model).__name__}: unwrap it first")
+        raise wrong_type("the model", model, "a Transformers model or a PeftModel in memory, not wrapped")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise wrong_type("tokenizer", tokenizer, "a tokenizer in memory (load_tokenizer gives one), or None")
     if merge_adapter and isinstance(model, PeftModel):
         model = _merged(model)
     try:

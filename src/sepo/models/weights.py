@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from sepo.errors import UserError
+from sepo.errors import UserError, wrong_type
+from sepo.files import expand_home
 from sepo.models.adapters import LoraSettings, load_adapter, new_adapter
 from sepo.models.checkpoint import load_whole
 from sepo.models.devices import check_quantization, choose_device, choose_dtype
@@ -55,8 +56,10 @@ def load_model(
     Raises:
         UserError: no such model, device or dtype; quantization that cannot be had here; damaged weights.
     """
-    name = os.fspath(name_or_path)
+    name = expand_home(name_or_path, "the model")
     chosen = choose_device(device)
+    if not isinstance(lora, LoraSettings | None):
+        raise wrong_type("lora", lora, "LoraSettings, such as LoraSettings(r=16)")
     folder = Path(resolve_model(name, revision=revision))
     check_folder(folder)
     if adapter is None and is_adapter(folder):

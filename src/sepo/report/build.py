@@ -20,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sepo.credit.selection import check_rate, ends_response
 from sepo.data import tables
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.data.splits import prompt_numbers
-from sepo.errors import UserError
-from sepo.files import write_bytes
+from sepo.errors import UserError, check_number
+from sepo.files import expand_home, write_bytes
 from sepo.report.payload import jsonable, pack, smallest_unsigned
 from sepo.report.pieces import PieceTable, load_vocabulary
 from sepo.report.summary import summarise, training_curves
@@ -62,7 +61,7 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
         UserError: the table is missing, empty, or holds rewards that are not finite or not aligned.
     """
     paths = tables.table_paths(path, "scores")
-    total = sum(pq.read_metadata(shard).num_rows for shard in paths)
+    total = sum(tables.number_of_rows(shard) for shard in paths)
     if total == 0:
         raise UserError(f"'{path}' holds no pair: expected a score table with at least one row")
     picked = np.unique(np.linspace(0, total - 1, min(max_pairs, total)).round().astype(np.int64))
@@ -186,7 +185,7 @@ def _read_json(path: Path) -> object | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not readable JSON ({error}); delete it or run the stage again") from None
+        raise UserError(f"'{path}' is not readable JSON ({error}): give the command that wrote it again") from None
 
 
 def read_training(run: Path) -> list[dict]:
@@ -231,7 +230,7 @@ def _payload(
     rows = scores.rows
     include_end = False
     if selection is not None:
-        recorded = tables.provenance_of(pq.read_schema(tables.table_paths(selection, "selection")[0]))
+        recorded = tables.provenance_of(tables.read_schema(tables.table_paths(selection, "selection")[0]))
         include_end = bool(recorded.get("include_end", False))
     columns = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
     ids = {name: flat(rows[column]) for name, column in columns.items()}
@@ -288,7 +287,7 @@ def _starting_rates(selection: Path | None, given: Mapping[str, float | None]) -
     """The rates that were given, else those that the selection was made with, else 0.3."""
     recorded: dict = {}
     if selection is not None:
-        recorded = tables.provenance_of(pq.read_schema(tables.table_paths(selection, "selection")[0]))
+        recorded = tables.provenance_of(tables.read_schema(tables.table_paths(selection, "selection")[0]))
     rates = {}
     for side in SIDES:
         rate = given[side] if given[side] is not None else recorded.get(f"k_{side}")
@@ -349,12 +348,11 @@ def build_report(
     """
     if run is None and table is None:
         raise UserError("nothing to report on: give a run folder or a score table")
-    if max_pairs < 1:
-        raise UserError(f"max_pairs is {max_pairs}: expected at least 1")
+    check_number("max_pairs", max_pairs, whole=True, least=1)
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
         if rate is not None:
             check_rate(name, rate)
-    run = None if run is None else Path(run)
+    run = None if run is None else Path(expand_home(run, "the run folder"))
     if run is not None and not run.is_dir():
         raise UserError(f"no run folder at '{run}': expected the folder that `sepo run` wrote")
     logps = None
@@ -365,10 +363,10 @@ def build_report(
         if selection is None and (run / "selection").exists():
             selection = run / "selection"
         logps = run / "logps" / "reference" if (run / "logps" / "reference").exists() else None
-    selection = None if selection is None else Path(selection)
+    selection = None if selection is None else Path(expand_home(selection, "the selection table"))
     if tokenizer is None and run is not None:
         tokenizer = find_tokenizer(run)
-    table = Path(table)
+    table = Path(expand_home(table, "the score table"))
 
     scores = read_scores(table, max_pairs)
     pieces = PieceTable(None if tokenizer is None else load_vocabulary(tokenizer))
@@ -383,6 +381,6 @@ def build_report(
         "documents": jsonable(documents),
     }
     data = _payload(scores, pieces, selection, logps, header)
-    out = Path(out)
+    out = Path(expand_home(out, "out"))
     write_bytes(out, _page(title, data).encode("utf-8"))
     return out

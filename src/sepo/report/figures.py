@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from sepo.data.ragged import SIDES
-from sepo.errors import UserError
-from sepo.files import write_bytes
+from sepo.errors import UserError, wrong_type
+from sepo.files import expand_home, write_bytes
 from sepo.report.build import read_scores, read_training
 from sepo.report.style import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES
 from sepo.report.summary import summarise
@@ -151,10 +151,12 @@ def save_figures(
     Raises:
         UserError: there is no score table, or a format is not known.
     """
+    if not isinstance(formats, list | tuple):
+        raise wrong_type("formats", formats, f"a list of {', '.join(FORMATS)}")
     for name in formats:
         if name not in FORMATS:
             raise UserError(f"no figure format '{name}': expected one of {', '.join(FORMATS)}")
-    run, folder = Path(run), Path(folder)
+    run, folder = Path(expand_home(run, "the run folder")), Path(expand_home(folder, "the folder"))
     is_run = (run / "scores").is_dir()
     scores = read_scores(run / "scores" if is_run else run, max_pairs=1)
     summary = summarise(scores.rewards, scores.prompts)

@@ -17,7 +17,9 @@ import pyarrow as pa
 from sepo.credit.selection import check_rate, keep_counts, selection_order
 from sepo.data import tables
 from sepo.data.ragged import SIDES
-from sepo.errors import UserError
+from sepo.data.tables import require_table
+from sepo.errors import UserError, check_number, wrong_type
+from sepo.files import expand_home
 from sepo.report.build import find_tokenizer
 from sepo.report.pieces import MARK_OFF, MARK_ON, Piece, PieceTable, load_vocabulary
 from sepo.report.style import NEGATIVE, POSITIVE
@@ -77,10 +79,17 @@ def _side_html(row: Mapping, side: str, pieces: PieceTable, k: float, limit: flo
 
 def _row(source: Mapping | pa.Table | str | os.PathLike, index: int) -> Mapping:
     if isinstance(source, Mapping):
+        missing = [f"{side}_{part}" for side in SIDES for part in ("ids", "rewards") if f"{side}_{part}" not in source]
+        if missing:
+            raise UserError(f"the pair has no '{missing[0]}': expected a row of a score table")
         return source
+    if not isinstance(source, pa.Table | Path):
+        raise wrong_type("pair_or_table", source, "a row of a score table, the table, or its path")
     if not isinstance(source, pa.Table):
         path = Path(source)
         source = tables.read_table(path / "scores" if (path / "scores").is_dir() else path, "scores")
+    require_table("pair_or_table", source, "scores")
+    check_number("index", index, whole=True)
     if not -len(source) <= index < len(source):
         raise UserError(f"no pair at row {index}: the score table has {len(source)} rows")
     end_ids = tables.provenance_of(source).get("end_ids", [])
@@ -111,8 +120,9 @@ def display(
     Raises:
         UserError: there is no such table or row, the tokenizer is not the table's, or a rate is not in (0, 1].
     """
-    if tokenizer is None and isinstance(pair_or_table, str | os.PathLike):
-        tokenizer = find_tokenizer(Path(pair_or_table))
+    if isinstance(pair_or_table, str | os.PathLike):
+        pair_or_table = Path(expand_home(pair_or_table, "the score table"))
+        tokenizer = find_tokenizer(pair_or_table) if tokenizer is None else tokenizer
     row = _row(pair_or_table, index)
     pieces = PieceTable(None if tokenizer is None else load_vocabulary(tokenizer))
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):

@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sepo.errors import UserError
+from sepo.errors import UserError, wrong_type
+from sepo.files import expand_home
 
 MARK_ON, MARK_OFF = "\x01", "\x02"
 _SPACE_MARK, _WIDE_SPACE_MARK, _NEWLINE_MARK, _TAB_MARK = "·", "␣", "↵", "⇥"
@@ -119,8 +120,10 @@ def load_vocabulary(tokenizer: str | os.PathLike | object) -> Vocabulary:
     """
     if not isinstance(tokenizer, str | os.PathLike):
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        return vocabulary_from_json(json.loads(backend.to_str()))  # type: ignore[attr-defined]
-    path = Path(tokenizer)
+        if not hasattr(backend, "to_str"):
+            raise wrong_type("tokenizer", tokenizer, "a folder with a tokenizer.json, or a fast tokenizer in memory")
+        return vocabulary_from_json(json.loads(backend.to_str()))
+    path = Path(expand_home(tokenizer, "the tokenizer"))
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
         return vocabulary_from_json(json.loads(path.read_text(encoding="utf-8")))

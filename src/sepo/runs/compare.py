@@ -21,7 +21,7 @@ import torch
 
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.errors import UserError
-from sepo.files import digest, write_json, write_text
+from sepo.files import check_writable, digest, write_json, write_text
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.processes import say
@@ -113,10 +113,11 @@ def check_same_pairs(settings: dict[str, list[Setting]], pairs: int) -> None:
 def check_results_folder(grid: Grid) -> None:
     """Refuse a folder of results, apart from the work folder (`open_run` looks at that), which holds something else."""
     folder = grid.results_folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
+    check_writable(folder, "set output_dir to another folder")
     if folder == grid.work_folder or not folder.exists():
         return
-    if not folder.is_dir():
-        raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
     if any(folder.iterdir()) and not (folder / "grid.json").is_file():
         raise UserError(f"'{folder}' is not empty and holds no comparison: set output_dir to a new folder")
 
@@ -245,7 +246,7 @@ class _Comparison:
                 "objective": recipe.policy.objective,
                 "folder": str(made.folder.relative_to(self.run.folder)),
                 **made.results,
-                "points": json.loads((made.folder / measured.POINTS).read_text()),
+                "points": json.loads((made.folder / measured.POINTS).read_text(encoding="utf-8")),
             }
         )
         self.results()

@@ -22,18 +22,27 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 
 from sepo import processes
 from sepo.data.tables import FORMAT_VERSION
-from sepo.errors import UserError, one_line
-from sepo.files import defined, digest, file_digest, recover_folder, remove_leftovers, write_json, write_text
+from sepo.errors import UserError, one_line, saying_what_is_kept
+from sepo.files import (
+    check_writable,
+    defined,
+    digest,
+    file_digest,
+    recover_folder,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from sepo.processes import say
 from sepo.recipe.reading import dump_recipe
 from sepo.recipe.settings import Recipe
 from sepo.stages import oracle
 from sepo.stages.stage import Made, Stage
 from sepo.training.checkpoints import STATE_FILE
+from sepo.training.logs import LOGS
 
 MANIFEST_FORMAT = 3
 
@@ -65,7 +74,10 @@ class Run:
         record = processes.on_main(lambda: self._standing(name, title, depends, stage, folder))
         if record is None:
             started = time.monotonic()
-            results = stage.work(folder) or {}
+            with saying_what_is_kept(
+                lambda: f"stage {title} was not finished, those before it are kept; the same command goes on with it"
+            ):
+                results = stage.work(folder) or {}
             processes.wait()
             seconds = time.monotonic() - started
             record = processes.on_main(lambda: self._record(name, title, depends, stage, folder, results, seconds))
@@ -132,7 +144,11 @@ class Run:
         found: dict[str, str] = {}
         for output in _outputs(stage, folder):
             files = sorted(output.rglob("*")) if output.is_dir() else [output]
-            found |= {p.relative_to(self.folder).as_posix(): file_digest(p) for p in files if p.is_file()}
+            found |= {
+                path.relative_to(self.folder).as_posix(): file_digest(path)
+                for path in files
+                if path.is_file() and path.relative_to(folder).parts[0] != LOGS  # written for people, at any time
+            }
         return found
 
     def forget(self, name: str) -> None:
@@ -188,23 +204,16 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     Raises:
         UserError: another process works in the folder, or it belongs to another recipe.
     """
-    lock = FileLock(recipe.run_folder / ".lock")
     run = Run(recipe.run_folder, recipe)
-    try:
-        processes.on_main(lambda: _take_folder(run, lock))
+    processes.on_main(lambda: check_run_folder(recipe))
+    with processes.alone_in(run.folder, "set output_dir"):
+        processes.on_main(lambda: _take_folder(run))
         yield run
-    finally:
-        lock.release()
 
 
-def _take_folder(run: Run, lock: FileLock) -> None:
-    """Lock the run folder, clear away what killed processes left, read the manifest and write down the recipe."""
-    check_run_folder(run.recipe)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"'{run.folder}' is in use by another process: wait for it, or set output_dir") from None
+def _take_folder(run: Run) -> None:
+    """Clear away what killed processes left, read the manifest and write down the recipe."""
+    check_run_folder(run.recipe)  # once more: the folder may have been another's until now
     remove_leftovers(run.folder)
     for name in ("reference", *oracle.names(run.recipe.oracle), "policy"):
         recover_folder(run.path(name))
@@ -221,6 +230,7 @@ def check_run_folder(recipe: Recipe) -> None:
     folder = recipe.run_folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
+    check_writable(folder, "set output_dir to another folder")
     manifest = _read_manifest(folder)
     if manifest and manifest.get("name") != recipe.name:
         raise UserError(

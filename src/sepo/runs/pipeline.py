@@ -12,6 +12,7 @@ from typing import Any
 
 from sepo import processes
 from sepo.data.tables import read_table
+from sepo.errors import wrong_type
 from sepo.files import write_json
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import say
@@ -29,6 +30,8 @@ STAGES = (
 
 def run_recipe(recipe: Recipe) -> dict[str, float]:
     """Run all stages of a recipe, reusing what stands; returns the metrics that `metrics.json` holds."""
+    if not isinstance(recipe, Recipe):
+        raise wrong_type("recipe", recipe, "a Recipe: load_recipe reads one from a file")
     processes.join(recipe.device)
     processes.on_main(lambda: check_inputs(recipe))
     with open_run(recipe) as run:

@@ -11,8 +11,7 @@ from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.measure import evaluate_run
 from sepo.models.devices import choose_dtype
 from sepo.recipe.settings import Recipe
-from sepo.stages.score import SCORES, SCORES_HELD_OUT
-from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
+from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Model, Sizes, Stage
 
 GENERATIONS = "generations.parquet"
 

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
 from sepo import processes
 from sepo.data.tables import (
     FORMAT_VERSION,
     provenance_of,
+    read_schema,
     read_shard,
     shard_path,
     table_digest,
     table_paths,
     write_shard,
 )
-from sepo.errors import UserError, one_line
+from sepo.errors import UserError, one_line, saying_what_is_kept
 from sepo.forward.passes import dataset_logps
 from sepo.models.devices import choose_device, choose_dtype
 from sepo.models.fingerprint import model_fingerprint
@@ -104,11 +103,14 @@ def logps_pass(
     def write(index: int, table: pa.Table) -> None:
         write_shard(out, index, table, shards)
 
-    loaded = load_model(model, device=device, dtype=dtype)
+    def kept() -> str:
+        number = sum(shard_path(out, index).is_file() for index in range(shards))
+        return f"{number} of {shards} parts of '{out}' are kept; the same command goes on with the next"
+
     total = sum(item["pairs"] for item in todo)
-    with tqdm(
-        total=total, desc=f"  {description}", unit="pair", smoothing=0.05, disable=not processes.is_main() or None
-    ) as bar:
+    bar = processes.progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
+    with saying_what_is_kept(kept), bar:
+        loaded = load_model(model, device=device, dtype=dtype)
         for item in todo:
             index = item["index"]
             table = dataset_logps(
@@ -129,7 +131,8 @@ def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -
     weights = str(choose_dtype(dtype, chosen)).removeprefix("torch.")
     fingerprint = {"model": model_fingerprint(model), "dtype": weights, "device": chosen.type}
     paths = table_paths(pairs, "pairs")
-    todo, problems = [], []
+    todo: list[dict[str, Any]] = []
+    problems: list[str] = []
     for index, path in enumerate(paths):
         table = read_shard(path, "pairs")
         made_from = {"tokenizer": provenance_of(table).get("tokenizer"), "pairs": table_digest(table)}
@@ -142,8 +145,11 @@ def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         say(f"  {problems[0]}{more}: computed again")
-    for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
-        stale.unlink()
+    for stale in (
+        *(shard_path(out, item["index"]) for item in todo),
+        *sorted(out.glob("part-*.parquet"))[len(paths) :],
+    ):
+        stale.unlink(missing_ok=True)
     return todo
 
 
@@ -152,7 +158,7 @@ def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
     if not path.is_file():
         return "is missing"
     try:
-        found = provenance_of(pq.read_schema(path))
+        found = provenance_of(read_schema(path))
         for key, value in {"version": FORMAT_VERSION, **expected}.items():
             if found.get(key) != value:
                 return f"was made with another {key}"

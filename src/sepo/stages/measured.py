@@ -27,6 +27,7 @@ from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Made, Model, Stage
 from sepo.training.checkpoints import STATE_FILE
 from sepo.training.fit import objective_settings, train_model
+from sepo.training.logs import carry_logs
 
 POINTS, SAMPLES = "points.json", "start.json"
 
@@ -106,7 +107,7 @@ def run_stage(
             sample_prompts(held_out, recipe.eval.prompts),
             recipe.eval,
             seed,
-            json.loads((samples.folder / SAMPLES).read_text()),
+            json.loads((samples.folder / SAMPLES).read_text(encoding="utf-8")),
             held_out,
             None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
             recipe.tokens_per_row,
@@ -127,6 +128,7 @@ def run_stage(
         )
         if not keep_model:
             os.replace(folder / "policy" / STATE_FILE, folder / STATE_FILE)
+            carry_logs(folder / "policy", folder)
             shutil.rmtree(folder / "policy")
         epochs = watch.points[-1]["pairs_seen"] / len(table)
         read = sum(read_length(pair) for pair in table_pairs(table))

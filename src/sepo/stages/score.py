@@ -10,16 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
 from sepo.credit.rewards import combine_scores, require_rewards, token_rewards
-from sepo.data.tables import read_shard, read_table, table_paths, write_shard
+from sepo.data.tables import clear_shards, read_shard, read_table, table_paths, write_shard
 from sepo.errors import UserError
 from sepo.evaluate.accuracy import oracle_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.processes import say
 from sepo.recipe.settings import Recipe
 from sepo.stages.logps import PARTS, part_of
-from sepo.stages.stage import Cost, Made, Sizes, Stage
+from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Sizes, Stage
 
-SCORES, SCORES_HELD_OUT = "scores", "scores_held_out"
 _TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
 
 
@@ -83,12 +82,6 @@ def _say_if_swapped(accuracy: dict[str, float]) -> None:
             f"  the oracle prefers the rejected response in {1 - value:.0%} of these pairs: are oracle and reference "
             "swapped, or the labels?"
         )
-
-
-def clear_shards(folder: Path) -> None:
-    """Remove the shards of an earlier table."""
-    for stale in folder.glob("part-*.parquet"):
-        stale.unlink()
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:

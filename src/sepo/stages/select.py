@@ -9,12 +9,10 @@ from sepo import processes
 from sepo.credit.rewards import require_rewards
 from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens
 from sepo.data.ragged import SIDES, flat
-from sepo.data.tables import read_shard, read_table, table_paths, write_shard
+from sepo.data.tables import clear_shards, read_shard, read_table, table_paths, write_shard
 from sepo.errors import UserError
 from sepo.recipe.settings import Recipe, SelectSettings
-from sepo.stages.score import SCORES, clear_shards
-from sepo.stages.stage import Cost, Made, Sizes, Stage
-from sepo.training.objectives import SELECTIVE
+from sepo.stages.stage import SCORES, Cost, Made, Sizes, Stage
 
 
 def check(recipe: Recipe) -> None:
@@ -60,6 +58,8 @@ def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """Sorting: seconds at most."""
+    from sepo.training.objectives import SELECTIVE  # PyTorch, which the selection itself does without
+
     kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
     if recipe.policy.objective not in SELECTIVE:
         kept += f" (not read by {recipe.policy.objective})"

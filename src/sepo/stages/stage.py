@@ -16,9 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+# Where the token rewards of the training pairs and of the held-out ones lie, for the stages that read them.
+SCORES, SCORES_HELD_OUT = "scores", "scores_held_out"
 
 
 @dataclass(frozen=True)

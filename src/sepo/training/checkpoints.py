@@ -14,10 +14,11 @@ from transformers import TrainerCallback
 
 from sepo import processes
 from sepo.errors import UserError
-from sepo.files import differing_file, file_digests, recover_folder, write_text
+from sepo.files import check_writable, differing_file, file_digests, flush, recover_folder, write_text
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.processes import say
 from sepo.recipe.settings import TrainingSettings
+from sepo.training.logs import keep_logs
 from sepo.training.trainer import NonFiniteLossError
 
 STATE_FILE = "trainer_state.json"
@@ -85,12 +86,10 @@ def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | N
     Raises:
         UserError: `out` holds something else, which saving the model would remove.
     """
+    check_model_folder(out)
     recover_folder(out)
     if not out.exists():
         return None
-    known = ("config.json", "adapter_config.json", "checkpoints", STATE_FILE)
-    if not out.is_dir() or (any(out.iterdir()) and not any((out / name).exists() for name in known)):
-        raise UserError(f"'{out}' is not a model folder: its content would be replaced; choose a new folder")
     try:
         state = json.loads((out / STATE_FILE).read_text(encoding="utf-8"))
         same = state["made_with"] == json.loads(json.dumps(made_with, default=str))
@@ -102,9 +101,24 @@ def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | N
         results = {name: float(value) for name, value in state["results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    keep_logs(out)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of an attempt with other settings
     say(f"  {out} stands already, made with the same model, data and settings: kept")
     return results
+
+
+def check_model_folder(out: Path) -> None:
+    """Raise a UserError if `out` holds something else than a model, which saving one would remove, or cannot be made.
+
+    A model folder takes the place of the old one, so that it is the folder around it that must be writable.
+    """
+    check_writable(Path(os.path.abspath(out)).parent, "choose another folder for the model")
+    if not out.exists():
+        return
+    known = ("config.json", "adapter_config.json", "checkpoints", STATE_FILE)
+    foreign = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    if foreign and not any((out / name).exists() for name in known):
+        raise UserError(f"'{out}' is not a model folder: its content would be replaced; choose a new folder")
 
 
 def seal_checkpoint(folder: Path) -> None:
@@ -114,9 +128,16 @@ def seal_checkpoint(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for path in folder.rglob("*"):
         if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            flush(path)
     write_text(folder / _SEAL, json.dumps(file_digests(folder)))
+
+
+def kept_of(out: Path) -> str:
+    """What is kept of a training that was stopped in the middle of a step."""
+    steps = [int(path.parent.name.split("-")[1]) for path in (out / "checkpoints").glob(f"checkpoint-*/{_SEAL}")]
+    if not steps:
+        return "this training has no checkpoint yet; the same command begins it anew, what was finished before is kept"
+    return f"the checkpoint of step {max(steps)} is kept; the same command goes on from there"
 
 
 def _checkpoint_problem(folder: Path) -> str | None:
@@ -138,6 +159,7 @@ def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
     if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):
         if any(folder.glob("checkpoint-*")):  # Trainer makes the empty folder itself
             say(f"  checkpoints in {folder} were made with other settings or data: removed")
+        keep_logs(out)
         shutil.rmtree(folder)
     write_text(record, text)
     numbered = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import pickle
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from sepo import processes
 from sepo.data.tables import table_digest
-from sepo.errors import UserError, one_line
+from sepo.errors import Interrupted, UserError, one_line, saying_what_is_kept
 from sepo.files import file_digests, replace_folder, write_json
 from sepo.forward.passes import tokens_per_row_for
 from sepo.models.devices import choose_device, fast_bfloat16
@@ -29,12 +30,15 @@ from sepo.training.batches import pairs_seen
 from sepo.training.checkpoints import (
     STATE_FILE,
     SaveEvery,
+    kept_of,
     last_checkpoint,
     require_finite_weights,
     sharding,
     standing_model,
     training_fingerprint,
 )
+from sepo.training.interrupt import StopSignals, StopWhenAsked, asked_anywhere
+from sepo.training.logs import carry_logs, log_into, reporters
 from sepo.training.progress import ProgressBar
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
@@ -62,7 +66,7 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
         "save_steps": 2**31 - 1,
         "save_total_limit": 2,
         "logging_steps": 1,
-        "report_to": settings.report_to,
+        "report_to": reporters(settings.report_to),
         "seed": seed,
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
@@ -171,7 +175,33 @@ def train_model(
 def run_training(
     trainer: Any, tokenizer: PreTrainedTokenizerBase, out: Path, made_with: dict[str, Any]
 ) -> dict[str, float]:
-    """Train from the last whole checkpoint on, and put the finished model with its history into `out`."""
+    """Train from the last whole checkpoint on, and put the finished model with its history into `out`.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came. The step at hand was finished and its checkpoint kept, or the model.
+    """
+    signals = StopSignals()
+    stopping = StopWhenAsked(signals)
+    trainer.add_callback(stopping)
+    log_into(trainer, out)
+    with signals, saying_what_is_kept(lambda: kept_of(out)):
+        results = _train(trainer, tokenizer, out, made_with, stopping)
+        if asked_anywhere(signals):
+            raise Interrupted(
+                f"the model is trained and kept in '{out}'; the same command goes on from there",
+                signals.number or signal.SIGINT,
+            )
+    _release(trainer)
+    return results
+
+
+def _train(
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    made_with: dict[str, Any],
+    stopping: StopWhenAsked,
+) -> dict[str, float]:
     started = time.monotonic()
     checkpoint = processes.on_main(lambda: last_checkpoint(out, made_with))
     try:
@@ -179,6 +209,12 @@ def run_training(
         trained = trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
         raise UserError(f"'{checkpoint}' cannot be continued from ({one_line(error, 200)}): delete it") from None
+    if stopping.stopped_at is not None:
+        raise Interrupted(
+            f"the checkpoint of step {stopping.stopped_at} of {trainer.state.max_steps} is kept; "
+            "the same command goes on from there",
+            stopping.signals.number or signal.SIGINT,
+        )
     require_finite_weights(trainer.model, trainer.state.global_step)
     seconds = time.monotonic() - started
     # A sharded model (FSDP, DeepSpeed) is gathered by all processes together.
@@ -197,11 +233,10 @@ def run_training(
             state = {"log_history": history, "global_step": trainer.state.global_step, "results": results}
             state |= {"made_with": made_with, "files": file_digests(temporary)}
             write_json(temporary / STATE_FILE, state, indent=None)
+            carry_logs(out, temporary)  # no part of the model: after its checksums
         return results
 
-    saved = processes.on_main(save)
-    _release(trainer)
-    return saved
+    return processes.on_main(save)
 
 
 def _release(trainer: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sepo.errors import UserError, nearest
+from sepo.errors import UserError, check_number, nearest
 from sepo.recipe.settings import Objective
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -379,10 +379,9 @@ def check_objective(objective: str, label_smoothing: float = 0.0) -> None:
     """Raise a UserError for an objective that does not exist, or label smoothing that it does not define."""
     if objective not in OBJECTIVES:
         raise UserError(
-            f"objective is '{objective}'{nearest(objective, OBJECTIVES)}: expected one of {', '.join(OBJECTIVES)}"
+            f"objective is '{objective}'{nearest(str(objective), OBJECTIVES)}: expected one of {', '.join(OBJECTIVES)}"
         )
-    if not 0 <= label_smoothing < 0.5:
-        raise UserError(f"label_smoothing is {label_smoothing}: expected 0 to below 0.5")
+    check_number("label_smoothing", label_smoothing, least=0, below=0.5)
     if label_smoothing and objective not in WITH_LABEL_SMOOTHING:
         raise UserError(f"label_smoothing is not defined for {objective}: leave it at 0")
 

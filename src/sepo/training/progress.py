@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import TrainerCallback
+
+from sepo.processes import progress_bar
 
 
 class ProgressBar(TrainerCallback):
@@ -15,7 +17,10 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"  {self.description}", unit="step")
+            done = state.global_step
+            self.bar = progress_bar(
+                True, total=state.max_steps, initial=done, desc=f"  {self.description}", unit="step"
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:

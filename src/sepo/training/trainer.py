@@ -25,8 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from sepo import processes
 from sepo.data.encoding import tokenize_pairs
-from sepo.data.tables import SCHEMAS, provenance_of
-from sepo.errors import UserError
+from sepo.data.loading import require_dataset
+from sepo.data.tables import SCHEMAS, provenance_of, require_table
+from sepo.errors import UserError, check_number, wrong_type
+from sepo.files import expand_home
 from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
@@ -37,6 +39,7 @@ from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
 from sepo.training import objectives
 from sepo.training.batches import PairCollator, PairDataset, PairSampler
+from sepo.training.logs import reporters
 from sepo.training.noise import as_configured, draws_in_adapters, noisy_parts, silence, train_quietly
 from sepo.training.objectives import (
     OBJECTIVES,
@@ -84,8 +87,19 @@ class PreferenceConfig(TrainingArguments):
     chat_template_kwargs: dict | None = field(default=None, metadata={"help": "keywords for the chat template"})
 
     def __post_init__(self):
+        if self.output_dir is not None:
+            self.output_dir = expand_home(self.output_dir, "output_dir")
+        self.report_to = reporters(self.report_to or "none")
         super().__post_init__()
         check_objective(self.objective, self.label_smoothing)
+        check_number("beta", self.beta, above=0)
+        check_number("gamma", self.gamma, above=0)
+        check_number("margin", self.margin, least=0)
+        if self.alpha is not None:
+            check_number("alpha", self.alpha, least=0)
+        for name, least in (("tokens_per_row", 1), ("max_length", 2), ("max_prompt_length", 1)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), whole=True, least=least)
         if self.layout not in ("auto", "packed", "padded"):
             raise UserError(f"layout is '{self.layout}': expected auto, packed or padded")
         # Batches are made of pairs, not of model inputs: nothing may be dropped by column name.
@@ -143,18 +157,25 @@ class PreferenceTrainer(Trainer):
         optimizers: tuple = (None, None),
     ):
         args = args or PreferenceConfig("preference_trainer")
-        if isinstance(model, str):
+        if not isinstance(args, PreferenceConfig):
+            raise wrong_type("args", args, "a PreferenceConfig, which takes all of TrainingArguments")
+        if not hasattr(processing_class, "get_vocab") and processing_class is not None:
+            raise wrong_type("processing_class", processing_class, "a tokenizer in memory (load_tokenizer gives one)")
+        if not isinstance(callbacks, list | None):
+            raise wrong_type("callbacks", callbacks, "a list of TrainerCallback")
+        if isinstance(model, str | os.PathLike):
             from sepo.models import load_model, load_tokenizer
 
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model, train=True)
-        assert isinstance(model, nn.Module)
+        if not isinstance(model, nn.Module):
+            raise wrong_type("model", model, "a name, a folder or a causal language model in memory")
         if args.device.type == "cuda" and not _placed_elsewhere(model):
             model = model.to(args.device)  # it is tried out where it will run
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
         prepare_model(model, args.layout, longest=0, tokens_per_row=0, device=args.device)
-        train = self._dataset(model, args, train_dataset, reference_logps, processing_class)
-        evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class)
+        train = self._dataset(model, args, train_dataset, reference_logps, processing_class, "train")
+        evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class, "eval")
         longest = max(data.pairs.longest if data is not None else 0 for data in (train, evaluation))
         layout = prepare_model(
             model, args.layout, longest=longest, tokens_per_row=self.tokens_per_row, device=args.device
@@ -191,10 +212,12 @@ class PreferenceTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
 
     @staticmethod
-    def _dataset(model, args, data, reference_logps, tokenizer) -> PairDataset | None:
+    def _dataset(model, args, data, reference_logps, tokenizer, part: str) -> PairDataset | None:
+        """The pairs of `train_dataset` or `eval_dataset`; `part` says which, for messages."""
         if data is None:
             return None
-        if isinstance(data, datasets.Dataset):
+        if not isinstance(data, pa.Table):
+            data = require_dataset(f"{part}_dataset", data)
             if tokenizer is None:
                 raise UserError("a dataset of text needs processing_class: pass the model's tokenizer")
             data, report = tokenize_pairs(
@@ -206,11 +229,18 @@ class PreferenceTrainer(Trainer):
                 chat_template_kwargs=args.chat_template_kwargs,
             )
             processes.say(report.summary())
+        # A table of scores has the columns of pairs too, but whoever trains on key tokens has forgotten to select them.
+        kinds = ("selection",) if "chosen_rewards" in data.column_names and args.objective in SELECTIVE else ("pairs",)
+        data = require_table(f"{part}_dataset", data, *kinds)
+        if not len(data):
+            raise UserError(f"{part}_dataset holds no pair: expected at least one")
         require_readable(model, data)
         if args.objective not in SELECTIVE:
             data = data.select(SCHEMAS["pairs"].names)
         if args.objective not in WITH_REFERENCE:
             return PairDataset(data)
+        if reference_logps is not None:
+            require_table("reference_logps" if part == "train" else "eval_reference_logps", reference_logps, "logps")
         if reference_logps is None or not _same_numerics(args, reference_logps):
             with _autocast(args):
                 reference_logps = dataset_logps(
@@ -455,14 +485,14 @@ class PreferenceTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss, implicit rewards and accuracy over the evaluation pairs."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, pa.Table | datasets.Dataset):
+        if dataset is not None and not isinstance(dataset, PairDataset):
             if self.args.objective in WITH_REFERENCE:
                 # Computed now, the reference would be the model as it is after training.
                 raise UserError(
                     f"evaluating {self.args.objective} needs the reference: pass eval_dataset when the trainer is made"
                 )
-            dataset = self._dataset(self.model, self.args, dataset, None, self.processing_class)
-        loader = self.get_eval_dataloader(dataset)  # type: ignore[arg-type]
+            dataset = self._dataset(self.model, self.args, dataset, None, self.processing_class, "eval")
+        loader = self.get_eval_dataloader(dataset)
         model = self.model_wrapped
         training = model.training
         model.eval()

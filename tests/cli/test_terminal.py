@@ -1,0 +1,109 @@
+"""Terminals and files that know few characters: every command prints what they can show, and ends as elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sepo.cli import main
+from tiny_models import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+# How a redirected stream is encoded where the locale is C, West European, Windows' or Japanese.
+CHARSETS = ("ascii", "latin-1", "cp1252", "shift_jis")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder, with a name that few charsets know, of a model, preferences, a recipe and a grid."""
+    folder = tmp_path_factory.mktemp("place") / "préférences-偏好-🙂"
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [{"prompt": f"Is it {i}?", "chosen": f"Yes, {i}!", "rejected": f"no {i} here"} for i in range(12)]
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = {
+        "data": {"source": str(folder / "prefs.jsonl"), "as_chat": True, "held_out": 4},
+        "reference": {"model": str(folder / "model")},
+        "device": "cpu",
+        "oracle": {"training": {"batch_size": 4}},
+        "policy": {"training": {"batch_size": 4}},
+        "eval": {"prompts": 2, "max_new_tokens": 4},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps({**base, "output_dir": str(folder / "run")}, ensure_ascii=False))
+    grid = {"base": "recipe.yaml", "output_dir": str(folder / "compared"), "checkpoints": 1, "variants": {"a": {}}}
+    (folder / "grid.yaml").write_text(json.dumps(grid, ensure_ascii=False))
+    return folder
+
+
+def commands(place: Path) -> dict[str, list[str]]:
+    """Every command, in an order in which each finds what it reads."""
+    data = ["--data", f"{place}/prefs.jsonl", "--as-chat", "--device", "cpu"]
+    reference = ["--reference", f"{place}/model"]
+    return {
+        "recipe": ["recipe"],
+        "recipe --list": ["recipe", "--list"],
+        "run --dry-run": ["run", f"{place}/recipe.yaml", "--dry-run"],
+        "run": ["run", f"{place}/recipe.yaml"],
+        "oracle": ["oracle", *reference, *data, "--out", f"{place}/oracle", "batch_size=4"],
+        "score": ["score", "--oracle", f"{place}/oracle", *reference, *data, "--out", f"{place}/scores"],
+        "select": ["select", "--table", f"{place}/scores", "--out", f"{place}/selection"],
+        "train": ["train", "--policy", f"{place}/model", "--selection", f"{place}/selection", "--device", "cpu",
+                  "--out", f"{place}/policy", "batch_size=4"],
+        "eval": ["eval", "--policy", f"{place}/policy", "--base", f"{place}/model", *data, "--out", f"{place}/eval",
+                 "--prompts", "2", "--max-new-tokens", "4"],
+        "report": ["report", "--table", f"{place}/scores", "--out", f"{place}/report.html"],
+        "analyse": ["analyse", "--table", f"{place}/scores", "--tokenizer", f"{place}/model", "--out", f"{place}/an"],
+        "compare --dry-run": ["compare", f"{place}/grid.yaml", "--dry-run"],
+        "compare": ["compare", f"{place}/grid.yaml"],
+    }  # fmt: skip
+
+
+def test_every_command_prints_into_ascii(place, monkeypatch):
+    names = {words[0] for words in commands(place).values()}
+    source = (ROOT / "src" / "sepo" / "cli" / "arguments.py").read_text(encoding="utf-8")
+    assert names == set(re.findall(r'command\(\s*"(\w+)"', source))
+    shown = ""
+    for name, words in commands(place).items():
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        code = main(words)
+        out.flush()
+        err.flush()
+        assert code == 0, (name, err.buffer.getvalue().decode())
+        shown += out.buffer.getvalue().decode("ascii")
+    assert "oracle: " in shown
+    assert "?" in shown  # of the folder's name
+
+
+@pytest.mark.parametrize("charset", [*CHARSETS, "locale"])
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--help", 0),
+        ("recipe", 0),
+        ("recipe --list", 0),
+        ("recipe no-préférence", 2),
+        ("run 偏好", 2),
+    ],
+)
+def test_a_command_redirected_to_any_charset_ends_as_in_utf8(charset, words, code):
+    variables = {"PYTHONIOENCODING": charset}
+    if charset == "locale":  # no coercion to UTF-8: the locale is what it says
+        variables = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sepo", *words.split()],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **variables},
+    )
+    assert done.returncode == code, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (code != 0)
