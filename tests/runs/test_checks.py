@@ -66,8 +66,8 @@ def one_line(error) -> str:
     ("setting", "match"),
     [
         ("lr_scheduler_type=cosinee", "training.lr_scheduler_type cannot be used .*cosinee is not a valid"),
-        ("report_to=wandb", "training.report_to cannot be used .*wandb"),
-        ("report_to=nonsense", "training.report_to cannot be used"),
+        ("report_to=wandb", "training: report_to names wandb, which is not installed"),
+        ("report_to=nonsense", "training: report_to names 'nonsense'"),
         ("arguments.optim=adamw_bnb_8bit", "training.arguments.optim cannot be used .*bitsandbytes"),
         ("arguments.optim=nonsense", "training.arguments.optim cannot be used"),
         ("arguments.optim=galore_adamw", "training.arguments.optim cannot be used"),
