@@ -34,7 +34,7 @@ from sepo.training.checkpoints import (
     training_fingerprint,
 )
 from sepo.training.progress import ProgressBar
-from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
+from sepo.training.trainer import PreferenceConfig, PreferenceTrainer, refuse_zero_3
 
 
 def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, device: str = "auto") -> dict[str, Any]:
@@ -77,6 +77,7 @@ def check_training(settings: TrainingSettings) -> None:
     for key in settings.arguments:
         if key not in names:
             raise UserError(f"training.arguments.{key}: not a TrainingArguments field{nearest(key, names)}")
+    refuse_zero_3(settings.arguments.get("deepspeed"))
 
 
 def epochs(settings: TrainingSettings, pairs: float) -> float:
