@@ -99,7 +99,8 @@ def oracle_command(arguments: argparse.Namespace) -> None:
     from sepo.stages import data, oracle, reference
     from sepo.training.fit import train_model
 
-    _join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
+    processes = _join(arguments.device, arguments.out)
+    processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
     model = resolve_model(arguments.reference)
     pairs = data.read_pairs(recipe.data, load_tokenizer(model))
     results = train_model(
@@ -130,7 +131,7 @@ def score_command(arguments: argparse.Namespace) -> None:
     from sepo.stages.logps import logps_pass, scoring_dtype
     from sepo.stages.score import score_pairs
 
-    processes = _join(arguments.device)
+    processes = _join(arguments.device, arguments.out)
     processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
     models = {"reference": resolve_model(arguments.reference), "oracle": resolve_model(arguments.oracle)}
     out = Path(arguments.out)
@@ -187,7 +188,7 @@ def select_command(arguments: argparse.Namespace) -> None:
                 write_table(scores, joined, PAIRS_PER_SHARD)
             return str(select(scores, out, **settings, seed=arguments.seed))
 
-    _join("cpu").on_main(write_selection)
+    _join("cpu", arguments.out).on_main(write_selection)
     table = read_table(arguments.out, "selection")
     metrics: dict[str, float] = {"pairs": len(table)}
     for side in ("chosen", "rejected"):
@@ -207,7 +208,7 @@ def train_command(arguments: argparse.Namespace) -> None:
     from sepo.stages import train
     from sepo.training.fit import objective_settings, train_model
 
-    _join(arguments.device)
+    _join(arguments.device, arguments.out)
     train.check(recipe)
     table = read_table(arguments.selection, "selection")
     check_model(arguments.policy)
@@ -248,7 +249,7 @@ def eval_command(arguments: argparse.Namespace) -> None:
         return metrics
 
     out = Path(arguments.out)
-    print_metrics(f"eval: {out}", _join("cpu").on_main(measure))
+    print_metrics(f"eval: {out}", _join("cpu", arguments.out).on_main(measure))
 
 
 def report_command(arguments: argparse.Namespace) -> None:
@@ -326,11 +327,15 @@ def _training_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _join(device: str):
-    """Meet the other processes of a launch (torchrun, accelerate launch); returns the module `processes`."""
+def _join(device: str, out: str | None = None):
+    """Meet the other processes of a launch (torchrun, accelerate launch), which must all see the folder `out`; returns
+    the module `processes`.
+    """
     from sepo import processes
 
     processes.join(device)
+    if out is not None:
+        processes.require_shared(Path(out))
     return processes
 
 

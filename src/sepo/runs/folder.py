@@ -163,12 +163,14 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     """Open (or make) the recipe's run folder and hold its lock.
 
     Raises:
-        UserError: another process works in the folder, or it belongs to another recipe.
+        UserError: another process works in the folder, it belongs to another recipe, or a machine of the launch does
+            not see it.
     """
     lock = FileLock(recipe.run_folder / ".lock")
     run = Run(recipe.run_folder, recipe)
     try:
         processes.on_main(lambda: _take_folder(run, lock))
+        processes.require_shared(run.folder)
         yield run
     finally:
         lock.release()
