@@ -16,8 +16,10 @@ from sepo.forward.logps import token_logps
 from sepo.forward.packing import pack
 from sepo.forward.passes import table_pairs
 from sepo.forward.prepare import prepare_model
+from sepo.models.config import model_shape
 from sepo.recipe.settings import TrainingSettings
 from sepo.training.fit import check_training
+from sepo.training.memory import Training
 from sepo.training.trainer import PreferenceConfig
 from tiny_models import tiny_model
 
@@ -56,11 +58,17 @@ def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_pa
     """3 pairs on 3 processes, 17 and 20 on 2: nobody waits for a process without a pair."""
     objective = "simpo" if sharded else "dpo"
     results = launch(number, tmp_path, objective, SIZES, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
+    shape = model_shape(tiny_model("llama"))
+    plan = Training(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded).parts()
     assert results.keys() == alone[objective].keys()
     for size, one in alone[objective].items():
         assert results[size]["losses"] == pytest.approx(one["losses"], abs=2e-5), f"{size} pairs"
         assert results[size]["eval"] == pytest.approx(one["eval"], abs=2e-5), f"{size} pairs"
         assert results[size]["wrapper"].startswith("FSDP" if sharded else "DistributedDataParallel")
+        weights, moments = results[size]["own_bytes"]
+        # Of the main process, which has the larger part of what cannot be cut evenly.
+        assert weights == pytest.approx(4 * shape.parameters / (number if sharded else 1), rel=0.03)
+        assert moments == pytest.approx(plan["AdamW"], rel=0.03)
         assert results[size]["reduced_every_row"] or not sharded
         assert results[size]["weights"] == pytest.approx(one["weights"], rel=1e-5), f"{size} pairs"
 

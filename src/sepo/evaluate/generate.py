@@ -21,6 +21,7 @@ from sepo.forward.passes import NonFiniteError
 from sepo.processes import progress_bar
 
 _BLOCK = 256
+BATCH = 128  # responses written side by side
 
 
 class Generation(NamedTuple):
@@ -47,7 +48,7 @@ def generate_responses(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = BATCH,
     progress: bool = True,
 ) -> list[Generation]:
     """Sample `samples` responses to each prompt.

@@ -71,8 +71,10 @@ def choose_dtype(dtype: str = "auto", device: torch.device | None = None, *, tra
     return torch.bfloat16 if fast and not trained else torch.float32
 
 
-def check_quantization(quantization: str | None, *, train: bool = False, lora: bool = False) -> None:
-    """Check, before anything is loaded, that quantized weights can be had here.
+def check_quantization(
+    quantization: str | None, *, train: bool = False, lora: bool = False, installed: bool = True
+) -> None:
+    """Check, before anything is loaded, that quantized weights can be had here (elsewhere, where not `installed`).
 
     Raises:
         UserError: an unknown kind, quantized weights that are to be trained in full, or no bitsandbytes.
@@ -83,5 +85,5 @@ def check_quantization(quantization: str | None, *, train: bool = False, lora: b
         raise UserError(f"quantization '{quantization}' is unknown: expected 4bit or none")
     if train and not lora:
         raise UserError("quantization=4bit trains an adapter only: set lora, or leave quantization out")
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if installed and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('quantization=4bit needs the package bitsandbytes; run: pip install "sepo[qlora]"')

@@ -13,14 +13,23 @@ from typing import Any
 from sepo.errors import UserError, named_error
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, weights: bool = True) -> None:
+    """Raise a UserError for a folder that holds no model; without `weights` its config is enough (for a plan)."""
     if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise UserError(f"no model in '{folder}': expected config.json or adapter_config.json beside *.safetensors")
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
-    if not weight_files(folder):
+    if weights and not weight_files(folder):
         raise UserError(f"the model folder '{folder}' holds no *.safetensors file; {_no_pickle(folder)}")
+
+
+def is_outline(folder: str | os.PathLike) -> bool:
+    """Is this a folder with a model's config and nothing of its weights?"""
+    place = os.fspath(folder)
+    if not os.path.isfile(os.path.join(place, "config.json")):
+        return False
+    return not is_adapter(Path(place)) and not weight_files(Path(place))
 
 
 def _no_pickle(folder: Path) -> str:

@@ -25,8 +25,10 @@ from sepo.recipe.settings import DEFAULT_MODEL
 _PACKAGE = "package:"
 
 
-def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None) -> None:
+def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None, weights: bool = True) -> None:
     """Check that a model is there and of a kind that can be loaded; converts and downloads nothing.
+
+    Without `weights` a folder that holds a config alone will do: what a plan needs.
 
     Takes milliseconds for a folder, under a second for a GGUF file, one request for a hub id.
 
@@ -40,7 +42,7 @@ def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None)
         if not is_converted(converted_folder(gguf, None)):
             check_gguf(gguf)
     elif os.path.isdir(name):
-        check_folder(Path(name))
+        check_folder(Path(name), weights)
         if is_adapter(Path(name)):
             base, base_revision = adapter_base(Path(name))
             check_model(base, revision=base_revision)

@@ -14,12 +14,15 @@ from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Cost, Model, Sizes, Stage
 from sepo.training.fit import check_training
+from sepo.training.memory import fine_tuning_parts
 from sepo.training.sft import train_reference
 
 
-def check(recipe: Recipe) -> None:
-    """The model and, where it is fine-tuned, its data, its settings and the library that does it."""
-    check_model(recipe.reference.model, revision=recipe.reference.revision)
+def check(recipe: Recipe, elsewhere: bool = False) -> None:
+    """The model and, where it is fine-tuned, its data, its settings and the library that does it; `elsewhere` as in
+    `train.check`.
+    """
+    check_model(recipe.reference.model, revision=recipe.reference.revision, weights=not elsewhere)
     sft = recipe.reference.sft
     if sft is None:
         return
@@ -61,6 +64,9 @@ def stage(recipe: Recipe, model: Model) -> Stage | None:
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
-    """Not estimated: the length of the data is known only when they are read."""
+    """Its time is not estimated: the length of the data is known only when they are read."""
     sft = recipe.reference.sft
-    return None if sft is None else Cost(f"SFT on {sft.source}")
+    if sft is None:
+        return None
+    parts = fine_tuning_parts(sizes.small.shape, sft.training, sizes.device, sft.max_length, sizes.processes)
+    return Cost(f"SFT on {sft.source}", memory=parts)

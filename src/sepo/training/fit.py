@@ -7,7 +7,7 @@ import gc
 import json
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from sepo import processes
 from sepo.data.tables import table_digest
 from sepo.errors import UserError, nearest, one_line
 from sepo.files import file_digests, replace_folder, write_text
-from sepo.forward.passes import tokens_per_row_for
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
@@ -85,20 +84,6 @@ def epochs(settings: TrainingSettings, pairs: float) -> float:
     if settings.max_steps > 0:
         return settings.max_steps * settings.batch_size / max(pairs, 1)
     return settings.num_train_epochs
-
-
-def training_memory(model: Mapping[str, Any], settings: TrainingSettings, lora: bool, device: torch.device) -> float:
-    """Bytes: weights, gradients and two AdamW moments, and the activations of one packed row.
-
-    Args:
-        model: figures from `models.config.describe_model`.
-    """
-    tokens = settings.tokens_per_row or tokens_per_row_for(device)
-    width = 4 if device.type == "cpu" else 2
-    activations = tokens * model["layers"] * model["hidden"] * 20 * width
-    if settings.activation_checkpointing:
-        activations /= model["layers"] / 2
-    return (4 if lora else 16) * model["parameters"] + activations
 
 
 def train_model(
