@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 
-from pairs import some_pairs  # noqa: F401  makes tests/ importable the same way everywhere
 from sepo.cli import main
 from sepo.evaluate import generate
 from sepo.forward import passes

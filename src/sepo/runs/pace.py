@@ -43,7 +43,7 @@ _SHARE = 0.5
 _STEP = 3.0
 # Tokens of a piece on a CPU, and seconds that the pieces of one model may take by its FLOPs.
 _PIECE, _SECONDS = 640, 45.0
-# Updates, rows and steps that a piece stands for are timed this often; the shortest counts.
+# Decoding steps of a piece.
 _STEPS = 4
 
 
