@@ -1,20 +1,23 @@
 """The GPU figures in one process and a few minutes: policy step, oracle step and scoring beside their peers.
 
-    python benchmarks/gpu.py --pairs-table TABLE --tokenizer FOLDER --out DIR [--minutes 4] [--peak-tflops 989]
+    python benchmarks/gpu.py --data prefs.parquet --tokenizer MODEL --out DIR [--minutes 4] [--peak-tflops 989]
 
 Random weights in the shape of Llama 3.2 1B (vocabulary 128,256) and of SmolLM2-135M, bfloat16 autocast over float32
-weights, real pairs. TRL runs at several batch sizes; every contender sees the same pairs, its model is made anew, its
-first steps are not timed, and its peak memory is that of PyTorch's allocator. A line of JSON is written for each
-contender as it ends, so a run that is cut short leaves what it has; `--plan` picks contenders by a regular expression.
+weights, real pairs. TRL, where it is installed, runs at several batch sizes; every contender sees the same pairs, its
+model is made anew, its first steps are not timed, and its peak memory is that of PyTorch's allocator (of the process on
+a CPU). A line of JSON is written for each contender as it ends, with device, versions and commit, so a run that is cut
+short leaves what it has; `--plan` picks contenders by a regular expression. `gpu.sh` makes the whole of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -31,11 +34,14 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
-from sepo.data.tables import SCHEMAS, make_table, read_table
+from sepo.data.tables import SCHEMAS, make_table
 from sepo.forward.packing import pack
 from sepo.forward.passes import dataset_logps, table_pairs
+from sepo.models.tokenizer import load_tokenizer
+from sepo.recipe.settings import DataSettings
+from sepo.stages.data import read_pairs
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
 DEVICE = "cuda"  # "cpu" tries the harness out, with figures that mean nothing
@@ -79,6 +85,13 @@ def synchronise() -> None:
 def reset_memory() -> None:
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> float:
+    """Gigabytes of the allocator since `reset_memory`; of the whole process since its start on a CPU."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class Timer(TrainerCallback):
@@ -154,14 +167,15 @@ def arguments_of(steps: int, **settings) -> dict[str, Any]:
 class Bench:
     def __init__(self, arguments):
         self.arguments = arguments
-        self.tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        self.tokenizer = load_tokenizer(arguments.tokenizer)
         self.warm_up, self.steps = 2, arguments.steps
         # Other pairs at every step, drawn in one order by both trainers.
-        every = table_pairs(read_table(arguments.pairs_table, "pairs"))
+        source = DataSettings(source=arguments.data, as_chat=self.tokenizer.chat_template is not None)
+        every = table_pairs(read_pairs(source, self.tokenizer, progress=False))
         self.batch = arguments.pairs
         self.pairs = every[: self.batch * (self.warm_up + self.steps)]
         if len(self.pairs) < self.batch * (self.warm_up + self.steps):
-            raise SystemExit(f"the table has {len(every)} pairs, too few for {self.warm_up + self.steps} steps")
+            raise SystemExit(f"{arguments.data} has {len(every)} pairs, too few for {self.warm_up + self.steps} steps")
 
     # --- contenders -------------------------------------------------------------------------------------------------
 
@@ -222,7 +236,7 @@ class Bench:
         text = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
         common = arguments_of(
             self.warm_up + self.steps, per_device_train_batch_size=batch,
-            gradient_accumulation_steps=self.batch // batch, gradient_checkpointing=False, max_length=4096,
+            gradient_accumulation_steps=self.batch // batch, activation_checkpointing=False, max_length=4096,
             **settings,
         )  # fmt: skip
         made = {"args": None, "train_dataset": text, "processing_class": self.tokenizer, "callbacks": [timer]}
@@ -270,7 +284,7 @@ class Bench:
               precision: str = "highest") -> dict[str, Any]:  # fmt: skip
         names = SCHEMAS["pairs"].names
         table = make_table("pairs", {name: [getattr(p, name) for p in self.pairs] for name in names})
-        model = make_model(shape, dtype)
+        model = make_model(shape, dtype).requires_grad_(False)  # as a run loads it; else the LM head keeps 2 GB
         torch.set_float32_matmul_precision(precision)
         try:
             with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
@@ -321,7 +335,7 @@ class Bench:
             "all_seconds": [round(s, 4) for s in all_seconds],
             "pairs": pairs,
             "packed_tokens_per_second": tokens / seconds,
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0,
+            "peak_gb": peak_memory(),
             "mfu": flops / seconds / (self.arguments.peak_tflops * 1e12),
             "flops": flops,
         }
@@ -333,7 +347,8 @@ class Bench:
         def add(name: str, call: Callable[..., dict[str, Any]], *args, **kwargs) -> None:
             plan[name] = lambda: call(*args, **kwargs)
 
-        shapes = (("llama-1b", 16384, (4, 8)), ("smollm2-135m", 32768, (16, 32)))
+        # Batch sizes that measured best come first; TRL has no room for more pairs of the large one in 139 GiB.
+        shapes = (("llama-1b", 16384, (8, 4)), ("smollm2-135m", 32768, (32, 16)))
         if DEVICE == "cpu":
             shapes = (("tiny", 1024, (2,)),)
         # The loss of its own trainer replaces the model's forward, which these trainers want for themselves.
@@ -347,6 +362,7 @@ class Bench:
                     add(f"{shape} {objective} trl{named} batch={batch}", self.trl, shape, objective, batch, **fused)
             add(f"{shape} score ours bf16", self.score, shape, rows, torch.bfloat16)
             add(f"{shape} score loop bf16", self.loop, shape)
+        for shape, rows, _ in shapes:
             add(f"{shape} score ours tf32", self.score, shape, rows, precision="high")
             add(f"{shape} score ours autocast", self.score, shape, rows, autocast=True)
             add(f"{shape} score ours fp32", self.score, shape, rows)
@@ -377,8 +393,8 @@ def about() -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs-table", type=Path, required=True, help="folder of a pairs table (sepo)")
-    parser.add_argument("--tokenizer", required=True, help="folder of any tokenizer: TRL wants one")
+    parser.add_argument("--data", required=True, help="preference pairs, as in a recipe's data.source")
+    parser.add_argument("--tokenizer", required=True, help="model whose tokenizer it takes; weights are random")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=64, help="pairs in an update (default 64)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a training contender (default 4)")
@@ -396,7 +412,6 @@ def main() -> int:
     facts = about()
     print(json.dumps(facts), flush=True)
     with open(arguments.out / "gpu.jsonl", "a") as file:
-        file.write(json.dumps(facts) + "\n")
         for name, contender in bench.plan().items():
             if not re.search(arguments.plan, name):
                 continue
@@ -405,11 +420,13 @@ def main() -> int:
                 break
             began = time.monotonic()
             try:
+                if " trl" in name and importlib.util.find_spec("trl") is None:
+                    raise ImportError("TRL is not installed")
                 row = contender()
             except Exception as error:
                 row = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
                 traceback.print_exc(limit=-4)
-            row = {"name": name, "wall": round(time.monotonic() - began, 1), **row}
+            row = {"name": name, "wall": round(time.monotonic() - began, 1), **row, **facts}
             file.write(json.dumps(row) + "\n")
             file.flush()
             if "failed" in row:

@@ -37,13 +37,15 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from trl import SFTTrainer  # noqa: F401  imported here once, for the stage reference
 
 import fsdp_on_cpu
 from sepo.cli import main
 from sepo.runs import pipeline
 from sepo.stages import data
-from sepo.training.checkpoints import STATE_FILE
+from sepo.training.checkpoints import STATE_FILE, SaveEvery
 from tiny_models import tiny_model, tiny_tokenizer
 
 STAGES = ("start", *pipeline.STAGES)
@@ -136,6 +138,33 @@ class Lab:
         codes = wait_for(children)
         return Outcome(codes, log.read_text(), time.monotonic() - started)
 
+    def launch(
+        self, out: Path, *overrides: str, kill_step: int | None = None, kill_all: bool = False, folders: int = 1
+    ) -> Outcome:
+        """Run the recipe as two machines of one process each would: two launch agents that meet over loopback.
+
+        Args:
+            kill_step: the second machine's process dies before this step of the policy, once.
+            kill_all: everything on both machines dies at that moment, not only the process.
+            folders: 2 starts the machines in different folders, so that they do not share a relative `out`.
+        """
+        log = self.folder / f"{out.name}.log"
+        arguments = ["run", str(self.folder / "recipe.yaml"), f"output_dir={out}", *overrides]
+        started, port = time.monotonic(), free_port()
+        doomed = self.folder / "doomed"
+        doomed.touch()
+        agents = []
+        for node in range(2):
+            start_in = self.folder / f"machine-{node % folders}"
+            start_in.mkdir(exist_ok=True)
+            agents.append(fork(lambda n=node, at=start_in: agent(n, port, at, arguments, log, kill_step, doomed)))
+        if kill_all:
+            while doomed.exists() and time.monotonic() - started < 120:
+                time.sleep(0.001)
+            for pid in agents:
+                os.killpg(pid, signal.SIGKILL)
+        return Outcome(wait_for(agents), log.read_text(), time.monotonic() - started)
+
     def note(self, fault: str, stage: str, course: str, lost: list[str]) -> None:
         self.rows.append((fault, stage, course, "; ".join(lost) or "nothing"))
         print(f"  {fault:38} in {stage:10} {course:44} lost: {self.rows[-1][3]}", flush=True)
@@ -143,6 +172,48 @@ class Lab:
     @property
     def failures(self) -> int:
         return sum(row[3] != "nothing" for row in self.rows)
+
+
+def agent(
+    node: int, port: int, start_in: Path, arguments: list[str], log: Path, kill_step: int | None, doomed: Path
+) -> int:
+    """What `torchrun --nnodes 2 --rdzv-backend c10d --max-restarts 1` does on one machine; workers are forked."""
+    os.setpgid(0, 0)
+    os.chdir(start_in)
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    # The agent's own words too: they are no part of what the command prints.
+    sys.stderr = sys.stdout = open(log.with_suffix(f".agent-{node}"), "w")  # noqa: SIM115
+    config = LaunchConfig(
+        min_nodes=2, max_nodes=2, nproc_per_node=1, run_id="faults", rdzv_backend="c10d",
+        rdzv_endpoint=f"localhost:{port}", rdzv_configs={"is_host": node == 0}, max_restarts=int(kill_step is not None),
+        monitor_interval=0.05, start_method="fork", local_addr="localhost",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, worker)(arguments, log, kill_step, doomed)
+    except ChildFailedError:
+        return 1
+    return 0
+
+
+def worker(arguments: list[str], log: Path, kill_step: int | None, doomed: Path) -> None:
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    if kill_step is not None and os.environ["RANK"] == "1":
+        kill_at(kill_step, doomed)
+    if code := child(arguments, log, {}, log, None, False):
+        sys.exit(code)
+
+
+def kill_at(step: int, doomed: Path) -> None:
+    """Die before a step of the policy's training, if `doomed` is there still."""
+    before = SaveEvery.on_step_begin
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == step and "policy" in args.output_dir and doomed.exists():
+            doomed.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(self, args, state, control, **kwargs)
+
+    SaveEvery.on_step_begin = on_step_begin
 
 
 def child(
@@ -472,6 +543,34 @@ def fsdp(lab: Lab, draw: random.Random) -> None:
     lab.note("one of 2 processes of FSDP2 killed", outcome.stage, f"with 2: {course(resumed)}", lost)
 
 
+def nodes(lab: Lab) -> None:
+    """Two machines that meet over loopback: a process dies and is restarted, both die and one goes on, and machines
+    that do not share the folder are refused.
+    """
+    runs = lab.folder / "runs"
+    whole, restarted, lost_both = (runs / name for name in ("machines", "restarted", "killed-both"))
+    outcome = lab.run(whole, ranks=2)
+    assert outcome.codes == [0, 0], outcome.log
+    outcome = lab.launch(restarted, kill_step=5)
+    lost = [f"exit codes {outcome.codes}"] if any(outcome.codes) else differences(whole, restarted)
+    lost += [] if "continuing from" in outcome.log else ["the launch was not restarted from a checkpoint"]
+    lab.note("a process of two machines killed", outcome.stage, f"restarted: {course(outcome)}", lost)
+    outcome = lab.launch(lost_both, kill_step=6, kill_all=True)
+    lost = [] if all(outcome.codes) else [f"not killed: exit codes {outcome.codes}"]
+    (lab.folder / f"{lost_both.name}.log").unlink()
+    resumed = lab.run(lost_both)
+    lost += [f"exit code {resumed.codes}"] if any(resumed.codes) else differences(whole, lost_both, exact=False)
+    lost += [] if "continuing from" in resumed.log else ["no checkpoint was continued from"]
+    lab.note("two machines killed", outcome.stage, f"with 1: {course(resumed)}", lost)
+    outcome = lab.launch(Path("apart"), folders=2)
+    lost = [] if all(outcome.codes) else [f"not refused: exit codes {outcome.codes}"]
+    line = "process 1 of 2 does not see what the main process writes to 'apart'"
+    lost += [] if f"sepo: {line}" in outcome.log else ["the refusal was not said"]
+    lost += ["a traceback was shown"] if "Traceback" in outcome.log else []
+    lost += ["a stage was started"] if outcome.stage != "start" else []
+    lab.note("two machines without a shared folder", outcome.stage, "refused", lost)
+
+
 def tables_differ(first: Path, second: Path) -> list[str]:
     names = {p.relative_to(run).as_posix() for run in (first, second) for p in run.rglob("part-*.parquet")}
     return [f"{name} differs" for name in sorted(names) if not same_bytes(first / name, second / name)]
@@ -495,6 +594,7 @@ if __name__ == "__main__":
     parser.add_argument("--interrupts", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--fills", type=int, default=6)
     parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--nodes", type=int, default=1, help="0 leaves several machines out")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -502,19 +602,22 @@ if __name__ == "__main__":
         lab = Lab(Path(folder))
         lab.prepare()
         clean = lab.folder / "runs" / "clean"
-        undisturbed = lab.run(clean, count=True)
-        if undisturbed.codes != [0]:
-            sys.exit(undisturbed.log)
-        print(f"an undisturbed run takes {undisturbed.seconds:.1f} s", flush=True)
-        kills(lab, clean, undisturbed, options.kills, draw)
-        if options.interrupts:
-            interrupts(lab, clean, undisturbed, draw)
-            interrupted_rank(lab)
+        if options.kills or options.interrupts or options.fills or options.ranks:
+            undisturbed = lab.run(clean, count=True)
+            if undisturbed.codes != [0]:
+                sys.exit(undisturbed.log)
+            print(f"an undisturbed run takes {undisturbed.seconds:.1f} s", flush=True)
+            kills(lab, clean, undisturbed, options.kills, draw)
+            if options.interrupts:
+                interrupts(lab, clean, undisturbed, draw)
+                interrupted_rank(lab)
         if options.fills and (reason := fills(lab, clean, options.fills, draw)):
             print(f"  full disks skipped: {reason}")
         if options.ranks:
             ranks(lab, clean, draw, options.ranks)
         if options.ranks > 1:
             fsdp(lab, draw)
+        if options.nodes:
+            nodes(lab)
         report(lab)
     sys.exit(1 if lab.failures else 0)

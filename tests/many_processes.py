@@ -35,6 +35,11 @@ def watch_gradients(trainer) -> list[bool]:
     return seen
 
 
+def own_bytes(tensors) -> int:
+    """Bytes of the parts of some tensors that this process holds."""
+    return sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in tensors)
+
+
 def run(out: Path, objective: str, sizes: list[int]) -> dict[str, dict]:
     """Results by number of pairs; all processes of the launch call it."""
     number = processes.size()
@@ -54,11 +59,15 @@ def run(out: Path, objective: str, sizes: list[int]) -> dict[str, dict]:
         trainer.train()
         after = trainer.evaluate()
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        moments = [
+            value for state in trainer.optimizer.state.values() for name, value in state.items() if name != "step"
+        ]
         history = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         results[str(size)] = {
             "losses": history,
             "eval": [before["eval_loss"], after["eval_loss"]],
             "reduced_every_row": all(reduced),
+            "own_bytes": [own_bytes(trainer.model_wrapped.parameters()), own_bytes(moments)],
             "wrapper": type(trainer.model_wrapped).__name__,
             "weights": None if not whole else float(sum(value.double().abs().sum() for value in whole.values())),
         }

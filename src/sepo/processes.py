@@ -17,6 +17,8 @@ import json
 import os
 import shutil
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +32,8 @@ from tqdm import tqdm
 from sepo.errors import UserError, cannot_write
 
 _WAIT = timedelta(days=7)
+# Seconds after which a file that one machine wrote counts as not seen by another: network file systems look it up late.
+_UNSEEN = 10.0
 _group: Any = None
 _said: set[str] = set()
 _bars: WeakSet[tqdm] = WeakSet()
@@ -45,13 +49,25 @@ def launched() -> int:
 
 
 def join(device: str = "auto") -> None:
-    """Meet the other processes of the launch, if there are any; later calls do nothing."""
+    """Meet the other processes of the launch, if there are any; later calls do nothing.
+
+    Raises:
+        UserError: torchrun was told to restart processes in a way in which they never meet again.
+    """
     global _group
     if launched() == 1 or _group is not None:
         return
     import torch
     import torch.distributed as dist
 
+    # The launcher's own store outlives a restart in PyTorch 2.13, with the addresses of the processes that died in it;
+    # those that come after wait for them for ever.
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise UserError(
+            "restarted processes would wait for those that died: start torchrun --max-restarts with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        )
     # Every process checks the model's layout on whole weights before FSDP cuts them up.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if not dist.is_initialized():
@@ -186,6 +202,51 @@ def wait() -> None:
         import torch.distributed as dist
 
         dist.barrier(group=_group)
+
+
+def require_shared(folder: Path) -> None:
+    """See that every process of the launch has `folder` in common with the main one, which alone writes into it.
+
+    Args:
+        folder: need not exist yet; then its parent is looked at.
+
+    Raises:
+        UserError: in the main process, where others do not see what it wrote there; `MainProcessError` in the others.
+    """
+    if size() == 1:
+        return
+
+    def write_token() -> str:
+        place = folder if folder.is_dir() else folder.parent
+        place.mkdir(parents=True, exist_ok=True)
+        token = place / f".shared-{uuid.uuid4().hex}.tmp"
+        token.touch()
+        return str(token)
+
+    token = Path(on_main(write_token))
+    unseen = np.zeros(size(), np.int64)
+    unseen[rank()] = not _appears(token)
+    unseen = add_up(unseen)
+
+    def conclude() -> None:
+        token.unlink(missing_ok=True)
+        if unseen.any():
+            raise UserError(
+                f"process {', '.join(map(str, np.flatnonzero(unseen)))} of {size()} does not see what the main process "
+                f"writes to '{folder}': start all machines in a folder of one shared file system, or name one with its "
+                "whole path (output_dir, --out)"
+            )
+
+    on_main(conclude)
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + _UNSEEN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def progress_bar(shown: bool, **settings: Any) -> tqdm:

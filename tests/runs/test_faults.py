@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from report_fixtures import score_table, word_tokenizer
+from sepo import processes
 from sepo.data.tables import read_table, write_table
+from sepo.errors import UserError
 
 HERE = Path(__file__).parents[1]
 
@@ -31,11 +33,29 @@ def faults(*arguments):
 
 
 def test_killed_runs_full_disks_and_lost_processes_lose_nothing():
-    assert faults("--kills", "3", "--no-interrupts", "--fills", "1", "--ranks", "1", "--seed", "1") >= 6
+    assert faults("--kills", "3", "--no-interrupts", "--fills", "1", "--ranks", "1", "--nodes", "0", "--seed", "1") >= 6
 
 
 def test_a_run_interrupted_in_each_stage_says_what_is_kept_and_ends_as_if_undisturbed():
-    assert faults("--kills", "0", "--fills", "0", "--ranks", "0") == 12
+    assert faults("--kills", "0", "--fills", "0", "--ranks", "0", "--nodes", "0") == 12
+
+
+@pytest.mark.slow
+def test_two_machines_restart_what_died_and_go_on_with_another_number():
+    """Also: machines that do not share the run folder are refused before a stage starts."""
+    assert faults("--kills", "0", "--no-interrupts", "--fills", "0", "--ranks", "0") == 3
+
+
+def test_a_restart_in_which_processes_would_not_meet_is_refused(monkeypatch):
+    """The variables that `torchrun --nproc-per-node 2 --max-restarts 1` sets."""
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_MAX_RESTARTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        processes.join("cpu")
 
 
 LAUNCHERS = {

@@ -10,10 +10,25 @@ import pytest
 
 import fsdp_on_cpu
 from many_processes import run
+from pairs import some_pairs
+from sepo.errors import UserError
+from sepo.forward.logps import token_logps
+from sepo.forward.packing import pack
+from sepo.forward.passes import table_pairs
+from sepo.forward.prepare import prepare_model
+from sepo.models.config import model_shape
+from sepo.recipe.settings import TrainingSettings
+from sepo.training.check import check_training
+from sepo.training.memory import Training
+from sepo.training.trainer import PreferenceConfig
+from tiny_models import tiny_model
+
+DEEPSPEED = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
+             "gradient_accumulation_steps": "auto"}  # fmt: skip
 
 HERE = Path(__file__).parents[1]
 SIZES = (3, 17, 20, 24)
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 def launch(number, folder, objective, sizes, **variables):
@@ -36,16 +51,71 @@ def alone(tmp_path_factory):
     return {objective: run(folder / objective, objective, list(SIZES)) for objective in ("dpo", "simpo")}
 
 
+@slow
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_path, alone, number, sharded):
     """3 pairs on 3 processes, 17 and 20 on 2: nobody waits for a process without a pair."""
     objective = "simpo" if sharded else "dpo"
     results = launch(number, tmp_path, objective, SIZES, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
+    shape = model_shape(tiny_model("llama"))
+    plan = Training(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded).parts()
     assert results.keys() == alone[objective].keys()
     for size, one in alone[objective].items():
         assert results[size]["losses"] == pytest.approx(one["losses"], abs=2e-5), f"{size} pairs"
         assert results[size]["eval"] == pytest.approx(one["eval"], abs=2e-5), f"{size} pairs"
         assert results[size]["wrapper"].startswith("FSDP" if sharded else "DistributedDataParallel")
+        weights, moments = results[size]["own_bytes"]
+        # Of the main process, which has the larger part of what cannot be cut evenly.
+        assert weights == pytest.approx(4 * shape.parameters / (number if sharded else 1), rel=0.03)
+        assert moments == pytest.approx(plan["AdamW"], rel=0.03)
         assert results[size]["reduced_every_row"] or not sharded
         assert results[size]["weights"] == pytest.approx(one["weights"], rel=1e-5), f"{size} pairs"
+
+
+@slow
+def test_deepspeed_adds_up_the_gradients_of_one_process(tmp_path, alone):
+    """Over several updates: AdamW's first step alone hides a wrong scale."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    config = tmp_path / "zero2.json"
+    config.write_text(json.dumps(DEEPSPEED))
+    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
+    results = launch(2, tmp_path, "dpo", SIZES, DS_ACCELERATOR="cpu", **variables)
+    for size, one in alone["dpo"].items():
+        assert results[size]["losses"] == pytest.approx(one["losses"], abs=2e-5), f"{size} pairs"
+        assert results[size]["wrapper"] == "DeepSpeedEngine"
+        assert results[size]["weights"] == pytest.approx(one["weights"], rel=1e-5), f"{size} pairs"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3", "gpt2"])
+def test_gradients_come_in_one_order_whatever_a_row_holds(architecture):
+    """DeepSpeed adds up gradients in the order in which they come: one of another order is added to another weight."""
+    model = tiny_model(architecture)
+    prepare_model(model)
+    model.train()
+    pairs = table_pairs(some_pairs(12))
+    order: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda _, name=name: order.append(name) and None)
+    orders = set()
+    for number in (1, 2, 5, 12):
+        order.clear()
+        token_logps(model, pack(pairs[:number])).sum().backward()
+        orders.add(tuple(order))
+    assert len(orders) == 1
+
+
+@pytest.mark.parametrize("by", ["dict", "file", "launcher", "launcher's file"])
+def test_zero_3_is_refused_before_anything_starts(by, tmp_path, monkeypatch):
+    config = {"zero_optimization": {"stage": 3}}
+    file = tmp_path / "zero3.json"
+    file.write_text(json.dumps(config))
+    if by.startswith("launcher"):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        name = "ACCELERATE_DEEPSPEED_ZERO_STAGE" if by == "launcher" else "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+        monkeypatch.setenv(name, "3" if by == "launcher" else str(file))
+    given = {"dict": {"deepspeed": config}, "file": {"deepspeed": str(file)}}.get(by, {})
+    with pytest.raises(UserError, match="ZeRO-3 is not supported"):
+        check_training(TrainingSettings(arguments=given), "training")
+    with pytest.raises(UserError, match="ZeRO-3 is not supported"):
+        PreferenceConfig(str(tmp_path), use_cpu=True, **given)

@@ -23,15 +23,18 @@ def run_command(arguments: argparse.Namespace) -> None:
     from sepo.recipe.reading import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    target = _target_of(arguments)
     _quiet_libraries()
     from sepo.runs.pipeline import run_recipe
-    from sepo.runs.plan import plan_run
+    from sepo.runs.plan import Plan, Target, plan_run
 
     if arguments.dry_run:
         processes = _join("cpu")
-        rows = processes.on_main(lambda: plan_run(recipe))
+        plan = Plan(**processes.on_main(lambda: vars(plan_run(recipe, Target(*target)))))
         if processes.is_main():
-            print_plan(f"plan of {recipe.name}", rows)
+            print_plan(f"plan of {recipe.name}", plan.stages)
+            if plan.memory:
+                print_plan("memory of each device", plan.memory, wide=True)
         return
     metrics = run_recipe(recipe)
     print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
@@ -330,6 +333,18 @@ def _recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
     return parse_recipe(values, "command line")
 
 
+def _target_of(arguments: argparse.Namespace) -> tuple[int, float | None]:
+    """The devices that a dry run is planned for: their number, and bytes of each."""
+    number, memory = arguments.processes, arguments.device_memory
+    if (number is not None or memory is not None) and not arguments.dry_run:
+        raise UserError("--processes and --device-memory are what a --dry-run plans for: add it, or leave them out")
+    if number is not None and number < 1:
+        raise UserError(f"--processes {number}: expected the number of devices, 1 or more")
+    if memory is not None and not 0 < memory < 1e6:
+        raise UserError(f"--device-memory {memory:g}: expected gigabytes of one device, such as 80")
+    return number or 1, None if memory is None else 1e9 * memory
+
+
 def _training_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """A recipe's section "oracle" or "policy" from options and `key=value` training settings."""
     from sepo.recipe.reading import parse_override, set_key
@@ -353,6 +368,7 @@ def _writing_to(arguments: argparse.Namespace, check: Callable[[Path], None] = l
     processes = _join(getattr(arguments, "device", "cpu"))
     processes.on_main(lambda: check(out))
     with processes.alone_in(out):
+        processes.require_shared(out)
         yield out
 
 

@@ -34,19 +34,20 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def print_plan(title: str, rows: list[dict[str, str]]) -> None:
-    """Print the plan of a dry run as a table."""
+def print_plan(title: str, rows: list[dict[str, str]], wide: bool = False) -> None:
+    """Print the plan of a dry run as a table; a wide one is not folded into the width of a pipe or a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
     for name in rows[0]:
-        right = name in ("pairs", "tokens", "runs", "time", "memory")
+        right = name not in ("stage", "what", "name", "how", "fits", "to fit")
         table.add_column(name, justify="right" if right else "left")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row.values()))
-    Console().print(table)
+    console = Console()
+    (Console(width=max(console.width, 200)) if wide else console).print(table)
 
 
 def _number(value: Any) -> str:

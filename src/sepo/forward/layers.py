@@ -350,8 +350,12 @@ class FastGatedMLP(nn.Module):
 
 
 def _ours(x: Tensor, weight: Tensor) -> bool:
-    """Do the functions above take this input of a linear layer?"""
-    if weight.dtype != torch.float32 or x.numel() < FEW_ROWS * x.shape[-1]:
+    """Do the functions above take this input of a linear layer?
+
+    In training whatever the number of its rows: they hand the gradients of an MLP over in another order than autograd's
+    own, and DeepSpeed adds up the gradients of several processes in the order in which they come.
+    """
+    if weight.dtype != torch.float32 or (x.numel() < FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()):
         return False
     return x.device.type == "cpu" or (x.is_cuda and in_place() and torch.is_grad_enabled())
 

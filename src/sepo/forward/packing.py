@@ -211,7 +211,7 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
         UserError: there is no pair, or something else than pairs; a prompt or a response is empty, or a position lies
             outside its response.
     """
-    if not isinstance(pairs, list | tuple) or not pairs or not all(isinstance(pair, Pair) for pair in pairs):
+    if not isinstance(pairs, Sequence) or not len(pairs) or not all(isinstance(pair, Pair) for pair in pairs):
         raise wrong_type("pairs", pairs, "a list of Pair, at least one")
     documents: dict[bytes, _OpenDocument] = {}
     for index, pair in enumerate(pairs):

@@ -57,11 +57,13 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0, secti
         ) from None
 
 
-def check_lora(name: str, lora: LoraSettings | None, section: str, *, revision: str | None = None) -> None:
+def check_lora(
+    name: str, lora: LoraSettings | None, section: str, *, revision: str | None = None, weights: bool = True
+) -> None:
     """Raise a UserError unless a model has the modules that a new adapter is to be put on."""
     if lora is None:
         return
-    model = check_model(name, revision=revision)
+    model = check_model(name, revision=revision, weights=weights)
     if isinstance(model, PeftModel):
         raise UserError(f"'{name}' is an adapter already: leave {section} out to train it further, or merge it first")
     if model is not None:

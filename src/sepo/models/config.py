@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from sepo.errors import UserError, named_error
 from sepo.files import expand_home
@@ -35,7 +39,7 @@ def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None)
             check_gguf(gguf)
             return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
         if os.path.isdir(name):
-            check_folder(Path(name))
+            check_folder(Path(name), weights=False)
             if is_adapter(Path(name)):
                 base, base_revision = adapter_base(Path(name))
                 return load_config(base, revision=base_revision)
@@ -57,8 +61,7 @@ def describe_model(model: nn.Module | PreTrainedConfig) -> dict[str, Any]:
             its weights.
 
     Returns:
-        `architecture`, `parameters` (tied weights once), `trainable`, `layers`, `hidden`, `cached` (keys and values of
-        a token), `vocab`, `dtype`.
+        `architecture`, `parameters` (tied weights once), `trainable`, `layers`, `hidden`, `vocab`, `dtype`.
     """
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
@@ -72,19 +75,106 @@ def describe_model(model: nn.Module | PreTrainedConfig) -> dict[str, Any]:
         "trainable": sum(_count(p) for p in parameters if p.requires_grad),
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
-        "cached": 2 * config.num_hidden_layers * _key_width(config),
         "vocab": config.vocab_size,
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
 
 
-def _key_width(config: PreTrainedConfig) -> int:
-    """Numbers in the keys of one token in one layer; the hidden width where the config does not say more."""
-    heads = getattr(config, "num_attention_heads", None)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if not isinstance(heads, int) or not isinstance(kv_heads, int):  # no attention, or another number in each layer
-        return int(config.hidden_size)
-    return kv_heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+@dataclass(frozen=True)
+class Shape:
+    """What time and memory of a model follow from; numbers of weights, and widths in elements.
+
+    Attributes:
+        parameters: all weights, tied ones once.
+        block: of the largest decoder block.
+        head: of the LM head.
+        embedding: of the input embedding and, where it is not tied to it, the LM head.
+        linears: name, inputs and outputs of every linear layer but the LM head.
+        layers, hidden, intermediate, vocab: of the decoder; `intermediate` of the experts that a token goes through.
+        queries, keys: width of all query heads, and of all key heads.
+    """
+
+    parameters: int
+    block: int
+    head: int
+    embedding: int
+    linears: tuple[tuple[str, int, int], ...]
+    layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    queries: int
+    keys: int
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers, without the LM head."""
+        return sum(inputs * outputs for _, inputs, outputs in self.linears)
+
+    def adapted(self, targets: str | list[str]) -> list[tuple[str, int, int]]:
+        """The linear layers that LoRA adapts, by the rules of PEFT's `target_modules`."""
+        if targets == "all-linear":
+            return list(self.linears)
+        if isinstance(targets, str):
+            return [layer for layer in self.linears if re.fullmatch(targets, layer[0])]
+        return [layer for layer in self.linears if any(layer[0] == t or layer[0].endswith(f".{t}") for t in targets)]
+
+
+def load_shape(name_or_path: str | os.PathLike, *, revision: str | None = None) -> Shape:
+    """The shape of a model from its config alone; raises a UserError as `load_config`."""
+    return _shape_of(os.fspath(name_or_path), revision)
+
+
+@lru_cache(maxsize=16)
+def _shape_of(name: str, revision: str | None) -> Shape:
+    return model_shape(load_config(name, revision=revision))
+
+
+def model_shape(model: nn.Module | PreTrainedConfig) -> Shape:
+    """The shape of a model, or of the one that a config describes, laid out without memory for its weights."""
+    if isinstance(model, PreTrainedConfig):
+        with torch.device("meta"):
+            return model_shape(AutoModelForCausalLM.from_config(model))
+    lm = causal_lm(model)
+    config: Any = lm.config.get_text_config()
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    kinds = (nn.Linear, Conv1D)
+    linears = [
+        (name, module) for name, module in lm.named_modules() if isinstance(module, kinds) and module is not head
+    ]
+    experts = getattr(config, "num_experts_per_tok", None)
+    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    if experts:
+        intermediate = experts * (getattr(config, "moe_intermediate_size", None) or intermediate)
+    blocks = [
+        module
+        for modules in lm.modules()
+        if isinstance(modules, nn.ModuleList) and len(modules) == config.num_hidden_layers
+        for module in modules
+    ]
+    ends = {id(one.weight): one.get_parameter("weight").numel() for one in (head, embedding)}
+    return Shape(
+        parameters=sum(p.numel() for p in lm.parameters()),
+        block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
+        head=head.get_parameter("weight").numel(),
+        embedding=sum(ends.values()),
+        linears=tuple((name, *_features(module)) for name, module in linears),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=intermediate or 4 * config.hidden_size,
+        vocab=config.vocab_size,
+        queries=heads * width,
+        keys=keys * width,
+    )
+
+
+def _features(module: Any) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.nf
+    return module.in_features, module.out_features
 
 
 def _count(parameter: nn.Parameter) -> int:

@@ -76,8 +76,10 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def check_quantization(quantization: str | None, *, train: bool = False, lora: bool = False) -> None:
-    """Check, before anything is loaded, that quantized weights can be had here.
+def check_quantization(
+    quantization: str | None, *, train: bool = False, lora: bool = False, installed: bool = True
+) -> None:
+    """Check, before anything is loaded, that quantized weights can be had here (elsewhere, where not `installed`).
 
     Raises:
         UserError: an unknown kind, quantized weights that are to be trained in full, or no bitsandbytes.
@@ -88,5 +90,5 @@ def check_quantization(quantization: str | None, *, train: bool = False, lora: b
         raise UserError(f"quantization '{quantization}' is unknown: expected 4bit or none")
     if train and not lora:
         raise UserError("quantization=4bit trains an adapter only: set lora, or leave quantization out")
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if installed and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError('quantization=4bit needs the package bitsandbytes; run: pip install "sepo[qlora]"')

@@ -19,7 +19,8 @@ _CHANGES_THE_INPUT = {
 }  # fmt: skip
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, weights: bool = True) -> None:
+    """Raise a UserError for a folder that holds no model; without `weights` its config is enough (for a plan)."""
     if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise UserError(f"no model in '{folder}': expected config.json or adapter_config.json beside *.safetensors")
     for name in ("config.json", "adapter_config.json"):
@@ -32,7 +33,7 @@ def check_folder(folder: Path) -> None:
             f"'{folder}' holds two models, model.safetensors and the shards of model.safetensors.index.json: "
             "remove one of them"
         )
-    if not weight_files(folder):
+    if weights and not weight_files(folder):
         raise UserError(f"the model folder '{folder}' holds no *.safetensors file; {_no_pickle(folder)}")
 
 
@@ -49,6 +50,14 @@ def _check_adapter_folder(folder: Path) -> None:
             f"the adapter '{folder}' ({kind}) changes the model's input or its forward pass rather than its weights, "
             "which is not supported: expected an adapter of its layers, such as LoRA"
         )
+
+
+def is_outline(folder: str | os.PathLike) -> bool:
+    """Is this a folder with a model's config and nothing of its weights?"""
+    place = os.fspath(folder)
+    if not os.path.isfile(os.path.join(place, "config.json")):
+        return False
+    return not is_adapter(Path(place)) and not weight_files(Path(place))
 
 
 def _no_pickle(folder: Path) -> str:

@@ -42,7 +42,7 @@ def hub_snapshot(name: str, revision: str | None) -> tuple[str, Path | None]:
     except RepositoryNotFoundError:
         raise UserError(missing) from None
     except Exception as error:  # all the ways of having no network: the class varies with the hub client
-        folder = _cached_snapshot(name, revision)
+        folder = cached_snapshot(name, revision)
         if folder is None:
             reason = "offline mode is on" if isinstance(error, OfflineModeIsEnabled) else named_error(error)
             raise UserError(f"{missing} ({reason})") from None
@@ -58,7 +58,8 @@ def hub_snapshot(name: str, revision: str | None) -> tuple[str, Path | None]:
     return info.sha, None
 
 
-def _cached_snapshot(name: str, revision: str | None) -> Path | None:
+def cached_snapshot(name: str, revision: str | None) -> Path | None:
+    """The cached folder of a hub id, which may lack files; None if there is none."""
     for file in ("config.json", "adapter_config.json"):
         path = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
         if isinstance(path, str):

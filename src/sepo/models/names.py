@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from sepo.errors import UserError
 from sepo.files import expand_home
 from sepo.models.checkpoint import check_adapter_weights, check_weights
-from sepo.models.folders import adapter_base, check_folder, is_adapter
+from sepo.models.folders import adapter_base, check_folder, is_adapter, is_outline
 from sepo.models.gguf import check_gguf, convert_gguf, converted_folder, is_converted
 from sepo.models.hub import download, hub_snapshot
 from sepo.recipe.settings import DEFAULT_MODEL
@@ -30,8 +30,12 @@ from sepo.recipe.settings import DEFAULT_MODEL
 _PACKAGE = "package:"
 
 
-def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedModel | PeftModel | None:
+def check_model(
+    name_or_path: str | os.PathLike, *, revision: str | None = None, weights: bool = True
+) -> PreTrainedModel | PeftModel | None:
     """Check that a model is there and of a kind that can be loaded; converts and downloads nothing.
+
+    Without `weights` a folder that holds a config alone will do: what a plan needs.
 
     Returns:
         the model laid out without memory for its weights, or None where that needs a conversion or a download.
@@ -57,7 +61,9 @@ def check_model(name_or_path: str | os.PathLike, *, revision: str | None = None)
         if cached is None:
             return None
         folder = Path(cached)
-    check_folder(folder)
+    check_folder(folder, weights)
+    if is_outline(folder):
+        return None
     if not is_adapter(folder):
         return check_weights(folder, name)
     base_name, base_revision = adapter_base(folder)

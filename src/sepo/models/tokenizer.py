@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sepo.errors import UserError, named_error
-from sepo.models.folders import adapter_base, is_adapter
+from sepo.models.folders import adapter_base, is_adapter, is_outline
 from sepo.models.names import resolve_model
 
 
@@ -22,7 +22,9 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = No
     Raises:
         UserError: no such model, no tokenizer in it, or a tokenizer that needs remote code.
     """
-    folder = Path(resolve_model(name_or_path, revision=revision))
+    # A tokenizer is complete without the model's weights.
+    outline = is_outline(name_or_path) and has_tokenizer(name_or_path)
+    folder = Path(name_or_path if outline else resolve_model(name_or_path, revision=revision))
     if is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
         base, base_revision = adapter_base(folder)
         return load_tokenizer(base, revision=base_revision)
@@ -38,3 +40,8 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = No
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def has_tokenizer(folder: str | os.PathLike) -> bool:
+    """Are there files of a tokenizer in a folder?"""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json"))

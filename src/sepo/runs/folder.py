@@ -202,12 +202,14 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     """Open (or make) the recipe's run folder and hold its lock.
 
     Raises:
-        UserError: another process works in the folder, or it belongs to another recipe.
+        UserError: another process works in the folder, it belongs to another recipe, or a machine of the launch does
+            not see it.
     """
     run = Run(recipe.run_folder, recipe)
     processes.on_main(lambda: check_run_folder(recipe))
     with processes.alone_in(run.folder, "set output_dir"):
         processes.on_main(lambda: _take_folder(run))
+        processes.require_shared(run.folder)
         yield run
 
 

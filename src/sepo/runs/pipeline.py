@@ -38,10 +38,16 @@ def run_recipe(recipe: Recipe) -> dict[str, float]:
         return _run_stages(run)
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Raise a UserError for anything about a recipe that can be known to be wrong before a model is loaded."""
+def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
+    """Raise a UserError for anything about a recipe that can be known to be wrong before a model is loaded.
+
+    Args:
+        elsewhere: it is only planned, for machines that have what this one may lack (`stages.train.check`).
+    """
     check_run_folder(recipe)
-    for stage in (reference, oracle, train, evaluate, data, select):
+    for stage in (reference, oracle, train):
+        stage.check(recipe, elsewhere)
+    for stage in (evaluate, data, select):
         stage.check(recipe)
 
 

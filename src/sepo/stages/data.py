@@ -58,7 +58,8 @@ def stage(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """Reading and tokenising: seconds at most."""
-    return Cost(recipe.data.source, sizes.train + sizes.held_out, sizes.train_tokens + sizes.held_out_tokens)
+    train, held_out = sizes.train, sizes.held_out
+    return Cost(recipe.data.source, train.pairs + held_out.pairs, train.tokens + held_out.tokens)
 
 
 def embedded_data() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ from sepo import processes
 from sepo.evaluate.generate import responses_at_once
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.measure import evaluate_run
-from sepo.models.devices import choose_dtype
+from sepo.forward.passes import tokens_per_row_for
 from sepo.recipe.settings import Recipe
-from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Model, Sizes, Stage
+from sepo.stages.logps import width_of
+from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Model, Sizes, Stage, Work
+from sepo.training.memory import Reading
+from sepo.training.objectives import WITH_REFERENCE
 
 GENERATIONS = "generations.parquet"
 
@@ -72,26 +76,60 @@ def stage(
     )
 
 
-def measuring_flops(recipe: Recipe, sizes: Sizes, models: int) -> float:
-    """FLOPs of answering the held-out prompts with some models; a decoding step takes 3 times as long as its own."""
-    answers = min(sizes.prompts, recipe.eval.prompts) * recipe.eval.samples * recipe.eval.max_new_tokens
-    return 2 * sizes.large["parameters"] * 3 * models * answers
+def responses(recipe: Recipe, sizes: Sizes) -> int:
+    """Responses that one model writes."""
+    return min(sizes.prompts, recipe.eval.prompts) * recipe.eval.samples
+
+
+def at_once(recipe: Recipe, sizes: Sizes) -> int:
+    """Responses that are written side by side."""
+    longest = sizes.longest_prompt + recipe.eval.max_new_tokens
+    return recipe.eval.batch_size or responses_at_once(longest, sizes.device)
+
+
+def measuring_work(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Work, ...]:
+    """Answering the held-out prompts with one model, each answer as long as it may be."""
+    number, model = responses(recipe, sizes), sizes.large
+    if not number:
+        return ()
+    width = min(number, at_once(recipe, sizes))
+    batches = math.ceil(number / width)
+    prompts = number * sizes.prompt_tokens / sizes.prompts
+    return (
+        Work("score", model, prompts, number, dtype=dtype),
+        Work("generate", model, steps=batches * recipe.eval.max_new_tokens, width=width, dtype=dtype),
+    )
+
+
+def reading_work(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Work, ...]:
+    """The base reads what a policy has written, for the KL."""
+    number = responses(recipe, sizes)
+    written = number * recipe.eval.max_new_tokens
+    prompts = number * sizes.prompt_tokens / max(sizes.prompts, 1)
+    return (Work("score", sizes.large, prompts + written, written, dtype=dtype),) if number else ()
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Generation with start and policy, one after the other, and a pass of both over the held-out pairs."""
-    answers = 2 * min(sizes.prompts, recipe.eval.prompts) * recipe.eval.samples * recipe.eval.max_new_tokens
-    large = sizes.large["parameters"]
-    tokens = 2 * sizes.held_out_tokens
-    work = 2 * large * tokens + measuring_flops(recipe, sizes, 2)
-    return Cost(f"gold: {recipe.eval.gold}", sizes.held_out, tokens + answers, work, generating_memory(recipe, sizes))
-
-
-def generating_memory(recipe: Recipe, sizes: Sizes) -> float:
-    """Bytes: the weights of one model, and keys and values of the responses of a batch with their prompts."""
-    responses = min(sizes.prompts, recipe.eval.prompts) * recipe.eval.samples
-    # A pair's tokens stand for a prompt's, of which they are the larger number.
-    length = recipe.eval.max_new_tokens + round(sizes.held_out_tokens / max(sizes.held_out, 1))
-    batch = min(responses, recipe.eval.batch_size or responses_at_once(length, sizes.device))
-    numbers = sizes.large["parameters"] + sizes.large["cached"] * batch * length
-    return float(choose_dtype(recipe.dtype, sizes.device).itemsize * numbers)
+    """Generation with start and policy, one after the other, and a pass of the policy over the held-out pairs."""
+    held_out, dtype, model = sizes.held_out, recipe.dtype, sizes.large
+    number, length = responses(recipe, sizes), recipe.eval.max_new_tokens
+    # The start has read the pairs already where it is the reference, or its objective has one.
+    passes = 1 if recipe.policy.model is None or recipe.policy.objective in WITH_REFERENCE else 2
+    read = Work("score", model, held_out.scored, held_out.responses, dtype=dtype)
+    load = Work("load", model, dtype=dtype)
+    work = (
+        load, load, *[read] * passes, *measuring_work(recipe, sizes, dtype) * 2, *reading_work(recipe, sizes, dtype),
+    )  # fmt: skip
+    budget = min(max(tokens_per_row_for(sizes.device, scoring=True), held_out.longest), max(held_out.scored, 1))
+    need = Reading(
+        model.shape,
+        sizes.device,
+        width_of(dtype, sizes.device),
+        budget,
+        math.ceil(budget * held_out.responses / max(held_out.tokens, 1)),
+        responses=min(number, at_once(recipe, sizes)),
+        length=sizes.longest_prompt + length,
+        prompt=sizes.longest_prompt,
+    )
+    tokens = passes * held_out.scored + 2 * number * length
+    return Cost(f"gold: {recipe.eval.gold}", held_out.pairs, tokens, work, need)

@@ -6,6 +6,7 @@ that stands already, made from the same model and pairs, is kept.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from sepo.data.tables import (
     write_shard,
 )
 from sepo.errors import UserError, one_line, saying_what_is_kept
-from sepo.forward.passes import dataset_logps
+from sepo.forward.passes import dataset_logps, tokens_per_row_for
 from sepo.models.devices import choose_device, choose_dtype
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
 from sepo.processes import say
 from sepo.recipe.settings import Recipe
-from sepo.stages.stage import Made, Model, Stage
+from sepo.stages.stage import Cost, Made, Model, ModelSize, Sizes, Stage, Work
+from sepo.training.memory import Reading
 
 PARTS = ("train", "held_out")
 
@@ -166,3 +168,32 @@ def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
     except (UserError, OSError, ValueError, pa.ArrowException) as error:
         return f"is damaged ({one_line(error, 200)})"
     return None
+
+
+def pass_work(recipe: Recipe, sizes: Sizes, model: ModelSize) -> tuple[Work, ...]:
+    """A pass over all pairs."""
+    dtype = scoring_dtype(recipe)
+    parts = (sizes.train, sizes.held_out)
+    reads = [Work("score", model, part.scored, part.responses, dtype=dtype) for part in parts if part.pairs]
+    return (*(Work("load", model, dtype=dtype) for _ in reads), *reads)
+
+
+def cost(recipe: Recipe, sizes: Sizes, model: ModelSize, passes: int = 1) -> Cost:
+    """Passes of models of one shape over all pairs."""
+    train, held_out = sizes.train, sizes.held_out
+    tokens = recipe.tokens_per_row or tokens_per_row_for(sizes.device, scoring=True)
+    longest = min(max(tokens, train.longest), train.scored + held_out.scored)
+    share = train.responses / max(train.tokens, 1)
+    width = width_of(scoring_dtype(recipe), sizes.device)
+    return Cost(
+        "log-probabilities" + (f", {passes} times" if passes > 1 else ""),
+        train.pairs + held_out.pairs,
+        passes * (train.scored + held_out.scored),
+        passes * pass_work(recipe, sizes, model),
+        Reading(model.shape, sizes.device, width, longest, math.ceil(share * longest)),
+    )
+
+
+def width_of(dtype: str, device: str) -> int:
+    """Bytes of a weight that is not trained."""
+    return 4 if dtype == "float32" or (dtype == "auto" and device != "cuda") else 2

@@ -24,24 +24,32 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import say_once
 from sepo.recipe.settings import OracleSettings, Recipe
 from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
+from sepo.stages.trained import training_need, training_work
 from sepo.training.check import check_training
-from sepo.training.fit import epochs, train_model, training_memory
+from sepo.training.fit import train_model
 
 
-def check(recipe: Recipe) -> None:
-    """The model that exists, where one is named, and the settings of a training."""
+def check(recipe: Recipe, elsewhere: bool = False) -> None:
+    """The model that exists, where one is named, and the settings of a training; `elsewhere` as in `train.check`."""
     settings = recipe.oracle
-    check_quantization(settings.quantization, train=True, lora=settings.lora is not None)
+    check_quantization(settings.quantization, train=True, lora=settings.lora is not None, installed=not elsewhere)
     if settings.model is None:
         check_training(
             settings.training,
             "oracle.training",
             recipe.device,
+            here=not elsewhere,
             objective="dpo",
             beta=settings.beta,
             label_smoothing=settings.label_smoothing,
         )
-        check_lora(recipe.reference.model, settings.lora, "oracle.lora", revision=recipe.reference.revision)
+        check_lora(
+            recipe.reference.model,
+            settings.lora,
+            "oracle.lora",
+            revision=recipe.reference.revision,
+            weights=not elsewhere,
+        )
     else:
         check_model(settings.model)
         _check_existing(recipe)
@@ -176,15 +184,16 @@ def train_oracle(
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
-    """The reference's pass and the trainings; None for an oracle that exists."""
+    """The trainings; None for an oracle that exists."""
     settings = recipe.oracle
     if settings.model is not None:
         return None
-    passes = epochs(settings.training, sizes.train * settings.sample)
+    pairs = sizes.train
+    work = training_work(settings, sizes.small, pairs, pairs.responses, share=settings.sample)
     return Cost(
-        "reference pass, then DPO" + (f", {settings.count} times" if settings.count > 1 else ""),
-        round(sizes.train * settings.sample),
-        sizes.train_tokens,
-        (2 + 6 * settings.sample * passes * settings.count) * sizes.small["parameters"] * sizes.train_tokens,
-        training_memory(sizes.small, settings.training, settings.lora is not None, sizes.device),
+        "DPO" + (f", {settings.count} times" if settings.count > 1 else ""),
+        round(pairs.pairs * settings.sample),
+        round(pairs.tokens * settings.sample),
+        settings.count * work,
+        training_need(settings, sizes, sizes.small, pairs.responses),
     )

@@ -17,12 +17,15 @@ from sepo.models.names import check_model, resolve_model
 from sepo.models.shrink import cut_config, shrink_model
 from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Cost, Model, Sizes, Stage
+from sepo.training.memory import fine_tuning_parts
 from sepo.training.sft import check_sft, train_reference
 
 
-def check(recipe: Recipe) -> None:
-    """The model and, where it is cut or fine-tuned, layers, data, settings and the library that does it."""
-    check_model(recipe.reference.model, revision=recipe.reference.revision)
+def check(recipe: Recipe, elsewhere: bool = False) -> None:
+    """The model and, where it is cut or fine-tuned, layers, data, settings and the library that does it; `elsewhere` as
+    in `train.check`.
+    """
+    check_model(recipe.reference.model, revision=recipe.reference.revision, weights=not elsewhere)
     if recipe.reference.layers is not None:
         config(recipe)
         if recipe.policy.model is None:
@@ -86,6 +89,9 @@ def _what(recipe: Recipe) -> str:
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
-    """Not estimated: the length of the data is known only when they are read."""
-    what = _what(recipe)
-    return Cost(what) if what else None
+    """Its time is not estimated: the length of the data is known only when they are read."""
+    what, sft = _what(recipe), recipe.reference.sft
+    if sft is None:
+        return Cost(what) if what else None
+    parts = fine_tuning_parts(sizes.small.shape, sft.training, sizes.device, sft.max_length, sizes.processes)
+    return Cost(what, memory=parts)

@@ -63,4 +63,4 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
     if recipe.policy.objective not in SELECTIVE:
         kept += f" (not read by {recipe.policy.objective})"
-    return Cost(kept, sizes.train)
+    return Cost(kept, sizes.train.pairs)

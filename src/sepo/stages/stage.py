@@ -4,7 +4,7 @@ Each file of this folder is one stage of the method and says four things about i
 
     check(recipe)            what can be known to be wrong before anything expensive starts
     stage(...) -> Stage      its content-based dependencies, its outputs and its work
-    cost(recipe, sizes)      its FLOPs and memory, for the plan of a dry run
+    cost(recipe, sizes)      its work and the memory it needs, for the plan of a dry run
     and the function that does it, which may be called alone
 
 A run (`runs.pipeline`), a comparison (`runs.compare`) and the single commands do the same stages: they differ only in
@@ -14,12 +14,14 @@ where the outputs lie and in what they keep a record of.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import torch
+    from sepo.models.config import Shape
+    from sepo.recipe.settings import LoraSettings, TrainingSettings
+    from sepo.training.memory import Reading, Training
 
 # Where the token rewards of the training pairs and of the held-out ones lie, for the stages that read them.
 SCORES, SCORES_HELD_OUT = "scores", "scores_held_out"
@@ -81,34 +83,114 @@ class Model(NamedTuple):
         return cls(str(made.folder), made.content)
 
 
+class ModelSize(NamedTuple):
+    """A model of a recipe, by name, its shape, and how many of its layers are taken (None: all)."""
+
+    name: str
+    revision: str | None
+    shape: Shape
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class PairSizes:
+    """Counts of one part of the pairs.
+
+    Attributes:
+        pairs: their number.
+        tokens: of prompts and responses, each prompt once a pair.
+        scored: that a scoring pass reads: prompts and responses that occur several times once.
+        chosen, rejected: of the responses.
+        longest: that a row needs for the longest pair.
+    """
+
+    pairs: int = 0
+    tokens: int = 0
+    scored: int = 0
+    chosen: int = 0
+    rejected: int = 0
+    longest: int = 0
+
+    @property
+    def responses(self) -> int:
+        """Tokens of all responses."""
+        return self.chosen + self.rejected
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What costs are computed from.
 
     Attributes:
-        train, held_out: pairs.
-        train_tokens, held_out_tokens: of prompt and responses, each prompt once a pair.
+        train, held_out: the pairs.
         prompts: distinct held-out prompts.
-        small, large: figures of the reference and of the policy, from `models.config.describe_model`.
-        device: that everything runs on.
+        prompt_tokens, longest_prompt: tokens of all of those, and of the longest.
+        small, large: the reference and the policy.
+        device: kind of device that everything runs on ("cpu", "cuda", "mps").
+        processes: devices that share the work.
     """
 
-    train: int
-    held_out: int
-    train_tokens: int
-    held_out_tokens: int
+    train: PairSizes
+    held_out: PairSizes
     prompts: int
-    small: Mapping[str, Any]
-    large: Mapping[str, Any]
-    device: torch.device
+    prompt_tokens: int
+    longest_prompt: int
+    small: ModelSize
+    large: ModelSize
+    device: str
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part of a stage that takes time, as it is counted; `runs.pace` says how long it takes here.
+
+    Attributes:
+        kind: "load" a model, "score" rows, "train" on rows, or "generate".
+        model: that does it.
+        tokens, targets: read, and sent through the LM head.
+        updates: optimizer steps.
+        steps, width: decoding steps, each of `width` responses.
+        training, lora, quantization: how it is trained.
+        dtype: of the weights, where they are not trained.
+    """
+
+    kind: str
+    model: ModelSize
+    tokens: float = 0
+    targets: float = 0
+    updates: float = 0
+    steps: float = 0
+    width: int = 0
+    training: TrainingSettings | None = None
+    lora: LoraSettings | None = None
+    quantization: str | None = None
+    dtype: str = "auto"
+
+    @property
+    def flops(self) -> float:
+        """2 for each weight of the backbone and token, and of the LM head and target; 6 where it trains."""
+        shape = self.model.shape
+        if self.kind == "generate":
+            return 2.0 * self.steps * self.width * (shape.linear + shape.head)
+        return (6 if self.kind == "train" else 2) * (self.tokens * shape.linear + self.targets * shape.head)
+
+    def times(self, number: float) -> Work:
+        """The same work a number of times."""
+        return replace(
+            self, tokens=self.tokens * number, targets=self.targets * number, updates=self.updates * number,
+            steps=self.steps * number,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage is expected to do: pairs, tokens, FLOPs and bytes of memory; None where it does not matter."""
+    """What a stage is expected to do: pairs and tokens, the work that takes time, and the memory that it needs; None
+    where it is not known or does not matter.
+    """
 
     what: str
     pairs: int | None = None
     tokens: int | None = None
-    flops: float | None = None
-    memory: float | None = None
+    work: tuple[Work, ...] | None = None
+    memory: Training | Reading | Mapping[str, float] | None = None

@@ -9,24 +9,32 @@ from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.tables import read_table
 from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization
+from sepo.models.folders import is_outline
 from sepo.models.names import check_model, resolve_model
-from sepo.models.tokenizer import load_tokenizer
+from sepo.models.tokenizer import has_tokenizer, load_tokenizer
 from sepo.recipe.settings import Recipe
 from sepo.stages.reference import model_in
-from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
+from sepo.stages.stage import Cost, Made, Model, Sizes, Stage, Work
+from sepo.stages.trained import training_need, training_work
 from sepo.training.check import check_training
-from sepo.training.fit import epochs, objective_settings, train_model, training_memory
+from sepo.training.fit import objective_settings, train_model
 from sepo.training.objectives import SELECTIVE, WITH_REFERENCE, check_objective, kl_direction
 
 
-def check(recipe: Recipe) -> None:
-    """The model, its tokenizer, the objective and the settings of the training."""
+def check(recipe: Recipe, elsewhere: bool = False) -> None:
+    """The model, its tokenizer, the objective and the settings of the training.
+
+    Args:
+        elsewhere: only planned, for other machines: the model's config is enough, and bitsandbytes need not be here.
+    """
     policy = recipe.policy
-    check_quantization(policy.quantization, train=True, lora=policy.lora is not None)
+    check_quantization(policy.quantization, train=True, lora=policy.lora is not None, installed=not elsewhere)
     check_objective(policy.objective, policy.label_smoothing)
-    check_training(policy.training, "policy.training", recipe.device, **objective_settings(policy))
+    check_training(policy.training, "policy.training", recipe.device, here=not elsewhere, **objective_settings(policy))
     if policy.model is not None:
-        check_model(policy.model, revision=policy.revision)
+        check_model(policy.model, revision=policy.revision, weights=not elsewhere)
+        if elsewhere and is_outline(policy.model) and not has_tokenizer(policy.model):
+            return
         reference = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
         check_same_tokenizer(
             f"policy '{policy.model}'",
@@ -35,7 +43,7 @@ def check(recipe: Recipe) -> None:
             reference,
         )
     start_model = recipe.policy if policy.model is not None else recipe.reference
-    check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision)
+    check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
 
 
 def start(recipe: Recipe, reference: Model) -> Model:
@@ -94,14 +102,25 @@ def stage(recipe: Recipe, model: Model, selection: Made, logps: Made | None, see
     )
 
 
-def flops(recipe: Recipe, sizes: Sizes) -> float:
-    """FLOPs of the training: 6 a parameter and token, a third more where the reference runs beside the policy."""
-    beside = 4 / 3 if kl_direction(recipe.policy.objective, recipe.policy.alpha) else 1.0
-    passes = epochs(recipe.policy.training, sizes.train)
-    return 6 * beside * sizes.large["parameters"] * sizes.train_tokens * passes
+def targets(recipe: Recipe, sizes: Sizes) -> float:
+    """Tokens of all pairs that the policy is trained on."""
+    pairs, rule = sizes.train, recipe.select
+    if not reads_selection(recipe):
+        return pairs.responses
+    return rule.k_chosen * pairs.chosen + rule.k_rejected * pairs.rejected
+
+
+def work(recipe: Recipe, sizes: Sizes) -> tuple[Work, ...]:
+    """The training, and the reference that some objectives read beside the policy."""
+    own = training_work(recipe.policy, sizes.large, sizes.train, targets(recipe, sizes))
+    if not kl_direction(recipe.policy.objective, recipe.policy.alpha):
+        return own
+    return (*own, Work("score", sizes.large, own[1].tokens, own[1].targets, dtype="float32"))
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """The training of the policy."""
-    memory = training_memory(sizes.large, recipe.policy.training, recipe.policy.lora is not None, sizes.device)
-    return Cost(f"{recipe.policy.objective} objective", sizes.train, sizes.train_tokens, flops(recipe, sizes), memory)
+    policy = recipe.policy
+    beside = bool(kl_direction(policy.objective, policy.alpha))
+    need = training_need(policy, sizes, sizes.large, targets(recipe, sizes), beside)
+    return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, work(recipe, sizes), need)

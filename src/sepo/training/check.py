@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from sepo.errors import UserError, named_error, nearest
 from sepo.recipe.settings import TrainingSettings
 from sepo.training.fit import training_arguments
-from sepo.training.trainer import PreferenceConfig
+from sepo.training.trainer import PreferenceConfig, refuse_zero_3
 
 # Fields of TrainingArguments that do not go together with packed pairs, by what they would do.
 _OUT_OF_PLACE: dict[str, str] = {
@@ -33,13 +33,16 @@ _OUT_OF_PLACE: dict[str, str] = {
 }
 
 
-def check_training(settings: TrainingSettings, section: str, device: str = "auto", **objective: Any) -> None:
+def check_training(
+    settings: TrainingSettings, section: str, device: str = "auto", *, here: bool = True, **objective: Any
+) -> None:
     """Raise a UserError, which names the setting, for a training that could not be set up.
 
     Arguments, reporters, optimizer and schedule are made as the training makes them.
 
     Args:
         section: where the settings stand in the recipe ("policy.training").
+        here: whether the training is for this machine, and can be tried on it.
         objective: fields of `PreferenceConfig`.
     """
     names = {item.name for item in dataclasses.fields(PreferenceConfig)}
@@ -52,6 +55,9 @@ def check_training(settings: TrainingSettings, section: str, device: str = "auto
             raise UserError(f"{section}.arguments.{key} cannot be used here: {_OUT_OF_PLACE[key]}; leave it out")
     if settings.arguments.get("train_sampling_strategy", "random") != "random":
         raise UserError(f"{section}.arguments.train_sampling_strategy: pairs are drawn at random; leave it out")
+    refuse_zero_3(settings.arguments.get("deepspeed"))
+    if not here:
+        return
     require_setup(
         settings,
         section,

@@ -8,7 +8,7 @@ import math
 import pickle
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from sepo import processes
 from sepo.data.tables import table_digest
 from sepo.errors import Interrupted, UserError, one_line, saying_what_is_kept
 from sepo.files import file_digests, replace_folder, write_json
-from sepo.forward.passes import tokens_per_row_for
 from sepo.models.devices import choose_device, fast_bfloat16
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
@@ -89,20 +88,6 @@ def epochs(settings: TrainingSettings, pairs: float) -> float:
     """How many times a training sees its pairs."""
     number = max(round(pairs), 1)
     return pairs_to_see(settings, number) / number
-
-
-def training_memory(model: Mapping[str, Any], settings: TrainingSettings, lora: bool, device: torch.device) -> float:
-    """Bytes: weights, gradients and two AdamW moments, and the activations of one packed row.
-
-    Args:
-        model: figures from `models.config.describe_model`.
-    """
-    tokens = settings.tokens_per_row or tokens_per_row_for(device)
-    width = 4 if device.type == "cpu" else 2
-    activations = tokens * model["layers"] * model["hidden"] * 20 * width
-    if settings.activation_checkpointing:
-        activations /= model["layers"] / 2
-    return (4 if lora else 16) * model["parameters"] + activations
 
 
 def train_model(

@@ -14,6 +14,7 @@ import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -37,6 +38,7 @@ from sepo.forward.passes import dataset_logps, require_readable, tokens_per_row_
 from sepo.forward.prepare import prepare_model, training_noise
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
+from sepo.models.folders import read_json_object
 from sepo.training import objectives
 from sepo.training.batches import PairCollator, PairDataset, PairSampler
 from sepo.training.logs import reporters
@@ -90,6 +92,7 @@ class PreferenceConfig(TrainingArguments):
         if self.output_dir is not None:
             self.output_dir = expand_home(self.output_dir, "output_dir")
         self.report_to = reporters(self.report_to or "none")
+        refuse_zero_3(self.deepspeed)
         super().__post_init__()
         check_objective(self.objective, self.label_smoothing)
         check_number("beta", self.beta, above=0)
@@ -529,6 +532,29 @@ class PreferenceTrainer(Trainer):
         *totals, count = sums.tolist()
         self._metrics[mode].zero_()
         return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
+
+
+def refuse_zero_3(config: dict[str, Any] | str | None) -> None:
+    """Raise a UserError where DeepSpeed is to cut up the weights themselves (ZeRO-3).
+
+    It gathers the weights of a module when that module is called, which the LM head and the MLPs here never are: they
+    are computed from their weights. FSDP2 gathers whole blocks.
+
+    Args:
+        config: `TrainingArguments.deepspeed`; None asks the launcher's.
+    """
+    if config is None:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+            return
+        config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if config is None:
+        stage: Any = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
+    else:
+        if not isinstance(config, dict):
+            config = read_json_object(Path(config))
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+    if str(stage) == "3":
+        raise UserError("DeepSpeed's ZeRO-3 is not supported: use ZeRO-2, or FSDP2, which cuts up the weights too")
 
 
 def _placed_elsewhere(model: nn.Module) -> bool:
