@@ -124,10 +124,11 @@ def check_limits(recipe: Recipe, tables: Iterable[pa.Table], answers: int = 0) -
         (recipe.oracle.model or recipe.reference.model, None if recipe.oracle.model else recipe.reference.revision),
         (recipe.policy.model or recipe.reference.model, recipe.policy.revision or recipe.reference.revision),
     }
+    tokenizer = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)  # all models share it
     for name, revision in sorted(models, key=str):
         limits = model_limits(load_config(name, revision=revision))
         for table in tables:
-            check_ids(table, name, limits, load_tokenizer(name, revision=revision))
+            check_ids(table, name, limits, tokenizer)
             check_lengths(table, name, limits, answers)
 
 
