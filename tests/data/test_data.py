@@ -16,12 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sepo.data import rows
 from sepo.data.encoding import tokenize_pairs, truncate_pair
-from sepo.data.fingerprints import dataset_fingerprint, tokenizer_fingerprint
+from sepo.data.fingerprints import check_same_tokenizer, dataset_fingerprint, tokenizer_fingerprint
 from sepo.data.loading import load_preferences
 from sepo.data.rows import DROP_REASONS, DropRow, TextPair, normalise_row
-from sepo.data.splits import group_by_prompt, sample_pairs, split_pairs
+from sepo.data.splits import group_by_prompt, sample_pairs, sample_prompts, split_pairs
 from sepo.data.tables import make_table, provenance_of, read_table, write_table
 from sepo.errors import UserError
+from sepo.forward.passes import dataset_logps, table_pairs
+from tiny_models import tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ALPACA, HH = SHARED / "alpacaeval_prefs.parquet", SHARED / "hh_harmless.jsonl"
@@ -862,3 +864,39 @@ class TestRealData:
         prompts = [{rows[i]["prompt"] for i in side["pair_id"].to_pylist()} for side in (train, held)]
         assert not prompts[0] & prompts[1]
         assert 60 <= len(held) <= 100
+
+
+def test_the_prompts_that_are_answered_are_drawn_by_what_they_are_not_by_their_place():
+    pairs = make_table(
+        "pairs",
+        {
+            "pair_id": list(range(60)),
+            "prompt_ids": [[4 + number // 2, 5] for number in range(60)],
+            "chosen_ids": [[6]] * 60,
+            "rejected_ids": [[7]] * 60,
+        },
+    )
+    drawn = sample_prompts(pairs, 10)
+    assert len({tuple(ids) for ids in drawn}) == 10
+    assert drawn != [[4 + number, 5] for number in range(10)]
+    assert drawn == sorted(drawn)  # in the order of the table
+    backwards = pairs.take(list(range(59, -1, -1)))
+    assert sorted(sample_prompts(backwards, 10)) == drawn
+    assert {tuple(ids) for ids in drawn} <= {tuple(ids) for ids in sample_prompts(pairs, 20)}
+
+
+def test_a_table_with_a_pair_twice_is_refused_wherever_pairs_are_read():
+    columns = {"prompt_ids": [[4, 5]] * 2, "chosen_ids": [[6]] * 2, "rejected_ids": [[7]] * 2}
+    twice = make_table("pairs", {"pair_id": [3, 3], **columns})
+    for read in (table_pairs, lambda table: dataset_logps(tiny_model("llama"), table)):
+        with pytest.raises(UserError, match="holds pair 3 twice"):
+            read(twice)
+
+
+def test_a_policy_with_another_chat_template_than_the_reference_gets_a_line(capfd):
+    one, other = tiny_tokenizer(), tiny_tokenizer()
+    check_same_tokenizer("policy 'a'", one, "reference 'b'", other)
+    assert capfd.readouterr().err == ""
+    other.chat_template = other.chat_template.replace("<|user|>", "<|user|> ")
+    check_same_tokenizer("policy 'a'", one, "reference 'b'", other)
+    assert "policy 'a' and reference 'b' have different chat templates" in capfd.readouterr().err

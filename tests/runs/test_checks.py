@@ -21,6 +21,7 @@ from sepo.recipe.reading import parse_override, parse_recipe, set_key
 from sepo.recipe.settings import Recipe
 from sepo.runs.pipeline import check_inputs, run_recipe
 from sepo.runs.plan import plan_run
+from sepo.stages import reference
 from sepo.stages.score import score_pairs
 from sepo.stages.select import select
 from tiny_models import tiny_model, tiny_tokenizer
@@ -215,3 +216,18 @@ def test_an_oracle_that_prefers_the_rejected_is_pointed_out(tmp_path, capfd):
     assert "swapped" not in capfd.readouterr().err
     score_pairs(tmp_path / "pairs", [tmp_path / "reference"], tmp_path / "oracle", tmp_path / "swapped")
     assert "prefers the rejected response in 100% of these pairs" in capfd.readouterr().err
+
+
+def test_a_share_of_few_pairs_that_is_none_is_said(tmp_path, model, capfd):
+    plan_run(recipe_of(tmp_path, model, "data.held_out=0.05"))
+    assert "data.held_out 0.05 of 8 pairs is none: nothing will be evaluated" in capfd.readouterr().err
+
+
+def test_a_fine_tuned_reference_depends_on_the_content_of_its_rows(tmp_path, model):
+    rows = tmp_path / "sft.jsonl"
+    recipe = recipe_of(tmp_path, model, f"reference.sft.source={rows}")
+    seen = []
+    for text in ("a", "b", "a"):
+        rows.write_text(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n")
+        seen.append(dict(reference.stage(recipe, reference.start(recipe)).depends))
+    assert seen[0] == seen[2] != seen[1]

@@ -309,6 +309,19 @@ def test_the_same_command_reuses_everything_and_a_new_variant_costs_its_own_runs
     assert stages_done(capsys.readouterr().err) == ["run confpo seed=1", "run confpo seed=2"]
 
 
+def test_an_altered_file_of_checkpoints_is_measured_anew_not_believed(finished, capsys):
+    folder, _, _ = finished
+    file = next((folder / "out").glob("runs/run-*/points.json"), None) or next(folder.rglob("points.json"))
+    whole = file.read_text()
+    file.write_text(whole.replace('"kl": ', '"kl": 9'))
+    assert main(["compare", str(write_grid(folder, GRID))]) == 0
+    assert len(stages_done(capsys.readouterr().err)) == 1
+    assert [point["kl"] for point in json.loads(file.read_text())] == [point["kl"] for point in json.loads(whole)]
+    file.write_text("{ no JSON")
+    assert main(["compare", str(write_grid(folder, GRID))]) == 0
+    assert [point["kl"] for point in json.loads(file.read_text())] == [point["kl"] for point in json.loads(whole)]
+
+
 def test_grids_with_one_work_folder_share_passes_and_runs(workplace, capsys):
     text = GRID.replace("sweep_seed: 0\n", f"work_dir: {workplace / 'work'}\n").replace("seeds: [1, 2]", "seeds: [1]")
     head = text[: text.index("variants:\n")]

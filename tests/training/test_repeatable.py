@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import weakref
+
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from pairs import some_pairs
@@ -48,8 +53,6 @@ def test_a_seed_gives_the_same_bytes_undisturbed_and_continued(tmp_path, lora):
 
 
 def test_a_new_adapter_is_drawn_from_its_seed_and_leaves_the_random_state(tmp_path):
-    import torch
-
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
     before = torch.random.get_rng_state()
 
@@ -61,3 +64,34 @@ def test_a_new_adapter_is_drawn_from_its_seed_and_leaves_the_random_state(tmp_pa
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_run_shorter_than_its_logging_has_a_loss_all_the_same(tmp_path):
+    save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
+    settings = TrainingSettings(batch_size=7, learning_rate=1e-9, arguments={"logging_steps": 10}, save_minutes=0)
+    results = train_model(
+        str(tmp_path / "m"), some_pairs(14), tmp_path / "out", settings, device="cpu", objective="dpo"
+    )
+    assert results["steps"] == 2
+    assert results["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_finished_training_gives_its_memory_back(tmp_path, monkeypatch):
+    """With the cyclic collector off: nobody waits for it to come by."""
+    save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
+    models = []
+
+    class Remember(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            models.append(weakref.ref(model))
+
+    settings = TrainingSettings(batch_size=7, learning_rate=1e-3, save_minutes=0)
+    gc.disable()
+    try:
+        train_model(
+            str(tmp_path / "m"), some_pairs(14), tmp_path / "out", settings, device="cpu", objective="dpo",
+            callbacks=[Remember()],
+        )  # fmt: skip
+        assert models[0]() is None
+    finally:
+        gc.enable()

@@ -61,7 +61,7 @@ def short_digest(text: str) -> str:
 def check_same_tokenizer(role: str, tokenizer: Any, other_role: str, other: Any) -> None:
     """Raise a UserError unless both tokenizers give the same ids: token rewards are tied to ids.
 
-    A line says it if their chat templates differ: pairs are written with the first one's.
+    A line says it if their chat templates differ: pairs are written with the other's (the reference's).
     """
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other):
         raise UserError(
@@ -70,8 +70,8 @@ def check_same_tokenizer(role: str, tokenizer: Any, other_role: str, other: Any)
         )
     if tokenizer.chat_template and other.chat_template and tokenizer.chat_template != other.chat_template:
         say_once(
-            f"  {role} and {other_role} have different chat templates: all training is on conversations as the first "
-            "one's writes them, and so should be what the model is given later"
+            f"  {role} and {other_role} have different chat templates: all training is on conversations as that of the "
+            f"{other_role} writes them, and so should be what the model is given later"
         )
 
 

@@ -70,13 +70,18 @@ def _check_existing(recipe: Recipe) -> None:
         if adapter_is_idle(folder):
             raise UserError(f"the oracle '{folder}' is an adapter that does nothing (its B is zero): train it")
         base, _ = adapter_base(folder)
-    elif recipe.reference.sft is None and _same(str(recipe.oracle.model), base):
+    elif _as_it_is(recipe) and _same(str(recipe.oracle.model), base):
         raise UserError(f"the oracle '{folder}' is the reference: every token reward would be 0; name another model")
-    if recipe.reference.sft is None and not _same(base, recipe.reference.model):
+    if _as_it_is(recipe) and not _same(base, recipe.reference.model):
         say_once(
             f"  the oracle is an adapter of '{base}', the reference is '{recipe.reference.model}': the rewards are "
             "also of the difference between these two"
         )
+
+
+def _as_it_is(recipe: Recipe) -> bool:
+    """Is the reference the model that the recipe names, whole and not fine-tuned?"""
+    return recipe.reference.sft is None and recipe.reference.layers is None
 
 
 def _same(one: str, other: str) -> bool:
