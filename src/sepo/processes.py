@@ -78,14 +78,19 @@ def join(device: str = "auto") -> None:
     _group = dist.new_group(backend="gloo", timeout=_WAIT)
 
 
-def leave() -> None:
-    """Part from the other processes at the end of a command."""
+def leave(failed: bool = False) -> None:
+    """Part from the other processes at the end of a command, also of one that failed.
+
+    Left to the end of the interpreter, the threads of a group over TCP abort the process now and then. After a failure
+    a group over NCCL stays, because the others might have to be waited for.
+    """
     global _group
     if _group is not None:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            dist.destroy_process_group()
+            keep = failed and dist.get_backend() != "gloo"
+            dist.destroy_process_group(_group if keep else None)
     _group = None
 
 

@@ -27,11 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A redirected stream may know a few characters only (ASCII, cp1252): the others are shown as question marks.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    failed = True
     try:
         with _terminated_as_interrupted():
             arguments = parse_arguments(argv)
             code = arguments.work(arguments) or 0
-        _leave()
+        failed = False
         return code
     except UserError as error:
         return _end(2, one_line(error))
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _end_bars()
             raise
         return _end(1, text)
+    finally:
+        _leave(failed)
 
 
 def _end(code: int, text: str) -> int:
@@ -98,6 +101,6 @@ def _end_bars() -> None:
         _processes().end_bars()
 
 
-def _leave() -> None:
+def _leave(failed: bool) -> None:
     if _processes() is not None:
-        _processes().leave()
+        _processes().leave(failed)
