@@ -223,7 +223,7 @@ def child(
     out: Path,
     kill_operation: int | None,
     count: bool,
-    stop: tuple[str, int, int] | None,
+    stop: tuple[str, int, int] | None = None,
 ) -> int:
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
