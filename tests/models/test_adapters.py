@@ -60,7 +60,7 @@ LORA = {
 
 # Live outside of the layers, or make a pass of their own.
 NOT_OF_THE_LAYERS = {
-    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING",
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING",
     "P_TUNING", "SHADOW", "XLORA",
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from sepo.models.shrink import layers_kept, shrink_model
 from sepo.models.weights import load_model
 from sepo.recipe.reading import parse_recipe
 from sepo.runs.pipeline import check_inputs, run_recipe
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 
 def saved(folder, kind, **changes):
@@ -25,7 +25,8 @@ def saved(folder, kind, **changes):
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3", "phi3", "olmo2", "gpt_neox"])
 def test_what_is_left_are_the_layers_of_the_model_in_their_order(tmp_path, kind):
-    whole = saved(tmp_path / "whole", kind, num_hidden_layers=5, layer_types=None)
+    kinds = {"layer_types": ["full_attention"] * 5} if getattr(CONFIGS[kind](), "layer_types", None) else {}
+    whole = saved(tmp_path / "whole", kind, num_hidden_layers=5, **kinds)
     assert shrink_model(whole, 3, tmp_path / "cut") == [0, 2, 4]
     check_model(tmp_path / "cut")
     before, after = load_model(whole, device="cpu"), load_model(tmp_path / "cut", device="cpu")

@@ -74,7 +74,7 @@ def one_line(error) -> str:
         ("arguments.optim=galore_adamw", "training.arguments.optim cannot be used"),
         ("arguments.eval_strategy=steps", "training.arguments.eval_strategy cannot be used .*eval_dataset"),
         ("arguments.load_best_model_at_end=true", "training.arguments.load_best_model_at_end cannot be used"),
-        ("arguments.deepspeed=none.json", "training.arguments.deepspeed cannot be used"),
+        ("arguments.deepspeed=none.json", "training.arguments.deepspeed: cannot read 'none.json'"),
         ("arguments.lr_scheduler_kwargs={nonsense: 1}", "training.arguments.lr_scheduler_kwargs cannot be used"),
         ("arguments.optim_args=nonsense", "training.arguments.optim_args cannot be used"),
         ("arguments.dataloader_num_workers=-1", "training.arguments.dataloader_num_workers cannot be used"),

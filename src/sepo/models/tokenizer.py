@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sepo.errors import UserError, named_error
+from sepo.files import expand_home
 from sepo.models.folders import adapter_base, is_adapter, is_outline
 from sepo.models.names import resolve_model
 
@@ -22,9 +23,10 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = No
     Raises:
         UserError: no such model, no tokenizer in it, or a tokenizer that needs remote code.
     """
+    name = expand_home(name_or_path, "the model")
     # A tokenizer is complete without the model's weights.
-    outline = is_outline(name_or_path) and has_tokenizer(name_or_path)
-    folder = Path(name_or_path if outline else resolve_model(name_or_path, revision=revision))
+    outline = is_outline(name) and has_tokenizer(name)
+    folder = Path(name if outline else resolve_model(name, revision=revision))
     if is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
         base, base_revision = adapter_base(folder)
         return load_tokenizer(base, revision=base_revision)

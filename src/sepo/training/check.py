@@ -55,7 +55,10 @@ def check_training(
             raise UserError(f"{section}.arguments.{key} cannot be used here: {_OUT_OF_PLACE[key]}; leave it out")
     if settings.arguments.get("train_sampling_strategy", "random") != "random":
         raise UserError(f"{section}.arguments.train_sampling_strategy: pairs are drawn at random; leave it out")
-    refuse_zero_3(settings.arguments.get("deepspeed"))
+    try:
+        refuse_zero_3(settings.arguments.get("deepspeed"))
+    except UserError as error:
+        raise UserError(f"{section}.arguments.deepspeed: {error}") from None
     if not here:
         return
     require_setup(
