@@ -112,6 +112,9 @@ def run_stage(
             None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
             recipe.tokens_per_row,
         )
+        if not (folder / POINTS).exists() and not (folder / "policy" / "checkpoints").exists():
+            # A finished policy, whose checkpoints can no longer be measured on the way.
+            shutil.rmtree(folder / "policy", ignore_errors=True)
         watch = Checkpoints(judge, checkpoints, folder / POINTS, len(table))
         train_model(
             start.folder,
