@@ -95,3 +95,12 @@ def test_a_finished_training_gives_its_memory_back(tmp_path, monkeypatch):
         assert models[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_run_of_one_step_takes_it(tmp_path):
+    """Warm-up, a share of the steps rounded up, would leave the only one a learning rate of 0."""
+    save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
+    settings = TrainingSettings(batch_size=14, learning_rate=1e-2, save_minutes=0)
+    train_model(str(tmp_path / "m"), some_pairs(14), tmp_path / "out", settings, device="cpu", objective="dpo")
+    before, after = (load_model(tmp_path / name, device="cpu").lm_head.weight for name in ("m", "out"))
+    assert not torch.equal(before, after)

@@ -112,6 +112,11 @@ class PreferenceConfig(TrainingArguments):
         _ = self.device  # counts them
         self._n_gpu = min(self._n_gpu, 1)
 
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of warm-up; none where they would be all that there are, of which the first has learning rate 0."""
+        steps = super().get_warmup_steps(num_training_steps)
+        return 0 if steps >= num_training_steps else steps
+
 
 # What is logged, in the order of the running sums.
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
