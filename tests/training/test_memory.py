@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from pairs import some_pairs
 from sepo.evaluate.generate import generate_responses
@@ -142,3 +142,15 @@ def test_what_is_proposed_fits(gigabytes, processes):
 def test_all_parts_are_named():
     shape = model_shape(LLAMA_1B)
     assert tuple(need(shape).parts()) == tuple(Reading(shape, "cuda", 2, 512, 100).parts()) == PARTS
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "rwkv", "falcon_mamba", "gemma4_text", "xlstm", "jamba"])
+def test_models_without_attention_or_with_other_numbers_in_each_layer_have_a_shape(model_type):
+    sizes = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64}
+    try:
+        model = AutoConfig.for_model(model_type, **sizes)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"not made from these sizes: {error}")
+    shape = model_shape(model)
+    assert 0 < shape.block <= shape.parameters
+    assert shape.keys > 0

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 
+import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PrinterCallback
@@ -109,6 +110,27 @@ def test_the_dropout_of_an_adapter_stays(tmp_path):
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[0][0] == losses[1][0] == pytest.approx(math.log(2), abs=1e-6)  # B is zero
     assert losses[0][2] != losses[1][2]
+
+
+def test_a_reference_read_in_another_type_is_read_again(tmp_path):
+    """Adapters on bfloat16 weights, trained without autocast: float32 log-probabilities are not those of the start."""
+    table = some_pairs(6)
+    stored = dataset_logps(tiny_model("llama"), table)
+    model = new_adapter(tiny_model("llama", torch.bfloat16), LoraSettings(r=4))
+    trainer = PreferenceTrainer(model, config(tmp_path, objective="dpo", max_steps=1), table, reference_logps=stored)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [peft.VeraConfig, peft.LoHaConfig])
+def test_the_dropout_of_any_adapter_is_the_users(tmp_path, kind):
+    dropout = {"vera_dropout": 0.5} if kind is peft.VeraConfig else {"rank_dropout": 0.5, "module_dropout": 0.0}
+    model = peft.get_peft_model(
+        tiny_model("llama"), kind(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **dropout)
+    )
+    trainer = PreferenceTrainer(model, config(tmp_path, max_steps=1), some_pairs(4))
+    trainer.train()
 
 
 if __name__ == "__main__":

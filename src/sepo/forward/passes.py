@@ -130,8 +130,8 @@ def read_like(logps: pa.Table, model: nn.Module) -> bool:
 
 def require_readable(model: nn.Module, pairs: pa.Table) -> None:
     """Raise a UserError if a model has no embedding for an id of the pairs, or no position for a token."""
-    config = causal_lm(model).config
-    limits, name = model_limits(config), config.name_or_path or type(causal_lm(model)).__name__
+    lm = causal_lm(model)
+    limits, name = model_limits(lm), lm.config.name_or_path or type(lm).__name__
     check_ids(pairs, name, limits)
     check_lengths(pairs, name, limits)
 

@@ -24,8 +24,8 @@ from sepo.models.folders import read_json_object
 # Weights beside the language model, which its logits do not depend on: heads of reward and value models, other
 # modalities, layers that predict further tokens.
 _BESIDE = re.compile(
-    r"(^|\.)(v_head|value_head|score|classifier|classification_head|summary|reward_head|regression_head|vision\w*|visual"
-    r"|image\w*|audio\w*|speech\w*|multi_modal_projector|mm_projector|mtp\w*)(\.|$)"
+    r"(^|\.)(v_head|value_head|score|classifier|classification_head|summary|reward_head|regression_head|(embed_)?vision\w*|visual"
+    r"|image\w*|(embed_)?audio\w*|speech\w*|multi_modal_projector|mm_projector|mtp\w*)(\.|$)"
 )
 # Ends of a base that PEFT may store beside an adapter; they are read into the base.
 _ENDS = re.compile(r"(^|\.)(embed\w*|wte|word_embeddings|lm_head|output)(\.base_layer)?\.weight$")
@@ -84,11 +84,8 @@ def check_adapter_weights(folder: Path, base: PreTrainedModel) -> PeftModel | No
         with torch.device("meta"):
             model = get_peft_model(base, config)
         expected = {key: tuple(value.shape) for key, value in adapter_state(model).items()}
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # an adapter that cannot be made without numbers: seen when it is loaded
-        return None
+    except (NotImplementedError, RuntimeError):
+        return None  # cannot be made without numbers: it is seen when it is loaded
     except Exception as error:
         raise UserError(f"the adapter '{folder}' does not fit its base model ({named_error(error)})") from None
     require_same_weights(folder, expected)

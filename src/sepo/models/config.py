@@ -138,9 +138,9 @@ def model_shape(model: nn.Module | PreTrainedConfig) -> Shape:
     lm = causal_lm(model)
     config: Any = lm.config.get_text_config()
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
+    heads = _number(config, "num_attention_heads") or 1  # without attention, or with another number in each layer
+    width = _number(config, "head_dim") or config.hidden_size // heads
+    keys = _number(config, "num_key_value_heads") or heads
     kinds = (nn.Linear, Conv1D)
     linears = [
         (name, module) for name, module in lm.named_modules() if isinstance(module, kinds) and module is not head
@@ -155,10 +155,11 @@ def model_shape(model: nn.Module | PreTrainedConfig) -> Shape:
         if isinstance(modules, nn.ModuleList) and len(modules) == config.num_hidden_layers
         for module in modules
     ]
+    parameters = sum(p.numel() for p in lm.parameters())
     ends = {id(one.weight): one.get_parameter("weight").numel() for one in (head, embedding)}
     return Shape(
-        parameters=sum(p.numel() for p in lm.parameters()),
-        block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
+        parameters=parameters,
+        block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0) or parameters,
         head=head.get_parameter("weight").numel(),
         embedding=sum(ends.values()),
         linears=tuple((name, *_features(module)) for name, module in linears),
@@ -169,6 +170,15 @@ def model_shape(model: nn.Module | PreTrainedConfig) -> Shape:
         queries=heads * width,
         keys=keys * width,
     )
+
+
+def _number(config: Any, name: str) -> int | None:
+    """A number of a config; None where it has none, or not one for all layers."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # Transformers says so of numbers that differ by layer
+        return None
+    return value if isinstance(value, int) else None
 
 
 def _features(module: Any) -> tuple[int, int]:

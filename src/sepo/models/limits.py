@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sepo.data.ragged import SIDES, flat
 from sepo.errors import UserError, one_line
@@ -28,12 +28,13 @@ class Limits(NamedTuple):
     firm: bool
 
 
-def model_limits(config: PreTrainedConfig) -> Limits:
-    """The limits of a model, from its config alone.
+def model_limits(model: PreTrainedModel | PreTrainedConfig) -> Limits:
+    """The limits of a model, or of the one that a config describes, laid out without memory for its weights.
 
     Rotary positions go on beyond those that a model was trained with, and it extrapolates. Tables of positions, learned
     or of sines, end. Recurrent models and ALiBi have no limit.
     """
+    config = model if isinstance(model, PreTrainedConfig) else model.config
     text = config.get_text_config()
     places = ("max_position_embeddings", "n_positions", "max_seq_len")
     positions = next((value for name in places if isinstance(value := getattr(text, name, None), int)), 0)
@@ -41,8 +42,9 @@ def model_limits(config: PreTrainedConfig) -> Limits:
         return Limits(text.vocab_size, None, False)
     if text.model_type in _TABLE_AS_THEY_GO:
         return Limits(text.vocab_size, positions, True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    if isinstance(model, PreTrainedConfig):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     if any(_TABLE.search(name) and max(tensor.shape, default=0) >= positions for name, tensor in tensors):
         # XGLM makes its table of sines longer when it has to.

@@ -75,19 +75,20 @@ def train_quietly(model: nn.Module, parts: list[nn.Module]) -> None:
         module.training = False
 
 
-def draws_in_adapters(model: nn.Module) -> bool:
-    """Does an adapter have dropout of its own?"""
+def adapter_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of adapters, their dropout among them."""
     own = {id(module) for module in _own_modules(model)}
-    return any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules() if id(m) not in own)
+    return [module for module in model.modules() if id(module) not in own]
 
 
-def _own_modules(model: nn.Module) -> Iterator[nn.Module]:
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model but those of adapters."""
-    adapters = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, module in model.named_modules():
-        of = next((one for one in adapters if name == one or name.startswith(f"{one}.")), None)
-        if of is None or name.startswith(f"{of}.base_layer"):
-            yield module
+    if isinstance(module, BaseTunerLayer):
+        yield from _own_modules(module.get_base_layer())
+        return
+    yield module
+    for child in module.children():
+        yield from _own_modules(child)
 
 
 def _silence_config(config: PreTrainedConfig) -> list[Setting]:

@@ -34,7 +34,7 @@ from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import PackedBatch, Pair
-from sepo.forward.passes import dataset_logps, require_readable, tokens_per_row_for
+from sepo.forward.passes import dataset_logps, read_like, require_readable, tokens_per_row_for
 from sepo.forward.prepare import prepare_model, training_noise
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
@@ -42,7 +42,7 @@ from sepo.models.folders import read_json_object
 from sepo.training import objectives
 from sepo.training.batches import PairCollator, PairDataset, PairSampler
 from sepo.training.logs import reporters
-from sepo.training.noise import as_configured, draws_in_adapters, noisy_parts, silence, train_quietly
+from sepo.training.noise import adapter_modules, as_configured, noisy_parts, silence, train_quietly
 from sepo.training.objectives import (
     OBJECTIVES,
     SELECTIVE,
@@ -195,8 +195,9 @@ class PreferenceTrainer(Trainer):
         self._start_checked = False
         self._silenced = silence(model)
         self._noisy_parts = noisy_parts(model)
-        self._adapters_draw = draws_in_adapters(model)
-        _require_quiet(model, self._noisy_parts)
+        adapters = adapter_modules(model)
+        self._adapters_draw = any(isinstance(one, nn.Dropout) and one.p > 0 for one in adapters)
+        _require_quiet(model, [*self._noisy_parts, *adapters])
         # The KL needs every logit of the reference, which cannot be stored: the model as it is given stays beside.
         self.kl_direction = kl_direction(args.objective, args.alpha)
         self.kl_reference = (
@@ -249,7 +250,7 @@ class PreferenceTrainer(Trainer):
             return PairDataset(data)
         if reference_logps is not None:
             require_table("reference_logps" if part == "train" else "eval_reference_logps", reference_logps, "logps")
-        if reference_logps is None or not _same_numerics(args, reference_logps):
+        if reference_logps is None or not _same_numerics(args, model, reference_logps):
             with _autocast(args):
                 reference_logps = dataset_logps(
                     model.to(args.device), data, tokens_per_row=args.tokens_per_row, over_processes=True
@@ -569,7 +570,7 @@ def _placed_elsewhere(model: nn.Module) -> bool:
 
 
 def _require_quiet(model: nn.Module, parts: list[nn.Module]) -> None:
-    """Raise a UserError for a model that draws at random in training and cannot be kept from it."""
+    """Raise a UserError for a model that draws at random in training outside of `parts`, and cannot be kept from it."""
     if _placed_elsewhere(model):  # its first step sees to it (`_check_start`)
         return
     noise = training_noise(model, lambda: train_quietly(model, parts))
@@ -586,15 +587,16 @@ def _autocast(args: TrainingArguments) -> torch.autocast:
     return torch.autocast(args.device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16))
 
 
-def _same_numerics(args: TrainingArguments, logps: pa.Table) -> bool:
+def _same_numerics(args: TrainingArguments, model: nn.Module, logps: pa.Table) -> bool:
     """May stored log-probabilities stand beside those of the training's own forward?
 
     In bfloat16 the sum over a response is off by about a nat from the same sum in float32, as much as a training moves
     it: a reference read in other types would make the first loss another than ln 2, and bias every one after it.
     """
-    if args.fp16 or args.bf16:
-        return provenance_of(logps).get("autocast") == ("float16" if args.fp16 else "bfloat16")
-    return "autocast" not in provenance_of(logps)
+    if "dtype" not in provenance_of(logps):  # a table of the user's own making
+        return not (args.fp16 or args.bf16)
+    with _autocast(args):
+        return read_like(logps, model)
 
 
 def _bind_packed_forward(model: nn.Module) -> None:
