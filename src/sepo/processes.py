@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -36,7 +35,6 @@ _WAIT = timedelta(days=7)
 _UNSEEN = 10.0
 _group: Any = None
 _said: set[str] = set()
-_bars: WeakSet[tqdm] = WeakSet()
 
 
 class MainProcessError(RuntimeError):
@@ -252,16 +250,3 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-def progress_bar(shown: bool, **settings: Any) -> tqdm:
-    """A bar of tqdm; where it is shown, tqdm's own variables (TQDM_DISABLE) are heeded."""
-    bar = tqdm(**settings) if shown else tqdm(**settings, disable=True)
-    _bars.add(bar)
-    return bar
-
-
-def end_bars() -> None:
-    """Close the bars that an error left open, so that the next line does not stand behind one."""
-    for bar in list(_bars):
-        bar.close()

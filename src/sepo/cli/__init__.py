@@ -85,7 +85,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# Of `sepo.processes`, which is imported only where there is something to wait for or to show.
+# Of modules that are imported only where there is something to wait for or to show.
 
 
 def _processes() -> Any:
@@ -97,8 +97,8 @@ def _is_main() -> bool:
 
 
 def _end_bars() -> None:
-    if _processes() is not None:
-        _processes().end_bars()
+    if "sepo.bars" in sys.modules:
+        sys.modules["sepo.bars"].end_bars()
 
 
 def _leave(failed: bool) -> None:

@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import AddedToken, Tokenizer
 
+from sepo.bars import progress_bar
 from sepo.data.chat import ChatWriter, Guard
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint, update_digest
 from sepo.data.loading import ROWS_AT_ONCE, note_unread_columns, read_rows, relevant_columns, require_dataset
@@ -40,7 +41,6 @@ from sepo.data.rows import DataReport, TextPair, normalise_row, transcript_text
 from sepo.data.tables import make_table, with_provenance
 from sepo.data.templates import THINKING, any_of, probe_template, special_tokens
 from sepo.errors import UserError, check_number, wrong_type
-from sepo.processes import progress_bar
 
 
 class _Item(NamedTuple):

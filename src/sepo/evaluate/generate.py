@@ -22,10 +22,10 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from sepo.bars import progress_bar
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError
 from sepo.forward.passes import NonFiniteError
-from sepo.processes import progress_bar
 
 _BLOCK = 256
 # Tokens that a batch may hold at its end, prompts, padding and responses: their keys and values stay in memory. On a

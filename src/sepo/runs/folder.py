@@ -14,6 +14,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,6 +25,7 @@ import torch
 import yaml
 
 from sepo import processes
+from sepo.bars import redraws
 from sepo.data.tables import FORMAT_VERSION
 from sepo.errors import UserError, one_line, saying_what_is_kept
 from sepo.files import (
@@ -39,6 +41,7 @@ from sepo.files import (
 from sepo.processes import say
 from sepo.recipe.reading import dump_recipe
 from sepo.recipe.settings import Recipe
+from sepo.runs.remaining import RunLine
 from sepo.stages import oracle
 from sepo.stages.stage import Made, Stage
 from sepo.training.checkpoints import STATE_FILE
@@ -55,6 +58,7 @@ class Run:
     recipe: Recipe
     manifest: dict[str, Any] = field(default_factory=dict)
     used: dict[str, Path] = field(default_factory=dict)  # folders of the stages that were asked for, by their names
+    line: RunLine | None = None  # that shows what remains, where somebody looks
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
@@ -72,11 +76,13 @@ class Run:
         self.used[name] = folder
         depends = json.loads(json.dumps({"format": FORMAT_VERSION, **stage.depends}, default=str))
         record = processes.on_main(lambda: self._standing(name, title, depends, stage, folder))
+        if record is not None and self.line is not None:
+            self.line.passed(name)
         if record is None:
             started = time.monotonic()
-            with saying_what_is_kept(
-                lambda: f"stage {title} was not finished, those before it are kept; the same command goes on with it"
-            ):
+            kept = f"stage {title} was not finished, those before it are kept; the same command goes on with it"
+            shown = nullcontext() if self.line is None else self.line.during(name)
+            with shown, saying_what_is_kept(lambda: kept):
                 results = stage.work(folder) or {}
             processes.wait()
             seconds = time.monotonic() - started
@@ -87,7 +93,8 @@ class Run:
         """Return the record of a stage that stands; else say why it does not, and drop the record."""
         record = self.manifest.setdefault("stages", {}).get(name)
         if record is None:
-            say(f"[{title}]")
+            if self.line is None or not redraws():  # else the line says it
+                say(f"[{title}]")
             return None
         if "files" not in record or "depends" not in record:
             reason = "was made by an older version"

@@ -56,6 +56,23 @@ class Pace(NamedTuple):
     each: float
     measured: bool
 
+    def seconds(self, work: Work) -> float:
+        """How long a part of a stage takes, in one process."""
+        number = {"load": 1.0, "train": work.updates, "generate": work.steps}.get(work.kind, 0.0)
+        return work.flops * self.flop + number * self.each
+
+
+def estimated(work: Work, rate: float) -> Pace:
+    """The pace of work that nobody tried, at the FLOP/s that a stage as a whole reaches (`stage_rate`)."""
+    if work.kind == "load":
+        return Pace(0.0, 4e-9 * work.model.shape.parameters, False)
+    return Pace(1 / rate * (_STEP if work.kind == "generate" else 1), 0.0, False)
+
+
+def stage_rate(kind: str) -> float:
+    """FLOP/s that a stage as a whole may reach on a kind of device, from a matmul that is timed."""
+    return _SHARE * matmul_rate(torch.device(kind))
+
 
 @dataclass
 class Paces:
@@ -82,14 +99,12 @@ class Paces:
     def rate(self) -> float:
         """FLOP/s that a stage as a whole reaches, where it was not measured."""
         if self._rate is None:
-            self._rate = _SHARE * matmul_rate(torch.device(self.kind))
+            self._rate = stage_rate(self.kind)
         return self._rate
 
     def seconds(self, work: Work) -> float:
         """How long a part of a stage takes here, in one process."""
-        pace = self.pace(work)
-        number = {"load": 1.0, "train": work.updates, "generate": work.steps}.get(work.kind, 0.0)
-        return work.flops * pace.flop + number * pace.each
+        return self.pace(work).seconds(work)
 
     def pace(self, work: Work) -> Pace:
         """The pace of one kind of work with one model."""
@@ -98,7 +113,7 @@ class Paces:
         key = _key(work)
         if key not in self._known:
             tried = self.measure and _is_here(work.model) and self._seconds_to_try(work.model) < _SECONDS
-            self._known[key] = self._measured(work) if tried else self._estimated(work)
+            self._known[key] = self._measured(work) if tried else estimated(work, self.rate)
         return self._known[key]
 
     def _seconds_to_try(self, model: ModelSize) -> float:
@@ -109,11 +124,6 @@ class Paces:
         if 20 * model.shape.parameters > memory:
             return float("inf")
         return _PIECE * (2 + 6 + 2) * weights / self.rate
-
-    def _estimated(self, work: Work) -> Pace:
-        if work.kind == "load":
-            return Pace(0.0, 4e-9 * work.model.shape.parameters, False)
-        return Pace(1 / self.rate * (_STEP if work.kind == "generate" else 1), 0.0, False)
 
     def _measured(self, work: Work) -> Pace:
         say(f"  measuring {_WORDS[work.kind]} of {Path(work.model.name).name}")

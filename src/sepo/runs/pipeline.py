@@ -14,11 +14,15 @@ from sepo import processes
 from sepo.data.tables import read_table
 from sepo.errors import wrong_type
 from sepo.files import write_json
+from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import say
 from sepo.recipe.settings import Recipe
 from sepo.report.build import build_report
+from sepo.runs.costs import sizes_of, stage_costs, work_by_record
 from sepo.runs.folder import Run, check_run_folder, open_run
+from sepo.runs.pace import stage_rate
+from sepo.runs.remaining import Outlook, one_line
 from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train
 from sepo.stages.stage import Made, Model
 
@@ -26,6 +30,9 @@ from sepo.stages.stage import Made, Model
 STAGES = (
     "data", "reference", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval",
 )  # fmt: skip
+
+# Seconds of a run that are announced.
+_WORTH_SAYING = 10.0
 
 
 def run_recipe(recipe: Recipe) -> dict[str, float]:
@@ -35,7 +42,9 @@ def run_recipe(recipe: Recipe) -> dict[str, float]:
     processes.join(recipe.device)
     processes.on_main(lambda: check_inputs(recipe))
     with open_run(recipe) as run:
-        return _run_stages(run)
+        start, pairs = _prepare(run)
+        with one_line(_outlook(recipe, pairs.folder) if processes.is_main() else None) as run.line:
+            return _run_stages(run, start, pairs)
 
 
 def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -59,13 +68,27 @@ def check_pairs(recipe: Recipe, folder: Path) -> None:
         data.check_limits(recipe, [held_out], recipe.eval.max_new_tokens)
 
 
-def _run_stages(run: Run) -> dict[str, float]:
+def _prepare(run: Run) -> tuple[Model, Made]:
+    """The model to start from, and the pairs, which its tokenizer reads."""
+    start = reference.start(run.recipe)
+    tokenizer = load_tokenizer(start.folder)
+    pairs = run.do(data.stage(run.recipe.data, tokenizer, run.recipe.seed), run.path("pairs"))
+    processes.on_main(lambda: check_pairs(run.recipe, pairs.folder))
+    return start, pairs
+
+
+def _outlook(recipe: Recipe, pairs: Path) -> Outlook:
+    """What the stages after the data are expected to take."""
+    kind = choose_device(recipe.device).type
+    costs = stage_costs(recipe, sizes_of(recipe, pairs, kind, processes.size()))
+    outlook = Outlook(work_by_record(recipe, costs, processes.size()), stage_rate(kind))
+    if sum(outlook.expected.values()) > _WORTH_SAYING:
+        say(f"{len(outlook.expected)} stages, {outlook}")
+    return outlook
+
+
+def _run_stages(run: Run, start: Model, pairs: Made) -> dict[str, float]:
     recipe, seed = run.recipe, run.recipe.seed
-    start = reference.start(recipe)
-    pairs = run.do(data.stage(recipe.data, load_tokenizer(start.folder), seed), run.path("pairs"))
-
-    processes.on_main(lambda: check_pairs(recipe, pairs.folder))
-
     small = start
     tuning = reference.stage(recipe, start)
     if tuning is not None:

@@ -15,26 +15,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from sepo.data.ragged import flat
-from sepo.data.tables import read_shard, read_table, table_paths
-from sepo.forward.packing import fill_rows, pack, read_length
-from sepo.forward.passes import table_pairs, tokens_per_row_for
-from sepo.models.config import load_shape, model_shape
+from sepo.data.tables import read_table
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.grid import Grid, Setting, number_of_runs
 from sepo.recipe.settings import Recipe
 from sepo.runs.compare import check_grid, check_same_pairs, oracle_key
+from sepo.runs.costs import SHARED, models_of, prompts_of, sizes_of, stage_costs
 from sepo.runs.pace import Paces
 from sepo.runs.pipeline import check_inputs, check_pairs
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train
-from sepo.stages.stage import Cost, ModelSize, PairSizes, Sizes, Work
+from sepo.stages import data, evaluate, logps, oracle, train
+from sepo.stages.stage import Cost, Sizes, Work
 from sepo.training.fit import epochs
 from sepo.training.memory import PARTS, Reading, Training, smallest_change
 from sepo.training.objectives import SELECTIVE, WITH_REFERENCE
-
-# Rows of this many pairs are laid out to see what packing saves; those of a larger table stand for all.
-_SAMPLE = 4000
 
 
 @dataclass(frozen=True)
@@ -70,25 +64,6 @@ def plan_run(recipe: Recipe, target: Target | None = None) -> Plan:
     return Plan(rows, memory)
 
 
-def stage_costs(recipe: Recipe, sizes: Sizes) -> dict[str, Cost]:
-    """What each stage of a run costs, by the names of its record (`pipeline.STAGES`)."""
-    count = recipe.oracle.count
-    starts = recipe.policy.model is not None and train.needs_reference(recipe)
-    costs = {
-        "data": data.cost(recipe, sizes),
-        "reference": reference.cost(recipe, sizes),
-        "reference_logps": logps.cost(recipe, sizes, sizes.small),
-        "oracle": oracle.cost(recipe, sizes),
-        "oracle_logps": logps.cost(recipe, sizes, sizes.small, count),
-        "score": score.cost(recipe, sizes),
-        "select": select.cost(recipe, sizes),
-        "policy_start_logps": logps.cost(recipe, sizes, sizes.large) if starts else None,
-        "train": train.cost(recipe, sizes),
-        "eval": evaluate.cost(recipe, sizes),
-    }
-    return {name: cost for name, cost in costs.items() if cost is not None}
-
-
 def measure_sizes(recipe: Recipe, target: Target | None = None, progress: bool = True) -> tuple[Sizes, Paces]:
     """Tokenise the data of a recipe, and lay out its models without memory for their weights."""
     target = target or Target()
@@ -97,22 +72,9 @@ def measure_sizes(recipe: Recipe, target: Target | None = None, progress: bool =
     with tempfile.TemporaryDirectory() as folder:
         data.prepare_data(recipe.data, tokenizer, Path(folder), recipe.seed, progress=progress)
         check_pairs(recipe, Path(folder))
-        budget = recipe.tokens_per_row or tokens_per_row_for(kind, scoring=True)
-        parts = [pair_sizes(Path(folder) / part, budget) for part in ("train", "held_out")]
+        sizes = sizes_of(recipe, Path(folder), kind, target.processes)
         pairs, held_out = (read_table(Path(folder) / part, "pairs") for part in ("train", "held_out"))
-    prompts = sorted({tuple(ids) for ids in held_out.column("prompt_ids").to_pylist()})
-    small, large = _models(recipe)
-    sizes = Sizes(
-        train=parts[0],
-        held_out=parts[1],
-        prompts=len(prompts),
-        prompt_tokens=sum(map(len, prompts)),
-        longest_prompt=max(map(len, prompts), default=0),
-        small=small,
-        large=large,
-        device=kind,
-        processes=target.processes,
-    )
+        prompts = prompts_of(held_out)
     # Times are of this machine; on another kind of device they would say nothing.
     here = target.memory is None or kind == choose_device("auto").type
     step = max(1, len(pairs) // 256)
@@ -120,40 +82,11 @@ def measure_sizes(recipe: Recipe, target: Target | None = None, progress: bool =
     return sizes, Paces(recipe.device, kind, some, prompts or [(0,)], tokenizer, measure=here)
 
 
-def pair_sizes(folder: Path, budget: int) -> PairSizes:
-    """Counts of a pairs table, and the tokens that a scoring pass reads in rows of a budget."""
-    pairs = tokens = chosen = rejected = longest = packed = alone = 0
-    for path in table_paths(folder, "pairs"):
-        table = read_shard(path, "pairs")
-        counts = [int(flat(table.column(f"{name}_ids"))[1].sum()) for name in ("prompt", "chosen", "rejected")]
-        rows = table_pairs(table)
-        lengths = [read_length(pair) for pair in rows]
-        if pairs < _SAMPLE:
-            packed += sum(pack(row).num_tokens for row in fill_rows(rows, budget))
-            alone += sum(lengths)
-        pairs, tokens, longest = pairs + len(rows), tokens + sum(counts), max([longest, *lengths])
-        chosen, rejected = chosen + counts[1], rejected + counts[2]
-    scored = round(tokens * packed / max(alone, 1))
-    return PairSizes(pairs, tokens, scored, chosen, rejected, longest)
-
-
 def _kind(recipe: Recipe, target: Target) -> str:
     """The kind of device that is planned for: a GPU, where its memory is given and the recipe does not say."""
     if target.memory is None:
         return choose_device(recipe.device).type
     return "cuda" if recipe.device == "auto" else recipe.device.split(":")[0]
-
-
-def _models(recipe: Recipe) -> tuple[ModelSize, ModelSize]:
-    """The reference and the policy."""
-    name, revision = recipe.reference.model, recipe.reference.revision
-    layers = recipe.reference.layers
-    shape = load_shape(name, revision=revision) if layers is None else model_shape(reference.config(recipe))
-    small = large = ModelSize(name, revision, shape, layers)
-    if recipe.policy.model:
-        name, revision = recipe.policy.model, recipe.policy.revision
-        large = ModelSize(name, revision, load_shape(name, revision=revision))
-    return small, large
 
 
 def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, str]]:
@@ -205,7 +138,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
 
 def _sizes_of(recipe: Recipe, sizes: Sizes) -> Sizes:
     """The same data with the models of another recipe."""
-    small, large = _models(recipe)
+    small, large = models_of(recipe)
     return replace(sizes, small=small, large=large)
 
 
@@ -213,8 +146,7 @@ def _seconds(cost: Cost, paces: Paces, target: Target) -> float | None:
     """Seconds of a stage on so many devices like the one here; passes and trainings are shared, generation is not."""
     if cost.work is None or not paces.measure:
         return None
-    shared = {"score", "train"}
-    return sum(paces.seconds(work) / (target.processes if work.kind in shared else 1) for work in cost.work)
+    return sum(paces.seconds(work) / (target.processes if work.kind in SHARED else 1) for work in cost.work)
 
 
 def _row(stage: str, cost: Cost, seconds: float | None, paces: Paces) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from sepo import processes
+from sepo.bars import progress_bar
 from sepo.data.tables import (
     FORMAT_VERSION,
     provenance_of,
@@ -110,7 +111,7 @@ def logps_pass(
         return f"{number} of {shards} parts of '{out}' are kept; the same command goes on with the next"
 
     total = sum(item["pairs"] for item in todo)
-    bar = processes.progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
+    bar = progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
     with saying_what_is_kept(kept), bar:
         loaded = load_model(model, device=device, dtype=dtype)
         for item in todo:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tqdm import tqdm
 from transformers import TrainerCallback
 
-from sepo.processes import progress_bar
+from sepo.bars import Bar, progress_bar
 
 
 class ProgressBar(TrainerCallback):
@@ -13,7 +12,7 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, description: str):
         self.description = description
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
