@@ -164,3 +164,34 @@ def test_sums_of_stored_and_of_new_log_probabilities_are_equal_to_the_last_bit(f
     again = dataset_logps(tiny_model("llama"), some_pairs(40))
     for one, other in zip(response_sums(table, "logps"), response_sums(again, "logps"), strict=True):
         assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(("number", "read"), [(None, 40), (10, 10), (0, 0)])
+def test_policy_and_base_read_as_many_pairs_as_are_asked_for(folder, monkeypatch, number, read):
+    seen = []
+    monkeypatch.setattr(
+        measure, "dataset_logps", lambda model, pairs, **_: seen.append(len(pairs)) or dataset_logps(model, pairs)
+    )
+    model = str(folder / "model")
+    logps_pass(model, folder / "pairs", folder / "logps", device="cpu")
+    settings = SETTINGS.model_copy(update={"pairs": number})
+    metrics = evaluate_run(
+        model, model, folder / "pairs", folder / "eval", settings, base_logps=folder / "logps", device="cpu"
+    )
+    assert metrics.get("policy/pairs", 0) == read
+    assert [count for count in seen if count != 12] == ([read] if read else [])  # 12 are the answers
+
+
+def test_examples_are_some_of_the_prompts_at_their_own_temperature(folder):
+    model = str(folder / "model")
+    cold = SETTINGS.model_copy(update={"examples": 3, "examples_temperature": 1e-3, "gold": "vader"})
+    evaluate_run(model, model, folder / "pairs", folder / "eval", cold, device="cpu")
+    rows = pq.read_table(folder / "eval" / "examples.parquet").to_pylist()
+    assert len(rows) == 3
+    assert all(row["base"] == row["policy"] and row["base_gold"] == row["policy_gold"] for row in rows)
+    tokenizer, prompts = tiny_tokenizer(), prompts_of(some_pairs(40), 40)
+    plain = generate_responses(tiny_model("llama"), tokenizer, prompts, max_new_tokens=9, temperature=0, progress=False)
+    assert {row["policy"] for row in rows} <= set(measure.decoded(tokenizer, plain))  # at no temperature: the likeliest
+    none = SETTINGS.model_copy(update={"examples": 0})
+    evaluate_run(model, model, folder / "pairs", folder / "other", none, device="cpu")
+    assert not (folder / "other" / "examples.parquet").exists()

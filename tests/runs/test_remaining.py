@@ -87,9 +87,14 @@ def test_a_stage_that_failed_is_no_measurement(model):
     clock = Clock()
     run = outlook(model, clock)
     line = RunLine(run, list(STAGES))
-    with pytest.raises(ValueError, match="of the stage"), line.during("reference_logps"):
-        clock.now = 1e6
-        raise ValueError("of the stage")
+
+    def fail() -> None:
+        with line.during("reference_logps"):
+            clock.now = 1e6
+            raise ValueError("of the stage")
+
+    with pytest.raises(ValueError, match="of the stage"):
+        fail()
     line.close()
     assert run.remaining() < 1e3
 

@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", type=_path, help="YAML file, or a name of `sepo recipe --list`")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. oracle.beta=0.2")
     run.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
+    run.add_argument("--verbose", action="store_true", help="print all figures at the end, as they are in metrics.md")
     run.add_argument("--processes", type=int, metavar="N", help="with --dry-run: plan for N devices")
     run.add_argument(
         "--device-memory", type=float, metavar="GB", help="with --dry-run: say what fits on devices of this memory"

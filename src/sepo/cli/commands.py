@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sepo.cli.output import print_metrics, print_plan
+from sepo.cli.output import print_metrics, print_plan, print_story
 from sepo.errors import UserError
 from sepo.files import check_writable
 
@@ -37,7 +37,12 @@ def run_command(arguments: argparse.Namespace) -> None:
                 print_plan("memory of each device", plan.memory, wide=True)
         return
     metrics = run_recipe(recipe)
-    print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
+    if _join(recipe.device).is_main():
+        from sepo.report.story import tell_run
+
+        if arguments.verbose:
+            print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
+        print_story(tell_run(recipe, metrics))
 
 
 def compare_command(arguments: argparse.Namespace) -> None:

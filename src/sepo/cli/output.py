@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sepo.errors import one_line
+
+if TYPE_CHECKING:
+    from sepo.report.story import Story
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
@@ -14,6 +17,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     from rich.text import Text
 
     from sepo import processes
+    from sepo.report.numbers import number
 
     if not processes.is_main():
         return
@@ -30,8 +34,61 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
             table.add_section()
         previous = group
         error = metrics.get(f"{name}_se")
-        table.add_row(Text(name), _number(value), "" if error is None else _number(error))
+        table.add_row(Text(name), number(value), "" if error is None else number(error))
     Console().print(table)
+
+
+def print_story(story: Story) -> None:
+    """Print what a run did: sentences, examples side by side, figures, cautions, and what may come next."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+
+    def head(text: str, rest: str = "") -> None:
+        console.print()
+        console.print(Text.assemble((text, "bold"), (f" {rest}" if rest else "", "dim")))
+
+    def beside(rows: list[tuple[str, str]]) -> None:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for name, text in rows:
+            table.add_row(Text(name), Text(text))
+        console.print(Padding(table, (0, 0, 0, 2)))
+
+    console.print(Text(story.title, "bold"))
+    beside(story.trained)
+    if story.examples:
+        head("Before and after", story.examples_title)
+        judged = any(example.gold is not None for example in story.examples)
+        table = Table(show_edge=False, pad_edge=False, show_lines=True)
+        for name, ratio in (("prompt", 2), ("before", 4), ("after", 4)):
+            table.add_column(name, ratio=ratio, overflow="fold")
+        if judged:
+            table.add_column("gold", justify="right", no_wrap=True)
+        for example in story.examples:
+            cells = [Text(text or "(empty)") for text in example[:3]]
+            gold = [] if example.gold is None else [Text("{:+.2f} → {:+.2f}".format(*example.gold))]
+            table.add_row(*cells, *gold)
+        console.print(table)
+    if story.moved:
+        head("What moved", story.moved_title)
+        table = Table(show_edge=False, pad_edge=False, box=None)
+        for name in ("", "before", "after", "change"):
+            table.add_column(name, justify="left" if not name else "right")
+        for row in story.moved:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    head("Be careful")
+    for sentence in story.cautions:
+        console.print(Padding(Text(f"• {sentence}"), (0, 0, 0, 2)))
+    head("Look at")
+    beside(story.files)
+    head("Go on")
+    beside(story.following)
 
 
 def print_plan(title: str, rows: list[dict[str, str]], wide: bool = False) -> None:
@@ -48,13 +105,3 @@ def print_plan(title: str, rows: list[dict[str, str]], wide: bool = False) -> No
         table.add_row(*(Text(str(cell)) for cell in row.values()))
     console = Console()
     (Console(width=max(console.width, 200)) if wide else console).print(table)
-
-
-def _number(value: Any) -> str:
-    if value is None or value != value:
-        return "–"
-    if not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int) or float(value).is_integer():
-        return f"{int(value):,}"
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

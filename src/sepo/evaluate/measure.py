@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo.credit.rewards import response_sums
+from sepo.data.previews import previews
 from sepo.data.splits import sample_prompts
 from sepo.data.tables import make_table, read_table, write_parquet
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
@@ -24,6 +25,9 @@ from sepo.forward.passes import dataset_logps, read_like
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import EvalSettings
+
+# What is written beside the figures: all that was judged, and a few answers for people.
+GENERATIONS, EXAMPLES = "generations.parquet", "examples.parquet"
 
 
 def evaluate_run(
@@ -50,7 +54,7 @@ def evaluate_run(
     Args:
         policy, base: models after and before training, with one tokenizer.
         held_out: a pairs table that was not trained on.
-        out: folder for `generations.parquet`.
+        out: folder for `generations.parquet` and `examples.parquet`.
         scores, selection: token rewards and key tokens of the training pairs, for fidelity (with a gold reward).
         scores_held_out: token rewards of the held-out pairs, for the oracle's accuracy.
         base_logps: the base's stored log-probabilities of `held_out`; computed when None, and where they were read in
@@ -73,29 +77,45 @@ def evaluate_run(
     if not len(pairs):
         return {name: float(value) for name, value in metrics.items()}
     prompts = sample_prompts(pairs, settings.prompts)
-    stored = read_table(base_logps, "logps") if base_logps is not None else None
+    read_by_both = pairs.slice(0, settings.pairs)
+    stored = None
+    if base_logps is not None and len(read_by_both):
+        stored = read_table(base_logps, "logps").slice(0, settings.pairs)
 
-    def read(path: str, stored: pa.Table | None, answers: list[Generation] | None) -> tuple[pa.Table, list, np.ndarray]:
+    spread = np.linspace(0, len(prompts) - 1, min(settings.examples, len(prompts))).round().astype(int)
+    shown = [prompts[number] for number in spread]
+    examples: dict[str, list[Generation]] = {}
+
+    def read(
+        name: str, path: str, stored: pa.Table | None, answers: list[Generation] | None
+    ) -> tuple[pa.Table | None, list, np.ndarray]:
         """Log-probabilities of the pairs, responses, and log-probabilities of `answers` (its own if None)."""
         model = load_model(path, device=device, dtype=dtype)
-        if stored is None or not read_like(stored, model):
-            stored = dataset_logps(model, pairs, tokens_per_row=tokens_per_row)
+        if len(read_by_both) and (stored is None or not read_like(stored, model)):
+            stored = dataset_logps(model, read_by_both, tokens_per_row=tokens_per_row)
         if not prompts:
             return stored, [], np.zeros(0)
         own = sample(model, tokenizer, prompts, settings, seed, progress=True)
+        if shown:
+            examples[name] = sample(model, tokenizer, shown, settings.of_examples(), seed)
         sums = own_logps(model, prompts, own) if answers is None else response_logps(model, prompts, answers)
         return stored, own, sums
 
-    after, answers, policy_sums = read(policy, None, None)
+    after, answers, policy_sums = read("policy", policy, None, None)
     _release_memory()
-    before, base_answers, base_sums = read(base, stored, answers)
+    before, base_answers, base_sums = read("base", base, stored, answers)
     _release_memory()
-    metrics |= policy_accuracy(before, after, pairs)
+    if before is not None and after is not None:
+        metrics |= policy_accuracy(before, after, read_by_both)
     if prompts:
         generations = {"base": base_answers, "policy": answers}
         found, table = judge_generations(generations, policy_sums - base_sums, tokenizer, prompts, settings)
         metrics |= found
-        write_parquet(out / "generations.parquet", table)
+        write_parquet(out / GENERATIONS, table)
+    if shown:
+        texts = previews(tokenizer, prompts)
+        questions = [texts[number] for number in spread]
+        write_parquet(out / EXAMPLES, _side_by_side(questions, examples, tokenizer, settings))
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -178,6 +198,22 @@ def judge_generations(
     metrics["kl_per_token"] = float(kl.sum() / tokens.sum())
     metrics["prompts"] = len(prompts)
     return metrics, pa.table(columns)
+
+
+def _side_by_side(
+    questions: list[str],
+    answers: Mapping[str, list[Generation]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvalSettings,
+) -> pa.Table:
+    """An answer of "base" and one of "policy" to each question, with their gold rewards where there is a judge."""
+    columns: dict[str, object] = {"prompt": questions}
+    for name in ("base", "policy"):
+        texts = decoded(tokenizer, answers[name])
+        columns[name] = texts
+        if settings.gold is not None:
+            columns[f"{name}_gold"] = gold_reward(settings.gold)(texts)
+    return pa.table(columns)
 
 
 def sample_kl(

@@ -255,13 +255,26 @@ class EvalSettings(Settings):
     """What is measured on the held-out pairs and prompts."""
 
     gold: Literal["vader"] | None = Field(None, description="gold reward of generations; never trained on")
+    pairs: int | None = Field(
+        None,
+        ge=0,
+        description="held-out pairs that policy and start read, for accuracies; default: all; 0 for none",
+    )
     prompts: int = Field(100, ge=0, description="held-out prompts to generate for; 0 for no generation")
     samples: int = Field(1, ge=1, description="generations a prompt, from each of base and policy")
     max_new_tokens: int = Field(256, ge=1, description="length limit of a generation")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; the KL estimate is unbiased only at 1")
+    examples: int = Field(
+        4, ge=0, description="of these prompts, answered once more before and after, to be read by people; 0 for none"
+    )
+    examples_temperature: float = Field(0.7, gt=0, description="sampling temperature of these examples")
     batch_size: int | None = Field(
         None, ge=1, description="generations at a time; default: as many as a token budget for the device holds"
     )
+
+    def of_examples(self) -> EvalSettings:
+        """How the examples are sampled."""
+        return self.model_copy(update={"samples": 1, "temperature": self.examples_temperature})
 
     def what_is_measured(self) -> dict[str, Any]:
         """The settings that figures depend on: all but the number of generations at a time."""

@@ -13,7 +13,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from sepo.credit.selection import check_rate, ends_response
 from sepo.data import tables
+from sepo.data.previews import common_starts
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.data.splits import prompt_numbers
 from sepo.errors import UserError, check_number
@@ -157,28 +158,6 @@ def _facets(rows: pa.Table) -> dict[str, dict]:
     return facets
 
 
-def _common_starts(prompts: list[list[int]], is_boundary: Callable[[int], bool]) -> list[int]:
-    """How many tokens at the start of each prompt are what most prompts begin with: a preview leaves them out.
-
-    Counted to the last boundary (a control token or a newline), so that prompts which merely begin with the
-    same words keep them. A prompt that begins otherwise, such as one cut off at the left, counts 0.
-    """
-    distinct = sorted({tuple(prompt) for prompt in prompts})
-    if len(distinct) < 2:
-        return [0] * len(prompts)
-    # What more than half begin with, the one in the middle of the sorted prompts begins with.
-    middle = distinct[len(distinct) // 2]
-
-    def shared(prompt: Sequence[int]) -> int:
-        differs = (i for i, (one, other) in enumerate(zip(prompt, middle, strict=False)) if one != other)
-        return next(differs, min(len(prompt), len(middle)))
-
-    count = sorted(map(shared, distinct), reverse=True)[len(distinct) // 2]
-    while count and not is_boundary(middle[count - 1]):
-        count -= 1
-    return [count if shared(prompt) >= count else 0 for prompt in prompts]
-
-
 def _read_json(path: Path) -> object | None:
     if not path.exists():
         return None
@@ -263,7 +242,7 @@ def _payload(
     newlines = {piece.token_id for piece in pieces.pieces if "\n" in piece.text}
     prompts = rows["prompt_ids"].to_pylist()
     for name, order in (("starts", 1), ("ends", -1)):
-        common = _common_starts([prompt[::order] for prompt in prompts], lambda id_: id_ in special or id_ in newlines)
+        common = common_starts([prompt[::order] for prompt in prompts], lambda id_: id_ in special or id_ in newlines)
         arrays[f"prompt_{name}"] = smallest_unsigned(np.array(common))
     table = pieces.pieces
     return pack(

@@ -13,12 +13,13 @@ from typing import Any
 from sepo import processes
 from sepo.data.tables import read_table
 from sepo.errors import wrong_type
-from sepo.files import write_json
+from sepo.files import write_json, write_text
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import say
 from sepo.recipe.settings import Recipe
 from sepo.report.build import build_report
+from sepo.report.numbers import metrics_table
 from sepo.runs.costs import sizes_of, stage_costs, work_by_record
 from sepo.runs.folder import Run, check_run_folder, open_run
 from sepo.runs.pace import stage_rate
@@ -133,7 +134,7 @@ def _finish(run: Run, pairs: Made, evaluation: Made) -> dict[str, float]:
         **{f"seconds/{name}": record["seconds"] for name, record in run.manifest["stages"].items()},
     }
     write_json(run.path("metrics.json"), metrics)
+    write_text(run.path("metrics.md"), metrics_table(run.recipe.name, metrics))
     build_report(run.folder, out=run.path("report.html"))
-    say(f"report: {run.path('report.html')}")
     run.say_unused("reference", "oracle", "oracle-[2-9]", "logps/*")
     return metrics

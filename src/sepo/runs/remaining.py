@@ -42,8 +42,8 @@ class Outlook:
             self.kinds[name] = max(seconds, key=seconds.__getitem__, default="")
 
     def __str__(self) -> str:
-        parts = [f"{name} {in_words(seconds)}" for name, seconds in self.expected.items() if seconds >= 1]
-        return f"about {in_words(sum(self.expected.values()))}: {', '.join(parts)}"
+        parts = [f"{name} {bars.duration(seconds)}" for name, seconds in self.expected.items() if seconds >= 1]
+        return f"about {bars.duration(sum(self.expected.values()))}: {', '.join(parts)}"
 
     def begin(self, name: str) -> None:
         """A stage is looked at: those before it are over."""
@@ -138,28 +138,13 @@ class RunLine:
     def _draw(self, text: str, force: bool = False) -> None:
         at = self.names.index(self.stage) + 1 if self.stage in self.names else 0
         of = f" ({at} of {len(self.names)})" if at else ""
-        left = in_words(self.outlook.remaining())
+        left = bars.duration(self.outlook.remaining())
         self.bar.n = min(self.outlook.share(), 1.0)
         self.bar.set_description_str(f"{self.stage}{of}{': ' if text else ''}{text}; {left} left", refresh=False)
         bars.draw(self.bar, force)
 
     def close(self) -> None:
         self.bar.close()
-
-
-def in_words(seconds: float) -> str:
-    """A time for people.
-
-    >>> [in_words(s) for s in (8, 75, 700, 9000)]
-    ['8 s', '1 min 15 s', '12 min', '2 h 30 min']
-    """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 600:
-        return f"{seconds // 60} min {seconds % 60} s" if seconds % 60 else f"{seconds // 60} min"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager

