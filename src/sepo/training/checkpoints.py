@@ -38,7 +38,11 @@ class SaveEvery(TrainerCallback):
         self.last = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.seconds or state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps:
+            # Transformers would save once more, three times the model's size, just before the model itself is saved.
+            control.should_save = False
+            return control
+        if not self.seconds:
             return control
         # One clock decides for all processes: saving is a joint act.
         if processes.on_main(lambda: time.monotonic() - self.last > self.seconds):
