@@ -27,6 +27,7 @@ stage by stage, without a recipe:
   sepo train  --policy MODEL --selection selection --out policy learning_rate=5e-6
   sepo eval   --policy policy --base MODEL --data held_out.parquet --out eval
   sepo report --table scores --tokenizer MODEL  every token coloured by its reward, in the browser
+  sepo winrate annotations.json                 win rate with its error, length-controlled (docs/judging.md)
 
 MODEL is a hub id, a folder, a .gguf file, or package:PACKAGE/FILE.gguf. Data is a hub id, a folder or a
 parquet, json, jsonl or csv file with the columns chosen, rejected and (unless both share it) prompt.
@@ -177,6 +178,25 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-new-tokens", type=int, default=256, help="length limit (default 256)")
     evaluate.add_argument("--batch-size", type=int, help="generations at a time (default: what the device holds)")
     _device_options(evaluate)
+
+    winrate = command(
+        "winrate", commands.winrate_command, "score judgements of anyone: AlpacaEval, MT-Bench or Arena-Hard"
+    )
+    winrate.add_argument(
+        "files", type=_path, nargs="+", metavar="FILE", help="annotations.json, model_judgment/*.jsonl, ..."
+    )
+    winrate.add_argument("--json", type=_path, metavar="OUT", help="write all figures to this file")
+    winrate.add_argument(
+        "--glm-data",
+        type=_path,
+        metavar="DIR",
+        help="folder with df_gamed.csv and instruction_difficulty.csv, for AlpacaEval's full length-controlled win rate",
+    )
+    winrate.add_argument(
+        "--answers", type=_path, nargs="+", default=[], metavar="FILE", help="Arena-Hard's answers, for style control"
+    )
+    winrate.add_argument("--baseline", metavar="NAME", help="whom Arena-Hard's games are against")
+    winrate.add_argument("--seed", type=int, default=0, help="seed of Arena-Hard's bootstrap (default 0)")
 
     report = command("report", commands.report_command, "write the HTML report of a run or of any score table")
     report.add_argument("run", type=_path, nargs="?", metavar="RUN", help="run folder")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sepo.cli.output import print_metrics, print_plan
+from sepo.cli.output import print_metrics, print_plan, print_scores
 from sepo.errors import UserError
 from sepo.files import check_writable
 
@@ -301,6 +301,33 @@ def report_command(arguments: argparse.Namespace) -> None:
                 print(path)
 
     _join("cpu").on_main(write)
+
+
+def winrate_command(arguments: argparse.Namespace) -> None:
+    from sepo.evaluate.judgements import score_files
+    from sepo.evaluate.winrate import read_official
+    from sepo.files import write_json
+    from sepo.processes import say
+
+    if arguments.json is not None:
+        check_writable(Path(arguments.json).parent)
+        if Path(arguments.json).is_dir():
+            raise UserError(f"'{arguments.json}' is a folder: --json names the file to write")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: expected 0 or more")
+    official = None if arguments.glm_data is None else read_official(Path(arguments.glm_data))
+    results = score_files(
+        arguments.files, official=official, answers=arguments.answers, baseline=arguments.baseline, seed=arguments.seed
+    )
+    for benchmark in dict.fromkeys(result["benchmark"] for result in results.values()):
+        rows = {name: result for name, result in results.items() if result["benchmark"] == benchmark}
+        print_scores(benchmark, rows)
+    for name, result in results.items():
+        for line in result["warnings"]:
+            say(f"{name}: {line}")
+    if arguments.json is not None:
+        # One model's figures lie at the top, where everyone looks for `win_rate`.
+        write_json(Path(arguments.json), next(iter(results.values())) if len(results) == 1 else results)
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
