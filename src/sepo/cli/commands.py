@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from sepo.errors import UserError
 from sepo.files import check_writable
 
 if TYPE_CHECKING:
-    from sepo.recipe.settings import Recipe
+    from sepo.recipe.settings import JudgeSettings, Recipe
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -85,8 +87,6 @@ def recipe_command(arguments: argparse.Namespace) -> None:
     if arguments.list:
         print_plan("built in", [{"name": name, "what": builtin.about(path)} for name, path in builtin.names().items()])
     elif arguments.schema:
-        import json
-
         from sepo.recipe.settings import Recipe
 
         print(json.dumps(Recipe.model_json_schema(), indent=2))
@@ -307,7 +307,6 @@ def winrate_command(arguments: argparse.Namespace) -> None:
     from sepo.evaluate.judgements import score_files
     from sepo.evaluate.winrate import read_official
     from sepo.files import write_json
-    from sepo.processes import say
 
     if arguments.json is not None:
         check_writable(Path(arguments.json).parent)
@@ -319,15 +318,93 @@ def winrate_command(arguments: argparse.Namespace) -> None:
     results = score_files(
         arguments.files, official=official, answers=arguments.answers, baseline=arguments.baseline, seed=arguments.seed
     )
-    for benchmark in dict.fromkeys(result["benchmark"] for result in results.values()):
-        rows = {name: result for name, result in results.items() if result["benchmark"] == benchmark}
-        print_scores(benchmark, rows)
-    for name, result in results.items():
-        for line in result["warnings"]:
-            say(f"{name}: {line}")
+    _show_scores(results)
     if arguments.json is not None:
         # One model's figures lie at the top, where everyone looks for `win_rate`.
         write_json(Path(arguments.json), next(iter(results.values())) if len(results) == 1 else results)
+
+
+def judge_command(arguments: argparse.Namespace) -> None:
+    from sepo.evaluate.endpoint import Spent
+    from sepo.evaluate.judgements import score_files
+    from sepo.evaluate.judges import compare
+    from sepo.evaluate.judges.server import spent_text
+    from sepo.evaluate.statistics import mean_and_se
+    from sepo.files import write_json, write_text
+    from sepo.processes import say
+
+    settings = _judge_of(arguments)
+    prices = _prices_of(arguments)
+    if settings.server is None:
+        for name in ("reference_answers",):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is for a judge behind a server: leave it out")
+    paths = [getattr(arguments, name) for name in ("answers", "against", "questions", "reference_answers")]
+    matches, missing = compare.read_all(*(None if path is None else Path(path) for path in paths))  # type: ignore[arg-type]
+    contests = [one.contest for one in matches]
+    grade = arguments.against is None
+    prepared = compare.prepare(settings, contests, grade, arguments.retry_failed)
+    for line in missing.lines():
+        say(line)
+    ahead = compare.expected(prepared, prices)
+    if ahead is not None:
+        cost = "unknown (--prices)" if ahead.cost is None else f"{ahead.cost:.4g}"
+        say(
+            f"{ahead.questions:,} calls ({ahead.cached:,} replies are there), about {ahead.prompt_tokens:,} tokens to "
+            f"read and at most {ahead.completion_tokens:,} to write, cost at most {cost}, about {ahead.seconds / 60:.0f} min"
+        )
+        if arguments.max_cost is not None:
+            if ahead.cost is None:
+                raise UserError("--max-cost needs --prices, of a million tokens read and written: --prices 2.5 10")
+            if ahead.cost > arguments.max_cost:
+                raise UserError(
+                    f"it may cost {ahead.cost:.4g}, more than --max-cost {arguments.max_cost:g}: nothing was asked"
+                )
+    if arguments.dry_run:
+        return
+    if settings.reward_model is not None:
+        _quiet_libraries()
+    rows: list[dict[str, Any]]
+    with _writing_to(arguments) as out:
+        if grade and settings.server is None:
+            values = compare.score_answers(settings, [compare.conversation(one) for one in contests], arguments.device)
+            mean, error = mean_and_se([value for value in values if value == value])
+            rows = [
+                {"question": one.contest.questions[-1], "model": one.model.model, "score": float(value)}
+                for one, value in zip(matches, values, strict=True)
+            ]
+            write_json(out / "scores_by_answer.json", rows, indent=1)
+            failed = int(sum(value != value for value in values))
+            results = {
+                matches[0].model.model: {
+                    "benchmark": settings.name, "score": mean, "standard_error": error, "n_total": len(values) - failed,
+                    "n_failed": failed, "warnings": [],
+                }
+            }  # fmt: skip
+            spent: dict[str, Any] = {"scored": len(values)}
+        elif grade:
+            rows, _, spent = compare.grade_rows(prepared, matches)
+            write_text(out / "judgement_single.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            results = score_files([out / "judgement_single.jsonl"])
+        else:
+            verdicts, extra, spent = compare.judge_pairs(prepared, contests, arguments.device)
+            rows = compare.annotation_rows(matches, verdicts, extra, settings.name)
+            write_json(out / "annotations.json", rows, indent=1)
+            results = score_files([out / "annotations.json"])
+            if games := compare.arena_rows(matches, verdicts, settings.name):
+                write_text(out / "model_judgment.jsonl", "".join(json.dumps(row) + "\n" for row in games))
+                results |= {f"{name}, games": one for name, one in score_files([out / "model_judgment.jsonl"]).items()}
+        failures = Counter(row["failure"] for row in rows if row.get("failure"))
+        record = {"spent": spent, "missing": missing._asdict(), "failures": dict(failures)}
+        write_json(out / "judging.json", {"judge": settings.model_dump(mode="json", exclude_none=True), **record})
+        write_json(out / "scores.json", next(iter(results.values())) if len(results) == 1 else results)
+    _show_scores(results)
+    for reason, number in failures.items():
+        say(f"{number} without a verdict: {reason}")
+    if prepared.endpoint is not None:
+        say(spent_text(Spent(**spent), prices))
+        if spent["unanswered"]:
+            say("what has no reply is asked again by the same command; everything else is in the cache")
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
@@ -358,6 +435,58 @@ def _recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
             "max_length": arguments.max_length,
         }
     return parse_recipe(values, "command line")
+
+
+def _judge_of(arguments: argparse.Namespace) -> JudgeSettings:
+    """The judge that the options name, checked as a recipe's is."""
+    from sepo.recipe.reading import parse_recipe
+
+    values: dict[str, Any] = {}
+    kind, _, name = arguments.judge.partition(":")
+    field = {"reward": "reward_model", "function": "function", "server": "server"}.get(kind)
+    if field is None or not name:
+        raise UserError(f"--judge {arguments.judge}: expected reward:MODEL, function:MODULE:NAME or server:URL")
+    values[field] = name
+    for option, key in _JUDGE_OPTIONS.items():
+        if (value := getattr(arguments, option)) is not None:
+            if field != "server":
+                raise UserError(f"--{option.replace('_', '-')} is for a judge behind a server: leave it out")
+            values[key] = value
+    if field == "server" and not (arguments.model_name and arguments.prompt):
+        raise UserError(
+            "a judge behind a server needs --model-name, its name there, and --prompt, a file with its words"
+        )
+    settings = parse_recipe({"eval": {"judge": values}}, "command line").eval.judge
+    assert settings is not None
+    return settings
+
+
+# Options of `sepo judge`, and what they are called in a recipe.
+_JUDGE_OPTIONS = {
+    "model_name": "model", "prompt": "prompt", "prompt_name": "prompt_name", "order": "order", "logprobs": "logprobs",
+    "temperature": "temperature", "max_tokens": "max_tokens", "key_variable": "key_variable",
+    "concurrency": "concurrency", "timeout": "timeout", "retries": "retries", "cache": "cache",
+}  # fmt: skip
+
+
+def _prices_of(arguments: argparse.Namespace) -> tuple[float, float] | None:
+    if arguments.prices is None:
+        return None
+    read, written = arguments.prices
+    if not (0 <= read < 1e6 and 0 <= written < 1e6):
+        raise UserError(f"--prices {read:g} {written:g}: expected what a million tokens read and written cost")
+    return read, written
+
+
+def _show_scores(results: dict[str, dict[str, Any]]) -> None:
+    """Print the scores of judged models, a table a benchmark, and what to know about them."""
+    from sepo.processes import say
+
+    for benchmark in dict.fromkeys(result["benchmark"] for result in results.values()):
+        print_scores(benchmark, {name: one for name, one in results.items() if one["benchmark"] == benchmark})
+    for name, result in results.items():
+        for line in result["warnings"]:
+            say(f"{name}: {line}")
 
 
 def _target_of(arguments: argparse.Namespace) -> tuple[int, float | None]:

@@ -103,7 +103,7 @@ def number_of(value: Any) -> float:
 
 
 def judgement_of(row: Mapping[str, Any], number: int) -> Judgement:
-    """A row of an annotations file: AlpacaEval's columns, or lengths in place of outputs; what is missing is missing."""
+    """A row of an annotations file: AlpacaEval's columns, or lengths in place of outputs; any may be missing."""
     texts = [row.get(f"output_{side}") for side in (1, 2)]
     lengths = [
         float(len(text)) if isinstance(text, str) else _length(row.get(f"length_{side}"))
@@ -234,7 +234,7 @@ def warnings_of(judgements: Sequence[Judgement], result: Mapping[str, Any]) -> l
     if result["lc_model"] == "minimal" and math.isfinite(ratio) and not low <= ratio <= high:
         found.append(
             f"mean length is {ratio:.2f} of the baseline's: outside {low} to {high} the minimal length-controlled win "
-            "rate extrapolates and was off by 4 to 9 points on average; the official files (--glm-data) make the full one"
+            "rate extrapolates and was off by 4 to 9 points on average; the official files (--glm-data) do better"
         )
     small = controlled < min(raw - raw / 4, raw - 10)
     large = controlled > max(raw + (100 - raw) / 4, raw + 10)
