@@ -27,6 +27,7 @@ stage by stage, without a recipe:
   sepo train  --policy MODEL --selection selection --out policy learning_rate=5e-6
   sepo eval   --policy policy --base MODEL --data held_out.parquet --out eval
   sepo report --table scores --tokenizer MODEL  every token coloured by its reward, in the browser
+  sepo generate --model policy --prompts alpaca_eval.json --out answers
   sepo judge --answers mine.json --against theirs.json --judge reward:MODEL --out judged
   sepo winrate annotations.json                 win rate with its error, length-controlled (docs/judging.md)
 
@@ -198,6 +199,43 @@ def build_parser() -> argparse.ArgumentParser:
     )
     winrate.add_argument("--baseline", metavar="NAME", help="whom Arena-Hard's games are against")
     winrate.add_argument("--seed", type=int, default=0, help="seed of Arena-Hard's bootstrap (default 0)")
+
+    generate = command(
+        "generate", commands.generate_command, "answer the questions of a file or a benchmark, in the benchmark's form"
+    )
+    generate.add_argument(
+        "--model", type=_path, required=True, metavar="MODEL", help="who answers; its name, with --server"
+    )
+    generate.add_argument(
+        "--prompts",
+        type=_path,
+        required=True,
+        metavar="FILE",
+        help="questions: a file, or alpaca_eval, mt_bench, arena_hard",
+    )
+    _out_option(generate, "folder of the answers; the same command goes on where it stopped")
+    generate.add_argument("--name", help="what the model is called in the answers (default: the last part of MODEL)")
+    generate.add_argument("--max-new-tokens", type=int, default=2048, help="length limit of an answer (default 2048)")
+    generate.add_argument(
+        "--temperature", type=float, help="of sampling; 0 for the likeliest (default: the benchmark's)"
+    )
+    generate.add_argument("--limit", type=int, metavar="N", help="answer the first N questions only")
+    generate.add_argument(
+        "--chat-template", action="append", default=[], metavar="key=value", help="a keyword for the chat template"
+    )
+    generate.add_argument(
+        "--engine", choices=["transformers", "vllm"], help="what runs the model (default transformers)"
+    )
+    generate.add_argument("--batch-size", type=int, help="answers at a time (default: what the device holds)")
+    generate.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the weights")
+    _device_options(generate)
+    remote = generate.add_argument_group("a model behind a server")
+    remote.add_argument("--server", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
+    remote.add_argument("--key-variable", metavar="NAME", help="variable that holds the key (default OPENAI_API_KEY)")
+    remote.add_argument("--concurrency", type=int, help="requests at once (default 8)")
+    remote.add_argument("--timeout", type=float, help="seconds of a request in all (default 300)")
+    remote.add_argument("--retries", type=int, help="how often a question without a reply is asked again (default 6)")
+    remote.add_argument("--cache", type=_path, metavar="DIR", help="folder of replies (default: the cache of sepo)")
 
     judge = command("judge", commands.judge_command, "judge answers: two models' against each other, or grade one's")
     judge.add_argument(

@@ -324,6 +324,98 @@ def winrate_command(arguments: argparse.Namespace) -> None:
         write_json(Path(arguments.json), next(iter(results.values())) if len(results) == 1 else results)
 
 
+def generate_command(arguments: argparse.Namespace) -> int:
+    from sepo.errors import check_number, saying_what_is_kept
+    from sepo.evaluate import answering
+    from sepo.evaluate.endpoint import KEY_VARIABLE, Endpoint
+    from sepo.evaluate.judges.server import spent_text
+    from sepo.evaluate.questions import find_questions, read_questions
+    from sepo.processes import say
+    from sepo.recipe.reading import parse_override
+
+    if arguments.server is not None and arguments.engine is not None:
+        raise UserError("--engine is for a model here: leave it out with --server")
+    check_number("--max-new-tokens", arguments.max_new_tokens, whole=True, least=1)
+    check_number("--seed", arguments.seed, whole=True, least=0, below=2**32)
+    if arguments.temperature is not None:
+        check_number("--temperature", arguments.temperature, least=0)
+    if arguments.batch_size is not None:
+        check_number("--batch-size", arguments.batch_size, whole=True, least=1)
+    if arguments.limit is not None:
+        check_number("--limit", arguments.limit, whole=True, least=1)
+    options = dict(parse_override(item) for item in arguments.chat_template)
+    questions, benchmark = read_questions(*find_questions(arguments.prompts))
+    asked = answering.questions_digest(questions)  # of all: with a higher --limit the same folder goes on
+    questions = questions[: arguments.limit]
+    if benchmark == "alpaca_eval" and any(len(question.turns) > 1 for question in questions):
+        raise UserError(f"'{arguments.prompts}' has questions of several turns, which AlpacaEval's form cannot hold")
+    out = Path(arguments.out)
+    name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
+    record: dict[str, Any] = {
+        "engine": arguments.engine or ("server" if arguments.server else "transformers"),
+        "prompts": asked,
+        "benchmark": benchmark,
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "seed": arguments.seed,
+        "chat_template_kwargs": options,
+    }
+    spent: list[Any] = []
+    if arguments.server is not None:
+        given = {key: getattr(arguments, key) for key in ("concurrency", "timeout", "retries", "cache")}
+        given = {key: value for key, value in given.items() if value is not None}
+        variable = arguments.key_variable or KEY_VARIABLE
+        endpoint = Endpoint(arguments.server, arguments.model, key_variable=variable, **given)
+        record |= {"server": arguments.server, "model": arguments.model}
+    else:
+        _quiet_libraries()
+        from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
+
+        record["model"] = [model_fingerprint(arguments.model), usage_fingerprint(arguments.model)]
+
+    def engine() -> answering.Engine:
+        settings = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
+        if arguments.server is not None:
+            return answering.server_engine(endpoint, **settings, spent=spent)
+        from sepo.models.folders import adapter_base, is_adapter
+        from sepo.models.names import resolve_model
+        from sepo.models.tokenizer import load_tokenizer
+        from sepo.models.weights import load_model
+
+        tokenizer = load_tokenizer(arguments.model)
+        if arguments.engine == "vllm":
+            folder, adapter = resolve_model(arguments.model), None
+            if is_adapter(Path(folder)):
+                base, revision = adapter_base(Path(folder))
+                folder, adapter = resolve_model(base, revision=revision), folder
+            return answering.vllm_engine(folder, tokenizer, options=options, adapter=adapter, **settings)
+        model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+        return answering.transformers_engine(
+            model, tokenizer, batch_size=arguments.batch_size, options=options, **settings
+        )
+
+    with _writing_to(arguments):
+        answering.settle(out, record)
+        finished = answering.Finished.read(out / answering.FINISHED)
+        remaining = sum(not answering.is_whole(question, finished) for question in questions)
+        say(f"{len(questions)} questions, {remaining} to be answered")
+
+        def kept() -> str:
+            left = sum(not answering.is_whole(question, finished) for question in questions)
+            return f"{len(questions) - left} of {len(questions)} questions are answered; the same command does the rest"
+
+        if remaining:
+            with saying_what_is_kept(kept):
+                remaining = answering.answer_all(questions, benchmark, finished, engine(), arguments.temperature)
+        path = answering.write_answers(out, questions, benchmark, finished, name)
+    if spent:
+        say(spent_text(answering.total_spent(spent), None))
+    print(path)
+    if remaining:
+        say(f"{remaining} of {len(questions)} questions have no answer: the same command asks again")
+    return 1 if remaining else 0
+
+
 def judge_command(arguments: argparse.Namespace) -> None:
     from sepo.evaluate.endpoint import Spent
     from sepo.evaluate.judgements import score_files
@@ -351,7 +443,8 @@ def judge_command(arguments: argparse.Namespace) -> None:
         cost = "unknown (--prices)" if ahead.cost is None else f"{ahead.cost:.4g}"
         say(
             f"{ahead.questions:,} calls ({ahead.cached:,} replies are there), about {ahead.prompt_tokens:,} tokens to "
-            f"read and at most {ahead.completion_tokens:,} to write, cost at most {cost}, about {ahead.seconds / 60:.0f} min"
+            f"read and at most {ahead.completion_tokens:,} to write, cost at most {cost}, "
+            f"about {ahead.seconds / 60:.0f} min"
         )
         if arguments.max_cost is not None:
             if ahead.cost is None:
