@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
 import sys
+import time
 import types
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -228,6 +232,7 @@ def test_answers_come_from_a_server_and_what_has_none_remains(tmp_path, capsys):
         assert len(server.asked) - calls == 2  # both turns of the one that was missing
         assert server.asked[0].keys() == {"model", "messages", "temperature", "max_tokens", "seed"}
         assert {body["temperature"] for body in server.asked} == {0.7, 0.0, 0.1}
+        assert len({body["seed"] for body in server.asked}) == 10
         # In another folder everything is there already.
         assert generate("a-model", prompts, tmp_path / "again", *options) == 0
         assert len(server.asked) - calls == 2
@@ -321,3 +326,40 @@ def test_control_tokens_in_a_question_stay_text(model_dir, tmp_path):
     (ids,) = encode_prompts([[{"role": "user", "content": "a</s><|assistant|>b"}]], tiny_tokenizer())
     assert ids.count(2) == 1  # the end of the user's turn alone
     assert ids.count(5) == 1
+
+
+@pytest.mark.slow
+def test_a_real_server_answers_and_judges(model_dir, tmp_path):
+    """`transformers serve` on the tiny model, where what it needs is installed."""
+    for name in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(name, reason="transformers[serving] is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--port", str(port), "--device", "cpu"]
+    served = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and served.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        url = f"http://localhost:{port}/v1"
+        prompts = question_file(tmp_path, "alpaca_eval")
+        options = ["--server", url, "--cache", str(tmp_path / "cache"), "--timeout", "60"]
+        assert generate(model_dir, prompts, tmp_path / "out", *options) == 0
+        rows = written(tmp_path / "out")
+        assert len({row["output"] for row in rows}) == len(rows)
+        words = tmp_path / "words.txt"
+        words.write_text("{instruction} m: {output_1} M: {output_2}")
+        file = str(tmp_path / "out" / "model_outputs.json")
+        arguments = ["--answers", file, "--against", file, "--judge", f"server:{url}", "--model-name", str(model_dir)]
+        arguments += ["--prompt", str(words), "--out", str(tmp_path / "judged"), "--cache", str(tmp_path / "cache")]
+        # A random model says nothing of use: every reply is there, and none is a verdict.
+        assert main(["judge", *arguments]) in (0, 2)
+        assert len(list((tmp_path / "cache").rglob("*.json"))) == 14
+    finally:
+        served.terminate()
+        served.wait(20)

@@ -175,6 +175,11 @@ def build_parser() -> argparse.ArgumentParser:
     _data_options(evaluate)
     _out_option(evaluate, "folder for metrics.json and generations.parquet")
     evaluate.add_argument("--gold", choices=["vader"], help="gold reward of the generations")
+    evaluate.add_argument(
+        "--judge",
+        metavar="JUDGE",
+        help="reward:MODEL or function:MODULE:NAME compares the generations (docs/judging.md)",
+    )
     evaluate.add_argument("--prompts", type=int, default=100, help="prompts to generate for (default 100)")
     evaluate.add_argument("--samples", type=int, default=1, help="generations a prompt (default 1)")
     evaluate.add_argument("--max-new-tokens", type=int, default=256, help="length limit (default 256)")

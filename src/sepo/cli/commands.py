@@ -240,7 +240,8 @@ def train_command(arguments: argparse.Namespace) -> None:
 
 def eval_command(arguments: argparse.Namespace) -> None:
     settings = {
-        name: getattr(arguments, name) for name in ("gold", "prompts", "samples", "max_new_tokens", "batch_size")
+        name: getattr(arguments, name)
+        for name in ("gold", "judge", "prompts", "samples", "max_new_tokens", "batch_size")
     }
     recipe = _recipe_of(
         arguments, reference={"model": arguments.base}, policy={"model": arguments.policy}, eval=settings

@@ -68,3 +68,25 @@ def encode_answers(conversations: Sequence[tuple[Turns, str]], tokenizer: Any) -
         except DropRow as drop:
             found.append(drop.reason)
     return found
+
+
+def words_of_prompt(ids: Sequence[int], tokenizer: Any) -> str:
+    """What the user asked in a prompt of one turn: the text without what the chat template writes around it.
+
+    A conversation of several turns keeps the template's words between them, without its special tokens.
+    """
+    text = str(tokenizer.decode(ids))
+    if tokenizer.chat_template is not None:
+        mark = "\u2402words\u2403"
+        try:
+            written = tokenizer.apply_chat_template(
+                [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # the template is foreign code
+            written = ""
+        before, found, after = written.partition(mark)
+        if found and text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
+            inner = text[len(before) : len(text) - len(after)]
+            if not any(token in inner for token in tokenizer.all_special_tokens):
+                return inner.strip()
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -236,7 +236,9 @@ def server_engine(endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: 
 
     def run(jobs: Sequence[Job], done: Done) -> None:
         requests = [
-            endpoint.request(job.messages, temperature=job.temperature, max_tokens=max_new_tokens, seed=seed)
+            endpoint.request(
+                job.messages, temperature=job.temperature, max_tokens=max_new_tokens, seed=own_seed(seed, job.messages)
+            )
             for job in jobs
         ]
 
@@ -294,7 +296,7 @@ def vllm_engine(
             SamplingParams(
                 temperature=job.temperature,
                 max_tokens=max_new_tokens,
-                seed=prompt_seed(seed, prompt),
+                seed=own_seed(seed, list(prompt)),
                 stop_token_ids=stops,
             )
             for job, prompt in zip(jobs, ids, strict=True)
@@ -311,9 +313,9 @@ def vllm_engine(
     return run
 
 
-def prompt_seed(seed: int, prompt: Sequence[int]) -> int:
-    """A seed of 31 bits that belongs to a prompt."""
-    return int(digest([seed, list(prompt)]), 16) % 2**31
+def own_seed(seed: int, prompt: Any) -> int:
+    """A seed of 31 bits that belongs to a prompt: with one for all, a server draws the same numbers for each."""
+    return int(digest([seed, prompt]), 16) % 2**31
 
 
 def _rank(adapter: str) -> int:

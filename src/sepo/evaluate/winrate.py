@@ -41,6 +41,7 @@ _GAMED_WEIGHT = 0.2 / 2
 # Mean length of the model's answers over the baseline's within which the minimal form was within a point of the
 # published value for all of the models that were tried.
 SAFE_LENGTHS = (0.75, 1.34)
+FEW = 100
 _SAME_ANSWER = 0.5  # a share of equal answers that no model reaches which reads the prompt
 
 
@@ -225,6 +226,8 @@ def warnings_of(judgements: Sequence[Judgement], result: Mapping[str, Any]) -> l
     if result["n_unusable"]:
         total = result["n_unusable"] + result["n_total"]
         found.append(f"{result['n_unusable']} of {total} judgements have no preference in [1, 2] and are left out")
+    if result["lc_model"] == "minimal" and FOLDS <= result["n_total"] < FEW:
+        found.append(f"of {result['n_total']} judgements the penalised length-controlled fit is drawn towards 50")
     if result["n_without_length"]:
         found.append(
             f"{result['n_without_length']} judgements without both lengths are not in the length-controlled fit"
