@@ -12,7 +12,7 @@ import numpy as np
 # scikit-learn's grid for Cs=10, the inverse strengths among which cross-validation chooses.
 STRENGTHS = np.logspace(-4, 4, 10)
 FOLDS = 5
-_STEPS, _CLOSE, _RIDGE = 100, 1e-11, 1e-10
+_STEPS, _CLOSE, _RIDGE = 100, 1e-9, 1e-10
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -63,15 +63,12 @@ def fit_logistic(
         # Collinear features have no single best step; any of them has the same probabilities.
         curvature[np.diag_indices_from(curvature)] += _RIDGE * (1 + np.trace(curvature))
         step = _newton_step(coefficients, gradient, curvature, penalty)
-        size = 1.0
-        while size > 1e-10 and cost(coefficients + size * step) > now:
-            size /= 2
-        if size <= 1e-10:
-            break
-        coefficients = coefficients + size * step
-        now = cost(coefficients)
         if np.abs(step).max() < _CLOSE * (1 + np.abs(coefficients).max()):
             break
+        size = 1.0
+        while (there := cost(coefficients + size * step)) > now + 1e-14 * abs(now) and size > 1e-6:
+            size /= 2
+        coefficients, now = coefficients + size * step, there
     return coefficients
 
 
