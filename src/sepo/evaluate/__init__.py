@@ -1,3 +1,1 @@
-"""Evaluation: accuracy, gold rewards, generation, fidelity of token rewards, the reward-KL frontier; answers to benchmarks,
-judges and win rates.
-"""
+"""Evaluation: accuracy, gold rewards, generation, fidelity of token rewards, the frontier; answers, judges, win rates."""

@@ -84,8 +84,8 @@ class OfficialData:
 def preference_of(value: Any) -> float:
     """A preference as files hold it -> a number in [1, 2], NaN for what is none.
 
-    >>> [preference_of(value) for value in (2, "1.25", 0, None, "n/a", 3)]
-    [2.0, 1.25, 1.5, nan, nan, nan]
+    >>> preference_of("1.25"), preference_of(0), preference_of(None), preference_of(3)
+    (1.25, 1.5, nan, nan)
     """
     number = number_of(value)
     if number == 0:
