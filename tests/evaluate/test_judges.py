@@ -410,6 +410,19 @@ def test_a_hostile_judge_loses_nothing_and_is_paid_once(tmp_path, words, capsys)
     assert main(["winrate", str(tmp_path / "out" / "annotations.json")]) == 0
 
 
+def test_a_judge_without_a_single_verdict_leaves_the_reasons(tmp_path, words, capsys):
+    ours = outputs(tmp_path / "ours.json", "mine", ["a", "b\ud800"])
+    theirs = outputs(tmp_path / "theirs.json", "base", ["c", "d"])
+    with serving(lambda body, before: completion("neither \ud800")) as asked:
+        options = ["--judge", f"server:{asked.url}", "--model-name", "j", "--prompt", str(words)]
+        assert judge(tmp_path, ours, theirs, *options) == 2
+    assert "can be used" in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "judging.json").read_text())
+    assert record["failures"] == {"no verdict": 2}
+    assert record["spent"]["asked"] == 4
+    assert len(json.loads((tmp_path / "out" / "annotations.json").read_text())) == 2
+
+
 def test_a_dry_run_and_a_cost_that_is_too_high_ask_nothing(tmp_path, words, capsys):
     ours = outputs(tmp_path / "ours.json", "mine", ["a" * 4000] * 10)
     theirs = outputs(tmp_path / "theirs.json", "base", ["b" * 4000] * 10)

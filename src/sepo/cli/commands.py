@@ -422,16 +422,13 @@ def judge_command(arguments: argparse.Namespace) -> None:
     from sepo.evaluate.judgements import score_files
     from sepo.evaluate.judges import compare
     from sepo.evaluate.judges.server import spent_text
-    from sepo.evaluate.statistics import mean_and_se
     from sepo.files import write_json, write_text
     from sepo.processes import say
 
     settings = _judge_of(arguments)
     prices = _prices_of(arguments)
-    if settings.server is None:
-        for name in ("reference_answers",):
-            if getattr(arguments, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} is for a judge behind a server: leave it out")
+    if settings.server is None and arguments.reference_answers is not None:
+        raise UserError("--reference-answers is for a judge behind a server: leave it out")
     paths = [getattr(arguments, name) for name in ("answers", "against", "questions", "reference_answers")]
     matches, missing = compare.read_all(*(None if path is None else Path(path) for path in paths))  # type: ignore[arg-type]
     contests = [one.contest for one in matches]
@@ -459,46 +456,44 @@ def judge_command(arguments: argparse.Namespace) -> None:
     if settings.reward_model is not None:
         _quiet_libraries()
     rows: list[dict[str, Any]]
+    games: list[dict[str, Any]] = []
+    results: dict[str, dict[str, Any]] = {}
     with _writing_to(arguments) as out:
+        # Verdicts and what they cost are on the disk before they are scored: there may be none that can be.
         if grade and settings.server is None:
             values = compare.score_answers(settings, [compare.conversation(one) for one in contests], arguments.device)
-            mean, error = mean_and_se([value for value in values if value == value])
-            rows = [
-                {"question": one.contest.questions[-1], "model": one.model.model, "score": float(value)}
-                for one, value in zip(matches, values, strict=True)
-            ]
-            write_json(out / "scores_by_answer.json", rows, indent=1)
-            failed = int(sum(value != value for value in values))
-            results = {
-                matches[0].model.model: {
-                    "benchmark": settings.name, "score": mean, "standard_error": error, "n_total": len(values) - failed,
-                    "n_failed": failed, "warnings": [],
-                }
-            }  # fmt: skip
+            rows = compare.score_rows(matches, values)
             spent: dict[str, Any] = {"scored": len(values)}
+            write_json(out / "scores_by_answer.json", rows, indent=1)
         elif grade:
-            rows, _, spent = compare.grade_rows(prepared, matches)
+            rows, spent = compare.grade_rows(prepared, matches)
             write_text(out / "judgement_single.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            results = score_files([out / "judgement_single.jsonl"])
         else:
             verdicts, extra, spent = compare.judge_pairs(prepared, contests, arguments.device)
             rows = compare.annotation_rows(matches, verdicts, extra, settings.name)
+            games = compare.arena_rows(matches, verdicts, settings.name)
             write_json(out / "annotations.json", rows, indent=1)
-            results = score_files([out / "annotations.json"])
-            if games := compare.arena_rows(matches, verdicts, settings.name):
+            if games:
                 write_text(out / "model_judgment.jsonl", "".join(json.dumps(row) + "\n" for row in games))
-                results |= {f"{name}, games": one for name, one in score_files([out / "model_judgment.jsonl"]).items()}
         failures = Counter(row["failure"] for row in rows if row.get("failure"))
         record = {"spent": spent, "missing": missing._asdict(), "failures": dict(failures)}
         write_json(out / "judging.json", {"judge": settings.model_dump(mode="json", exclude_none=True), **record})
+        for reason, number in failures.items():
+            say(f"{number} without a verdict: {reason}")
+        if prepared.endpoint is not None:
+            say(spent_text(Spent(**spent), prices))
+            if spent["unanswered"]:
+                say("what has no reply is asked again by the same command; everything else is in the cache")
+        if grade and settings.server is None:
+            results = compare.mean_scores(rows, settings.name)
+        elif grade:
+            results = score_files([out / "judgement_single.jsonl"])
+        else:
+            results = score_files([out / "annotations.json"])
+        if games:
+            results |= {f"{name}, games": one for name, one in score_files([out / "model_judgment.jsonl"]).items()}
         write_json(out / "scores.json", next(iter(results.values())) if len(results) == 1 else results)
     _show_scores(results)
-    for reason, number in failures.items():
-        say(f"{number} without a verdict: {reason}")
-    if prepared.endpoint is not None:
-        say(spent_text(Spent(**spent), prices))
-        if spent["unanswered"]:
-            say("what has no reply is asked again by the same command; everything else is in the cache")
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------

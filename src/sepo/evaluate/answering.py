@@ -172,7 +172,7 @@ def write_answers(folder: Path, questions: Sequence[Question], benchmark: str, f
             rows.append(answer_row(question, texts, tokens, model, benchmark))
     if benchmark in ("mt_bench", "arena_hard"):
         path = folder / "model_answer" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', model)}.jsonl"
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     else:
         path = folder / "model_outputs.json"
         write_json(path, rows)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +13,10 @@ import numpy as np
 
 from sepo.errors import UserError
 from sepo.evaluate.endpoint import Estimate, estimate
-from sepo.evaluate.judges import scores, server
+from sepo.evaluate.judges import scores, server, templates
 from sepo.evaluate.judges.server import Contest, Verdict
 from sepo.evaluate.questions import Answer, Question
+from sepo.evaluate.statistics import mean_and_se
 from sepo.recipe.settings import JudgeSettings
 
 # MT-Bench's categories whose grades want a reference answer.
@@ -240,19 +240,16 @@ def arena_rows(matches: Sequence[Match], verdicts: Sequence[Verdict], judge: str
     return rows
 
 
-def grade_rows(prepared: Prepared, matches: Sequence[Match]) -> tuple[list[dict[str, Any]], Counter, dict[str, Any]]:
-    """Grades of every turn in FastChat's form (-1 where there is none), why grades are missing, and what was spent."""
-    from sepo.evaluate.judges.templates import grade
-
+def grade_rows(prepared: Prepared, matches: Sequence[Match]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Grades of every turn in FastChat's form (-1 where there is none, and why), and what was spent."""
     replies, spent = prepared.endpoint.ask_all(prepared.requests, "judge")
-    rows, failures = [], Counter[str]()
+    rows = []
     for (number, turn, template), reply in zip(prepared.about, replies, strict=True):
-        value, failure = grade(reply)
-        failures.update([failure] if failure is not None else [])
+        value, failure = templates.grade(reply)
         key = matches[number].model.key
         rows.append(
             {
-                "question_id": int(key) if key.isdigit() else key,
+                "question_id": int(key) if key.isdecimal() else key,
                 "model": matches[number].model.model,
                 "judge": [prepared.settings.name, template.name],
                 "judgment": reply.text,
@@ -262,7 +259,34 @@ def grade_rows(prepared: Prepared, matches: Sequence[Match]) -> tuple[list[dict[
                 "tstamp": time.time(),
             }
         )
-    return rows, failures, asdict(spent)
+    return rows, asdict(spent)
+
+
+def score_rows(matches: Sequence[Match], values: np.ndarray) -> list[dict[str, Any]]:
+    """The number of each answer, with what it answers; null and why where there is none."""
+    return [
+        {
+            "question": one.contest.questions[-1],
+            "model": one.model.model,
+            "score": None if math.isnan(value) else float(value),
+            "failure": "no score of the answer" if math.isnan(value) else None,
+        }
+        for one, value in zip(matches, values, strict=True)
+    ]
+
+
+def mean_scores(rows: Sequence[Mapping[str, Any]], judge: str) -> dict[str, dict[str, Any]]:
+    """The mean of `score_rows` with its error, under the model's name.
+
+    Raises:
+        UserError: no answer has a number.
+    """
+    values = [row["score"] for row in rows if row["score"] is not None]
+    if not values:
+        raise UserError(f"the judge '{judge}' gave none of {len(rows)} answers a number")
+    mean, error = mean_and_se(values)
+    result = {"benchmark": judge, "score": mean, "standard_error": error, "n_total": len(values)}
+    return {str(rows[0]["model"]): {**result, "n_failed": len(rows) - len(values), "warnings": []}}
 
 
 def read_all(
