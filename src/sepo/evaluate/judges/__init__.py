@@ -1,4 +1,4 @@
-"""Judges: what compares two answers, or grades one. A reward model, a function, or a language model behind a server.
+"""Judges: what compares two answers, or grades one (`JudgeSettings` in recipe/settings.py). A reward model, a function, or a language model behind a server.
 
 spec.py          what a judge is called, on the command line and in a recipe
 templates.py     the words that a language model is asked with, read from files, and what its reply means
