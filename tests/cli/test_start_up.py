@@ -70,6 +70,7 @@ sys.exit(code)
         "select --table {0}/scores --out {1}/selection rule_chosen=dataset rule_rejected=random credit=soft",
         "select --table {0}/scores --table {0}/other --combine min --out {1}/selection",
         "select --table {0}/nowhere --out {1}/selection",
+        "winrate {0}/nowhere.json",
         "report --table {0}/scores --out {1}/report.html --figures {1}/figures",
     ],
 )

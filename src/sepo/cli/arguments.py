@@ -27,6 +27,9 @@ stage by stage, without a recipe:
   sepo train  --policy MODEL --selection selection --out policy learning_rate=5e-6
   sepo eval   --policy policy --base MODEL --data held_out.parquet --out eval
   sepo report --table scores --tokenizer MODEL  every token coloured by its reward, in the browser
+  sepo generate --model policy --prompts alpaca_eval.json --out answers
+  sepo judge --answers mine.json --against theirs.json --judge reward:MODEL --out judged
+  sepo winrate annotations.json                 win rate with its error, length-controlled (docs/judging.md)
 
 MODEL is a hub id, a folder, a .gguf file, or package:PACKAGE/FILE.gguf. Data is a hub id, a folder or a
 parquet, json, jsonl or csv file with the columns chosen, rejected and (unless both share it) prompt.
@@ -173,11 +176,116 @@ def build_parser() -> argparse.ArgumentParser:
     _data_options(evaluate)
     _out_option(evaluate, "folder for metrics.json and generations.parquet")
     evaluate.add_argument("--gold", choices=["vader"], help="gold reward of the generations")
+    evaluate.add_argument(
+        "--judge",
+        metavar="JUDGE",
+        help="reward:MODEL or function:MODULE:NAME compares the generations (docs/judging.md)",
+    )
     evaluate.add_argument("--prompts", type=int, default=100, help="prompts to generate for (default 100)")
     evaluate.add_argument("--samples", type=int, default=1, help="generations a prompt (default 1)")
     evaluate.add_argument("--max-new-tokens", type=int, default=256, help="length limit (default 256)")
     evaluate.add_argument("--batch-size", type=int, help="generations at a time (default: what the device holds)")
     _device_options(evaluate)
+
+    winrate = command(
+        "winrate", commands.winrate_command, "score judgements of anyone: AlpacaEval, MT-Bench or Arena-Hard"
+    )
+    winrate.add_argument(
+        "files", type=_path, nargs="+", metavar="FILE", help="annotations.json, model_judgment/*.jsonl, ..."
+    )
+    winrate.add_argument("--json", type=_path, metavar="OUT", help="write all figures to this file")
+    winrate.add_argument(
+        "--glm-data",
+        type=_path,
+        metavar="DIR",
+        help="folder of df_gamed.csv and instruction_difficulty.csv, for AlpacaEval's full length control",
+    )
+    winrate.add_argument(
+        "--answers", type=_path, nargs="+", default=[], metavar="FILE", help="Arena-Hard's answers, for style control"
+    )
+    winrate.add_argument("--baseline", metavar="NAME", help="whom Arena-Hard's games are against")
+    winrate.add_argument("--seed", type=int, default=0, help="seed of Arena-Hard's bootstrap (default 0)")
+
+    generate = command(
+        "generate", commands.generate_command, "answer the questions of a file or a benchmark, in the benchmark's form"
+    )
+    generate.add_argument(
+        "--model", type=_path, required=True, metavar="MODEL", help="who answers; its name, with --server"
+    )
+    generate.add_argument(
+        "--prompts",
+        type=_path,
+        required=True,
+        metavar="FILE",
+        help="questions: a file, or alpaca_eval, mt_bench, arena_hard",
+    )
+    _out_option(generate, "folder of the answers; the same command goes on where it stopped")
+    generate.add_argument("--name", help="what the model is called in the answers (default: the last part of MODEL)")
+    generate.add_argument("--max-new-tokens", type=int, default=2048, help="length limit of an answer (default 2048)")
+    generate.add_argument(
+        "--temperature", type=float, help="of sampling; 0 for the likeliest (default: the benchmark's)"
+    )
+    generate.add_argument("--limit", type=int, metavar="N", help="answer the first N questions only")
+    generate.add_argument(
+        "--chat-template", action="append", default=[], metavar="key=value", help="a keyword for the chat template"
+    )
+    generate.add_argument(
+        "--engine", choices=["transformers", "vllm"], help="what runs the model (default transformers)"
+    )
+    generate.add_argument("--batch-size", type=int, help="answers at a time (default: what the device holds)")
+    generate.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the weights")
+    _device_options(generate)
+    remote = generate.add_argument_group("a model behind a server")
+    remote.add_argument("--server", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
+    remote.add_argument("--key-variable", metavar="NAME", help="variable that holds the key (default OPENAI_API_KEY)")
+    remote.add_argument("--concurrency", type=int, help="requests at once (default 8)")
+    remote.add_argument("--timeout", type=float, help="seconds of a request in all (default 300)")
+    remote.add_argument("--retries", type=int, help="how often a question without a reply is asked again (default 6)")
+    remote.add_argument("--cache", type=_path, metavar="DIR", help="folder of replies (default: the cache of sepo)")
+
+    judge = command("judge", commands.judge_command, "judge answers: two models' against each other, or grade one's")
+    judge.add_argument(
+        "--answers", type=_path, required=True, metavar="FILE", help="answers of the model, in any benchmark's form"
+    )
+    judge.add_argument("--against", type=_path, metavar="FILE", help="answers of the baseline; without it, grades")
+    judge.add_argument(
+        "--judge", required=True, metavar="JUDGE", help="reward:MODEL, function:MODULE:NAME, or server:http://HOST/v1"
+    )
+    _out_option(judge, "folder for annotations.json, scores.json and judging.json")
+    judge.add_argument(
+        "--questions", type=_path, metavar="FILE", help="question file, where the answers do not repeat it"
+    )
+    judge.add_argument(
+        "--device", default="auto", help="of a reward model: auto, cpu, cuda, cuda:0, mps (default auto)"
+    )
+    server = judge.add_argument_group("a judge behind a server")
+    server.add_argument("--model-name", metavar="NAME", help="what the model is called there")
+    server.add_argument(
+        "--prompt", type=_path, metavar="FILE", help="the judge's words: the benchmark's txt, jsonl or yaml"
+    )
+    server.add_argument("--prompt-name", metavar="NAME", help="which prompt of a file with several")
+    server.add_argument("--reference-answers", type=_path, metavar="FILE", help="right answers, for MT-Bench's grades")
+    server.add_argument(
+        "--order", choices=["both", "seeded"], help="both orders (default), or one as AlpacaEval draws it"
+    )
+    server.add_argument("--no-logprobs", dest="logprobs", action="store_const", const=False, help="do not ask for them")
+    server.add_argument("--temperature", type=float, help="of the judge (default 0)")
+    server.add_argument("--max-tokens", type=int, help="of a reply (default: 1 for a verdict of one token, else 2048)")
+    server.add_argument("--key-variable", metavar="NAME", help="variable that holds the key (default OPENAI_API_KEY)")
+    server.add_argument("--concurrency", type=int, help="requests at once (default 8)")
+    server.add_argument("--timeout", type=float, help="seconds of a request in all (default 300)")
+    server.add_argument("--retries", type=int, help="how often a question without a reply is asked again (default 6)")
+    server.add_argument("--cache", type=_path, metavar="DIR", help="folder of replies (default: the cache of sepo)")
+    server.add_argument("--retry-failed", action="store_true", help="ask again what has a malformed reply")
+    server.add_argument(
+        "--prices",
+        type=float,
+        nargs=2,
+        metavar=("READ", "WRITTEN"),
+        help="what a million tokens cost, for the estimate",
+    )
+    server.add_argument("--max-cost", type=float, help="ask nothing if it may cost more than this")
+    server.add_argument("--dry-run", action="store_true", help="say how many calls, tokens and what cost; ask nothing")
 
     report = command("report", commands.report_command, "write the HTML report of a run or of any score table")
     report.add_argument("run", type=_path, nargs="?", metavar="RUN", help="run folder")

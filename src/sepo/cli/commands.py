@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sepo.cli.output import print_metrics, print_plan, print_story
+from sepo.cli.output import print_metrics, print_plan, print_scores, print_story
 from sepo.errors import UserError
 from sepo.files import check_writable
 
 if TYPE_CHECKING:
-    from sepo.recipe.settings import Recipe
+    from sepo.recipe.settings import JudgeSettings, Recipe
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -90,8 +92,6 @@ def recipe_command(arguments: argparse.Namespace) -> None:
     if arguments.list:
         print_plan("built in", [{"name": name, "what": builtin.about(path)} for name, path in builtin.names().items()])
     elif arguments.schema:
-        import json
-
         from sepo.recipe.settings import Recipe
 
         print(json.dumps(Recipe.model_json_schema(), indent=2))
@@ -245,7 +245,8 @@ def train_command(arguments: argparse.Namespace) -> None:
 
 def eval_command(arguments: argparse.Namespace) -> None:
     settings = {
-        name: getattr(arguments, name) for name in ("gold", "prompts", "samples", "max_new_tokens", "batch_size")
+        name: getattr(arguments, name)
+        for name in ("gold", "judge", "prompts", "samples", "max_new_tokens", "batch_size")
     }
     recipe = _recipe_of(
         arguments, reference={"model": arguments.base}, policy={"model": arguments.policy}, eval=settings
@@ -308,6 +309,198 @@ def report_command(arguments: argparse.Namespace) -> None:
     _join("cpu").on_main(write)
 
 
+def winrate_command(arguments: argparse.Namespace) -> None:
+    from sepo.evaluate.judgements import score_files
+    from sepo.evaluate.winrate import read_official
+    from sepo.files import write_json
+
+    if arguments.json is not None:
+        check_writable(Path(arguments.json).parent)
+        if Path(arguments.json).is_dir():
+            raise UserError(f"'{arguments.json}' is a folder: --json names the file to write")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: expected 0 or more")
+    official = None if arguments.glm_data is None else read_official(Path(arguments.glm_data))
+    results = score_files(
+        arguments.files, official=official, answers=arguments.answers, baseline=arguments.baseline, seed=arguments.seed
+    )
+    _show_scores(results)
+    if arguments.json is not None:
+        # One model's figures lie at the top, where everyone looks for `win_rate`.
+        write_json(Path(arguments.json), next(iter(results.values())) if len(results) == 1 else results)
+
+
+def generate_command(arguments: argparse.Namespace) -> int:
+    from sepo.errors import check_number, saying_what_is_kept
+    from sepo.evaluate import answering
+    from sepo.evaluate.endpoint import KEY_VARIABLE, Endpoint
+    from sepo.evaluate.judges.server import spent_text
+    from sepo.evaluate.questions import find_questions, read_questions
+    from sepo.processes import say
+    from sepo.recipe.reading import parse_override
+
+    if arguments.server is not None and arguments.engine is not None:
+        raise UserError("--engine is for a model here: leave it out with --server")
+    check_number("--max-new-tokens", arguments.max_new_tokens, whole=True, least=1)
+    check_number("--seed", arguments.seed, whole=True, least=0, below=2**32)
+    if arguments.temperature is not None:
+        check_number("--temperature", arguments.temperature, least=0)
+    if arguments.batch_size is not None:
+        check_number("--batch-size", arguments.batch_size, whole=True, least=1)
+    if arguments.limit is not None:
+        check_number("--limit", arguments.limit, whole=True, least=1)
+    options = dict(parse_override(item) for item in arguments.chat_template)
+    questions, benchmark = read_questions(*find_questions(arguments.prompts))
+    asked = answering.questions_digest(questions)  # of all: with a higher --limit the same folder goes on
+    questions = questions[: arguments.limit]
+    if benchmark == "alpaca_eval" and any(len(question.turns) > 1 for question in questions):
+        raise UserError(f"'{arguments.prompts}' has questions of several turns, which AlpacaEval's form cannot hold")
+    out = Path(arguments.out)
+    name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
+    record: dict[str, Any] = {
+        "engine": arguments.engine or ("server" if arguments.server else "transformers"),
+        "prompts": asked,
+        "benchmark": benchmark,
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "seed": arguments.seed,
+        "chat_template_kwargs": options,
+    }
+    spent: list[Any] = []
+    if arguments.server is not None:
+        given = {key: getattr(arguments, key) for key in ("concurrency", "timeout", "retries", "cache")}
+        given = {key: value for key, value in given.items() if value is not None}
+        variable = arguments.key_variable or KEY_VARIABLE
+        endpoint = Endpoint(arguments.server, arguments.model, key_variable=variable, **given)
+        record |= {"server": arguments.server, "model": arguments.model}
+    else:
+        _quiet_libraries()
+        from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
+
+        record["model"] = [model_fingerprint(arguments.model), usage_fingerprint(arguments.model)]
+
+    def engine() -> answering.Engine:
+        settings = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
+        if arguments.server is not None:
+            return answering.server_engine(endpoint, **settings, spent=spent)
+        from sepo.models.folders import adapter_base, is_adapter
+        from sepo.models.names import resolve_model
+        from sepo.models.tokenizer import load_tokenizer
+        from sepo.models.weights import load_model
+
+        tokenizer = load_tokenizer(arguments.model)
+        if arguments.engine == "vllm":
+            folder, adapter = resolve_model(arguments.model), None
+            if is_adapter(Path(folder)):
+                base, revision = adapter_base(Path(folder))
+                folder, adapter = resolve_model(base, revision=revision), folder
+            return answering.vllm_engine(folder, tokenizer, options=options, adapter=adapter, **settings)
+        model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+        return answering.transformers_engine(
+            model, tokenizer, batch_size=arguments.batch_size, options=options, **settings
+        )
+
+    with _writing_to(arguments):
+        answering.settle(out, record)
+        finished = answering.Finished.read(out / answering.FINISHED)
+        remaining = sum(not answering.is_whole(question, finished) for question in questions)
+        say(f"{len(questions)} questions, {remaining} to be answered")
+
+        def kept() -> str:
+            left = sum(not answering.is_whole(question, finished) for question in questions)
+            return f"{len(questions) - left} of {len(questions)} questions are answered; the same command does the rest"
+
+        if remaining:
+            with saying_what_is_kept(kept):
+                remaining = answering.answer_all(questions, benchmark, finished, engine(), arguments.temperature)
+        path = answering.write_answers(out, questions, benchmark, finished, name)
+    if spent:
+        say(spent_text(answering.total_spent(spent), None))
+    print(path)
+    if remaining:
+        say(f"{remaining} of {len(questions)} questions have no answer: the same command asks again")
+    return 1 if remaining else 0
+
+
+def judge_command(arguments: argparse.Namespace) -> None:
+    from sepo.evaluate.endpoint import Spent
+    from sepo.evaluate.judgements import score_files
+    from sepo.evaluate.judges import compare
+    from sepo.evaluate.judges.server import spent_text
+    from sepo.files import write_json, write_text
+    from sepo.processes import say
+
+    settings = _judge_of(arguments)
+    prices = _prices_of(arguments)
+    if settings.server is None and arguments.reference_answers is not None:
+        raise UserError("--reference-answers is for a judge behind a server: leave it out")
+    paths = [getattr(arguments, name) for name in ("answers", "against", "questions", "reference_answers")]
+    matches, missing = compare.read_all(*(None if path is None else Path(path) for path in paths))  # type: ignore[arg-type]
+    contests = [one.contest for one in matches]
+    grade = arguments.against is None
+    prepared = compare.prepare(settings, contests, grade, arguments.retry_failed)
+    for line in missing.lines():
+        say(line)
+    ahead = compare.expected(prepared, prices)
+    if ahead is not None:
+        cost = "unknown (--prices)" if ahead.cost is None else f"{ahead.cost:.4g}"
+        say(
+            f"{ahead.questions:,} calls ({ahead.cached:,} replies are there), about {ahead.prompt_tokens:,} tokens to "
+            f"read and at most {ahead.completion_tokens:,} to write, cost at most {cost}, "
+            f"about {ahead.seconds / 60:.0f} min"
+        )
+        if arguments.max_cost is not None:
+            if ahead.cost is None:
+                raise UserError("--max-cost needs --prices, of a million tokens read and written: --prices 2.5 10")
+            if ahead.cost > arguments.max_cost:
+                raise UserError(
+                    f"it may cost {ahead.cost:.4g}, more than --max-cost {arguments.max_cost:g}: nothing was asked"
+                )
+    if arguments.dry_run:
+        return
+    if settings.reward_model is not None:
+        _quiet_libraries()
+    rows: list[dict[str, Any]]
+    games: list[dict[str, Any]] = []
+    results: dict[str, dict[str, Any]] = {}
+    with _writing_to(arguments) as out:
+        # Verdicts and what they cost are on the disk before they are scored: there may be none that can be.
+        if grade and settings.server is None:
+            values = compare.score_answers(settings, [compare.conversation(one) for one in contests], arguments.device)
+            rows = compare.score_rows(matches, values)
+            spent: dict[str, Any] = {"scored": len(values)}
+            write_json(out / "scores_by_answer.json", rows, indent=1)
+        elif grade:
+            rows, spent = compare.grade_rows(prepared, matches)
+            write_text(out / "judgement_single.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            verdicts, extra, spent = compare.judge_pairs(prepared, contests, arguments.device)
+            rows = compare.annotation_rows(matches, verdicts, extra, settings.name)
+            games = compare.arena_rows(matches, verdicts, settings.name)
+            write_json(out / "annotations.json", rows, indent=1)
+            if games:
+                write_text(out / "model_judgment.jsonl", "".join(json.dumps(row) + "\n" for row in games))
+        failures = Counter(row["failure"] for row in rows if row.get("failure"))
+        record = {"spent": spent, "missing": missing._asdict(), "failures": dict(failures)}
+        write_json(out / "judging.json", {"judge": settings.model_dump(mode="json", exclude_none=True), **record})
+        for reason, number in failures.items():
+            say(f"{number} without a verdict: {reason}")
+        if prepared.endpoint is not None:
+            say(spent_text(Spent(**spent), prices))
+            if spent["unanswered"]:
+                say("what has no reply is asked again by the same command; everything else is in the cache")
+        if grade and settings.server is None:
+            results = compare.mean_scores(rows, settings.name)
+        elif grade:
+            results = score_files([out / "judgement_single.jsonl"])
+        else:
+            results = score_files([out / "annotations.json"])
+        if games:
+            results |= {f"{name}, games": one for name, one in score_files([out / "model_judgment.jsonl"]).items()}
+        write_json(out / "scores.json", next(iter(results.values())) if len(results) == 1 else results)
+    _show_scores(results)
+
+
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +529,58 @@ def _recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
             "max_length": arguments.max_length,
         }
     return parse_recipe(values, "command line")
+
+
+def _judge_of(arguments: argparse.Namespace) -> JudgeSettings:
+    """The judge that the options name, checked as a recipe's is."""
+    from sepo.recipe.reading import parse_recipe
+
+    values: dict[str, Any] = {}
+    kind, _, name = arguments.judge.partition(":")
+    field = {"reward": "reward_model", "function": "function", "server": "server"}.get(kind)
+    if field is None or not name:
+        raise UserError(f"--judge {arguments.judge}: expected reward:MODEL, function:MODULE:NAME or server:URL")
+    values[field] = name
+    for option, key in _JUDGE_OPTIONS.items():
+        if (value := getattr(arguments, option)) is not None:
+            if field != "server":
+                raise UserError(f"--{option.replace('_', '-')} is for a judge behind a server: leave it out")
+            values[key] = value
+    if field == "server" and not (arguments.model_name and arguments.prompt):
+        raise UserError(
+            "a judge behind a server needs --model-name, its name there, and --prompt, a file with its words"
+        )
+    settings = parse_recipe({"eval": {"judge": values}}, "command line").eval.judge
+    assert settings is not None
+    return settings
+
+
+# Options of `sepo judge`, and what they are called in a recipe.
+_JUDGE_OPTIONS = {
+    "model_name": "model", "prompt": "prompt", "prompt_name": "prompt_name", "order": "order", "logprobs": "logprobs",
+    "temperature": "temperature", "max_tokens": "max_tokens", "key_variable": "key_variable",
+    "concurrency": "concurrency", "timeout": "timeout", "retries": "retries", "cache": "cache",
+}  # fmt: skip
+
+
+def _prices_of(arguments: argparse.Namespace) -> tuple[float, float] | None:
+    if arguments.prices is None:
+        return None
+    read, written = arguments.prices
+    if not (0 <= read < 1e6 and 0 <= written < 1e6):
+        raise UserError(f"--prices {read:g} {written:g}: expected what a million tokens read and written cost")
+    return read, written
+
+
+def _show_scores(results: dict[str, dict[str, Any]]) -> None:
+    """Print the scores of judged models, a table a benchmark, and what to know about them."""
+    from sepo.processes import say
+
+    for benchmark in dict.fromkeys(result["benchmark"] for result in results.values()):
+        print_scores(benchmark, {name: one for name, one in results.items() if one["benchmark"] == benchmark})
+    for name, result in results.items():
+        for line in result["warnings"]:
+            say(f"{name}: {line}")
 
 
 def _target_of(arguments: argparse.Namespace) -> tuple[int, float | None]:

@@ -105,3 +105,24 @@ def print_plan(title: str, rows: list[dict[str, str]], wide: bool = False) -> No
         table.add_row(*(Text(str(cell)) for cell in row.values()))
     console = Console()
     (Console(width=max(console.width, 200)) if wide else console).print(table)
+
+
+# Which figures of a judged model are shown, in their order, and under which heads.
+_SCORES = {
+    "win_rate": "win rate", "score": "score", "standard_error": "± s.e.",
+    "length_controlled_winrate": "length-controlled",
+    "score_turn_1": "turn 1", "score_turn_2": "turn 2", "lower": "5 %", "upper": "95 %",
+    "style_controlled": "style-controlled", "n_total": "judged", "n_unusable": "unusable", "n_failed": "failed",
+    "avg_length": "characters",
+}  # fmt: skip
+
+
+def print_scores(title: str, results: dict[str, dict[str, Any]]) -> None:
+    """Print the figures of judged models, one a row."""
+    from sepo.report.numbers import number
+
+    shown = [key for key in _SCORES if any(key in result for result in results.values())]
+    rows = [
+        {"name": name, **{_SCORES[key]: number(result.get(key)) for key in shown}} for name, result in results.items()
+    ]
+    print_plan(title, rows)

@@ -153,6 +153,21 @@ class ChatWriter:
         assert first is not None
         raise first
 
+    def opening(self, pair: TextPair) -> str:
+        """The prompt alone, up to where a response would begin.
+
+        Raises:
+            DropRow: the template refuses the conversation.
+        """
+        assert not isinstance(pair.prompt, str)
+        way = _Way([map_text(tool, self.guard) for tool in pair.tools], {**self.options, **pair.options})
+        try:
+            return self._render([self.guard.message(one) for one in pair.prompt], way, add_generation_prompt=True)
+        except DropRow:
+            raise
+        except Exception as error:  # templates raise what they like
+            raise DropRow("refused by the chat template", one_line(error, 100)) from None
+
     def _write(self, context: list[Message], responses: list[Message], prefill: bool, way: _Way) -> Written:
         try:
             if prefill:

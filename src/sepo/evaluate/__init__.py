@@ -1,1 +1,1 @@
-"""Evaluation: accuracy, gold rewards, generation, fidelity of token rewards, the reward-KL frontier."""
+"""Evaluation: accuracy, gold rewards, generation, fidelity of token rewards, the frontier; answers, judges, scores."""

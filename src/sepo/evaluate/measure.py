@@ -14,20 +14,23 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo.credit.rewards import response_sums
 from sepo.data.previews import previews
+from sepo.data.prompts import words_of_prompt
 from sepo.data.splits import sample_prompts
 from sepo.data.tables import make_table, read_table, write_parquet
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.generate import Generation, generate_responses
 from sepo.evaluate.gold import gold_reward
+from sepo.evaluate.judges.in_run import judge_responses
 from sepo.evaluate.statistics import mean_and_se, paired_difference
+from sepo.files import write_json
 from sepo.forward.passes import dataset_logps, read_like
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import EvalSettings
 
-# What is written beside the figures: all that was judged, and a few answers for people.
-GENERATIONS, EXAMPLES = "generations.parquet", "examples.parquet"
+# What is written beside the figures: all that was measured, a few answers for people, and a judge's verdicts.
+GENERATIONS, EXAMPLES, ANNOTATIONS = "generations.parquet", "examples.parquet", "annotations.json"
 
 
 def evaluate_run(
@@ -54,7 +57,7 @@ def evaluate_run(
     Args:
         policy, base: models after and before training, with one tokenizer.
         held_out: a pairs table that was not trained on.
-        out: folder for `generations.parquet` and `examples.parquet`.
+        out: folder for `generations.parquet` and `examples.parquet`, and `annotations.json` with a judge.
         scores, selection: token rewards and key tokens of the training pairs, for fidelity (with a gold reward).
         scores_held_out: token rewards of the held-out pairs, for the oracle's accuracy.
         base_logps: the base's stored log-probabilities of `held_out`; computed when None, and where they were read in
@@ -111,6 +114,19 @@ def evaluate_run(
         generations = {"base": base_answers, "policy": answers}
         found, table = judge_generations(generations, policy_sums - base_sums, tokenizer, prompts, settings)
         metrics |= found
+        if settings.judge is not None:
+            found, verdicts, rows = judge_responses(
+                settings.judge,
+                [words_of_prompt(prompts[one.prompt_index], tokenizer) for one in answers],
+                table["base"].to_pylist(),
+                table["policy"].to_pylist(),
+                [one.prompt_index for one in answers],
+                device,
+            )
+            metrics |= found
+            for name, values in verdicts.items():
+                table = table.append_column(name, pa.array(values))
+            write_json(out / ANNOTATIONS, rows, indent=1)
         write_parquet(out / GENERATIONS, table)
     if shown:
         texts = previews(tokenizer, prompts)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from sepo.errors import UserError, named_error
 from sepo.models.folders import read_json_object
@@ -44,17 +44,42 @@ def load_whole(folder: Path, name: str, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: names the weights that are missing, unread or of another size.
     """
-    load: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        model, report = load(
-            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    model, report = _load(AutoModelForCausalLM, folder, name, options)
+    _require_whole(report, model, name)
+    return model
+
+
+def load_classifier(folder: Path, name: str, **options: Any) -> PreTrainedModel:
+    """`AutoModelForSequenceClassification.from_pretrained` of one output or two, none of its weights drawn at random.
+
+    Raises:
+        UserError: names the weights that are missing or of another size (a language model has no such head), or the
+            number of outputs.
+    """
+    model, report = _load(AutoModelForSequenceClassification, folder, name, options)
+    what = f"the checkpoint of '{name}'"
+    if missing := report["missing_keys"]:
+        raise UserError(
+            f"{what} lacks {_list(missing)}: they would be drawn at random; is it a reward model "
+            "(sequence classification)?"
         )
+    if mismatched := report["mismatched_keys"]:
+        raise UserError(f"{what} holds {_list(key for key, *_ in mismatched)} in another size than config.json says")
+    if unread := [key for key in report["unexpected_keys"] if not _BESIDE.search(key) and not _ENDS.search(key)]:
+        raise UserError(f"{what} holds {_list(unread)}, for which {type(model).__name__} has no place")
+    if (model.config.num_labels or 0) > 2:
+        raise UserError(f"'{name}' has {model.config.num_labels} outputs: expected one (a reward), or two (bad, good)")
+    return model
+
+
+def _load(kind: Any, folder: Path, name: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    load: Any = kind.from_pretrained
+    try:
+        return load(folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged header, a missing shard, an unknown architecture: each its own class
         raise UserError(f"cannot load the model '{name}' from '{folder}' ({named_error(error)})") from None
-    _require_whole(report, model, name)
-    return model
 
 
 def check_weights(folder: Path, name: str) -> PreTrainedModel | None:

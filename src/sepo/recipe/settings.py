@@ -251,10 +251,70 @@ class PolicySettings(Settings):
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
 
 
+class JudgeSettings(Settings):
+    """Who compares two answers: a reward model, a Python function, or a language model behind a server.
+
+    In one text: `reward:MODEL`, `function:MODULE:NAME` or `server:URL`.
+    """
+
+    reward_model: PathText | None = Field(None, description="a sequence-classification model that scores an answer")
+    revision: str | None = Field(None, description="revision of a hub model")
+    function: str | None = Field(
+        None, description="MODULE:NAME of a Python function (prompts, responses) -> a number for each; higher is better"
+    )
+    server: str | None = Field(None, description="OpenAI-compatible server, such as http://localhost:8000/v1")
+    model: str | None = Field(None, description="server: name of the model to ask")
+    prompt: PathText | None = Field(None, description="server: file with the judge's prompt (docs/judging.md)")
+    prompt_name: str | None = Field(None, description="server: which prompt of a file with several")
+    order: Literal["both", "seeded"] = Field(
+        "both", description="server: ask in both orders, or once in an order drawn from the prompt, as AlpacaEval"
+    )
+    logprobs: bool = Field(True, description="server: ask for log-probabilities where the verdict is one token")
+    temperature: float = Field(0.0, ge=0, description="server: of the judge's sampling")
+    max_tokens: int | None = Field(None, ge=1, description="server: of a reply; default: 1 for a token, else 2048")
+    key_variable: str = Field("OPENAI_API_KEY", description="server: environment variable that holds the key")
+    concurrency: int = Field(8, ge=1, le=1024, description="server: requests at once")
+    timeout: float = Field(300.0, gt=0, le=86_400, description="server: seconds of a request in all")
+    retries: int = Field(6, ge=0, le=100, description="server: how often a question without a reply is asked again")
+    cache: PathText | None = Field(None, description="server: folder of replies; default: the cache of sepo")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        kind, _, name = value.partition(":")
+        field = {"reward": "reward_model", "function": "function", "server": "server"}.get(kind)
+        if field is None or not name:
+            raise ValueError("expected reward:MODEL, function:MODULE:NAME or server:URL")
+        return {field: name}
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> JudgeSettings:
+        if sum(one is not None for one in (self.reward_model, self.function, self.server)) != 1:
+            raise ValueError("name one of reward_model, function and server")
+        if self.function is not None and not all(self.function.partition(":")):
+            raise ValueError("function is MODULE:NAME, such as my_judges:politeness")
+        if self.server is not None and (self.model is None or self.prompt is None):
+            raise ValueError("a server needs model, the name to ask for, and prompt, a file with the judge's words")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables and annotations."""
+        return self.reward_model or self.function or str(self.model)
+
+    def what_is_asked(self) -> dict[str, Any]:
+        """The settings that verdicts depend on: not how fast they come, nor where they are kept."""
+        how = {"key_variable", "concurrency", "timeout", "retries", "cache"}
+        return self.model_dump(mode="json", exclude=how)
+
+
 class EvalSettings(Settings):
     """What is measured on the held-out pairs and prompts."""
 
     gold: Literal["vader"] | None = Field(None, description="gold reward of generations; never trained on")
+    judge: JudgeSettings | None = Field(None, description="who compares the policy's answers with the base's")
     pairs: int | None = Field(
         None,
         ge=0,
@@ -277,8 +337,10 @@ class EvalSettings(Settings):
         return self.model_copy(update={"samples": 1, "temperature": self.examples_temperature})
 
     def what_is_measured(self) -> dict[str, Any]:
-        """The settings that figures depend on: all but the number of generations at a time."""
-        return self.model_dump(mode="json", exclude={"batch_size"})
+        """The settings that figures depend on: not the number of generations at a time, nor how a judge is reached."""
+        values = self.model_dump(mode="json", exclude={"batch_size", "judge"})
+        # Left out where there is none: runs from before there were judges stay what they are.
+        return values if self.judge is None else {**values, "judge": self.judge.what_is_asked()}
 
 
 class Recipe(Settings):

@@ -82,6 +82,11 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
             recipe.data.held_out or recipe.data.held_out_split or recipe.data.held_out_source
         ):
             raise UserError("compare measures on held-out prompts: set eval.prompts and data.held_out above 0")
+        if recipe.eval.judge is not None:
+            raise UserError(
+                "compare measures every checkpoint by the gold reward or the accuracy: leave eval.judge out, and judge "
+                "the policies with `sepo generate` and `sepo judge`"
+            )
         check_inputs(recipe)
         if recipe.reference.model != first.model:
             # The pairs are tokenised once, for all variants.

@@ -9,7 +9,8 @@ from typing import Any
 from sepo import processes
 from sepo.evaluate.generate import responses_at_once
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import EXAMPLES, GENERATIONS, evaluate_run
+from sepo.evaluate.judges.in_run import check_judge, judge_content
+from sepo.evaluate.measure import ANNOTATIONS, EXAMPLES, GENERATIONS, evaluate_run
 from sepo.forward.passes import tokens_per_row_for
 from sepo.recipe.settings import Recipe
 from sepo.stages.logps import width_of
@@ -19,9 +20,11 @@ from sepo.training.objectives import WITH_REFERENCE
 
 
 def check(recipe: Recipe) -> None:
-    """The gold reward, and what it needs."""
+    """The gold reward and the judge, and what they need."""
     if recipe.eval.gold is not None:
         gold_reward(recipe.eval.gold)
+    if recipe.eval.judge is not None:
+        check_judge(recipe.eval.judge)
 
 
 def stage(
@@ -40,7 +43,7 @@ def stage(
     """
 
     def work(folder: Path) -> dict[str, Any]:
-        for name in (GENERATIONS, EXAMPLES):
+        for name in (GENERATIONS, EXAMPLES, ANNOTATIONS):
             (folder / name).unlink(missing_ok=True)  # of other settings
         return evaluate_run(
             policy=policy.folder,
@@ -58,9 +61,10 @@ def stage(
             tokens_per_row=recipe.tokens_per_row,
         )
 
+    judge = recipe.eval.judge
     return Stage(
         kind="eval",
-        what=f"gold: {recipe.eval.gold}",
+        what=what_judges(recipe),
         depends={
             "eval": recipe.eval.what_is_measured(),
             "policy": policy.content,  # all of its files
@@ -69,10 +73,17 @@ def stage(
             "selection": selection.content,
             "seed": recipe.seed,
             "dtype": recipe.dtype,
+            **({} if judge is None else {"judge": judge_content(judge)}),
         },
         outputs=(".",),
         work=lambda folder: processes.on_main(lambda: work(folder)),
     )
+
+
+def what_judges(recipe: Recipe) -> str:
+    """Gold reward and judge in words."""
+    judge = recipe.eval.judge
+    return f"gold: {recipe.eval.gold}" + ("" if judge is None else f", judge: {judge.name}")
 
 
 def responses(recipe: Recipe, sizes: Sizes) -> int:
@@ -132,4 +143,4 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
         prompt=sizes.longest_prompt,
     )
     tokens = round(passes * share * held_out.scored) + 2 * number * length
-    return Cost(f"gold: {recipe.eval.gold}", held_out.pairs, tokens, work, need)
+    return Cost(what_judges(recipe), held_out.pairs, tokens, work, need)

@@ -1,0 +1,92 @@
+"""Conversations outside of a preference dataset -> token ids: what a model is asked, and an answer to be judged.
+
+By the rules of `encoding.py`: what the chat template writes, and control tokens that are typed in a text stay text, so
+that no answer can end its own turn and begin another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sepo.data.encoding import _count, _Encoder, _make_encoder
+from sepo.data.messages import DropRow
+from sepo.data.rows import DataReport, TextPair
+from sepo.errors import UserError
+
+Turns = Sequence[Mapping[str, str]]
+
+
+def encode_prompts(
+    conversations: Sequence[Turns], tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[list[int]]:
+    """Ids of conversations that end with a user's turn, up to where the model goes on.
+
+    Without a chat template the texts stand one after another, with an empty line between them.
+
+    Raises:
+        UserError: a conversation that the chat template does not write, or a text that tokenises into control tokens.
+    """
+    encoder = _make_encoder(tokenizer, dict(chat_template_kwargs or {}))
+    found = []
+    for number, messages in enumerate(conversations, 1):
+        try:
+            found.append(_prompt(encoder, messages))
+        except DropRow as drop:
+            raise UserError(f"prompt {number} cannot be asked: {drop.reason} {drop.detail}".rstrip()) from None
+    return found
+
+
+def _prompt(encoder: _Encoder, messages: Turns) -> list[int]:
+    if encoder.writer is None:
+        text = encoder.guard("\n\n".join(message["content"] for message in messages))
+    else:
+        pair = TextPair([dict(message) for message in messages], "a", "b")
+        text = encoder.writer.opening(pair)
+    (ids,) = encoder.encode([text])
+    if sum(i in encoder.control_ids for i in ids) != _count(encoder.guard.control, text):
+        raise DropRow("control token in text")
+    return ids if encoder.writer is not None else encoder.plain_prompt(ids)
+
+
+def encode_answers(conversations: Sequence[tuple[Turns, str]], tokenizer: Any) -> list[list[int] | str]:
+    """Ids of conversations with an answer, as the chat template writes them; or why one cannot be written.
+
+    Args:
+        conversations: messages up to a user's turn, and the answer to it.
+        tokenizer: with a chat template.
+    """
+    encoder = _make_encoder(tokenizer, {})
+    found: list[list[int] | str] = []
+    for messages, answer in conversations:
+        pair = TextPair([dict(message) for message in messages], answer, answer)
+        try:
+            item = encoder.item(pair, DataReport(rows=1))
+            ids = encoder.encode([item.prompt, item.prompt + item.chosen])
+            prompt, response, _ = encoder.ids_of(item, ids[0], ids[1], ids[1])
+            found.append([*prompt, *response])
+        except DropRow as drop:
+            found.append(drop.reason)
+    return found
+
+
+def words_of_prompt(ids: Sequence[int], tokenizer: Any) -> str:
+    """What the user asked in a prompt of one turn: the text without what the chat template writes around it.
+
+    A conversation of several turns keeps the template's words between them, without its special tokens.
+    """
+    text = str(tokenizer.decode(ids))
+    if tokenizer.chat_template is not None:
+        mark = "\u2402words\u2403"
+        try:
+            written = tokenizer.apply_chat_template(
+                [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # the template is foreign code
+            written = ""
+        before, found, after = written.partition(mark)
+        if found and text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
+            inner = text[len(before) : len(text) - len(after)]
+            if not any(token in inner for token in tokenizer.all_special_tokens):
+                return inner.strip()
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
