@@ -59,6 +59,7 @@ def test_it_says_what_was_trained_on_what_what_moved_and_where_to_go_on(capsys, 
         ({"length/policy": 12.0}, "50% shorter"),
         ({"finished/policy": 0.4}, "Only 40%"),
         ({"kl": 80.0}, "far from the start"),
+        ({"judge/win_rate": 0.6, "judge/failed": 3.0}, "3 answers have no verdict"),
         ({"oracle/accuracy": 0.55}, "may be noise"),
         ({"oracle/length_baseline": 0.7}, "may be noise"),
     ],
@@ -73,6 +74,11 @@ def test_a_run_without_a_judge_says_that_nothing_judged_it():
     metrics = {name: value for name, value in METRICS.items() if not name.startswith(("gold", "fidelity"))}
     recipe = parse_recipe({"name": "mine"}, "test")
     assert any("Nothing judged" in sentence for sentence in cautions(recipe, metrics))
+
+
+def test_a_judge_s_word_stands_among_what_moved(capsys, monkeypatch):
+    told = story(**{"judge/win_rate": 0.61, "judge/win_rate_se": 0.04, "judge/length_controlled": 0.57})
+    assert "61% ± 4% 57% at equal length" in " ".join(printed(capsys, told, monkeypatch).split())
 
 
 def test_a_run_that_measured_nothing_is_told_too(capsys, monkeypatch):

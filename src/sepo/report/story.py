@@ -186,6 +186,14 @@ def _moved(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
             )
         )
         rows.append(Moved("better than before", "", f"{metrics['gold_reward/win_rate']:.0%}", "ties count half"))
+    if (rate := metrics.get("judge/win_rate")) is not None:
+        alike = metrics.get("judge/length_controlled")
+        rows.append(
+            Moved(
+                "the judge prefers it", "", f"{rate:.0%} ± {metrics.get('judge/win_rate_se') or 0:.0%}",
+                "" if alike is None else f"{alike:.0%} at equal length",
+            )
+        )  # fmt: skip
     if "length/policy" in metrics:
         base, policy = metrics["length/base"], metrics["length/policy"]
         rows.append(
@@ -207,11 +215,13 @@ def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures should be careful of, a sentence each."""
     found = []
     difference, error = metrics.get("gold_reward/difference"), metrics.get("gold_reward/difference_se")
-    if difference is None and recipe.eval.prompts:
+    if difference is None and recipe.eval.prompts and "judge/win_rate" not in metrics:
         found.append(
-            "Nothing judged the answers (eval.gold is not set): the figures say how far the policy moved, not whether "
-            "it got better."
+            "Nothing judged the answers (eval.gold and eval.judge are not set): the figures say how far the policy "
+            "moved, not whether it got better."
         )
+    if failed := metrics.get("judge/failed"):
+        found.append(f"{failed:.0f} answers have no verdict: the judge failed on them.")
     if difference is not None and error:
         if abs(difference) < _CLEAR * error:
             found.append(
