@@ -48,6 +48,17 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def sharding() -> str:
+    """How the launcher cuts up a model: "fsdp", "deepspeed" or nothing."""
+    kinds = ("fsdp", "deepspeed")
+    return next((k for k in kinds if os.environ.get(f"ACCELERATE_USE_{k.upper()}", "false").lower() == "true"), "")
+
+
+def read_sharded() -> bool:
+    """Do the processes of this launch read frozen models together, each keeping a part of the weights?"""
+    return size() > 1 and sharding() == "fsdp"
+
+
 def join(device: str = "auto") -> None:
     """Meet the other processes of the launch, if there are any; later calls do nothing.
 
@@ -199,6 +210,19 @@ def add_up(values: np.ndarray) -> np.ndarray:
     tensor = torch.from_numpy(values.copy())
     dist.all_reduce(tensor, group=_group)
     return tensor.numpy()
+
+
+def gather(value: Any) -> list[Any]:
+    """A JSON-like value of every process, by rank, in all of them."""
+    if size() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.zeros(size(), np.int64)
+    lengths[rank()] = len(content)
+    lengths = add_up(lengths)
+    texts = np.zeros((size(), lengths.max()), np.uint8)
+    texts[rank(), : len(content)] = content
+    return [json.loads(text[:length].tobytes()) for text, length in zip(add_up(texts), lengths, strict=True)]
 
 
 def wait() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sepo import processes
 from sepo.credit.rewards import response_sums
 from sepo.data.splits import sample_prompts
 from sepo.data.tables import make_table, read_table, write_parquet
@@ -44,6 +47,9 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Measure a policy against the model it started from, on held-out pairs and prompts.
 
+    All processes of a launch call this and get the metrics; the main one writes. It also reads both models, unless a
+    launch with FSDP cuts them up: then all read and write responses together.
+
     Both are read in the same types, so that a difference between them is never one of rounding; and one after the
     other, so that one of them is in memory at a time.
 
@@ -60,24 +66,64 @@ def evaluate_run(
     Returns:
         flat metrics, floats by name.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    load = partial(load_model, device=device, dtype=dtype, sharded=processes.read_sharded())
+
+    def read() -> Readings | None:
+        stored = None if base_logps is None else read_table(base_logps, "logps")
+        return read_models(policy, base, held_out, settings, load, stored, seed, tokens_per_row)
+
+    def judge(readings: Readings | None) -> dict[str, float]:
+        return {} if readings is None else _metrics_of_models(readings, policy, held_out, out, settings)
+
+    def metrics_of_tables() -> dict[str, float]:
+        return _metrics_of_tables(policy, held_out, settings, scores, scores_held_out, selection)
+
+    metrics = processes.on_main(metrics_of_tables)
+    if processes.read_sharded():
+        readings = read()
+        return metrics | processes.on_main(lambda: judge(readings))
+    return metrics | processes.on_main(lambda: judge(read()))
+
+
+class Readings(NamedTuple):
+    """What was read of two models: log-probabilities of the pairs, responses, and those of the policy's.
+
+    `before` and `after` are tables of kind "logps"; `kl` is the log-ratio of each of the policy's responses,
+    `[responses]`, in nats.
+    """
+
+    before: pa.Table
+    after: pa.Table
+    base: list[Generation]
+    policy: list[Generation]
+    kl: np.ndarray
+
+
+def read_models(
+    policy: str,
+    base: str,
+    held_out: Path,
+    settings: EvalSettings,
+    load: Callable[[str], nn.Module],
+    base_logps: pa.Table | None,
+    seed: int,
+    tokens_per_row: int | None,
+) -> Readings | None:
+    """Everything that a model is needed for, policy and base one after the other; None without a held-out pair.
+
+    Args:
+        load: a folder -> the model, on its device; where it cuts the model up, all processes must come here.
+        base_logps: a table, as in `evaluate_run`.
+    """
     tokenizer = load_tokenizer(policy)
     pairs = read_table(held_out, "pairs")
-    metrics: dict[str, float] = {}
-    if scores_held_out is not None and len(pairs):
-        metrics |= oracle_accuracy(read_table(scores_held_out, "scores"))
-    if scores is not None and settings.gold is not None:
-        chosen = read_table(selection, "selection") if selection is not None else None
-        metrics |= _prefixed("fidelity", fidelity(tokenizer, read_table(scores, "scores"), chosen))
-
     if not len(pairs):
-        return {name: float(value) for name, value in metrics.items()}
+        return None
     prompts = sample_prompts(pairs, settings.prompts)
-    stored = read_table(base_logps, "logps") if base_logps is not None else None
 
     def read(path: str, stored: pa.Table | None, answers: list[Generation] | None) -> tuple[pa.Table, list, np.ndarray]:
         """Log-probabilities of the pairs, responses, and log-probabilities of `answers` (its own if None)."""
-        model = load_model(path, device=device, dtype=dtype)
+        model = load(path)
         if stored is None or not read_like(stored, model):
             stored = dataset_logps(model, pairs, tokens_per_row=tokens_per_row)
         if not prompts:
@@ -88,12 +134,40 @@ def evaluate_run(
 
     after, answers, policy_sums = read(policy, None, None)
     _release_memory()
-    before, base_answers, base_sums = read(base, stored, answers)
+    before, base_answers, base_sums = read(base, base_logps, answers)
     _release_memory()
-    metrics |= policy_accuracy(before, after, pairs)
-    if prompts:
-        generations = {"base": base_answers, "policy": answers}
-        found, table = judge_generations(generations, policy_sums - base_sums, tokenizer, prompts, settings)
+    return Readings(before, after, base_answers, answers, policy_sums - base_sums)
+
+
+def _metrics_of_tables(
+    policy: str,
+    held_out: Path,
+    settings: EvalSettings,
+    scores: Path | None,
+    scores_held_out: Path | None,
+    selection: Path | None,
+) -> dict[str, float]:
+    """What needs no model: the oracle's accuracy, and how far token rewards find the words that matter."""
+    metrics: dict[str, float] = {}
+    if scores_held_out is not None and len(read_table(held_out, "pairs")):
+        metrics |= oracle_accuracy(read_table(scores_held_out, "scores"))
+    if scores is not None and settings.gold is not None:
+        chosen = read_table(selection, "selection") if selection is not None else None
+        metrics |= _prefixed("fidelity", fidelity(load_tokenizer(policy), read_table(scores, "scores"), chosen))
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _metrics_of_models(
+    readings: Readings, policy: str, held_out: Path, out: Path, settings: EvalSettings
+) -> dict[str, float]:
+    """What follows from what was read of the models; writes the responses to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(policy)
+    pairs = read_table(held_out, "pairs")
+    metrics = dict(policy_accuracy(readings.before, readings.after, pairs))
+    if prompts := sample_prompts(pairs, settings.prompts):
+        generations = {"base": readings.base, "policy": readings.policy}
+        found, table = judge_generations(generations, readings.kl, tokenizer, prompts, settings)
         metrics |= found
         write_parquet(out / "generations.parquet", table)
     return {name: float(value) for name, value in metrics.items()}

@@ -8,6 +8,7 @@ answers; none has a forward pass of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from sepo.forward.last_block import last_mlp, rows_only
 from sepo.forward.lm_head import LogitTransform, target_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch
 from sepo.models.adapters import causal_lm
+from sepo.models.sharding import inside_call, is_sharded
 
 
 @dataclass
@@ -54,6 +56,12 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         raise wrong_type("batch", batch, "a PackedBatch: pack makes one of pairs")
     targets = target_hidden(lm, batch)
     return target_logps(targets, lm.get_output_embeddings(), batch.target_ids, LogitTransform.from_config(lm.config))
+
+
+def read_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`token_logps` of a model that nobody has called: one whose weights are cut up is called for it."""
+    lm = causal_lm(model)
+    return inside_call(lm, partial(token_logps, model, batch)) if is_sharded(model) else token_logps(model, batch)
 
 
 def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:

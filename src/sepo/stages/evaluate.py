@@ -42,7 +42,7 @@ def stage(
     """
 
     def work(folder: Path) -> dict[str, Any]:
-        (folder / GENERATIONS).unlink(missing_ok=True)  # of other settings
+        processes.on_main(lambda: (folder / GENERATIONS).unlink(missing_ok=True))  # of other settings
         return evaluate_run(
             policy=policy.folder,
             base=start.folder,
@@ -72,7 +72,7 @@ def stage(
             "dtype": recipe.dtype,
         },
         outputs=(".",),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        work=work,
     )
 
 

@@ -39,6 +39,7 @@ from sepo.forward.prepare import prepare_model, training_noise
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
 from sepo.models.folders import read_json_object
+from sepo.models.sharding import sharded_twin
 from sepo.training import objectives
 from sepo.training.batches import PairCollator, PairDataset, PairSampler
 from sepo.training.logs import reporters
@@ -251,10 +252,11 @@ class PreferenceTrainer(Trainer):
         if reference_logps is not None:
             require_table("reference_logps" if part == "train" else "eval_reference_logps", reference_logps, "logps")
         if reference_logps is None or not _same_numerics(args, model, reference_logps):
+            # A policy that is going to be cut up may not fit on one device.
+            reader = sharded_twin(model, args.device) if processes.read_sharded() else model.to(args.device)
             with _autocast(args):
-                reference_logps = dataset_logps(
-                    model.to(args.device), data, tokens_per_row=args.tokens_per_row, over_processes=True
-                )
+                reference_logps = dataset_logps(reader, data, tokens_per_row=args.tokens_per_row, over_processes=True)
+            del reader
         return PairDataset(data, reference_logps)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
@@ -565,8 +567,8 @@ def refuse_zero_3(config: dict[str, Any] | str | None) -> None:
 
 def _placed_elsewhere(model: nn.Module) -> bool:
     """Does somebody else decide where the weights are (a launcher that cuts them up, a quantised base)?"""
-    sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
-    return sharded or getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None) is not None
+    by_somebody = processes.sharding() or getattr(model, "is_quantized", False)
+    return bool(by_somebody) or getattr(model, "hf_device_map", None) is not None
 
 
 def _require_quiet(model: nn.Module, parts: list[nn.Module]) -> None:
