@@ -56,7 +56,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_path, alone, number, sharded):
     """3 pairs on 3 processes, 17 and 20 on 2: nobody waits for a process without a pair."""
-    objective = "simpo" if sharded else "dpo"
+    objective = "simpo" if sharded and number == 3 else "dpo"
     results = launch(number, tmp_path, objective, SIZES, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
     shape = model_shape(tiny_model("llama"))
     plan = Training(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded).parts()

@@ -251,7 +251,8 @@ def _undisturbed(model: torch.nn.Module, inner: Any, config: GenerationConfig) -
     model.eval()
     inner.generation_config = config
     try:
-        with torch.inference_mode():
+        # What is gathered of a sharded model stays for the next reader, who could not use a tensor of inference mode.
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
             yield
     finally:
         inner.generation_config = saved

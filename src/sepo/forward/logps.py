@@ -7,6 +7,7 @@ answers; none has a forward pass of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -60,8 +61,16 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 def read_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`token_logps` of a model that nobody has called: one whose weights are cut up is called for it."""
-    lm = causal_lm(model)
-    return inside_call(lm, partial(token_logps, model, batch)) if is_sharded(model) else token_logps(model, batch)
+    return _called(model, partial(token_logps, model, batch))
+
+
+def read_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`target_hidden` of a model that nobody has called."""
+    return _called(model, partial(target_hidden, causal_lm(model), batch))
+
+
+def _called(model: nn.Module, read: Callable[[], Tensor]) -> Tensor:
+    return inside_call(causal_lm(model), read) if is_sharded(model) else read()
 
 
 def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:

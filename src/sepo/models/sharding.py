@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from sepo import processes
 from sepo.errors import UserError
 from sepo.models.adapters import causal_lm
+from sepo.models.checkpoint import check_weights
 
 Result = TypeVar("Result")
 
@@ -51,8 +52,10 @@ def sharded_loading(folder: Path, name: str, device: torch.device) -> dict[str, 
     kind = where.type if where is not None else "cpu"
     if device.type != kind:
         raise UserError(f"device '{device.type}': a launch with FSDP keeps its parts on {kind}; leave device out")
-    with torch.device("meta"):
-        blocks = decoder_blocks(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)), name)
+    laid_out = check_weights(folder, name)
+    if laid_out is None:
+        raise UserError(f"model '{name}' is stored quantized and cannot be cut up by FSDP: launch without it")
+    blocks = decoder_blocks(laid_out, name)
     patterns = {".".join("*" if part.isdigit() else part for part in path.split(".")) for path in blocks}
     plan = dict.fromkeys(patterns, "free_full_weight")
     return {"distributed_config": DistributedConfig(fsdp_size=processes.size(), fsdp_plan=plan)}

@@ -201,9 +201,7 @@ class PreferenceTrainer(Trainer):
         _require_quiet(model, [*self._noisy_parts, *adapters])
         # The KL needs every logit of the reference, which cannot be stored: the model as it is given stays beside.
         self.kl_direction = kl_direction(args.objective, args.alpha)
-        self.kl_reference = (
-            copy.deepcopy(model).to(args.device).requires_grad_(False).eval() if self.kl_direction else None
-        )
+        self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
         _bind_packed_forward(model)
         # Running sums of METRICS and the number of pairs since the last log, on the device.
         self._metrics = {mode: _no_metrics(args.device) for mode in ("train", "eval")}
@@ -569,6 +567,13 @@ def _placed_elsewhere(model: nn.Module) -> bool:
     """Does somebody else decide where the weights are (a launcher that cuts them up, a quantised base)?"""
     by_somebody = processes.sharding() or getattr(model, "is_quantized", False)
     return bool(by_somebody) or getattr(model, "hf_device_map", None) is not None
+
+
+def _frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as it is given, to stay so: cut up as the one that is trained is going to be."""
+    if processes.read_sharded():
+        return sharded_twin(model, device)
+    return copy.deepcopy(model).to(device).requires_grad_(False).eval()
 
 
 def _require_quiet(model: nn.Module, parts: list[nn.Module]) -> None:
