@@ -29,7 +29,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from sepo.errors import UserError, cannot_write
+from sepo.errors import UserError, cannot_write, one_line
 
 _WAIT = timedelta(days=7)
 # Seconds after which a file that one machine wrote counts as not seen by another: network file systems look it up late.
@@ -54,9 +54,30 @@ def sharding() -> str:
     return next((k for k in kinds if os.environ.get(f"ACCELERATE_USE_{k.upper()}", "false").lower() == "true"), "")
 
 
+def zero_stage() -> int:
+    """How much DeepSpeed is told to cut up by the launcher (3: the weights too), 0 without it.
+
+    Raises:
+        UserError: its file of settings cannot be read.
+    """
+    if sharding() != "deepspeed":
+        return 0
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path is None:
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        return int(settings.get("zero_optimization", {}).get("stage", 0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"DeepSpeed's settings '{path}' cannot be read ({one_line(error, 200)})") from None
+
+
 def read_sharded() -> bool:
-    """Do the processes of this launch read frozen models together, each keeping a part of the weights?"""
-    return size() > 1 and sharding() == "fsdp"
+    """Do the processes of this launch read frozen models together, each keeping a part of the weights?
+
+    Where a launcher has the weights of a training cut up (FSDP, ZeRO-3), the same model would not fit otherwise.
+    """
+    return size() > 1 and (sharding() == "fsdp" or zero_stage() == 3)
 
 
 def join(device: str = "auto") -> None:

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from sepo.forward import lm_head_cuda
 from sepo.forward.gradients import add_gradient, add_product, compute_copy, compute_dtype, in_place, matmul_nt
-from sepo.models.sharding import inside_call
+from sepo.models.sharding import inside_call, waits_for_call
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,10 @@ def target_logps(hidden: Tensor, head: nn.Module, target_ids: Tensor, transform:
     Returns:
         `[N]` float32 (float64 for float64 inputs).
     """
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and waits_for_call(head):
+        return inside_call(head, lambda h: _TargetLogps.apply(h, head.weight, head.bias, target_ids, transform), hidden)
     if type(head) is nn.Linear:
         return _TargetLogps.apply(hidden, head.weight, head.bias, target_ids, transform)
-    if isinstance(head, FSDPModule) and type(head).forward is nn.Linear.forward:
-        # Its weight is whole while it is called, and its gradient waited for.
-        return inside_call(head, lambda h: _TargetLogps.apply(h, head.weight, head.bias, target_ids, transform), hidden)
     vocabulary = getattr(head, "out_features", 2**17)
     rows = max(1, 16 * _limits(hidden).block_bytes // (vocabulary * 4))
     parts = []

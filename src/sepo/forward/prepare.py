@@ -358,7 +358,7 @@ def _require_weights(lm: PreTrainedModel) -> None:
         if parameter.is_meta or not parameter.numel():
             raise UserError(
                 f"model '{name}': its weights are not in this process ({parameter_name}), so it cannot be tried out; "
-                "DeepSpeed's ZeRO stage 3 and offloaded weights are not supported: use stage 2, or FSDP"
+                "load it whole, without offloading: a launch with FSDP or DeepSpeed's ZeRO-3 cuts it up afterwards"
             )
         values = own_part(parameter.detach())
         if parameter is never:

@@ -1,4 +1,6 @@
-"""Frozen models that no device holds whole: cut up over the processes of a launch by PyTorch's FSDP2.
+"""Models that no device holds whole: cut up over the processes of a launch.
+
+Frozen ones are cut up here, by PyTorch's FSDP2; those that are trained by Accelerate (FSDP2) or DeepSpeed (ZeRO-3).
 
 Each process keeps an even part of every weight. A decoder block is whole on every device while it computes, and the
 next one is on its way; embedding, last norm and LM head are wholes of their own. So every process must run as many
@@ -115,7 +117,25 @@ def sharded_twin(model: nn.Module, device: torch.device) -> nn.Module:
 
 def own_part(tensor: Tensor) -> Tensor:
     """The part of a weight that this process keeps: all of it where nothing is cut up."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3: the weight itself is empty between the calls
+
+
+def waits_for_call(module: nn.Module) -> bool:
+    """Are the weights of a module whole only while it is called?"""
+    return isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False))
+
+
+def gather_by_block(lm: PreTrainedModel) -> None:
+    """Let ZeRO-3 gather whole decoder blocks, as FSDP does, not each module for itself.
+
+    An MLP is computed from the weights of modules that are never called.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    name = lm.config.name_or_path or type(lm).__name__
+    set_z3_leaf_modules(lm, list({type(lm.get_submodule(path)) for path in decoder_blocks(lm, name)}))
 
 
 def inside_call(module: nn.Module, work: Callable[..., Result], *inputs: Tensor) -> Result:
