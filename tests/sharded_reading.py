@@ -23,6 +23,7 @@ import pyarrow as pa
 import torch
 import vaderSentiment.vaderSentiment  # noqa: F401
 from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 
 import fsdp_on_cpu
 import sepo.report.build
@@ -58,7 +59,8 @@ eval: {gold: vader, prompts: 3, samples: 1, max_new_tokens: 5}
 def prepare(folder: Path) -> None:
     """The models, an adapter of each kind of loading, pairs and the recipes."""
     for name in BASES:
-        save_model(tiny_model(name, initializer_range=0.1), tiny_tokenizer(), folder / name)
+        deep = {"num_hidden_layers": 6} if name == "llama_tied" else {}
+        save_model(tiny_model(name, initializer_range=0.1, **deep), tiny_tokenizer(), folder / name)
     save_model(tiny_model("llama", seed=1, initializer_range=0.1), tiny_tokenizer(), folder / "oracle")
     for name, base in (("lora", "gemma3"), ("dora", "llama")):
         settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=name == "dora")
@@ -79,10 +81,24 @@ def equal(one: pa.Table, other: pa.Table) -> bool:
     return all(one[name].combine_chunks().equals(other[name].combine_chunks()) for name in one.column_names)
 
 
+def watch_gathered(model: torch.nn.Module) -> list[int]:
+    """Bytes of weights that are whole in this process, at each call of an MLP from now on."""
+    seen: list[int] = []
+
+    def look(*_: Any) -> None:
+        seen.append(sum(p.nbytes for p in model.parameters() if not isinstance(p, DTensor)))
+
+    for module in model.modules():
+        if type(module).__name__.endswith("MLP"):
+            module.register_forward_pre_hook(look)
+    return seen
+
+
 def compare(folder: Path, name: str) -> dict[str, Any]:
     """A stored model, whole and cut up: log-probabilities of few and many pairs, and responses."""
     models = [load_model(folder / name, device="cpu", sharded=sharded) for sharded in (False, True)]
     whole, own = (sum(own_part(parameter).nbytes for parameter in model.parameters()) for model in models)
+    gathered = watch_gathered(models[1])
     tables, texts = [], []
     # One pair: all processes but one have no row.
     tables.append(equal(*(dataset_logps(model, some_pairs(1), tokens_per_row=64) for model in models)))
@@ -97,7 +113,7 @@ def compare(folder: Path, name: str) -> dict[str, Any]:
             texts.append(one[:4] == other[:4] and np.allclose(one.logps, other.logps, atol=1e-5))
     # After writing, for which weights were gathered that stay.
     tables.append(equal(*(dataset_logps(model, some_pairs(30), tokens_per_row=64) for model in models)))
-    return {"tables": tables, "texts": texts, "share": own / whole}
+    return {"tables": tables, "texts": texts, "share": own / whole, "gathered": max(gathered) / whole}
 
 
 def rank(folder: Path, number: int) -> int:

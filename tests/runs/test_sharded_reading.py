@@ -37,6 +37,8 @@ def test_a_model_that_is_cut_up_gives_what_a_whole_one_gives(folder, number, nam
     assert len(found["texts"]) == 12
     # Of the main process, which has the larger part of what cannot be cut evenly; a LoRA adapter is whole everywhere.
     assert found["share"] < (1 / number + 0.01 if name != "lora" else 0.45)
+    if name == "llama_tied":  # six blocks: one of them at a time, and the embedding
+        assert 0.1 < found["gathered"] < 0.3
 
 
 def test_a_run_under_fsdp_with_evaluation_gives_what_one_process_gives(folder):
