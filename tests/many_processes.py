@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 import fsdp_on_cpu
 from pairs import some_pairs
 from sepo import processes
+from sepo.models.sharding import own_part
+from sepo.models.weights import load_model
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 from tiny_models import tiny_model
 
@@ -37,13 +39,15 @@ def watch_gradients(trainer) -> list[bool]:
 
 def own_bytes(tensors) -> int:
     """Bytes of the parts of some tensors that this process holds."""
-    return sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in tensors)
+    return sum(own_part(one).nbytes for one in tensors)
 
 
 def run(out: Path, objective: str, sizes: list[int]) -> dict[str, dict]:
     """Results by number of pairs; all processes of the launch call it."""
     number = processes.size()
     results = {}
+    # From a file: a model that is made while DeepSpeed is set up for ZeRO-3 is in pieces from the start.
+    processes.on_main(lambda: tiny_model("llama", initializer_range=0.1).save_pretrained(out / "model"))
     for size in sizes:
         config = PreferenceConfig(
             str(out / str(size)), objective=objective, use_cpu=True, report_to="none", save_strategy="no", seed=3,
@@ -51,9 +55,8 @@ def run(out: Path, objective: str, sizes: list[int]) -> dict[str, dict]:
             learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, disable_tqdm=True, tokens_per_row=64,
         )  # fmt: skip
         table = some_pairs(size)
-        trainer = PreferenceTrainer(
-            tiny_model("llama", initializer_range=0.1), config, train_dataset=table, eval_dataset=table
-        )
+        model = load_model(out / "model", device="cpu", train=True)
+        trainer = PreferenceTrainer(model, config, train_dataset=table, eval_dataset=table)
         before = trainer.evaluate()
         reduced = watch_gradients(trainer)
         trainer.train()

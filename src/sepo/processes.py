@@ -28,7 +28,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from sepo.errors import UserError, cannot_write
+from sepo.errors import UserError, cannot_write, one_line
 
 _WAIT = timedelta(days=7)
 # Seconds after which a file that one machine wrote counts as not seen by another: network file systems look it up late.
@@ -44,6 +44,38 @@ class MainProcessError(RuntimeError):
 def launched() -> int:
     """Number of processes that the launcher started, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sharding() -> str:
+    """How the launcher cuts up a model: "fsdp", "deepspeed" or nothing."""
+    kinds = ("fsdp", "deepspeed")
+    return next((k for k in kinds if os.environ.get(f"ACCELERATE_USE_{k.upper()}", "false").lower() == "true"), "")
+
+
+def zero_stage() -> int:
+    """How much DeepSpeed is told to cut up by the launcher (3: the weights too), 0 without it.
+
+    Raises:
+        UserError: its file of settings cannot be read.
+    """
+    if sharding() != "deepspeed":
+        return 0
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path is None:
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        return int(settings.get("zero_optimization", {}).get("stage", 0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"DeepSpeed's settings '{path}' cannot be read ({one_line(error, 200)})") from None
+
+
+def read_sharded() -> bool:
+    """Do the processes of this launch read frozen models together, each keeping a part of the weights?
+
+    Where a launcher has the weights of a training cut up (FSDP, ZeRO-3), the same model would not fit otherwise.
+    """
+    return size() > 1 and (sharding() == "fsdp" or zero_stage() == 3)
 
 
 def join(device: str = "auto") -> None:
@@ -197,6 +229,19 @@ def add_up(values: np.ndarray) -> np.ndarray:
     tensor = torch.from_numpy(values.copy())
     dist.all_reduce(tensor, group=_group)
     return tensor.numpy()
+
+
+def gather(value: Any) -> list[Any]:
+    """A JSON-like value of every process, by rank, in all of them."""
+    if size() == 1:
+        return [value]
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.zeros(size(), np.int64)
+    lengths[rank()] = len(content)
+    lengths = add_up(lengths)
+    texts = np.zeros((size(), lengths.max()), np.uint8)
+    texts[rank(), : len(content)] = content
+    return [json.loads(text[:length].tobytes()) for text, length in zip(add_up(texts), lengths, strict=True)]
 
 
 def wait() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pairs import some_pairs
 from sepo.credit.rewards import token_rewards
-from sepo.data.tables import make_table, provenance_of, write_table
+from sepo.data.tables import make_table, provenance_of, read_table, write_table
 from sepo.errors import UserError
 from sepo.forward.passes import dataset_logps
 from sepo.models.names import check_model
@@ -19,9 +19,10 @@ from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.reading import parse_override, parse_recipe, set_key
 from sepo.recipe.settings import Recipe
-from sepo.runs.pipeline import check_inputs, run_recipe
+from sepo.runs import pipeline
+from sepo.runs.pipeline import check_inputs, check_pairs, run_recipe
 from sepo.runs.plan import plan_run
-from sepo.stages import reference
+from sepo.stages import data, reference
 from sepo.stages.score import score_pairs
 from sepo.stages.select import select
 from tiny_models import tiny_model, tiny_tokenizer
@@ -159,6 +160,29 @@ def test_pairs_longer_than_learned_positions_are_refused_and_rotary_ones_counted
     for kind in ("llama", "mistral"):
         plan_run(recipe_of(tmp_path, tmp_path / kind, prompt=long))
         assert "6 of 6 pairs are longer than the 512 positions" in capfd.readouterr().err
+
+
+def test_pairs_are_read_again_only_where_a_limit_is_reached(tmp_path, monkeypatch):
+    """The data stage has seen the largest id and the longest texts."""
+    save_model(tiny_model("gpt2"), tiny_tokenizer(), tmp_path / "m")
+    recipe = recipe_of(tmp_path, tmp_path / "m")
+    found = data.prepare_data(recipe.data, load_tokenizer(tmp_path / "m"), tmp_path / "pairs")["extremes"]
+    tables = {part: read_table(tmp_path / "pairs" / part, "pairs") for part in found}
+    for part, table in tables.items():
+        rows = table.to_pylist()
+        sides = [[*row["prompt_ids"], *row[f"{side}_ids"]] for row in rows for side in ("chosen", "rejected")]
+        assert found[part]["largest_id"] == max(max(ids) for ids in sides)
+        assert found[part]["longest"] == max(map(len, sides))
+        assert found[part]["longest_prompt"] == max(len(row["prompt_ids"]) for row in rows)
+    reads = []
+    monkeypatch.setattr(pipeline, "read_table", lambda path, kind: reads.append(path) or read_table(path, kind))
+    check_pairs(recipe, tmp_path / "pairs", found)
+    assert not reads
+    beyond = {"largest_id": 101, "longest": 513, "longest_prompt": 513}  # 101 embeddings, 512 positions
+    for name, value in beyond.items():
+        check_pairs(recipe, tmp_path / "pairs", {**found, "held_out": {**found["held_out"], name: value}})
+        assert len(reads) == 2, name
+        reads.clear()
 
 
 # --- an oracle that says nothing ---

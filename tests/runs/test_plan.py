@@ -41,7 +41,7 @@ def workplace(tmp_path_factory):
 def counted(monkeypatch):
     """Counts, while it lasts, what passes, trainings and generation really do."""
     done: Counter = Counter()
-    score, losses, step = passes.token_logps, trainer.PreferenceTrainer._batch_loss, generate._Draw.__call__
+    score, losses, step = passes.read_logps, trainer.PreferenceTrainer._batch_loss, generate._Draw.__call__
 
     def scored(model, batch):
         done["score", "tokens"] += batch.num_tokens
@@ -57,7 +57,7 @@ def counted(monkeypatch):
         done["generate", "steps"] += 1
         return step(self, ids, scores)
 
-    monkeypatch.setattr(passes, "token_logps", scored)
+    monkeypatch.setattr(passes, "read_logps", scored)
     monkeypatch.setattr(trainer.PreferenceTrainer, "_batch_loss", trained)
     monkeypatch.setattr(generate._Draw, "__call__", drawn)
     return done

@@ -10,8 +10,10 @@ import pytest
 
 from sepo import bars
 from sepo.models.config import load_shape
+from sepo.recipe.reading import parse_recipe
+from sepo.runs.costs import work_by_record
 from sepo.runs.remaining import Outlook, RunLine
-from sepo.stages.stage import ModelSize, Work
+from sepo.stages.stage import Cost, ModelSize, Work
 from tiny_models import tiny_model
 
 STAGES = {"reference_logps": "score", "oracle": "train", "oracle_logps": "score", "select": "", "eval": "generate"}
@@ -152,3 +154,23 @@ def test_a_bar_alone_in_a_log_is_a_line_now_and_then(monkeypatch):
     lines = sys.stderr.getvalue().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("tokenise: 100%")
+
+
+@pytest.mark.parametrize(
+    ("section", "names"),
+    [
+        ({}, ["reference_logps", "oracle", "oracle_logps"]),
+        ({"count": 3}, ["reference_logps", "oracle", "oracle-2", "oracle-3", "oracle_logps", "oracle-2_logps"]),
+        ({"model": "other"}, ["reference_logps", "oracle_logps"]),
+    ],
+)
+def test_the_work_of_every_oracle_is_counted_also_of_one_that_exists(model, section, names):
+    recipe = parse_recipe({"reference": {"model": model.name}, "oracle": section}, "test")
+    pass_over = Cost("", work=(Work("score", model, tokens=30.0),))
+    costs = {"reference_logps": pass_over, "oracle_logps": pass_over, "data": Cost("")}
+    if "model" not in section:
+        costs = {"reference_logps": pass_over, "oracle": pass_over, "oracle_logps": pass_over}
+    works = work_by_record(recipe, costs)
+    assert list(works)[: len(names)] == names
+    of_oracles = sum(work.tokens for name, parts in works.items() if name.endswith("_logps") for work in parts)
+    assert of_oracles == pytest.approx(60)

@@ -1,5 +1,7 @@
 """The memory that a plan adds up, against what is really kept: weights, gradients, moments, activations, caches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
@@ -137,6 +139,24 @@ def test_what_is_proposed_fits(gigabytes, processes):
         found = [group[said] for group in choices if said in group]
         assert found, said
         assert sum(found[0].parts().values()) <= gigabytes * 1e9
+
+
+def test_a_frozen_model_that_is_cut_up_fits_where_a_whole_one_does_not():
+    shape = model_shape(LLAMA_1B)
+    whole = Reading(shape, "cuda", 4, 4096, 2000, responses=64, length=512, prompt=256, processes=8)
+    cut = replace(whole, sharded=True)
+    assert whole.parts()["weights"] == 4 * shape.parameters
+    # Two blocks and the embedding, whole, beside the part.
+    assert cut.parts()["weights"] == 4 * (shape.parameters / 8 + 2 * shape.block + shape.embedding)
+    assert {name for name in PARTS if cut.parts()[name] != whole.parts()[name]} == {"weights"}
+    pass_over_pairs = replace(whole, responses=0)
+    room = sum(replace(pass_over_pairs, sharded=True).parts().values()) + 1e6
+    assert smallest_change(pass_over_pairs, room) == "FSDP over 8"
+    for one in (whole, cut):
+        for gigabytes in (3, 4, 6, 8):
+            for words in smallest_change(one, gigabytes * 1e9).split(" or "):
+                found = [dict(group)[words] for group in one.changes() if words in dict(group)]
+                assert not found or sum(found[0].parts().values()) <= gigabytes * 1e9
 
 
 def test_all_parts_are_named():

@@ -258,21 +258,21 @@ def eval_command(arguments: argparse.Namespace) -> None:
     from sepo.models.tokenizer import load_tokenizer
     from sepo.stages import data, evaluate, reference, train
 
-    def measure(out: Path) -> dict[str, float]:
+    def write_pairs(out: Path) -> None:
         for stage in (reference, train, evaluate, data):
             stage.check(recipe)
-        policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
-        pairs = data.read_pairs(recipe.data, load_tokenizer(base))
+        pairs = data.read_pairs(recipe.data, load_tokenizer(resolve_model(arguments.base)))
         data.check_limits(recipe, [pairs])
         if recipe.eval.prompts:
             data.check_limits(recipe, [pairs], recipe.eval.max_new_tokens)
         data.write_pairs(out / "pairs", pairs)
-        metrics = evaluate_run(policy, base, out / "pairs", out, recipe.eval, seed=recipe.seed, device=recipe.device)
-        write_json(out / "metrics.json", metrics)
-        return metrics
 
     with _writing_to(arguments) as out:
-        metrics = _join("cpu").on_main(lambda: measure(out))
+        processes = _join(recipe.device)
+        processes.on_main(lambda: write_pairs(out))
+        policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
+        metrics = evaluate_run(policy, base, out / "pairs", out, recipe.eval, seed=recipe.seed, device=recipe.device)
+        processes.on_main(lambda: write_json(out / "metrics.json", metrics))
     print_metrics(f"eval: {out}", metrics)
 
 

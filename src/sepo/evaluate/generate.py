@@ -22,10 +22,12 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from sepo import processes
 from sepo.bars import progress_bar
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError
 from sepo.forward.passes import NonFiniteError
+from sepo.models.sharding import is_sharded
 
 _BLOCK = 256
 # Tokens that a batch may hold at its end, prompts, padding and responses: their keys and values stay in memory. On a
@@ -64,7 +66,8 @@ def generate_responses(
 
     Prompts are sorted by length and padded on the left. Up to the rounding of the model's own sums, a response depends
     on `seed`, its prompt and its `sample_index` alone: not on the batch, nor on the other prompts. No random state is
-    read or moved, and the model's train/eval mode is put back.
+    read or moved, and the model's train/eval mode is put back. Where the model is cut up over the processes of a launch
+    each writes a share, and all must call this and get all responses.
 
     Args:
         model: a Transformers causal language model, or a PEFT model around one (its active adapter is used).
@@ -95,28 +98,52 @@ def generate_responses(
     jobs = [(prompt, sample) for prompt in range(len(prompt_ids)) for sample in range(samples)]
     # The longest first: what does not fit fails at once. Stable: the samples of a prompt stay together.
     jobs.sort(key=lambda job: -len(prompt_ids[job[0]]))
+    lengths = [len(prompt_ids[prompt]) + max_new_tokens for prompt, _ in jobs]
+    sharded = is_sharded(model)
+    shares = processes.size() if sharded else 1
+    # Of each process, since all must write as many batches; of which this one has its own.
+    batches = [_batches(jobs[share::shares], lengths[share::shares], batch_size, device) for share in range(shares)]
+    own = batches[processes.rank() if sharded else 0]
+    fillers = [jobs[-1:]] * (max(map(len, batches)) - len(own))
     results: list[Generation] = []
-    with _undisturbed(model, inner, config), progress_bar(progress, total=len(jobs), desc="generate") as bar:
-        while len(results) < len(jobs):
-            longest = len(prompt_ids[jobs[len(results)][0]]) + max_new_tokens
-            number = batch_size or responses_at_once(longest, device)
-            batch = jobs[len(results) : len(results) + number]
+    bar = progress_bar(progress and processes.is_main(), total=len(jobs), desc="generate")
+    with _undisturbed(model, inner, config), bar:
+        for number, batch in enumerate([*own, *fillers]):
             uniform = np.stack(
                 [_uniforms(seed, prompt_ids[p], occurrences[p], sample, max_new_tokens) for p, sample in batch]
             )
             draw = _Draw(temperature, torch.from_numpy(uniform))
             try:
-                new_ids = _generate_batch(inner, [prompt_ids[prompt] for prompt, _ in batch], config, device, draw)
+                prompts = [prompt_ids[prompt] for prompt, _ in batch]
+                new_ids = _generate_batch(inner, prompts, config, device, draw, sharded)
             except torch.OutOfMemoryError:
                 raise UserError(
-                    f"{len(batch)} responses at once, of up to {longest} tokens with their prompts, do not fit into "
+                    f"{len(batch)} responses at once, of up to {max(map(len, prompts)) + max_new_tokens} tokens with "
+                    "their prompts, do not fit into "
                     f"the memory of {device}: set eval.batch_size to a lower number"
                 ) from None
+            if number >= len(own):  # written because the others wrote one
+                continue
             for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
                 ids, finished = _cut(ids, stops)
                 results.append(Generation(prompt, sample, ids, finished, logps[: len(ids)]))
-            bar.update(len(batch))
+            bar.update(min(len(batch) * shares, len(jobs) - bar.n))
+    if sharded:
+        results = [Generation(*one) for part in processes.gather(results) for one in part]
     return sorted(results, key=lambda item: (item.prompt_index, item.sample_index))
+
+
+def _batches(
+    jobs: list[tuple[int, int]], lengths: list[int], batch_size: int | None, device: torch.device
+) -> list[list[tuple[int, int]]]:
+    """Jobs, the longest first, in batches that the device's memory holds."""
+    batches: list[list[tuple[int, int]]] = []
+    at = 0
+    while at < len(jobs):
+        number = batch_size or responses_at_once(lengths[at], device)
+        batches.append(jobs[at : at + number])
+        at += number
+    return batches
 
 
 def responses_at_once(longest: int, device: torch.device | str) -> int:
@@ -224,7 +251,8 @@ def _undisturbed(model: torch.nn.Module, inner: Any, config: GenerationConfig) -
     model.eval()
     inner.generation_config = config
     try:
-        with torch.inference_mode():
+        # What is gathered of a sharded model stays for the next reader, who could not use a tensor of inference mode.
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
             yield
     finally:
         inner.generation_config = saved
@@ -232,7 +260,12 @@ def _undisturbed(model: torch.nn.Module, inner: Any, config: GenerationConfig) -
 
 
 def _generate_batch(
-    model: Any, prompts: list[Sequence[int]], config: GenerationConfig, device: torch.device, draw: _Draw
+    model: Any,
+    prompts: list[Sequence[int]],
+    config: GenerationConfig,
+    device: torch.device,
+    draw: _Draw,
+    together: bool,
 ) -> list[list[int]]:
     longest = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long)
@@ -244,6 +277,7 @@ def _generate_batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         logits_processor=LogitsProcessorList([draw]),
+        synced_gpus=together,  # a process whose responses have ended goes on until those of all have
     )
     return output[:, longest:].tolist()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sepo import processes
 from sepo.credit.rewards import response_sums
 from sepo.data.previews import previews
 from sepo.data.prompts import words_of_prompt
@@ -51,6 +54,9 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Measure a policy against the model it started from, on held-out pairs and prompts.
 
+    All processes of a launch call this and get the metrics; the main one writes. It also reads both models, unless a
+    launch with FSDP cuts them up: then all read and write responses together.
+
     Both are read in the same types, so that a difference between them is never one of rounding; and one after the
     other, so that one of them is in memory at a time.
 
@@ -67,60 +73,130 @@ def evaluate_run(
     Returns:
         flat metrics, floats by name.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    load = partial(load_model, device=device, dtype=dtype, sharded=processes.read_sharded())
+
+    def read() -> Readings | None:
+        stored = None if base_logps is None else read_table(base_logps, "logps")
+        return read_models(policy, base, held_out, settings, load, stored, seed, tokens_per_row)
+
+    def judge(readings: Readings | None) -> dict[str, float]:
+        return {} if readings is None else _metrics_of_models(readings, policy, held_out, out, settings, device)
+
+    def metrics_of_tables() -> dict[str, float]:
+        return _metrics_of_tables(policy, held_out, settings, scores, scores_held_out, selection)
+
+    metrics = processes.on_main(metrics_of_tables)
+    if processes.read_sharded():
+        readings = read()
+        return metrics | processes.on_main(lambda: judge(readings))
+    return metrics | processes.on_main(lambda: judge(read()))
+
+
+class Readings(NamedTuple):
+    """What was read of two models: log-probabilities of the pairs, responses, and those of the policy's.
+
+    `before` and `after` are tables of kind "logps", None where no pair was read; `kl` is the log-ratio of each of the
+    policy's responses, `[responses]`, in nats; `examples` are answers of both, by their names, to the prompts `shown`.
+    """
+
+    before: pa.Table | None
+    after: pa.Table | None
+    base: list[Generation]
+    policy: list[Generation]
+    kl: np.ndarray
+    shown: list[int]
+    examples: dict[str, list[Generation]]
+
+
+def read_models(
+    policy: str,
+    base: str,
+    held_out: Path,
+    settings: EvalSettings,
+    load: Callable[[str], nn.Module],
+    base_logps: pa.Table | None,
+    seed: int,
+    tokens_per_row: int | None,
+) -> Readings | None:
+    """Everything that a model is needed for, policy and base one after the other; None without a held-out pair.
+
+    Args:
+        load: a folder -> the model, on its device; where it cuts the model up, all processes must come here.
+        base_logps: a table, as in `evaluate_run`.
+    """
     tokenizer = load_tokenizer(policy)
     pairs = read_table(held_out, "pairs")
-    metrics: dict[str, float] = {}
-    if scores_held_out is not None and len(pairs):
-        metrics |= oracle_accuracy(read_table(scores_held_out, "scores"))
-    if scores is not None and settings.gold is not None:
-        chosen = read_table(selection, "selection") if selection is not None else None
-        metrics |= _prefixed("fidelity", fidelity(tokenizer, read_table(scores, "scores"), chosen))
-
     if not len(pairs):
-        return {name: float(value) for name, value in metrics.items()}
+        return None
     prompts = sample_prompts(pairs, settings.prompts)
     read_by_both = pairs.slice(0, settings.pairs)
-    stored = None
-    if base_logps is not None and len(read_by_both):
-        stored = read_table(base_logps, "logps").slice(0, settings.pairs)
+    if base_logps is not None:
+        base_logps = base_logps.slice(0, settings.pairs) if len(read_by_both) else None
 
-    spread = np.linspace(0, len(prompts) - 1, min(settings.examples, len(prompts))).round().astype(int)
-    shown = [prompts[number] for number in spread]
+    shown = np.linspace(0, len(prompts) - 1, min(settings.examples, len(prompts))).round().astype(int).tolist()
     examples: dict[str, list[Generation]] = {}
 
     def read(
         name: str, path: str, stored: pa.Table | None, answers: list[Generation] | None
     ) -> tuple[pa.Table | None, list, np.ndarray]:
         """Log-probabilities of the pairs, responses, and log-probabilities of `answers` (its own if None)."""
-        model = load_model(path, device=device, dtype=dtype)
+        model = load(path)
         if len(read_by_both) and (stored is None or not read_like(stored, model)):
             stored = dataset_logps(model, read_by_both, tokens_per_row=tokens_per_row)
         if not prompts:
             return stored, [], np.zeros(0)
         own = sample(model, tokenizer, prompts, settings, seed, progress=True)
         if shown:
-            examples[name] = sample(model, tokenizer, shown, settings.of_examples(), seed)
+            examples[name] = sample(model, tokenizer, [prompts[i] for i in shown], settings.of_examples(), seed)
         sums = own_logps(model, prompts, own) if answers is None else response_logps(model, prompts, answers)
         return stored, own, sums
 
     after, answers, policy_sums = read("policy", policy, None, None)
     _release_memory()
-    before, base_answers, base_sums = read("base", base, stored, answers)
+    before, base_answers, base_sums = read("base", base, base_logps, answers)
     _release_memory()
-    if before is not None and after is not None:
-        metrics |= policy_accuracy(before, after, read_by_both)
-    if prompts:
-        generations = {"base": base_answers, "policy": answers}
-        found, table = judge_generations(generations, policy_sums - base_sums, tokenizer, prompts, settings)
+    return Readings(before, after, base_answers, answers, policy_sums - base_sums, shown, examples)
+
+
+def _metrics_of_tables(
+    policy: str,
+    held_out: Path,
+    settings: EvalSettings,
+    scores: Path | None,
+    scores_held_out: Path | None,
+    selection: Path | None,
+) -> dict[str, float]:
+    """What needs no model: the oracle's accuracy, and how far token rewards find the words that matter."""
+    metrics: dict[str, float] = {}
+    if scores_held_out is not None and len(read_table(held_out, "pairs")):
+        metrics |= oracle_accuracy(read_table(scores_held_out, "scores"))
+    if scores is not None and settings.gold is not None:
+        chosen = read_table(selection, "selection") if selection is not None else None
+        metrics |= _prefixed("fidelity", fidelity(load_tokenizer(policy), read_table(scores, "scores"), chosen))
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _metrics_of_models(
+    readings: Readings, policy: str, held_out: Path, out: Path, settings: EvalSettings, device: str
+) -> dict[str, float]:
+    """What follows from what was read of the models; writes the responses to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(policy)
+    pairs = read_table(held_out, "pairs")
+    metrics: dict[str, float] = {}
+    if readings.before is not None and readings.after is not None:
+        metrics |= policy_accuracy(readings.before, readings.after, pairs.slice(0, settings.pairs))
+    if prompts := sample_prompts(pairs, settings.prompts):
+        generations = {"base": readings.base, "policy": readings.policy}
+        found, table = judge_generations(generations, readings.kl, tokenizer, prompts, settings)
         metrics |= found
         if settings.judge is not None:
             found, verdicts, rows = judge_responses(
                 settings.judge,
-                [words_of_prompt(prompts[one.prompt_index], tokenizer) for one in answers],
+                [words_of_prompt(prompts[one.prompt_index], tokenizer) for one in readings.policy],
                 table["base"].to_pylist(),
                 table["policy"].to_pylist(),
-                [one.prompt_index for one in answers],
+                [one.prompt_index for one in readings.policy],
                 device,
             )
             metrics |= found
@@ -128,10 +204,10 @@ def evaluate_run(
                 table = table.append_column(name, pa.array(values))
             write_json(out / ANNOTATIONS, rows, indent=1)
         write_parquet(out / GENERATIONS, table)
-    if shown:
+    if readings.shown:
         texts = previews(tokenizer, prompts)
-        questions = [texts[number] for number in spread]
-        write_parquet(out / EXAMPLES, _side_by_side(questions, examples, tokenizer, settings))
+        questions = [texts[number] for number in readings.shown]
+        write_parquet(out / EXAMPLES, _side_by_side(questions, readings.examples, tokenizer, settings))
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from sepo.forward import layers_cuda
 from sepo.forward.gradients import FEW_ROWS, add_gradient, add_product, compute_copy, compute_dtype, in_place, matmul_nt
 from sepo.forward.rotary import use_fused_rotary
+from sepo.models.sharding import gathered, units
 
 
 class _Normed:
@@ -379,14 +380,21 @@ def use_fast_layers(lm: PreTrainedModel) -> None:
     for module in list(lm.modules()):
         if type(module) is nn.Linear and module is not head:
             module.__class__ = FastLinear
-    for module in list(lm.modules()):
-        if isinstance(module, FastRMSNorm | FastGatedMLP) or len(signature(module.forward).parameters) != 1:
-            continue
-        parts = list(dict(module.named_children())), list(dict(module.named_parameters(recurse=False)))
-        if type(module).__name__.endswith("RMSNorm") and parts == ([], ["weight"]):
-            _try_fast(module, FastRMSNorm, module.get_parameter("weight").shape[-1], weight_offset=(0.0, 1.0))
-        elif all(hasattr(getattr(module, f"{name}_proj", None), "in_features") for name in ("gate", "up", "down")):
-            _try_fast(module, FastGatedMLP, int(module.up_proj.in_features), activation=tuple(_ACTIVATIONS))  # type: ignore[union-attr, arg-type]
+    for unit, modules in units(lm):
+        with gathered(unit):
+            for module in modules:
+                _use_fast_layer(module)
+
+
+def _use_fast_layer(module: nn.Module) -> None:
+    """Make a norm or a gated MLP fast if it can be; other modules are left alone."""
+    if isinstance(module, FastRMSNorm | FastGatedMLP) or len(signature(module.forward).parameters) != 1:
+        return
+    parts = list(dict(module.named_children())), list(dict(module.named_parameters(recurse=False)))
+    if type(module).__name__.endswith("RMSNorm") and parts == ([], ["weight"]):
+        _try_fast(module, FastRMSNorm, module.get_parameter("weight").shape[-1], weight_offset=(0.0, 1.0))
+    elif all(hasattr(getattr(module, f"{name}_proj", None), "in_features") for name in ("gate", "up", "down")):
+        _try_fast(module, FastGatedMLP, int(module.up_proj.in_features), activation=tuple(_ACTIVATIONS))  # type: ignore[union-attr, arg-type]
 
 
 _joined: dict[tuple[type, ...], type] = {}

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sepo.forward import lm_head_cuda
 from sepo.forward.gradients import add_gradient, add_product, compute_copy, compute_dtype, in_place, matmul_nt
+from sepo.models.sharding import inside_call, waits_for_call
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def target_logps(hidden: Tensor, head: nn.Module, target_ids: Tensor, transform:
     Returns:
         `[N]` float32 (float64 for float64 inputs).
     """
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and waits_for_call(head):
+        return inside_call(head, lambda h: _TargetLogps.apply(h, head.weight, head.bias, target_ids, transform), hidden)
     if type(head) is nn.Linear:
         return _TargetLogps.apply(hidden, head.weight, head.bias, target_ids, transform)
     vocabulary = getattr(head, "out_features", 2**17)

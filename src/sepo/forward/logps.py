@@ -7,7 +7,9 @@ answers; none has a forward pass of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from sepo.forward.last_block import last_mlp, rows_only
 from sepo.forward.lm_head import LogitTransform, target_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch
 from sepo.models.adapters import causal_lm
+from sepo.models.sharding import inside_call, is_sharded
 
 
 @dataclass
@@ -54,6 +57,20 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         raise wrong_type("batch", batch, "a PackedBatch: pack makes one of pairs")
     targets = target_hidden(lm, batch)
     return target_logps(targets, lm.get_output_embeddings(), batch.target_ids, LogitTransform.from_config(lm.config))
+
+
+def read_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`token_logps` of a model that nobody has called: one whose weights are cut up is called for it."""
+    return _called(model, partial(token_logps, model, batch))
+
+
+def read_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`target_hidden` of a model that nobody has called."""
+    return _called(model, partial(target_hidden, causal_lm(model), batch))
+
+
+def _called(model: nn.Module, read: Callable[[], Tensor]) -> Tensor:
+    return inside_call(causal_lm(model), read) if is_sharded(model) else read()
 
 
 def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -15,7 +15,7 @@ from sepo import processes
 from sepo.data.ragged import SIDES, Ragged, ragged
 from sepo.data.tables import check_pairs_differ, make_table, provenance_of, require_table
 from sepo.errors import check_number
-from sepo.forward.logps import token_logps
+from sepo.forward.logps import read_logps
 from sepo.forward.packing import (
     CHOSEN,
     REJECTED,
@@ -25,10 +25,12 @@ from sepo.forward.packing import (
     fill_rows,
     pack,
     pad,
+    read_length,
 )
 from sepo.forward.prepare import prepare_model
 from sepo.models.adapters import causal_lm
 from sepo.models.limits import check_ids, check_lengths, model_limits
+from sepo.models.sharding import is_sharded
 
 # Of each layout that `prepare_model` names: how pairs are divided into batches, and how a batch is laid out. What is
 # read alone comes a pair a batch: processes that wait for each other in each forward then do as many.
@@ -51,12 +53,17 @@ class TablePairs(Sequence[Pair]):
 
     Their ids are views of the table's buffers: as Python numbers they would take ten times the memory, in every
     process, and a worker of a DataLoader would copy them by counting references.
+
+    Attributes:
+        pair_ids: `[pairs]`.
+        columns: the other fields of `Pair` that the table has, by name; `columns["chosen_ids"].lengths` counts tokens
+            without making a `Pair`.
     """
 
     def __init__(self, table: pa.Table):
         self.pair_ids = table.column("pair_id").to_numpy()
         names = [name for name in Pair.__dataclass_fields__ if name != "pair_id" and name in table.column_names]
-        self._columns = {name: Ragged(table.column(name)) for name in names}
+        self.columns = {name: Ragged(table.column(name)) for name in names}
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -64,7 +71,7 @@ class TablePairs(Sequence[Pair]):
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with one of its responses; 0 without a pair."""
-        prompt, chosen, rejected = (self._columns[f"{part}_ids"].lengths for part in ("prompt", *SIDES))
+        prompt, chosen, rejected = (self.columns[f"{part}_ids"].lengths for part in ("prompt", *SIDES))
         return int((prompt + np.maximum(chosen, rejected)).max(initial=0))
 
     @overload
@@ -74,7 +81,7 @@ class TablePairs(Sequence[Pair]):
     def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        fields: dict[str, Any] = {name: column[index] for name, column in self._columns.items()}
+        fields: dict[str, Any] = {name: column[index] for name, column in self.columns.items()}
         return Pair(int(self.pair_ids[index]), **fields)
 
 
@@ -136,6 +143,17 @@ def require_readable(model: nn.Module, pairs: pa.Table) -> None:
     check_lengths(pairs, name, limits)
 
 
+def _own_rows(rows: list[list[Pair]], over_processes: bool, sharded: bool) -> list[tuple[list[Pair], bool]]:
+    """The rows that this process reads, and whether each counts: one that keeps up with the others does not."""
+    if not over_processes:
+        return [(row, True) for row in rows]
+    number = processes.size()
+    own = [(row, True) for row in rows[processes.rank() :: number]]
+    if sharded and len(own) < -(-len(rows) // number):
+        own.append(([min((pair for row in rows for pair in row), key=read_length)], False))
+    return own
+
+
 @torch.no_grad()
 def dataset_logps(
     model: nn.Module,
@@ -154,7 +172,8 @@ def dataset_logps(
         tokens_per_row: token budget of a packed row; a default for the device if None.
         progress: called with the number of pairs finished since the last call.
         over_processes: share the packed rows among the processes of the launch, all of which must call this and get
-            the whole table. The rows are those of one process, so the numbers are too.
+            the whole table. The rows are those of one process, so the numbers are too. A model that is cut up over the
+            processes is always read so.
 
     Returns:
         a table of kind "logps", row for row with `pairs`; its provenance holds the model's `numerics`.
@@ -170,22 +189,25 @@ def dataset_logps(
     device = next(model.parameters()).device
     budget = tokens_per_row or tokens_per_row_for(device, scoring=True)
     rows = table_pairs(pairs.select(["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]))
+    sharded = is_sharded(model)
+    over_processes = over_processes or sharded
     layout = prepare_model(model, longest=rows.longest, tokens_per_row=budget)
     fill, lay_out = LAYOUTS[layout]
-    lengths = np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in rows], np.int64).reshape(-1, 2)
+    lengths = np.stack([rows.columns[f"{side}_ids"].lengths for side in SIDES], axis=1)  # [pairs, 2]
     starts = np.zeros_like(lengths)
     np.cumsum(lengths[:-1], axis=0, out=starts[1:])
     totals = lengths.sum(0)
     out = [np.zeros(totals[CHOSEN], np.float32), np.zeros(totals[REJECTED], np.float32)]
-    row_of = {pair.pair_id: index for index, pair in enumerate(rows)}
+    row_of = {pair_id: index for index, pair_id in enumerate(rows.pair_ids.tolist())}
 
     training = model.training
     model.eval()
     try:
-        own = slice(processes.rank(), None, processes.size()) if over_processes else slice(None)
-        for row in fill(rows, budget)[own]:
+        for row, counts in _own_rows(fill(rows, budget), over_processes, sharded):
             batch = lay_out(row)
-            values = token_logps(model, batch.to(device)).float().cpu().numpy()
+            values = read_logps(model, batch.to(device)).float().cpu().numpy()
+            if not counts:
+                continue
             if not np.isfinite(values).all():
                 bad = np.unique(batch.segments.numpy()[~np.isfinite(values)] // 2)
                 ids = [batch.pair_ids[index] for index in bad]

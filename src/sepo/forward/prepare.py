@@ -29,9 +29,10 @@ from transformers import PreTrainedModel
 from sepo.errors import UserError, one_line
 from sepo.forward.attention import ATTENTION
 from sepo.forward.layers import use_fast_layers
-from sepo.forward.logps import Tried, token_logps
+from sepo.forward.logps import Tried, read_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, pack, pad
 from sepo.models.adapters import causal_lm
+from sepo.models.sharding import own_part
 from sepo.processes import say_once
 
 _ORDER = ("packed", "padded", "alone")
@@ -276,7 +277,7 @@ def _vocabulary(lm: PreTrainedModel) -> int:
 
 
 def _logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    return token_logps(model, batch.to(next(model.parameters()).device)).double()
+    return read_logps(model, batch.to(next(model.parameters()).device)).double()
 
 
 def _own_logps(lm: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
@@ -357,9 +358,9 @@ def _require_weights(lm: PreTrainedModel) -> None:
         if parameter.is_meta or not parameter.numel():
             raise UserError(
                 f"model '{name}': its weights are not in this process ({parameter_name}), so it cannot be tried out; "
-                "DeepSpeed's ZeRO stage 3 and offloaded weights are not supported: use stage 2, or FSDP"
+                "load it whole, without offloading: a launch with FSDP or DeepSpeed's ZeRO-3 cuts it up afterwards"
             )
-        values = parameter.detach()
+        values = own_part(parameter.detach())
         if parameter is never:
             values = values.masked_fill(values.isneginf(), 0)
         # The sum reads the weights once and makes no copy; it is finite unless one of them is not.

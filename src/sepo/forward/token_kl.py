@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sepo.forward.lm_head import LogitTransform
-from sepo.forward.logps import target_hidden
+from sepo.forward.logps import read_hidden, target_hidden
 from sepo.forward.packing import PackedBatch
 from sepo.models.adapters import causal_lm
 
@@ -40,7 +40,7 @@ def token_logps_and_kl(
     """
     hidden = target_hidden(causal_lm(model), batch)
     with torch.no_grad():
-        frozen = target_hidden(causal_lm(reference), batch)
+        frozen = read_hidden(reference, batch)
     parts = _Heads(model, reference, direction == "forward")
     wide = 8 if hidden.dtype == torch.float64 else 4
     budget = _CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from sepo.errors import UserError, named_error, wrong_type
 from sepo.models.checkpoint import adapter_state, require_same_weights
-from sepo.models.folders import check_folder, is_adapter
+from sepo.models.folders import check_folder, is_adapter, read_json_object
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import LoraSettings
 
@@ -32,6 +32,14 @@ def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, train: bool
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return peft_model
+
+
+def is_separate(folder: Path) -> bool:
+    """Is a stored adapter plain LoRA: matrices beside the base's own, for which those are neither copied nor read?"""
+    config = read_json_object(folder / "adapter_config.json")
+    reads_base = ("modules_to_save", "trainable_token_indices", "target_parameters", "use_dora", "arrow_config")
+    plain_start = config.get("init_lora_weights", True) in (True, False, "gaussian")
+    return config.get("peft_type") == "LORA" and plain_start and not any(config.get(key) for key in reads_base)
 
 
 def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0, section: str = "lora") -> PeftModel:

@@ -8,8 +8,9 @@ read for it.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from sepo.errors import UserError, named_error
 from sepo.models.folders import read_json_object
@@ -75,11 +77,26 @@ def load_classifier(folder: Path, name: str, **options: Any) -> PreTrainedModel:
 def _load(kind: Any, folder: Path, name: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     load: Any = kind.from_pretrained
     try:
-        return load(folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        with _not_by_deepspeed():
+            return load(folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged header, a missing shard, an unknown architecture: each its own class
         raise UserError(f"cannot load the model '{name}' from '{folder}' ({named_error(error)})") from None
+
+
+@contextlib.contextmanager
+def _not_by_deepspeed() -> Iterator[None]:
+    """While it lasts Transformers loads whole weights, also where DeepSpeed is going to cut them up (ZeRO-3).
+
+    A model is tried out before that, and frozen ones are none of DeepSpeed's business.
+    """
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 def check_weights(folder: Path, name: str) -> PreTrainedModel | None:

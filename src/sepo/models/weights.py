@@ -10,13 +10,15 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from sepo import processes
 from sepo.errors import UserError, wrong_type
 from sepo.files import expand_home
-from sepo.models.adapters import LoraSettings, load_adapter, new_adapter
+from sepo.models.adapters import LoraSettings, is_separate, load_adapter, new_adapter
 from sepo.models.checkpoint import load_whole
 from sepo.models.devices import check_quantization, choose_device, choose_dtype
 from sepo.models.folders import adapter_base, check_folder, is_adapter
 from sepo.models.names import resolve_model
+from sepo.models.sharding import sharded_loading, sharded_twin
 
 
 def load_model(
@@ -32,6 +34,7 @@ def load_model(
     trust_remote_code: bool = False,
     train: bool = False,
     seed: int = 0,
+    sharded: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model, ready to score (`train=False`) or to train.
 
@@ -52,6 +55,9 @@ def load_model(
         train: leave the weights trainable (all of them, or the adapter's alone) and put the model in training
             mode; otherwise nothing requires a gradient and dropout is off.
         seed: of a new adapter's first weights; the caller's random state is neither read nor moved.
+        sharded: cut the weights up over the processes of the launch, all of which must call this: each reads and
+            keeps a part (`models.sharding`). For models that stay as they are. A LoRA adapter is whole everywhere; for
+            other kinds each process holds the whole model in the host's memory until it is cut up.
 
     Raises:
         UserError: no such model, device or dtype; quantization that cannot be had here; damaged weights.
@@ -74,7 +80,21 @@ def load_model(
         raise UserError(f"the base model '{name}' is an adapter itself: merge it into its base first")
 
     weights = choose_dtype(dtype, chosen, trained=train and not has_adapter)
-    base = _load_base(folder, name, weights, chosen, quantization, attn_implementation, trust_remote_code, train)
+    if sharded and (train or quantization or trust_remote_code):
+        raise UserError("a model is read sharded as it is: without training, quantization and code of its own")
+    # An adapter that brings whole modules, or reads the base's weights while it is put on, needs them whole.
+    whole_first = sharded and adapter is not None and not is_separate(Path(resolve_model(adapter)))
+    base = _load_base(
+        folder,
+        name,
+        weights,
+        torch.device("cpu") if whole_first else chosen,
+        quantization,
+        attn_implementation,
+        trust_remote_code,
+        train,
+        sharded and not whole_first,
+    )
     model: PreTrainedModel | PeftModel = base
     if adapter is not None:
         model = load_adapter(base, adapter, train)
@@ -85,6 +105,8 @@ def load_model(
         adapter_config = cast(LoraConfig, model.peft_config["default"])
         adapter_config.base_model_name_or_path = os.path.abspath(name) if os.path.exists(name) else name
         adapter_config.revision = revision
+    if whole_first:
+        model = cast(PeftModel, sharded_twin(model, chosen))
     if not train:
         model.requires_grad_(False)
     return model.train(train)
@@ -99,6 +121,7 @@ def _load_base(
     attn_implementation: str | None,
     trust_remote_code: bool,
     train: bool,
+    sharded: bool,
 ) -> PreTrainedModel:
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -113,10 +136,10 @@ def _load_base(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    placed_by_launcher = train and any(
-        os.environ.get(flag, "false").lower() == "true" for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    )
-    if quantization or (device.type == "cuda" and not placed_by_launcher):
+    placed_by_launcher = train and bool(processes.sharding())
+    if sharded:
+        options |= sharded_loading(folder, name, device)
+    elif quantization or (device.type == "cuda" and not placed_by_launcher):
         options["device_map"] = {"": str(device)}  # straight to the GPU, with no copy of the weights in host memory
     try:
         model = load_whole(folder, name, **options)
@@ -124,7 +147,7 @@ def _load_base(
         raise UserError(
             f"the model '{name}' does not fit on {device}: use a smaller one, quantization=4bit or device=cpu"
         ) from None
-    if device.type == "mps" and not placed_by_launcher:
+    if device.type == "mps" and not placed_by_launcher and not sharded:
         model.to(device)  # type: ignore[arg-type]
     # Sampling settings beside do_sample=False (as some published chat models have) are refused at save time,
     # which is after the training: say what they mean now.

@@ -47,7 +47,7 @@ SHARED = ("score", "train")
 
 def work_by_record(recipe: Recipe, costs: dict[str, Cost], processes: int = 1) -> dict[str, list[Work]]:
     """The work of one process in each stage after the data, by the names of the records: of each oracle its own."""
-    names = oracle.names(recipe.oracle)
+    names = oracle.names(recipe.oracle) or ["oracle"]  # one that exists already is read under that name
     works: dict[str, list[Work]] = {}
     for name, cost in costs.items():
         own = [work.times(1 / processes) if work.kind in SHARED else work for work in cost.work or ()]

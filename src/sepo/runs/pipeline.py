@@ -7,6 +7,7 @@ What each stage is, is said in `sepo.stages`; what stands and what is done again
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,14 @@ def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
         stage.check(recipe)
 
 
-def check_pairs(recipe: Recipe, folder: Path) -> None:
-    """Raise a UserError if a model of the recipe cannot read the pairs that lie in a folder, or answer to them."""
+def check_pairs(recipe: Recipe, folder: Path, extremes: Mapping[str, Any] | None = None) -> None:
+    """Raise a UserError if a model of the recipe cannot read the pairs that lie in a folder, or answer to them.
+
+    Args:
+        extremes: what the data stage found, if it did: the pairs are read only where a limit is reached.
+    """
+    if extremes is not None and data.within_limits(recipe, extremes):
+        return
     held_out = read_table(folder / "held_out", "pairs")
     data.check_limits(recipe, [read_table(folder / "train", "pairs"), held_out])
     if recipe.eval.prompts:
@@ -74,7 +81,7 @@ def _prepare(run: Run) -> tuple[Model, Made]:
     start = reference.start(run.recipe)
     tokenizer = load_tokenizer(start.folder)
     pairs = run.do(data.stage(run.recipe.data, tokenizer, run.recipe.seed), run.path("pairs"))
-    processes.on_main(lambda: check_pairs(run.recipe, pairs.folder))
+    processes.on_main(lambda: check_pairs(run.recipe, pairs.folder, pairs.results.get("extremes")))
     return start, pairs
 
 

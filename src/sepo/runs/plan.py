@@ -175,10 +175,12 @@ def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]
     """What a stage needs of each device: with whole weights and, where they can be cut up, with FSDP."""
     if cost.memory is None:
         return []
-    number = target.processes
-    ways: list[tuple[str, Any]] = [("whole weights" if number > 1 else "one device", cost.memory)]
-    if isinstance(cost.memory, Training) and number > 1:
-        ways.append((f"FSDP over {number}", replace(cost.memory, sharded=True)))
+    number, memory = target.processes, cost.memory
+    if isinstance(memory, Reading):
+        memory = replace(memory, processes=number)
+    ways: list[tuple[str, Any]] = [("whole weights" if number > 1 else "one device", memory)]
+    if isinstance(memory, Training | Reading) and number > 1:
+        ways.append((f"FSDP over {number}", replace(memory, sharded=True)))
     rows = []
     for how, need in ways:
         parts = _parts(need) or {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from sepo import processes
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import load_preferences, source_fingerprint
+from sepo.data.ragged import SIDES, flat
 from sepo.data.rows import DataReport
 from sepo.data.splits import group_by_prompt, shared_prompts, split_pairs, take_pairs
 from sepo.data.tables import write_table
 from sepo.errors import UserError
 from sepo.models.config import load_config
-from sepo.models.limits import check_ids, check_lengths, model_limits
+from sepo.models.limits import Limits, check_ids, check_lengths, model_limits
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import say
 from sepo.recipe.settings import EMBEDDED_DATA, DataSettings, Recipe
@@ -77,7 +78,7 @@ def prepare_data(
     """Read, validate, tokenise and split a preference dataset into `out/train` and `out/held_out`.
 
     Returns:
-        counts: `train`, `held_out`, and the report of what was dropped and why.
+        counts: `train`, `held_out`; `extremes` of both; and the report of what was dropped and why.
     """
     split, held_out_split = settings.split, settings.held_out_split
     if settings.source == EMBEDDED_DATA:
@@ -107,6 +108,7 @@ def prepare_data(
         "train": len(train),
         "held_out": len(held_out),
         "shared_prompts": shared,
+        "extremes": {"train": extremes(train), "held_out": extremes(held_out)},
         "report": {name: one.to_dict() for name, one in reports.items()},
     }
 
@@ -119,17 +121,50 @@ def check_limits(recipe: Recipe, tables: Iterable[pa.Table], answers: int = 0) -
         answers: of the prompts alone, with so many tokens generated after each; 0 is of the pairs.
     """
     tables = [table for table in tables if len(table)]
+    tokenizer = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)  # all models share it
+    for name, limits in _limits(recipe):
+        for table in tables:
+            check_ids(table, name, limits, tokenizer)
+            check_lengths(table, name, limits, answers)
+
+
+def _limits(recipe: Recipe) -> list[tuple[str, Limits]]:
+    """Names and limits of the recipe's models."""
     models = {
         (recipe.reference.model, recipe.reference.revision),
         (recipe.oracle.model or recipe.reference.model, None if recipe.oracle.model else recipe.reference.revision),
         (recipe.policy.model or recipe.reference.model, recipe.policy.revision or recipe.reference.revision),
     }
-    tokenizer = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)  # all models share it
-    for name, revision in sorted(models, key=str):
-        limits = model_limits(load_config(name, revision=revision))
-        for table in tables:
-            check_ids(table, name, limits, tokenizer)
-            check_lengths(table, name, limits, answers)
+    return [(name, model_limits(load_config(name, revision=revision))) for name, revision in sorted(models, key=str)]
+
+
+def extremes(table: pa.Table) -> dict[str, int]:
+    """What a limit may stand against in a table of pairs: the `largest_id`, tokens of the `longest` prompt with a
+    response, and of the `longest_prompt`; -1 and 0 without a pair.
+    """
+    columns = [flat(table.column(f"{part}_ids")) for part in ("prompt", *SIDES)]
+    (_, prompts), *responses = columns
+    return {
+        "largest_id": max(int(ids.max(initial=-1)) for ids, _ in columns),
+        "longest": max(int((prompts + lengths).max(initial=0)) for _, lengths in responses),
+        "longest_prompt": int(prompts.max(initial=0)),
+    }
+
+
+def within_limits(recipe: Recipe, found: Mapping[str, Mapping[str, int]]) -> bool:
+    """Whether no model of the recipe has a limit that its pairs, or answers to the held-out ones, reach beyond.
+
+    Args:
+        found: `extremes` of the parts "train" and "held_out".
+    """
+    vocabulary = max(part["largest_id"] for part in found.values()) + 1
+    longest = max(part["longest"] for part in found.values())
+    if recipe.eval.prompts:
+        longest = max(longest, found["held_out"]["longest_prompt"] + recipe.eval.max_new_tokens)
+    return all(
+        vocabulary <= limits.vocabulary and (limits.positions is None or longest <= limits.positions)
+        for _, limits in _limits(recipe)
+    )
 
 
 def write_pairs(folder: Path, table: pa.Table) -> None:

@@ -43,8 +43,11 @@ def stage(
     """
 
     def work(folder: Path) -> dict[str, Any]:
-        for name in (GENERATIONS, EXAMPLES, ANNOTATIONS):
-            (folder / name).unlink(missing_ok=True)  # of other settings
+        def forget() -> None:
+            for name in (GENERATIONS, EXAMPLES, ANNOTATIONS):
+                (folder / name).unlink(missing_ok=True)  # of other settings
+
+        processes.on_main(forget)
         return evaluate_run(
             policy=policy.folder,
             base=start.folder,
@@ -76,7 +79,7 @@ def stage(
             **({} if judge is None else {"judge": judge_content(judge)}),
         },
         outputs=(".",),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        work=work,
     )
 
 

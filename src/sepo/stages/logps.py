@@ -113,7 +113,7 @@ def logps_pass(
     total = sum(item["pairs"] for item in todo)
     bar = progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
     with saying_what_is_kept(kept), bar:
-        loaded = load_model(model, device=device, dtype=dtype)
+        loaded = load_model(model, device=device, dtype=dtype, sharded=processes.read_sharded())
         for item in todo:
             index = item["index"]
             table = dataset_logps(

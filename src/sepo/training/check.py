@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sepo.errors import UserError, named_error, nearest
+from sepo.models.folders import read_json_object
 from sepo.recipe.settings import TrainingSettings
 from sepo.training.fit import training_arguments
-from sepo.training.trainer import PreferenceConfig, refuse_zero_3
+from sepo.training.trainer import PreferenceConfig
 
 # Fields of TrainingArguments that do not go together with packed pairs, by what they would do.
 _OUT_OF_PLACE: dict[str, str] = {
@@ -55,10 +56,11 @@ def check_training(
             raise UserError(f"{section}.arguments.{key} cannot be used here: {_OUT_OF_PLACE[key]}; leave it out")
     if settings.arguments.get("train_sampling_strategy", "random") != "random":
         raise UserError(f"{section}.arguments.train_sampling_strategy: pairs are drawn at random; leave it out")
-    try:
-        refuse_zero_3(settings.arguments.get("deepspeed"))
-    except UserError as error:
-        raise UserError(f"{section}.arguments.deepspeed: {error}") from None
+    if isinstance(config := settings.arguments.get("deepspeed"), str):
+        try:
+            read_json_object(Path(config))
+        except UserError as error:
+            raise UserError(f"{section}.arguments.deepspeed: {error}") from None
     if not here:
         return
     require_setup(

@@ -16,6 +16,7 @@ from sepo import processes
 from sepo.errors import UserError
 from sepo.files import check_writable, differing_file, file_digests, flush, recover_folder, write_text
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
+from sepo.models.sharding import own_part
 from sepo.processes import say
 from sepo.recipe.settings import TrainingSettings
 from sepo.training.logs import keep_logs
@@ -59,18 +60,11 @@ class SaveEvery(TrainerCallback):
 def require_finite_weights(model: torch.nn.Module, step: int) -> None:
     """Raise a `NonFiniteLossError` if a weight is not finite: no such checkpoint is sealed, no such model kept."""
     for name, parameter in model.named_parameters():
-        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP: the part of this process
-        if not bool(torch.isfinite(own).all()):
+        if not bool(torch.isfinite(own_part(parameter)).all()):
             raise NonFiniteLossError(
                 f"the weight {name} is not finite after step {step}; lower learning_rate: "
                 "the checkpoints before it are kept"
             )
-
-
-def sharding() -> str:
-    """How the launcher cuts up a model: "fsdp", "deepspeed" or nothing. Checkpoints of one kind fit no other."""
-    kinds = ("fsdp", "deepspeed")
-    return next((k for k in kinds if os.environ.get(f"ACCELERATE_USE_{k.upper()}", "false").lower() == "true"), "")
 
 
 def training_fingerprint(model: str, training: TrainingSettings, **rest: Any) -> dict[str, Any]:
@@ -159,7 +153,8 @@ def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
     """Return the last whole checkpoint of the same training; others, unfinished and damaged ones are removed."""
     folder = out / "checkpoints"
     record = folder / "made_with.json"
-    text = json.dumps({**made_with, "sharding": sharding()}, sort_keys=True, default=str)
+    # Checkpoints of a model that is cut up in one way fit no other.
+    text = json.dumps({**made_with, "sharding": processes.sharding()}, sort_keys=True, default=str)
     if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):
         if any(folder.glob("checkpoint-*")):  # Trainer makes the empty folder itself
             say(f"  checkpoints in {folder} were made with other settings or data: removed")

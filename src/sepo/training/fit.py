@@ -32,7 +32,6 @@ from sepo.training.checkpoints import (
     kept_of,
     last_checkpoint,
     require_finite_weights,
-    sharding,
     standing_model,
     training_fingerprint,
 )
@@ -203,7 +202,7 @@ def _train(
     require_finite_weights(trainer.model, trainer.state.global_step)
     seconds = time.monotonic() - started
     # A sharded model (FSDP, DeepSpeed) is gathered by all processes together.
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharding() else None
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if processes.sharding() else None
     history = trainer.state.log_history
     losses = [row["loss"] for row in history if "loss" in row]
     # The trainer's own mean covers the steps since the last restart only; a run shorter than logging_steps has no

@@ -168,7 +168,8 @@ class Reading:
     """A frozen model that reads rows, and one that writes: passes over the pairs, and evaluation.
 
     Attributes:
-        models: how many models of this shape are in memory at once. Every device holds them whole, however many.
+        processes: devices that read it.
+        sharded: a launch with FSDP (or ZeRO-3) cuts up the weights, instead of a whole model on each device.
         width: bytes of a weight.
         tokens, targets: of the longest row that is read.
         responses: that are written side by side, each of at most `length` tokens with its prompt; 0 for none.
@@ -180,10 +181,11 @@ class Reading:
     width: int
     tokens: int
     targets: int
-    models: int = 1
     responses: int = 0
     length: int = 0
     prompt: int = 0
+    processes: int = 1
+    sharded: bool = False
 
     def parts(self) -> dict[str, float]:
         """Bytes by part (`PARTS`)."""
@@ -192,8 +194,12 @@ class Reading:
         # Residual stream and its norm, and either the three wide tensors of an MLP or queries to values, rotated.
         layer = 3 * shape.hidden + max(3 * shape.intermediate, 3 * shape.queries + 4 * shape.keys)
         head = head_bytes(shape, self.targets, self.device, self.width, trained=False)
+        weights = float(self.width * shape.parameters)
+        if self.sharded:
+            # The block at hand and the next one are whole, and so are embedding and LM head.
+            weights = weights / self.processes + self.width * (2 * shape.block + shape.embedding)
         return {
-            "weights": float(self.models * self.width * shape.parameters),
+            "weights": weights,
             "gradients": 0.0,
             "AdamW": 0.0,
             "activations": float(self.width * tokens * layer),
@@ -205,16 +211,25 @@ class Reading:
 
     def changes(self) -> list[list[tuple[str, Reading]]]:
         """As `Training.changes`."""
-        same: list[tuple[str, Reading]] = []
+        same = self._smaller("")
+        over = [2**n for n in range(1, 13) if 2**n > self.processes]
+        for number in over if self.sharded or self.processes == 1 else [self.processes, *over]:
+            words, one = f"FSDP over {number}", replace(self, processes=number, sharded=True)
+            same += [(words, one), *one._smaller(f"{words}, ")]
+        return [same, [("dtype=bfloat16", replace(self, width=2))] if self.width == 4 else []]
+
+    def _smaller(self, words: str) -> list[tuple[str, Reading]]:
+        """With shorter rows, then with fewer responses at once."""
+        found: list[tuple[str, Reading]] = []
         tokens, responses = self.tokens, self.responses
         while tokens > 512:
             tokens //= 2
             one = replace(self, tokens=tokens, targets=max(1, self.targets * tokens // self.tokens))
-            same.append((f"tokens_per_row={tokens}", one))
+            found.append((f"{words}tokens_per_row={tokens}", one))
         while responses > 1:
             responses //= 2
-            same.append((f"eval.batch_size={responses}", replace(self, responses=responses)))
-        return [same, [("dtype=bfloat16", replace(self, width=2))] if self.width == 4 else []]
+            found.append((f"{words}eval.batch_size={responses}", replace(self, responses=responses)))
+        return found
 
 
 def head_bytes(shape: Shape, targets: int, device: str, compute: int, trained: bool) -> float:

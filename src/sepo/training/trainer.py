@@ -14,7 +14,6 @@ import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -38,7 +37,7 @@ from sepo.forward.passes import dataset_logps, read_like, require_readable, toke
 from sepo.forward.prepare import prepare_model, training_noise
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
-from sepo.models.folders import read_json_object
+from sepo.models.sharding import gather_by_block, sharded_twin
 from sepo.training import objectives
 from sepo.training.batches import PairCollator, PairDataset, PairSampler
 from sepo.training.logs import reporters
@@ -92,7 +91,6 @@ class PreferenceConfig(TrainingArguments):
         if self.output_dir is not None:
             self.output_dir = expand_home(self.output_dir, "output_dir")
         self.report_to = reporters(self.report_to or "none")
-        refuse_zero_3(self.deepspeed)
         super().__post_init__()
         check_objective(self.objective, self.label_smoothing)
         check_number("beta", self.beta, above=0)
@@ -200,9 +198,7 @@ class PreferenceTrainer(Trainer):
         _require_quiet(model, [*self._noisy_parts, *adapters])
         # The KL needs every logit of the reference, which cannot be stored: the model as it is given stays beside.
         self.kl_direction = kl_direction(args.objective, args.alpha)
-        self.kl_reference = (
-            copy.deepcopy(model).to(args.device).requires_grad_(False).eval() if self.kl_direction else None
-        )
+        self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
         _bind_packed_forward(model)
         # Running sums of METRICS and the number of pairs since the last log, on the device.
         self._metrics = {mode: _no_metrics(args.device) for mode in ("train", "eval")}
@@ -217,8 +213,17 @@ class PreferenceTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._set_up_zero_3(model)
         # Reported losses are means over pairs already: Trainer must not divide them by the accumulation steps.
         self.loss_is_scaled_for_ga = True
+
+    def _set_up_zero_3(self, model: nn.Module) -> None:
+        """Where DeepSpeed is going to cut up the weights: blocks are gathered whole, and the model is to be saved."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is None or plugin.zero_stage != 3:
+            return
+        gather_by_block(causal_lm(model))
+        plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
     @staticmethod
     def _dataset(model, args, data, reference_logps, tokenizer, part: str) -> PairDataset | None:
@@ -251,10 +256,11 @@ class PreferenceTrainer(Trainer):
         if reference_logps is not None:
             require_table("reference_logps" if part == "train" else "eval_reference_logps", reference_logps, "logps")
         if reference_logps is None or not _same_numerics(args, model, reference_logps):
+            # A policy that is going to be cut up may not fit on one device.
+            reader = sharded_twin(model, args.device) if processes.read_sharded() else model.to(args.device)
             with _autocast(args):
-                reference_logps = dataset_logps(
-                    model.to(args.device), data, tokens_per_row=args.tokens_per_row, over_processes=True
-                )
+                reference_logps = dataset_logps(reader, data, tokens_per_row=args.tokens_per_row, over_processes=True)
+            del reader
         return PairDataset(data, reference_logps)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
@@ -540,33 +546,17 @@ class PreferenceTrainer(Trainer):
         return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
 
 
-def refuse_zero_3(config: dict[str, Any] | str | None) -> None:
-    """Raise a UserError where DeepSpeed is to cut up the weights themselves (ZeRO-3).
-
-    It gathers the weights of a module when that module is called, which the LM head and the MLPs here never are: they
-    are computed from their weights. FSDP2 gathers whole blocks.
-
-    Args:
-        config: `TrainingArguments.deepspeed`; None asks the launcher's.
-    """
-    if config is None:
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-            return
-        config = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if config is None:
-        stage: Any = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
-    else:
-        if not isinstance(config, dict):
-            config = read_json_object(Path(config))
-        stage = config.get("zero_optimization", {}).get("stage", 0)
-    if str(stage) == "3":
-        raise UserError("DeepSpeed's ZeRO-3 is not supported: use ZeRO-2, or FSDP2, which cuts up the weights too")
-
-
 def _placed_elsewhere(model: nn.Module) -> bool:
     """Does somebody else decide where the weights are (a launcher that cuts them up, a quantised base)?"""
-    sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
-    return sharded or getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None) is not None
+    by_somebody = processes.sharding() or getattr(model, "is_quantized", False)
+    return bool(by_somebody) or getattr(model, "hf_device_map", None) is not None
+
+
+def _frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as it is given, to stay so: cut up as the one that is trained is going to be."""
+    if processes.read_sharded():
+        return sharded_twin(model, device)
+    return copy.deepcopy(model).to(device).requires_grad_(False).eval()
 
 
 def _require_quiet(model: nn.Module, parts: list[nn.Module]) -> None:
@@ -622,4 +612,4 @@ def _bind_packed_forward(model: nn.Module) -> None:
 
 def _matmul_parameters(model: nn.Module) -> int:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in embeddings)

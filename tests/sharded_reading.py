@@ -1,0 +1,154 @@
+"""Models that are cut up over processes by FSDP2, against whole ones: ranks are forked here, gloo between them.
+
+    python tests/sharded_reading.py FOLDER
+
+Everything is imported once, by the process that forks. What 2 and 3 ranks find goes to FOLDER/N.json, and the runs of
+one recipe in one process and in two to FOLDER/whole and FOLDER/sharded.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+import matplotlib.pyplot  # noqa: F401  here once, not in every rank
+import numpy as np
+import pyarrow as pa
+import torch
+import vaderSentiment.vaderSentiment  # noqa: F401
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
+
+import fsdp_on_cpu
+import sepo.report.build
+import sepo.runs.pipeline  # noqa: F401
+from faults import fork, free_port, wait_for
+from pairs import some_pairs
+from sepo import processes
+from sepo.cli import main as sepo_command
+from sepo.evaluate.generate import generate_responses
+from sepo.forward.passes import dataset_logps
+from sepo.models.saving import save_model
+from sepo.models.sharding import own_part
+from sepo.models.weights import load_model
+from tiny_models import tiny_model, tiny_tokenizer
+
+# An LM head that is shared with the embedding, windows, blocks that Transformers has no plan for.
+BASES = ("llama", "llama_tied", "gemma3", "gpt2")
+# The models that are compared in so many processes; "lora" is put on a base that is cut up already, "dora" before.
+COMPARED = {2: ("llama_tied", "gpt2", "dora"), 3: ("lora",)}
+PROMPTS = [[4, 20, 30, 5], [4, 50, 5], [4, *range(10, 40), 5]]
+RECIPE = """
+name: NAME
+output_dir: FOLDER/NAME
+device: cpu
+data: {source: FOLDER/prefs.jsonl, held_out: 6}
+reference: {model: FOLDER/llama}
+oracle: {model: FOLDER/oracle}
+policy: {objective: tdpo2, training: {learning_rate: 1.0e-3, batch_size: 6, max_steps: 3}}
+eval: {gold: vader, prompts: 3, samples: 1, max_new_tokens: 5}
+"""
+
+
+def prepare(folder: Path) -> None:
+    """The models, an adapter of each kind of loading, pairs and the recipes."""
+    for name in BASES:
+        deep = {"num_hidden_layers": 6} if name == "llama_tied" else {}
+        save_model(tiny_model(name, initializer_range=0.1, **deep), tiny_tokenizer(), folder / name)
+    save_model(tiny_model("llama", seed=1, initializer_range=0.1), tiny_tokenizer(), folder / "oracle")
+    for name, base in (("lora", "gemma3"), ("dora", "llama")):
+        settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=name == "dora")
+        model = get_peft_model(load_model(folder / base, device="cpu"), settings)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(parameter_name)))
+        save_model(model, tiny_tokenizer(), folder / name)
+    rows = [{"prompt": f"Is it {i}?", "chosen": f"Yes, {i}, thanks!", "rejected": f"no {i}"} for i in range(24)]
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("whole", "sharded"):
+        text = RECIPE.replace("NAME", name).replace("FOLDER", str(folder))
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def equal(one: pa.Table, other: pa.Table) -> bool:
+    """Are two tables the same numbers, bit for bit?"""
+    return all(one[name].combine_chunks().equals(other[name].combine_chunks()) for name in one.column_names)
+
+
+def watch_gathered(model: torch.nn.Module) -> list[int]:
+    """Bytes of weights that are whole in this process, at each call of an MLP from now on."""
+    seen: list[int] = []
+
+    def look(*_: Any) -> None:
+        seen.append(sum(p.nbytes for p in model.parameters() if not isinstance(p, DTensor)))
+
+    for module in model.modules():
+        if type(module).__name__.endswith("MLP"):
+            module.register_forward_pre_hook(look)
+    return seen
+
+
+def compare(folder: Path, name: str) -> dict[str, Any]:
+    """A stored model, whole and cut up: log-probabilities of few and many pairs, and responses."""
+    models = [load_model(folder / name, device="cpu", sharded=sharded) for sharded in (False, True)]
+    whole, own = (sum(own_part(parameter).nbytes for parameter in model.parameters()) for model in models)
+    gathered = watch_gathered(models[1])
+    tables, texts = [], []
+    # One pair: all processes but one have no row.
+    tables.append(equal(*(dataset_logps(model, some_pairs(1), tokens_per_row=64) for model in models)))
+    for samples, batch in ((1, None), (3, 2)):  # 3 and 9 responses: shares are not even, batches not as many
+        written = [
+            generate_responses(
+                model, tiny_tokenizer(), PROMPTS, samples=samples, max_new_tokens=9, batch_size=batch, progress=False
+            )
+            for model in models
+        ]
+        for one, other in zip(*written, strict=True):
+            texts.append(one[:4] == other[:4] and np.allclose(one.logps, other.logps, atol=1e-5))
+    # After writing, for which weights were gathered that stay.
+    tables.append(equal(*(dataset_logps(model, some_pairs(30), tokens_per_row=64) for model in models)))
+    return {"tables": tables, "texts": texts, "share": own / whole, "gathered": max(gathered) / whole}
+
+
+def rank(folder: Path, number: int) -> int:
+    """What each process of a launch does; returns its exit code."""
+    torch.set_num_threads(1)
+    if number == 1:
+        return sepo_command(["run", str(folder / "whole.yaml")])
+    fsdp_on_cpu.enable()
+    processes.join("cpu")
+    found = {name: compare(folder, name) for name in COMPARED[number]}
+    if processes.is_main():
+        (folder / f"{number}.json").write_text(json.dumps(found))
+    if number == 2:
+        return sepo_command(["run", str(folder / "sharded.yaml")])
+    processes.leave()
+    return 0
+
+
+def launch(folder: Path, number: int) -> list[int]:
+    """Fork the processes of a launch and wait for them; returns their exit codes."""
+    port = free_port()
+
+    def start(index: int) -> int:
+        if number > 1:
+            os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(number))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **fsdp_on_cpu.ENVIRONMENT)
+        return rank(folder, number)
+
+    return wait_for([fork(lambda index=index: start(index)) for index in range(number)])
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    gc.freeze()  # what was imported is not looked at again in every rank
+    assert wait_for([fork(lambda: prepare(place))]) == [0]
+    for size in (1, *COMPARED):
+        codes = launch(place, size)
+        assert not any(codes), f"{size} processes: exit codes {codes}"
