@@ -592,8 +592,8 @@ def test_the_embedded_task_holds_out_whole_prompts(task_rows):
         for split in ("train", "held_out")
     }
     assert not prompts["train"] & prompts["held_out"]
-    assert len(prompts["held_out"]) == 92  # as assets/README.md says
-    assert sum(row["split"] == "train" for row in task_rows) == 521
+    assert len(prompts["held_out"]) == 84  # as assets/README.md says
+    assert sum(row["split"] == "train" for row in task_rows) == 449
 
 
 def test_the_embedded_task_is_scored_by_the_gold_reward_and_leaves_headroom(task_rows):
