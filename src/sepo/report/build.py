@@ -25,10 +25,11 @@ from sepo.credit.selection import check_rate, ends_response
 from sepo.data import tables
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.data.splits import prompt_numbers
+from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number
 from sepo.files import expand_home, write_bytes
 from sepo.report.payload import jsonable, pack, smallest_unsigned
-from sepo.report.pieces import PieceTable, load_vocabulary
+from sepo.report.pieces import PieceTable
 from sepo.report.summary import summarise, training_curves
 
 MODELS = ("reference", "oracle", "policy")

@@ -1,7 +1,8 @@
 """The run: the stages of a recipe in one folder, in their order.
 
-    data -> reference -> logps -> oracle -> logps -> score -> select -> train -> eval
+    data -> reference -> logps -> oracle -> logps -> score -> [transfer ->] select -> train -> eval
 
+A policy with another tokenizer than the oracle's has pairs of its own, and the token rewards are carried over to them.
 What each stage is, is said in `sepo.stages`; what stands and what is done again, in `folder.py`.
 """
 
@@ -19,10 +20,11 @@ from sepo.processes import say
 from sepo.recipe.settings import Recipe
 from sepo.report.build import build_report
 from sepo.runs.folder import Run, check_run_folder, open_run
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train
+from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
 from sepo.stages.stage import Made, Model
 
-# What the stages of a run are called, in their order; more than one oracle adds its own (oracle-2, oracle-2_logps).
+# What the stages of a run are called, in their order; more than one oracle adds its own (oracle-2, oracle-2_logps), and
+# a policy with another tokenizer two: policy_pairs after data, transfer after score.
 STAGES = (
     "data", "reference", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval",
 )  # fmt: skip
@@ -51,12 +53,21 @@ def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
         stage.check(recipe)
 
 
-def check_pairs(recipe: Recipe, folder: Path) -> None:
-    """Raise a UserError if a model of the recipe cannot read the pairs that lie in a folder, or answer to them."""
+def check_pairs(recipe: Recipe, folder: Path, policy_folder: Path | None = None) -> None:
+    """Raise a UserError if a model of the recipe cannot read the pairs that lie in a folder, or answer to them.
+
+    Args:
+        policy_folder: the pairs that the policy reads, where it has a tokenizer of its own.
+    """
+    everyone = data.ROLES if policy_folder is None else ("reference", "oracle")
     held_out = read_table(folder / "held_out", "pairs")
-    data.check_limits(recipe, [read_table(folder / "train", "pairs"), held_out])
+    data.check_limits(recipe, [read_table(folder / "train", "pairs"), held_out], roles=everyone)
+    if policy_folder is not None:
+        held_out = read_table(policy_folder / "held_out", "pairs")
+        data.check_limits(recipe, [read_table(policy_folder / "train", "pairs"), held_out], roles=("policy",))
     if recipe.eval.prompts:
-        data.check_limits(recipe, [held_out], recipe.eval.max_new_tokens)
+        roles = data.ROLES if policy_folder is None else ("policy",)
+        data.check_limits(recipe, [held_out], recipe.eval.max_new_tokens, roles)
 
 
 def _run_stages(run: Run) -> dict[str, float]:
@@ -64,15 +75,18 @@ def _run_stages(run: Run) -> dict[str, float]:
     start = reference.start(recipe)
     pairs = run.do(data.stage(recipe.data, load_tokenizer(start.folder), seed), run.path("pairs"))
 
-    processes.on_main(lambda: check_pairs(recipe, pairs.folder))
+    own = pairs  # what the policy reads
+    if with_transfer := processes.on_main(lambda: transfer.needed(recipe)):
+        own = run.do(transfer.pairs_stage(recipe, pairs), run.path("transfer", "pairs"))
+    processes.on_main(lambda: check_pairs(recipe, pairs.folder, own.folder if with_transfer else None))
 
     small = start
     tuning = reference.stage(recipe, start)
     if tuning is not None:
         small = Model.of(run.do(tuning, run.path("reference")))
 
-    def passed(model: Model, role: str) -> Made:
-        return run.do(logps.stage(recipe, model, pairs, role), run.path("logps", role), name=f"{role}_logps")
+    def passed(model: Model, role: str, read: Made = pairs) -> Made:
+        return run.do(logps.stage(recipe, model, read, role), run.path("logps", role), name=f"{role}_logps")
 
     small_logps = passed(small, "reference")
     oracles: dict[str, Model] = {}
@@ -85,28 +99,32 @@ def _run_stages(run: Run) -> dict[str, float]:
 
     oracle_logps = [passed(model, role) for role, model in oracles.items()]
     scores = run.do(score.stage(pairs, oracle_logps, small_logps), run.folder)
+    moved: Made | None = None
+    if with_transfer:
+        scores = moved = run.do(transfer.stage(recipe, scores, pairs, own), run.path("transfer"))
     selection = run.do(select.stage(recipe.select, scores, seed), run.path("selection"))
 
     large = train.start(recipe, small)
     large_logps = small_logps if large.content == small.content else None
     if train.needs_reference(recipe) and large_logps is None:
-        large_logps = passed(large, "policy_start")
+        large_logps = passed(large, "policy_start", own)
     targets = large_logps if train.needs_reference(recipe) else None
     policy = run.do(train.stage(recipe, large, selection, targets, seed), run.path("policy"))
 
     evaluation = run.do(
-        evaluate.stage(recipe, Model.of(policy), large, pairs, scores, selection, large_logps), run.path("eval")
+        evaluate.stage(recipe, Model.of(policy), large, own, scores, selection, large_logps), run.path("eval")
     )
-    return processes.on_main(lambda: _finish(run, pairs, evaluation))
+    return processes.on_main(lambda: _finish(run, pairs, evaluation, own, moved))
 
 
-def _finish(run: Run, pairs: Made, evaluation: Made) -> dict[str, float]:
+def _finish(run: Run, pairs: Made, evaluation: Made, own: Made, moved: Made | None) -> dict[str, float]:
     """Write metrics.json and the report, and say what earlier settings left; returns the metrics."""
     run.forget_others()
     metrics: dict[str, Any] = {
         **evaluation.results,
         "pairs/train": pairs.results["train"],
         "pairs/held_out": pairs.results["held_out"],
+        **({} if moved is None else {f"transfer/{name}": value for name, value in _transferred(own, moved).items()}),
         **{f"seconds/{name}": record["seconds"] for name, record in run.manifest["stages"].items()},
     }
     write_json(run.path("metrics.json"), metrics)
@@ -114,3 +132,9 @@ def _finish(run: Run, pairs: Made, evaluation: Made) -> dict[str, float]:
     say(f"report: {run.path('report.html')}")
     run.say_unused("reference", "oracle", "oracle-[2-9]", "logps/*")
     return metrics
+
+
+def _transferred(own: Made, moved: Made) -> dict[str, Any]:
+    """Figures of the training pairs: those of the cuts, which count every drop, and those of the rewards."""
+    rewards = {name: moved.results[name] for name in ("larger_groups_share", "lost_share")}
+    return {**own.results["train_transfer"], **rewards, "held_out": own.results["held_out"]}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from sepo.data.ragged import flat
 from sepo.data.tables import read_shard, read_table, table_paths
@@ -27,7 +28,7 @@ from sepo.recipe.settings import Recipe
 from sepo.runs.compare import check_grid, check_same_pairs, oracle_key
 from sepo.runs.pace import Paces
 from sepo.runs.pipeline import check_inputs, check_pairs
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train
+from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
 from sepo.stages.stage import Cost, ModelSize, PairSizes, Sizes, Work
 from sepo.training.fit import epochs
 from sepo.training.memory import PARTS, Reading, Training, smallest_change
@@ -72,19 +73,21 @@ def plan_run(recipe: Recipe, target: Target | None = None) -> Plan:
 
 def stage_costs(recipe: Recipe, sizes: Sizes) -> dict[str, Cost]:
     """What each stage of a run costs, by the names of its record (`pipeline.STAGES`)."""
-    count = recipe.oracle.count
+    count, own = recipe.oracle.count, sizes.of_policy
     starts = recipe.policy.model is not None and train.needs_reference(recipe)
     costs = {
         "data": data.cost(recipe, sizes),
+        "policy_pairs": transfer.pairs_cost(recipe, sizes) if sizes.policy else None,
         "reference": reference.cost(recipe, sizes),
         "reference_logps": logps.cost(recipe, sizes, sizes.small),
         "oracle": oracle.cost(recipe, sizes),
         "oracle_logps": logps.cost(recipe, sizes, sizes.small, count),
         "score": score.cost(recipe, sizes),
-        "select": select.cost(recipe, sizes),
-        "policy_start_logps": logps.cost(recipe, sizes, sizes.large) if starts else None,
-        "train": train.cost(recipe, sizes),
-        "eval": evaluate.cost(recipe, sizes),
+        "transfer": transfer.cost(recipe, sizes) if sizes.policy else None,
+        "select": select.cost(recipe, own),
+        "policy_start_logps": logps.cost(recipe, own, sizes.large) if starts else None,
+        "train": train.cost(recipe, own),
+        "eval": evaluate.cost(recipe, own),
     }
     return {name: cost for name, cost in costs.items() if cost is not None}
 
@@ -95,11 +98,38 @@ def measure_sizes(recipe: Recipe, target: Target | None = None, progress: bool =
     kind = _kind(recipe, target)
     tokenizer = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
     with tempfile.TemporaryDirectory() as folder:
-        data.prepare_data(recipe.data, tokenizer, Path(folder), recipe.seed, progress=progress)
-        check_pairs(recipe, Path(folder))
-        budget = recipe.tokens_per_row or tokens_per_row_for(kind, scoring=True)
-        parts = [pair_sizes(Path(folder) / part, budget) for part in ("train", "held_out")]
-        pairs, held_out = (read_table(Path(folder) / part, "pairs") for part in ("train", "held_out"))
+        read, own = Path(folder) / "pairs", Path(folder) / "policy"
+        data.prepare_data(recipe.data, tokenizer, read, recipe.seed, progress=progress)
+        with_transfer = transfer.needed(recipe)
+        found = transfer.prepare_pairs(recipe, read, own, progress=progress) if with_transfer else {}
+        check_pairs(recipe, read, own if with_transfer else None)
+        # Times are of this machine; on another kind of device they would say nothing.
+        here = target.memory is None or kind == choose_device("auto").type
+        sizes, paces = _read_sizes(recipe, read, tokenizer, kind, target, here)
+        if with_transfer:
+            both = transfer.tokenizers(recipe)
+            of_policy, its_paces = _read_sizes(recipe, own, both[1], kind, target, here)
+            sizes = replace(sizes, policy=of_policy, transfer=_cuts(found["train_transfer"]))
+            paces.others[sizes.large.name] = its_paces
+    return sizes, paces
+
+
+def _cuts(figures: dict[str, float]) -> str:
+    """How two tokenizers cut the same responses, for a plan's row."""
+    dropped = f", {figures['dropped']:,.0f} pairs dropped" if figures["dropped"] else ""
+    return (
+        f"again, as the policy reads them: {figures['one_to_one_share']:.0%} of the tokens one of both, "
+        f"{figures['bytes_per_group']:.1f} bytes a group{dropped}"
+    )
+
+
+def _read_sizes(
+    recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str, target: Target, here: bool
+) -> tuple[Sizes, Paces]:
+    """Counts of the pairs in a folder, and paces of models that read them."""
+    budget = recipe.tokens_per_row or tokens_per_row_for(kind, scoring=True)
+    parts = [pair_sizes(folder / part, budget) for part in ("train", "held_out")]
+    pairs, held_out = (read_table(folder / part, "pairs") for part in ("train", "held_out"))
     prompts = sorted({tuple(ids) for ids in held_out.column("prompt_ids").to_pylist()})
     small, large = _models(recipe)
     sizes = Sizes(
@@ -113,8 +143,6 @@ def measure_sizes(recipe: Recipe, target: Target | None = None, progress: bool =
         device=kind,
         processes=target.processes,
     )
-    # Times are of this machine; on another kind of device they would say nothing.
-    here = target.memory is None or kind == choose_device("auto").type
     step = max(1, len(pairs) // 256)
     some = pairs.take(pa.array(range(0, len(pairs), step)))
     return sizes, Paces(recipe.device, kind, some, prompts or [(0,)], tokenizer, measure=here)
@@ -162,7 +190,22 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     everything = [setting.recipe for group in settings.values() for setting in group]
     first = everything[0]
     sizes, paces = measure_sizes(first, progress=False)
-    check_same_pairs(settings, sizes.train.pairs)
+    known = {_policy_of(first): sizes}
+    for recipe in everything:
+        if (whose := _policy_of(recipe)) not in known:  # a policy of another tokenizer has other counts
+            known[whose] = sizes
+            if transfer.needed(recipe) or sizes.policy is not None:
+                known[whose], more = measure_sizes(recipe, progress=False)
+                paces.others |= more.others
+
+    def sizes_of(recipe: Recipe) -> Sizes:
+        """The same data with the models of a recipe."""
+        small, large = _models(recipe)
+        found = known[_policy_of(recipe)]
+        own = found.policy and replace(found.policy, small=small, large=large)
+        return replace(found, small=small, large=large, policy=own)
+
+    check_same_pairs(settings, lambda recipe: sizes_of(recipe).of_policy.train.pairs)
     rows = [_runs_row("data", first.data.source, 1, None)]
     selective = [recipe for recipe in everything if recipe.policy.objective in SELECTIVE]
     oracles = {oracle_key(recipe): recipe for recipe in selective}
@@ -174,7 +217,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     shared = 0.0
     if oracles:
         for recipe in oracles.values():
-            own = _sizes_of(recipe, sizes)
+            own = sizes_of(recipe)
             one = logps.pass_work(recipe, own, own.small)
             training = oracle.cost(recipe, own)
             work = (training.work or ()) if training is not None else ()
@@ -182,13 +225,13 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
         number = sum(recipe.oracle.count for recipe in oracles.values())
         rows.append(_runs_row("oracles", "DPO, then token rewards; shared", number * copies, shared))
     elif any(recipe.policy.objective in WITH_REFERENCE for recipe in everything):
-        shared = seconds(logps.pass_work(first, sizes, sizes.large))
+        shared = seconds(logps.pass_work(first, sizes.of_policy, sizes.large))
         rows.append(_runs_row("reference", "log-probabilities; shared", 1, shared))
     total = 0.0
     for variant, group in settings.items():
         runs = number_of_runs(grid, {variant: group})
         recipe = group[0].recipe
-        own, dtype = _sizes_of(recipe, sizes), logps.scoring_dtype(recipe)
+        own, dtype = sizes_of(recipe).of_policy, logps.scoring_dtype(recipe)
         measured = seconds(evaluate.measuring_work(recipe, own, dtype) + evaluate.reading_work(recipe, own, dtype))
         if recipe.eval.gold is None:
             measured += seconds((Work("score", own.large, own.held_out.scored, own.held_out.responses, dtype=dtype),))
@@ -203,10 +246,9 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     return [*rows, _runs_row("total", what, runs, total + shared)]
 
 
-def _sizes_of(recipe: Recipe, sizes: Sizes) -> Sizes:
-    """The same data with the models of another recipe."""
-    small, large = _models(recipe)
-    return replace(sizes, small=small, large=large)
+def _policy_of(recipe: Recipe) -> tuple[str | None, ...]:
+    """Recipes of one grid with the same of this have the same pairs."""
+    return recipe.policy.model, recipe.policy.revision, recipe.reference.model
 
 
 def _seconds(cost: Cost, paces: Paces, target: Target) -> float | None:
