@@ -148,13 +148,11 @@ class _Form(NamedTuple):
     Attributes:
         text: in bytes.
         own, axis: knots of the map from places in the bytes as they were to places in `text`, both ascending.
-        whole: places in `text` at which what the form changes as one begins, ascending.
     """
 
     text: bytes
     own: np.ndarray
     axis: np.ndarray
-    whole: np.ndarray | None = None
 
 
 def _first_form(one: bytes, other: bytes) -> tuple[int, Callable, Callable] | None:
@@ -163,13 +161,8 @@ def _first_form(one: bytes, other: bytes) -> tuple[int, Callable, Callable] | No
     ended = [len(body) < len(text) for body, text in zip(bodies, (one, other), strict=True)]
     for number, form in enumerate((_as_it_is, _without_ends, _normal, _letters)):
         x, y = (form(body) for body in bodies)
-        for cut_x in (False, True):  # a text that was cut inside what a form changes as one is taken without that
-            for cut_y in (False, True):
-                if (cut_x and (ended[0] or x.whole is None)) or (cut_y and (ended[1] or y.whole is None)):
-                    continue
-                left, right = _cut(x) if cut_x else x, _cut(y) if cut_y else y
-                if _agree(left.text, ended[0], right.text, ended[1]):
-                    return number, _map(left, len(bodies[0])), _map(right, len(bodies[1]))
+        if _agree(x.text, ended[0], y.text, ended[1]):
+            return number, _map(x, len(bodies[0])), _map(y, len(bodies[1]))
     return None
 
 
@@ -178,12 +171,6 @@ def _agree(x: bytes, x_ended: bool, y: bytes, y_ended: bool) -> bool:
         return x == y
     short, long, short_ended = (x, y, x_ended) if len(x) < len(y) else (y, x, y_ended)
     return not short_ended and bool(short) and long.startswith(short)
-
-
-def _cut(form: _Form) -> _Form:
-    assert form.whole is not None
-    size = int(form.whole[-1]) if len(form.whole) else 0
-    return form._replace(text=form.text[:size], axis=np.minimum(form.axis, size))
 
 
 def _map(form: _Form, size: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -209,8 +196,7 @@ def _without_ends(text: bytes) -> _Form:
 def _normal(text: bytes) -> _Form:
     form = _in_clusters(text, lambda cluster: unicodedata.normalize("NFKC", cluster.replace("▁", " ")))
     kept, start = form.text.strip(), len(form.text) - len(form.text.lstrip())
-    axis = np.clip(form.axis - start, 0, len(kept))
-    return _Form(kept, form.own, axis, axis[:-1])
+    return _Form(kept, form.own, np.clip(form.axis - start, 0, len(kept)))
 
 
 def _letters(text: bytes) -> _Form:
@@ -218,8 +204,7 @@ def _letters(text: bytes) -> _Form:
         return _in_clusters(text, _letters_of)
     kept = text.translate(_LOWER, _DROPPED)
     counted = np.cumsum(~np.isin(np.frombuffer(text, np.uint8), np.frombuffer(_DROPPED, np.uint8)))
-    places = np.concatenate([[0], counted])
-    return _Form(kept, np.arange(len(text) + 1), places, places[:-1])
+    return _Form(kept, np.arange(len(text) + 1), np.concatenate([[0], counted]))
 
 
 _LOWER = bytes(range(256)).lower()
@@ -248,8 +233,7 @@ def _in_clusters(text: bytes, change: Callable[[str], str]) -> _Form:
         if cluster not in known:
             known[cluster] = change(cluster).encode("utf-8", "surrogateescape")
         parts.append(known[cluster])
-    axis = np.cumsum([0, *map(len, parts)])
-    return _Form(b"".join(parts), np.cumsum(own), axis, axis[:-1])
+    return _Form(b"".join(parts), np.cumsum(own), np.cumsum([0, *map(len, parts)]))
 
 
 def _goes_on(character: str) -> bool:
