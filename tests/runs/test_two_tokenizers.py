@@ -1,6 +1,7 @@
 """An oracle and a policy of different tokenizers: the run, the comparison, the dry run, the command, and bad input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from sepo.cli import main
 from sepo.data.ragged import SIDES, flat, segment_sums
 from sepo.data.tables import provenance_of, read_table
 from sepo.models.tokenizer import load_tokenizer
+from sepo.report.payload import unpack
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_tokenizers import tiny_tokenizer_of
 
@@ -85,6 +87,21 @@ def test_the_metrics_say_how_the_tokenizers_cut(finished):
     assert 0 < metrics["transfer/larger_groups_share"] < 1
     assert metrics["transfer/lost_share"] == 0
     assert {"gold_reward/policy", "fidelity/auc"} <= metrics.keys()
+
+
+def test_the_report_shows_a_pair_under_both_tokenizers(finished):
+    run = finished / "run"
+    page = (run / "report.html").read_text(encoding="utf-8")
+    header, arrays = unpack(re.search(r'id="data">([^<]*)<', page)[1])
+    for folder, prefix, pieces in (("scores", "other_", header["other"]), ("transfer/scores", "", header["pieces"])):
+        table = read_table(run / folder, "scores")
+        for side in SIDES:
+            rewards, lengths = flat(table[f"{side}_rewards"])
+            assert np.array_equal(arrays[f"{prefix}{side}_rewards"], rewards)
+            assert np.array_equal(arrays[f"{prefix}{side}_lengths"], lengths)
+            ids = np.array(pieces["id"])[arrays[f"{prefix}{side}_pieces"]]
+            assert np.array_equal(ids, flat(table[f"{side}_ids"])[0])
+    assert header["documents"]["metrics"]["transfer/one_to_one_share"] > 0
 
 
 def test_another_spread_does_the_transfer_again_and_nothing_before_it(finished, capsys):
