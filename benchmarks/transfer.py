@@ -32,6 +32,7 @@ import pyarrow as pa
 from sepo.credit.selection import select_key_tokens
 from sepo.credit.transfer import SPREADS, carry
 from sepo.data.encoding import tokenize_pairs
+from sepo.data.loading import load_preferences
 from sepo.data.ragged import SIDES, flat, ragged, segment_sums
 from sepo.data.splits import prompt_numbers
 from sepo.data.tables import make_table, provenance_of, read_table, write_table
@@ -42,7 +43,7 @@ from sepo.evaluate.words import token_words
 from sepo.files import write_json
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import DEFAULT_MODEL, DataSettings
-from sepo.stages.data import read_split
+from sepo.stages.data import embedded_data, read_split
 from sepo.stages.transfer import carry_table
 
 # --- fidelity -------------------------------------------------------------------------------------------------------
@@ -121,7 +122,11 @@ def fidelity_of(arguments: argparse.Namespace) -> None:
     large = load_tokenizer(arguments.policy)
     readers = token_bytes(small, "the oracle"), token_bytes(large, arguments.policy)
     scores = pa.concat_tables([read_table(run / name, "scores") for name in ("scores", "scores_held_out")])
-    rows = {name: read_split(DataSettings(), name) for name in ("train", "held_out")}
+    task = load_preferences(arguments.task or embedded_data())
+    rows = {
+        part: task.select([row for row, name in enumerate(task["split"]) if name == part])
+        for part in ("train", "held_out")
+    }
     made: dict[str, pa.Table] = {}
     for name, part in (("scores", "train"), ("scores_held_out", "held_out")):
         source = read_table(run / name, "scores")
@@ -222,11 +227,12 @@ def cost(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_table(Path(folder) / "scores", scores, 1000)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         report = carry_table(Path(folder) / "scores", "scores", repeat(tables[1]), readers, Path(folder) / "out")
-        seconds = time.perf_counter() - started
+        seconds, used = time.perf_counter() - started, time.process_time() - used
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{arguments.pairs:,} pairs, {report.tokens:,} tokens: {seconds:.1f} s, {more:.0f} MB more memory")
+    print(f"{arguments.pairs:,} pairs, {report.tokens:,} tokens: {seconds:.1f} s ({used:.1f} s of a core)")
+    print(f"{more:.0f} MB of memory more than before")
     print(report.summary())
 
 
@@ -236,6 +242,7 @@ def main() -> None:
     one = commands.add_parser("fidelity")
     one.add_argument("--run", type=Path, required=True, help="a run of the embedded task, with its oracle")
     one.add_argument("--policy", default="models/gemma-3-270m", help="a model with another tokenizer")
+    one.add_argument("--task", type=Path, help="the embedded task's file that the run was made with, if it is another")
     one.add_argument("--resamples", type=int, default=100)
     one.add_argument("--out", type=Path)
     one.set_defaults(work=fidelity_of)

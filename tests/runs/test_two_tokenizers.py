@@ -126,6 +126,30 @@ def test_a_dry_run_shows_the_transfer(workplace, capsys):
     assert all(text in out for text in ("policy_pairs", "bytes a group", "transfer"))
 
 
+def test_a_comparison_of_policies_with_and_without_a_tokenizer_of_their_own(workplace, capsys):
+    """All variants see the same pairs, under their policies' tokens; selective ones share one oracle."""
+    (workplace / "grid.yaml").write_text(
+        f"""
+name: grid
+output_dir: {workplace / "grid"}
+base: recipe.yaml
+set: {{policy.training.max_steps: 2}}
+checkpoints: 1
+variants:
+  dpo: {{}}
+  sepo: {{set: {{policy.objective: sepo}}}}
+  same: {{set: {{policy: {{objective: sepo, model: {workplace / "small"}}}}}}}
+"""
+    )
+    assert main(["compare", str(workplace / "grid.yaml"), "--dry-run"]) == 0
+    assert main(["compare", str(workplace / "grid.yaml")]) == 0
+    shared = sorted(path.name.split("-")[0] for path in (workplace / "grid" / "shared").iterdir())
+    assert shared.count("oracle") == shared.count("policy_pairs") == shared.count("transfer") == 1
+    assert shared.count("select") == 2
+    rows = json.loads((workplace / "grid" / "compare.json").read_text())["runs"]
+    assert [row["points"][-1]["pairs_seen"] for row in rows] == [12, 12, 12]
+
+
 def test_the_command_carries_a_table_over(finished, capsys):
     run, out = finished / "run", finished / "alone"
     arguments = ["--data", str(finished / "prefs.jsonl"), "--tokenizer", str(finished / "large"), "--out", str(out)]
