@@ -69,7 +69,7 @@ def sums(table):
 
 @pytest.fixture(scope="module")
 def tables():
-    texts = odd_texts(150, seed=1)
+    texts = odd_texts(80, seed=1)
     return {kind: tokenized(kind, texts) for kind in KINDS}
 
 
@@ -112,7 +112,7 @@ def test_sums_of_responses_and_of_groups_are_conserved_there_and_back(tables, a,
     source = scored(tables[a])
     there, report = carried(source, tables[b], a, b)
     kept = only(source, there["pair_id"])
-    assert len(there) > (40 if "wordpiece" in (a, b) else 0.98 * len(source))
+    assert len(there) > (20 if "wordpiece" in (a, b) else 0.98 * len(source))
     assert report.kept == len(there)
     assert np.abs(sums(there) - sums(kept)).max() < 1e-5
     back, _ = carried(there, only(tables[a], there["pair_id"]), b, a)
@@ -139,7 +139,7 @@ def test_other_spreads_keep_the_same_sums(tables, spread):
     st.sampled_from(PAIRS),
     st.sampled_from(["bytes", "group", "first"]),
 )
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_any_text_keeps_its_sum_or_is_dropped_by_reason(texts, kinds, spread):
     a, b = kinds
     texts = [f"{text}o" for text in texts]

@@ -120,7 +120,7 @@ def test_an_objective_with_a_reference_reads_the_policys_own(finished):
     assert history[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
 
 
-def test_a_dry_run_shows_the_transfer(workplace, capsys):
+def test_dry_runs_show_the_transfer(workplace, capsys):
     assert main(["run", str(workplace / "recipe.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert all(text in out for text in ("policy_pairs", "bytes a group", "transfer"))
@@ -133,7 +133,7 @@ def test_a_comparison_of_policies_with_and_without_a_tokenizer_of_their_own(work
 name: grid
 output_dir: {workplace / "grid"}
 base: recipe.yaml
-set: {{policy.training.max_steps: 2}}
+set: {{policy.training.max_steps: 1, eval.prompts: 1}}
 checkpoints: 1
 variants:
   dpo: {{}}
@@ -141,13 +141,12 @@ variants:
   same: {{set: {{policy: {{objective: sepo, model: {workplace / "small"}}}}}}}
 """
     )
-    assert main(["compare", str(workplace / "grid.yaml"), "--dry-run"]) == 0
     assert main(["compare", str(workplace / "grid.yaml")]) == 0
     shared = sorted(path.name.split("-")[0] for path in (workplace / "grid" / "shared").iterdir())
     assert shared.count("oracle") == shared.count("policy_pairs") == shared.count("transfer") == 1
     assert shared.count("select") == 2
     rows = json.loads((workplace / "grid" / "compare.json").read_text())["runs"]
-    assert [row["points"][-1]["pairs_seen"] for row in rows] == [12, 12, 12]
+    assert [row["points"][-1]["pairs_seen"] for row in rows] == [6, 6, 6]
 
 
 def test_the_command_carries_a_table_over(finished, capsys):
@@ -158,8 +157,6 @@ def test_the_command_carries_a_table_over(finished, capsys):
     found = read_table(out, "scores")
     assert sums(found).keys() == sums(read_table(run / "scores", "scores")).keys()
     assert main(["select", "--table", str(out), "--out", str(finished / "chosen")]) == 0
-    assert main(["train", "--policy", str(finished / "large"), "--selection", str(finished / "chosen"),
-                 "--out", str(finished / "trained"), "max_steps=1", "batch_size=2"]) == 0  # fmt: skip
 
 
 def test_rows_that_are_not_in_the_source_are_counted_and_none_left_is_refused(finished, capsys, tmp_path):
