@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from sepo.data.tables import make_table
@@ -421,6 +422,17 @@ def test_special_tokens_separate_words():
     ids = tokenizer("goo", add_special_tokens=False)["input_ids"] + [EOS]
     ids += tokenizer("d", add_special_tokens=False)["input_ids"]
     assert token_words(tokenizer, ids)[0] == ["goo", "d"]
+
+
+def test_an_end_of_turn_without_a_name_separates_words_too():
+    """Gemma's `<end_of_turn>` is a control token, but none of the tokenizer's named ones."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<turn>", special=True, normalized=False)])
+    end = tokenizer.convert_tokens_to_ids("<turn>")
+    assert end not in tokenizer.all_special_ids
+    words, index = token_words(tokenizer, [*tokenizer("good", add_special_tokens=False)["input_ids"], end])
+    assert words == ["good"]
+    assert index[-1] == -1
 
 
 def test_a_response_cut_inside_a_character_still_has_its_words(smollm2_tokenizer):

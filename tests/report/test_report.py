@@ -24,11 +24,12 @@ from report_fixtures import END, byte_tokenizer, score_table, word_tokenizer
 from sepo.credit.selection import extreme_positions, keep_counts, select_key_tokens, selection_order
 from sepo.data import tables
 from sepo.data.ragged import flat, segment_sums
+from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError
 from sepo.evaluate.statistics import mean_and_se
 from sepo.report import build_report, display, save_figures
 from sepo.report.payload import jsonable, pack, unpack
-from sepo.report.pieces import MARK_OFF, MARK_ON, PieceTable, load_vocabulary, visible
+from sepo.report.pieces import MARK_OFF, MARK_ON, PieceTable, visible
 from sepo.report.summary import cumulative_share, summarise, training_curves
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=pwned=1>${pwned=1}{{data}}\u202eabc"

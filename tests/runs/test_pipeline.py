@@ -255,7 +255,7 @@ def bad_inputs(folder, tmp_path):
         "no such data": (["run", recipe, fresh, "data.source=./nowhere.parquet"], "nowhere.parquet"),
         "no such column": (["run", recipe, fresh, f"data.source={columns}"], "did you mean 'chosne'"),
         "no usable pair": (["run", recipe, fresh, f"data.source={useless}", "data.held_out=0"], "identical responses"),
-        "other tokenizer": (["run", recipe, fresh, f"policy.model={other}"], "different tokenizers"),
+        "other tokenizer": (["run", recipe, fresh, f"oracle.model={other}"], "different tokenizers"),
         "other tokenizer, score": (
             ["score", "--oracle", str(other), "--reference", model, "--data", data, "--out", str(tmp_path / "s")],
             "different tokenizers",

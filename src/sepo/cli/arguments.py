@@ -23,6 +23,8 @@ the usual way:
 stage by stage, without a recipe:
   sepo oracle --reference MODEL --data prefs.parquet --out oracle learning_rate=5e-6
   sepo score  --oracle oracle --reference MODEL --data prefs.parquet --out scores
+  sepo transfer --table scores --data prefs.parquet --tokenizer POLICY --out scores-policy
+                                                only for a policy with another tokenizer
   sepo select --table scores --k 0.3 --out selection
   sepo train  --policy MODEL --selection selection --out policy learning_rate=5e-6
   sepo eval   --policy policy --base MODEL --data held_out.parquet --out eval
@@ -131,6 +133,22 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--tokens-per-row", type=int, help="token budget of a packed row; bounds the memory")
     _device_options(score)
 
+    transfer = command("transfer", commands.transfer_command, "carry a score table over to a policy's own tokenizer")
+    transfer.add_argument("--table", type=_path, required=True, metavar="DIR", help="score table, from `sepo score`")
+    _data_options(transfer)
+    transfer.add_argument(
+        "--tokenizer", type=_path, required=True, metavar="MODEL", help="the policy, or any model with its tokenizer"
+    )
+    transfer.add_argument(
+        "--table-tokenizer", type=_path, metavar="MODEL",
+        help="whose tokenizer the table was made with (default: found beside the table)",
+    )  # fmt: skip
+    transfer.add_argument(
+        "--spread", choices=["bytes", "group", "first"], default="bytes",
+        help="how a sum that several tokens share is spread over the policy's (default bytes)",
+    )  # fmt: skip
+    _out_option(transfer, "folder for the score table under the policy's tokenizer")
+
     select = command("select", commands.select_command, "select the key tokens of a score table")
     select.add_argument(
         "--table",
@@ -156,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = command("train", commands.train_command, "train a policy on key tokens, or by a rival objective")
     train.add_argument(
-        "--policy", type=_path, required=True, metavar="MODEL", help="model to align; needs the oracle's tokenizer"
+        "--policy", type=_path, required=True, metavar="MODEL", help="model to align; needs the selection's tokenizer"
     )
     train.add_argument(
         "--selection", type=_path, required=True, metavar="DIR", help="selection table, from `sepo select`"

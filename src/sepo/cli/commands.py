@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import tempfile
@@ -170,7 +171,40 @@ def score_command(arguments: argparse.Namespace) -> None:
             for role, model in models.items()
         }
         processes.on_main(lambda: str(score_pairs(out / "pairs", [stores["oracle"]], stores["reference"], out)))
+        # Whose ids they are, for `sepo transfer` and `sepo report`.
+        processes.on_main(lambda: str(load_tokenizer(models["reference"]).save_pretrained(out / "tokenizer")))
     print_metrics(f"scores: {out}", {"pairs": pairs, **oracle_accuracy(read_table(out, "scores"))})
+
+
+def transfer_command(arguments: argparse.Namespace) -> None:
+    recipe = _recipe_of(arguments, policy={"model": arguments.tokenizer}, transfer={"spread": arguments.spread})
+    _quiet_libraries()
+    from sepo.data.tables import read_table
+    from sepo.data.vocabulary import token_bytes
+    from sepo.evaluate.accuracy import oracle_accuracy
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.stages import data
+    from sepo.stages.transfer import carry_table, tokenizer_of_table
+
+    def write_scores(out: Path) -> dict[str, float]:
+        table = Path(arguments.table)
+        own, name = tokenizer_of_table(table, arguments.table_tokenizer)
+        data.check(recipe)
+        other = load_tokenizer(arguments.tokenizer)
+        readers = token_bytes(own, name), token_bytes(other, arguments.tokenizer)
+        pairs = data.read_pairs(recipe.data, other)
+        report = carry_table(
+            table, "scores", itertools.repeat(pairs), readers, out, recipe.transfer.spread, (name, arguments.tokenizer)
+        )
+        other.save_pretrained(out / "tokenizer")
+        say(f"  {report.summary()}")
+        return report.figures()
+
+    with _writing_to(arguments) as out:
+        processes = _join("cpu")
+        say = processes.say
+        figures = processes.on_main(lambda: write_scores(out))
+    print_metrics(f"scores: {arguments.out}", {**figures, **oracle_accuracy(read_table(arguments.out, "scores"))})
 
 
 def select_command(arguments: argparse.Namespace) -> None:
@@ -256,11 +290,16 @@ def eval_command(arguments: argparse.Namespace) -> None:
     from sepo.files import write_json
     from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
-    from sepo.stages import data, evaluate, reference, train
+    from sepo.stages import data, evaluate, reference, train, transfer
 
     def write_pairs(out: Path) -> None:
         for stage in (reference, train, evaluate, data):
             stage.check(recipe)
+        if transfer.needed(recipe):
+            raise UserError(
+                f"policy '{arguments.policy}' and base '{arguments.base}' have different tokenizers: expected the "
+                "model that the policy was trained from"
+            )
         pairs = data.read_pairs(recipe.data, load_tokenizer(resolve_model(arguments.base)))
         data.check_limits(recipe, [pairs])
         if recipe.eval.prompts:

@@ -68,6 +68,11 @@ def check_same_tokenizer(role: str, tokenizer: Any, other_role: str, other: Any)
             f"{role} and {other_role} have different tokenizers: token rewards are tied to token ids; "
             "choose models that share a tokenizer"
         )
+    say_if_templates_differ(role, tokenizer, other_role, other)
+
+
+def say_if_templates_differ(role: str, tokenizer: Any, other_role: str, other: Any) -> None:
+    """A line if two models of one tokenizer have different chat templates: pairs are written with the other's."""
     if tokenizer.chat_template and other.chat_template and tokenizer.chat_template != other.chat_template:
         say_once(
             f"  {role} and {other_role} have different chat templates: all training is on conversations as that of the "
@@ -81,5 +86,5 @@ def check_table_tokenizer(table: pa.Table, tokenizer: Any, path: str, model: str
     if made_with is not None and made_with != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"'{path}' was made with another tokenizer than that of '{model}': "
-            "train a model that shares the oracle's tokenizer, or score again"
+            "carry the scores over to it (sepo transfer), or score again"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
     Returns:
         words, and for each token the index of the (first) word it holds a character of, or -1: `[tokens]` int64.
     """
-    special = set(tokenizer.all_special_ids)
+    special = _special_ids(tokenizer)
     owners: list[int] = []  # the token that a character of `text` comes from; of a joined piece, its first
     counts: list[int] = []  # tokens per piece, 0 for those that a piece swallowed
     text = ""
@@ -70,6 +71,17 @@ def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
             words.append(word)
         position += len(chunk)
     return words, index
+
+
+_SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of control tokens: the named ones, and those that have no name, such as Gemma's end of turn."""
+    if tokenizer not in _SPECIAL:
+        unnamed = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+        _SPECIAL[tokenizer] = frozenset([*tokenizer.all_special_ids, *unnamed])
+    return _SPECIAL[tokenizer]
 
 
 def word_valences(

@@ -23,6 +23,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 PathText = Annotated[str, AfterValidator(lambda text, info: expand_home(text, info.field_name))]
 Objective = Literal["sepo", "dpo", "ipo", "simpo", "cpo", "orpo", "rrhf", "tdpo1", "tdpo2", "confpo", "tis_dpo"]
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last"]
+Spread = Literal["bytes", "group", "first"]
 
 
 class Settings(BaseModel):
@@ -226,8 +227,18 @@ class SelectSettings(Settings):
     normalise: bool = Field(True, description="soft credit: mean weight 1 in each response")
 
 
+class TransferSettings(Settings):
+    """Token rewards under the policy's tokenizer, where that is not the oracle's (docs/how-to/two-tokenizers.md)."""
+
+    spread: Spread = Field(
+        "bytes",
+        description="how a sum that several tokens share is spread over the policy's: by bytes, group (equal parts) or "
+        "first (all to the first token)",
+    )
+
+
 class PolicySettings(Settings):
-    """The policy: any model with the oracle's tokenizer, trained on the key tokens alone (or by a rival objective)."""
+    """The policy: any model, trained on the key tokens alone (or by a rival objective)."""
 
     model: PathText | None = Field(None, description="the model to align; default: the reference")
     revision: str | None = Field(None, description="revision of a hub model")
@@ -357,6 +368,9 @@ class Recipe(Settings):
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
     reference: ReferenceSettings = Field(default_factory=ReferenceSettings, description="the small starting model")
     oracle: OracleSettings = Field(default_factory=OracleSettings, description="the token-level judge")
+    transfer: TransferSettings = Field(
+        default_factory=TransferSettings, description="token rewards under the policy's tokenizer, where it is another"
+    )
     select: SelectSettings = Field(default_factory=SelectSettings, description="key tokens")
     policy: PolicySettings = Field(default_factory=PolicySettings, description="the model to align")
     eval: EvalSettings = Field(default_factory=EvalSettings, description="measurements")

@@ -13,7 +13,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,10 +26,11 @@ from sepo.data import tables
 from sepo.data.previews import common_starts
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.data.splits import prompt_numbers
+from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number
 from sepo.files import expand_home, write_bytes
 from sepo.report.payload import jsonable, pack, smallest_unsigned
-from sepo.report.pieces import PieceTable, load_vocabulary
+from sepo.report.pieces import PieceTable
 from sepo.report.summary import summarise, training_curves
 
 MODELS = ("reference", "oracle", "policy")
@@ -182,9 +183,33 @@ def read_training(run: Path) -> list[dict]:
     return curves
 
 
-def find_tokenizer(run: Path) -> Path | None:
+def find_tokenizer(run: Path, models: Sequence[str] = MODELS) -> Path | None:
     """The first model folder of a run that holds a tokenizer."""
-    return next((run / model for model in MODELS if (run / model / "tokenizer.json").exists()), None)
+    return next((run / model for model in models if (run / model / "tokenizer.json").exists()), None)
+
+
+def _has_transfer(run: Path) -> bool:
+    """Were the token rewards carried over to a policy with another tokenizer?"""
+    manifest = _read_json(run / "manifest.json")
+    stages = manifest.get("stages") if isinstance(manifest, dict) else None
+    return isinstance(stages, dict) and "transfer" in stages and (run / "transfer" / "scores").is_dir()
+
+
+def rows_of(path: Path, pair_ids: pa.ChunkedArray) -> pa.Table:
+    """The rows of some pairs of a score table, in the order of the pairs.
+
+    Raises:
+        UserError: the table lacks a pair.
+    """
+    wanted = {pair_id: place for place, pair_id in enumerate(pair_ids.to_pylist())}
+    parts, places = [], []
+    for table in tables.iter_tables(path, "scores"):
+        found = [(row, wanted[one]) for row, one in enumerate(table["pair_id"].to_pylist()) if one in wanted]
+        parts.append(table.take(pa.array([row for row, _ in found], type=pa.int64())))
+        places += [place for _, place in found]
+    if len(places) < len(wanted):
+        raise UserError(f"'{path}' lacks {len(wanted) - len(places)} of the pairs to show: run its stage again")
+    return pa.concat_tables(parts).take(pa.array(np.argsort(places), type=pa.int64()))
 
 
 def _documents(run: Path | None, provenance: Mapping) -> dict:
@@ -205,7 +230,9 @@ def _payload(
     selection: Path | None,
     logps: Path | None,
     header: Mapping[str, object],
+    other: tuple[pa.Table, PieceTable] | None = None,
 ) -> str:
+    """The data of the page; `other` are the same pairs under the oracle's tokenizer, where the policy has its own."""
     rows = scores.rows
     include_end = False
     if selection is not None:
@@ -244,22 +271,36 @@ def _payload(
     for name, order in (("starts", 1), ("ends", -1)):
         common = common_starts([prompt[::order] for prompt in prompts], lambda id_: id_ in special or id_ in newlines)
         arrays[f"prompt_{name}"] = smallest_unsigned(np.array(common))
-    table = pieces.pieces
+    more = {}
+    if other is not None:
+        for side in SIDES:
+            values, lengths = flat(other[0][f"{side}_ids"])
+            arrays[f"other_{side}_lengths"] = smallest_unsigned(lengths)
+            arrays[f"other_{side}_pieces"] = smallest_unsigned(other[1].encode(values, lengths))
+            arrays[f"other_{side}_rewards"] = flat(other[0][f"{side}_rewards"])[0].astype(np.float32)
+        more = {"other": _listed(other[1])}
     return pack(
         {
             **header,
+            **more,
             "pair_ids": rows["pair_id"].to_pylist(),
-            "pieces": {
-                "id": [piece.token_id for piece in table],
-                "shown": [piece.shown for piece in table],
-                "label": [piece.label for piece in table],
-                "text": {str(i): piece.text for i, piece in enumerate(table) if piece.text != piece.shown},
-            },
+            "pieces": _listed(pieces),
             "facets": _facets(rows),
             "logp_scale": _LOGP_SCALE,
         },
         arrays,
     )
+
+
+def _listed(pieces: PieceTable) -> dict[str, object]:
+    """Every way a token is printed, by its number."""
+    table = pieces.pieces
+    return {
+        "id": [piece.token_id for piece in table],
+        "shown": [piece.shown for piece in table],
+        "label": [piece.label for piece in table],
+        "text": {str(i): piece.text for i, piece in enumerate(table) if piece.text != piece.shown},
+    }
 
 
 def _starting_rates(selection: Path | None, given: Mapping[str, float | None]) -> dict[str, float]:
@@ -334,8 +375,14 @@ def build_report(
     run = None if run is None else Path(expand_home(run, "the run folder"))
     if run is not None and not run.is_dir():
         raise UserError(f"no run folder at '{run}': expected the folder that `sepo run` wrote")
-    logps = None
-    if table is None:
+    logps = oracles = None
+    if table is None and run is not None and _has_transfer(run):
+        # The policy's tokens are what it was trained on; the oracle's are shown beside them.
+        table = run / "transfer" / "scores"
+        selection = selection or (run / "selection" if (run / "selection").exists() else None)
+        tokenizer = tokenizer or find_tokenizer(run, ("policy",))
+        oracles = find_tokenizer(run, ("reference", "oracle"))
+    elif table is None:
         assert run is not None
         table = run / "scores"
         # Selection and log-probabilities of the run belong to its own score table, not to another.
@@ -346,6 +393,8 @@ def build_report(
     if tokenizer is None and run is not None:
         tokenizer = find_tokenizer(run)
     table = Path(expand_home(table, "the score table"))
+    if tokenizer is None and (table / "tokenizer" / "tokenizer.json").exists():
+        tokenizer = table / "tokenizer"
 
     scores = read_scores(table, max_pairs)
     pieces = PieceTable(None if tokenizer is None else load_vocabulary(tokenizer))
@@ -359,7 +408,10 @@ def build_report(
         "summary": summarise(scores.rewards, scores.prompts),
         "documents": jsonable(documents),
     }
-    data = _payload(scores, pieces, selection, logps, header)
+    other = None
+    if run is not None and oracles is not None:
+        other = rows_of(run / "scores", scores.rows["pair_id"]), PieceTable(load_vocabulary(oracles))
+    data = _payload(scores, pieces, selection, logps, header, other)
     out = Path(expand_home(out, "out"))
     write_bytes(out, _page(title, data).encode("utf-8"))
     return out

@@ -18,10 +18,11 @@ from sepo.credit.selection import check_rate, keep_counts, selection_order
 from sepo.data import tables
 from sepo.data.ragged import SIDES
 from sepo.data.tables import require_table
+from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
 from sepo.report.build import find_tokenizer
-from sepo.report.pieces import MARK_OFF, MARK_ON, Piece, PieceTable, load_vocabulary
+from sepo.report.pieces import MARK_OFF, MARK_ON, Piece, PieceTable
 from sepo.report.style import NEGATIVE, POSITIVE
 
 # Blue for positive rewards, orange for negative ones, laid over whatever background the notebook has.

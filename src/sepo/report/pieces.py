@@ -17,18 +17,15 @@ AlpacaEval responses are 29,000 pieces.
 from __future__ import annotations
 
 import codecs
-import json
-import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from sepo.errors import UserError, wrong_type
-from sepo.files import expand_home
+from sepo.data.vocabulary import Vocabulary
+from sepo.errors import UserError
 
 MARK_ON, MARK_OFF = "\x01", "\x02"
 _SPACE_MARK, _WIDE_SPACE_MARK, _NEWLINE_MARK, _TAB_MARK = "·", "␣", "↵", "⇥"
@@ -46,93 +43,6 @@ class Piece(NamedTuple):
     text: str
     shown: str
     label: str
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What each token id stands for.
-
-    Attributes:
-        pieces: bytes of every token id; None for an id the tokenizer does not use.
-        special: ids of control tokens such as an end-of-turn mark.
-    """
-
-    pieces: Sequence[bytes | None]
-    special: frozenset[int]
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """The printable stand-ins that byte-level tokenizers write for the 256 bytes."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _component_types(component: object) -> set[str]:
-    """All `type` names in a component of tokenizer.json, nested sequences included."""
-    if isinstance(component, Mapping):
-        found = {component["type"]} if isinstance(component.get("type"), str) else set()
-        return found.union(*(_component_types(value) for value in component.values()))
-    if isinstance(component, list):
-        return set().union(*(_component_types(value) for value in component))
-    return set()
-
-
-def vocabulary_from_json(spec: Mapping) -> Vocabulary:
-    """Read the bytes of every token from the object in a `tokenizer.json`.
-
-    Byte-level (GPT-2, Llama 3, Qwen), SentencePiece-like with byte fallback (Llama 2, Gemma), Unigram and
-    WordPiece vocabularies are understood.
-    """
-    model = spec["model"]
-    vocab = model["vocab"]
-    items = list(vocab.items()) if isinstance(vocab, Mapping) else [(entry[0], i) for i, entry in enumerate(vocab)]
-    types = _component_types([spec.get("decoder"), spec.get("pre_tokenizer"), spec.get("post_processor")])
-    word_prefix = model.get("continuing_subword_prefix") if "WordPiece" in types else None
-    alphabet = _byte_level_alphabet() if "ByteLevel" in types else None
-
-    def encode(piece: str) -> bytes:
-        if alphabet is not None:
-            if all(character in alphabet for character in piece):
-                return bytes(alphabet[character] for character in piece)
-        elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        elif word_prefix is not None:
-            piece = piece.removeprefix(word_prefix) if piece.startswith(word_prefix) else f" {piece}"
-        else:
-            piece = piece.replace("▁", " ")
-        return piece.encode("utf-8", "surrogatepass")
-
-    added = spec.get("added_tokens") or []
-    pieces: list[bytes | None] = [None] * (1 + max([i for _, i in items] + [token["id"] for token in added]))
-    for piece, token_id in items:
-        pieces[token_id] = encode(piece)
-    for token in added:
-        pieces[token["id"]] = token["content"].encode("utf-8", "surrogatepass")
-    return Vocabulary(pieces, frozenset(token["id"] for token in added if token.get("special")))
-
-
-def load_vocabulary(tokenizer: str | os.PathLike | object) -> Vocabulary:
-    """Read the vocabulary of a tokenizer folder (its `tokenizer.json`) or of a loaded fast tokenizer.
-
-    Raises:
-        UserError: there is no readable `tokenizer.json`.
-    """
-    if not isinstance(tokenizer, str | os.PathLike):
-        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-        if not hasattr(backend, "to_str"):
-            raise wrong_type("tokenizer", tokenizer, "a folder with a tokenizer.json, or a fast tokenizer in memory")
-        return vocabulary_from_json(json.loads(backend.to_str()))
-    path = Path(expand_home(tokenizer, "the tokenizer"))
-    path = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        return vocabulary_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(
-            f"no tokenizer.json in '{path.parent}': expected a folder that save_pretrained of a fast tokenizer wrote"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' is not a readable tokenizer.json ({type(error).__name__}: {error})") from None
 
 
 def mark(text: str) -> str:

@@ -235,7 +235,29 @@ function pairsView(data) {
     const label = `${side} response, ${length(side, pair)} tokens; arrow keys move between tokens, up and down between key tokens`;
     const tokens = h("div", { className: "tokens", dir: "auto", tabIndex: 0, role: "group", "aria-label": label, "data-side": side });
     tokens.append(...nodes);
-    return h("section", { className: `side ${side}` }, entry.titles[side], tokens);
+    return h("section", { className: `side ${side}` }, entry.titles[side], tokens, data.other ? otherOf(pair, side) : null);
+  }
+
+  // The same response as the oracle's tokenizer cuts it, where the policy has another.
+  const otherOffsets = data.other && Object.fromEntries(SIDES.map((side) => [side, starts(arrays[`other_${side}_lengths`])]));
+
+  function otherOf(pair, side) {
+    const [from, to] = [otherOffsets[side][pair], otherOffsets[side][pair + 1]];
+    const label = `${side} response as the oracle reads it, ${to - from} tokens`;
+    const tokens = h("div", { className: "tokens", dir: "auto", role: "group", "aria-label": label });
+    let sum = 0;
+    for (let i = from; i < to; i++) {
+      const [piece, reward] = [arrays[`other_${side}_pieces`][i], arrays[`other_${side}_rewards`][i]];
+      const shown = data.other.shown[piece];
+      const spaced = shown.length > 1 && shown[0] === " ";
+      const span = h("span", { className: shade(reward).replace("token", "piece"), title: `${data.other.label[piece]}  ${signed(reward)}` });
+      fillShown(span, spaced ? shown.slice(1) : shown);
+      if (spaced) tokens.append(" ");
+      tokens.append(span);
+      sum += reward;
+    }
+    const title = h("h5", {}, `Oracle's tokens: ${integer(to - from)} · sum ${signed(sum, 2)}`);
+    return h("div", { className: "other" }, title, tokens);
   }
 
   function fill(pair) {
@@ -333,6 +355,11 @@ function pairsView(data) {
     scheduleRates();
   });
   $("fade").addEventListener("change", (event) => feed.classList.toggle("fade", event.target.checked));
+  $("other-switch").hidden = !data.other;
+  $("other").addEventListener("change", (event) => {
+    feed.classList.toggle("both", event.target.checked);
+    heights.clear();
+  });
 
   // ------------------------------------------------ filters and order
 

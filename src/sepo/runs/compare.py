@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from sepo.report.comparison import (
 )
 from sepo.runs.folder import Run, environment, open_run
 from sepo.runs.pipeline import check_inputs, check_pairs
-from sepo.stages import data, logps, measured, oracle, reference, score, select, train
+from sepo.stages import data, logps, measured, oracle, reference, score, select, train, transfer
 from sepo.stages.stage import Made, Model, Stage
 from sepo.training.fit import pairs_to_see
 
@@ -61,7 +61,8 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         grid.results_folder.mkdir(parents=True, exist_ok=True)
         write_json(grid.results_folder / "grid.json", grid.model_dump(mode="json"))
         work = _Comparison(run, grid, first)
-        check_same_pairs(settings, work.data().results["train"])
+        shared = work.data()
+        check_same_pairs(settings, lambda recipe: work.pairs(recipe, shared).results["train"])
         for setting, seed, reported in work.schedule(settings):
             work.add(setting, seed, reported)
         results = work.results()
@@ -98,20 +99,20 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
             )
 
 
-def check_same_pairs(settings: dict[str, list[Setting]], pairs: int) -> None:
+def check_same_pairs(settings: dict[str, list[Setting]], pairs: Callable[[Recipe], int]) -> None:
     """Raise a UserError unless all runs see as many pairs; a last batch that is not full counts what it holds.
 
     Args:
-        pairs: in one epoch.
+        pairs: in one epoch, of a recipe's policy.
     """
     everything = [setting for group in settings.values() for setting in group]
-    counts = [pairs_to_see(setting.recipe.policy.training, pairs) for setting in everything]
+    counts = [pairs_to_see(setting.recipe.policy.training, pairs(setting.recipe)) for setting in everything]
     for other, count in zip(everything, counts, strict=True):
         if count != counts[0]:
             raise UserError(
                 f"variants {everything[0].variant} and {other.variant} see different numbers of pairs ({counts[0]:,} "
-                f"and {count:,}, of {pairs:,} in an epoch): a comparison needs one budget; set batch_size to a divisor "
-                "of the pairs, or num_train_epochs to a whole number without max_steps"
+                f"and {count:,}, of {pairs(other.recipe):,} in an epoch): a comparison needs one budget; set "
+                "batch_size to a divisor of the pairs, or num_train_epochs to a whole number without max_steps"
             )
 
 
@@ -140,6 +141,8 @@ class _Comparison:
         self.runs: list[dict[str, Any]] = []
         self.shared: dict[str, dict[str, Any]] = {}
         self._bases: dict[tuple, torch.nn.Module] = {}
+        self._transfers: dict[str, bool] = {}
+        self._pairs: dict[str, Made] = {}
 
     def schedule(self, settings: dict[str, list[Setting]]) -> Iterator[tuple[Setting, int, bool]]:
         """Yield the runs in order; the best setting of a sweep is known only when its runs are done."""
@@ -176,6 +179,22 @@ class _Comparison:
         recipe = self.recipe
         return self._share(data.stage(recipe.data, load_tokenizer(reference.start(recipe).folder), recipe.seed))
 
+    def transfers(self, recipe: Recipe) -> bool:
+        """Does the policy have another tokenizer than the oracle?"""
+        key = digest([recipe.policy.model, recipe.policy.revision, recipe.reference.model_dump(mode="json")])
+        if key not in self._transfers:
+            self._transfers[key] = transfer.needed(recipe)
+        return self._transfers[key]
+
+    def pairs(self, recipe: Recipe, shared: Made) -> Made:
+        """The pairs that the policy reads: `shared`, or their own where it has another tokenizer."""
+        if not self.transfers(recipe):
+            return shared
+        key = digest([recipe.policy.model, recipe.policy.revision])
+        if key not in self._pairs:
+            self._pairs[key] = self._share(transfer.pairs_stage(recipe, shared))
+        return self._pairs[key]
+
     def reference(self, recipe: Recipe) -> Model:
         start = reference.start(recipe)
         tuning = reference.stage(recipe, start)
@@ -208,6 +227,9 @@ class _Comparison:
 
     def selection(self, recipe: Recipe, seed: int, pairs: Made) -> Made:
         scores = self.scores(recipe, seed if self.grid.seeds_vary == "oracle" else recipe.seed, pairs)
+        if self.transfers(recipe):
+            words = transfer.tokenizers(recipe)[1] if recipe.eval.gold == "vader" else None
+            scores = self._share(transfer.stage(recipe, scores, pairs, self.pairs(recipe, pairs), words))
         return self._share(select.stage(recipe.select, scores, seed))
 
     # --- runs -------------------------------------------------------------------------------------------------------
@@ -215,8 +237,9 @@ class _Comparison:
     def add(self, setting: Setting, seed: int, reported: bool) -> None:
         """Train and measure one setting at one seed unless that stands, and write the results so far."""
         recipe = setting.recipe
-        pairs = self.data()
-        check_pairs(recipe, pairs.folder)
+        shared = self.data()
+        pairs = self.pairs(recipe, shared)
+        check_pairs(recipe, shared.folder, pairs.folder if self.transfers(recipe) else None)
         start = train.start(recipe, self.reference(recipe))
 
         def base() -> torch.nn.Module:
@@ -229,7 +252,7 @@ class _Comparison:
         stage = measured.run_stage(
             recipe,
             start,
-            self.selection(recipe, seed, pairs) if train.reads_selection(recipe) else None,
+            self.selection(recipe, seed, shared) if train.reads_selection(recipe) else None,
             stored if train.needs_reference(recipe) else None,
             pairs,
             self._share(measured.start_stage(recipe, start, pairs, seed, base)),

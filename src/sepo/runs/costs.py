@@ -15,7 +15,7 @@ from sepo.forward.packing import fill_rows, pack, read_length
 from sepo.forward.passes import table_pairs, tokens_per_row_for
 from sepo.models.config import load_shape, model_shape
 from sepo.recipe.settings import Recipe
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train
+from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
 from sepo.stages.stage import Cost, ModelSize, PairSizes, Sizes, Work
 
 # Rows of this many pairs are laid out to see what packing saves; those of a larger table stand for all.
@@ -24,19 +24,21 @@ _SAMPLE = 4000
 
 def stage_costs(recipe: Recipe, sizes: Sizes) -> dict[str, Cost]:
     """What each stage of a run costs, by the names of its record (`pipeline.STAGES`)."""
-    count = recipe.oracle.count
+    count, own = recipe.oracle.count, sizes.of_policy
     starts = recipe.policy.model is not None and train.needs_reference(recipe)
     costs = {
         "data": data.cost(recipe, sizes),
+        "policy_pairs": transfer.pairs_cost(recipe, sizes) if sizes.policy else None,
         "reference": reference.cost(recipe, sizes),
         "reference_logps": logps.cost(recipe, sizes, sizes.small),
         "oracle": oracle.cost(recipe, sizes),
         "oracle_logps": logps.cost(recipe, sizes, sizes.small, count),
         "score": score.cost(recipe, sizes),
-        "select": select.cost(recipe, sizes),
-        "policy_start_logps": logps.cost(recipe, sizes, sizes.large) if starts else None,
-        "train": train.cost(recipe, sizes),
-        "eval": evaluate.cost(recipe, sizes),
+        "transfer": transfer.cost(recipe, sizes) if sizes.policy else None,
+        "select": select.cost(recipe, own),
+        "policy_start_logps": logps.cost(recipe, own, sizes.large) if starts else None,
+        "train": train.cost(recipe, own),
+        "eval": evaluate.cost(recipe, own),
     }
     return {name: cost for name, cost in costs.items() if cost is not None}
 
@@ -54,7 +56,7 @@ def work_by_record(recipe: Recipe, costs: dict[str, Cost], processes: int = 1) -
         if name in ("oracle", "oracle_logps"):
             each = [work.times(1 / len(names)) for work in own]
             works |= {name.replace("oracle", one): each for one in names}
-        elif name != "data":
+        elif name not in ("data", "policy_pairs"):
             works[name] = own
     return works
 

@@ -83,6 +83,7 @@ class Paces:
         pairs: real pairs to try.
         prompts: real prompts to answer.
         measure: False estimates all.
+        others: of models that read other tokens than these, by their names.
     """
 
     device: str
@@ -91,6 +92,7 @@ class Paces:
     prompts: Sequence[Sequence[int]]
     tokenizer: PreTrainedTokenizerBase
     measure: bool = True
+    others: dict[str, Paces] = field(default_factory=dict)
     _known: dict[str, Pace] = field(default_factory=dict)
     _loaded: tuple[str, nn.Module] | None = None
     _rate: float | None = None
@@ -108,6 +110,8 @@ class Paces:
 
     def pace(self, work: Work) -> Pace:
         """The pace of one kind of work with one model."""
+        if (own := self.others.get(work.model.name)) is not None:
+            return own.pace(work)
         if work.dtype == "auto" and self.kind != "cuda":
             work = replace(work, dtype="float32")  # one model for both
         key = _key(work)

@@ -1,13 +1,15 @@
 """The run: the stages of a recipe in one folder, in their order.
 
-    data -> reference -> logps -> oracle -> logps -> score -> select -> train -> eval
+    data -> reference -> logps -> oracle -> logps -> score -> [transfer ->] select -> train -> eval
 
+A policy with another tokenizer than the oracle's has pairs of its own, and the token rewards are carried over to them.
 What each stage is, is said in `sepo.stages`; what stands and what is done again, in `folder.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from sepo.runs.costs import sizes_of, stage_costs, work_by_record
 from sepo.runs.folder import Run, check_run_folder, open_run
 from sepo.runs.pace import stage_rate
 from sepo.runs.remaining import Outlook, one_line
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train
+from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
 from sepo.stages.stage import Made, Model
 
-# What the stages of a run are called, in their order; more than one oracle adds its own (oracle-2, oracle-2_logps).
+# What the stages of a run are called, in their order; more than one oracle adds its own (oracle-2, oracle-2_logps), and
+# a policy with another tokenizer two: policy_pairs after data, transfer after score.
 STAGES = (
     "data", "reference", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval",
 )  # fmt: skip
@@ -44,9 +47,9 @@ def run_recipe(recipe: Recipe) -> dict[str, float]:
     processes.join(recipe.device)
     processes.on_main(lambda: check_inputs(recipe))
     with open_run(recipe) as run:
-        start, pairs = _prepare(run)
-        with one_line(_outlook(recipe, pairs.folder) if processes.is_main() else None) as run.line:
-            return _run_stages(run, start, pairs)
+        start, pairs, own = _prepare(run)
+        with one_line(_outlook(recipe, pairs, own) if processes.is_main() else None) as run.line:
+            return _run_stages(run, start, pairs, own)
 
 
 def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -62,48 +65,63 @@ def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
         stage.check(recipe)
 
 
-def check_pairs(recipe: Recipe, folder: Path, extremes: Mapping[str, Any] | None = None) -> None:
+def check_pairs(
+    recipe: Recipe, folder: Path, policy_folder: Path | None = None, extremes: Mapping[str, Any] | None = None
+) -> None:
     """Raise a UserError if a model of the recipe cannot read the pairs that lie in a folder, or answer to them.
 
     Args:
-        extremes: what the data stage found, if it did: the pairs are read only where a limit is reached.
+        policy_folder: the pairs that the policy reads, where it has a tokenizer of its own.
+        extremes: what the data stage found in the others, if it did: they are read only where a limit is reached.
     """
-    if extremes is not None and data.within_limits(recipe, extremes):
+    everyone = data.ROLES if policy_folder is None else ("reference", "oracle")
+    if policy_folder is None and extremes is not None and data.within_limits(recipe, extremes):
         return
     held_out = read_table(folder / "held_out", "pairs")
-    data.check_limits(recipe, [read_table(folder / "train", "pairs"), held_out])
+    data.check_limits(recipe, [read_table(folder / "train", "pairs"), held_out], roles=everyone)
+    if policy_folder is not None:
+        held_out = read_table(policy_folder / "held_out", "pairs")
+        data.check_limits(recipe, [read_table(policy_folder / "train", "pairs"), held_out], roles=("policy",))
     if recipe.eval.prompts:
-        data.check_limits(recipe, [held_out], recipe.eval.max_new_tokens)
+        roles = data.ROLES if policy_folder is None else ("policy",)
+        data.check_limits(recipe, [held_out], recipe.eval.max_new_tokens, roles)
 
 
-def _prepare(run: Run) -> tuple[Model, Made]:
-    """The model to start from, and the pairs, which its tokenizer reads."""
-    start = reference.start(run.recipe)
-    tokenizer = load_tokenizer(start.folder)
-    pairs = run.do(data.stage(run.recipe.data, tokenizer, run.recipe.seed), run.path("pairs"))
-    processes.on_main(lambda: check_pairs(run.recipe, pairs.folder, pairs.results.get("extremes")))
-    return start, pairs
+def _prepare(run: Run) -> tuple[Model, Made, Made]:
+    """The model to start from, the pairs, which its tokenizer reads, and those that the policy reads."""
+    recipe = run.recipe
+    start = reference.start(recipe)
+    pairs = run.do(data.stage(recipe.data, load_tokenizer(start.folder), recipe.seed), run.path("pairs"))
+    own = pairs
+    if with_transfer := processes.on_main(lambda: transfer.needed(recipe)):
+        own = run.do(transfer.pairs_stage(recipe, pairs), run.path("transfer", "pairs"))
+    of_policy = own.folder if with_transfer else None
+    processes.on_main(lambda: check_pairs(recipe, pairs.folder, of_policy, pairs.results.get("extremes")))
+    return start, pairs, own
 
 
-def _outlook(recipe: Recipe, pairs: Path) -> Outlook:
+def _outlook(recipe: Recipe, pairs: Made, own: Made) -> Outlook:
     """What the stages after the data are expected to take."""
     kind = choose_device(recipe.device).type
-    costs = stage_costs(recipe, sizes_of(recipe, pairs, kind, processes.size()))
+    sizes = sizes_of(recipe, pairs.folder, kind, processes.size())
+    if own is not pairs:
+        sizes = replace(sizes, policy=sizes_of(recipe, own.folder, kind, processes.size()))
+    costs = stage_costs(recipe, sizes)
     outlook = Outlook(work_by_record(recipe, costs, processes.size()), stage_rate(kind))
     if sum(outlook.expected.values()) > _WORTH_SAYING:
         say(f"{len(outlook.expected)} stages, {outlook}")
     return outlook
 
 
-def _run_stages(run: Run, start: Model, pairs: Made) -> dict[str, float]:
+def _run_stages(run: Run, start: Model, pairs: Made, own: Made) -> dict[str, float]:
     recipe, seed = run.recipe, run.recipe.seed
     small = start
     tuning = reference.stage(recipe, start)
     if tuning is not None:
         small = Model.of(run.do(tuning, run.path("reference")))
 
-    def passed(model: Model, role: str) -> Made:
-        return run.do(logps.stage(recipe, model, pairs, role), run.path("logps", role), name=f"{role}_logps")
+    def passed(model: Model, role: str, read: Made = pairs) -> Made:
+        return run.do(logps.stage(recipe, model, read, role), run.path("logps", role), name=f"{role}_logps")
 
     small_logps = passed(small, "reference")
     oracles: dict[str, Model] = {}
@@ -116,28 +134,32 @@ def _run_stages(run: Run, start: Model, pairs: Made) -> dict[str, float]:
 
     oracle_logps = [passed(model, role) for role, model in oracles.items()]
     scores = run.do(score.stage(pairs, oracle_logps, small_logps), run.folder)
+    moved: Made | None = None
+    if own is not pairs:
+        scores = moved = run.do(transfer.stage(recipe, scores, pairs, own), run.path("transfer"))
     selection = run.do(select.stage(recipe.select, scores, seed), run.path("selection"))
 
     large = train.start(recipe, small)
     large_logps = small_logps if large.content == small.content else None
     if train.needs_reference(recipe) and large_logps is None:
-        large_logps = passed(large, "policy_start")
+        large_logps = passed(large, "policy_start", own)
     targets = large_logps if train.needs_reference(recipe) else None
     policy = run.do(train.stage(recipe, large, selection, targets, seed), run.path("policy"))
 
     evaluation = run.do(
-        evaluate.stage(recipe, Model.of(policy), large, pairs, scores, selection, large_logps), run.path("eval")
+        evaluate.stage(recipe, Model.of(policy), large, own, scores, selection, large_logps), run.path("eval")
     )
-    return processes.on_main(lambda: _finish(run, pairs, evaluation))
+    return processes.on_main(lambda: _finish(run, pairs, evaluation, own, moved))
 
 
-def _finish(run: Run, pairs: Made, evaluation: Made) -> dict[str, float]:
+def _finish(run: Run, pairs: Made, evaluation: Made, own: Made, moved: Made | None) -> dict[str, float]:
     """Write metrics.json and the report, and say what earlier settings left; returns the metrics."""
     run.forget_others()
     metrics: dict[str, Any] = {
         **evaluation.results,
         "pairs/train": pairs.results["train"],
         "pairs/held_out": pairs.results["held_out"],
+        **({} if moved is None else {f"transfer/{name}": value for name, value in _transferred(own, moved).items()}),
         **{f"seconds/{name}": record["seconds"] for name, record in run.manifest["stages"].items()},
     }
     write_json(run.path("metrics.json"), metrics)
@@ -145,3 +167,9 @@ def _finish(run: Run, pairs: Made, evaluation: Made) -> dict[str, float]:
     build_report(run.folder, out=run.path("report.html"))
     run.say_unused("reference", "oracle", "oracle-[2-9]", "logps/*")
     return metrics
+
+
+def _transferred(own: Made, moved: Made) -> dict[str, Any]:
+    """Figures of the training pairs: those of the cuts, which count every drop, and those of the rewards."""
+    rewards = {name: moved.results[name] for name in ("larger_groups_share", "lost_share")}
+    return {**own.results["train_transfer"], **rewards, "held_out": own.results["held_out"]}

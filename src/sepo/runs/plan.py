@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from sepo.data.tables import read_table
 from sepo.models.devices import choose_device
@@ -24,7 +25,7 @@ from sepo.runs.compare import check_grid, check_same_pairs, oracle_key
 from sepo.runs.costs import SHARED, models_of, prompts_of, sizes_of, stage_costs
 from sepo.runs.pace import Paces
 from sepo.runs.pipeline import check_inputs, check_pairs
-from sepo.stages import data, evaluate, logps, oracle, train
+from sepo.stages import data, evaluate, logps, oracle, train, transfer
 from sepo.stages.stage import Cost, Sizes, Work
 from sepo.training.fit import epochs
 from sepo.training.memory import PARTS, Reading, Training, smallest_change
@@ -70,13 +71,38 @@ def measure_sizes(recipe: Recipe, target: Target | None = None, progress: bool =
     kind = _kind(recipe, target)
     tokenizer = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
     with tempfile.TemporaryDirectory() as folder:
-        data.prepare_data(recipe.data, tokenizer, Path(folder), recipe.seed, progress=progress)
-        check_pairs(recipe, Path(folder))
-        sizes = sizes_of(recipe, Path(folder), kind, target.processes)
-        pairs, held_out = (read_table(Path(folder) / part, "pairs") for part in ("train", "held_out"))
-        prompts = prompts_of(held_out)
-    # Times are of this machine; on another kind of device they would say nothing.
-    here = target.memory is None or kind == choose_device("auto").type
+        read, own = Path(folder) / "pairs", Path(folder) / "policy"
+        data.prepare_data(recipe.data, tokenizer, read, recipe.seed, progress=progress)
+        with_transfer = transfer.needed(recipe)
+        found = transfer.prepare_pairs(recipe, read, own, progress=progress) if with_transfer else {}
+        check_pairs(recipe, read, own if with_transfer else None)
+        # Times are of this machine; on another kind of device they would say nothing.
+        here = target.memory is None or kind == choose_device("auto").type
+        sizes, paces = _read_sizes(recipe, read, tokenizer, kind, target, here)
+        if with_transfer:
+            both = transfer.tokenizers(recipe)
+            of_policy, its_paces = _read_sizes(recipe, own, both[1], kind, target, here)
+            sizes = replace(sizes, policy=of_policy, transfer=_cuts(found["train_transfer"]))
+            paces.others[sizes.large.name] = its_paces
+    return sizes, paces
+
+
+def _cuts(figures: dict[str, float]) -> str:
+    """How two tokenizers cut the same responses, for a plan's row."""
+    dropped = f", {figures['dropped']:,.0f} pairs dropped" if figures["dropped"] else ""
+    return (
+        f"again, as the policy reads them: {figures['one_to_one_share']:.0%} of the tokens one of both, "
+        f"{figures['bytes_per_group']:.1f} bytes a group{dropped}"
+    )
+
+
+def _read_sizes(
+    recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str, target: Target, here: bool
+) -> tuple[Sizes, Paces]:
+    """Counts of the pairs in a folder, and paces of models that read them."""
+    sizes = sizes_of(recipe, folder, kind, target.processes)
+    pairs, held_out = (read_table(folder / part, "pairs") for part in ("train", "held_out"))
+    prompts = prompts_of(held_out)
     step = max(1, len(pairs) // 256)
     some = pairs.take(pa.array(range(0, len(pairs), step)))
     return sizes, Paces(recipe.device, kind, some, prompts or [(0,)], tokenizer, measure=here)
@@ -95,7 +121,22 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     everything = [setting.recipe for group in settings.values() for setting in group]
     first = everything[0]
     sizes, paces = measure_sizes(first, progress=False)
-    check_same_pairs(settings, sizes.train.pairs)
+    known = {_policy_of(first): sizes}
+    for recipe in everything:
+        if (whose := _policy_of(recipe)) not in known:  # a policy of another tokenizer has other counts
+            known[whose] = sizes
+            if transfer.needed(recipe) or sizes.policy is not None:
+                known[whose], more = measure_sizes(recipe, progress=False)
+                paces.others |= more.others
+
+    def own_sizes(recipe: Recipe) -> Sizes:
+        """The same data with the models of a recipe."""
+        small, large = models_of(recipe)
+        found = known[_policy_of(recipe)]
+        own = found.policy and replace(found.policy, small=small, large=large)
+        return replace(found, small=small, large=large, policy=own)
+
+    check_same_pairs(settings, lambda recipe: own_sizes(recipe).of_policy.train.pairs)
     rows = [_runs_row("data", first.data.source, 1, None)]
     selective = [recipe for recipe in everything if recipe.policy.objective in SELECTIVE]
     oracles = {oracle_key(recipe): recipe for recipe in selective}
@@ -107,7 +148,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     shared = 0.0
     if oracles:
         for recipe in oracles.values():
-            own = _sizes_of(recipe, sizes)
+            own = own_sizes(recipe)
             one = logps.pass_work(recipe, own, own.small)
             training = oracle.cost(recipe, own)
             work = (training.work or ()) if training is not None else ()
@@ -115,13 +156,13 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
         number = sum(recipe.oracle.count for recipe in oracles.values())
         rows.append(_runs_row("oracles", "DPO, then token rewards; shared", number * copies, shared))
     elif any(recipe.policy.objective in WITH_REFERENCE for recipe in everything):
-        shared = seconds(logps.pass_work(first, sizes, sizes.large))
+        shared = seconds(logps.pass_work(first, sizes.of_policy, sizes.large))
         rows.append(_runs_row("reference", "log-probabilities; shared", 1, shared))
     total = 0.0
     for variant, group in settings.items():
         runs = number_of_runs(grid, {variant: group})
         recipe = group[0].recipe
-        own, dtype = _sizes_of(recipe, sizes), logps.scoring_dtype(recipe)
+        own, dtype = own_sizes(recipe).of_policy, logps.scoring_dtype(recipe)
         measured = seconds(evaluate.measuring_work(recipe, own, dtype) + evaluate.reading_work(recipe, own, dtype))
         if recipe.eval.gold is None:
             measured += seconds((Work("score", own.large, own.held_out.scored, own.held_out.responses, dtype=dtype),))
@@ -136,10 +177,9 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     return [*rows, _runs_row("total", what, runs, total + shared)]
 
 
-def _sizes_of(recipe: Recipe, sizes: Sizes) -> Sizes:
-    """The same data with the models of another recipe."""
-    small, large = models_of(recipe)
-    return replace(sizes, small=small, large=large)
+def _policy_of(recipe: Recipe) -> tuple[str | None, ...]:
+    """Recipes of one grid with the same of this have the same pairs."""
+    return recipe.policy.model, recipe.policy.revision, recipe.reference.model
 
 
 def _seconds(cost: Cost, paces: Paces, target: Target) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -80,25 +80,17 @@ def prepare_data(
     Returns:
         counts: `train`, `held_out`; `extremes` of both; and the report of what was dropped and why.
     """
-    split, held_out_split = settings.split, settings.held_out_split
-    if settings.source == EMBEDDED_DATA:
-        held_out_split = held_out_split or "held_out"
-    table, report = _tokenize(settings, split, tokenizer, progress)
-    reports = {split: report}
+    table, own, reports = read_sources(settings, tokenizer, progress)
     # Below 1 it is a share, from 1 on a number of pairs.
     number = int(settings.held_out) if settings.held_out >= 1 else settings.held_out
-    if held_out_split or settings.held_out_source:
-        name = held_out_split if held_out_split and settings.held_out_source is None else "held_out"
-        held_out, reports[name] = _tokenize(*held_out_data(settings, held_out_split), tokenizer, progress)
-        if number >= 1:
-            held_out = take_pairs(held_out, int(number), seed=seed)
+    if own is not None:
+        held_out = take_pairs(own, int(number), seed=seed) if number >= 1 else own
         train, _ = split_pairs(table, held_out=0, sample=settings.sample, seed=seed)
     else:
         train, held_out = split_pairs(table, held_out=number, sample=settings.sample, seed=seed)
     write_pairs(out / "train", train)
     write_pairs(out / "held_out", held_out)
-    for name, one in reports.items():
-        say(f"  {name}: {one.summary()}")
+    say_reports(reports)
     shared = shared_prompts(train, held_out)
     if shared:
         say(f"  {shared:,} prompts are both trained on and held out: held-out figures are not of unseen prompts alone")
@@ -113,29 +105,67 @@ def prepare_data(
     }
 
 
-def check_limits(recipe: Recipe, tables: Iterable[pa.Table], answers: int = 0) -> None:
+def read_sources(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool = True
+) -> tuple[pa.Table, pa.Table | None, dict[str, DataReport]]:
+    """Tokenise all that a recipe's pairs come from, undivided.
+
+    Returns:
+        pairs, the held-out pairs if they have a split or source of their own, and the reports of both by name.
+    """
+    split, held_out_split = settings.split, settings.held_out_split
+    if settings.source == EMBEDDED_DATA:
+        held_out_split = held_out_split or "held_out"
+    table, report = _tokenize(settings, split, tokenizer, progress)
+    reports = {split: report}
+    if not (held_out_split or settings.held_out_source):
+        return table, None, reports
+    name = held_out_split if held_out_split and settings.held_out_source is None else "held_out"
+    held_out, reports[name] = _tokenize(*held_out_data(settings, held_out_split), tokenizer, progress)
+    return table, held_out, reports
+
+
+def say_reports(reports: Mapping[str, DataReport]) -> None:
+    """Say what became of the rows of each split."""
+    for name, one in reports.items():
+        say(f"  {name}: {one.summary()}")
+
+
+ROLES = ("reference", "oracle", "policy")
+
+
+def check_limits(recipe: Recipe, tables: Iterable[pa.Table], answers: int = 0, roles: Sequence[str] = ROLES) -> None:
     """Raise a UserError if a model of the recipe cannot read the pairs; say so where it would have to extrapolate.
 
     Args:
         tables: of kind "pairs", or any with their columns.
         answers: of the prompts alone, with so many tokens generated after each; 0 is of the pairs.
+        roles: the models that read these tables, which share a tokenizer.
     """
     tables = [table for table in tables if len(table)]
-    tokenizer = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)  # all models share it
-    for name, limits in _limits(recipe):
+    _, first, revision = _models(recipe, roles[:1])[0]
+    tokenizer = load_tokenizer(first, revision=revision)
+    for name, limits in _limits(recipe, roles):
         for table in tables:
             check_ids(table, name, limits, tokenizer)
             check_lengths(table, name, limits, answers)
 
 
-def _limits(recipe: Recipe) -> list[tuple[str, Limits]]:
-    """Names and limits of the recipe's models."""
-    models = {
-        (recipe.reference.model, recipe.reference.revision),
-        (recipe.oracle.model or recipe.reference.model, None if recipe.oracle.model else recipe.reference.revision),
-        (recipe.policy.model or recipe.reference.model, recipe.policy.revision or recipe.reference.revision),
+def _models(recipe: Recipe, roles: Sequence[str]) -> list[tuple[str, str, str | None]]:
+    """Role, name and revision of models of the recipe."""
+    first = (recipe.reference.model, recipe.reference.revision)
+    named = {
+        "reference": first,
+        "oracle": first if recipe.oracle.model is None else (recipe.oracle.model, None),
+        "policy": first if recipe.policy.model is None else (recipe.policy.model, recipe.policy.revision),
     }
-    return [(name, model_limits(load_config(name, revision=revision))) for name, revision in sorted(models, key=str)]
+    return [(role, *named[role]) for role in roles]
+
+
+def _limits(recipe: Recipe, roles: Sequence[str] = ROLES) -> list[tuple[str, Limits]]:
+    """Names and limits of models of the recipe, each once."""
+    models = sorted({(name, revision) for _, name, revision in _models(recipe, roles)}, key=str)
+    return [(name, model_limits(load_config(name, revision=revision))) for name, revision in models]
 
 
 def extremes(table: pa.Table) -> dict[str, int]:

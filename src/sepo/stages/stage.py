@@ -128,6 +128,8 @@ class Sizes:
         small, large: the reference and the policy.
         device: kind of device that everything runs on ("cpu", "cuda", "mps").
         processes: devices that share the work.
+        policy: the same under the policy's tokenizer, where that is another.
+        transfer: how both tokenizers cut the responses then, in words.
     """
 
     train: PairSizes
@@ -139,6 +141,13 @@ class Sizes:
     large: ModelSize
     device: str
     processes: int = 1
+    policy: Sizes | None = None
+    transfer: str = ""
+
+    @property
+    def of_policy(self) -> Sizes:
+        """What the policy reads."""
+        return self.policy or self
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sepo.data.fingerprints import check_same_tokenizer
+from sepo.data.fingerprints import say_if_templates_differ
 from sepo.data.tables import read_table
 from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization
 from sepo.models.folders import is_outline
 from sepo.models.names import check_model, resolve_model
-from sepo.models.tokenizer import has_tokenizer, load_tokenizer
+from sepo.models.tokenizer import has_tokenizer
 from sepo.recipe.settings import Recipe
+from sepo.stages import transfer
 from sepo.stages.reference import model_in
 from sepo.stages.stage import Cost, Made, Model, Sizes, Stage, Work
 from sepo.stages.trained import training_need, training_work
@@ -35,13 +36,11 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
         check_model(policy.model, revision=policy.revision, weights=not elsewhere)
         if elsewhere and is_outline(policy.model) and not has_tokenizer(policy.model):
             return
-        reference = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
-        check_same_tokenizer(
-            f"policy '{policy.model}'",
-            load_tokenizer(policy.model, revision=policy.revision),
-            f"reference '{recipe.reference.model}'",
-            reference,
-        )
+        if transfer.needed(recipe):
+            transfer.check(recipe)
+        else:
+            reference, own = transfer.tokenizers(recipe)
+            say_if_templates_differ(f"policy '{policy.model}'", own, f"reference '{recipe.reference.model}'", reference)
     start_model = recipe.policy if policy.model is not None else recipe.reference
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
 

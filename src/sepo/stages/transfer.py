@@ -1,0 +1,244 @@
+"""Stage "transfer": where the policy has another tokenizer, its pairs, and the token rewards under them.
+
+    source ----> pairs under the oracle's tokenizer ---> scores ----.
+       \\-------> pairs under the policy's tokenizer ----------------+--> scores under the policy's tokenizer
+
+Two stages: `pairs_stage` reads the source again with the policy's tokenizer and chat template, and keeps the pairs
+whose responses are the same texts; `stage` carries the rewards over to them (`credit.transfer`). The policy is
+trained, and everything about it measured, on the second tables alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from sepo import processes
+from sepo.credit.transfer import TransferReport, carry
+from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
+from sepo.data.tables import (
+    clear_shards,
+    iter_tables,
+    provenance_of,
+    read_schema,
+    read_shard,
+    read_table,
+    table_digest,
+    table_paths,
+    with_provenance,
+    write_shard,
+)
+from sepo.data.vocabulary import TokenBytes, token_bytes
+from sepo.errors import UserError
+from sepo.evaluate.fidelity import fidelity
+from sepo.models.folders import is_outline
+from sepo.models.tokenizer import has_tokenizer, load_tokenizer
+from sepo.processes import say
+from sepo.recipe.reading import load_recipe
+from sepo.recipe.settings import Recipe, TransferSettings
+from sepo.stages import data
+from sepo.stages.logps import PARTS
+from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Sizes, Stage
+
+
+def needed(recipe: Recipe) -> bool:
+    """Does the policy have another tokenizer than oracle and reference?"""
+    policy, reference = recipe.policy, recipe.reference
+    if policy.model is None or (policy.model, policy.revision) == (reference.model, reference.revision):
+        return False
+    if is_outline(policy.model) and not has_tokenizer(policy.model):
+        return False  # a plan of a model whose tokenizer is not here
+    return len({tokenizer_fingerprint(one) for one in tokenizers(recipe)}) > 1
+
+
+def tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The tokenizers of the reference and of the policy."""
+    policy, reference = recipe.policy, recipe.reference
+    return (
+        load_tokenizer(reference.model, revision=reference.revision),
+        load_tokenizer(str(policy.model), revision=policy.revision),
+    )
+
+
+def check(recipe: Recipe) -> None:
+    """Both tokenizers can be mapped to bytes, where the policy has its own."""
+    if needed(recipe):
+        _readers(tokenizers(recipe), (recipe.reference.model, str(recipe.policy.model)))
+
+
+def _readers(
+    both: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], names: tuple[str, str]
+) -> tuple[TokenBytes, TokenBytes]:
+    return token_bytes(both[0], names[0]), token_bytes(both[1], names[1])
+
+
+def pairs_stage(recipe: Recipe, pairs: Made) -> Stage:
+    """The pairs under the policy's tokenizer, in `train` and `held_out`, those of `pairs` that can be carried over."""
+    both = tokenizers(recipe)
+    own = data.stage(recipe.data, both[1], recipe.seed)
+    return Stage(
+        kind="policy_pairs",
+        what=f"pairs as {Path(str(recipe.policy.model)).name} reads them",
+        depends={**own.depends, "pairs": pairs.content, "from": tokenizer_fingerprint(both[0])},
+        outputs=PARTS,
+        work=lambda folder: processes.on_main(lambda: prepare_pairs(recipe, pairs.folder, folder)),
+    )
+
+
+def prepare_pairs(recipe: Recipe, pairs: Path, out: Path, progress: bool = True) -> dict[str, Any]:
+    """Write the pairs of `pairs/train` and `pairs/held_out` under the policy's tokenizer.
+
+    Returns:
+        counts `train` and `held_out`, the report of what tokenising dropped, and the figures of `TransferReport` as
+        `train_transfer` and `held_out_transfer`.
+    """
+    both = tokenizers(recipe)
+    names = recipe.reference.model, str(recipe.policy.model)
+    readers = _readers(both, names)
+    table, held_out, reports = data.read_sources(recipe.data, both[1], progress)
+    data.say_reports({f"{name}, the policy's tokens": report for name, report in reports.items()})
+    results: dict[str, Any] = {"report": {name: report.to_dict() for name, report in reports.items()}}
+    for part in PARTS:
+        target = held_out if part == "held_out" and held_out is not None else table
+        found = carry_table(pairs / part, "pairs", repeat(target), readers, out / part, names=names)
+        say(f"  {part}, under both tokenizers: {found.summary()}")
+        results |= {part: found.kept, f"{part}_transfer": found.figures()}
+    return results
+
+
+def stage(
+    recipe: Recipe, scores: Made, pairs: Made, policy_pairs: Made, words: PreTrainedTokenizerBase | None = None
+) -> Stage:
+    """Token rewards under the policy's tokenizer, in `scores` and `scores_held_out`.
+
+    Args:
+        scores: under the oracle's tokenizer, of `pairs`.
+        policy_pairs: of `pairs_stage`.
+        words: the policy's tokenizer, to judge the rewards by the words of VADER's lexicon.
+    """
+    settings: TransferSettings = recipe.transfer
+
+    def work(folder: Path) -> dict[str, Any]:
+        names = recipe.reference.model, str(recipe.policy.model)
+        readers = _readers(tokenizers(recipe), names)
+        results: dict[str, Any] = {}
+        for part, table in (("train", SCORES), ("held_out", SCORES_HELD_OUT)):
+            targets = iter_tables(policy_pairs.folder / part, "pairs")
+            found = carry_table(
+                scores.folder / table, "scores", targets, readers, folder / table, settings.spread, names
+            )
+            say(f"  {part}: {found.summary()}")
+            if part == "train":
+                results |= found.figures()
+        if words is not None:
+            judged = fidelity(words, read_table(folder / SCORES, "scores"))
+            results |= {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
+        return results
+
+    return Stage(
+        kind="transfer",
+        what=f"token rewards under the policy's tokenizer, by {settings.spread}",
+        depends={
+            "transfer": settings.model_dump(mode="json"),
+            "scores": scores.content,
+            "pairs": pairs.content,
+            "policy_pairs": policy_pairs.content,
+            "words": words is not None,
+        },
+        outputs=(SCORES, SCORES_HELD_OUT),
+        work=lambda folder: processes.on_main(lambda: work(folder)),
+    )
+
+
+def tokenizer_of_table(table: Path, given: str | None = None) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer that a score table was made with, and what to call it.
+
+    Args:
+        table: a folder, or a file in one.
+        given: a model; by default it is looked for where `sepo score` and `sepo run` leave it.
+
+    Raises:
+        UserError: none is there, or the one that was given is another.
+    """
+    made_with = provenance_of(read_schema(table_paths(table, "scores")[0])).get("tokenizer")
+    folder = table if table.is_dir() else table.parent
+    around = [folder / "tokenizer", *(folder.parent / name for name in ("oracle", "reference", "policy"))]
+    places = [given] if given is not None else [str(place) for place in around if has_tokenizer(place)]
+    if given is None and (recipe := folder.parent / "recipe.yaml").is_file():
+        places.append(load_recipe(recipe).reference.model)
+    for place in places:
+        tokenizer = load_tokenizer(place)
+        if made_with in (None, tokenizer_fingerprint(tokenizer)):
+            return tokenizer, place
+    if given is not None:
+        raise UserError(f"'{table}' was made with another tokenizer than that of '{given}': name the oracle's model")
+    raise UserError(
+        f"the tokenizer of '{table}' is not beside it: name the oracle's model with --table-tokenizer MODEL"
+    )
+
+
+def carry_table(
+    source: Path,
+    kind: str,
+    targets: Iterable[pa.Table],
+    readers: tuple[TokenBytes, TokenBytes],
+    out: Path,
+    spread: str = "bytes",
+    names: tuple[str, str] = ("the table", "the policy"),
+) -> TransferReport:
+    """Carry a table of pairs or scores over to another tokenizer, shard by shard.
+
+    Args:
+        source: the table's folder.
+        kind: "pairs" or "scores".
+        targets: for each shard of `source` a table of kind "pairs" that holds its pairs under the other tokenizer.
+        readers: of the table's tokenizer and of the other.
+        out: folder of the new table, whose provenance names the old one in `transferred_from`.
+        names: of the two models, for messages.
+
+    Raises:
+        UserError: no pair is left, and why.
+    """
+    paths = table_paths(source, kind)
+    if source.resolve() == out.resolve():
+        raise UserError(f"'{out}' holds the table itself: choose another folder for what is carried over")
+    provenance = {"table": _digest(paths, kind), "tokenizer": provenance_of(read_schema(paths[0])).get("tokenizer")}
+    if kind == "scores":
+        provenance["spread"] = spread
+    clear_shards(out)
+    total = TransferReport()
+    for index, (path, target) in enumerate(zip(paths, targets, strict=False)):
+        table, report = carry(read_shard(path, kind), target, *readers, spread)
+        own = {key: value for key, value in provenance_of(table).items() if key not in ("format", "version")}
+        write_shard(out, index, with_provenance(table, kind, {**own, "transferred_from": provenance}), len(paths))
+        total += report
+    if total.pairs and not total.kept:
+        clear_shards(out)
+        raise UserError(
+            f"no pair of '{source}' can be carried over from the tokenizer of '{names[0]}' to that of '{names[1]}': "
+            f"{total.reasons()} (docs/how-to/two-tokenizers.md)"
+        )
+    return total
+
+
+def _digest(paths: list[Path], kind: str) -> str:
+    """What a whole table is, by its shards' own digests where they have one."""
+    recorded = [provenance_of(read_schema(path)).get("digest") for path in paths]
+    found = [one or table_digest(read_shard(path, kind)) for one, path in zip(recorded, paths, strict=True)]
+    return short_digest(" ".join(map(str, found)))
+
+
+def pairs_cost(recipe: Recipe, sizes: Sizes) -> Cost:
+    """Reading the source again: seconds at most."""
+    own = sizes.of_policy
+    return Cost(sizes.transfer, own.train.pairs + own.held_out.pairs, own.train.tokens + own.held_out.tokens)
+
+
+def cost(recipe: Recipe, sizes: Sizes) -> Cost:
+    """Arithmetic on tokens: seconds at most."""
+    return Cost(f"to the policy's tokens, by {recipe.transfer.spread}", sizes.of_policy.train.pairs)
