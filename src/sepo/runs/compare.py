@@ -239,7 +239,7 @@ class _Comparison:
         recipe = setting.recipe
         shared = self.data()
         pairs = self.pairs(recipe, shared)
-        check_pairs(recipe, shared.folder, pairs.folder if self.transfers(recipe) else None)
+        check_pairs(recipe, shared.folder, policy_folder=pairs.folder if self.transfers(recipe) else None)
         start = train.start(recipe, self.reference(recipe))
 
         def base() -> torch.nn.Module:

@@ -66,13 +66,13 @@ def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
 
 
 def check_pairs(
-    recipe: Recipe, folder: Path, policy_folder: Path | None = None, extremes: Mapping[str, Any] | None = None
+    recipe: Recipe, folder: Path, extremes: Mapping[str, Any] | None = None, policy_folder: Path | None = None
 ) -> None:
     """Raise a UserError if a model of the recipe cannot read the pairs that lie in a folder, or answer to them.
 
     Args:
+        extremes: what the data stage found in them, if it did: they are read only where a limit is reached.
         policy_folder: the pairs that the policy reads, where it has a tokenizer of its own.
-        extremes: what the data stage found in the others, if it did: they are read only where a limit is reached.
     """
     everyone = data.ROLES if policy_folder is None else ("reference", "oracle")
     if policy_folder is None and extremes is not None and data.within_limits(recipe, extremes):
@@ -96,7 +96,7 @@ def _prepare(run: Run) -> tuple[Model, Made, Made]:
     if with_transfer := processes.on_main(lambda: transfer.needed(recipe)):
         own = run.do(transfer.pairs_stage(recipe, pairs), run.path("transfer", "pairs"))
     of_policy = own.folder if with_transfer else None
-    processes.on_main(lambda: check_pairs(recipe, pairs.folder, of_policy, pairs.results.get("extremes")))
+    processes.on_main(lambda: check_pairs(recipe, pairs.folder, pairs.results.get("extremes"), of_policy))
     return start, pairs, own
 
 

@@ -75,7 +75,7 @@ def measure_sizes(recipe: Recipe, target: Target | None = None, progress: bool =
         data.prepare_data(recipe.data, tokenizer, read, recipe.seed, progress=progress)
         with_transfer = transfer.needed(recipe)
         found = transfer.prepare_pairs(recipe, read, own, progress=progress) if with_transfer else {}
-        check_pairs(recipe, read, own if with_transfer else None)
+        check_pairs(recipe, read, policy_folder=own if with_transfer else None)
         # Times are of this machine; on another kind of device they would say nothing.
         here = target.memory is None or kind == choose_device("auto").type
         sizes, paces = _read_sizes(recipe, read, tokenizer, kind, target, here)

@@ -114,6 +114,18 @@ def measuring_work(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Work, ...]
     )
 
 
+def examples_work(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Work, ...]:
+    """Answering some of the prompts once more, for people."""
+    number = min(recipe.eval.examples, recipe.eval.prompts, sizes.prompts)
+    if not number:
+        return ()
+    prompts = number * sizes.prompt_tokens / sizes.prompts
+    return (
+        Work("score", sizes.large, prompts, number, dtype=dtype),
+        Work("generate", sizes.large, steps=recipe.eval.max_new_tokens, width=number, dtype=dtype),
+    )
+
+
 def reading_work(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Work, ...]:
     """The base reads what a policy has written, for the KL."""
     number = responses(recipe, sizes)
@@ -132,7 +144,8 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     read = Work("score", model, held_out.scored, held_out.responses, dtype=dtype).times(share)
     load = Work("load", model, dtype=dtype)
     work = (
-        load, load, *[read] * passes, *measuring_work(recipe, sizes, dtype) * 2, *reading_work(recipe, sizes, dtype),
+        load, load, *[read] * passes, *measuring_work(recipe, sizes, dtype) * 2,
+        *examples_work(recipe, sizes, dtype) * 2, *reading_work(recipe, sizes, dtype),
     )  # fmt: skip
     budget = min(max(tokens_per_row_for(sizes.device, scoring=True), held_out.longest), max(held_out.scored, 1))
     need = Reading(
