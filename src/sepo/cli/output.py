@@ -92,7 +92,7 @@ def print_story(story: Story) -> None:
 
 
 def print_plan(title: str, rows: list[dict[str, str]], wide: bool = False) -> None:
-    """Print the plan of a dry run as a table; a wide one is not folded into the width of a pipe or a terminal."""
+    """Print the plan of a dry run as a table; in a pipe no row is folded, nor in a terminal if it is wide."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -104,7 +104,7 @@ def print_plan(title: str, rows: list[dict[str, str]], wide: bool = False) -> No
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row.values()))
     console = Console()
-    (Console(width=max(console.width, 200)) if wide else console).print(table)
+    (Console(width=max(console.width, 200)) if wide or not console.is_terminal else console).print(table)
 
 
 # Which figures of a judged model are shown, in their order, and under which heads.
