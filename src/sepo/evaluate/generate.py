@@ -106,7 +106,7 @@ def generate_responses(
     own = batches[processes.rank() if sharded else 0]
     fillers = [jobs[-1:]] * (max(map(len, batches)) - len(own))
     results: list[Generation] = []
-    bar = progress_bar(progress and processes.is_main(), total=len(jobs), desc="generate")
+    bar = progress_bar(progress and processes.is_main(), total=len(jobs), desc="generate", unit="response")
     with _undisturbed(model, inner, config), bar:
         for number, batch in enumerate([*own, *fillers]):
             uniform = np.stack(
