@@ -11,6 +11,7 @@ import pytest
 from sepo import bars
 from sepo.models.config import load_shape
 from sepo.recipe.reading import parse_recipe
+from sepo.recipe.settings import LoraSettings
 from sepo.runs.costs import work_by_record
 from sepo.runs.remaining import Outlook, RunLine
 from sepo.stages.stage import Cost, ModelSize, Work
@@ -174,3 +175,16 @@ def test_the_work_of_every_oracle_is_counted_also_of_one_that_exists(model, sect
     assert list(works)[: len(names)] == names
     of_oracles = sum(work.tokens for name, parts in works.items() if name.endswith("_logps") for work in parts)
     assert of_oracles == pytest.approx(60)
+
+
+def test_flops_of_adapters_are_those_of_the_layers_that_their_gradients_reach(model):
+    def flops(lora):
+        return Work("train", model, tokens=10, targets=4, lora=lora).flops
+
+    shape = model.shape
+    whole, head = 10 * shape.linear, 4 * shape.head
+    assert flops(None) == 6 * (whole + head)
+    assert flops(LoraSettings()) == 4 * (whole + head)
+    last = LoraSettings(target_modules=rf".*layers\.{shape.layers - 1}\..*proj")
+    assert flops(last) == pytest.approx(2 * whole + 2 * whole / shape.layers + 4 * head)
+    assert flops(LoraSettings(target_modules=["down_proj"])) > flops(last)

@@ -111,6 +111,12 @@ class Shape:
         """Weights of the linear layers, without the LM head."""
         return sum(inputs * outputs for _, inputs, outputs in self.linears)
 
+    def reached(self, targets: str | list[str]) -> int:
+        """Weights of the linear layers from the first that LoRA adapts on: a backward pass goes through no others."""
+        adapted = self.adapted(targets)
+        first = self.linears.index(adapted[0]) if adapted else len(self.linears)
+        return sum(inputs * outputs for _, inputs, outputs in self.linears[first:])
+
     def adapted(self, targets: str | list[str]) -> list[tuple[str, int, int]]:
         """The linear layers that LoRA adapts, by the rules of PEFT's `target_modules`."""
         if targets == "all-linear":

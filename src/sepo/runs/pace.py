@@ -268,4 +268,4 @@ def _flops(work: Work, row: list[Pair]) -> float:
     """FLOPs of a piece, as `Work.flops` counts them."""
     batch = [pack(part) for part in fill_rows(row, 2**30)]
     tokens, targets = sum(b.num_tokens for b in batch), sum(len(b.target_ids) for b in batch)
-    return Work(work.kind, work.model, tokens, targets).flops
+    return Work(work.kind, work.model, tokens, targets, lora=work.lora).flops

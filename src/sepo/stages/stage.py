@@ -178,11 +178,18 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """2 for each weight of the backbone and token, and of the LM head and target; 6 where it trains."""
+        """2 for each weight of the backbone and token, and of the LM head and target; 6 where it trains, or with LoRA
+        2 and 2 more for those that its gradients go through.
+        """
         shape = self.model.shape
         if self.kind == "generate":
             return 2.0 * self.steps * self.width * (shape.linear + shape.head)
-        return (6 if self.kind == "train" else 2) * (self.tokens * shape.linear + self.targets * shape.head)
+        forward = 2.0 * (self.tokens * shape.linear + self.targets * shape.head)
+        if self.kind != "train":
+            return forward
+        if self.lora is None:
+            return 3 * forward
+        return forward + 2.0 * (self.tokens * shape.reached(self.lora.target_modules) + self.targets * shape.head)
 
     def times(self, number: float) -> Work:
         """The same work a number of times."""
