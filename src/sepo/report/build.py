@@ -188,7 +188,7 @@ def find_tokenizer(run: Path, models: Sequence[str] = MODELS) -> Path | None:
     return next((run / model for model in models if (run / model / "tokenizer.json").exists()), None)
 
 
-def _has_transfer(run: Path) -> bool:
+def has_transfer(run: Path) -> bool:
     """Were the token rewards carried over to a policy with another tokenizer?"""
     manifest = _read_json(run / "manifest.json")
     stages = manifest.get("stages") if isinstance(manifest, dict) else None
@@ -376,7 +376,7 @@ def build_report(
     if run is not None and not run.is_dir():
         raise UserError(f"no run folder at '{run}': expected the folder that `sepo run` wrote")
     logps = oracles = None
-    if table is None and run is not None and _has_transfer(run):
+    if table is None and run is not None and has_transfer(run):
         # The policy's tokens are what it was trained on; the oracle's are shown beside them.
         table = run / "transfer" / "scores"
         selection = selection or (run / "selection" if (run / "selection").exists() else None)

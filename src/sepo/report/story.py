@@ -78,7 +78,11 @@ def tell_run(recipe: Recipe, metrics: Mapping[str, Any]) -> Story:
     Args:
         metrics: as in its `metrics.json`.
     """
-    folder = recipe.run_folder
+    return story_of_run(recipe.run_folder, recipe, metrics)
+
+
+def story_of_run(folder: Path, recipe: Recipe, metrics: Mapping[str, Any]) -> Story:
+    """As `tell_run`, wherever the folder lies now."""
     selection = read_table(folder / "selection", "selection")
     kept, total = (
         sum(int(flat(selection.column(f"{side}_{part}"))[1].sum()) for side in SIDES) for part in ("positions", "ids")

@@ -15,13 +15,14 @@ from typing import Any
 
 from sepo import processes
 from sepo.data.tables import read_table
-from sepo.errors import wrong_type
-from sepo.files import write_json, write_text
+from sepo.errors import named_error, wrong_type
+from sepo.files import defined, write_json, write_text
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import say
 from sepo.recipe.settings import Recipe
 from sepo.report.build import build_report
+from sepo.report.card import write_policy_card
 from sepo.report.numbers import metrics_table
 from sepo.runs.costs import sizes_of, stage_costs, work_by_record
 from sepo.runs.folder import Run, check_run_folder, open_run
@@ -165,8 +166,18 @@ def _finish(run: Run, pairs: Made, evaluation: Made, own: Made, moved: Made | No
     write_json(run.path("metrics.json"), metrics)
     write_text(run.path("metrics.md"), metrics_table(run.recipe.name, metrics))
     build_report(run.folder, out=run.path("report.html"))
+    _write_card(run, metrics)
     run.say_unused("reference", "oracle", "oracle-[2-9]", "logps/*")
     return metrics
+
+
+def _write_card(run: Run, metrics: dict[str, Any]) -> None:
+    """Put the model card beside the policy; a run does not fail for it."""
+    try:
+        if write_policy_card(run.folder, run.recipe, defined(metrics)) is None:
+            say("policy/README.md is not the run's own: kept as it is")
+    except Exception as error:
+        say(f"no model card was written ({named_error(error)})")
 
 
 def _transferred(own: Made, moved: Made) -> dict[str, Any]:
