@@ -20,7 +20,7 @@ from sepo.files import write_text
 from sepo.models.folders import is_adapter
 from sepo.recipe.settings import EMBEDDED_DATA, Recipe
 from sepo.report.numbers import number
-from sepo.report.story import Story, cautions, short_name, story_of_run
+from sepo.report.story import Story, cautions, short_name, story_of_run, task_scores
 
 CARD = "README.md"
 # A card without this line is somebody's own text, and is left alone.
@@ -80,7 +80,7 @@ def policy_card(
         f"Preference data: {source_of(recipe)}.",
         "## Figures",
         plain(story.moved_title[:1].upper() + story.moved_title[1:]) + ".",
-        figures(metrics, FIGURES),
+        figures(metrics, FIGURES | _task_figures(metrics)),
         "## Be careful",
         "\n".join(f"- {plain(sentence)}" for sentence in cautions(recipe, metrics)),
         *_examples(story),
@@ -246,6 +246,14 @@ def figures(metrics: Mapping[str, Any], names: Mapping[str, str]) -> str:
         interval = f"{number(value - _INTERVAL * error)} to {number(value + _INTERVAL * error)}" if known else ""  # type: ignore[operator]
         lines.append(f"| {plain(text)} | {number(value)} | {interval} |")
     return "\n".join(lines) if len(lines) > 2 else "Nothing was measured."
+
+
+def _task_figures(metrics: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        f"tasks/{task}/{score}/{part}": f"{task} ({score}), {words}"
+        for task, score in task_scores(metrics).items()
+        for part, words in (("base", "before"), ("policy", "after"), ("difference", "difference"))
+    }
 
 
 def settings_block(recipe: Recipe) -> str:

@@ -28,11 +28,11 @@ from sepo.runs.costs import sizes_of, stage_costs, work_by_record
 from sepo.runs.folder import Run, check_run_folder, open_run
 from sepo.runs.pace import stage_rate
 from sepo.runs.remaining import Outlook, one_line
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
+from sepo.stages import data, evaluate, logps, oracle, reference, score, select, tasks, train, transfer
 from sepo.stages.stage import Made, Model
 
 # What the stages of a run are called, in their order; more than one oracle adds its own (oracle-2, oracle-2_logps), and
-# a policy with another tokenizer two: policy_pairs after data, transfer after score.
+# a policy with another tokenizer two: policy_pairs after data, transfer after score; eval.tasks adds tasks at the end.
 STAGES = (
     "data", "reference", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval",
 )  # fmt: skip
@@ -62,7 +62,7 @@ def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
     check_run_folder(recipe)
     for stage in (reference, oracle, train):
         stage.check(recipe, elsewhere)
-    for stage in (evaluate, data, select):
+    for stage in (evaluate, data, select, tasks):
         stage.check(recipe)
 
 
@@ -150,14 +150,18 @@ def _run_stages(run: Run, start: Model, pairs: Made, own: Made) -> dict[str, flo
     evaluation = run.do(
         evaluate.stage(recipe, Model.of(policy), large, own, scores, selection, large_logps), run.path("eval")
     )
-    return processes.on_main(lambda: _finish(run, pairs, evaluation, own, moved))
+    measured = {**evaluation.results}
+    if recipe.eval.tasks:
+        done = run.do(tasks.stage(recipe, Model.of(policy), large), run.path("tasks"))
+        measured |= {f"tasks/{name}": value for name, value in done.results.items()}
+    return processes.on_main(lambda: _finish(run, pairs, measured, own, moved))
 
 
-def _finish(run: Run, pairs: Made, evaluation: Made, own: Made, moved: Made | None) -> dict[str, float]:
+def _finish(run: Run, pairs: Made, measured: dict[str, Any], own: Made, moved: Made | None) -> dict[str, float]:
     """Write metrics.json and the report, and say what earlier settings left; returns the metrics."""
     run.forget_others()
     metrics: dict[str, Any] = {
-        **evaluation.results,
+        **measured,
         "pairs/train": pairs.results["train"],
         "pairs/held_out": pairs.results["held_out"],
         **({} if moved is None else {f"transfer/{name}": value for name, value in _transferred(own, moved).items()}),
