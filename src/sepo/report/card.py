@@ -249,7 +249,12 @@ def figures(metrics: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def _task_figures(metrics: Mapping[str, Any]) -> dict[str, str]:
-    return {
+    rates = {
+        name: f"{name.split('/')[1]}, the judge's win rate against the start"
+        for name in metrics
+        if name.startswith("benchmarks/") and name.endswith("/win_rate")
+    }
+    return rates | {
         f"tasks/{task}/{score}/{part}": f"{task} ({score}), {words}"
         for task, score in task_scores(metrics).items()
         for part, words in (("base", "before"), ("policy", "after"), ("difference", "difference"))

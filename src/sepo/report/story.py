@@ -217,6 +217,10 @@ def _moved(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
                 "by what training changed",
             )
         )  # fmt: skip
+    for name, rate in metrics.items():
+        if name.startswith("benchmarks/") and name.endswith("/win_rate"):
+            error = metrics.get(f"{name}_se")
+            rows.append(Moved(name.split("/")[1], "", _with_error(rate, error, ".0%"), "the judge against before"))
     return rows + _tasks_moved(metrics)
 
 

@@ -28,11 +28,12 @@ from sepo.runs.costs import sizes_of, stage_costs, work_by_record
 from sepo.runs.folder import Run, check_run_folder, open_run
 from sepo.runs.pace import stage_rate
 from sepo.runs.remaining import Outlook, one_line
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, tasks, train, transfer
+from sepo.stages import benchmarks, data, evaluate, logps, oracle, reference, score, select, tasks, train, transfer
 from sepo.stages.stage import Made, Model
 
 # What the stages of a run are called, in their order; more than one oracle adds its own (oracle-2, oracle-2_logps), and
-# a policy with another tokenizer two: policy_pairs after data, transfer after score; eval.tasks adds tasks at the end.
+# a policy with another tokenizer two: policy_pairs after data, transfer after score; eval.tasks adds
+# tasks at the end, eval.benchmarks benchmark-NAME and benchmark-NAME_judge.
 STAGES = (
     "data", "reference", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval",
 )  # fmt: skip
@@ -62,7 +63,7 @@ def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
     check_run_folder(recipe)
     for stage in (reference, oracle, train):
         stage.check(recipe, elsewhere)
-    for stage in (evaluate, data, select, tasks):
+    for stage in (evaluate, data, select, tasks, benchmarks):
         stage.check(recipe)
 
 
@@ -151,6 +152,13 @@ def _run_stages(run: Run, start: Model, pairs: Made, own: Made) -> dict[str, flo
         evaluate.stage(recipe, Model.of(policy), large, own, scores, selection, large_logps), run.path("eval")
     )
     measured = {**evaluation.results}
+    for name in recipe.eval.benchmarks:
+        place, trained = run.path("benchmarks", name), Model.of(policy)
+        answers = run.do(benchmarks.stage(recipe, name, trained, large), place, name=f"benchmark-{name}")
+        measured |= {f"benchmarks/{name}/{key}": value for key, value in answers.results.items()}
+        if recipe.eval.judge is not None:
+            judged = run.do(benchmarks.judge_stage(recipe, name, answers, recipe.eval.judge), place)
+            measured |= {f"benchmarks/{name}/{key}": value for key, value in judged.results.items()}
     if recipe.eval.tasks:
         done = run.do(tasks.stage(recipe, Model.of(policy), large), run.path("tasks"))
         measured |= {f"tasks/{name}": value for name, value in done.results.items()}
