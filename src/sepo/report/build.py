@@ -28,7 +28,9 @@ from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.data.splits import prompt_numbers
 from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number
+from sepo.evaluate.measure import GENERATIONS
 from sepo.files import expand_home, write_bytes
+from sepo.report.answers import read_answers
 from sepo.report.payload import jsonable, pack, smallest_unsigned
 from sepo.report.pieces import PieceTable
 from sepo.report.summary import summarise, training_curves
@@ -408,6 +410,8 @@ def build_report(
         "summary": summarise(scores.rewards, scores.prompts),
         "documents": jsonable(documents),
     }
+    if run is not None and (answers := read_answers(run / "eval" / GENERATIONS)) is not None:
+        header["answers"] = answers
     other = None
     if run is not None and oracles is not None:
         other = rows_of(run / "scores", scores.rows["pair_id"]), PieceTable(load_vocabulary(oracles))
