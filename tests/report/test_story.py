@@ -99,3 +99,11 @@ def test_texts_of_the_data_cannot_draw_on_the_terminal(capsys, monkeypatch):
 def test_a_figure_that_is_not_defined_is_no_reason_to_fail(capsys, monkeypatch):
     told = story(**{"gold_reward/difference_se": 0.0, "length/base": 0.0, "fidelity/auc": None})
     assert "+0.250 ± 0.000" in printed(capsys, told, monkeypatch)
+
+
+def test_figures_that_are_not_defined_are_left_out_and_stop_nothing():
+    errors = {name: None for name in METRICS if name.endswith("_se")}
+    rows = {row.what: row for row in story(**errors).moved}
+    assert rows["KL from the start"].after == "6.50"
+    assert rows["gold reward (vader)"].change == "+0.250"
+    assert story(**{"kl": None, "gold_reward/difference": float("nan"), "policy/accuracy": None}).moved

@@ -31,6 +31,7 @@ stage by stage, without a recipe:
   sepo report --table scores --tokenizer MODEL  every token coloured by its reward, in the browser
   sepo generate --model policy --prompts alpaca_eval.json --out answers
   sepo judge --answers mine.json --against theirs.json --judge reward:MODEL --out judged
+  sepo push runs/mine --to ORG/NAME             to the hub, with a card (docs/how-to/share-on-the-hub.md)
   sepo winrate annotations.json                 win rate with its error, length-controlled (docs/judging.md)
 
 MODEL is a hub id, a folder, a .gguf file, or package:PACKAGE/FILE.gguf. Data is a hub id, a folder or a
@@ -316,6 +317,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--figures", type=_path, metavar="DIR", help="also save the figures there as PNG and SVG")
     report.add_argument("--max-pairs", type=int, default=5000, help="pairs to show at most (default 5000)")
+
+    push = command("push", commands.push_command, "upload a run's policy, oracle or token rewards to the hub")
+    push.add_argument("run", type=_path, metavar="RUN", help="run folder")
+    push.add_argument("--to", required=True, metavar="ORG/NAME", help="the repository; made if it is not there")
+    push.add_argument(
+        "--what",
+        choices=["policy", "oracle", "scores"],
+        default="policy",
+        help="scores: every pair with its texts, token rewards and weights, as a dataset (default policy)",
+    )
+    push.add_argument("--private", action="store_true", help="a private repository (default: as ORG has it)")
+    push.add_argument(
+        "--base", metavar="ORG/NAME", help="hub id of the model it was trained from, if that was a folder"
+    )
+    push.add_argument("--license", metavar="NAME", help="for the card, as the hub spells it: apache-2.0, mit, ...")
+    push.add_argument("--dry-run", action="store_true", help="show what would be uploaded; ask and write nothing")
     return parser
 
 

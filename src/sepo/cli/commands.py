@@ -348,6 +348,19 @@ def report_command(arguments: argparse.Namespace) -> None:
     _join("cpu").on_main(write)
 
 
+def push_command(arguments: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from sepo.runs import push
+
+    for name in filter(None, (arguments.to, arguments.base)):
+        push.check_name(name)
+    plan = push.plan(Path(arguments.run), arguments.what, base=arguments.base, license=arguments.license)
+    print_plan(f"{arguments.what} of {arguments.run} -> {plan.repo_type} {arguments.to}", plan.lines())
+    if arguments.dry_run:
+        return
+    print(push.upload(plan, arguments.to, private=arguments.private or None))
+
+
 def winrate_command(arguments: argparse.Namespace) -> None:
     from sepo.evaluate.judgements import score_files
     from sepo.evaluate.winrate import read_official

@@ -17,14 +17,17 @@ import pyarrow as pa
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from sepo.data.prompts import words_of_prompt
+from sepo.errors import UserError
 from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
+from sepo.evaluate.judges.in_run import judge_responses
 from sepo.evaluate.measure import decoded, sample, sample_kl
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
 from sepo.forward.passes import dataset_logps, read_like
-from sepo.recipe.settings import EvalSettings
+from sepo.recipe.settings import EvalSettings, JudgeSettings
 from sepo.training.batches import pairs_seen
 
 
@@ -47,7 +50,7 @@ class Judge:
         prompts: list[list[int]],
         settings: EvalSettings,
         seed: int,
-        start: Mapping[str, list[float]],
+        start: Mapping[str, list[Any]],
         held_out: pa.Table,
         base_logps: pa.Table | None = None,
         tokens_per_row: int | None = None,
@@ -63,8 +66,12 @@ class Judge:
         """Sample from the policy and judge it against the start, on the same prompts and seed.
 
         Returns:
-            kl, length, finished; with a gold reward gold, gold_difference and win_rate; without one accuracy, the
-            share of held-out pairs whose chosen response gained more. Each with its standard error by prompt (`_se`).
+            kl, length, finished; with a gold reward gold, gold_difference and win_rate; with a judge judge_win_rate,
+            and judge_failed, the answers without a verdict; with neither accuracy, the share of held-out pairs whose
+            chosen response gained more. Each with its standard error by prompt (`_se`).
+
+        Raises:
+            UserError: the judge gave no verdict at all.
         """
         generations = sample(policy, self.tokenizer, self.prompts, self.settings, self.seed)
         groups = [one.prompt_index for one in generations]
@@ -79,7 +86,9 @@ class Judge:
             result["gold"], result["gold_se"] = mean_and_se(after, groups)
             result["gold_difference"], result["gold_difference_se"] = paired_difference(after, before, groups)
             result["win_rate"], result["win_rate_se"] = mean_and_se(0.5 * (1 + np.sign(after - before)), groups)
-        else:
+        if self.settings.judge is not None:
+            result |= self._judged(policy, generations, self.settings.judge)
+        elif self.settings.gold is None:
             if self.base_logps is None or not read_like(self.base_logps, policy):
                 self.base_logps = self._read(self.base)
             metrics = policy_accuracy(self.base_logps, self._read(policy), self.held_out)
@@ -87,15 +96,32 @@ class Judge:
                 result[name] = metrics[f"policy/{name}"]
         return result
 
+    def _judged(self, policy: nn.Module, generations: Sequence[Generation], judge: JudgeSettings) -> dict[str, float]:
+        """What a judge says of the policy's answers against those of the start."""
+        found, _, _ = judge_responses(
+            judge,
+            [words_of_prompt(self.prompts[one.prompt_index], self.tokenizer) for one in generations],
+            self.start["texts"],
+            decoded(self.tokenizer, generations),
+            [one.prompt_index for one in generations],
+            str(next(policy.parameters()).device),
+        )
+        if not found["judge/judged"]:
+            raise UserError(f"the judge '{judge.name}' gave none of {len(generations)} answers a verdict")
+        names = {"judge_win_rate": "win_rate", "judge_win_rate_se": "win_rate_se", "judge_failed": "failed"}
+        return {name: found[f"judge/{source}"] for name, source in names.items()}
+
 
 def start_of(
     base: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: EvalSettings, seed: int
-) -> dict[str, list[float]]:
-    """Sample from the starting model: `gold` (if a gold reward is set) and `length` of each response."""
+) -> dict[str, list[Any]]:
+    """Sample from the starting model: `length` of each response, `gold` (with that reward), `texts` (with a judge)."""
     generations = sample(base, tokenizer, prompts, settings, seed)
-    start: dict[str, list[float]] = {"length": [float(len(one.response_ids)) for one in generations]}
+    start: dict[str, list[Any]] = {"length": [float(len(one.response_ids)) for one in generations]}
     if settings.gold is not None:
         start["gold"] = gold_of(generations, tokenizer, settings.gold).tolist()
+    if settings.judge is not None:
+        start["texts"] = decoded(tokenizer, generations)
     return start
 
 
@@ -154,7 +180,11 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
 
 
 def quality(point: Mapping[str, Any]) -> float:
-    """What a point gained over the start: mean gold difference, or accuracy above one half without a gold reward."""
+    """What a point gained over the start: the judge's win rate above one half, else the mean gold difference, else the
+    accuracy above one half.
+    """
+    if "judge_win_rate" in point:
+        return point["judge_win_rate"] - 0.5
     return point["gold_difference"] if "gold_difference" in point else point["accuracy"] - 0.5
 
 

@@ -321,6 +321,11 @@ class JudgeSettings(Settings):
         return self.model_dump(mode="json", exclude=how)
 
 
+_OF_OTHER_STAGES = {
+    "batch_size", "judge", "tasks", "task_limit", "benchmarks", "benchmark_limit", "benchmark_max_new_tokens",
+}  # fmt: skip
+
+
 class EvalSettings(Settings):
     """What is measured on the held-out pairs and prompts."""
 
@@ -339,6 +344,19 @@ class EvalSettings(Settings):
         4, ge=0, description="of these prompts, answered once more before and after, to be read by people; 0 for none"
     )
     examples_temperature: float = Field(0.7, gt=0, description="sampling temperature of these examples")
+    benchmarks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], PathText] = Field(
+        default_factory=dict,
+        description="benchmarks that policy and start answer, judged by judge: {alpaca_eval: FILE}; files of questions "
+        "as those of `sepo generate --prompts`",
+    )
+    benchmark_limit: int | None = Field(None, ge=1, description="the first questions of each; default: all")
+    benchmark_max_new_tokens: int = Field(2048, ge=1, description="length limit of an answer to them")
+    tasks: list[PathText] = Field(
+        default_factory=list,
+        description="tasks of lm-evaluation-harness (names, or YAML files) for policy and start: did it forget? Needs "
+        "sepo[tasks]",
+    )
+    task_limit: int | None = Field(None, ge=1, description="documents of each task at most; default: all")
     batch_size: int | None = Field(
         None, ge=1, description="generations at a time; default: as many as a token budget for the device holds"
     )
@@ -348,8 +366,11 @@ class EvalSettings(Settings):
         return self.model_copy(update={"samples": 1, "temperature": self.examples_temperature})
 
     def what_is_measured(self) -> dict[str, Any]:
-        """The settings that figures depend on: not the number of generations at a time, nor how a judge is reached."""
-        values = self.model_dump(mode="json", exclude={"batch_size", "judge"})
+        """The settings that figures depend on: not the number of generations at a time, nor how a judge is reached.
+
+        Tasks and benchmarks are stages of their own.
+        """
+        values = self.model_dump(mode="json", exclude=_OF_OTHER_STAGES)
         # Left out where there is none: runs from before there were judges stay what they are.
         return values if self.judge is None else {**values, "judge": self.judge.what_is_asked()}
 

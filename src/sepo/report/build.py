@@ -28,7 +28,9 @@ from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.data.splits import prompt_numbers
 from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number
+from sepo.evaluate.measure import GENERATIONS
 from sepo.files import expand_home, write_bytes
+from sepo.report.answers import read_answers
 from sepo.report.payload import jsonable, pack, smallest_unsigned
 from sepo.report.pieces import PieceTable
 from sepo.report.summary import summarise, training_curves
@@ -188,7 +190,7 @@ def find_tokenizer(run: Path, models: Sequence[str] = MODELS) -> Path | None:
     return next((run / model for model in models if (run / model / "tokenizer.json").exists()), None)
 
 
-def _has_transfer(run: Path) -> bool:
+def has_transfer(run: Path) -> bool:
     """Were the token rewards carried over to a policy with another tokenizer?"""
     manifest = _read_json(run / "manifest.json")
     stages = manifest.get("stages") if isinstance(manifest, dict) else None
@@ -376,7 +378,7 @@ def build_report(
     if run is not None and not run.is_dir():
         raise UserError(f"no run folder at '{run}': expected the folder that `sepo run` wrote")
     logps = oracles = None
-    if table is None and run is not None and _has_transfer(run):
+    if table is None and run is not None and has_transfer(run):
         # The policy's tokens are what it was trained on; the oracle's are shown beside them.
         table = run / "transfer" / "scores"
         selection = selection or (run / "selection" if (run / "selection").exists() else None)
@@ -408,6 +410,8 @@ def build_report(
         "summary": summarise(scores.rewards, scores.prompts),
         "documents": jsonable(documents),
     }
+    if run is not None and (answers := read_answers(run / "eval" / GENERATIONS)) is not None:
+        header["answers"] = answers
     other = None
     if run is not None and oracles is not None:
         other = rows_of(run / "scores", scores.rows["pair_id"]), PieceTable(load_vocabulary(oracles))

@@ -42,8 +42,9 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
         row["unmeasured"] = sum(before_first_checkpoint(run["points"], kl) for run in members)
         columns: dict[str, list[float]] = {"value": [value for value, _ in found]}
         columns["final"] = [quality(run["points"][-1]) for run in members]
-        for name, source in (("final_kl", "kl"), ("win_rate", "win_rate"), ("length", "length")):
-            columns[name] = [run["points"][-1][source] for run in members if source in run["points"][-1]]
+        columns["final_kl"] = [run["points"][-1]["kl"] for run in members]
+        columns["win_rate"] = [rate for run in members if (rate := _win_rate(run["points"][-1])) is not None]
+        columns["length"] = [run["points"][-1]["length"] for run in members if "length" in run["points"][-1]]
         for name in ("train_seconds", "pairs_seen"):
             columns[name] = [run["points"][-1][name] for run in members]
         for name in ("target_tokens", "read_tokens"):
@@ -81,6 +82,20 @@ def differences(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dic
     return rows
 
 
+def _win_rate(point: Mapping[str, Any]) -> float | None:
+    """How often the policy's answer is better than the start's: by the judge, else by the gold reward."""
+    return point.get("judge_win_rate", point.get("win_rate"))
+
+
+def _gain(comparison: Mapping[str, Any]) -> tuple[str, str]:
+    """What curves show (`frontier.quality`), in short and in full."""
+    if judge := comparison.get("judge"):
+        return "gain of the judge's win rate", f"win rate against the start above one half, by the judge {judge}"
+    if comparison["gold"]:
+        return "gold gain", "mean gold reward above the start"
+    return "accuracy gain", "held-out accuracy above one half"
+
+
 def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
     """Label of the variant's setting with the highest value at the comparison's KL; the first of equals."""
     return max((row for row in rows if row["variant"] == variant), key=lambda row: row["value"])["label"]
@@ -88,12 +103,11 @@ def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """The results as a Markdown page: reported settings, the sweep, what the shared passes cost."""
-    kl, gold = comparison["kl"], comparison["gold"]
-    value = f"{'gold gain' if gold else 'accuracy gain'} at KL {kl:g}" if kl else "gain at the end"
+    kl, (short, full) = comparison["kl"], _gain(comparison)
+    value = f"{short} at KL {kl:g}" if kl else "gain at the end"
     lines = [f"# {comparison['name']}", ""]
     lines.append(
-        f"Gain: {'mean gold reward above the start' if gold else 'held-out accuracy above one half'}; KL in nats a "
-        "response; ± standard error over seeds (– for one seed)."
+        f"Gain: {full}; KL in nats a response; ± standard error over seeds (– for one seed)."
         + (
             " Curves are straight in the root of the KL. A value marked * has runs that did not get as far as the "
             "comparison's KL and count with their furthest point; one marked † has runs whose first checkpoint lies "
@@ -171,7 +185,7 @@ def _pm(row: Mapping[str, Any], name: str, form: str) -> str:
 
 
 def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw `frontier.png`, the gain against KL of every reported run, and `win-rate.png` (with a gold reward)."""
+    """Draw `frontier.png`, gain against KL of every reported run, and `win-rate.png` (with a judge or gold reward)."""
     runs = [run for run in comparison["runs"] if run["reported"]] or list(comparison["runs"])
     names = list(dict.fromkeys(_name(run) for run in runs))
     style: dict[str, dict[str, Any]] = {
@@ -195,7 +209,8 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
 
     def win_rates(axes: Axes) -> None:
         for place, name in enumerate(names):
-            values = [run["points"][-1]["win_rate"] for run in runs if _name(run) == name]
+            last = [run["points"][-1] for run in runs if _name(run) == name]
+            values = [rate for point in last if (rate := _win_rate(point)) is not None]
             mean, error = over_seeds(values)
             axes.errorbar(
                 mean, place, xerr=None if math.isnan(error) else error, fmt=style[name]["marker"],
@@ -207,8 +222,10 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
         axes.invert_yaxis()
 
     gain = "Gold reward above the start" if comparison["gold"] else "Held-out accuracy above one half"
+    if comparison.get("judge"):
+        gain = "The judge's win rate above one half"
     figures = {"frontier": make_figure(frontier, "KL from the start, nats a response", gain, legend_beside=True)}
-    if comparison["gold"]:
+    if comparison["gold"] or comparison.get("judge"):
         figures["win-rate"] = make_figure(win_rates, "Win rate against the start", "")
     for stem, figure in figures.items():
         width, height = (8.0, 4.0) if stem == "frontier" else (6.4, 3.0)

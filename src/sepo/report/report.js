@@ -932,6 +932,76 @@ function runView({ documents }) {
   section("Score table", filled(documents.table) ? describeValue("table", documents.table) : h("p", { className: "muted" }, "The table holds no provenance."));
 }
 
+// ---------------------------------------------------------------- answers before and after
+
+/** What the run's two models wrote to the held-out prompts, with what gold reward and judge made of it. */
+function answersView({ answers }) {
+  if (!answers) return;
+  $("tab-answers").hidden = false;
+  const has = (name) => name in answers;
+  const change = (i) => (has("policy_gold") && answers.policy_gold[i] !== null && answers.base_gold[i] !== null
+    ? answers.policy_gold[i] - answers.base_gold[i] : null);
+  const lean = (i) => (has("preference") && answers.preference[i] !== null ? answers.preference[i] - 1.5 : null);
+  const verdict = (x) => (x === null ? "none" : x > 0 ? "after" : x < 0 ? "before" : "tie");
+  const field = (id, label, options) => h("label", { className: "field" }, label,
+    h("select", { id }, options.map(([value, text]) => h("option", { value }, text))));
+  const sides = [["", "any"], ["after", "after"], ["before", "before"], ["tie", "neither"], ["none", "no verdict"]];
+  const orders = [["original", "original order"]];
+  if (has("policy_gold")) orders.push(["gold-down", "largest gain of gold reward"], ["gold-up", "largest loss of gold reward"]);
+  if (has("preference")) orders.push(["judge-down", "the judge's clearest yes"], ["judge-up", "the judge's clearest no"]);
+  if (has("policy_kl")) orders.push(["kl-down", "farthest from the start"]);
+  const search = h("input", { type: "search", id: "answers-search", placeholder: "in prompts and answers", autocomplete: "off" });
+  const fields = h("div", { className: "fields" },
+    h("label", { className: "field wide" }, "Search", search),
+    has("policy_gold") ? field("answers-gold", "Gold reward is higher", sides) : null,
+    has("preference") ? field("answers-judge", "The judge prefers", sides) : null,
+    field("answers-sort", "Sort by", orders));
+  const count = h("output", { id: "answers-count" });
+  const list = h("div", { id: "answers-list" });
+
+  const number = (name, i) => (has(name) && answers[name][i] !== null ? short(Number(answers[name][i].toPrecision(3))) : null);
+  const side = (name, title, i) => {
+    const notes = [["gold", number(`${name}_gold`, i)], ["score", number(`${name}_score`, i)],
+      ["KL", name === "policy" ? number("policy_kl", i) : null]].filter(([, value]) => value !== null);
+    return h("section", { className: "side" },
+      h("h4", {}, h("b", {}, title), notes.map(([what, value]) => `  ·  ${what} ${value}`)),
+      h("div", { className: "tokens", dir: "auto" }, answers[name][i] || h("span", { className: "muted" }, "(empty)")));
+  };
+  const cards = answers.prompt.map((prompt, i) => {
+    const judged = verdict(lean(i));
+    const says = !has("preference") ? null : { after: "judge: after", before: "judge: before", tie: "judge: neither", none: "judge: no verdict" }[judged];
+    return h("article", { className: "pair answer", "data-row": i },
+      h("header", {}, h("h3", {}, `Answer ${i + 1}`), says ? h("span", { className: judged === "before" ? "wrong" : "tag" }, says) : null),
+      h("div", { className: "asked", dir: "auto" }, prompt),
+      h("div", { className: "sides" }, side("base", "Before", i), side("policy", "After", i)));
+  });
+  const texts = answers.prompt.map((prompt, i) => [prompt, answers.base[i], answers.policy[i]].join("\n").toLowerCase());
+
+  // Rows without a figure come last, whichever way they are sorted.
+  const by = (value, sign) => (a, b) => {
+    const [x, y] = [value(a), value(b)];
+    return (x === null) - (y === null) || sign * ((x ?? 0) - (y ?? 0)) || a - b;
+  };
+  const comparisons = {
+    "original": (a, b) => a - b, "gold-down": by(change, -1), "gold-up": by(change, 1),
+    "judge-down": by(lean, -1), "judge-up": by(lean, 1), "kl-down": by((i) => answers.policy_kl[i], -1),
+  };
+  const value = (id) => document.getElementById(id)?.value ?? "";
+  function arrangeAnswers() {
+    const query = search.value.toLowerCase();
+    const [gold, judge] = [value("answers-gold"), value("answers-judge")];
+    const rows = cards.map((_, i) => i).filter((i) => (!gold || verdict(change(i)) === gold)
+      && (!judge || verdict(lean(i)) === judge) && texts[i].includes(query));
+    rows.sort(comparisons[value("answers-sort") || "original"]);
+    list.replaceChildren(...rows.map((i) => cards[i]));
+    const part = cards.length < answers.total ? ` (shown here, of ${integer(answers.total)} in the run)` : "";
+    count.textContent = `${rows.length === cards.length ? "" : `${integer(rows.length)} of `}${integer(cards.length)} answers${part}`;
+  }
+  $("answers").append(h("div", { className: "filters" }, fields), h("p", { className: "count" }, count), list);
+  for (const input of fields.querySelectorAll("input, select")) input.addEventListener("input", arrangeAnswers);
+  arrangeAnswers();
+}
+
 // ---------------------------------------------------------------- page
 
 function tabs() {
@@ -943,12 +1013,13 @@ function tabs() {
       $(other.getAttribute("aria-controls")).hidden = other !== tab;
     }
   };
-  all.forEach((tab, i) => {
+  all.forEach((tab) => {
     tab.addEventListener("click", () => select(tab));
     tab.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!step) return;
-      const next = all[(i + step + all.length) % all.length];
+      const there = all.filter((other) => !other.hidden);
+      const next = there[(there.indexOf(tab) + step + there.length) % there.length];
       select(next);
       next.focus();
       event.preventDefault();
@@ -996,6 +1067,7 @@ async function main() {
   $("title").textContent = plain(data.title);
   facts(data);
   pairsView(data);
+  answersView(data);
   figuresView(data);
   runView(data);
   theme();

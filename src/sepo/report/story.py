@@ -23,6 +23,8 @@ from sepo.recipe.settings import Recipe
 
 # KL in nats a response beyond which a policy counts as far from where it started, and a change of length as one.
 _FAR, _LONGER = 20.0, 0.15
+# Tasks that are shown.
+_TASKS = 12
 # Standard errors from which a difference counts as one.
 _CLEAR = 3.0
 
@@ -78,7 +80,11 @@ def tell_run(recipe: Recipe, metrics: Mapping[str, Any]) -> Story:
     Args:
         metrics: as in its `metrics.json`.
     """
-    folder = recipe.run_folder
+    return story_of_run(recipe.run_folder, recipe, metrics)
+
+
+def story_of_run(folder: Path, recipe: Recipe, metrics: Mapping[str, Any]) -> Story:
+    """As `tell_run`, wherever the folder lies now."""
     selection = read_table(folder / "selection", "selection")
     kept, total = (
         sum(int(flat(selection.column(f"{side}_{part}"))[1].sum()) for side in SIDES) for part in ("positions", "ids")
@@ -98,6 +104,7 @@ def tell(
         selected: share of the response tokens that are key tokens.
         examples: rows of `examples.parquet`.
     """
+    metrics = _defined(metrics)
     seconds = {name.removeprefix("seconds/"): value for name, value in metrics.items() if name.startswith("seconds/")}
     folder = recipe.run_folder
     return Story(
@@ -176,13 +183,13 @@ def _measured_on(recipe: Recipe, metrics: Mapping[str, Any]) -> str:
 def _moved(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
     rows = []
     if (difference := metrics.get("gold_reward/difference")) is not None:
-        error = metrics["gold_reward/difference_se"]
+        error = metrics.get("gold_reward/difference_se")
         rows.append(
             Moved(
                 f"gold reward ({recipe.eval.gold})",
                 f"{metrics['gold_reward/base']:.3f}",
                 f"{metrics['gold_reward/policy']:.3f}",
-                f"{difference:+.3f} ± {error:.3f}" + (f" ({difference / error:.1f} s.e.)" if error else ""),
+                _with_error(difference, error, "+.3f") + (f" ({difference / error:.1f} s.e.)" if error else ""),
             )
         )
         rows.append(Moved("better than before", "", f"{metrics['gold_reward/win_rate']:.0%}", "ties count half"))
@@ -200,19 +207,67 @@ def _moved(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
             Moved("length, tokens", f"{base:.1f}", f"{policy:.1f}", f"{policy / base - 1:+.0%}" if base else "")
         )
     if "kl" in metrics:
-        rows.append(Moved("KL from the start", "", f"{metrics['kl']:.2f} ± {metrics['kl_se']:.2f}", "nats a response"))
+        after = _with_error(metrics["kl"], metrics.get("kl_se"), ".2f")
+        rows.append(Moved("KL from the start", "", after, "nats a response"))
     if "policy/accuracy" in metrics:
         rows.append(
             Moved(
                 "pairs ranked right", "",
-                f"{metrics['policy/accuracy']:.0%} ± {metrics['policy/accuracy_se']:.0%}", "by what training changed",
+                _with_error(metrics["policy/accuracy"], metrics.get("policy/accuracy_se"), ".0%"),
+                "by what training changed",
             )
         )  # fmt: skip
-    return rows
+    for name, rate in metrics.items():
+        if name.startswith("benchmarks/") and name.endswith("/win_rate"):
+            error = metrics.get(f"{name}_se")
+            rows.append(Moved(name.split("/")[1], "", _with_error(rate, error, ".0%"), "the judge against before"))
+    return rows + _tasks_moved(metrics)
+
+
+def _tasks_moved(metrics: Mapping[str, Any]) -> list[Moved]:
+    """One score of each task of lm-evaluation-harness before and after."""
+    return [
+        Moved(
+            f"{task} ({score})",
+            f"{metrics[f'tasks/{task}/{score}/base']:.3f}",
+            f"{metrics[f'tasks/{task}/{score}/policy']:.3f}",
+            _with_error(
+                metrics[f"tasks/{task}/{score}/difference"], metrics.get(f"tasks/{task}/{score}/difference_se"), "+.3f"
+            ),
+        )
+        for task, score in list(task_scores(metrics).items())[:_TASKS]
+    ]
+
+
+def task_scores(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The score that each task is spoken of by: the accuracy if it has one, else its first."""
+    found: dict[str, str] = {}
+    for name, value in metrics.items():
+        parts = name.split("/")
+        if parts[0] == "tasks" and parts[-1] == "difference" and value is not None:
+            task, score = "/".join(parts[1:-2]), parts[-2]
+            if task not in found or score == "acc":
+                found[task] = score
+    return found
+
+
+def _defined(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that are defined: one prompt has no standard error, for example."""
+    return {name: value for name, value in metrics.items() if value is not None and value == value}
+
+
+def _with_error(value: float, error: float | None, form: str) -> str:
+    """A figure and its standard error, if it has one.
+
+    >>> _with_error(0.25, 0.05, "+.3f")
+    '+0.250 ± 0.050'
+    """
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form.removeprefix('+')}}"
 
 
 def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures should be careful of, a sentence each."""
+    metrics = _defined(metrics)
     found = []
     difference, error = metrics.get("gold_reward/difference"), metrics.get("gold_reward/difference_se")
     if difference is None and recipe.eval.prompts and "judge/win_rate" not in metrics:
@@ -246,6 +301,13 @@ def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
             f"KL {metrics['kl']:.0f} nats a response is far from the start: read the answers before believing the "
             "reward; a lower learning rate stays nearer."
         )
+    for task, score in task_scores(metrics).items():
+        fell, error = metrics[f"tasks/{task}/{score}/difference"], metrics.get(f"tasks/{task}/{score}/difference_se")
+        if error and fell < -_CLEAR * error and score.startswith(("acc", "exact_match")):
+            found.append(
+                f"{task} ({score}) fell by {-fell:.3f}, {-fell / error:.1f} standard errors: it forgot something. "
+                "Train less, or with a lower learning rate."
+            )
     accuracy, baseline = metrics.get("oracle/accuracy"), metrics.get("oracle/length_baseline")
     if accuracy is not None and baseline is not None:
         behind = accuracy - max(baseline, 0.5)

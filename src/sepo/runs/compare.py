@@ -83,11 +83,8 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
             recipe.data.held_out or recipe.data.held_out_split or recipe.data.held_out_source
         ):
             raise UserError("compare measures on held-out prompts: set eval.prompts and data.held_out above 0")
-        if recipe.eval.judge is not None:
-            raise UserError(
-                "compare measures every checkpoint by the gold reward or the accuracy: leave eval.judge out, and judge "
-                "the policies with `sepo generate` and `sepo judge`"
-            )
+        if recipe.eval.tasks or recipe.eval.benchmarks:
+            raise UserError("compare runs no tasks and no benchmarks: leave eval.tasks and eval.benchmarks out")
         check_inputs(recipe)
         if recipe.reference.model != first.model:
             # The pairs are tokenised once, for all variants.
@@ -245,9 +242,9 @@ class _Comparison:
         def base() -> torch.nn.Module:
             return self._base(recipe, start)
 
-        without_gold = recipe.eval.gold is None
+        unjudged = recipe.eval.gold is None and recipe.eval.judge is None
         stored = None
-        if train.needs_reference(recipe) or without_gold:
+        if train.needs_reference(recipe) or unjudged:
             stored = self.logps(recipe, start, pairs, "start")
         stage = measured.run_stage(
             recipe,
@@ -256,7 +253,7 @@ class _Comparison:
             stored if train.needs_reference(recipe) else None,
             pairs,
             self._share(measured.start_stage(recipe, start, pairs, seed, base)),
-            stored if without_gold else None,
+            stored if unjudged else None,
             self.grid.checkpoints,
             seed,
             base,
@@ -294,6 +291,7 @@ class _Comparison:
             "name": self.grid.name,
             "kl": self.grid.kl,
             "gold": self.recipe.eval.gold,
+            **({} if self.recipe.eval.judge is None else {"judge": self.recipe.eval.judge.name}),
             "environment": environment(),
             "rows": summarise_runs(self.runs, self.grid.kl),
             "differences": differences(self.runs, self.grid.kl),

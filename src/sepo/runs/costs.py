@@ -15,7 +15,7 @@ from sepo.forward.packing import fill_rows, pack, read_length
 from sepo.forward.passes import table_pairs, tokens_per_row_for
 from sepo.models.config import load_shape, model_shape
 from sepo.recipe.settings import Recipe
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
+from sepo.stages import benchmarks, data, evaluate, logps, oracle, reference, score, select, tasks, train, transfer
 from sepo.stages.stage import Cost, ModelSize, PairSizes, Sizes, Work
 
 # Rows of this many pairs are laid out to see what packing saves; those of a larger table stand for all.
@@ -39,6 +39,8 @@ def stage_costs(recipe: Recipe, sizes: Sizes) -> dict[str, Cost]:
         "policy_start_logps": logps.cost(recipe, own, sizes.large) if starts else None,
         "train": train.cost(recipe, own),
         "eval": evaluate.cost(recipe, own),
+        **{f"benchmark-{name}": benchmarks.cost(recipe, own, name) for name in recipe.eval.benchmarks},
+        "tasks": tasks.cost(recipe, own) if recipe.eval.tasks else None,
     }
     return {name: cost for name, cost in costs.items() if cost is not None}
 

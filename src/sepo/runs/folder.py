@@ -41,6 +41,7 @@ from sepo.files import (
 from sepo.processes import say
 from sepo.recipe.reading import dump_recipe
 from sepo.recipe.settings import Recipe
+from sepo.report.card import CARD
 from sepo.runs.remaining import RunLine
 from sepo.stages import oracle
 from sepo.stages.stage import Made, Stage
@@ -154,7 +155,7 @@ class Run:
             found |= {
                 path.relative_to(self.folder).as_posix(): file_digest(path)
                 for path in files
-                if path.is_file() and path.relative_to(folder).parts[0] != LOGS  # written for people, at any time
+                if path.is_file() and not _for_people(path.relative_to(folder))
             }
         return found
 
@@ -271,9 +272,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return {"damage": damage, "name": recipe.get("name") if isinstance(recipe, dict) else None}
 
 
+def _for_people(path: Path) -> bool:
+    """Is a file in the folder of a stage written for people, at any time: a training's logs, a model's card?"""
+    return path.parts[0] == LOGS or path.as_posix() == CARD
+
+
 def _damage(written: dict[str, str], found: dict[str, str]) -> str | None:
     """Say what happened to the files of a stage since it wrote them; notes that a user put beside them do no harm."""
     for path, checksum in written.items():
+        if path.endswith(f"/{CARD}"):  # of a stage of an older version
+            continue
         if found.get(path) != checksum:
             return f"{path} {'was altered' if path in found else 'is missing'}"
     added = [path for path in found if path not in written and path.endswith((".parquet", ".safetensors"))]

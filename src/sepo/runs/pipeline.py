@@ -15,23 +15,25 @@ from typing import Any
 
 from sepo import processes
 from sepo.data.tables import read_table
-from sepo.errors import wrong_type
-from sepo.files import write_json, write_text
+from sepo.errors import named_error, wrong_type
+from sepo.files import defined, write_json, write_text
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import say
 from sepo.recipe.settings import Recipe
 from sepo.report.build import build_report
+from sepo.report.card import write_policy_card
 from sepo.report.numbers import metrics_table
 from sepo.runs.costs import sizes_of, stage_costs, work_by_record
 from sepo.runs.folder import Run, check_run_folder, open_run
 from sepo.runs.pace import stage_rate
 from sepo.runs.remaining import Outlook, one_line
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
+from sepo.stages import benchmarks, data, evaluate, logps, oracle, reference, score, select, tasks, train, transfer
 from sepo.stages.stage import Made, Model
 
 # What the stages of a run are called, in their order; more than one oracle adds its own (oracle-2, oracle-2_logps), and
-# a policy with another tokenizer two: policy_pairs after data, transfer after score.
+# a policy with another tokenizer two: policy_pairs after data, transfer after score; eval.tasks adds
+# tasks at the end, eval.benchmarks benchmark-NAME and benchmark-NAME_judge.
 STAGES = (
     "data", "reference", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval",
 )  # fmt: skip
@@ -61,7 +63,7 @@ def check_inputs(recipe: Recipe, elsewhere: bool = False) -> None:
     check_run_folder(recipe)
     for stage in (reference, oracle, train):
         stage.check(recipe, elsewhere)
-    for stage in (evaluate, data, select):
+    for stage in (evaluate, data, select, tasks, benchmarks):
         stage.check(recipe)
 
 
@@ -149,14 +151,25 @@ def _run_stages(run: Run, start: Model, pairs: Made, own: Made) -> dict[str, flo
     evaluation = run.do(
         evaluate.stage(recipe, Model.of(policy), large, own, scores, selection, large_logps), run.path("eval")
     )
-    return processes.on_main(lambda: _finish(run, pairs, evaluation, own, moved))
+    measured = {**evaluation.results}
+    for name in recipe.eval.benchmarks:
+        place, trained = run.path("benchmarks", name), Model.of(policy)
+        answers = run.do(benchmarks.stage(recipe, name, trained, large), place, name=f"benchmark-{name}")
+        measured |= {f"benchmarks/{name}/{key}": value for key, value in answers.results.items()}
+        if recipe.eval.judge is not None:
+            judged = run.do(benchmarks.judge_stage(recipe, name, answers, recipe.eval.judge), place)
+            measured |= {f"benchmarks/{name}/{key}": value for key, value in judged.results.items()}
+    if recipe.eval.tasks:
+        done = run.do(tasks.stage(recipe, Model.of(policy), large), run.path("tasks"))
+        measured |= {f"tasks/{name}": value for name, value in done.results.items()}
+    return processes.on_main(lambda: _finish(run, pairs, measured, own, moved))
 
 
-def _finish(run: Run, pairs: Made, evaluation: Made, own: Made, moved: Made | None) -> dict[str, float]:
+def _finish(run: Run, pairs: Made, measured: dict[str, Any], own: Made, moved: Made | None) -> dict[str, float]:
     """Write metrics.json and the report, and say what earlier settings left; returns the metrics."""
     run.forget_others()
     metrics: dict[str, Any] = {
-        **evaluation.results,
+        **measured,
         "pairs/train": pairs.results["train"],
         "pairs/held_out": pairs.results["held_out"],
         **({} if moved is None else {f"transfer/{name}": value for name, value in _transferred(own, moved).items()}),
@@ -165,8 +178,18 @@ def _finish(run: Run, pairs: Made, evaluation: Made, own: Made, moved: Made | No
     write_json(run.path("metrics.json"), metrics)
     write_text(run.path("metrics.md"), metrics_table(run.recipe.name, metrics))
     build_report(run.folder, out=run.path("report.html"))
+    _write_card(run, metrics)
     run.say_unused("reference", "oracle", "oracle-[2-9]", "logps/*")
     return metrics
+
+
+def _write_card(run: Run, metrics: dict[str, Any]) -> None:
+    """Put the model card beside the policy; a run does not fail for it."""
+    try:
+        if write_policy_card(run.folder, run.recipe, defined(metrics)) is None:
+            say("policy/README.md is not the run's own: kept as it is")
+    except Exception as error:
+        say(f"no model card was written ({named_error(error)})")
 
 
 def _transferred(own: Made, moved: Made) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
         recipe = group[0].recipe
         own, dtype = own_sizes(recipe).of_policy, logps.scoring_dtype(recipe)
         measured = seconds(evaluate.measuring_work(recipe, own, dtype) + evaluate.reading_work(recipe, own, dtype))
-        if recipe.eval.gold is None:
+        if recipe.eval.gold is None and recipe.eval.judge is None:
             measured += seconds((Work("score", own.large, own.held_out.scored, own.held_out.responses, dtype=dtype),))
         spent = runs * (seconds(train.work(recipe, own)) + measured * len(grid.checkpoints))
         total += spent

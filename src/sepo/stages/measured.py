@@ -17,6 +17,7 @@ from sepo.data.ragged import SIDES, flat
 from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table
 from sepo.evaluate.frontier import Checkpoints, Judge, start_of
+from sepo.evaluate.judges.in_run import judge_content
 from sepo.files import write_json
 from sepo.forward.packing import read_length
 from sepo.forward.passes import table_pairs
@@ -54,7 +55,7 @@ def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Call
         prompts = sample_prompts(read_table(pairs.folder / "held_out", "pairs"), recipe.eval.prompts)
         samples = start_of(base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
         write_json(folder / SAMPLES, samples, indent=None)
-        return {name: float(np.mean(values)) for name, values in samples.items()}
+        return {name: float(np.mean(values)) for name, values in samples.items() if name != "texts"}
 
     return Stage(
         kind="start",
@@ -90,10 +91,10 @@ def run_stage(
         targets: a selection table; None trains on every response token of `pairs`.
         logps: of `start` over the pairs, for objectives with a reference.
         samples: from `start_stage`.
-        held_out_logps: of `start`, where there is no gold reward.
+        held_out_logps: of `start`, where there is neither a gold reward nor a judge.
         base: gives `start` in memory, in the `training_types`.
     """
-    policy = recipe.policy
+    policy, chosen = recipe.policy, recipe.eval.judge
 
     def work(folder: Path) -> dict[str, Any]:
         if targets is None:
@@ -148,6 +149,7 @@ def run_stage(
             "pairs": pairs.content,
             "samples": samples.content,
             "eval": recipe.eval.what_is_measured(),
+            **({} if chosen is None else {"judge": judge_content(chosen)}),
             "checkpoints": checkpoints,
             "seed": seed,
             **training_types(recipe, start),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +99,8 @@ def judge_responses(
             questions, base, policy, groups, verdicts, extra, strict=True
         )
     ]
+    metrics = rate_of(rows, groups)
     preferences = np.array([np.nan if one.preference is None else one.preference for one in verdicts], np.float64)
-    judged = np.isfinite(preferences)
-    kept = [group for group, good in zip(groups, judged, strict=True) if good]
-    metrics: dict[str, float] = {}
-    metrics["win_rate"], metrics["win_rate_se"] = mean_and_se(preferences[judged] - 1, kept)
-    if judged.sum() >= FEW:  # of fewer the penalty draws it towards a half
-        controlled = length_controlled([judgement_of(row, i) for i, row in enumerate(rows)])
-        metrics["length_controlled"] = controlled["length_controlled_winrate"] / 100
-    metrics |= {"judged": float(judged.sum()), "failed": float((~judged).sum())}
     table: dict[str, list[Any]] = {"preference": preferences.tolist()}
     if settings.server is None:
         numbers = {side: np.array([one[f"score_{i}"] for one in extra]) for i, side in ((1, "base"), (2, "policy"))}
@@ -119,7 +112,30 @@ def judge_responses(
         metrics["score/difference"], metrics["score/difference_se"] = paired_difference(
             numbers["policy"][both], numbers["base"][both], kept
         )
-    if metrics["failed"]:
-        reasons = Counter(one.failure for one in verdicts if one.failure)
-        say(f"judge: {int(metrics['failed'])} of {len(rows)} without a verdict: {json.dumps(dict(reasons))}")
     return {f"judge/{name}": value for name, value in metrics.items()}, table, rows
+
+
+def rate_of(rows: Sequence[Mapping[str, Any]], groups: Sequence[int]) -> dict[str, float]:
+    """The win rate of annotations, and how many there are; says what has no verdict.
+
+    Args:
+        rows: of annotations.json, with `preference` and `failure`.
+        groups: the prompt of each, for the error.
+
+    Returns:
+        `win_rate` of the second answers in [0, 1] with its `_se`, `length_controlled` (with enough of them), `judged`,
+        `failed`.
+    """
+    preferences = np.array([np.nan if row["preference"] is None else row["preference"] for row in rows], np.float64)
+    judged = np.isfinite(preferences)
+    kept = [group for group, good in zip(groups, judged, strict=True) if good]
+    metrics: dict[str, float] = {}
+    metrics["win_rate"], metrics["win_rate_se"] = mean_and_se(preferences[judged] - 1, kept)
+    if judged.sum() >= FEW:  # of fewer the penalty draws it towards a half
+        controlled = length_controlled([judgement_of(row, i) for i, row in enumerate(rows)])
+        metrics["length_controlled"] = controlled["length_controlled_winrate"] / 100
+    metrics |= {"judged": float(judged.sum()), "failed": float((~judged).sum())}
+    if metrics["failed"]:
+        reasons = Counter(row["failure"] for row in rows if row["failure"])
+        say(f"judge: {int(metrics['failed'])} of {len(rows)} without a verdict: {json.dumps(dict(reasons))}")
+    return metrics
