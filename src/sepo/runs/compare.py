@@ -230,7 +230,7 @@ class _Comparison:
         if self.transfers(recipe):
             words = transfer.tokenizers(recipe)[1] if recipe.eval.gold == "vader" else None
             scores = self._share(transfer.stage(recipe, scores, pairs, self.pairs(recipe, pairs), words))
-        return self._share(select.stage(recipe.select, scores, seed))
+        return self._share(select.stage(select.settings_of(recipe), scores, seed))
 
     # --- runs -------------------------------------------------------------------------------------------------------
 

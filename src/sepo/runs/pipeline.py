@@ -137,7 +137,7 @@ def _run_stages(run: Run, start: Model, pairs: Made, own: Made) -> dict[str, flo
     moved: Made | None = None
     if own is not pairs:
         scores = moved = run.do(transfer.stage(recipe, scores, pairs, own), run.path("transfer"))
-    selection = run.do(select.stage(recipe.select, scores, seed), run.path("selection"))
+    selection = run.do(select.stage(select.settings_of(recipe), scores, seed), run.path("selection"))
 
     large = train.start(recipe, small)
     large_logps = small_logps if large.content == small.content else None

@@ -141,7 +141,7 @@ def run_stage(
         kind="run",
         what=f"{policy.objective}, seed {seed}",
         depends={
-            "policy": policy.model_dump(mode="json"),
+            "policy": policy.what_is_trained(),
             "start": start.inherited(),
             "targets": pairs.content if targets is None else targets.content,
             "logps": None if logps is None else logps.content,
