@@ -200,6 +200,18 @@ class OracleSettings(Settings):
         le=9,
         description="oracles to train, each on its own draw of pairs; their rewards are averaged",
     )
+    contrastive: bool = Field(
+        False,
+        description="train a second model on the swapped pairs and take it in the reference's place in the rewards",
+    )
+    rewards: PathText | None = Field(
+        None,
+        description="parquet file (or table) with a reward or weight of every response token, made elsewhere (then "
+        "nothing is trained): pair_id, and a list of numbers for each side",
+    )
+    reward_columns: tuple[str, str] = Field(
+        ("chosen_rewards", "rejected_rewards"), description="its columns of the chosen and the rejected responses"
+    )
     beta: float = Field(0.1, gt=0, description="DPO's KL strength")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO)")
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
@@ -210,7 +222,16 @@ class OracleSettings(Settings):
     def _one_model_is_one_oracle(self) -> OracleSettings:
         if self.model is not None and self.count > 1:
             raise ValueError("count is the number of oracles to train, but model names one that exists; leave one out")
+        for name, given in (("model", self.model is not None), ("rewards", self.rewards is not None)):
+            if given and self.contrastive:
+                raise ValueError(f"contrastive trains two models, but {name} names what exists; leave one out")
+        if self.rewards is not None and (self.model is not None or self.count > 1):
+            raise ValueError("rewards were made elsewhere: leave model and count out")
         return self
+
+    def what_is_trained(self) -> dict[str, Any]:
+        """The settings that one trained oracle depends on: not how many there are, nor what else is made of them."""
+        return self.model_dump(mode="json", exclude={"count", "contrastive", "rewards", "reward_columns"})
 
 
 class SelectSettings(Settings):

@@ -203,20 +203,29 @@ class _Comparison:
     def logps(self, recipe: Recipe, model: Model, pairs: Made, role: str) -> Made:
         return self._share(logps.stage(recipe, model, pairs, role))
 
-    def oracle(self, recipe: Recipe, seed: int, pairs: Made) -> Model:
-        """One oracle; where `count` asks for several, the one of this seed among them."""
+    def oracle(self, recipe: Recipe, seed: int, pairs: Made, swapped: bool = False) -> Model:
+        """One oracle, or its opposite; where `count` asks for several, the one of this seed among them."""
         model = self.reference(recipe)
         if (existing := oracle.existing(recipe.oracle, model)) is not None:
             return existing
         stored = self.logps(recipe, model, pairs, "reference")
-        return Model.of(self._share(oracle.stage(recipe, model, pairs, stored, seed)))
+        return Model.of(self._share(oracle.stage(recipe, model, pairs, stored, seed, swapped)))
 
     def scores(self, recipe: Recipe, seed: int, pairs: Made) -> Made:
-        oracles = [self.oracle(recipe, one, pairs) for one in oracle.seeds(seed, recipe.oracle.count)]
-        read = [self.logps(recipe, model, pairs, "oracle") for model in oracles]
         small = self.reference(recipe)
         words = load_tokenizer(small.folder) if recipe.eval.gold == "vader" else None
-        made = self._share(score.stage(pairs, read, self.logps(recipe, small, pairs, "reference"), words))
+        if recipe.oracle.rewards is not None:
+            return self._share(score.given_stage(recipe.oracle, pairs, words))
+        seeds = oracle.seeds(seed, recipe.oracle.count)
+        oracles = [self.oracle(recipe, one, pairs) for one in seeds]
+        read = [self.logps(recipe, model, pairs, "oracle") for model in oracles]
+        base: Made | list[Made]
+        if recipe.oracle.contrastive:
+            opposites = [self.oracle(recipe, one, pairs, swapped=True) for one in seeds]
+            base = [self.logps(recipe, model, pairs, "opposite") for model in opposites]
+        else:
+            base = self.logps(recipe, small, pairs, "reference")
+        made = self._share(score.stage(pairs, read, base, words))
         row = self.shared[made.folder.name]
         names = ", ".join(Path(model.folder).name for model in oracles)
         whose = f"the mean of {names}" if len(oracles) > 1 else names

@@ -139,7 +139,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     check_same_pairs(settings, lambda recipe: own_sizes(recipe).of_policy.train.pairs)
     rows = [_runs_row("data", first.data.source, 1, None)]
     selective = [recipe for recipe in everything if recipe.policy.objective in SELECTIVE]
-    oracles = {oracle_key(recipe): recipe for recipe in selective}
+    oracles = {oracle_key(recipe): recipe for recipe in selective if recipe.oracle.rewards is None}
     copies = len(grid.all_seeds) if grid.seeds_vary == "oracle" else 1
 
     def seconds(work: tuple[Work, ...]) -> float:
@@ -152,8 +152,8 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
             one = logps.pass_work(recipe, own, own.small)
             training = oracle.cost(recipe, own)
             work = (training.work or ()) if training is not None else ()
-            shared += seconds(one) + copies * (seconds(work) + recipe.oracle.count * seconds(one))
-        number = sum(recipe.oracle.count for recipe in oracles.values())
+            shared += seconds(one) + copies * (seconds(work) + oracle.readings(recipe.oracle) * seconds(one))
+        number = sum(oracle.readings(recipe.oracle) for recipe in oracles.values())
         rows.append(_runs_row("oracles", "DPO, then token rewards; shared", number * copies, shared))
     elif any(recipe.policy.objective in WITH_REFERENCE for recipe in everything):
         shared = seconds(logps.pass_work(first, sizes.of_policy, sizes.large))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from sepo.credit.rewards import response_sums, target_sums
-from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged
+from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
 from sepo.data.tables import SCHEMAS, make_table, provenance_of
 from sepo.errors import UserError
 from sepo.forward.packing import Pair, read_length
@@ -42,6 +42,17 @@ def require_every_reward(what: str, table: pa.Table, objective: str) -> None:
             f"{what}: {objective} reads the reward of every response token: select with k_chosen=1 k_rejected=1 "
             "include_end=true credit=reward"
         )
+
+
+def require_means(what: str, table: pa.Table) -> None:
+    """Raise a UserError if the weights of a response have no positive sum: a mean by them would say nothing."""
+    for side in SIDES if "chosen_weights" in table.column_names else ():
+        bad = np.flatnonzero(segment_sums(*flat(table.column(f"{side}_weights"))) <= 0)
+        if bad.size:
+            raise UserError(
+                f"{what}: the {side} weights of pair {table.column('pair_id')[int(bad[0])]} (of {bad.size:,} pairs) sum to "
+                "0 or less, and sepo takes a mean by them; use tis_dpo, which takes sums, or weights above 0"
+            )
 
 
 def reweighted(table: pa.Table, weights: Callable[[np.ndarray, int], np.ndarray]) -> pa.Table:

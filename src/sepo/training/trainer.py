@@ -44,6 +44,7 @@ from sepo.training.batches import (
     PairDataset,
     PairSampler,
     require_every_reward,
+    require_means,
     reweighted,
     with_baselines,
 )
@@ -267,6 +268,8 @@ class PreferenceTrainer(Trainer):
         require_readable(model, data)
         if args.objective not in SELECTIVE:
             data = data.select(SCHEMAS["pairs"].names)
+        if args.objective == "sepo":
+            require_means(f"{part}_dataset", data)
         if args.objective in REWARDED:
             require_every_reward(f"{part}_dataset", data, args.objective)
         if args.objective not in WITH_REFERENCE:
