@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sepo.cli import main
-from sepo.data.ragged import flat
 from sepo.credit.rewards import given_rewards
+from sepo.data.ragged import flat
 from sepo.data.tables import make_table, read_shard, read_table, table_paths
 from sepo.errors import UserError
 from sepo.recipe.settings import SftSettings, SftTrainingSettings

@@ -79,8 +79,8 @@ def given_rewards(pairs: pa.Table, given: pa.Table, columns: tuple[str, str], mi
         if (wrong := np.flatnonzero(lengths != tokens)).size:
             at = wrong[0]
             raise UserError(
-                f"the given rewards, column '{name}': pair {wanted[known][at]} has {lengths[at]} numbers for a response of "
-                f"{tokens[at]} tokens; expected one a token, as the reference's tokenizer cuts it (the end included)"
+                f"the given rewards, column '{name}': pair {wanted[known][at]} has {lengths[at]} numbers for a "
+                f"response of {tokens[at]} tokens; expected one a token of the reference's tokenizer (the end included)"
             )
         if not np.isfinite(values).all():
             raise UserError(f"the given rewards, column '{name}', hold numbers that are not finite")

@@ -21,7 +21,7 @@ from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.grid import Grid, Setting, number_of_runs
 from sepo.recipe.settings import Recipe
-from sepo.runs.compare import check_grid, check_same_pairs, oracle_key
+from sepo.runs.compare import can_tell, check_grid, check_prompts, check_same_pairs, oracle_key
 from sepo.runs.costs import SHARED, models_of, prompts_of, sizes_of, stage_costs
 from sepo.runs.pace import Paces
 from sepo.runs.pipeline import check_inputs, check_pairs
@@ -137,6 +137,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
         return replace(found, small=small, large=large, policy=own)
 
     check_same_pairs(settings, lambda recipe: own_sizes(recipe).of_policy.train.pairs)
+    check_prompts(grid, first, sizes.prompts)
     rows = [_runs_row("data", first.data.source, 1, None)]
     selective = [recipe for recipe in everything if recipe.policy.objective in SELECTIVE]
     oracles = {oracle_key(recipe): recipe for recipe in selective if recipe.oracle.rewards is None}
@@ -174,7 +175,8 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     runs = sum(int(row["runs"]) for row in rows if row["stage"] in settings)
     answers = min(sizes.prompts, first.eval.prompts) * first.eval.samples
     what = f"{len(grid.checkpoints)} checkpoints a run, {answers} responses each"
-    return [*rows, _runs_row("total", what, runs, total + shared)]
+    tells = {"stage": "tells", "what": can_tell(grid, first, sizes.prompts), "runs": "", "time": ""}
+    return [*rows, tells, _runs_row("total", what, runs, total + shared)]
 
 
 def _policy_of(recipe: Recipe) -> tuple[str | None, ...]:

@@ -43,15 +43,25 @@ def training_types(recipe: Recipe, start: Model) -> dict[str, Any]:
     return {"dtype": str(dtype).removeprefix("torch."), "quantization": policy.quantization}
 
 
-def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Callable[[], nn.Module]) -> Stage:
+def prompts_to_answer(recipe: Recipe, held_out: pa.Table, choosing: int) -> list[list[int]]:
+    """The prompts that are reported, or the `choosing` others on which a sweep is decided."""
+    if choosing:
+        return sample_prompts(held_out, choosing, after=recipe.eval.prompts)
+    return sample_prompts(held_out, recipe.eval.prompts)
+
+
+def start_stage(
+    recipe: Recipe, start: Model, pairs: Made, seed: int, base: Callable[[], nn.Module], choosing: int = 0
+) -> Stage:
     """Samples of the starting model, which every policy of that seed is paired with, in `start.json`.
 
     Args:
         base: gives `start` in memory, in the `training_types`.
+        choosing: as for `prompts_to_answer`.
     """
 
     def work(folder: Path) -> dict[str, Any]:
-        prompts = sample_prompts(read_table(pairs.folder / "held_out", "pairs"), recipe.eval.prompts)
+        prompts = prompts_to_answer(recipe, read_table(pairs.folder / "held_out", "pairs"), choosing)
         samples = start_of(base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
         write_json(folder / SAMPLES, samples, indent=None)
         return {name: float(np.mean(values)) for name, values in samples.items()}
@@ -64,6 +74,7 @@ def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Call
             "pairs": pairs.content,
             "eval": recipe.eval.what_is_measured(),
             "seed": seed,
+            **({"choosing": choosing} if choosing else {}),
             **training_types(recipe, start),
         },
         outputs=(SAMPLES,),
@@ -83,6 +94,7 @@ def run_stage(
     seed: int,
     base: Callable[[], nn.Module],
     keep_model: bool = False,
+    choosing: int = 0,
 ) -> Stage:
     """One setting at one seed: a policy trained, measured at `checkpoints` (shares of the run) into `points.json`.
 
@@ -92,6 +104,7 @@ def run_stage(
         samples: from `start_stage`.
         held_out_logps: of `start`, where there is no gold reward.
         base: gives `start` in memory, in the `training_types`.
+        choosing: as for `prompts_to_answer`.
     """
     policy = recipe.policy
 
@@ -104,7 +117,7 @@ def run_stage(
         judge = Judge(
             base(),
             load_tokenizer(start.folder),
-            sample_prompts(held_out, recipe.eval.prompts),
+            prompts_to_answer(recipe, held_out, choosing),
             recipe.eval,
             seed,
             json.loads((samples.folder / SAMPLES).read_text(encoding="utf-8")),
@@ -150,6 +163,7 @@ def run_stage(
             "eval": recipe.eval.what_is_measured(),
             "checkpoints": checkpoints,
             "seed": seed,
+            **({"choosing": choosing} if choosing else {}),
             **training_types(recipe, start),
         },
         outputs=(POINTS,),

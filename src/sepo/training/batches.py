@@ -50,8 +50,8 @@ def require_means(what: str, table: pa.Table) -> None:
         bad = np.flatnonzero(segment_sums(*flat(table.column(f"{side}_weights"))) <= 0)
         if bad.size:
             raise UserError(
-                f"{what}: the {side} weights of pair {table.column('pair_id')[int(bad[0])]} (of {bad.size:,} pairs) sum to "
-                "0 or less, and sepo takes a mean by them; use tis_dpo, which takes sums, or weights above 0"
+                f"{what}: the {side} weights of pair {table.column('pair_id')[int(bad[0])]} (of {bad.size:,} pairs) "
+                "sum to 0 or less, and sepo takes a mean by them; use tis_dpo, which takes sums, or weights above 0"
             )
 
 
