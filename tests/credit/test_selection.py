@@ -191,7 +191,7 @@ responses_strategy = st.lists(st.lists(steps, min_size=1, max_size=10), min_size
 @settings(max_examples=150, deadline=None)
 @given(
     responses_strategy,
-    st.sampled_from(sorted(set(RULES) - {"random", "dataset"})),
+    st.sampled_from(sorted(set(RULES) - {"random", "dataset", "shorter"})),
     st.floats(0.05, 1.0),
     st.sampled_from([-0.5, 0.0, 0.25]),
 )
@@ -214,6 +214,17 @@ def test_sides_take_rules_of_their_own():
     row = select_key_tokens(scores_table(rewards, rewards), 0.5, 0.25, rule_rejected="last").to_pylist()[0]
     assert row["chosen_positions"] == [1, 2]
     assert row["rejected_positions"] == [3]
+
+
+def test_the_rule_of_the_shorter_response_cuts_both_to_its_length_whatever_the_rate():
+    table = scores_table([[0.1, 0.9, 0.5, 0.4], [1.0]], [[0.3, 0.2], [2.0, 1.0]])
+    rows = select_key_tokens(table, 0.1, 1.0, True, rule_chosen="shorter", rule_rejected="shorter").to_pylist()
+    assert [(row["chosen_positions"], row["rejected_positions"]) for row in rows] == [([0, 1], [0, 1]), ([0], [0])]
+
+
+def test_credit_reward_keeps_the_rewards_as_weights_on_both_sides():
+    row = select_key_tokens(scores_table([[0.5, -2.0]], [[-1.5]]), 1.0, 1.0, credit="reward").to_pylist()[0]
+    assert (row["chosen_weights"], row["rejected_weights"]) == ([0.5, -2.0], [-1.5])
 
 
 def test_the_dataset_rule_keeps_a_share_of_all_tokens_and_at_least_one_of_each_response():

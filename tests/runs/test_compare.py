@@ -15,7 +15,7 @@ from sepo.errors import UserError
 from sepo.evaluate.frontier import Checkpoints, Judge, at_kl
 from sepo.evaluate.gold import GOLD_REWARDS
 from sepo.evaluate.measure import evaluate_run
-from sepo.evaluate.statistics import over_seeds
+from sepo.evaluate.statistics import crossed_mean, over_seeds
 from sepo.recipe.grid import load_grid, number_of_runs
 from sepo.report.comparison import (
     _name,
@@ -24,6 +24,7 @@ from sepo.report.comparison import (
     differences,
     reading_notes,
     summarise_runs,
+    typical_spread,
 )
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -73,6 +74,7 @@ base: base.yaml
 output_dir: {out}
 sweep_seed: 0
 seeds: [1, 2]
+seeds_vary: policy
 checkpoints: [0.25]
 kl: 0.5
 keep_models: true
@@ -218,6 +220,7 @@ def test_a_dry_run_counts_the_runs_and_writes_nothing(workplace, capsys):
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
     assert "4" in rows["sepo"]
     assert "10" in rows["total"]
+    assert "2 seeds cannot tell how seeds differ: for a comparison set three or more" in output
     assert not (workplace / "dry-out").exists()
 
 
@@ -390,7 +393,7 @@ def test_without_a_gold_reward_the_held_out_accuracy_is_compared(workplace):
 
 
 def test_seeds_can_vary_the_oracle_too(workplace, capsys):
-    text = GRID.replace("sweep_seed: 0\n", "seeds_vary: oracle\n").replace("[1.0, 2.5]", "[1.0]")
+    text = GRID.replace("sweep_seed: 0\n", "").replace("seeds_vary: policy\n", "").replace("[1.0, 2.5]", "[1.0]")
     path = write_grid(workplace, text[: text.index("  random")], "oracles", "oracles-out")
     assert main(["compare", str(path)]) == 0
     done = [name.split("-")[0] for name in stages_done(capsys.readouterr().err)]
@@ -510,6 +513,7 @@ def test_methods_are_compared_by_the_seeds_that_both_have():
     (only,) = differences(runs, 1.0)
     assert (only["name"], only["against"], only["seeds"]) == ("b beta=0.1", "a", 3)
     assert only["difference"] == pytest.approx(0.2)
+    assert (only["prompts"], only["spread"]) == (0, None)
     # Differences 0.1, 0.2, 0.3: standard error 0.1 / sqrt(3), and Student's t is 4.303 at two degrees of freedom.
     assert only["low"] == pytest.approx(0.2 - stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))
     assert only["high"] == pytest.approx(0.2 + stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))
@@ -525,9 +529,59 @@ def test_the_page_sets_differences_at_the_kl_beside_those_at_the_end():
         "differences": differences(runs, 1.0), "environment": {"device": "d", "packages": {"torch": "1"}},
     }  # fmt: skip
     # At KL 1: differences 0.1 and 0.2; at the end 0.6 and 0.5. One degree of freedom: 12.706 standard errors of 0.05.
-    assert "| b | 2 | +0.150 | -0.485 to +0.785 | +0.550 | -0.085 to +1.185 |" in comparison_markdown(comparison)
+    assert "| b | 2 | +0.150 | -0.485 to +0.785 | 0.817 | +0.550 | -0.085 to +1.185 | 0.817 |" in comparison_markdown(
+        comparison
+    )
     comparison |= {"kl": None, "rows": summarise_runs(runs, None), "differences": differences(runs, None)}
-    assert "| b | 2 | +0.550 | -0.085 to +1.185 |" in comparison_markdown(comparison)
+    assert "| b | 2 | +0.550 | -0.085 to +1.185 | 0.817 |" in comparison_markdown(comparison)
+
+
+def test_differences_are_over_seeds_and_prompts_where_each_prompt_was_kept():
+    rng = np.random.default_rng(1)
+    base, gains = rng.normal(0.3, 0.3, (3, 40)), rng.normal(0.2, 0.1, (3, 40))
+
+    def curve(values):  # a straight line in the root of the KL, by prompt as in the mean
+        return [
+            {"kl": kl, "gold_difference": float(np.mean(part)), "by_prompt": part.tolist()}
+            for kl, part in ((0.25, values / 2), (4.0, values * 2))
+        ]
+
+    runs = [run(name, "", seed, curve(values[seed]))
+            for seed in range(3) for name, values in (("a", base), ("b", base + gains))]  # fmt: skip
+    (only,) = differences(runs, 1.0)
+    expected = crossed_mean(gains)
+    assert only["prompts"] == 40
+    assert [only[name] for name in ("difference", "low", "high")] == pytest.approx(
+        [expected.mean, expected.low, expected.high]
+    )
+    read = [at_kl(one["points"], 1.0)[0] for one in runs]
+    assert only["difference"] == pytest.approx(np.mean(read[1::2]) - np.mean(read[::2]))
+    assert typical_spread([only]).rest == pytest.approx(expected.spread.rest)
+    for one in runs:
+        one["points"][0].pop("by_prompt")  # as an earlier release wrote them
+    assert differences(runs, 1.0)[0]["prompts"] == 0
+
+
+def test_a_sweep_can_be_decided_on_other_prompts_than_those_reported(finished, tmp_path, capsys):
+    folder, _, _ = finished
+    text = GRID.replace("sweep_seed: 0\n", "sweep_seed: 1\nsweep_prompts: 2\n").replace("[1, 2]", "[1]")
+    path = write_grid(folder, text[: text.index("  random")], "apart", "apart-out")
+    assert number_of_runs(*load_grid(path)) == 3
+    assert main(["compare", str(path)]) == 0
+    runs = json.loads((folder / "apart-out" / "compare.json").read_text())["runs"]
+    assert [(run["reported"], len(run["points"][-1]["by_prompt"])) for run in runs] == [
+        (False, 2),
+        (False, 2),
+        (True, 3),
+    ]
+    for change, words in (
+        ("sweep_prompts: 4", "eval.prompts 3 and sweep_prompts 4 are more than the 6 prompts that are held out"),
+        ("sweep_prompts: 2\nsweep_seed: null", "set sweep_seed, or leave sweep_prompts out"),
+    ):
+        wrong = text.replace("sweep_seed: 1\n", "" if "seed" in change else "sweep_seed: 1\n")
+        path = write_grid(folder, wrong.replace("sweep_prompts: 2", change), "wrong", "wrong-out")
+        assert main(["compare", str(path), "--dry-run"]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_names_in_pictures_keep_their_values():

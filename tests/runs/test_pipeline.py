@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sepo.cli import main
+from sepo.credit.rewards import given_rewards
 from sepo.data.ragged import flat
-from sepo.data.tables import read_shard, read_table, table_paths
+from sepo.data.tables import make_table, read_shard, read_table, table_paths
+from sepo.errors import UserError
 from sepo.recipe.settings import SftSettings, SftTrainingSettings
 from sepo.report.build import read_training
 from sepo.stages import data
@@ -145,6 +148,63 @@ def test_the_rewards_of_several_oracles_are_averaged_and_the_first_is_the_run_of
     assert stages_done(capsys.readouterr().err) == ["score", "select", "train", "eval"]
     assert read_table(run / "scores", "scores").equals(read_table(finished / "run" / "scores", "scores"))
     assert [curves["model"] for curves in read_training(run)] == ["oracle", "policy"]
+
+
+def test_a_contrastive_oracle_is_measured_against_its_opposite_and_its_rewards_can_be_imported(
+    workplace, tmp_path, capsys
+):
+    command = ["run", str(workplace / "recipe.yaml"), "eval.prompts=0"]
+    contrastive = ["oracle.contrastive=true", "policy.objective=tgdpo", f"output_dir={tmp_path / 'one'}"]
+    assert main([*command, *contrastive, "--dry-run"]) == 0
+    assert "DPO, 2 times" in (plan := capsys.readouterr().out)
+    assert "the reward of every token, which tgdpo reads" in plan
+    assert main([*command, *contrastive]) == 0
+    assert stages_done(capsys.readouterr().err)[:3] == ["data", "oracle", "oracle-reversed"]
+    table, run = read_table(tmp_path / "one" / "scores", "scores"), tmp_path / "one" / "logps"
+    for side in ("chosen", "rejected"):
+        stored = [read_table(run / name, "logps") for name in ("oracle", "oracle-reversed", "reference")]
+        one, opposite, base = (flat(logps.column(f"{side}_logps"))[0].astype(float) for logps in stored)
+        np.testing.assert_allclose(flat(table.column(f"{side}_rewards"))[0], one - opposite, atol=1e-5)
+        assert np.sum((one - base) * (opposite - base)) < 0  # they learnt the opposite of each other
+    history = json.loads((tmp_path / "one" / "policy" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+
+    columns = {"good": table.column("chosen_rewards"), "bad": table.column("rejected_rewards")}
+    given = pa.table({"pair_id": table.column("pair_id"), **columns}).take(np.arange(len(table))[::-1])
+    pq.write_table(given, tmp_path / "given.parquet")
+    imported = [f"oracle.rewards={tmp_path / 'given.parquet'}", "oracle.reward_columns=[good, bad]"]
+    assert main([*command, *imported, "policy.objective=wspo", f"output_dir={tmp_path / 'two'}"]) == 0
+    assert "oracle" not in stages_done(capsys.readouterr().err)
+    again = read_table(tmp_path / "two" / "scores", "scores")
+    assert again.column("chosen_rewards").to_pylist() == table.column("chosen_rewards").to_pylist()
+    assert again.column("rejected_rewards").to_pylist() == table.column("rejected_rewards").to_pylist()
+    for change, words in (
+        (
+            ["oracle.reward_columns=[good, worse]"],
+            "cannot be read as parquet with pair_id and lists of numbers in good",
+        ),
+        (["oracle.count=2"], "rewards were made elsewhere: leave model and count out"),
+        (["oracle.contrastive=true"], "contrastive trains two models, but rewards names what exists"),
+    ):
+        assert main([*command, *imported, *change, f"output_dir={tmp_path / 'none'}"]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: given.slice(1), "lack 1 of 3 pairs, the first pair_id 7"),
+        (lambda given: pa.concat_tables([given, given]), "hold a pair_id twice"),
+        (lambda given: given.set_column(1, "a", given.column("b")), "pair 7 has 1 numbers for a response of 2 tokens"),
+    ],
+)
+def test_given_rewards_that_do_not_fit_the_pairs_are_refused(change, message):
+    ids = {"pair_id": [7, 8, 9], "prompt_ids": [[1]] * 3, "chosen_ids": [[1, 2]] * 3, "rejected_ids": [[3]] * 3}
+    pairs = make_table("pairs", ids)
+    given = pa.table({"pair_id": [7, 8, 9], "a": [[0.5, 1.0]] * 3, "b": [[0.25]] * 3})
+    assert given_rewards(pairs, given, ("a", "b")).column("chosen_rewards").to_pylist() == [[0.5, 1.0]] * 3
+    with pytest.raises(UserError, match=message):
+        given_rewards(pairs, change(given), ("a", "b"))
 
 
 def test_a_rival_objective_runs_from_the_same_recipe_on_held_out_pairs_of_another_source(workplace, tmp_path):

@@ -1,9 +1,11 @@
 """Every objective against its published formula written out token by token, and against TRL where TRL has it."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -17,8 +19,17 @@ from sepo.forward.passes import dataset_logps
 from sepo.forward.prepare import prepare_model
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.recipe import settings as recipe
+from sepo.recipe.reading import parse_recipe
 from sepo.training import objectives
-from sepo.training.objectives import OBJECTIVES, WITH_LABEL_SMOOTHING, PairSums, below_mean_probability, pair_losses
+from sepo.training.objectives import (
+    OBJECTIVES,
+    REWARDED,
+    WITH_LABEL_SMOOTHING,
+    PairSums,
+    below_mean_probability,
+    pair_losses,
+    selective_marks,
+)
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -51,7 +62,9 @@ def responses(model, reference, pair):
         yield rows, [weight_of.get(t, 0.0) for t in range(len(ids))]
 
 
-def published_loss(objective, model, reference, pair, alpha=None, smoothing=0.0, beta=0.3, gamma=1.7, margin=0.4):
+def published_loss(
+    objective, model, reference, pair, alpha=None, smoothing=0.0, beta=0.3, gamma=1.7, margin=0.4, rate=0.4
+):
     (chosen, w), (rejected, v) = responses(model, reference, pair)
     mean = lambda rows: sum(row[0] for row in rows) / len(rows)  # noqa: E731
     total = lambda rows: sum(row[0] for row in rows)  # noqa: E731
@@ -90,12 +103,45 @@ def published_loss(objective, model, reference, pair, alpha=None, smoothing=0.0,
         if objective == "tdpo1":
             return -log_sigmoid(u - beta * (kl_l - kl_w))
         return -log_sigmoid(u - alpha * beta * (kl_l - kl_w.detach()))
+    if objective == "tgdpo":
+        scaled = lambda rows, rewards, sign: sum(  # noqa: E731
+            beta * (1 + sign * alpha * beta * s) * (row[0] - row[1]) for row, s in zip(rows, rewards, strict=True)
+        )
+        return -log_sigmoid(scaled(chosen, w, 1) - scaled(rejected, v, -1))
+    if objective == "wspo":
+        gaps = [beta * (row[0] - row[1]) - s for row, s in zip(chosen, w, strict=True)]
+        return sum(gap**2 for gap in gaps) / len(gaps)
+    if objective == "selective_dpo":
+        sums = []
+        for rows, sign in ((chosen, 1), (rejected, -1)):
+            gaps = [sign * (row[1] - row[0]).item() for row in rows]
+            threshold = sorted(gaps, reverse=True)[max(1, int(0.4 * len(gaps) + 1e-9)) - 1]
+            sums.append(sum(row[0] - row[1] for row, gap in zip(rows, gaps, strict=True) if gap >= threshold))
+        return smooth(beta * (sums[0] - sums[1]))
     assert objective == "tis_dpo"
     u = sum(a * (row[0] - row[1]) for a, row in zip(w, chosen, strict=True))
     u = u - sum(a * (row[0] - row[1]) for a, row in zip(v, rejected, strict=True))
     eta = sum(a * row[3] for a, row in zip(w, chosen, strict=True))
     eta = eta - sum(a * row[3] for a, row in zip(v, rejected, strict=True))
     return -log_sigmoid(beta * u - alpha * beta * eta)
+
+
+def with_rewards(pairs):
+    """The same pairs with a reward of every token, which a selection of credit "reward" has as weights."""
+    rng = np.random.default_rng(3)
+    responses = {}
+
+    def rewards(pair, side):
+        ids = pair.side(side)[0]
+        return responses.setdefault((pair.pair_id, side), tuple(rng.normal(0, 2, len(ids)).tolist()))
+
+    return [
+        replace(
+            pair, chosen_positions=None, rejected_positions=None,
+            chosen_weights=rewards(pair, CHOSEN), rejected_weights=rewards(pair, REJECTED),
+        )
+        for pair in pairs
+    ]  # fmt: skip
 
 
 def weighted_table(pairs):
@@ -115,14 +161,16 @@ CASES = [(name, None, 0.0) for name in OBJECTIVES] + [
     ("tis_dpo", 1.0, 0.0),
     ("cpo", 0.0, 0.2),
     ("orpo", 0.7, 0.0),
-    *((name, None, 0.3) for name in ("sepo", "simpo", "confpo", "dpo")),
+    ("tgdpo", 0.0, 0.0),
+    ("tgdpo", 1.5, 0.0),
+    *((name, None, 0.3) for name in ("sepo", "simpo", "confpo", "dpo", "selective_dpo")),
 ]
 
 
 @pytest.mark.parametrize(("objective", "alpha", "smoothing"), CASES)
 def test_a_training_step_is_the_published_formula_written_out(objective, alpha, smoothing):
     """Loss and gradient over one-token responses, equal responses, shared prompts, some tokens, uneven weights."""
-    pairs = awkward_pairs()
+    pairs = with_rewards(awkward_pairs()) if objective in REWARDED else awkward_pairs()
     reference = tiny_model("llama", torch.float64, seed=1)
     model = tiny_model("llama", torch.float64)
     expected = sum(published_loss(objective, model, reference, pair, alpha, smoothing) for pair in pairs) / len(pairs)
@@ -164,12 +212,14 @@ def test_label_smoothing_is_refused_where_it_is_not_defined(objective):
 def test_losses_and_gradients_stay_finite_far_from_balance(objective):
     far = [torch.tensor([-1e4, -1e-9, -3.0, 0.0], requires_grad=True) for _ in range(2)]
     other = torch.tensor([0.0, -1e4, -3.0, -1e-9])
-    sums = PairSums(far[0], far[1] + other, torch.ones(4), torch.ones(4), other, -other, other.abs(), other.abs())
+    kls = (other.abs(), other.abs())
+    sums = PairSums(far[0], far[1] + other, torch.ones(4), torch.ones(4), other, -other, *kls, (far[0] - other) ** 2)
     losses, chosen, rejected = pair_losses(objective, sums, alpha=1.0)
     assert losses.shape == chosen.shape == rejected.shape == (4,)
     assert losses.isfinite().all()
     losses.sum().backward()
-    assert all(tensor.grad.isfinite().all() for tensor in far)
+    assert all(tensor.grad.isfinite().all() for tensor in far if tensor.grad is not None)
+    assert far[0].grad is not None
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -181,6 +231,41 @@ def test_confpo_marks_tokens_below_the_mean_probability_of_their_own_response():
     marks = below_mean_probability(logps, segments, 5)
     # One token, and equal tokens, are not below their own mean.
     assert marks.tolist() == [False, True, False, False, False, False, False, False]
+
+
+def test_selective_dpo_marks_where_the_policy_lags_the_reference_and_keeps_equals():
+    reference = torch.zeros(9)
+    logps = torch.tensor([-3.0, 1.0, -1.0, -2.0, 5.0, 4.0, -1.0, 0.0, 0.0])
+    segments = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    marks = selective_marks(logps, reference, segments, 4, rate=0.5)
+    # Two of four that it believes in too little, one of three that it believes in too much; equals are all kept.
+    assert marks.tolist() == [True, False, False, True, True, False, False, True, True]
+
+
+def test_selective_dpo_of_every_token_is_dpo():
+    pairs = awkward_pairs()
+    reference = dataset_logps(tiny_model("llama", seed=1), pairs_table(pairs))
+    plain = our_step(tiny_model("llama"), [without_targets(pair) for pair in pairs], reference, objective="dpo")
+    every = our_step(tiny_model("llama"), pairs, reference, objective="selective_dpo", rate=1.0)
+    assert every[0] == pytest.approx(plain[0], abs=1e-6)
+    assert_same_gradients(every[1], plain[1])
+
+
+def without_targets(pair):
+    return Pair(pair.pair_id, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+
+
+@pytest.mark.parametrize("objective", REWARDED)
+def test_an_objective_on_rewards_refuses_a_table_without_the_reward_of_every_token(objective):
+    config = PreferenceConfig("unused", objective=objective, use_cpu=True, report_to="none")
+    for table in (pairs_table(awkward_pairs()), weighted_table(awkward_pairs())):
+        with pytest.raises(UserError, match=f"{objective} reads the reward of every response token: select with"):
+            PreferenceTrainer(tiny_model("llama"), config, train_dataset=table)
+
+
+def test_rate_is_refused_for_objectives_that_do_not_read_it():
+    with pytest.raises(UserError, match="rate is of objective selective_dpo, not of dpo"):
+        parse_recipe({"policy": {"objective": "dpo", "rate": 0.3}}, "here")
 
 
 def test_confpo_gives_no_loss_to_a_pair_without_a_marked_token():

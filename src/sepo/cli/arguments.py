@@ -186,6 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--margin", type=float, default=0.0, help="target margin of the same (default 0)")
     train.add_argument("--beta", type=float, default=0.1, help="KL strength of dpo and its kin (default 0.1)")
     train.add_argument("--alpha", type=float, help="weight of the objective's second term (default: its paper's)")
+    train.add_argument("--rate", type=float, help="share of a response's tokens that selective_dpo keeps (default 0.4)")
     train.add_argument("--label-smoothing", type=float, default=0.0, help="probability of a flipped label (default 0)")
     _training_options(train)
 

@@ -655,7 +655,7 @@ def _training_of(arguments: argparse.Namespace) -> dict[str, Any]:
     for item in arguments.training:
         key, value = parse_override(item)
         set_key(values, f"training.{key}", value, f"override '{item}'")
-    for name in ("objective", "beta", "gamma", "margin", "alpha", "label_smoothing"):
+    for name in ("objective", "beta", "gamma", "margin", "alpha", "rate", "label_smoothing"):
         if getattr(arguments, name, None) is not None:
             values[name] = getattr(arguments, name)
     if arguments.lora is not None:

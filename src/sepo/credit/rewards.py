@@ -49,6 +49,46 @@ def token_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.
     return make_table("scores", columns, provenance)
 
 
+def given_rewards(pairs: pa.Table, given: pa.Table, columns: tuple[str, str], missing: bool = False) -> pa.Table:
+    """Rewards (or weights) that were made elsewhere, as a table of kind "scores".
+
+    Args:
+        pairs: kind "pairs".
+        given: pair_id, and `columns`, the lists of chosen and rejected responses, a number a token; in any order.
+        missing: pairs that `given` lacks are left out; otherwise they are an error.
+
+    Raises:
+        UserError: a pair is there twice or not at all, or has not a finite number for each of its tokens.
+    """
+    wanted, found = pairs.column("pair_id").to_numpy(), given.column("pair_id").to_numpy()
+    if len(np.unique(found)) < len(found):
+        raise UserError("the given rewards hold a pair_id twice: expected one row a pair")
+    known = np.isin(wanted, found)
+    if not known.all() and not missing:
+        raise UserError(
+            f"the given rewards lack {np.count_nonzero(~known):,} of {len(wanted):,} pairs, the first pair_id "
+            f"{wanted[~known][0]}: expected a row for each (pair_id is the row of the dataset)"
+        )
+    pairs = pairs.filter(pa.array(known))
+    order = np.argsort(found, kind="stable")
+    rows = order[np.searchsorted(found, wanted[known], sorter=order)]
+    taken: dict[str, object] = {name: pairs.column(name) for name in pairs.column_names}
+    for side, name in zip(SIDES, columns, strict=True):
+        values, lengths = flat(given.column(name).take(pa.array(rows)).cast(pa.list_(pa.float32())))
+        _, tokens = flat(pairs.column(f"{side}_ids"))
+        if (wrong := np.flatnonzero(lengths != tokens)).size:
+            at = wrong[0]
+            raise UserError(
+                f"the given rewards, column '{name}': pair {wanted[known][at]} has {lengths[at]} numbers for a "
+                f"response of {tokens[at]} tokens; expected one a token of the reference's tokenizer (the end included)"
+            )
+        if not np.isfinite(values).all():
+            raise UserError(f"the given rewards, column '{name}', hold numbers that are not finite")
+        taken[f"{side}_rewards"] = ragged(values, lengths)
+    provenance = {key: value for key, value in provenance_of(pairs).items() if key not in ("format", "version")}
+    return make_table("scores", taken, {**provenance, "oracle": None, "reference": None, "given": list(columns)})
+
+
 def require_rewards(tables: Iterable[pa.Table]) -> None:
     """Raise a UserError if every reward of a dataset is 0: there is nothing to rank tokens by.
 

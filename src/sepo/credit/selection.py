@@ -12,12 +12,14 @@ them all. With v = s on the chosen side and v = -s on the rejected side (how muc
     reversed    v, lowest        floor(k n): the adversarial control
     random      a hash           floor(k n): the control
     first last  position         floor(k n)
+    shorter     position         the first min(n_w, n_l): both responses cut to the shorter one's length (POET)
     threshold   v, highest       tokens with s >= t (chosen), s <= t (rejected)
     dataset     v, highest       as threshold, with t such that a share k of all the dataset's tokens is kept
     mass        v, highest       fewest tokens that hold a share k of the response's sum of max(v, 0)
     effective   v, highest       (sum of max(v, 0))^2 / sum of max(v, 0)^2, rounded up: the response's own rate
 
-The last four adapt the rate to the rewards; at least one token is always kept.
+Of "threshold" on they adapt the rate to the rewards; at least one token is always kept. "shorter" with `include_end`,
+every token of what remains, is POET (arXiv 2506.09457); k is not read.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
-from sepo.data.ragged import SIGNED_SIDES, flat, ragged, segment_sums
+from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
 from sepo.data.tables import make_table, provenance_of, require_table
 from sepo.errors import UserError, check_number, nearest, one_line
 from sepo.recipe.settings import Rule
@@ -113,7 +115,8 @@ def select_key_tokens(
         rule_chosen, rule_rejected: one of `RULES`, see the module's text.
         threshold_chosen, threshold_rejected: of rule "threshold".
         credit: "hard" gives every kept token weight 1, "soft" the weight exp(±clip(s / temperature, clip_low,
-            clip_high)), plus on the chosen side and minus on the rejected. With temperature 1, the default clip, k 1
+            clip_high)), plus on the chosen side and minus on the rejected; "reward" the reward itself: weights that
+            were imported, and what tgdpo and wspo read. With temperature 1, the default clip, k 1
             and `normalise` off these are TIS-DPO's weights (arXiv 2410.04350, equation 12).
         normalise: scale soft weights to a mean of 1 over the kept tokens of each response.
         seed: of rule "random"; the draw of a token depends on seed, side, pair id and position alone.
@@ -147,7 +150,7 @@ def select_key_tokens(
         position = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         if rule == "random":
             order = _uniform(seed, side, np.repeat(pair_ids, lengths), position)
-        elif rule in ("first", "last"):
+        elif rule in ("first", "last", "shorter"):
             order = position if rule == "last" else -position
         else:
             order = -values if rule == "reversed" else values
@@ -156,6 +159,8 @@ def select_key_tokens(
             counts = np.maximum(1, segment_sums(kept, lengths)).astype(np.int64)
         elif rule in ("mass", "effective"):
             counts = _adaptive_counts(rule, np.where(eligible, values, 0), lengths, rates[side])
+        elif rule == "shorter":
+            counts = np.minimum(*(flat(scores.column(f"{one}_rewards"))[1] for one in SIDES))
         else:
             counts = keep_counts(lengths, rates[side])
         positions, counts = extreme_positions(order, lengths, counts, highest=True, eligible=eligible)
@@ -164,6 +169,9 @@ def select_key_tokens(
             starts = np.repeat(np.cumsum(lengths) - lengths, counts)
             scaled = rewards[starts + positions].astype(np.float64) / temperature
             weights = soft_weights(sign * np.clip(scaled, clip_low, clip_high), counts, normalise)
+        elif credit == "reward":
+            starts = np.repeat(np.cumsum(lengths) - lengths, counts)
+            weights = rewards[starts + positions].astype(np.float32)
         columns[f"{side}_positions"] = ragged(positions.astype(np.int32), counts)
         columns[f"{side}_weights"] = ragged(weights, counts)
     chosen_settings = {"k_chosen": k_chosen, "k_rejected": k_rejected, "include_end": include_end, **settings}
@@ -267,8 +275,8 @@ def check_rule(k_chosen: float, k_rejected: float, **settings: Any) -> None:
         rule = settings.get(f"rule_{side}", "top")
         if rule not in RULES:
             raise UserError(f"rule_{side} is '{rule}'{nearest(str(rule), RULES)}: expected one of {', '.join(RULES)}")
-    if settings.get("credit", "hard") not in ("hard", "soft"):
-        raise UserError(f"credit is '{settings['credit']}': expected hard or soft")
+    if settings.get("credit", "hard") not in ("hard", "soft", "reward"):
+        raise UserError(f"credit is '{settings['credit']}': expected hard, soft or reward")
     check_number("temperature", settings.get("temperature", 1.0), above=0)
     for name in ("clip_low", "clip_high", "threshold_chosen", "threshold_rejected"):
         check_number(name, settings.get(name, 0.0))

@@ -60,10 +60,14 @@ def split_pairs(
     return _with_split(train, "train", settings), _with_split(table.filter(pa.array(mask)), "held_out", settings)
 
 
-def sample_prompts(table: pa.Table, limit: int) -> list[list[int]]:
-    """Token ids of `limit` distinct prompts, drawn by a hash of them, in the order of the table."""
+def sample_prompts(table: pa.Table, limit: int, after: int = 0) -> list[list[int]]:
+    """Token ids of `limit` distinct prompts, drawn by a hash of them, in the order of the table.
+
+    Args:
+        after: of those that follow the first so many drawn: none that `sample_prompts(table, after)` returns.
+    """
     prompts = list(dict.fromkeys(_prompt_keys(table)))
-    drawn = set(sorted(prompts, key=lambda key: _order("sample", 0, key))[:limit])
+    drawn = set(sorted(prompts, key=lambda key: _order("sample", 0, key))[after : after + limit])
     return [np.frombuffer(key, "<i4").tolist() for key in prompts if key in drawn]
 
 

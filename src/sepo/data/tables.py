@@ -115,6 +115,18 @@ def provenance_of(schema_or_table: pa.Schema | pa.Table) -> dict:
     return value
 
 
+def swap_sides(table: pa.Table) -> pa.Table:
+    """A table in which chosen and rejected have changed places."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+
+    def column(name: str) -> pa.ChunkedArray:
+        side, _, rest = name.partition("_")
+        return table.column(f"{other[side]}_{rest}" if side in other else name)
+
+    columns = [column(name) for name in table.column_names]
+    return pa.Table.from_arrays(columns, names=table.column_names).replace_schema_metadata(table.schema.metadata)
+
+
 def table_digest(table: pa.Table) -> str:
     """Fingerprint of the rows of a table, independent of how they are chunked and of its provenance."""
     digest = hashlib.sha256()

@@ -17,7 +17,9 @@ import pyarrow as pa
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from sepo.credit.rewards import response_sums
 from sepo.data.prompts import words_of_prompt
+from sepo.data.splits import prompt_numbers
 from sepo.errors import UserError
 from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
@@ -62,13 +64,14 @@ class Judge:
     def _read(self, model: nn.Module) -> pa.Table:
         return dataset_logps(model, self.held_out, tokens_per_row=self.tokens_per_row)
 
-    def measure(self, policy: nn.Module) -> dict[str, float]:
+    def measure(self, policy: nn.Module) -> dict[str, Any]:
         """Sample from the policy and judge it against the start, on the same prompts and seed.
 
         Returns:
             kl, length, finished; with a gold reward gold, gold_difference and win_rate; with a judge judge_win_rate,
             and judge_failed, the answers without a verdict; with neither accuracy, the share of held-out pairs whose
-            chosen response gained more. Each with its standard error by prompt (`_se`).
+            chosen response gained more. Each with its standard error by prompt (`_se`). And by_prompt, a list: what
+            `quality` is the mean of, for each prompt (not with a judge that left answers without a verdict).
 
         Raises:
             UserError: the judge gave no verdict at all.
@@ -77,7 +80,7 @@ class Judge:
         groups = [one.prompt_index for one in generations]
         kl = sample_kl(policy, self.base, self.prompts, generations)
         lengths = np.array([len(one.response_ids) for one in generations])
-        result: dict[str, float] = {"finished": float(np.mean([one.finished for one in generations]))}
+        result: dict[str, Any] = {"finished": float(np.mean([one.finished for one in generations]))}
         result["kl"], result["kl_se"] = mean_and_se(kl, groups)
         result["length"], result["length_se"] = mean_and_se(lengths, groups)
         if self.settings.gold is not None:
@@ -85,31 +88,52 @@ class Judge:
             after = gold_of(generations, self.tokenizer, self.settings.gold)
             result["gold"], result["gold_se"] = mean_and_se(after, groups)
             result["gold_difference"], result["gold_difference_se"] = paired_difference(after, before, groups)
+            result["by_prompt"] = prompt_means(after - before, groups)
             result["win_rate"], result["win_rate_se"] = mean_and_se(0.5 * (1 + np.sign(after - before)), groups)
         if self.settings.judge is not None:
+            result.pop("by_prompt", None)  # of the gold reward, which is not what curves show then
             result |= self._judged(policy, generations, self.settings.judge)
         elif self.settings.gold is None:
             if self.base_logps is None or not read_like(self.base_logps, policy):
                 self.base_logps = self._read(self.base)
-            metrics = policy_accuracy(self.base_logps, self._read(policy), self.held_out)
+            read = self._read(policy)
+            metrics = policy_accuracy(self.base_logps, read, self.held_out)
+            chosen, rejected = (
+                after - before
+                for after, before in zip(
+                    response_sums(read, "logps"), response_sums(self.base_logps, "logps"), strict=True
+                )
+            )
+            of_pairs = prompt_numbers(self.held_out.column("prompt_ids"))
+            result["by_prompt"] = prompt_means(0.5 * np.sign(chosen - rejected), of_pairs)
             for name in ("accuracy", "accuracy_se", "accuracy_not_longer", "accuracy_not_longer_se"):
                 result[name] = metrics[f"policy/{name}"]
         return result
 
-    def _judged(self, policy: nn.Module, generations: Sequence[Generation], judge: JudgeSettings) -> dict[str, float]:
+    def _judged(self, policy: nn.Module, generations: Sequence[Generation], judge: JudgeSettings) -> dict[str, Any]:
         """What a judge says of the policy's answers against those of the start."""
-        found, _, _ = judge_responses(
+        groups = [one.prompt_index for one in generations]
+        found, columns, _ = judge_responses(
             judge,
             [words_of_prompt(self.prompts[one.prompt_index], self.tokenizer) for one in generations],
             self.start["texts"],
             decoded(self.tokenizer, generations),
-            [one.prompt_index for one in generations],
+            groups,
             str(next(policy.parameters()).device),
         )
         if not found["judge/judged"]:
             raise UserError(f"the judge '{judge.name}' gave none of {len(generations)} answers a verdict")
         names = {"judge_win_rate": "win_rate", "judge_win_rate_se": "win_rate_se", "judge_failed": "failed"}
-        return {name: found[f"judge/{source}"] for name, source in names.items()}
+        result: dict[str, Any] = {name: found[f"judge/{source}"] for name, source in names.items()}
+        if not found["judge/failed"]:
+            result["by_prompt"] = prompt_means(np.asarray(columns["preference"]) - 1.5, groups)
+        return result
+
+
+def prompt_means(values: np.ndarray, prompts: Sequence[int] | np.ndarray) -> list[float]:
+    """Mean of the values of each prompt, by the prompts' numbers; rounded, for files."""
+    numbers, index = np.unique(np.asarray(prompts), return_inverse=True)
+    return [round(float(one), 6) for one in np.bincount(index, values) / np.bincount(index, minlength=len(numbers))]
 
 
 def start_of(
@@ -213,6 +237,22 @@ def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float,
     curve = sorted([(0.0, 0.0), *((max(point["kl"], 0.0), quality(point)) for point in points)])
     at, gained = zip(*curve, strict=True)
     return float(np.interp(np.sqrt(kl), np.sqrt(at), gained)), at[-1] >= kl
+
+
+def at_kl_by_prompt(points: Sequence[Mapping[str, Any]], kl: float | None) -> np.ndarray | None:
+    """What `at_kl` reads, for each prompt: the same weights of the same checkpoints, `[prompts]`.
+
+    None where a checkpoint was measured without it, by an earlier release.
+    """
+    if not all("by_prompt" in point for point in points):
+        return None
+    if kl is None:
+        return np.array(points[-1]["by_prompt"])
+    curve = sorted(points, key=lambda point: (max(point["kl"], 0.0), quality(point)))
+    gained = np.array([np.zeros(len(curve[0]["by_prompt"])), *(point["by_prompt"] for point in curve)])
+    at = np.sqrt([0.0, *(max(point["kl"], 0.0) for point in curve)])
+    weights = [np.interp(np.sqrt(kl), at, one) for one in np.eye(len(at))]
+    return np.array(weights) @ gained
 
 
 def before_first_checkpoint(points: Sequence[Mapping[str, Any]], kl: float | None) -> bool:

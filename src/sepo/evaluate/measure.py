@@ -169,7 +169,8 @@ def _metrics_of_tables(
     """What needs no model: the oracle's accuracy, and how far token rewards find the words that matter."""
     metrics: dict[str, float] = {}
     if scores_held_out is not None and len(read_table(held_out, "pairs")):
-        metrics |= oracle_accuracy(read_table(scores_held_out, "scores"))
+        scored = read_table(scores_held_out, "scores")
+        metrics |= oracle_accuracy(scored) if len(scored) else {}  # given rewards may be of training pairs alone
     if scores is not None and settings.gold is not None:
         chosen = read_table(selection, "selection") if selection is not None else None
         metrics |= _prefixed("fidelity", fidelity(load_tokenizer(policy), read_table(scores, "scores"), chosen))

@@ -7,6 +7,7 @@
     seeds: [1, 2, 3]                       # ... and run its best setting at these
     checkpoints: 4                         # points a run on the reward-KL frontier
     kl: 3.0                                # compare at this KL from the start
+    sweep_prompts: 50                      # decide the sweep on other prompts than those reported
     variants:
       sepo: {sweep: {policy.gamma: [1.0, 2.0, 2.5]}}
       dpo:
@@ -57,6 +58,14 @@ class Variant(Settings):
     )
 
 
+class Assumed(Settings):
+    """Standard deviations of the difference between two methods, from which a plan says what it can tell apart."""
+
+    seed: float = Field(0.03, ge=0, description="of a seed's mean over prompts: another oracle, another order")
+    prompt: float = Field(0.1, ge=0, description="of a prompt's mean over seeds")
+    rest: float = Field(0.4, gt=0, description="of one answer to one prompt at one seed, beyond these two")
+
+
 class Grid(Settings):
     """A comparison, read from one YAML file."""
 
@@ -74,7 +83,14 @@ class Grid(Settings):
         None, description="sweep at this seed, and run only the best setting of each variant at `seeds`"
     )
     seeds_vary: Literal["policy", "oracle"] = Field(
-        "policy", description="what a seed changes: the policy's training and samples, or the oracle's training too"
+        "oracle",
+        description="what a seed changes: the oracle's training too, or the policy's training and samples alone",
+    )
+    sweep_prompts: int = Field(
+        0,
+        ge=0,
+        description="held-out prompts on which a sweep is decided, apart from the eval.prompts that are reported; 0 "
+        "decides on the same prompts",
     )
     checkpoints: Annotated[list[Share], BeforeValidator(_shares)] = Field(
         4,
@@ -83,6 +99,14 @@ class Grid(Settings):
         "run, such as [0.25, 1.0]",
     )
     kl: float | None = Field(None, gt=0, description="compare at this KL; default: at the end of each run")
+    also_at: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list, description="further KLs at which the differences are listed"
+    )
+    assume: Assumed | None = Field(
+        None,
+        description="what the plan takes differences to vary by; default: an earlier result's, or seed 0.03, "
+        "prompt 0.1, rest 0.4",
+    )
     keep_models: bool = Field(False, description="keep the trained policies, not only what was measured")
     variants: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Variant], Field(min_length=1)] = Field(
         description="the methods to compare, by name"
@@ -212,4 +236,6 @@ def number_of_runs(grid: Grid, settings: dict[str, list[Setting]]) -> int:
         return len(grid.seeds) * sum(map(len, settings.values()))
     swept = sum(len(group) for group in settings.values() if len(group) > 1)
     again = sum(len(group) > 1 for group in settings.values()) if grid.sweep_seed in grid.seeds else 0
+    if grid.sweep_prompts:  # a run of the sweep is measured on other prompts than one that is reported
+        again = 0
     return swept + len(grid.seeds) * len(settings) - again

@@ -21,8 +21,11 @@ EMBEDDED_DATA = "embedded:sentiment"
 Rate = Annotated[float, Field(gt=0, le=1)]
 # A path, or a name that may be one: `~` is written out once, here.
 PathText = Annotated[str, AfterValidator(lambda text, info: expand_home(text, info.field_name))]
-Objective = Literal["sepo", "dpo", "ipo", "simpo", "cpo", "orpo", "rrhf", "tdpo1", "tdpo2", "confpo", "tis_dpo"]
-Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last"]
+Objective = Literal[
+    "sepo", "dpo", "ipo", "simpo", "cpo", "orpo", "rrhf", "tdpo1", "tdpo2", "confpo", "tis_dpo", "tgdpo", "wspo",
+    "selective_dpo",
+]  # fmt: skip
+Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
 Spread = Literal["bytes", "group", "first"]
 
 
@@ -197,6 +200,18 @@ class OracleSettings(Settings):
         le=9,
         description="oracles to train, each on its own draw of pairs; their rewards are averaged",
     )
+    contrastive: bool = Field(
+        False,
+        description="train a second model on the swapped pairs and take it in the reference's place in the rewards",
+    )
+    rewards: PathText | None = Field(
+        None,
+        description="parquet file (or table) with a reward or weight of every response token, made elsewhere (then "
+        "nothing is trained): pair_id, and a list of numbers for each side",
+    )
+    reward_columns: tuple[str, str] = Field(
+        ("chosen_rewards", "rejected_rewards"), description="its columns of the chosen and the rejected responses"
+    )
     beta: float = Field(0.1, gt=0, description="DPO's KL strength")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO)")
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
@@ -207,7 +222,16 @@ class OracleSettings(Settings):
     def _one_model_is_one_oracle(self) -> OracleSettings:
         if self.model is not None and self.count > 1:
             raise ValueError("count is the number of oracles to train, but model names one that exists; leave one out")
+        for name, given in (("model", self.model is not None), ("rewards", self.rewards is not None)):
+            if given and self.contrastive:
+                raise ValueError(f"contrastive trains two models, but {name} names what exists; leave one out")
+        if self.rewards is not None and (self.model is not None or self.count > 1):
+            raise ValueError("rewards were made elsewhere: leave model and count out")
         return self
+
+    def what_is_trained(self) -> dict[str, Any]:
+        """The settings that one trained oracle depends on: not how many there are, nor what else is made of them."""
+        return self.model_dump(mode="json", exclude={"count", "contrastive", "rewards", "reward_columns"})
 
 
 class SelectSettings(Settings):
@@ -220,7 +244,10 @@ class SelectSettings(Settings):
     rule_rejected: Rule = Field("top", description="how rejected tokens are picked; top is their lowest rewards")
     threshold_chosen: float = Field(0.0, description="rule threshold: keep rewards of at least this")
     threshold_rejected: float = Field(0.0, description="rule threshold: keep rewards of at most this")
-    credit: Literal["hard", "soft"] = Field("hard", description="weight 1 for each key token, or one from its reward")
+    credit: Literal["hard", "soft", "reward"] = Field(
+        "hard",
+        description="weight of a key token: 1, one from its reward (soft), or the reward itself (imported weights)",
+    )
     temperature: float = Field(1.0, gt=0, description="soft credit: exp(±clip(reward / temperature))")
     clip_low: float = Field(-0.5, description="soft credit: lower end of the clip")
     clip_high: float = Field(1.5, description="soft credit: upper end of the clip")
@@ -247,19 +274,38 @@ class PolicySettings(Settings):
         2.0, gt=0, description="reward scale of sepo, simpo and confpo (the paper searched 2.1 to 2.5)"
     )
     margin: float = Field(0.0, ge=0, description="target margin between chosen and rejected, of the same")
-    beta: float = Field(0.1, gt=0, description="KL strength of dpo, ipo, tdpo1, tdpo2, tis_dpo; scale of cpo")
+    beta: float = Field(0.1, gt=0, description="KL strength of dpo and all with a reference; scale of cpo")
     alpha: float | None = Field(
         None,
         ge=0,
         description="weight of the second term: likelihood of cpo (1) and rrhf (1), odds ratio of orpo (0.1), "
-        "KL of tdpo2 (0.5) and tis_dpo (0); defaults in brackets",
+        "KL of tdpo2 (0.5) and tis_dpo (0), token rewards of tgdpo (0.5); defaults in brackets",
+    )
+    rate: Rate | None = Field(
+        None, description="selective_dpo: share of each response's tokens that are trained on (0.4 by default)"
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="probability that a label is flipped (sepo, simpo, confpo, cpo, dpo)"
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="probability that a label is flipped, where the objective defines it",
     )
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+
+    @model_validator(mode="after")
+    def _rate_is_of_one_objective(self) -> PolicySettings:
+        if self.rate is not None and self.objective != "selective_dpo":
+            raise ValueError(
+                f"rate is of objective selective_dpo, not of {self.objective}: leave it out, or set select.k_chosen "
+                "and select.k_rejected"
+            )
+        return self
+
+    def what_is_trained(self) -> dict[str, Any]:
+        """The settings that a policy depends on; `rate` only where there is one: earlier runs stay what they are."""
+        return self.model_dump(mode="json", exclude={"rate"} if self.rate is None else None)
 
 
 class JudgeSettings(Settings):

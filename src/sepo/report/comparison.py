@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from sepo.evaluate.frontier import at_kl, before_first_checkpoint, quality
-from sepo.evaluate.statistics import interval, over_seeds
+from sepo.evaluate.frontier import at_kl, at_kl_by_prompt, before_first_checkpoint, quality
+from sepo.evaluate.statistics import Spread, crossed_mean, interval, over_seeds, smallest_difference
 from sepo.report.figures import make_figure, write_png
 from sepo.report.style import GREY, MARKERS, SERIES
 
@@ -56,29 +57,31 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
 
 
 def differences(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dict[str, Any]]:
-    """Every reported setting against the first, by the seeds that both have: they share prompts and random states.
+    """Every reported setting against the first, by the seeds and prompts that both have: they share random states.
+
+    With three seeds or more and the values of every prompt, over seeds x prompts (`statistics.crossed_mean`): the
+    interval is of other seeds and other prompts. Otherwise over the seeds' means, on these prompts.
 
     Args:
         runs, kl: as for `summarise_runs`.
 
     Returns:
-        rows with name, against, seeds (at least 2), difference of the values at `kl`, and low and high, the interval
-        of 95 % by Student's t.
+        rows with name, against, seeds (at least 2), prompts (0 where only seeds are counted), difference of the values
+        at `kl`, low and high (the interval of 95 %), detectable (the difference that would have been told from 0 with
+        a probability of 80 %), and spread, the standard deviations by seed, prompt and the rest (with prompts).
     """
-    values: dict[str, dict[int, float]] = {}
+    points: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
     for run in runs:
         if run["reported"]:
-            values.setdefault(_name(run), {})[run["seed"]] = at_kl(run["points"], kl)[0]
+            points.setdefault(_name(run), {})[run["seed"]] = run["points"]
     rows = []
-    for name in list(values)[1:]:
-        first = next(iter(values))
-        common = [values[name][seed] - values[first][seed] for seed in values[name] if seed in values[first]]
-        if len(common) < 2:
+    for name in list(points)[1:]:
+        first = next(iter(points))
+        both = [(points[name][seed], points[first][seed]) for seed in points[name] if seed in points[first]]
+        if len(both) < 2:
             continue
-        mean, error = over_seeds(common)
-        low, high = interval(mean, error, len(common))
-        row = {"name": name, "against": first, "seeds": len(common)}
-        rows.append({**row, "difference": mean, "low": low, "high": high})
+        row = {"name": name, "against": first, "seeds": len(both)}
+        rows.append({**row, **_difference(both, kl)})
     return rows
 
 
@@ -94,6 +97,54 @@ def _gain(comparison: Mapping[str, Any]) -> tuple[str, str]:
     if comparison["gold"]:
         return "gold gain", "mean gold reward above the start"
     return "accuracy gain", "held-out accuracy above one half"
+
+
+def _difference(
+    both: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]], kl: float | None
+) -> dict[str, Any]:
+    """The difference of two settings from their checkpoints at each seed."""
+    pairs = [(at_kl_by_prompt(one, kl), at_kl_by_prompt(other, kl)) for one, other in both]
+    apart = [one - other for one, other in pairs if one is not None and other is not None and one.shape == other.shape]
+    if len(apart) == len(both) >= 3 and len({len(one) for one in apart}) == 1 and len(apart[0]) > 1:
+        found = crossed_mean(apart)
+        figures: dict[str, Any] = {
+            "prompts": len(apart[0]),
+            "difference": found.mean,
+            "low": found.low,
+            "high": found.high,
+        }
+        figures |= {"spread": asdict(found.spread)}
+        error, freedom = found.error, found.freedom
+    else:
+        values = [at_kl(one, kl)[0] - at_kl(other, kl)[0] for one, other in both]
+        mean, error = over_seeds(values)
+        low, high = interval(mean, error, len(values))
+        freedom = len(values) - 1
+        figures = {"prompts": 0, "difference": mean, "low": low, "high": high, "spread": None}
+    return {**figures, "detectable": smallest_difference(error, freedom) if error > 0 else 0.0}
+
+
+def typical_spread(differences: Iterable[Mapping[str, Any]]) -> Spread | None:
+    """Root mean squares of the spreads of some differences; None if no row has one."""
+    found = [row["spread"] for row in differences if row.get("spread")]
+    if not found:
+        return None
+    return Spread(
+        *(math.sqrt(float(np.mean([one[name] ** 2 for one in found]))) for name in ("seed", "prompt", "rest"))
+    )
+
+
+def power_line(seeds: int, prompts: int, spread: Spread, source: str) -> str:
+    """What a grid of so many seeds and prompts can tell apart, in one line.
+
+    >>> print(power_line(3, 84, Spread(0.03, 0.1, 0.3), "assumed"))
+    this grid can tell 0.12 apart (80 % power, 3 seeds x 84 prompts; spread assumed: seed 0.03, prompt 0.1, rest 0.3)
+    """
+    parts = f"spread {source}: seed {spread.seed:.2g}, prompt {spread.prompt:.2g}, rest {spread.rest:.2g}"
+    if seeds < 3:
+        return f"{seeds} seed{'s' * (seeds > 1)} cannot tell how seeds differ: for a comparison set three or more"
+    told = smallest_difference(*spread.error(seeds, prompts))
+    return f"this grid can tell {told:.2g} apart (80 % power, {seeds} seeds x {prompts} prompts; {parts})"
 
 
 def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
@@ -142,12 +193,20 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     if found := comparison["differences"]:
-        tables = {value: found} | ({"gain at the end": differences(comparison["runs"], None)} if kl else {})
+        more = {f"gain at KL {one:g}": differences(comparison["runs"], one) for one in comparison.get("also_at", [])}
+        tables = {value: found} | more | ({"gain at the end": differences(comparison["runs"], None)} if kl else {})
         lines += ["", f"## Against {found[0]['against']}, seed by seed", ""]
-        headers = [f"difference of {name} | 95 % interval" for name in tables]
-        lines += [f"| method | seeds | {' | '.join(headers)} |", "|---|---:|" + "---:|---:|" * len(tables)]
+        counted = (
+            f"over seeds and {found[0]['prompts']} prompts" if found[0]["prompts"] else "over seeds, on these prompts"
+        )
+        lines += [f"Intervals are {counted}; *told* is what this design tells from 0 in four of five cases.", ""]
+        headers = [f"difference of {name} | 95 % interval | told" for name in tables]
+        lines += [f"| method | seeds | {' | '.join(headers)} |", "|---|---:|" + "---:|---:|---:|" * len(tables)]
         for method in zip(*tables.values(), strict=True):
-            cells = [f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f}" for row in method]
+            cells = [
+                f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} | {row['detectable']:.3f}"
+                for row in method
+            ]
             lines.append(f"| {method[0]['name']} | {method[0]['seeds']} | {' | '.join(cells)} |")
     if comparison["shared"]:
         lines += ["", "## Shared passes", "", "| pass | seconds | what |", "|---|---:|---|"]

@@ -139,7 +139,9 @@ def _trained(
     reference = short_name(recipe.reference.model)
     part = f"{recipe.reference.layers} layers of {reference}" if recipe.reference.layers else reference
     lines = []
-    if recipe.oracle.model is None:
+    if recipe.oracle.rewards is not None:
+        text = f"none: token rewards of {short_name(recipe.oracle.rewards)}"
+    elif recipe.oracle.model is None:
         some = "" if recipe.oracle.sample == 1 else f"{recipe.oracle.sample:.0%} of "
         count = f"{recipe.oracle.count} times " if recipe.oracle.count > 1 else ""
         text = f"{count}{part}, trained with DPO on {some}{pairs:,} pairs ({_took(seconds, 'oracle')})"

@@ -11,7 +11,9 @@ several points of the reward-KL frontier, and not kept unless asked for.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,20 +22,24 @@ from typing import Any
 import torch
 
 from sepo.data.fingerprints import check_same_tokenizer
+from sepo.data.tables import read_table
 from sepo.errors import UserError
+from sepo.evaluate.statistics import Spread
 from sepo.files import check_writable, digest, write_json, write_text
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.processes import say
-from sepo.recipe.grid import Grid, Setting
+from sepo.recipe.grid import Assumed, Grid, Setting
 from sepo.recipe.settings import Recipe
 from sepo.report.comparison import (
     best_setting,
     comparison_markdown,
     differences,
+    power_line,
     reading_notes,
     save_comparison_figures,
     summarise_runs,
+    typical_spread,
 )
 from sepo.runs.folder import Run, environment, open_run
 from sepo.runs.pipeline import check_inputs, check_pairs
@@ -63,11 +69,17 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         work = _Comparison(run, grid, first)
         shared = work.data()
         check_same_pairs(settings, lambda recipe: work.pairs(recipe, shared).results["train"])
+        prompts = len(set(map(tuple, read_table(shared.folder / "held_out", "pairs").column("prompt_ids").to_pylist())))
+        check_prompts(grid, first, prompts)
+        say(f"  {can_tell(grid, first, prompts)}")
         for setting, seed, reported in work.schedule(settings):
             work.add(setting, seed, reported)
         results = work.results()
         for note in reading_notes(results["rows"], grid.kl):
             say(f"  {note}")
+        if found := typical_spread(results["differences"]):
+            counted = next(row["prompts"] for row in results["differences"] if row["prompts"])
+            say(f"  {power_line(len(grid.seeds), counted, found, 'measured')}")
         run.say_unused("shared/*", "runs/*")
         return results
 
@@ -111,6 +123,46 @@ def check_same_pairs(settings: dict[str, list[Setting]], pairs: Callable[[Recipe
                 f"and {count:,}, of {pairs(other.recipe):,} in an epoch): a comparison needs one budget; set "
                 "batch_size to a divisor of the pairs, or num_train_epochs to a whole number without max_steps"
             )
+
+
+def check_prompts(grid: Grid, recipe: Recipe, prompts: int) -> None:
+    """Raise a UserError if a sweep cannot be decided on prompts of its own.
+
+    Args:
+        prompts: distinct ones that are held out.
+    """
+    if not grid.sweep_prompts:
+        return
+    if grid.sweep_seed is None:
+        raise UserError(
+            "sweep_prompts are those that a sweep is decided on: set sweep_seed, or leave sweep_prompts out"
+        )
+    if recipe.eval.gold is None:
+        raise UserError("sweep_prompts needs eval.gold: the accuracy is of all held-out pairs")
+    if recipe.eval.prompts + grid.sweep_prompts > prompts:
+        raise UserError(
+            f"eval.prompts {recipe.eval.prompts} and sweep_prompts {grid.sweep_prompts} are more than the {prompts} "
+            "prompts that are held out: set fewer, or raise data.held_out"
+        )
+
+
+def can_tell(grid: Grid, recipe: Recipe, prompts: int) -> str:
+    """What differences a grid can tell apart, in one line: by its `assume`, an earlier result's spread, or the default.
+
+    Args:
+        prompts: distinct ones that are held out.
+    """
+    earlier = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing there yet, or of an earlier release
+        stored = json.loads((grid.results_folder / "compare.json").read_text(encoding="utf-8"))
+        earlier = typical_spread(stored["differences"])
+    if grid.assume is None and earlier is not None:
+        spread, source = earlier, "of the results so far"
+    else:
+        values = grid.assume or Assumed()
+        spread = Spread(values.seed, values.prompt, values.rest / math.sqrt(recipe.eval.samples))
+        source = "assumed"
+    return power_line(len(grid.seeds), min(prompts, recipe.eval.prompts), spread, source)
 
 
 def check_results_folder(grid: Grid) -> None:
@@ -200,20 +252,29 @@ class _Comparison:
     def logps(self, recipe: Recipe, model: Model, pairs: Made, role: str) -> Made:
         return self._share(logps.stage(recipe, model, pairs, role))
 
-    def oracle(self, recipe: Recipe, seed: int, pairs: Made) -> Model:
-        """One oracle; where `count` asks for several, the one of this seed among them."""
+    def oracle(self, recipe: Recipe, seed: int, pairs: Made, swapped: bool = False) -> Model:
+        """One oracle, or its opposite; where `count` asks for several, the one of this seed among them."""
         model = self.reference(recipe)
         if (existing := oracle.existing(recipe.oracle, model)) is not None:
             return existing
         stored = self.logps(recipe, model, pairs, "reference")
-        return Model.of(self._share(oracle.stage(recipe, model, pairs, stored, seed)))
+        return Model.of(self._share(oracle.stage(recipe, model, pairs, stored, seed, swapped)))
 
     def scores(self, recipe: Recipe, seed: int, pairs: Made) -> Made:
-        oracles = [self.oracle(recipe, one, pairs) for one in oracle.seeds(seed, recipe.oracle.count)]
-        read = [self.logps(recipe, model, pairs, "oracle") for model in oracles]
         small = self.reference(recipe)
         words = load_tokenizer(small.folder) if recipe.eval.gold == "vader" else None
-        made = self._share(score.stage(pairs, read, self.logps(recipe, small, pairs, "reference"), words))
+        if recipe.oracle.rewards is not None:
+            return self._share(score.given_stage(recipe.oracle, pairs, words))
+        seeds = oracle.seeds(seed, recipe.oracle.count)
+        oracles = [self.oracle(recipe, one, pairs) for one in seeds]
+        read = [self.logps(recipe, model, pairs, "oracle") for model in oracles]
+        base: Made | list[Made]
+        if recipe.oracle.contrastive:
+            opposites = [self.oracle(recipe, one, pairs, swapped=True) for one in seeds]
+            base = [self.logps(recipe, model, pairs, "opposite") for model in opposites]
+        else:
+            base = self.logps(recipe, small, pairs, "reference")
+        made = self._share(score.stage(pairs, read, base, words))
         row = self.shared[made.folder.name]
         names = ", ".join(Path(model.folder).name for model in oracles)
         whose = f"the mean of {names}" if len(oracles) > 1 else names
@@ -227,7 +288,7 @@ class _Comparison:
         if self.transfers(recipe):
             words = transfer.tokenizers(recipe)[1] if recipe.eval.gold == "vader" else None
             scores = self._share(transfer.stage(recipe, scores, pairs, self.pairs(recipe, pairs), words))
-        return self._share(select.stage(recipe.select, scores, seed))
+        return self._share(select.stage(select.settings_of(recipe), scores, seed))
 
     # --- runs -------------------------------------------------------------------------------------------------------
 
@@ -243,6 +304,7 @@ class _Comparison:
             return self._base(recipe, start)
 
         unjudged = recipe.eval.gold is None and recipe.eval.judge is None
+        choosing = 0 if reported else self.grid.sweep_prompts
         stored = None
         if train.needs_reference(recipe) or unjudged:
             stored = self.logps(recipe, start, pairs, "start")
@@ -252,12 +314,13 @@ class _Comparison:
             self.selection(recipe, seed, shared) if train.reads_selection(recipe) else None,
             stored if train.needs_reference(recipe) else None,
             pairs,
-            self._share(measured.start_stage(recipe, start, pairs, seed, base)),
+            self._share(measured.start_stage(recipe, start, pairs, seed, base, choosing)),
             stored if unjudged else None,
             self.grid.checkpoints,
             seed,
             base,
             self.grid.keep_models,
+            choosing,
         )
         key = f"run-{digest(stage.depends)[:10]}"
         name = " ".join(part for part in (setting.variant, setting.label, f"seed={seed}") if part)
@@ -290,6 +353,7 @@ class _Comparison:
         comparison = {
             "name": self.grid.name,
             "kl": self.grid.kl,
+            "also_at": self.grid.also_at,
             "gold": self.recipe.eval.gold,
             **({} if self.recipe.eval.judge is None else {"judge": self.recipe.eval.judge.name}),
             "environment": environment(),

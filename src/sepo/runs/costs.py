@@ -24,15 +24,15 @@ _SAMPLE = 4000
 
 def stage_costs(recipe: Recipe, sizes: Sizes) -> dict[str, Cost]:
     """What each stage of a run costs, by the names of its record (`pipeline.STAGES`)."""
-    count, own = recipe.oracle.count, sizes.of_policy
-    starts = recipe.policy.model is not None and train.needs_reference(recipe)
+    own, given = sizes.of_policy, recipe.oracle.rewards is not None
+    starts = (given or recipe.policy.model is not None) and train.needs_reference(recipe)
     costs = {
         "data": data.cost(recipe, sizes),
         "policy_pairs": transfer.pairs_cost(recipe, sizes) if sizes.policy else None,
         "reference": reference.cost(recipe, sizes),
-        "reference_logps": logps.cost(recipe, sizes, sizes.small),
+        "reference_logps": None if given else logps.cost(recipe, sizes, sizes.small),
         "oracle": oracle.cost(recipe, sizes),
-        "oracle_logps": logps.cost(recipe, sizes, sizes.small, count),
+        "oracle_logps": None if given else logps.cost(recipe, sizes, sizes.small, oracle.readings(recipe.oracle)),
         "score": score.cost(recipe, sizes),
         "transfer": transfer.cost(recipe, sizes) if sizes.policy else None,
         "select": select.cost(recipe, own),

@@ -125,21 +125,25 @@ def _run_stages(run: Run, start: Model, pairs: Made, own: Made) -> dict[str, flo
     def passed(model: Model, role: str, read: Made = pairs) -> Made:
         return run.do(logps.stage(recipe, model, read, role), run.path("logps", role), name=f"{role}_logps")
 
-    small_logps = passed(small, "reference")
-    oracles: dict[str, Model] = {}
-    if (existing := oracle.existing(recipe.oracle, small)) is not None:
-        oracles["oracle"] = existing
-    names = oracle.names(recipe.oracle)
-    for name, oracle_seed in zip(names, oracle.seeds(seed, len(names)), strict=True):
-        made = run.do(oracle.stage(recipe, small, pairs, small_logps, oracle_seed), run.path(name), name=name)
-        oracles[name] = Model.of(made)
-
-    oracle_logps = [passed(model, role) for role, model in oracles.items()]
-    scores = run.do(score.stage(pairs, oracle_logps, small_logps), run.folder)
+    small_logps: Made | None = None
+    if recipe.oracle.rewards is not None:
+        scores = run.do(score.given_stage(recipe.oracle, pairs), run.folder)
+    else:
+        small_logps = passed(small, "reference")
+        oracles: dict[str, Model] = {}
+        if (existing := oracle.existing(recipe.oracle, small)) is not None:
+            oracles["oracle"] = existing
+        members = oracle.members(recipe.oracle, seed)
+        for name, its_seed, swapped in members:
+            training = oracle.stage(recipe, small, pairs, small_logps, its_seed, swapped)
+            oracles[name] = Model.of(run.do(training, run.path(name), name=name))
+        read = {role: passed(model, role) for role, model in oracles.items()}
+        opposites = [read.pop(name) for name, _, swapped in members if swapped]
+        scores = run.do(score.stage(pairs, list(read.values()), opposites or small_logps), run.folder)
     moved: Made | None = None
     if own is not pairs:
         scores = moved = run.do(transfer.stage(recipe, scores, pairs, own), run.path("transfer"))
-    selection = run.do(select.stage(recipe.select, scores, seed), run.path("selection"))
+    selection = run.do(select.stage(select.settings_of(recipe), scores, seed), run.path("selection"))
 
     large = train.start(recipe, small)
     large_logps = small_logps if large.content == small.content else None
@@ -179,7 +183,7 @@ def _finish(run: Run, pairs: Made, measured: dict[str, Any], own: Made, moved: M
     write_text(run.path("metrics.md"), metrics_table(run.recipe.name, metrics))
     build_report(run.folder, out=run.path("report.html"))
     _write_card(run, metrics)
-    run.say_unused("reference", "oracle", "oracle-[2-9]", "logps/*")
+    run.say_unused("reference", "oracle", "oracle-[2-9]", "oracle*-reversed", "logps/*")
     return metrics
 
 

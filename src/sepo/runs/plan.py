@@ -21,7 +21,7 @@ from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.grid import Grid, Setting, number_of_runs
 from sepo.recipe.settings import Recipe
-from sepo.runs.compare import check_grid, check_same_pairs, oracle_key
+from sepo.runs.compare import can_tell, check_grid, check_prompts, check_same_pairs, oracle_key
 from sepo.runs.costs import SHARED, models_of, prompts_of, sizes_of, stage_costs
 from sepo.runs.pace import Paces
 from sepo.runs.pipeline import check_inputs, check_pairs
@@ -137,9 +137,10 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
         return replace(found, small=small, large=large, policy=own)
 
     check_same_pairs(settings, lambda recipe: own_sizes(recipe).of_policy.train.pairs)
+    check_prompts(grid, first, sizes.prompts)
     rows = [_runs_row("data", first.data.source, 1, None)]
     selective = [recipe for recipe in everything if recipe.policy.objective in SELECTIVE]
-    oracles = {oracle_key(recipe): recipe for recipe in selective}
+    oracles = {oracle_key(recipe): recipe for recipe in selective if recipe.oracle.rewards is None}
     copies = len(grid.all_seeds) if grid.seeds_vary == "oracle" else 1
 
     def seconds(work: tuple[Work, ...]) -> float:
@@ -152,8 +153,8 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
             one = logps.pass_work(recipe, own, own.small)
             training = oracle.cost(recipe, own)
             work = (training.work or ()) if training is not None else ()
-            shared += seconds(one) + copies * (seconds(work) + recipe.oracle.count * seconds(one))
-        number = sum(recipe.oracle.count for recipe in oracles.values())
+            shared += seconds(one) + copies * (seconds(work) + oracle.readings(recipe.oracle) * seconds(one))
+        number = sum(oracle.readings(recipe.oracle) for recipe in oracles.values())
         rows.append(_runs_row("oracles", "DPO, then token rewards; shared", number * copies, shared))
     elif any(recipe.policy.objective in WITH_REFERENCE for recipe in everything):
         shared = seconds(logps.pass_work(first, sizes.of_policy, sizes.large))
@@ -174,7 +175,8 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     runs = sum(int(row["runs"]) for row in rows if row["stage"] in settings)
     answers = min(sizes.prompts, first.eval.prompts) * first.eval.samples
     what = f"{len(grid.checkpoints)} checkpoints a run, {answers} responses each"
-    return [*rows, _runs_row("total", what, runs, total + shared)]
+    tells = {"stage": "tells", "what": can_tell(grid, first, sizes.prompts), "runs": "", "time": ""}
+    return [*rows, tells, _runs_row("total", what, runs, total + shared)]
 
 
 def _policy_of(recipe: Recipe) -> tuple[str | None, ...]:

@@ -139,7 +139,8 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     held_out, dtype, model = sizes.held_out, recipe.dtype, sizes.large
     number, length = responses(recipe, sizes), recipe.eval.max_new_tokens
     # The start has read the pairs already where it is the reference, or its objective has one.
-    passes = 1 if recipe.policy.model is None or recipe.policy.objective in WITH_REFERENCE else 2
+    from_reference = recipe.policy.model is None and recipe.oracle.rewards is None
+    passes = 1 if from_reference or recipe.policy.objective in WITH_REFERENCE else 2
     share = 1.0 if recipe.eval.pairs is None else min(recipe.eval.pairs / max(held_out.pairs, 1), 1.0)
     read = Work("score", model, held_out.scored, held_out.responses, dtype=dtype).times(share)
     load = Work("load", model, dtype=dtype)

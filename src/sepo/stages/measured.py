@@ -44,15 +44,25 @@ def training_types(recipe: Recipe, start: Model) -> dict[str, Any]:
     return {"dtype": str(dtype).removeprefix("torch."), "quantization": policy.quantization}
 
 
-def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Callable[[], nn.Module]) -> Stage:
+def prompts_to_answer(recipe: Recipe, held_out: pa.Table, choosing: int) -> list[list[int]]:
+    """The prompts that are reported, or the `choosing` others on which a sweep is decided."""
+    if choosing:
+        return sample_prompts(held_out, choosing, after=recipe.eval.prompts)
+    return sample_prompts(held_out, recipe.eval.prompts)
+
+
+def start_stage(
+    recipe: Recipe, start: Model, pairs: Made, seed: int, base: Callable[[], nn.Module], choosing: int = 0
+) -> Stage:
     """Samples of the starting model, which every policy of that seed is paired with, in `start.json`.
 
     Args:
         base: gives `start` in memory, in the `training_types`.
+        choosing: as for `prompts_to_answer`.
     """
 
     def work(folder: Path) -> dict[str, Any]:
-        prompts = sample_prompts(read_table(pairs.folder / "held_out", "pairs"), recipe.eval.prompts)
+        prompts = prompts_to_answer(recipe, read_table(pairs.folder / "held_out", "pairs"), choosing)
         samples = start_of(base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
         write_json(folder / SAMPLES, samples, indent=None)
         return {name: float(np.mean(values)) for name, values in samples.items() if name != "texts"}
@@ -65,6 +75,7 @@ def start_stage(recipe: Recipe, start: Model, pairs: Made, seed: int, base: Call
             "pairs": pairs.content,
             "eval": recipe.eval.what_is_measured(),
             "seed": seed,
+            **({"choosing": choosing} if choosing else {}),
             **training_types(recipe, start),
         },
         outputs=(SAMPLES,),
@@ -84,6 +95,7 @@ def run_stage(
     seed: int,
     base: Callable[[], nn.Module],
     keep_model: bool = False,
+    choosing: int = 0,
 ) -> Stage:
     """One setting at one seed: a policy trained, measured at `checkpoints` (shares of the run) into `points.json`.
 
@@ -93,6 +105,7 @@ def run_stage(
         samples: from `start_stage`.
         held_out_logps: of `start`, where there is neither a gold reward nor a judge.
         base: gives `start` in memory, in the `training_types`.
+        choosing: as for `prompts_to_answer`.
     """
     policy, chosen = recipe.policy, recipe.eval.judge
 
@@ -105,7 +118,7 @@ def run_stage(
         judge = Judge(
             base(),
             load_tokenizer(start.folder),
-            sample_prompts(held_out, recipe.eval.prompts),
+            prompts_to_answer(recipe, held_out, choosing),
             recipe.eval,
             seed,
             json.loads((samples.folder / SAMPLES).read_text(encoding="utf-8")),
@@ -142,7 +155,7 @@ def run_stage(
         kind="run",
         what=f"{policy.objective}, seed {seed}",
         depends={
-            "policy": policy.model_dump(mode="json"),
+            "policy": policy.what_is_trained(),
             "start": start.inherited(),
             "targets": pairs.content if targets is None else targets.content,
             "logps": None if logps is None else logps.content,
@@ -152,6 +165,7 @@ def run_stage(
             **({} if chosen is None else {"judge": judge_content(chosen)}),
             "checkpoints": checkpoints,
             "seed": seed,
+            **({"choosing": choosing} if choosing else {}),
             **training_types(recipe, start),
         },
         outputs=(POINTS,),

@@ -12,7 +12,7 @@ import pyarrow as pa
 from sepo import processes
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import sample_pairs
-from sepo.data.tables import read_table
+from sepo.data.tables import read_table, swap_sides
 from sepo.errors import UserError
 from sepo.models.adapters import check_lora
 from sepo.models.checkpoint import adapter_is_idle
@@ -23,6 +23,7 @@ from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import say_once
 from sepo.recipe.settings import OracleSettings, Recipe
+from sepo.stages.score import check_rewards_file
 from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
 from sepo.stages.trained import training_need, training_work
 from sepo.training.check import check_training
@@ -32,6 +33,9 @@ from sepo.training.fit import train_model
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
     """The model that exists, where one is named, and the settings of a training; `elsewhere` as in `train.check`."""
     settings = recipe.oracle
+    if settings.rewards is not None:
+        check_rewards_file(Path(settings.rewards), settings.reward_columns)
+        return
     check_quantization(settings.quantization, train=True, lora=settings.lora is not None, installed=not elsewhere)
     if settings.model is None:
         check_training(
@@ -103,8 +107,10 @@ def existing(settings: OracleSettings, reference: Model) -> Model | None:
     return Model(folder, content)
 
 
-def stage(recipe: Recipe, reference: Model, pairs: Made, reference_logps: Made, seed: int) -> Stage:
-    """One oracle; `seed` draws its pairs and their order (`seeds`)."""
+def stage(
+    recipe: Recipe, reference: Model, pairs: Made, reference_logps: Made, seed: int, swapped: bool = False
+) -> Stage:
+    """One oracle, or its opposite on the `swapped` pairs; `seed` draws its pairs and their order (`seeds`)."""
     settings = recipe.oracle
 
     def work(folder: Path) -> dict[str, Any]:
@@ -116,18 +122,20 @@ def stage(recipe: Recipe, reference: Model, pairs: Made, reference_logps: Made, 
             settings,
             seed=seed,
             device=recipe.device,
+            swapped=swapped,
         )
 
     return Stage(
         kind="oracle",
-        what=f"DPO on {settings.sample:.0%} of the pairs, beta {settings.beta:g}, seed {seed}",
+        what=f"DPO on {settings.sample:.0%} of the pairs{', swapped' * swapped}, beta {settings.beta:g}, seed {seed}",
         depends={
             # One of several is the oracle that its seed alone would make.
-            "oracle": settings.model_dump(mode="json", exclude={"count"}),
+            "oracle": settings.what_is_trained(),
             "pairs": pairs.content,
             "reference": reference.content,
             "reference_logps": reference_logps.content,
             "seed": seed,
+            **({"swapped": True} if swapped else {}),
         },
         outputs=(".",),
         work=work,
@@ -136,10 +144,29 @@ def stage(recipe: Recipe, reference: Model, pairs: Made, reference_logps: Made, 
 
 
 def names(settings: OracleSettings) -> list[str]:
-    """Folders of a run's oracles: oracle, oracle-2, ...; none where the recipe names one that exists."""
-    if settings.model is not None:
+    """Folders of what a run trains: oracle, oracle-2, ..., of contrastive ones with oracle-reversed, ...
+
+    None where the recipe names an oracle that exists, or its rewards.
+    """
+    return [name for name, _, _ in members(settings)]
+
+
+def members(settings: OracleSettings, seed: int = 0) -> list[tuple[str, int, bool]]:
+    """What a run trains, as (folder, seed, on the swapped pairs?); a contrastive oracle stands before its opposite."""
+    if settings.model is not None or settings.rewards is not None:
         return []
-    return ["oracle", *(f"oracle-{number}" for number in range(2, settings.count + 1))]
+    own = ["oracle", *(f"oracle-{number}" for number in range(2, settings.count + 1))]
+    kinds = (False, True) if settings.contrastive else (False,)
+    return [
+        (f"{name}-reversed" if swapped else name, one, swapped)
+        for name, one in zip(own, seeds(seed, settings.count), strict=True)
+        for swapped in kinds
+    ]
+
+
+def readings(settings: OracleSettings) -> int:
+    """Models beside the reference that read all pairs, for the rewards."""
+    return 0 if settings.rewards is not None else len(members(settings)) or 1
 
 
 def seeds(seed: int, count: int) -> list[int]:
@@ -156,6 +183,7 @@ def train_oracle(
     *,
     seed: int = 0,
     device: str = "auto",
+    swapped: bool = False,
 ) -> dict[str, float]:
     """Train one oracle: DPO on the reference, over `settings.sample` of the pairs.
 
@@ -164,6 +192,7 @@ def train_oracle(
         pairs, reference_logps: all training pairs, and their stored log-probabilities under the reference.
         out: its model folder.
         seed: of the draw of pairs and of their order; one for each oracle (`seeds`).
+        swapped: chosen and rejected change places: the opposite of a contrastive oracle.
 
     Returns:
         the number of `pairs`, and what `train_model` returns.
@@ -171,12 +200,15 @@ def train_oracle(
     table, logps = read_table(pairs, "pairs"), read_table(reference_logps, "logps")
     sample = sample_pairs(table, settings.sample, seed=seed)
     rows = np.isin(table.column("pair_id").to_numpy(), sample.column("pair_id").to_numpy())
+    logps = logps.filter(pa.array(rows))
+    if swapped:
+        sample, logps = swap_sides(sample), swap_sides(logps)
     results = train_model(
         reference,
         sample,
         out,
         settings.training,
-        reference_logps=logps.filter(pa.array(rows)),
+        reference_logps=logps,
         lora=settings.lora,
         quantization=settings.quantization,
         seed=seed,
@@ -189,16 +221,17 @@ def train_oracle(
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
-    """The trainings; None for an oracle that exists."""
+    """The trainings; None for an oracle, or rewards, that exist."""
     settings = recipe.oracle
-    if settings.model is not None:
+    times = len(members(settings))
+    if not times:
         return None
     pairs = sizes.train
     work = training_work(settings, sizes.small, pairs, pairs.responses, share=settings.sample)
     return Cost(
-        "DPO" + (f", {settings.count} times" if settings.count > 1 else ""),
+        "DPO" + (f", {times} times" if times > 1 else ""),
         round(pairs.pairs * settings.sample),
         round(pairs.tokens * settings.sample),
-        settings.count * work,
+        times * work,
         training_need(settings, sizes, sizes.small, pairs.responses),
     )

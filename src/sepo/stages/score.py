@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.credit.rewards import combine_scores, require_rewards, token_rewards
-from sepo.data.tables import clear_shards, read_shard, read_table, table_paths, write_shard
-from sepo.errors import UserError
+from sepo.credit.rewards import combine_scores, given_rewards, require_rewards, token_rewards
+from sepo.data.tables import arrow_file, clear_shards, read_shard, read_table, table_digest, table_paths, write_shard
+from sepo.errors import UserError, one_line
 from sepo.evaluate.accuracy import oracle_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.processes import say
-from sepo.recipe.settings import Recipe
+from sepo.recipe.settings import OracleSettings, Recipe
 from sepo.stages.logps import PARTS, part_of
 from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Sizes, Stage
 
@@ -23,31 +26,35 @@ _TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
 
 
 def stage(
-    pairs: Made, oracle_logps: Sequence[Made], reference_logps: Made, words: PreTrainedTokenizerBase | None = None
+    pairs: Made,
+    oracle_logps: Sequence[Made],
+    reference_logps: Made | Sequence[Made],
+    words: PreTrainedTokenizerBase | None = None,
 ) -> Stage:
     """Token rewards of all pairs, the mean over oracles, in `scores` and `scores_held_out`.
 
     Args:
+        reference_logps: of the reference; or one for each oracle, its opposite on the swapped pairs.
         words: a tokenizer, to judge the rewards by the words of VADER's lexicon as well.
     """
+
+    one = isinstance(reference_logps, Made)
+    references = [reference_logps] * len(oracle_logps) if isinstance(reference_logps, Made) else list(reference_logps)
 
     def work(folder: Path) -> dict[str, Any]:
         for part in PARTS:
             oracles = [part_of(logps.folder, part) for logps in oracle_logps]
-            score_pairs(pairs.folder / part, oracles, part_of(reference_logps.folder, part), folder / _TABLES[part])
-        held_out = read_table(folder / SCORES_HELD_OUT, "scores")
-        results: dict[str, Any] = oracle_accuracy(held_out) if len(held_out) else {}
-        if words is not None:
-            judged = fidelity(words, read_table(folder / SCORES, "scores"))
-            results |= {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
-        return results
+            bases = [part_of(logps.folder, part) for logps in references]
+            score_pairs(pairs.folder / part, oracles, bases, folder / _TABLES[part])
+        return _judged(folder, words)
 
     return Stage(
         kind="score",
-        what="token rewards" + (f", the mean of {len(oracle_logps)} oracles" if len(oracle_logps) > 1 else ""),
+        what=("token rewards" if one else "token rewards against the opposite")
+        + (f", the mean of {len(oracle_logps)} oracles" if len(oracle_logps) > 1 else ""),
         depends={
             "oracle": [logps.content for logps in oracle_logps],
-            "reference": reference_logps.content,
+            "reference": references[0].content if one else [logps.content for logps in references],
             "pairs": pairs.content,
             "words": words is not None,
         },
@@ -56,15 +63,88 @@ def stage(
     )
 
 
-def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path, out: Path) -> Path:
-    """Join stored log-probabilities into a scores table, shard by shard; several oracles' rewards are averaged."""
-    kinds = ((pairs, "pairs"), (reference_logps, "logps"), *((store, "logps") for store in oracle_logps))
+def given_stage(settings: OracleSettings, pairs: Made, words: PreTrainedTokenizerBase | None = None) -> Stage:
+    """Token rewards that were made elsewhere, in `scores` and `scores_held_out` (the pairs of these that it has)."""
+    source, names = Path(str(settings.rewards)), settings.reward_columns
+    given = processes.on_main(lambda: check_rewards_file(source, names))
+
+    def work(folder: Path) -> dict[str, Any]:
+        rewards = read_rewards(source, names)
+        for part in PARTS:
+            shards = table_paths(pairs.folder / part, "pairs")
+            clear_shards(folder / _TABLES[part])
+            for index, path in enumerate(shards):
+                table = given_rewards(read_shard(path, "pairs"), rewards, names, missing=part == "held_out")
+                write_shard(folder / _TABLES[part], index, table, len(shards))
+        require_rewards([read_table(folder / SCORES, "scores")])
+        return _judged(folder, words)
+
+    return Stage(
+        kind="score",
+        what=f"token rewards of {source.name}",
+        depends={"given": given, "columns": list(names), "pairs": pairs.content, "words": words is not None},
+        outputs=(SCORES, SCORES_HELD_OUT),
+        work=lambda folder: processes.on_main(lambda: work(folder)),
+    )
+
+
+def _judged(folder: Path, words: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Held-out accuracy of the rewards, and how they follow the words of a lexicon where a tokenizer is given."""
+    held_out = read_table(folder / SCORES_HELD_OUT, "scores")
+    results: dict[str, Any] = oracle_accuracy(held_out) if len(held_out) else {}
+    if words is not None:
+        judged = fidelity(words, read_table(folder / SCORES, "scores"))
+        results |= {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
+    return results
+
+
+def read_rewards(source: Path, columns: tuple[str, str]) -> pa.Table:
+    """The table of a parquet file, or of a folder of them, with pair_id and two columns of lists of numbers."""
+    paths = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    wanted = ["pair_id", *columns]
+    try:
+        tables = []
+        for path in paths:
+            with arrow_file(path) as file:
+                tables.append(pq.read_table(file, columns=wanted))
+        table = pa.concat_tables(tables).combine_chunks()
+        lists = pa.list_(pa.float32())
+        return table.cast(pa.schema([("pair_id", pa.int64()), *((name, lists) for name in columns)]))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(
+            f"oracle.rewards: '{source}' cannot be read as parquet with pair_id and lists of numbers in "
+            f"{' and '.join(columns)} ({one_line(error, 120)})"
+        ) from None
+
+
+def check_rewards_file(source: Path, columns: tuple[str, str]) -> str:
+    """Raise a UserError unless the file has the columns; returns the digest of what it holds."""
+    table = read_rewards(source, columns)
+    for name in table.column_names:
+        column = table.column(name)
+        if column.null_count or (name != "pair_id" and pc.list_flatten(column).null_count):
+            raise UserError(f"oracle.rewards: '{source}', column '{name}', holds nulls; expected a value everywhere")
+    return table_digest(table)
+
+
+def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path | Sequence[Path], out: Path) -> Path:
+    """Join stored log-probabilities into a scores table, shard by shard; several oracles' rewards are averaged.
+
+    Args:
+        reference_logps: of all oracles, or of each its own.
+    """
+    bases = [reference_logps] * len(oracle_logps) if isinstance(reference_logps, Path) else list(reference_logps)
+    kinds = ((pairs, "pairs"), *((store, "logps") for store in (*bases, *oracle_logps)))
     shards = list(zip(*(table_paths(folder, kind) for folder, kind in kinds), strict=True))
     clear_shards(out)
     made = []
-    for index, (pair, reference, *oracles) in enumerate(shards):
-        table, base = read_shard(pair, "pairs"), read_shard(reference, "logps")
-        scores = [token_rewards(table, read_shard(oracle, "logps"), base) for oracle in oracles]
+    for index, (pair, *stores) in enumerate(shards):
+        table = read_shard(pair, "pairs")
+        before, after = stores[: len(bases)], stores[len(bases) :]
+        scores = [
+            token_rewards(table, read_shard(oracle, "logps"), read_shard(base, "logps"))
+            for base, oracle in zip(before, after, strict=True)
+        ]
         made.append(write_shard(out, index, scores[0] if len(scores) == 1 else combine_scores(scores), len(shards)))
     try:
         require_rewards(read_shard(path, "scores") for path in made)

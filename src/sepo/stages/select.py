@@ -20,6 +20,15 @@ def check(recipe: Recipe) -> None:
     check_rule(**recipe.select.model_dump())
 
 
+def settings_of(recipe: Recipe) -> SelectSettings:
+    """The rule of a recipe; for objectives that read the reward of every token, these and no choice of tokens."""
+    from sepo.training.objectives import REWARDED  # PyTorch, which the selection itself does without
+
+    if recipe.policy.objective not in REWARDED:
+        return recipe.select
+    return SelectSettings(k_chosen=1, k_rejected=1, include_end=True, credit="reward")
+
+
 def stage(settings: SelectSettings, scores: Made, seed: int) -> Stage:
     """The selection of a score table; only a random one depends on the seed."""
     rule = settings.model_dump(mode="json")
@@ -58,8 +67,10 @@ def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """Sorting: seconds at most."""
-    from sepo.training.objectives import SELECTIVE  # PyTorch, which the selection itself does without
+    from sepo.training.objectives import REWARDED, SELECTIVE
 
+    if recipe.policy.objective in REWARDED:
+        return Cost(f"the reward of every token, which {recipe.policy.objective} reads", sizes.train.pairs)
     kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
     if recipe.policy.objective not in SELECTIVE:
         kept += f" (not read by {recipe.policy.objective})"

@@ -13,7 +13,7 @@ from sepo.models.folders import is_outline
 from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import has_tokenizer
 from sepo.recipe.settings import Recipe
-from sepo.stages import transfer
+from sepo.stages import select, transfer
 from sepo.stages.reference import model_in
 from sepo.stages.stage import Cost, Made, Model, Sizes, Stage, Work
 from sepo.stages.trained import training_need, training_work
@@ -89,7 +89,7 @@ def stage(recipe: Recipe, model: Model, selection: Made, logps: Made | None, see
         kind="train",
         what=f"{recipe.policy.objective} objective",
         depends={
-            "policy": recipe.policy.model_dump(mode="json"),
+            "policy": recipe.policy.what_is_trained(),
             "start": model.inherited(),
             "selection": selection.content,
             "logps": None if logps is None else logps.content,
@@ -103,7 +103,7 @@ def stage(recipe: Recipe, model: Model, selection: Made, logps: Made | None, see
 
 def targets(recipe: Recipe, sizes: Sizes) -> float:
     """Tokens of all pairs that the policy is trained on."""
-    pairs, rule = sizes.train, recipe.select
+    pairs, rule = sizes.train, select.settings_of(recipe)
     if not reads_selection(recipe):
         return pairs.responses
     return rule.k_chosen * pairs.chosen + rule.k_rejected * pairs.rejected

@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sepo.credit.rewards import target_sums
+from sepo.credit.rewards import response_sums, target_sums
+from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
+from sepo.data.tables import SCHEMAS, make_table, provenance_of
 from sepo.errors import UserError
 from sepo.forward.packing import Pair, read_length
 from sepo.forward.passes import make_batches, table_pairs
@@ -29,16 +31,74 @@ def pairs_seen(step: int, pairs: int, batch_size: int) -> int:
     return epochs * pairs + min(rest * batch_size, pairs)
 
 
-class PairDataset(torch.utils.data.Dataset):
-    """Pairs with the (weighted) sums of their targets' reference log-probabilities (None without a reference)."""
+def require_every_reward(what: str, table: pa.Table, objective: str) -> None:
+    """Raise a UserError unless the weights of a selection table are the rewards of every response token."""
+    whole = "chosen_positions" in table.column_names and all(
+        np.array_equal(flat(table.column(f"{side}_positions"))[1], flat(table.column(f"{side}_ids"))[1])
+        for side in SIDES
+    )
+    if not whole or provenance_of(table).get("credit", "reward") != "reward":
+        raise UserError(
+            f"{what}: {objective} reads the reward of every response token: select with k_chosen=1 k_rejected=1 "
+            "include_end=true credit=reward"
+        )
 
-    def __init__(self, table: pa.Table, reference_logps: pa.Table | None = None):
+
+def require_means(what: str, table: pa.Table) -> None:
+    """Raise a UserError if the weights of a response have no positive sum: a mean by them would say nothing."""
+    for side in SIDES if "chosen_weights" in table.column_names else ():
+        bad = np.flatnonzero(segment_sums(*flat(table.column(f"{side}_weights"))) <= 0)
+        if bad.size:
+            raise UserError(
+                f"{what}: the {side} weights of pair {table.column('pair_id')[int(bad[0])]} (of {bad.size:,} pairs) "
+                "sum to 0 or less, and sepo takes a mean by them; use tis_dpo, which takes sums, or weights above 0"
+            )
+
+
+def reweighted(table: pa.Table, weights: Callable[[np.ndarray, int], np.ndarray]) -> pa.Table:
+    """A selection table with the weights `weights(old ones, 1 for chosen or -1 for rejected)`."""
+    columns: dict[str, Any] = {name: table.column(name) for name in SCHEMAS["selection"].names}
+    for side, sign in SIGNED_SIDES:
+        old, counts = flat(table.column(f"{side}_weights"))
+        columns[f"{side}_weights"] = ragged(weights(old, sign).astype(np.float32), counts)
+    return make_table("selection", columns)
+
+
+def with_baselines(table: pa.Table, reference_logps: pa.Table, beta: float) -> pa.Table:
+    """A table in which every response token is a target, and what it is measured from stands as its weight.
+
+    Of a "pairs" table that is log ref of the token. Of a "selection" table whose weights are rewards s it is
+    log ref + s / beta, in nats: the log-probability at which WSPO has no loss left.
+    """
+    columns: dict[str, Any] = {name: table.column(name) for name in SCHEMAS["pairs"].names}
+    for side in SIDES:
+        baselines, lengths = flat(reference_logps.column(f"{side}_logps"))
+        if f"{side}_weights" in table.column_names:
+            baselines = baselines + flat(table.column(f"{side}_weights"))[0].astype(np.float64) / beta
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        columns[f"{side}_positions"] = ragged((np.arange(len(baselines)) - starts).astype(np.int32), lengths)
+        columns[f"{side}_weights"] = ragged(baselines.astype(np.float32), lengths)
+    return make_table("selection", columns)
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Pairs with the (weighted) sums of their targets' reference log-probabilities (None without a reference).
+
+    Args:
+        table: pairs or a selection.
+        reference_logps: row for row with it.
+        baselines: the weights of `table` are those of `with_baselines`; the reference's sums are then over all tokens,
+            each once.
+    """
+
+    def __init__(self, table: pa.Table, reference_logps: pa.Table | None = None, baselines: bool = False):
         self.pairs = table_pairs(table)
         self.reference: np.ndarray | None = None  # [pairs, 2]
         if reference_logps is not None:
             if reference_logps.column("pair_id").to_pylist() != table.column("pair_id").to_pylist():
                 raise UserError("the reference log-probabilities are not those of these pairs: compute them again")
-            self.reference = np.stack(target_sums(table, reference_logps), 1)
+            sums = target_sums(table, reference_logps) if not baselines else response_sums(reference_logps, "logps")
+            self.reference = np.stack(sums, 1)
 
     def __len__(self) -> int:
         return len(self.pairs)

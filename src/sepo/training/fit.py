@@ -237,4 +237,5 @@ def _release(trainer: Any) -> None:
 
 def objective_settings(policy: PolicySettings) -> dict[str, Any]:
     """The keywords of `train_model` that a recipe's policy section sets."""
-    return policy.model_dump(include={"objective", "beta", "gamma", "margin", "alpha", "label_smoothing"})
+    names = {"objective", "beta", "gamma", "margin", "alpha", "label_smoothing"}
+    return policy.model_dump(include=names if policy.rate is None else {*names, "rate"})

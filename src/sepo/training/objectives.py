@@ -5,9 +5,11 @@ over the targets: all response tokens, or the selected ones, each times its weig
 methods; this is where each is its formula. Nothing is added to it: not the auxiliary losses of the routers of
 mixture-of-experts models, which TRL adds where the config has `output_router_logits`.
 
-    with a reference        dpo  ipo  tdpo1  tdpo2  tis_dpo
+    with a reference        dpo  ipo  tdpo1  tdpo2  tis_dpo  tgdpo  wspo  selective_dpo
     without                 sepo  simpo  confpo  cpo  orpo  rrhf
-    on selected tokens      sepo  tis_dpo  (the table says which and with what weight)  confpo (the policy says which)
+    on selected tokens      sepo  tis_dpo  (the table says which and with what weight)
+                            confpo  selective_dpo  (the policy says which)
+    on token rewards        tgdpo  wspo  (the table's weights are the rewards: credit "reward")
 
 `pair_losses` is the one door the trainer goes through.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -26,11 +29,17 @@ from sepo.recipe.settings import Objective
 
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 # Trained on the tokens and weights of a selection table; the others take every response token.
-SELECTIVE = ("sepo", "tis_dpo")
-WITH_REFERENCE = ("dpo", "ipo", "tdpo1", "tdpo2", "tis_dpo")
-WITH_LABEL_SMOOTHING = ("sepo", "dpo", "simpo", "cpo", "confpo")
+SELECTIVE = ("sepo", "tis_dpo", "tgdpo", "wspo")
+# Of these, the ones that read the reward of every token, which is what the table's weights have to be.
+REWARDED = ("tgdpo", "wspo")
+WITH_REFERENCE = ("dpo", "ipo", "tdpo1", "tdpo2", "tis_dpo", "tgdpo", "wspo", "selective_dpo")
+# Read a number of each token beside its log-probability, which stands where the others have a weight (`baselines`).
+WITH_BASELINES = ("wspo", "selective_dpo")
+WITH_LABEL_SMOOTHING = ("sepo", "dpo", "simpo", "cpo", "confpo", "selective_dpo")
 # The weight of a method's second term, where it has one, if none is given.
-ALPHA = {"cpo": 1.0, "orpo": 0.1, "rrhf": 1.0, "tdpo2": 0.5, "tis_dpo": 0.0}
+ALPHA = {"cpo": 1.0, "orpo": 0.1, "rrhf": 1.0, "tdpo2": 0.5, "tis_dpo": 0.0, "tgdpo": 0.5}
+# Share of each response's tokens that selective_dpo trains on, if none is given.
+RATE = 0.4
 
 
 def sepo(
@@ -281,6 +290,73 @@ def tis_dpo(
     return -logsigmoid(beta * (margins - alpha * (chosen_kls - rejected_kls)))
 
 
+def tgdpo(
+    chosen_sums: Tensor,
+    rejected_sums: Tensor,
+    reference_chosen_sums: Tensor,
+    reference_rejected_sums: Tensor,
+    beta: float = 0.1,
+) -> Tensor:
+    """TGDPO (arXiv 2506.14574): DPO whose beta grows with the token's reward, as the authors' code has it.
+
+        L = -log sigmoid(sum beta (1 + alpha beta s_t) d_t over y_w - sum beta (1 - alpha beta s_t) d_t over y_l)
+
+    with d_t = log pi - log ref of a token, and s_t its reward, log pi_oracle - log ref. There alpha is 0.5, beta 0.1.
+
+    Args:
+        chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums: `[pairs]`, each token times its
+            1 ± alpha beta s_t (`guided_weights`).
+    """
+    return dpo(chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums, beta)
+
+
+def guided_weights(rewards: np.ndarray, sign: int, alpha: float = 0.5, beta: float = 0.1) -> np.ndarray:
+    """TGDPO's weights of tokens, 1 + alpha beta s_t where `sign` is 1 (chosen), 1 - alpha beta s_t where it is -1."""
+    return 1 + sign * alpha * beta * rewards
+
+
+def wspo(chosen_errors: Tensor, chosen_counts: Tensor) -> Tensor:
+    """WSPO (arXiv 2410.18640): regress the policy's log-ratio on the weak model's, on chosen tokens alone.
+
+        L = 1 / |y_w| * sum over t of (beta (log pi - log ref)(y_w,t) - s_t)^2,    s_t = log pi_weak - log ref_weak
+
+    A mean over the response as for the other objectives; the authors' is over the tokens of a batch.
+
+    Args:
+        chosen_errors: `[pairs]` sums of the squares.
+        chosen_counts: `[pairs]` tokens of each chosen response.
+    """
+    return chosen_errors / chosen_counts
+
+
+def selective_marks(
+    logps: Tensor, reference_logps: Tensor, segments: Tensor, num_segments: int, rate: float = RATE
+) -> Tensor:
+    """Mark the tokens that Selective-DPO trains on (arXiv 2507.07725): DPO over these is its loss.
+
+        a_t = log ref - log pi in chosen responses,  log pi - log ref in rejected ones
+        kept where a_t is at least the (1 - rate) quantile of the own response
+
+    SePO with the policy, as it is now, in the oracle's place. Before any training, policy and reference are equal and
+    rounding decides, unless all are kept as equals.
+
+    Args:
+        logps, reference_logps: `[targets]`, all tokens of each response; neither gets a gradient from this.
+        segments: `[targets]`, ascending, even for chosen responses and odd for rejected ones.
+        rate: share of a response's tokens to keep; one at least is kept.
+
+    Returns:
+        `[targets]` bool.
+    """
+    gaps = (reference_logps - logps.detach()) * (1 - 2 * (segments % 2))
+    counts = torch.bincount(segments, minlength=num_segments)
+    by_gap = torch.argsort(gaps, descending=True, stable=True)
+    order = by_gap[torch.argsort(segments[by_gap], stable=True)]  # responses stay in place, largest gap first
+    kept = (rate * counts + 1e-6).floor().long().clamp(min=1)
+    last = (counts.cumsum(0) - counts + kept - 1).clamp(max=max(len(gaps) - 1, 0))
+    return gaps >= gaps[order[last]][segments]
+
+
 def _contrast(logits: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
 
@@ -299,6 +375,7 @@ class PairSums:
         chosen_counts, rejected_counts: sums of the weights; the number of targets where all weights are 1.
         reference_chosen, reference_rejected: log-probabilities under the reference; None without one.
         chosen_kls, rejected_kls: KL between policy and reference at each target; None where not needed.
+        chosen_errors: squares of `wspo`; None where not needed.
     """
 
     chosen: Tensor
@@ -309,6 +386,7 @@ class PairSums:
     reference_rejected: Tensor | None = None
     chosen_kls: Tensor | None = None
     rejected_kls: Tensor | None = None
+    chosen_errors: Tensor | None = None
 
 
 def kl_direction(objective: str, alpha: float | None = None) -> str | None:
@@ -335,7 +413,8 @@ def pair_losses(
     log-probability without one.
 
     Args:
-        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; `ALPHA` when None.
+        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; `ALPHA` when None. That of tgdpo is in
+            the sums.
     """
     weight = ALPHA.get(objective, 0.0) if alpha is None else alpha
     policy = (sums.chosen, sums.rejected)
@@ -357,8 +436,14 @@ def pair_losses(
         raise ValueError(f"{objective} needs log-probabilities under the reference")
     reference = (sums.reference_chosen, sums.reference_rejected)
     rewards = (beta * (sums.chosen - reference[0]), beta * (sums.rejected - reference[1]))
-    if objective == "dpo":
+    if objective in ("dpo", "selective_dpo"):
         return dpo(*policy, *reference, beta, label_smoothing), *rewards
+    if objective == "tgdpo":
+        return tgdpo(*policy, *reference, beta), *rewards
+    if objective == "wspo":
+        if sums.chosen_errors is None:
+            raise ValueError("wspo needs the squared errors of the chosen tokens")
+        return wspo(sums.chosen_errors, sums.chosen_counts), *rewards
     if objective == "ipo":
         return ipo(*policy, *counts, *reference, beta), *rewards
     if objective == "tis_dpo" and sums.chosen_kls is None:

@@ -39,18 +39,30 @@ from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import gather_by_block, sharded_twin
 from sepo.training import objectives
-from sepo.training.batches import PairCollator, PairDataset, PairSampler
+from sepo.training.batches import (
+    PairCollator,
+    PairDataset,
+    PairSampler,
+    require_every_reward,
+    require_means,
+    reweighted,
+    with_baselines,
+)
 from sepo.training.logs import reporters
 from sepo.training.noise import adapter_modules, as_configured, noisy_parts, silence, train_quietly
 from sepo.training.objectives import (
     OBJECTIVES,
+    REWARDED,
     SELECTIVE,
+    WITH_BASELINES,
     WITH_REFERENCE,
     PairSums,
     below_mean_probability,
     check_objective,
+    guided_weights,
     kl_direction,
     pair_losses,
+    selective_marks,
 )
 
 
@@ -60,13 +72,15 @@ class PreferenceConfig(TrainingArguments):
 
     Args:
         objective: a loss of `sepo.training.objectives` by name (docs/objectives.md). "sepo" and "tis_dpo" train on the
-            tokens of a selection table, the others on all response tokens, whichever kind of table they are given.
-        beta: KL strength of dpo, ipo, tdpo1, tdpo2 and tis_dpo; reward scale of cpo.
+            tokens of a selection table, "tgdpo" and "wspo" on one of credit "reward" with every token, the others on
+            all response tokens, whichever kind of table they are given.
+        beta: KL strength of the objectives with a reference; reward scale of cpo.
         gamma: reward scale of sepo, simpo and confpo.
         margin: target margin of the same.
-        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; the paper's (`objectives.ALPHA`) if
-            None.
-        label_smoothing: probability that a label is flipped, for sepo, simpo, confpo, cpo and dpo.
+        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo, of the token rewards of tgdpo; the
+            paper's (`objectives.ALPHA`) if None.
+        rate: share of each response's tokens that selective_dpo trains on; the authors' (`objectives.RATE`) if None.
+        label_smoothing: probability that a label is flipped, for sepo, simpo, confpo, cpo, dpo and selective_dpo.
         tokens_per_row: token budget of a packed row, which bounds the memory of a step; a default for the device
             when None. `per_device_train_batch_size` counts pairs and may need many rows.
         layout: "auto" packs rows where the model takes them (checked once), "packed" and "padded" insist.
@@ -79,6 +93,7 @@ class PreferenceConfig(TrainingArguments):
     gamma: float = field(default=2.0, metadata={"help": "reward scale of SePO, SimPO and ConfPO"})
     margin: float = field(default=0.0, metadata={"help": "target margin of SePO, SimPO and ConfPO"})
     alpha: float | None = field(default=None, metadata={"help": "weight of the objective's second term"})
+    rate: float | None = field(default=None, metadata={"help": "share of the tokens that Selective-DPO trains on"})
     label_smoothing: float = field(default=0.0, metadata={"help": "probability of a flipped label, below 0.5"})
     tokens_per_row: int | None = field(default=None, metadata={"help": "token budget of a packed row"})
     layout: str = field(default="auto", metadata={"help": "auto, packed or padded"})
@@ -98,6 +113,8 @@ class PreferenceConfig(TrainingArguments):
         check_number("margin", self.margin, least=0)
         if self.alpha is not None:
             check_number("alpha", self.alpha, least=0)
+        if self.rate is not None:
+            check_number("rate", self.rate, above=0, most=1)
         for name, least in (("tokens_per_row", 1), ("max_length", 2), ("max_prompt_length", 1)):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), whole=True, least=least)
@@ -251,6 +268,10 @@ class PreferenceTrainer(Trainer):
         require_readable(model, data)
         if args.objective not in SELECTIVE:
             data = data.select(SCHEMAS["pairs"].names)
+        if args.objective == "sepo":
+            require_means(f"{part}_dataset", data)
+        if args.objective in REWARDED:
+            require_every_reward(f"{part}_dataset", data, args.objective)
         if args.objective not in WITH_REFERENCE:
             return PairDataset(data)
         if reference_logps is not None:
@@ -261,6 +282,11 @@ class PreferenceTrainer(Trainer):
             with _autocast(args):
                 reference_logps = dataset_logps(reader, data, tokens_per_row=args.tokens_per_row, over_processes=True)
             del reader
+        if args.objective == "tgdpo":
+            alpha = objectives.ALPHA["tgdpo"] if args.alpha is None else args.alpha
+            data = reweighted(data, lambda rewards, sign: guided_weights(rewards, sign, alpha, args.beta))
+        if args.objective in WITH_BASELINES:
+            return PairDataset(with_baselines(data, reference_logps, args.beta), reference_logps, True)
         return PairDataset(data, reference_logps)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
@@ -277,12 +303,25 @@ class PreferenceTrainer(Trainer):
         if args.objective == "confpo":
             marked = below_mean_probability(logps, batch.segments, 2 * batch.num_pairs)
             batch = replace(batch, weights=marked.to(batch.weights.dtype))
+        errors = None
+        if args.objective in WITH_BASELINES:
+            baselines, weights = batch.weights, torch.ones_like(batch.weights)
+            if args.objective == "wspo":
+                errors = segment_sums((args.beta * (logps - baselines)) ** 2, batch)[0]
+            else:
+                rate = objectives.RATE if args.rate is None else args.rate
+                marked = selective_marks(logps, baselines, batch.segments, 2 * batch.num_pairs, rate)
+                weights = marked.to(weights.dtype)
+            batch = replace(batch, weights=weights)
+            if args.objective == "selective_dpo":
+                reference = torch.stack(segment_sums(baselines, batch, weighted=True))
         sums = PairSums(
             *segment_sums(logps, batch, weighted=True),
             *segment_weights(batch),
             *((None, None) if reference is None else reference),
             *kls,
         )
+        sums.chosen_errors = errors
         if reference is not None and model.training and self.state.global_step == 0 and not self._start_checked:
             self._check_start(sums, batch)
         return pair_losses(

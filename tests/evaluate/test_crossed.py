@@ -1,0 +1,64 @@
+"""Differences over seeds x prompts: intervals hold the truth as often as they say, and the power is as announced."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sepo.evaluate.statistics import Spread, crossed_mean, mean_and_se, smallest_difference
+from sepo.report.comparison import power_line
+
+DESIGNS = [
+    (3, 84, Spread(0.05, 0.1, 0.3)),
+    (3, 84, Spread(0.03, 0.2, 0.35)),
+    (5, 84, Spread(0.05, 0.1, 0.3)),
+    (5, 40, Spread(0.0, 0.3, 0.3)),  # an oracle for each seed changes nothing
+    (10, 200, Spread(0.1, 0.1, 0.3)),
+]
+
+
+def draw(rng, seeds, prompts, spread, effect):
+    """A paired difference with known effect and spread."""
+    by_seed = rng.normal(0, spread.seed, (seeds, 1))
+    return effect + by_seed + rng.normal(0, spread.prompt, prompts) + rng.normal(0, spread.rest, (seeds, prompts))
+
+
+@pytest.mark.parametrize(("seeds", "prompts", "spread"), DESIGNS)
+def test_intervals_hold_the_truth_and_the_power_is_as_announced(seeds, prompts, spread):
+    rng = np.random.default_rng(7)
+    told = smallest_difference(*spread.error(seeds, prompts))
+    found = [crossed_mean(draw(rng, seeds, prompts, spread, told)) for _ in range(1500)]
+    held = np.mean([one.low < told < one.high for one in found])
+    seen = np.mean([one.low > 0 or one.high < 0 for one in found])
+    assert 0.93 <= held <= 0.97
+    assert seen == pytest.approx(0.8, abs=0.05)
+
+
+def test_an_interval_over_prompts_alone_is_too_narrow_where_seeds_differ():
+    """What the crossed interval is for: the naive one misses the truth far more often than it says."""
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(500):
+        values = draw(rng, 5, 84, Spread(0.05, 0.1, 0.3), 0.0)
+        mean, error = mean_and_se(values.ravel())
+        missed += abs(mean) > 1.96 * error
+    assert missed / 500 > 0.2
+
+
+def test_the_moments_are_those_of_a_table_worked_out_by_hand():
+    found = crossed_mean([[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]])
+    # Means of seeds 1.5, 3.5, 7; of prompts 3, 5; of all 4. Squares: 2 (6.25 + 0.25 + 9) / 2 and 3 (1 + 1) / 1.
+    rest = (0.5**2 + 0.5**2 + 0.5**2 + 0.5**2 + 1 + 1) / 2
+    assert found.mean == 4
+    assert found.spread.rest == pytest.approx(np.sqrt(rest))
+    assert found.spread.seed == pytest.approx(np.sqrt((15.5 - rest) / 2))
+    assert found.spread.prompt == pytest.approx(np.sqrt((6 - rest) / 3))
+    assert found.error == pytest.approx(np.sqrt((15.5 + 6 - rest) / 6))
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, found.freedom) * found.error)
+    with pytest.raises(ValueError, match="2 seeds by 5 prompts"):
+        crossed_mean(np.zeros((2, 5)))
+
+
+def test_the_line_of_a_grid_says_what_its_spread_gives():
+    spread = Spread(0.02, 0.1, 0.3)
+    told = smallest_difference(*spread.error(5, 100))
+    assert f"this grid can tell {told:.2g} apart (80 % power, 5 seeds x 100 prompts" in power_line(5, 100, spread, "x")
+    assert smallest_difference(*spread.error(10, 400)) < told / 1.5
