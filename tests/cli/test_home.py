@@ -112,6 +112,7 @@ def test_a_table_with_a_name_knows_it_too(at_home):
 NO_PATH_SETTINGS = {
     *("name", "device", "data.split", "data.config_name", "data.held_out_split", "data.pairs_from"),
     *("reference.sft.split", "reference.sft.config_name", "reference.revision", "policy.revision"),
+    "oracle.reward_columns",
     *(f"{part}.lora.target_modules" for part in ("oracle", "policy")),
     *(
         f"{part}.training.{name}"
@@ -145,8 +146,8 @@ RECIPE_PATHS = sorted(set(text_settings(Recipe)) - NO_PATH_SETTINGS)
 
 def test_the_settings_that_take_a_path_are_found():
     assert [
-        *("data.held_out_source", "data.source", "oracle.model", "output_dir", "policy.model", "reference.model"),
-        "reference.sft.source",
+        *("data.held_out_source", "data.source", "oracle.model", "oracle.rewards", "output_dir", "policy.model"),
+        *("reference.model", "reference.sft.source"),
     ] == RECIPE_PATHS
 
 
