@@ -70,6 +70,14 @@ def test_what_a_reader_should_be_careful_of_is_said_only_where_it_is_so(changed,
     assert not any(word in sentence for sentence in cautions(recipe, METRICS))
 
 
+def test_an_oracle_that_finds_the_words_is_not_called_noise_for_ranking_few_pairs():
+    recipe = parse_recipe(RECIPE, "test")
+    weak = METRICS | {"oracle/accuracy": 0.55}
+    for auc, noise in ((0.74, False), (0.55, True), (None, True)):
+        found = cautions(recipe, weak | {"fidelity/auc": auc, "fidelity/auc_se": 0.02})
+        assert any("may be noise" in sentence for sentence in found) is noise
+
+
 def test_a_run_without_a_judge_says_that_nothing_judged_it():
     metrics = {name: value for name, value in METRICS.items() if not name.startswith(("gold", "fidelity"))}
     recipe = parse_recipe({"name": "mine"}, "test")

@@ -144,7 +144,8 @@ def _trained(
     elif recipe.oracle.model is None:
         some = "" if recipe.oracle.sample == 1 else f"{recipe.oracle.sample:.0%} of "
         count = f"{recipe.oracle.count} times " if recipe.oracle.count > 1 else ""
-        text = f"{count}{part}, trained with DPO on {some}{pairs:,} pairs ({_took(seconds, 'oracle')})"
+        how = "trained as adapters" if recipe.oracle.lora is not None else "trained"
+        text = f"{count}{part}, {how} with DPO on {some}{pairs:,} pairs ({_took(seconds, 'oracle')})"
     else:
         text = f"{short_name(recipe.oracle.model)}, as it was, against {part}"
     if (accuracy := metrics.get("oracle/accuracy")) is not None:
@@ -312,8 +313,10 @@ def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
             )
     accuracy, baseline = metrics.get("oracle/accuracy"), metrics.get("oracle/length_baseline")
     if accuracy is not None and baseline is not None:
-        behind = accuracy - max(baseline, 0.5)
-        if behind < 2 * metrics.get("oracle/accuracy_se", 0.0):
+        ahead = accuracy - max(baseline, 0.5)
+        finds = (metrics.get("fidelity/auc") or 0.5) - 0.5  # words that are known to matter are better evidence
+        clear = finds > _CLEAR * (metrics.get("fidelity/auc_se") or float("inf"))
+        if ahead < 2 * (metrics.get("oracle/accuracy_se") or 0.0) and not clear:
             found.append(
                 f"The oracle ranks held-out pairs hardly better than length or chance would ({accuracy:.0%} against "
                 f"{max(baseline, 0.5):.0%}): its key tokens may be noise."
