@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import pwd
@@ -72,6 +73,8 @@ def at_home(home, monkeypatch, tmp_path) -> Path:
 NO_PATH = {
     *("overrides", "training", "split", "column", "pairs_from", "chat_template", "objective", "device"),
     "recipe name",  # a built-in recipe's
+    *("server", "key_variable", "model_name", "prompt_name", "judge"),  # a judge is a kind with a name, tried below
+    *("generate name", "winrate baseline", "push to", "push base", "push license"),
 }
 
 
@@ -113,6 +116,7 @@ NO_PATH_SETTINGS = {
     *("name", "device", "data.split", "data.config_name", "data.held_out_split", "data.pairs_from"),
     *("reference.sft.split", "reference.sft.config_name", "reference.revision", "policy.revision"),
     "oracle.reward_columns",
+    *(f"eval.judge.{name}" for name in ("function", "key_variable", "model", "prompt_name", "revision", "server")),
     *(f"{part}.lora.target_modules" for part in ("oracle", "policy")),
     *(
         f"{part}.training.{name}"
@@ -120,7 +124,10 @@ NO_PATH_SETTINGS = {
         for name in ("lr_scheduler_type", "report_to")
     ),
 }
-GIVEN = {"reference.sft.source": "prefs", "name": "grid", "variants": {"a": {}}}
+# What some settings need beside them.
+SERVER = {"server": "http://localhost:1/v1", "model": "m", "prompt": "p.txt"}
+BESIDE = {"eval.judge.cache": {"eval": {"judge": SERVER}}, "eval.judge.prompt": {"eval": {"judge": SERVER}}}
+LISTS = ("eval.tasks",)
 
 
 def parts(annotation: Any) -> Iterator[Any]:
@@ -146,19 +153,27 @@ RECIPE_PATHS = sorted(set(text_settings(Recipe)) - NO_PATH_SETTINGS)
 
 def test_the_settings_that_take_a_path_are_found():
     assert [
-        *("data.held_out_source", "data.source", "oracle.model", "oracle.rewards", "output_dir", "policy.model"),
+        *("data.held_out_source", "data.source", "eval.judge.cache", "eval.judge.prompt", "eval.judge.reward_model"),
+        *("eval.tasks", "oracle.model", "oracle.rewards", "output_dir", "policy.model"),
         *("reference.model", "reference.sft.source"),
     ] == RECIPE_PATHS
 
 
 @pytest.mark.parametrize("setting", RECIPE_PATHS)
 def test_every_setting_that_takes_a_path_knows_the_home_folder(setting, at_home):
-    values: dict[str, Any] = {}
-    set_key(values, setting, "~/some/place", "test")
+    values: dict[str, Any] = copy.deepcopy(BESIDE.get(setting, {}))
+    set_key(values, setting, ["~/some/place"] if setting in LISTS else "~/some/place", "test")
     value: Any = parse_recipe(values)
     for part in setting.split("."):
         value = getattr(value, part)
-    assert value == str(at_home / "some" / "place")
+    assert value == ([str(at_home / "some" / "place")] if setting in LISTS else str(at_home / "some" / "place"))
+
+
+def test_a_judge_in_one_text_and_the_files_of_benchmarks_know_it_too(at_home):
+    settings = parse_recipe({"eval": {"judge": "reward:~/some/place", "benchmarks": {"alpaca_eval": "~/a.json"}}}).eval
+    assert settings.judge is not None
+    assert settings.judge.reward_model == str(at_home / "some" / "place")
+    assert settings.benchmarks == {"alpaca_eval": str(at_home / "a.json")}
 
 
 @pytest.mark.parametrize("setting", sorted(set(text_settings(Grid)) - {"name", "seeds_vary"}))
