@@ -43,7 +43,13 @@ class Bar(Protocol):
 def redraws(stream: Any = None) -> bool:
     """Can a line be drawn again where progress is shown: in a terminal, or in a notebook?"""
     stream = sys.stderr if stream is None else stream
-    return stream.isatty() or "ipykernel" in sys.modules
+    return stream.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")  # where it runs, it is imported
+    shell = ipython.get_ipython() if ipython is not None else None
+    return hasattr(shell, "kernel")
 
 
 class _Lines(tqdm):

@@ -39,6 +39,14 @@ def place(tmp_path_factory) -> Path:
     (folder / "recipe.yaml").write_text(json.dumps({**base, "output_dir": str(folder / "run")}, ensure_ascii=False))
     grid = {"base": "recipe.yaml", "output_dir": str(folder / "compared"), "checkpoints": 1, "variants": {"a": {}}}
     (folder / "grid.yaml").write_text(json.dumps(grid, ensure_ascii=False))
+    questions = [{"instruction": f"Est-ce là {i}, 🙂?"} for i in range(3)]
+    (folder / "questions.json").write_text(json.dumps(questions))
+    for name, word in (("one", "Oui"), ("two", "Peut-être")):
+        answers = [{**question, "output": f"{word} 偏好", "generator": f"{name}-é"} for question in questions]
+        (folder / f"{name}.json").write_text(json.dumps(answers))
+    (folder / "judge_in_ascii.py").write_text(
+        "def lengths(prompts, responses):\n    return [len(r) for r in responses]\n"
+    )
     return folder
 
 
@@ -53,6 +61,14 @@ def commands(place: Path) -> dict[str, list[str]]:
         "run": ["run", f"{place}/recipe.yaml"],
         "oracle": ["oracle", *reference, *data, "--out", f"{place}/oracle", "batch_size=4"],
         "score": ["score", "--oracle", f"{place}/oracle", *reference, *data, "--out", f"{place}/scores"],
+        "transfer": ["transfer", "--table", f"{place}/scores", *data[:3], "--tokenizer", f"{place}/model",
+                     "--out", f"{place}/moved"],
+        "generate": ["generate", "--model", f"{place}/model", "--prompts", f"{place}/questions.json",
+                     "--device", "cpu", "--out", f"{place}/answers", "--max-new-tokens", "4"],
+        "judge": ["judge", "--answers", f"{place}/one.json", "--against", f"{place}/two.json",
+                  "--judge", "function:judge_in_ascii:lengths", "--out", f"{place}/judged"],
+        "winrate": ["winrate", f"{place}/judged/annotations.json"],
+        "push": ["push", f"{place}/run", "--to", "me/mine", "--what", "scores", "--dry-run"],
         "select": ["select", "--table", f"{place}/scores", "--out", f"{place}/selection"],
         "train": ["train", "--policy", f"{place}/model", "--selection", f"{place}/selection", "--device", "cpu",
                   "--out", f"{place}/policy", "batch_size=4"],
@@ -66,6 +82,7 @@ def commands(place: Path) -> dict[str, list[str]]:
 
 
 def test_every_command_prints_into_ascii(place, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
     names = {words[0] for words in commands(place).values()}
     source = (ROOT / "src" / "sepo" / "cli" / "arguments.py").read_text(encoding="utf-8")
     assert names == set(re.findall(r'command\(\s*"(\w+)"', source))

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from pairs import some_pairs
 from sepo.errors import UserError
 from sepo.forward.passes import dataset_logps
+from sepo.models.adapters import new_adapter
 from sepo.models.names import check_model
 from sepo.models.saving import save_model
 from sepo.models.weights import load_model
+from sepo.recipe.settings import LoraSettings
 from tiny_models import tiny_model, tiny_tokenizer
 
 # What a kind needs beside its defaults, to fit a tiny Llama.
@@ -158,3 +160,21 @@ def test_a_prompt_adapter_is_refused_before_anything_is_loaded(tmp_path, bases):
     for check in (check_model, lambda folder: load_model(folder, device="cpu")):
         with pytest.raises(UserError, match=r"\(PREFIX_TUNING\) changes the model's input"):
             check(tmp_path / "prefix")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_adapters_on_the_upper_layers_are_those_of_a_pattern_and_no_others(architecture):
+    """Same modules, same first weights, and no gradient below them."""
+    layers = tiny_model(architecture).config.num_hidden_layers
+    upper = new_adapter(tiny_model(architecture), LoraSettings(r=2, upper=1 / layers), seed=3)
+    names = {name for name, parameter in upper.named_parameters() if parameter.requires_grad}
+    assert names
+    assert all(f".{layers - 1}." in name for name in names)
+    everywhere = new_adapter(tiny_model(architecture), LoraSettings(r=2), seed=3)
+    of_all = {name for name, parameter in everywhere.named_parameters() if parameter.requires_grad}
+    assert names == {name for name in of_all if f".{layers - 1}." in name}
+    one = "q_proj" if architecture == "llama" else "c_attn"
+    few = new_adapter(tiny_model(architecture), LoraSettings(r=2, upper=1 / layers, target_modules=[one]))
+    assert len([name for name, parameter in few.named_parameters() if parameter.requires_grad]) == 2
+    with pytest.raises(ValueError, match="pattern names the layers itself"):
+        LoraSettings(upper=0.5, target_modules=".*q_proj")

@@ -185,6 +185,8 @@ def test_flops_of_adapters_are_those_of_the_layers_that_their_gradients_reach(mo
     whole, head = 10 * shape.linear, 4 * shape.head
     assert flops(None) == 6 * (whole + head)
     assert flops(LoraSettings()) == 4 * (whole + head)
-    last = LoraSettings(target_modules=rf".*layers\.{shape.layers - 1}\..*proj")
+    last = LoraSettings(upper=1 / shape.layers)
+    named = LoraSettings(target_modules=rf".*layers\.{shape.layers - 1}\..*proj")
+    assert flops(named) == flops(last)
     assert flops(last) == pytest.approx(2 * whole + 2 * whole / shape.layers + 4 * head)
     assert flops(LoraSettings(target_modules=["down_proj"])) > flops(last)

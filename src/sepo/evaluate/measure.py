@@ -22,6 +22,7 @@ from sepo.data.splits import sample_prompts
 from sepo.data.tables import make_table, read_table, write_parquet
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
+from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.generate import Generation, generate_responses
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.judges.in_run import judge_responses
@@ -31,9 +32,6 @@ from sepo.forward.passes import dataset_logps, read_like
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import EvalSettings
-
-# What is written beside the figures: all that was measured, a few answers for people, and a judge's verdicts.
-GENERATIONS, EXAMPLES, ANNOTATIONS = "generations.parquet", "examples.parquet", "annotations.json"
 
 
 def evaluate_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sepo.errors import UserError, named_error, wrong_type
 from sepo.models.checkpoint import adapter_state, require_same_weights
@@ -53,7 +55,7 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0, secti
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=lora.target_modules if lora.upper == 1 else _upper_modules(model, lora),
     )
     try:
         with torch.random.fork_rng():
@@ -63,6 +65,23 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0, secti
         raise UserError(
             f"{section}.target_modules {lora.target_modules!r} does not fit the model: {named_error(error)}"
         ) from None
+
+
+def _upper_modules(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
+    """Names of the linear layers that a new adapter is put on in the upper decoder layers."""
+    taken = lora.adapted_layers(model.config.get_text_config().num_hidden_layers)
+    targets, head = lora.target_modules, model.get_output_embeddings()
+
+    def is_taken(name: str, module: nn.Module) -> bool:
+        number = re.search(r"\.(\d+)\.", name)
+        return (
+            isinstance(module, nn.Linear | Conv1D) and module is not head and bool(number) and int(number[1]) in taken
+        )
+
+    def is_target(name: str) -> bool:
+        return targets == "all-linear" or any(name == one or name.endswith(f".{one}") for one in targets)
+
+    return [name for name, module in model.named_modules() if is_taken(name, module) and is_target(name)]
 
 
 def check_lora(

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from sepo.models.folders import adapter_base, check_folder, is_adapter
 from sepo.models.gguf import check_gguf, converted_folder, is_converted
 from sepo.models.hub import hub_snapshot
 from sepo.models.names import gguf_path
+
+if TYPE_CHECKING:
+    from sepo.recipe.settings import LoraSettings
 
 
 def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedConfig:
@@ -111,9 +114,15 @@ class Shape:
         """Weights of the linear layers, without the LM head."""
         return sum(inputs * outputs for _, inputs, outputs in self.linears)
 
-    def reached(self, targets: str | list[str]) -> int:
+    def adapted_by(self, lora: LoraSettings) -> list[tuple[str, int, int]]:
+        """The linear layers that LoRA adapts in the decoder layers that it takes."""
+        taken = lora.adapted_layers(self.layers)
+        found = ((layer, re.search(r"\.(\d+)\.", layer[0])) for layer in self.adapted(lora.target_modules))
+        return [layer for layer, number in found if number is None or int(number[1]) in taken]
+
+    def reached(self, lora: LoraSettings) -> int:
         """Weights of the linear layers from the first that LoRA adapts on: a backward pass goes through no others."""
-        adapted = self.adapted(targets)
+        adapted = self.adapted_by(lora)
         first = self.linears.index(adapted[0]) if adapted else len(self.linears)
         return sum(inputs * outputs for _, inputs, outputs in self.linears[first:])
 

@@ -118,6 +118,19 @@ class LoraSettings(Settings):
         "all-linear",
         description="modules to adapt: all-linear (every linear layer but the LM head), or names: [q_proj, v_proj]",
     )
+    upper: Rate = Field(
+        1.0, description="share of the decoder's layers to adapt, from the last one down; gradients go no further"
+    )
+
+    @model_validator(mode="after")
+    def _no_pattern_beside_upper(self) -> LoraSettings:
+        if self.upper < 1 and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            raise ValueError("upper goes with target_modules all-linear or a list; a pattern names the layers itself")
+        return self
+
+    def adapted_layers(self, layers: int) -> range:
+        """The decoder layers that are adapted, of so many."""
+        return range(layers - max(1, round(self.upper * layers)), layers)
 
 
 class TrainingSettings(Settings):

@@ -10,8 +10,8 @@ from sepo import processes
 from sepo.errors import UserError
 from sepo.evaluate.answering import questions_digest
 from sepo.evaluate.benchmarks import ROLES, answer_benchmark, judge_benchmark, questions_of
+from sepo.evaluate.files import ANNOTATIONS
 from sepo.evaluate.judges.in_run import judge_content
-from sepo.evaluate.measure import ANNOTATIONS
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import JudgeSettings, Recipe

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sepo import processes
+from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.generate import responses_at_once
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.judges.in_run import check_judge, judge_content
-from sepo.evaluate.measure import ANNOTATIONS, EXAMPLES, GENERATIONS, evaluate_run
+from sepo.evaluate.measure import evaluate_run
 from sepo.forward.passes import tokens_per_row_for
 from sepo.recipe.settings import Recipe
 from sepo.stages.logps import width_of

@@ -189,7 +189,7 @@ class Work:
             return forward
         if self.lora is None:
             return 3 * forward
-        return forward + 2.0 * (self.tokens * shape.reached(self.lora.target_modules) + self.targets * shape.head)
+        return forward + 2.0 * (self.tokens * shape.reached(self.lora) + self.targets * shape.head)
 
     def times(self, number: float) -> Work:
         """The same work a number of times."""

@@ -56,7 +56,7 @@ class Training:
         """Weights that are trained."""
         if self.lora is None:
             return self.shape.parameters
-        return self.lora.r * sum(i + o for _, i, o in self.shape.adapted(self.lora.target_modules))
+        return self.lora.r * sum(i + o for _, i, o in self.shape.adapted_by(self.lora))
 
     def parts(self) -> dict[str, float]:
         """Bytes by part (`PARTS`)."""
@@ -111,7 +111,7 @@ class Training:
         if plain or self.lora is not None:
             mlp += compute * shape.intermediate  # the product of gate and up
         if self.lora is not None:
-            inputs = sum(inputs for _, inputs, _ in shape.adapted(self.lora.target_modules)) / shape.layers
+            inputs = sum(inputs for _, inputs, _ in shape.adapted_by(self.lora)) / shape.layers
             mlp += math.ceil(compute * inputs + 2 * compute * self.lora.r * len(shape.linears) / shape.layers)
         layer = self.tokens * (norms + attention + mlp)
         if self.settings.activation_checkpointing:  # the inputs of the blocks, and one block at a time
