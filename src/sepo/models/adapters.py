@@ -74,9 +74,8 @@ def _upper_modules(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
 
     def is_taken(name: str, module: nn.Module) -> bool:
         number = re.search(r"\.(\d+)\.", name)
-        return (
-            isinstance(module, nn.Linear | Conv1D) and module is not head and bool(number) and int(number[1]) in taken
-        )
+        linear = isinstance(module, nn.Linear | Conv1D) and module is not head
+        return linear and number is not None and int(number[1]) in taken
 
     def is_target(name: str) -> bool:
         return targets == "all-linear" or any(name == one or name.endswith(f".{one}") for one in targets)

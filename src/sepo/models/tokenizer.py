@@ -24,9 +24,9 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = No
         UserError: no such model, no tokenizer in it, or a tokenizer that needs remote code.
     """
     name = expand_home(name_or_path, "the model")
-    # A tokenizer is complete without the model's weights.
-    outline = is_outline(name) and has_tokenizer(name)
-    folder = Path(name if outline else resolve_model(name, revision=revision))
+    # A tokenizer is complete without the model's weights, and without a model at all.
+    alone = has_tokenizer(name) and (is_outline(name) or not os.path.exists(os.path.join(name, "config.json")))
+    folder = Path(name if alone and not is_adapter(Path(name)) else resolve_model(name, revision=revision))
     if is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
         base, base_revision = adapter_base(folder)
         return load_tokenizer(base, revision=base_revision)
