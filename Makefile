@@ -46,7 +46,7 @@ check: lint
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet

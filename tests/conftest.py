@@ -33,6 +33,8 @@ elif "OMP_NUM_THREADS" not in os.environ:
 
 
 # Whole runs, launched processes, a browser, thousands of generated inputs: not for the inner loop (`make check`).
+# Files with tests that take a minute each.
+LONGEST = ("test_faults", "test_package", "test_tutorials")
 SLOW = (
     "runs/",
     "docs/",
@@ -49,6 +51,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if os.path.relpath(item.path, here).startswith(SLOW) or "smollm2_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+    # A test of a minute that comes last is waited for by workers that have nothing left to do.
+    items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
 
 
 @pytest.fixture(scope="session")
