@@ -32,9 +32,9 @@ elif "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
-# Whole runs, launched processes, a browser, thousands of generated inputs: not for the inner loop (`make check`).
 # Files with tests that take a minute each.
 LONGEST = ("test_faults", "test_package", "test_tutorials")
+# Whole runs, launched processes, a browser, thousands of generated inputs: not for the inner loop (`make check`).
 SLOW = (
     "runs/",
     "docs/",

@@ -62,11 +62,6 @@ class Outlook:
         began = self._clock() if self._part is None or share < self._part[1] else self._part[0]
         self._part = began, share
 
-    @property
-    def following(self) -> list[str]:
-        """The stages after the one at hand."""
-        return list(self._left)
-
     def remaining(self) -> float:
         """Seconds until the run is done."""
         return self._rest_of_stage() + sum(self._corrected(name) for name in self._left)
