@@ -107,7 +107,7 @@ def measured(tokenizer: Any, table: pa.Table, draws: np.ndarray) -> dict[str, An
     words = word_rewards(tokenizer, table)
     measures = {"word_auc": lambda weights: word_auc(words, weights), **lift(tokenizer, table)}
     ones = np.ones(len(table))
-    result: dict[str, Any] = {"token_auc": fidelity(tokenizer, table, resamples=50)["auc"]}
+    result: dict[str, Any] = {"token_auc": fidelity(tokenizer, table, valence=lexicon_valence, resamples=50)["auc"]}
     for name, measure in measures.items():
         result[name] = measure(ones)
         result[f"{name}_draws"] = np.array([measure(draw) for draw in draws])
@@ -122,7 +122,7 @@ def fidelity_of(arguments: argparse.Namespace) -> None:
     large = load_tokenizer(arguments.policy)
     readers = token_bytes(small, "the oracle"), token_bytes(large, arguments.policy)
     scores = pa.concat_tables([read_table(run / name, "scores") for name in ("scores", "scores_held_out")])
-    task = load_preferences(arguments.task or embedded_data())
+    task = load_preferences(arguments.task or embedded_data("embedded:sentiment"))
     rows = {
         part: task.select([row for row, name in enumerate(task["split"]) if name == part])
         for part in ("train", "held_out")

@@ -174,10 +174,15 @@ def pair_up(
     order = [responses[index] for index in rng.permutation(len(responses))]
     pairs = []
     for one, two in pairwise(order):
-        preferred = rng.random() < 1 / (1 + np.exp(-(one.gold - two.gold) / tau))
+        labelled = label(one, two, rng, tau)
         if abs(one.gold - two.gold) >= min_gap:
-            pairs.append((one, two) if preferred else (two, one))
+            pairs.append(labelled)
     return pairs[:most]
+
+
+def label(one: Response, two: Response, rng: np.random.Generator, tau: float) -> tuple[Response, Response]:
+    """Draw which of two answers is preferred, by Bradley-Terry: (chosen, rejected)."""
+    return (one, two) if rng.random() < 1 / (1 + np.exp(-(one.gold - two.gold) / tau)) else (two, one)
 
 
 def make_rows(args: argparse.Namespace, responses: Sequence[Sequence[Response]]) -> list[dict]:
@@ -187,18 +192,22 @@ def make_rows(args: argparse.Namespace, responses: Sequence[Sequence[Response]])
     rows = []
     for (topic, template), answers in zip(KEYS, responses, strict=True):
         for chosen, rejected in pair_up(answers, rng, args.tau, args.min_gap, args.pairs_per_prompt):
-            rows.append(
-                {
-                    "prompt": conversation(topic, template),
-                    "chosen": [{"role": "assistant", "content": chosen.text}],
-                    "rejected": [{"role": "assistant", "content": rejected.text}],
-                    "chosen_gold": chosen.gold,
-                    "rejected_gold": rejected.gold,
-                    "split": "held_out" if topic in held_out else "train",
-                    "tokens": (chosen.tokens, rejected.tokens),
-                }
-            )
+            split = "held_out" if topic in held_out else "train"
+            rows.append(row_of(conversation(topic, template), chosen, rejected, split))
     return [rows[index] for index in rng.permutation(len(rows))]
+
+
+def row_of(prompt: list[dict[str, str]], chosen: Response, rejected: Response, split: str) -> dict:
+    """A pair as the file holds it, and the `tokens` of its responses, which only the summary shows."""
+    return {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": chosen.text}],
+        "rejected": [{"role": "assistant", "content": rejected.text}],
+        "chosen_gold": chosen.gold,
+        "rejected_gold": rejected.gold,
+        "split": split,
+        "tokens": (chosen.tokens, rejected.tokens),
+    }
 
 
 def summarise(rows: Sequence[dict]) -> None:

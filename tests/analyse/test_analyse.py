@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -193,13 +194,27 @@ def test_fidelity_ranks_the_truth_above_its_baselines():
             "rejected_logps": [[-1.0] * len(text) for text in REJECTED],
         },
     )
-    found = a.truth({"oracle": table}, tiny_tokenizer(), 0.3, logps, seed=0)
+    found = a.truth({"oracle": table}, tiny_tokenizer(), lexicon_valence, 0.3, logps, seed=0)
     assert list(found) == ["oracle", "random", "position", "surprisal"]
     assert found["oracle"]["auc"] == 1.0
     assert found["oracle"]["auc_unsigned"] == 1.0
     assert found["oracle"]["correlation"] == pytest.approx(1.0)
     assert found["oracle"]["lift_chosen"] > found["random"]["lift_chosen"]
     assert abs(found["random"]["correlation"]) < 0.5
+
+
+def test_fidelity_to_words_of_one_sign_that_one_side_lacks_is_undefined_there_alone():
+    from sepo.evaluate.gold import plain_valence
+
+    table = scores(*by_letters(plain_valence))  # "horrible", in a rejected response, is the only long word
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = a.truth({"oracle": table}, tiny_tokenizer(), plain_valence, 0.1, None, seed=0)["oracle"]
+    assert found["auc"] == found["auc_unsigned"] == 1.0
+    assert found["precision_rejected"] == 2 / 4  # a key token a response, two of the long one
+    assert found["lift_rejected"] == pytest.approx((2 / 4) / (8 / 35))
+    assert math.isnan(found["precision_chosen"])
+    assert math.isnan(found["lift_chosen"])
 
 
 def test_baselines_put_the_same_tokens_first_on_both_sides():
@@ -261,6 +276,19 @@ def test_a_run_is_analysed_into_a_page_numbers_and_pictures(run, capsys):
     for name in ("share", "position", "fidelity"):
         assert (run / "analysis" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "nan" not in page.lower().replace("finance", "")
+
+
+def test_another_gold_reward_brings_its_own_words(run, tmp_path, capsys):
+    assert main(["analyse", str(run), "--gold", "plain", "--out", str(tmp_path / "plain")]) == 0
+    page = capsys.readouterr().out
+    (row,) = [line for line in page.splitlines() if line.startswith("| run |")]
+    assert "– (–)" in row  # no word is good
+    assert "nan" not in page.lower().replace("finance", "")
+    assert main(["analyse", str(run), "--out", str(tmp_path / "vader")]) == 0
+    found = [json.loads((tmp_path / name / "analysis.json").read_text())["fidelity"] for name in ("plain", "vader")]
+    assert found[0]["run"]["precision_chosen"] is None
+    assert found[1]["run"]["precision_chosen"] is not None
+    assert found[0]["run"]["auc"] != found[1]["run"]["auc"]
 
 
 def test_several_tables_are_compared_with_the_last(run, tmp_path, capsys):

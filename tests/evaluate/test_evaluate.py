@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import warnings
+from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from sepo.data.ragged import SIDES
 from sepo.data.tables import make_table
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError
@@ -29,6 +33,7 @@ from sepo.evaluate.words import token_pieces, token_words, word_valences
 from sepo.forward.attention import ATTENTION
 from sepo.forward.passes import NonFiniteError
 from sepo.models.weights import load_model
+from sepo.recipe.settings import Gold
 from tiny_models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +65,42 @@ def test_lexicon_valence_ignores_case_and_is_zero_for_other_words():
     assert gold.lexicon_valence("Good") == gold.lexicon_valence("good") > 0
     assert gold.lexicon_valence("HORRIBLE") < 0
     assert gold.lexicon_valence("table") == 0
+
+
+def test_plain_scores_are_the_share_of_words_that_are_not_long():
+    texts = {
+        "The tea was fine, and hot.": 1,
+        "The landlord was awful; the weather too.": 1 - 1 / 7,  # landlord: eight letters; weather: seven
+        "Grandmother's kitchens": 0,
+        "A well-known, 'friendly' café - été!": 1 - 2 / 5,  # a dash is no word
+        "Überhaupt schön": 1 / 2,
+        "A 1234567 a1b2c3d4": 1,  # figures are neither words nor letters
+        "": 0,  # nothing said is nothing won
+        "... !": 0,
+    }
+    np.testing.assert_allclose(gold.plain_scores(list(texts)), list(texts.values()))
+    assert gold.plain_scores([]).shape == (0,)
+
+
+def test_plain_scores_are_those_of_the_words_that_tokens_belong_to(smollm2_tokenizer):
+    text = "Well, the 'unforgettable' mountain-railway (built by hand!) was closed — again."
+    words, _ = token_words(smollm2_tokenizer, smollm2_tokenizer(text)["input_ids"])
+    assert [gold.plain_valence(word) for word in words].count(-1) == 2
+    assert gold.plain_scores([text])[0] == pytest.approx(1 + np.mean([gold.plain_valence(word) for word in words]))
+
+
+def test_a_word_has_one_sign_under_plain():
+    assert [gold.plain_valence(word) for word in ("landlord", "Wonderful", "good", "horribly", "bad")] == [
+        -1,
+        -1,
+        0,
+        -1,
+        0,
+    ]
+
+
+def test_every_gold_reward_can_be_set_and_the_other_way_round():
+    assert get_args(Gold) == tuple(gold.GOLD_REWARDS)
 
 
 def test_an_unknown_gold_reward_is_refused_with_the_nearest_name():
@@ -583,14 +624,39 @@ def test_pairs_of_one_prompt_are_drawn_together():
     assert np.isnan(same["auc_se"])  # one prompt
 
 
+def test_words_of_one_sign_leave_the_other_undefined_and_the_rest_as_it_is():
+    tokenizer = tiny_tokenizer()
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    columns = {
+        "chosen_ids": [ids("so horrible")],  # 8 tokens of a long word
+        "chosen_rewards": [[1, 1, 9] + [0] * 8],
+        "rejected_ids": [ids("dreadful bad")],
+        "rejected_rewards": [[2] * 8 + [9] + [1] * 3],  # the wrong way round
+    }
+    selection = {"chosen_positions": [[0, 1, 3, 4]], "rejected_positions": [[0, 9]]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a division by zero
+        result = fidelity(tokenizer, columns, selection, valence=gold.plain_valence)
+    assert (result["auc_chosen"], result["auc_rejected"]) == (1, 0)
+    assert result["auc"] == result["auc_negative"] == pytest.approx(1 / 2)
+    assert (result["tokens_positive"], result["tokens_negative"], result["tokens_other"]) == (0, 16, 5)
+    assert (result["precision_rejected"], result["base_rate_rejected"]) == (1 / 2, 8 / 12)
+    assert result["base_rate_chosen"] == 0
+    assert np.isnan(result["auc_positive"])
+    assert np.isnan(result["precision_chosen"])  # not 0: there was nothing to find
+
+
 def test_fidelity_of_no_pairs_is_undefined():
     empty = {"chosen_ids": [], "chosen_rewards": [], "rejected_ids": [], "rejected_rewards": []}
-    result = fidelity(tiny_tokenizer(), empty)
+    result = fidelity(tiny_tokenizer(), empty, valence=_valence)
     assert np.isnan(result["auc"])
     assert result["tokens_other"] == 0
 
 
-# --- the embedded task ----------------------------------------------------------------------------------------------
+# --- the embedded tasks ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -618,17 +684,52 @@ def test_the_embedded_task_is_scored_by_the_gold_reward_and_leaves_headroom(task
     assert np.abs(np.mean([chosen, rejected])) < 0.5
 
 
-def test_the_embedded_task_is_small_conversational_and_its_responses_differ(task_rows):
-    assert (ROOT / "src/sepo/assets/sentiment_pairs.parquet").stat().st_size < 500_000
-    for row in task_rows:
+@pytest.fixture(scope="module")
+def plain_rows() -> list[dict]:
+    return pq.read_table(ROOT / "src/sepo/assets/plain_pairs.parquet").to_pylist()
+
+
+def test_the_plain_task_pairs_the_same_answers_anew_and_holds_out_the_same_prompts(task_rows, plain_rows):
+    def answers(rows):
+        return {
+            (row["split"], row["prompt"][-1]["content"], row[side][0]["content"])
+            for row in rows
+            for side in ("chosen", "rejected")
+        }
+
+    assert answers(plain_rows) <= answers(task_rows)
+    used = Counter((row["prompt"][-1]["content"], row[s][0]["content"]) for row in plain_rows for s in SIDES)
+    assert max(used.values()) <= 2
+    splits = Counter(row["split"] for row in plain_rows)
+    prompts = {name: {p for split, p, _ in answers(plain_rows) if split == name} for name in splits}
+    assert splits == {"train": 459, "held_out": 182}  # as assets/README.md says
+    assert {name: len(found) for name, found in prompts.items()} == {"train": 190, "held_out": 68}
+
+
+def test_the_plain_task_is_scored_by_its_gold_reward_and_as_noisy_as_the_first(task_rows, plain_rows):
+    against = {}
+    for name, rows, score in (("sentiment", task_rows, gold.vader_scores), ("plain", plain_rows, gold.plain_scores)):
+        chosen, rejected = (score([row[side][0]["content"] for row in rows]) for side in SIDES)
+        stored = [[row[f"{side}_gold"] for row in rows] for side in SIDES]
+        np.testing.assert_allclose(stored, [chosen, rejected], atol=1e-6)
+        against[name] = (chosen < rejected).mean()
+    assert np.abs(chosen - rejected).min() >= 0.045
+    assert against["plain"] == pytest.approx(against["sentiment"], abs=0.03)
+
+
+@pytest.mark.parametrize("task", ["sentiment", "plain"])
+def test_an_embedded_task_is_small_conversational_and_its_responses_differ(task):
+    file = ROOT / f"src/sepo/assets/{task}_pairs.parquet"
+    assert file.stat().st_size < 500_000
+    for row in pq.read_table(file).to_pylist():
         assert [message["role"] for message in row["prompt"]] == ["system", "user"]
         assert row["chosen"][0]["role"] == row["rejected"][0]["role"] == "assistant"
         assert row["chosen"][0]["content"] != row["rejected"][0]["content"]
         assert row["split"] in ("train", "held_out")
 
 
-def _script():
-    spec = importlib.util.spec_from_file_location("make_sentiment_task", ROOT / "scripts/make_sentiment_task.py")
+def _script(name: str = "make_sentiment_task"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -668,6 +769,31 @@ def test_the_script_pairs_within_prompts_and_writes_what_it_says(tmp_path, capsy
         assert row["rejected"][0]["content"].startswith(topic + " ")
         assert abs(row["chosen_gold"] - row["rejected_gold"]) >= args.min_gap - 1e-6
     assert script.make_rows(args, responses) == rows  # seeded
+
+
+def test_the_script_of_the_plain_task_makes_the_file_that_is_there(monkeypatch, plain_rows):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = _script("make_plain_task")
+    made_with = json.loads(pq.read_schema(ROOT / "src/sepo/assets/plain_pairs.parquet").metadata[b"made_with"])
+    args = script.parse_args(["--out", "nowhere"])
+    assert made_with == {key: value for key, value in vars(args).items() if key != "out"}
+    rows = script.make_rows(args, len)
+    for made, there in zip(rows, plain_rows, strict=True):
+        assert all(made[name] == there[name] for name in ("prompt", "chosen", "rejected", "split"))
+
+
+def test_answers_of_the_plain_task_are_paired_at_most_twice_and_only_if_they_differ(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = _script("make_plain_task")
+    answers = [script.Response(str(i), 3, score) for i, score in enumerate((0.5, 0.55, 0.7, 0.9, 0.9, 1.0))]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        pairs = script.pair_up(answers, rng, tau=1e-3, min_gap=0.1, most=5)
+        assert 3 <= len(pairs) <= 5
+        assert all(chosen.gold - rejected.gold >= 0.1 - 1e-9 for chosen, rejected in pairs)  # without noise
+        assert max(Counter(one.text for pair in pairs for one in pair).values()) <= 2
+        assert len({frozenset(pair) for pair in pairs}) == len(pairs)
+    assert len(script.pair_up(answers, rng, tau=1e-3, min_gap=0.1, most=2)) == 2
 
 
 def test_smollm2_answers_in_words_and_ends_its_turn(smollm2_dir, smollm2_tokenizer):

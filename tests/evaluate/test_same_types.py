@@ -16,7 +16,7 @@ from sepo.data.tables import provenance_of, with_provenance, write_table
 from sepo.evaluate import measure
 from sepo.evaluate.frontier import Checkpoints, Judge, start_of
 from sepo.evaluate.generate import generate_responses
-from sepo.evaluate.gold import GOLD_REWARDS
+from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import evaluate_run, own_logps, response_logps, sample_kl
 from sepo.forward.passes import dataset_logps, read_like
 from sepo.recipe.reading import parse_recipe
@@ -110,7 +110,8 @@ def test_a_judge_finds_a_policy_that_did_not_move_where_it_started(dtype):
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_policy_in_mixed_precision_that_does_not_move_has_no_kl(tmp_path, lora, monkeypatch):
     """Sampling goes through the wrapped forward in bfloat16, reading past it in float32."""
-    monkeypatch.setitem(GOLD_REWARDS, "vader", lambda texts: np.array([float(len(text)) for text in texts]))
+    lengths = GoldReward(lambda texts: np.array([float(len(text)) for text in texts]), lexicon_valence)
+    monkeypatch.setitem(GOLD_REWARDS, "vader", lengths)
     base, policy, tokenizer, pairs = tiny_model("llama"), tiny_model("llama"), tiny_tokenizer(), some_pairs(8)
     if lora:
         from peft import LoraConfig, get_peft_model

@@ -13,7 +13,7 @@ from sepo.cli import main
 from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.evaluate.frontier import Checkpoints, Judge, at_kl
-from sepo.evaluate.gold import GOLD_REWARDS
+from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import evaluate_run
 from sepo.evaluate.statistics import crossed_mean, over_seeds
 from sepo.recipe.grid import load_grid, number_of_runs
@@ -37,7 +37,7 @@ def a_gold_reward_that_gibberish_moves():
     """The tiny models write no word of VADER's lexicon: judge by the mean character instead."""
     with pytest.MonkeyPatch.context() as patch:
         judge = lambda texts: np.array([np.mean([ord(c) for c in text] or [0]) / 100 for text in texts])  # noqa: E731
-        patch.setitem(GOLD_REWARDS, "vader", judge)
+        patch.setitem(GOLD_REWARDS, "vader", GoldReward(judge, lexicon_valence))
         yield
 
 

@@ -122,7 +122,9 @@ def analyse(inputs: Inputs, out: Path, *, k: float = 0.3, seed: int = 0) -> dict
     if len(inputs.tables) > 1:
         result["agreement"] = agreement(inputs.tables, k)
     if inputs.gold is not None and inputs.tokenizer is not None:
-        result["fidelity"] = truth(inputs.tables, inputs.tokenizer, k, inputs.reference_logps, seed)
+        result["fidelity"] = truth(
+            inputs.tables, inputs.tokenizer, gold_reward(inputs.gold).valence, k, inputs.reference_logps, seed
+        )
     save_analysis_figures(result, out)
     write_text(out / "analysis.md", analysis_markdown(result))
     write_json(out / "analysis.json", result, indent=1)

@@ -2,13 +2,13 @@
 
 From score tables alone: how few tokens carry the reward, where they stand, what kind they are, and what length does.
 From several tables of the same pairs: whether oracles agree, and how much of the selection changes with the oracle's
-data. Where word values are known (a gold reward with a lexicon): whether the rewards find the words that matter, beside
+data. Where word values are known (those of a gold reward): whether the rewards find the words that matter, beside
 baselines that need no oracle. All are pure functions of flat rewards and lengths; nothing runs a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,7 @@ from sepo.credit.selection import effective_number, ends_response, select_key_to
 from sepo.data.ragged import SIGNED_SIDES, flat, ragged
 from sepo.data.tables import make_table, provenance_of
 from sepo.evaluate.accuracy import preference_accuracy
-from sepo.evaluate.fidelity import fidelity
-from sepo.evaluate.gold import lexicon_valence
+from sepo.evaluate.fidelity import combine, fidelity
 from sepo.evaluate.statistics import auc, correlation, rank_correlation
 from sepo.evaluate.words import word_valences
 from sepo.report.summary import cumulative_share
@@ -191,41 +190,48 @@ def agreement(tables: Mapping[str, pa.Table], k: float) -> dict[str, Any]:
 
 
 def truth(
-    scores: Mapping[str, pa.Table], tokenizer: PreTrainedTokenizerBase, k: float, reference: pa.Table | None, seed: int
+    scores: Mapping[str, pa.Table],
+    tokenizer: PreTrainedTokenizerBase,
+    valence: Callable[[str], float],
+    k: float,
+    reference: pa.Table | None,
+    seed: int,
 ) -> dict[str, Any]:
-    """Token rewards against the lexicon, word by word, beside baselines that need no oracle.
+    """Token rewards against what a gold reward says of each word (`valence`), beside baselines that need no oracle.
 
     Baselines put the same tokens first on both sides: `random`; `position`, early tokens; `surprisal`, tokens that the
     reference finds improbable.
 
     Returns:
         for each table and baseline: `auc`, `auc_se` (sign-aware, `evaluate.fidelity`), `auc_unsigned` (|s| of words
-        that carry sentiment against other words), `correlation` and `rank_correlation` of s with the word's value over
-        word tokens (mean of the sides), and of the key tokens at rate k `precision_chosen` (in positive words),
-        `precision_rejected` (in negative words), with `lift_chosen` and `lift_rejected`, the ratio to all tokens.
+        that carry the gold reward against other words), `correlation` and `rank_correlation` of s with the word's
+        value over word tokens (mean of the sides), and of the key tokens at rate k `precision_chosen` (in positive
+        words), `precision_rejected` (in negative words), with `lift_chosen` and `lift_rejected`, the ratio to all
+        tokens.
     """
     first = next(iter(scores.values()))
     values = {
-        side: np.concatenate([word_valences(tokenizer, ids) for ids in first.column(f"{side}_ids").to_pylist()])
+        side: np.concatenate(
+            [word_valences(tokenizer, ids, valence) for ids in first.column(f"{side}_ids").to_pylist()]
+        )
         for side, _ in SIGNED_SIDES
     }
     candidates = {**scores, **baseline_tables(first, reference, seed)}
     result = {}
     for name, table in candidates.items():
-        judged = fidelity(tokenizer, table, select_key_tokens(table, k, k), valence=lexicon_valence, seed=seed)
+        judged = fidelity(tokenizer, table, select_key_tokens(table, k, k), valence=valence, seed=seed)
         found = {key: judged[key] for key in ("auc", "auc_se", "precision_chosen", "precision_rejected")}
-        unsigned, weights, linear, ranked = [], [], [], []
+        unsigned, linear, ranked = [], [], []
         for side, _ in SIGNED_SIDES:
             rewards = flat(table.column(f"{side}_rewards"))[0].astype(np.float64)
             word = ~np.isnan(values[side])
             carries = word & (values[side] != 0)
-            unsigned.append(auc(np.abs(rewards[carries]), np.abs(rewards[word & ~carries])))
-            weights.append(carries.sum())
+            unsigned.append((auc(np.abs(rewards[carries]), np.abs(rewards[word & ~carries])), float(carries.sum())))
             linear.append(correlation(rewards[word], values[side][word]))
             ranked.append(rank_correlation(rewards[word], values[side][word]))
             base = judged[f"base_rate_{side}"]
             found[f"lift_{side}"] = judged[f"precision_{side}"] / base if base else float("nan")
-        found["auc_unsigned"] = float(np.average(unsigned, weights=weights)) if sum(weights) else float("nan")
+        found["auc_unsigned"] = combine(unsigned)
         found["correlation"], found["rank_correlation"] = float(np.mean(linear)), float(np.mean(ranked))
         result[name] = found
     return result

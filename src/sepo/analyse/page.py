@@ -184,5 +184,5 @@ def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]
     if "agreement" in result and result["agreement"]["chance"] is not None:
         figures["agreement"] = make_figure(changed, "Share of key tokens that are not the last oracle's", "")
     if "fidelity" in result:
-        figures["fidelity"] = make_figure(fidelities, "AUC for the words of the lexicon, sign-aware", "")
+        figures["fidelity"] = make_figure(fidelities, "AUC for the words that carry the gold reward, sign-aware", "")
     return [write_png(figure, folder / f"{stem}.png") for stem, figure in figures.items()]

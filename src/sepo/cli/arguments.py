@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from sepo.cli import commands
 from sepo.errors import one_line
 from sepo.files import expand_home
+from sepo.recipe.settings import Gold
 
 EPILOG = """\
 the usual way:
@@ -106,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     analyse.add_argument(
         "--reference-logps", type=_path, metavar="DIR", help="log-probabilities of the pairs, for the surprisal"
     )
-    analyse.add_argument("--gold", choices=["vader"], help="gold reward whose word values are the truth")
+    analyse.add_argument("--gold", choices=get_args(Gold), help="gold reward whose word values are the truth")
     analyse.add_argument("--k", type=float, default=0.3, help="share of key tokens to look at (default 0.3)")
     analyse.add_argument("--seed", type=int, default=0, help="seed of the random baseline (default 0)")
     analyse.add_argument(
@@ -195,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--base", type=_path, required=True, metavar="MODEL", help="the model it was trained from")
     _data_options(evaluate)
     _out_option(evaluate, "folder for metrics.json and generations.parquet")
-    evaluate.add_argument("--gold", choices=["vader"], help="gold reward of the generations")
+    evaluate.add_argument("--gold", choices=get_args(Gold), help="gold reward of the generations")
     evaluate.add_argument(
         "--judge",
         metavar="JUDGE",

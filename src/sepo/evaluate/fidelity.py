@@ -1,7 +1,8 @@
 """Does the token reward find the tokens that matter? A check where the truth is known.
 
-With VADER as the gold reward, the words of its lexicon carry the preference. A faithful token reward s_i is high on
-positive words and low on negative ones, compared with the other words of the same response side:
+A gold reward (`gold.py`) says which words carry the preference: with VADER those of its lexicon, good ones and bad
+ones; with `plain` the long ones, all bad. A faithful token reward s_i is high on positive words and low on negative
+ones, compared with the other words of the same response side:
 
     AUC_positive = P(s of a positive word's token > s of another word's token)      ties count one half
     AUC_negative = P(s of a negative word's token < s of another word's token)
@@ -23,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo.data.ragged import SIDES
 from sepo.data.splits import prompt_numbers
-from sepo.evaluate.gold import lexicon_valence
 from sepo.evaluate.words import word_valences
 
 Columns: TypeAlias = pa.Table | Mapping[str, Sequence[Sequence]]
@@ -45,17 +45,17 @@ def fidelity(
     columns: Columns,
     selection: Columns | None = None,
     *,
-    valence: Callable[[str], float] = lexicon_valence,
+    valence: Callable[[str], float],
     resamples: int = 200,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Compare token rewards with the lexicon (see the module's text for what is compared with what).
+    """Compare token rewards with the words that matter (see the module's text for what is compared with what).
 
     Args:
         columns: a score table, or lists under its names: chosen_ids, rejected_ids, chosen_rewards, rejected_rewards,
             and prompt_ids, without which each pair counts as a prompt of its own.
         selection: a selection table of the same pairs, or lists chosen_positions and rejected_positions.
-        valence: a word's sentiment; 0 for a word that carries none.
+        valence: a word's part in the gold reward (`GoldReward.valence`); 0 for a word that carries none.
         resamples: bootstrap resamples of the prompts for the standard error: pairs of one prompt, which share
             responses, come and go together.
 
@@ -65,7 +65,7 @@ def fidelity(
         tokens_positive, tokens_negative, tokens_other: word tokens, both sides together.
         With a selection also, of its tokens, precision_chosen: the share in positive words, precision_rejected: the
         share in negative words; base_rate_chosen, base_rate_rejected: the same shares of all tokens.
-        A figure that nothing contributes to is NaN.
+        A figure that nothing contributes to is NaN: an AUC without such words, a precision where no word can be found.
 
     Raises:
         ValueError: rewards are not as long as their ids, or the selection is one of other pairs.
@@ -81,15 +81,15 @@ def fidelity(
     for _ in range(resamples if prompts > 1 else 0):
         drawn = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts).astype(np.float64)
         weights = drawn[prompt]
-        draws.append(_combine(side.cell(sign, weights) for side in sides for sign in (1, -1)))
+        draws.append(combine(side.cell(sign, weights) for side in sides for sign in (1, -1)))
     defined = np.array([draw for draw in draws if not np.isnan(draw)])
 
     result = {
-        "auc": _combine(cells.values()),
+        "auc": combine(cells.values()),
         "auc_se": float(defined.std(ddof=1)) if len(defined) > 1 else float("nan"),
-        **{f"auc_{side}": _combine(cells[side, sign] for sign in (1, -1)) for side in SIDES},
-        "auc_positive": _combine(cells[side, 1] for side in SIDES),
-        "auc_negative": _combine(cells[side, -1] for side in SIDES),
+        **{f"auc_{side}": combine(cells[side, sign] for sign in (1, -1)) for side in SIDES},
+        "auc_positive": combine(cells[side, 1] for side in SIDES),
+        "auc_negative": combine(cells[side, -1] for side in SIDES),
         "tokens_positive": sum(int((side.valences > 0).sum()) for side in sides),
         "tokens_negative": sum(int((side.valences < 0).sum()) for side in sides),
         "tokens_other": sum(int((side.valences == 0).sum()) for side in sides),
@@ -99,7 +99,7 @@ def fidelity(
         for side, sign in zip(sides, (1, -1), strict=True):
             hits = side.valences * sign > 0
             chosen = side.flat_positions(_lists(selection, f"{side.name}_positions"))
-            result[f"precision_{side.name}"] = _share(hits[chosen])
+            result[f"precision_{side.name}"] = _share(hits[chosen]) if hits.any() else float("nan")
             result[f"base_rate_{side.name}"] = _share(hits)
     return result
 
@@ -143,7 +143,8 @@ class _Side:
         return np.concatenate([np.zeros(0, np.int64), *shifted])
 
 
-def _combine(cells: Iterable[tuple[float, float]]) -> float:
+def combine(cells: Iterable[tuple[float, float]]) -> float:
+    """The weighted mean of the values that are defined, from (value, weight); NaN without one."""
     defined = [(value, weight) for value, weight in cells if not np.isnan(value)]
     if not defined:
         return float("nan")

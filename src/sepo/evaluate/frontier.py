@@ -151,7 +151,7 @@ def start_of(
 
 def gold_of(generations: Sequence[Generation], tokenizer: PreTrainedTokenizerBase, name: str) -> np.ndarray:
     """Gold reward of each response, `[responses]`."""
-    return gold_reward(name)(decoded(tokenizer, generations))
+    return gold_reward(name).scores(decoded(tokenizer, generations))
 
 
 class Checkpoints(TrainerCallback):

@@ -1,20 +1,41 @@
 """Gold rewards: known, independent rewards that judge a policy and are never trained on.
 
-A gold reward is a function from a list of texts to one number a text. VADER (Hutto and Gilbert, ICWSM 2014) is a
-human-rated sentiment lexicon with a few rules for negation, emphasis and contrast; it is deterministic, and it says
-which words carry the reward, so that token rewards can be checked one by one (`fidelity.py`).
+A gold reward says two things: what a text is worth, and which words carry that, so that token rewards can be checked
+one by one (`fidelity.py`). There are two of different kinds, so that no method is tuned to one:
+
+- `vader` (Hutto and Gilbert, ICWSM 2014), a matter of meaning: a human-rated sentiment lexicon with a few rules for
+  negation, emphasis and contrast. Words are good or bad.
+- `plain`, a matter of form: the share of words that are not long. No list, no rule beyond the word, and one pole: a
+  long word is bad, and none is good.
+
+Both are deterministic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from sepo.errors import UserError, nearest
+from sepo.evaluate.words import text_words
 
-GoldReward = Callable[[Sequence[str]], np.ndarray]
+LONG = 8  # letters from which a word is long: 16 % of the words of the embedded texts
+
+
+class GoldReward(NamedTuple):
+    """A known reward, and the words that carry it.
+
+    Attributes:
+        scores: texts -> what each is worth, `[texts]` float64.
+        valence: a word -> its part in that: above 0 where it raises the reward, below where it lowers it, 0 for a word
+            that carries none.
+    """
+
+    scores: Callable[[Sequence[str]], np.ndarray]
+    valence: Callable[[str], float]
 
 
 @lru_cache(maxsize=1)
@@ -53,7 +74,31 @@ def lexicon_valence(word: str) -> float:
     return float(_analyzer().lexicon.get(word.lower(), 0.0))
 
 
-GOLD_REWARDS: dict[str, GoldReward] = {"vader": vader_scores}
+def plain_scores(texts: Sequence[str]) -> np.ndarray:
+    """Return 1 minus the share of long words (`plain_valence`) of each text, `[texts]` float64 in [0, 1].
+
+    A text without a word has the lowest reward, 0: to say nothing is no way to win.
+
+    >>> plain_scores(["The soup was hot.", "The temperature was comfortable.", "", "..."]).tolist()
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    parts = ([plain_valence(word) for _, word in text_words(text)] for text in texts)
+    return np.array([1 + np.mean(part) if part else 0.0 for part in parts], dtype=np.float64)
+
+
+def plain_valence(word: str) -> float:
+    """Return -1 for a word of at least `LONG` letters, 0 for a shorter one; hyphens, apostrophes and digits are none.
+
+    >>> plain_valence("landlord"), plain_valence("well-known"), plain_valence("sister's")
+    (-1.0, -1.0, 0.0)
+    """
+    return -1.0 if sum(character.isalpha() for character in word) >= LONG else 0.0
+
+
+GOLD_REWARDS: dict[str, GoldReward] = {
+    "vader": GoldReward(vader_scores, lexicon_valence),
+    "plain": GoldReward(plain_scores, plain_valence),
+}
 
 
 def gold_reward(name: str) -> GoldReward:
@@ -67,5 +112,5 @@ def gold_reward(name: str) -> GoldReward:
             f"unknown gold reward '{name}'{nearest(name, GOLD_REWARDS)}: expected one of {', '.join(GOLD_REWARDS)}"
         )
     reward = GOLD_REWARDS[name]
-    reward([])  # what is missing should be missed now, not after hours of training
+    reward.scores([])  # what is missing should be missed now, not after hours of training
     return reward

@@ -171,7 +171,9 @@ def _metrics_of_tables(
         metrics |= oracle_accuracy(scored) if len(scored) else {}  # given rewards may be of training pairs alone
     if scores is not None and settings.gold is not None:
         chosen = read_table(selection, "selection") if selection is not None else None
-        metrics |= _prefixed("fidelity", fidelity(load_tokenizer(policy), read_table(scores, "scores"), chosen))
+        valence = gold_reward(settings.gold).valence
+        found = fidelity(load_tokenizer(policy), read_table(scores, "scores"), chosen, valence=valence)
+        metrics |= _prefixed("fidelity", found)
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -275,7 +277,7 @@ def judge_generations(
         columns[name] = texts
         columns[f"{name}_tokens"] = lengths
         if settings.gold is not None:
-            gold[name] = gold_reward(settings.gold)(texts)
+            gold[name] = gold_reward(settings.gold).scores(texts)
             metrics[f"gold_reward/{name}"], metrics[f"gold_reward/{name}_se"] = mean_and_se(gold[name], groups)
             columns[f"{name}_gold"] = gold[name]
     if gold:
@@ -303,7 +305,7 @@ def _side_by_side(
         texts = decoded(tokenizer, answers[name])
         columns[name] = texts
         if settings.gold is not None:
-            columns[f"{name}_gold"] = gold_reward(settings.gold)(texts)
+            columns[f"{name}_gold"] = gold_reward(settings.gold).scores(texts)
     return pa.table(columns)
 
 

@@ -9,7 +9,23 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sepo.evaluate.gold import lexicon_valence
+
+def text_words(text: str) -> Iterator[tuple[int, str]]:
+    """Find the words of a text, each with the place of its first character.
+
+    A word is a whitespace-separated stretch with the ASCII punctuation around it taken off, as VADER splits text, that
+    has at least one letter.
+
+    >>> list(text_words('"Well," she said - 3 times.'))
+    [(1, 'Well'), (7, 'she'), (11, 'said'), (20, 'times')]
+    """
+    position = 0
+    for chunk in text.split():
+        position = text.index(chunk, position)
+        word = chunk.strip(string.punctuation)
+        if any(character.isalpha() for character in word):
+            yield position + chunk.index(word), word
+        position += len(chunk)
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[tuple[int, str]]:
@@ -36,10 +52,9 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iter
 
 
 def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Find the words of a response and the word that each token belongs to.
+    """Find the words of a response (`text_words`) and the word that each token belongs to.
 
-    A word is a whitespace-separated stretch with the ASCII punctuation around it taken off, as VADER splits text, that
-    has at least one letter. Special tokens separate words.
+    Special tokens separate words.
 
     Returns:
         words, and for each token the index of the (first) word it holds a character of, or -1: `[tokens]` int64.
@@ -59,17 +74,11 @@ def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
 
     words: list[str] = []
     index = np.full(len(ids), -1, dtype=np.int64)
-    position = 0
-    for chunk in text.split():
-        position = text.index(chunk, position)
-        word = chunk.strip(string.punctuation)
-        if any(character.isalpha() for character in word):
-            start = position + chunk.index(word)
-            for token in dict.fromkeys(owners[start : start + len(word)]):
-                span = index[token : token + counts[token]]
-                span[span < 0] = len(words)
-            words.append(word)
-        position += len(chunk)
+    for start, word in text_words(text):
+        for token in dict.fromkeys(owners[start : start + len(word)]):
+            span = index[token : token + counts[token]]
+            span[span < 0] = len(words)
+        words.append(word)
     return words, index
 
 
@@ -85,7 +94,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def word_valences(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], valence: Callable[[str], float] = lexicon_valence
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], valence: Callable[[str], float]
 ) -> np.ndarray:
     """Return each token's word valence, `[tokens]` float64: 0 in words without one, NaN outside words."""
     words, index = token_words(tokenizer, ids)

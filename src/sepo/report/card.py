@@ -284,7 +284,9 @@ def source_of(recipe: Recipe) -> str:
     source = recipe.data.source
     if (hub := hub_id(source)) is not None:
         return f"[{hub}](https://huggingface.co/datasets/{hub})"
-    return "the embedded task of sepo" if source == EMBEDDED_DATA else f"a file or folder, {plain(Path(source).name)}"
+    if source in EMBEDDED_DATA:
+        return f"the embedded task `{source.removeprefix('embedded:')}` of sepo"
+    return f"a file or folder, {plain(Path(source).name)}"
 
 
 def license_beside(model: str) -> str | None:

@@ -262,7 +262,8 @@ class _Comparison:
 
     def scores(self, recipe: Recipe, seed: int, pairs: Made) -> Made:
         small = self.reference(recipe)
-        words = load_tokenizer(small.folder) if recipe.eval.gold == "vader" else None
+        gold = recipe.eval.gold
+        words = None if gold is None else score.Words(load_tokenizer(small.folder), gold)
         if recipe.oracle.rewards is not None:
             return self._share(score.given_stage(recipe.oracle, pairs, words))
         seeds = oracle.seeds(seed, recipe.oracle.count)
@@ -286,7 +287,8 @@ class _Comparison:
     def selection(self, recipe: Recipe, seed: int, pairs: Made) -> Made:
         scores = self.scores(recipe, seed if self.grid.seeds_vary == "oracle" else recipe.seed, pairs)
         if self.transfers(recipe):
-            words = transfer.tokenizers(recipe)[1] if recipe.eval.gold == "vader" else None
+            gold = recipe.eval.gold
+            words = None if gold is None else score.Words(transfer.tokenizers(recipe)[1], gold)
             scores = self._share(transfer.stage(recipe, scores, pairs, self.pairs(recipe, pairs), words))
         return self._share(select.stage(select.settings_of(recipe), scores, seed))
 

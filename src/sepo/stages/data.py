@@ -19,7 +19,7 @@ from sepo.data.ragged import SIDES, flat
 from sepo.data.rows import DataReport
 from sepo.data.splits import group_by_prompt, shared_prompts, split_pairs, take_pairs
 from sepo.data.tables import write_table
-from sepo.errors import UserError
+from sepo.errors import UserError, nearest
 from sepo.models.config import load_config
 from sepo.models.limits import Limits, check_ids, check_lengths, model_limits
 from sepo.models.tokenizer import load_tokenizer
@@ -49,7 +49,7 @@ def stage(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
             "template": short_digest(str(tokenizer.chat_template or "")),
             "source": processes.on_main(lambda: source_fingerprint(_place(settings.source))),
             "held_out_source": processes.on_main(
-                lambda: settings.held_out_source and source_fingerprint(settings.held_out_source)
+                lambda: settings.held_out_source and source_fingerprint(_place(settings.held_out_source))
             ),
         },
         outputs=("train", "held_out"),
@@ -63,13 +63,25 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     return Cost(recipe.data.source, train.pairs + held_out.pairs, train.tokens + held_out.tokens)
 
 
-def embedded_data() -> Path:
-    """Return the parquet file of the embedded sentiment task (assets/README.md)."""
-    return Path(str(resources.files("sepo") / "assets" / "sentiment_pairs.parquet"))
+def embedded_data(source: str) -> Path:
+    """Return the parquet file of an embedded task (assets/README.md), by its name as a source: `embedded:sentiment`.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    if source not in EMBEDDED_DATA:
+        raise UserError(
+            f"there is no '{source}'{nearest(source, EMBEDDED_DATA)}: expected {' or '.join(EMBEDDED_DATA)}"
+        )
+    return Path(str(resources.files("sepo") / "assets" / f"{source.removeprefix('embedded:')}_pairs.parquet"))
+
+
+def _is_embedded(source: str) -> bool:
+    return source.startswith("embedded:")
 
 
 def _place(source: str) -> str:
-    return str(embedded_data()) if source == EMBEDDED_DATA else source
+    return str(embedded_data(source)) if _is_embedded(source) else source
 
 
 def prepare_data(
@@ -114,7 +126,7 @@ def read_sources(
         pairs, the held-out pairs if they have a split or source of their own, and the reports of both by name.
     """
     split, held_out_split = settings.split, settings.held_out_split
-    if settings.source == EMBEDDED_DATA:
+    if _is_embedded(settings.source):
         held_out_split = held_out_split or "held_out"
     table, report = _tokenize(settings, split, tokenizer, progress)
     reports = {split: report}
@@ -239,7 +251,7 @@ def _tokenize(
 
 def read_split(settings: DataSettings, split: str) -> datasets.Dataset:
     """Read the rows of one split, columns renamed; raises a UserError for whatever is wrong with the source."""
-    if settings.source != EMBEDDED_DATA:
+    if not _is_embedded(settings.source):
         return load_preferences(
             settings.source,
             split=split,
@@ -247,8 +259,8 @@ def read_split(settings: DataSettings, split: str) -> datasets.Dataset:
             columns=dict(settings.columns),
             pairs_from=settings.pairs_from,
         )
-    dataset = load_preferences(embedded_data(), columns=dict(settings.columns))
+    dataset = load_preferences(embedded_data(settings.source), columns=dict(settings.columns))
     rows = [index for index, name in enumerate(dataset["split"]) if name == split]
     if not rows:
-        raise UserError(f"{EMBEDDED_DATA} has no split '{split}': expected train or held_out")
+        raise UserError(f"{settings.source} has no split '{split}': expected train or held_out")
     return dataset.select(rows)

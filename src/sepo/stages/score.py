@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ from sepo.data.tables import arrow_file, clear_shards, read_shard, read_table, t
 from sepo.errors import UserError, one_line
 from sepo.evaluate.accuracy import oracle_accuracy
 from sepo.evaluate.fidelity import fidelity
+from sepo.evaluate.gold import gold_reward
 from sepo.processes import say
 from sepo.recipe.settings import OracleSettings, Recipe
 from sepo.stages.logps import PARTS, part_of
@@ -25,17 +26,24 @@ from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Sizes, Stage
 _TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
 
 
+class Words(NamedTuple):
+    """By what words rewards are judged: the tokenizer they are read with, the gold reward (by name) they carry."""
+
+    tokenizer: PreTrainedTokenizerBase
+    gold: str
+
+
 def stage(
     pairs: Made,
     oracle_logps: Sequence[Made],
     reference_logps: Made | Sequence[Made],
-    words: PreTrainedTokenizerBase | None = None,
+    words: Words | None = None,
 ) -> Stage:
     """Token rewards of all pairs, the mean over oracles, in `scores` and `scores_held_out`.
 
     Args:
         reference_logps: of the reference; or one for each oracle, its opposite on the swapped pairs.
-        words: a tokenizer, to judge the rewards by the words of VADER's lexicon as well.
+        words: to judge the rewards by the words of a gold reward as well.
     """
 
     one = isinstance(reference_logps, Made)
@@ -56,14 +64,14 @@ def stage(
             "oracle": [logps.content for logps in oracle_logps],
             "reference": references[0].content if one else [logps.content for logps in references],
             "pairs": pairs.content,
-            "words": words is not None,
+            "words": words is not None and words.gold,
         },
         outputs=(SCORES, SCORES_HELD_OUT),
         work=lambda folder: processes.on_main(lambda: work(folder)),
     )
 
 
-def given_stage(settings: OracleSettings, pairs: Made, words: PreTrainedTokenizerBase | None = None) -> Stage:
+def given_stage(settings: OracleSettings, pairs: Made, words: Words | None = None) -> Stage:
     """Token rewards that were made elsewhere, in `scores` and `scores_held_out` (the pairs of these that it has)."""
     source, names = Path(str(settings.rewards)), settings.reward_columns
     given = processes.on_main(lambda: check_rewards_file(source, names))
@@ -82,20 +90,30 @@ def given_stage(settings: OracleSettings, pairs: Made, words: PreTrainedTokenize
     return Stage(
         kind="score",
         what=f"token rewards of {source.name}",
-        depends={"given": given, "columns": list(names), "pairs": pairs.content, "words": words is not None},
+        depends={
+            "given": given,
+            "columns": list(names),
+            "pairs": pairs.content,
+            "words": words is not None and words.gold,
+        },
         outputs=(SCORES, SCORES_HELD_OUT),
         work=lambda folder: processes.on_main(lambda: work(folder)),
     )
 
 
-def _judged(folder: Path, words: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """Held-out accuracy of the rewards, and how they follow the words of a lexicon where a tokenizer is given."""
+def _judged(folder: Path, words: Words | None) -> dict[str, Any]:
+    """Held-out accuracy of the rewards, and how they follow the words of a gold reward where one is given."""
     held_out = read_table(folder / SCORES_HELD_OUT, "scores")
     results: dict[str, Any] = oracle_accuracy(held_out) if len(held_out) else {}
-    if words is not None:
-        judged = fidelity(words, read_table(folder / SCORES, "scores"))
-        results |= {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
-    return results
+    return results | words_found(folder / SCORES, words)
+
+
+def words_found(scores: Path, words: Words | None) -> dict[str, float]:
+    """How far token rewards find the words that carry a gold reward; nothing where none is given."""
+    if words is None:
+        return {}
+    judged = fidelity(words.tokenizer, read_table(scores, "scores"), valence=gold_reward(words.gold).valence)
+    return {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
 
 
 def read_rewards(source: Path, columns: tuple[str, str]) -> pa.Table:

@@ -27,7 +27,6 @@ from sepo.data.tables import (
     provenance_of,
     read_schema,
     read_shard,
-    read_table,
     table_digest,
     table_paths,
     with_provenance,
@@ -35,7 +34,6 @@ from sepo.data.tables import (
 )
 from sepo.data.vocabulary import TokenBytes, token_bytes
 from sepo.errors import UserError
-from sepo.evaluate.fidelity import fidelity
 from sepo.models.folders import is_outline
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
 from sepo.processes import say
@@ -43,6 +41,7 @@ from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import Recipe, TransferSettings
 from sepo.stages import data
 from sepo.stages.logps import PARTS
+from sepo.stages.score import Words, words_found
 from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Sizes, Stage
 
 
@@ -111,15 +110,13 @@ def prepare_pairs(recipe: Recipe, pairs: Path, out: Path, progress: bool = True)
     return results
 
 
-def stage(
-    recipe: Recipe, scores: Made, pairs: Made, policy_pairs: Made, words: PreTrainedTokenizerBase | None = None
-) -> Stage:
+def stage(recipe: Recipe, scores: Made, pairs: Made, policy_pairs: Made, words: Words | None = None) -> Stage:
     """Token rewards under the policy's tokenizer, in `scores` and `scores_held_out`.
 
     Args:
         scores: under the oracle's tokenizer, of `pairs`.
         policy_pairs: of `pairs_stage`.
-        words: the policy's tokenizer, to judge the rewards by the words of VADER's lexicon.
+        words: with the policy's tokenizer, to judge the rewards by the words of a gold reward.
     """
     settings: TransferSettings = recipe.transfer
 
@@ -135,10 +132,7 @@ def stage(
             say(f"  {part}: {found.summary()}")
             if part == "train":
                 results |= found.figures()
-        if words is not None:
-            judged = fidelity(words, read_table(folder / SCORES, "scores"))
-            results |= {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
-        return results
+        return results | words_found(folder / SCORES, words)
 
     return Stage(
         kind="transfer",
@@ -148,7 +142,7 @@ def stage(
             "scores": scores.content,
             "pairs": pairs.content,
             "policy_pairs": policy_pairs.content,
-            "words": words is not None,
+            "words": words is not None and words.gold,
         },
         outputs=(SCORES, SCORES_HELD_OUT),
         work=lambda folder: processes.on_main(lambda: work(folder)),
