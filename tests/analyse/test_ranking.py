@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from sepo.analyse import ranking as r
+from sepo.cli import main
 from sepo.credit.selection import select_key_tokens
-from sepo.data.tables import SCHEMAS, make_table
+from sepo.data.tables import SCHEMAS, make_table, write_table
 from sepo.errors import UserError
+from sepo.files import write_text
+from sepo.recipe.reading import dump_recipe, parse_recipe
 from tiny_models import tiny_tokenizer
 
 TOKENS = {"chosen": "ab cd", "rejected": "ab ef"}  # one token a character
@@ -43,7 +46,7 @@ def selection(one, **settings):
 def test_the_measures_are_those_worked_out_by_hand():
     texts = {"chosen": "ab cd xy", "rejected": "ab ef xy"}
     one = oracle([5.0, 0, 0, 4, 0, 0, 3, 0], [-2.0, 0, 0, -5, -4, 0, -3, 0], texts)
-    # Three of eight are kept: chosen a, c, x (one right, one wrong, one other); rejected e, f, x (two right, one other).
+    # Three of eight are kept: chosen a, c, x (one right, one wrong, one other); rejected e, f, x (two right).
     found = r.measure_selection(selection(one), r.token_truth(one, valence))
     assert found["lift_chosen"] == pytest.approx((1 / 3) / (2 / 8))
     assert found["lift_rejected"] == pytest.approx((2 / 3) / (2 / 8))
@@ -72,11 +75,10 @@ def test_weights_count_where_they_are_soft():
     assert found["lift"] == pytest.approx(1.0)
 
 
-def random_oracle(seed, pairs=60):
+def random_oracle(seed, pairs=60, words=("ab", "cd", "ef", "xy", "pq", "uv")):
     rng = np.random.default_rng(seed)
     tokenizer = tiny_tokenizer()
-    words = ["ab", "cd", "ef", "xy", "pq", "uv"]
-    own = {"chosen": "ab", "rejected": "ef"}  # so that each response has a right token
+    own = {"chosen": words[0], "rejected": words[2]}  # so that each response has a right token
     texts = {side: [" ".join([own[side], *rng.choice(words, 11)]) for _ in range(pairs)] for side in own}
     ids = {side: [tokenizer(text)["input_ids"] for text in texts[side]] for side in texts}
     table = make_table(
@@ -103,7 +105,9 @@ def test_random_tokens_are_no_better_than_chance_and_the_truth_itself_is_perfect
         rows = np.split(np.nan_to_num(truth[side]), np.cumsum(lengths)[:-1])
         columns[f"{side}_rewards"] = [row.tolist() for row in rows]
     exact = r.Oracle(make_table("scores", columns), one.tokenizer)
-    best = r.measure_selection(selection(exact, rule_chosen="mass", rule_rejected="mass", k_chosen=1, k_rejected=1), truth)
+    best = r.measure_selection(
+        selection(exact, rule_chosen="mass", rule_rejected="mass", k_chosen=1, k_rejected=1), truth
+    )
     assert best["mass"] == 1.0
     assert best["weight_right"] == 1.0
     assert best["weight_wrong"] == 0.0
@@ -159,3 +163,64 @@ def test_what_cannot_be_ranked_is_refused():
         r.rank_rules({"a": one}, r.rules_of(r.default_rules(0.3)), lambda word: 0.0)
     with pytest.raises(UserError, match="nothing to rank"):
         r.rank_rules({}, {}, valence)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two run folders of other pairs, as far as `sepo analyse --rules` reads them."""
+    folders = []
+    for seed in (0, 1):
+        folder = tmp_path_factory.mktemp("rank") / f"seed-{seed}"
+        tiny_tokenizer().save_pretrained(folder / "model")
+        write_table(folder / "scores", random_oracle(seed, 10 + seed, ["good", "bad", "sad", "table", "walk"]).scores)
+        recipe = parse_recipe({"reference": {"model": str(folder / "model")}, "eval": {"gold": "vader"}})
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        folders.append(folder)
+    return folders
+
+
+def test_rules_are_ranked_on_runs_into_a_page_numbers_and_a_picture(runs, tmp_path, capsys):
+    assert main(["analyse", *map(str, runs), "--out", str(tmp_path), "--rules"]) == 0
+    page = capsys.readouterr().out
+    assert "# Rules on 2 oracles" in page
+    assert "Against *top 0.3*" in page
+    assert "nan" not in page
+    found = json.loads((tmp_path / "ranking.json").read_text())
+    assert set(found["rules"]) == set(r.default_rules(0.3)) == set(found["settings"])
+    assert found["oracles"] == ["seed-0", "seed-1"]
+    assert (tmp_path / "ranking.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rules_of_a_file_are_ranked_on_one_run_in_its_own_folder(runs, tmp_path, capsys):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("mine: {k_chosen: 0.5, k_rejected: 0.5}\nall: {k_chosen: 1, k_rejected: 1}\n")
+    assert main(["analyse", str(runs[0]), "--rules", str(rules)]) == 0
+    assert "# Rules on one oracle" in capsys.readouterr().out
+    found = json.loads((runs[0] / "analysis" / "ranking.json").read_text())
+    assert found["baseline"] == "mine"
+    assert found["rules"]["mine"]["auc"]["low"] is None  # one oracle has no interval
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["{run}", "{run}", "--out", "{tmp}/o"], "several run folders with --rules"),
+        (["{run}", "{run}", "--rules"], "--out DIR"),
+        (["{run}", "{run}", "--out", "{tmp}/o", "--rules"], "is named twice"),
+        (["{run}", "--rules", "{tmp}"], "expected a YAML file"),
+        (["{run}", "--rules", "{tmp}/odd.yaml"], "rule 'a' is 3, expected settings"),
+        (["{run}", "--rules", "{tmp}/typo.yaml"], "k_chosn"),
+        (["--table", "{run}/scores", "--out", "{tmp}/o", "--rules"], "--gold"),
+        (["--table", "{run}/scores", "--out", "{tmp}/o", "--gold", "vader", "--rules"], "needs --tokenizer"),
+    ],
+)
+def test_bad_input_ends_in_one_line(runs, tmp_path, capsys, command, message):
+    (tmp_path / "odd.yaml").write_text("a: 3\n")
+    (tmp_path / "typo.yaml").write_text("a: {k_chosn: 0.3}\n")
+    assert main(["analyse", *(word.format(tmp=tmp_path, run=runs[0]) for word in command)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sepo: ")]
+    assert len(lines) == 1
+    assert message in lines[0]

@@ -1,20 +1,23 @@
 """Selection rules ranked by where they put their weight, before any policy is trained on it.
 
-Where a gold reward says which words carry it, each token of a response is *right* (its word speaks for the side's label:
-good words in chosen, bad ones in rejected responses), *wrong* (it speaks against it) or neither. A rule is as good as the
-weight that it gives to right tokens and keeps from wrong ones. Of each selection:
+Where a gold reward says which words carry it, each token of a response is *right* (its word speaks for the side's
+label: good words in chosen, bad ones in rejected responses), *wrong* (it speaks against it) or neither. A rule is as
+good as the weight that it gives to right tokens and keeps from wrong ones. Of each selection:
 
-    auc            P(u of a right or wrong token's word is on its side of another word's u), u = ± weight, 0 if not kept;
-                   ties count one half; 0.5 is chance (as `evaluate.fidelity` compares rewards)
+    auc            P(u of a right or wrong token's word is on its side of another word's u), u = ± weight, 0 if not
+                   kept; ties count one half; 0.5 is chance (as `evaluate.fidelity` compares rewards)
     lift           right tokens among those kept, over as many drawn at random of each side
     mass           share of the gold reward of all right tokens that lies in kept ones
     weight_right   share of the weight on right tokens; weight_wrong on wrong ones
-    cosine         between the weights, ± and a share of their response's, and the words' gold rewards, over all tokens: if
-                   tokens pull in directions of their own, the gain for a small step of given length (root of the KL)
-    effective      (sum of w)^2 / sum of w^2 / tokens, mean over responses: the share of tokens that the weight spreads over
+    cosine         between the weights, ± and a share of their response's, and the words' gold rewards, over all tokens:
+                   if tokens pull in directions of their own, the gain for a small step of given length, the root of
+                   the KL
+    effective      (sum of w)^2 / sum of w^2 / tokens, mean over responses: the share of tokens that the weight
+                   spreads over
 
 Several oracles give each figure a mean and an interval, and each rule a paired difference to the first: an oracle is a
-draw, and what holds for one need not hold for the next. Nothing runs a model; all is linear in the tokens but for a sort.
+draw, and what holds for one need not hold for the next. Nothing runs a model; all is linear in the tokens but for a
+sort.
 """
 
 from __future__ import annotations
@@ -66,6 +69,11 @@ def default_rules(k: float) -> dict[str, dict[str, Any]]:
         "dataset": both("dataset"),
         "mass 0.8": both("mass", 0.8),
         "effective": both("effective"),
+        "skip shared": both("top", skip_shared=True),
+        "evidence": both("top", evidence=0.5),
+        "evidence, skip shared": both("top", evidence=0.5, skip_shared=True),
+        "evidence, soft": both("top", 1.0, evidence=0.5, credit="soft", temperature=0.5, clip_low=-3.0, clip_high=3.0),
+        "labels alone": both("top", evidence=1.0),
         "soft 0.3": both("top", 1.0, credit="soft", temperature=0.3, clip_low=-2.0, clip_high=2.0),
         "soft 1": both("top", 1.0, credit="soft"),
         "all": both("top", 1.0),
@@ -86,12 +94,15 @@ def rules_of(settings: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[s
 
 
 def token_truth(oracle: Oracle, valence: Callable[[str], float]) -> dict[str, np.ndarray]:
-    """The gold reward of each token's word, flat, of each side `[tokens]` float64: 0 in other words, NaN outside words."""
+    """The gold reward of each token's word, of each side `[tokens]` float64: 0 in other words, NaN outside words."""
     return {
         side: np.concatenate(
             [
                 np.zeros(0),
-                *(word_valences(oracle.tokenizer, ids, valence) for ids in oracle.scores.column(f"{side}_ids").to_pylist()),
+                *(
+                    word_valences(oracle.tokenizer, ids, valence)
+                    for ids in oracle.scores.column(f"{side}_ids").to_pylist()
+                ),
             ]
         )
         for side in SIDES
@@ -99,7 +110,7 @@ def token_truth(oracle: Oracle, valence: Callable[[str], float]) -> dict[str, np
 
 
 def token_weights(selection: pa.Table, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of one side of a selection: weights `[tokens]` float64, 0 where not kept; which are kept `[tokens]` bool; lengths.
+    """Of one side of a selection: weights `[tokens]` float64, 0 where not kept; which are kept, bool; lengths.
 
     Raises:
         UserError: a weight is negative; the share of a weight that pulls both ways says nothing.
@@ -139,7 +150,10 @@ def measure_selection(selection: pa.Table, truth: Mapping[str, np.ndarray]) -> d
         mass += float(np.abs(values[right]).sum())
         mass_kept += float(np.abs(values[right & kept]).sum())
         weight += float(weights.sum())
-        right_weight, wrong_weight = right_weight + float(weights[right].sum()), wrong_weight + float(weights[wrong].sum())
+        right_weight, wrong_weight = (
+            right_weight + float(weights[right].sum()),
+            wrong_weight + float(weights[wrong].sum()),
+        )
         shares = weights / np.repeat(np.maximum(segment_sums(weights, lengths), 1e-30), lengths)
         gold = np.nan_to_num(values)
         inner += float(sign * shares @ gold)
@@ -169,9 +183,9 @@ def rank_rules(
         valence: a word's gold reward, 0 for a word that carries none; it may have one sign only.
 
     Returns:
-        `oracles`, `baseline`, and `rules`: for each rule and measure `mean`, `low` and `high` (Student's t over oracles,
-        95 %), `values` (one an oracle), and the same of the `difference` to the baseline. A figure that nothing
-        contributes to is NaN.
+        `oracles`, `baseline`, and `rules`: for each rule and measure `mean`, `low` and `high` (Student's t over
+        oracles, 95 %), `values` (one an oracle), and the same of the `difference` to the baseline. A figure that
+        nothing contributes to is NaN.
 
     Raises:
         UserError: there is no oracle, or no word of any response carries the gold reward.
@@ -208,7 +222,9 @@ def _auc_cells(
     """(AUC, number of target tokens) of good words, which should lie above others, and of bad ones, below; if any."""
     codes = np.unique(signed, return_inverse=True)[1]
     for targets, below in ((positive, False), (negative, True)):
-        value = weighted_auc(codes, targets.astype(np.float64), other.astype(np.float64)) if len(codes) else float("nan")
+        value = (
+            weighted_auc(codes, targets.astype(np.float64), other.astype(np.float64)) if len(codes) else float("nan")
+        )
         if not np.isnan(value):
             yield (1 - value if below else value), float(targets.sum())
 
