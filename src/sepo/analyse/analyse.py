@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,17 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sepo.analyse.measures import agreement, by_class, by_position, concentration, length_effects, overview, truth
-from sepo.analyse.page import analysis_markdown, save_analysis_figures
-from sepo.credit.selection import select_key_tokens
+from sepo.analyse.page import analysis_markdown, ranking_markdown, save_analysis_figures, save_ranking_figure
+from sepo.analyse.ranking import Oracle, default_rules, rank_rules, rules_of
+from sepo.credit.selection import check_rule, select_key_tokens
 from sepo.data.fingerprints import check_table_tokenizer
 from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.evaluate.gold import gold_reward
 from sepo.files import write_json, write_text
 from sepo.models.tokenizer import load_tokenizer
-from sepo.recipe.reading import load_recipe
+from sepo.recipe.reading import load_recipe, parse_recipe, read_settings
+from sepo.recipe.settings import Recipe
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,9 @@ def run_inputs(
     Raises:
         UserError: a table is missing or not one of the same pairs, a name is used twice, or the tokenizer is another.
     """
-    named: dict[str, Path] = {}
-    for item in tables:
-        name, equals, folder = item.partition("=")
-        name, folder = (name, folder) if equals else (Path(item).name, item)
-        if name in named:
-            raise UserError(f"--table {item}: the name '{name}' is used twice; write NAME=DIR")
-        named[name] = Path(folder)
+    named = _named(tables)
     if run is not None:
-        if not (run / "scores").is_dir():
-            raise UserError(f"'{run}' holds no scores/: expected a run folder in which the score stage is done")
-        recipe = load_recipe(run / "recipe.yaml")
+        recipe = _recipe_of_scored(run)
         named.setdefault(run.name or "run", run / "scores")
         tokenizer = tokenizer or recipe.reference.model
         gold = gold or recipe.eval.gold
@@ -84,6 +78,106 @@ def run_inputs(
     if logps is not None and logps.column("pair_id").to_pylist() != first.column("pair_id").to_pylist():
         raise UserError(f"'{reference_logps}' holds log-probabilities of other pairs than the score tables")
     return Inputs(read, loaded, logps, gold)
+
+
+def _named(tables: Sequence[str]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for item in tables:
+        name, equals, folder = item.partition("=")
+        name, folder = (name, folder) if equals else (Path(item).name, item)
+        if name in named:
+            raise UserError(f"--table {item}: the name '{name}' is used twice; write NAME=DIR")
+        named[name] = Path(folder)
+    return named
+
+
+def _recipe_of_scored(run: Path) -> Recipe:
+    if not (run / "scores").is_dir():
+        raise UserError(f"'{run}' holds no scores/: expected a run folder in which the score stage is done")
+    return load_recipe(run / "recipe.yaml")
+
+
+def rank_inputs(
+    runs: Sequence[Path], tables: Sequence[str] = (), *, tokenizer: str | None = None, gold: str | None = None
+) -> tuple[dict[str, Oracle], str]:
+    """Read the oracles that `sepo analyse --rules` was given, of the same pairs or others, and the gold reward's name.
+
+    Raises:
+        UserError: a table or what it needs is missing, a name is used twice, or runs have different gold rewards.
+    """
+    found: dict[str, tuple[Path, str | None]] = {name: (path, tokenizer) for name, path in _named(tables).items()}
+    golds = {gold} if gold else set()
+    for run in runs:
+        recipe = _recipe_of_scored(run)
+        name = run.name if run.name and run.name not in found else str(run)
+        if run / "scores" in {path for path, _ in found.values()}:
+            raise UserError(f"'{run}' is named twice: expected every oracle once")
+        found[name] = (run / "scores", tokenizer or recipe.reference.model)
+        if not gold and recipe.eval.gold:
+            golds.add(recipe.eval.gold)
+    if len(golds) != 1:
+        seen = ", ".join(sorted(golds)) or "none"
+        raise UserError(
+            f"--rules needs one gold reward with values of words as the truth, found {seen}: name it by --gold"
+        )
+    (truth,) = golds
+    gold_reward(truth)
+    loaded: dict[str, PreTrainedTokenizerBase] = {}
+    oracles = {}
+    for name, (path, model) in found.items():
+        if model is None:
+            raise UserError("--rules needs --tokenizer MODEL: the words of a response are read off its tokens")
+        table = read_table(path, "scores")
+        if model not in loaded:
+            loaded[model] = load_tokenizer(model)
+        check_table_tokenizer(table, loaded[model], str(path), model)
+        oracles[name] = Oracle(table, loaded[model])
+    return oracles, truth
+
+
+def read_rules(file: Path | None, k: float) -> dict[str, dict[str, Any]]:
+    """Rules by name, each with its settings of section `select`: of a YAML file, or those that come along.
+
+    Raises:
+        UserError: the file is missing or no mapping of names to settings, or a setting is impossible.
+    """
+    if file is None:
+        return default_rules(k)
+    if not file.is_file():
+        raise UserError(
+            f"--rules {file}: expected a YAML file, NAME: {{settings of select}}; without a file, write it last"
+        )
+    rules = {}
+    for name, settings in read_settings(file, "rules").items():
+        if not isinstance(settings, dict):
+            raise UserError(
+                f"{file}: rule '{name}' is {settings!r}, expected settings of select, such as {{k_chosen: 0.3}}"
+            )
+        select = parse_recipe({"select": settings}, f"{file}, rule '{name}'").select.model_dump()
+        check_rule(**select)
+        rules[str(name)] = select
+    return rules
+
+
+def rank(
+    oracles: Mapping[str, Oracle], rules: Mapping[str, Mapping[str, Any]], gold: str, out: Path, *, seed: int = 0
+) -> dict[str, Any]:
+    """Rank rules on oracles, and write `ranking.json`, `ranking.md` and `ranking.png` into `out`; no policy is trained.
+
+    Args:
+        rules: settings of section `select` by name, the one to compare with first.
+        gold: the gold reward whose word values are the truth.
+        seed: of random rules.
+
+    Returns:
+        what `ranking.json` holds: that of `rank_rules`, and the `settings`.
+    """
+    ranked = rank_rules(oracles, rules_of(rules, seed), gold_reward(gold).valence)
+    result = {**ranked, "gold": gold, "settings": dict(rules), "seed": seed}
+    save_ranking_figure(result, out)
+    write_text(out / "ranking.md", ranking_markdown(result))
+    write_json(out / "ranking.json", result, indent=1)
+    return result
 
 
 def check_same_pairs(table: pa.Table, other: pa.Table, name: str) -> None:

@@ -136,6 +136,67 @@ def analysis_markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ranking_markdown(result: Mapping[str, Any]) -> str:
+    """A ranking of rules as a Markdown page, best first; docs/selection.md says how to read it."""
+    names = ("auc", "cosine", "weight_right", "weight_wrong", "lift", "mass", "effective")
+    titles = ("AUC", "cosine", "weight on right tokens", "on wrong ones", "lift", "reward kept", "spread of the weight")
+    number = len(result["oracles"])
+    ranked = ranked_rules(result)
+
+    def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+        shares = ("weight_right", "weight_wrong", "mass", "effective")
+        return tuple(
+            _percent(row[name]["mean"])
+            if name in shares
+            else _number(row[name]["mean"], ".2f" if name == "lift" else ".3f")
+            for name in names
+        )
+
+    def difference(row: Mapping[str, Any], name: str) -> str:
+        gap, scale = row[name]["difference"], 100 if name == "weight_right" else 1
+        form = "+.1f" if scale == 100 else "+.3f"
+        mean, low, high = (_number(gap[key] * scale, form) for key in ("mean", "low", "high"))
+        return f"{mean} ({low} to {high})"
+
+    oracles = f"{number} oracles" if number > 1 else "one oracle"
+    lines = [f"# Rules on {oracles}", ""]
+    lines += _table(("rule", *titles), [(rule, *cells(row)) for rule, row in ranked])
+    lines += ["![](ranking.png)", ""]
+    if number > 1:
+        lines += [f"Against *{result['baseline']}*, oracle by oracle, with intervals of 95 % by Student's t:", ""]
+        lines += _table(
+            ("rule", "AUC", "cosine", "weight on right tokens, points"),
+            [
+                (rule, *(difference(row, name) for name in ("auc", "cosine", "weight_right")))
+                for rule, row in ranked
+                if rule != result["baseline"]
+            ],
+        )
+    return "\n".join(lines)
+
+
+def ranked_rules(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Rules and their figures, the highest cosine first."""
+    return sorted(result["rules"].items(), key=lambda item: np.nan_to_num(-item[1]["cosine"]["mean"], nan=np.inf))
+
+
+def save_ranking_figure(result: Mapping[str, Any], folder: Path) -> Path:
+    """Draw ranking.png: the cosine of each rule, a dot an oracle."""
+
+    def draw(axes: Axes) -> None:
+        ranked = ranked_rules(result)
+        for at, (_, row) in enumerate(ranked):
+            values = row["cosine"]["values"]
+            axes.plot(values, [at] * len(values), "o", color=PLAIN, markersize=2.5, alpha=0.5)
+            axes.plot([row["cosine"]["mean"]], [at], "|", color=PLAIN, markersize=10)
+        axes.axvline(result["rules"][result["baseline"]]["cosine"]["mean"], color=GREY, linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(ranked)), [rule for rule, _ in ranked], fontsize=7)
+        axes.invert_yaxis()
+
+    figure = make_figure(draw, "Cosine of weights and gold rewards of words", "")
+    return write_png(figure, folder / "ranking.png")
+
+
 def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw share.png, position.png and, where they were computed, agreement.png and fidelity.png."""
 

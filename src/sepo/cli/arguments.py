@@ -93,8 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         "analyse", commands.analyse_command, "say what token rewards look like, and how far they can be trusted"
     )
     analyse.add_argument(
-        "run", type=_path, nargs="?", metavar="RUN", help="run folder: its scores, tokenizer and gold reward"
-    )
+        "run", type=_path, nargs="*", metavar="RUN",
+        help="run folder: its scores, tokenizer and gold reward; several with --rules",
+    )  # fmt: skip
     analyse.add_argument(
         "--table",
         type=_named_path,
@@ -109,6 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     analyse.add_argument("--gold", choices=get_args(Gold), help="gold reward whose word values are the truth")
     analyse.add_argument("--k", type=float, default=0.3, help="share of key tokens to look at (default 0.3)")
+    analyse.add_argument(
+        "--rules", type=_path, nargs="?", const=True, metavar="FILE",
+        help="rank selection rules on one or more oracles instead: those of a YAML file, NAME: {settings of select}, "
+        "the one to compare with first; without a file those that come along",
+    )  # fmt: skip
     analyse.add_argument("--seed", type=int, default=0, help="seed of the random baseline (default 0)")
     analyse.add_argument(
         "--out", type=_path, metavar="DIR", help="folder of the results (default: analysis/ in the run)"

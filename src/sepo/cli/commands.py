@@ -69,15 +69,24 @@ def analyse_command(arguments: argparse.Namespace) -> None:
     from sepo.credit.selection import check_rate
 
     check_rate("k", arguments.k)
-    if arguments.run is None and (not arguments.table or arguments.out is None):
+    runs = [Path(run) for run in arguments.run]
+    if not runs and (not arguments.table or arguments.out is None):
         raise UserError("analyse needs a run folder, or --table DIR and --out DIR: see `sepo analyse --help`")
-    out = Path(arguments.out) if arguments.out else Path(arguments.run) / "analysis"
+    if len(runs) > 1 and (arguments.rules is None or arguments.out is None):
+        raise UserError("analyse takes several run folders with --rules and --out DIR: see `sepo analyse --help`")
+    out = Path(arguments.out) if arguments.out else runs[0] / "analysis"
     check_writable(out)
     _quiet_libraries()
-    from sepo.analyse.analyse import analyse, run_inputs
+    from sepo.analyse.analyse import analyse, rank, rank_inputs, read_rules, run_inputs
 
+    if arguments.rules is not None:
+        rules = read_rules(None if arguments.rules is True else Path(arguments.rules), arguments.k)
+        oracles, gold = rank_inputs(runs, arguments.table, tokenizer=arguments.tokenizer, gold=arguments.gold)
+        rank(oracles, rules, gold, out, seed=arguments.seed)
+        print((out / "ranking.md").read_text(encoding="utf-8"))
+        return
     inputs = run_inputs(
-        None if arguments.run is None else Path(arguments.run),
+        runs[0] if runs else None,
         arguments.table,
         tokenizer=arguments.tokenizer,
         reference_logps=arguments.reference_logps,

@@ -20,6 +20,9 @@ them all. With v = s on the chosen side and v = -s on the rejected side (how muc
 
 Of "threshold" on they adapt the rate to the rewards; at least one token is always kept. "shorter" with `include_end`,
 every token of what remains, is POET (arXiv 2506.09457); k is not read.
+
+With `evidence`, v is no longer the reward alone (`evidence.py`); with `skip_shared`, tokens whose id both responses of
+the pair hold are not kept.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
+from sepo.credit.evidence import LabelStatistics, label_statistics, with_evidence
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
 from sepo.data.tables import make_table, provenance_of, require_table
 from sepo.errors import UserError, check_number, nearest, one_line
@@ -86,6 +90,22 @@ def ends_response(ids: np.ndarray, lengths: np.ndarray, end_ids: Sequence[int]) 
     return marks
 
 
+def shared_tokens(scores: pa.Table) -> dict[str, np.ndarray]:
+    """Mark, of each side, the tokens whose id stands in the other response of their pair too: `[tokens]` bool.
+
+    A contrast of the two responses can say nothing about what both have, and a rule that takes the best of one side and
+    the worst of the other keeps many of them on one side alone.
+    """
+    keys = {}
+    for side in SIDES:
+        ids, lengths = flat(scores.column(f"{side}_ids"))
+        keys[side] = (
+            np.repeat(np.arange(len(lengths)), lengths) * 2**32 + ids
+        )  # ids are int32: no two pairs share a key
+    chosen, rejected = keys.values()
+    return {"chosen": np.isin(chosen, rejected), "rejected": np.isin(rejected, chosen)}
+
+
 def select_key_tokens(
     scores: pa.Table,
     k_chosen: float = 0.3,
@@ -101,6 +121,9 @@ def select_key_tokens(
     clip_low: float = -0.5,
     clip_high: float = 1.5,
     normalise: bool = True,
+    skip_shared: bool = False,
+    evidence: float = 0.0,
+    statistics: LabelStatistics | None = None,
     seed: int = 0,
 ) -> pa.Table:
     """Apply a rule to a table of kind "scores"; returns a table of kind "selection", row for row.
@@ -119,6 +142,9 @@ def select_key_tokens(
             were imported, and what tgdpo and wspo read. With temperature 1, the default clip, k 1
             and `normalise` off these are TIS-DPO's weights (arXiv 2410.04350, equation 12).
         normalise: scale soft weights to a mean of 1 over the kept tokens of each response.
+        skip_shared: leave out tokens that both responses of the pair hold (`shared_tokens`).
+        evidence: share of what the labels say of a token's id in v, 0 to 1 (`evidence.with_evidence`).
+        statistics: those that `evidence` reads, of the whole dataset where `scores` is a part of it.
         seed: of rule "random"; the draw of a token depends on seed, side, pair id and position alone.
 
     Raises:
@@ -135,16 +161,23 @@ def select_key_tokens(
         "clip_high": clip_high,
         "normalise": normalise,
         "seed": seed,
+        # Named only where they are used: tables from before there were these stay what they are.
+        **({"skip_shared": True} if skip_shared else {}),
+        **({"evidence": evidence} if evidence else {}),
     }
     require_table("scores", scores, "scores")
     check_rule(k_chosen, k_rejected, **settings)
-    thresholds = dataset_thresholds([scores], k_chosen, k_rejected, include_end=include_end, **settings)
+    if evidence and statistics is None:
+        statistics = label_statistics([scores])
+    thresholds = dataset_thresholds(
+        [scores], k_chosen, k_rejected, include_end=include_end, statistics=statistics, **settings
+    )
     rates = {"chosen": k_chosen, "rejected": k_rejected}
     provenance = {key: value for key, value in provenance_of(scores).items() if key not in ("format", "version")}
     columns: dict[str, object] = {name: scores.column(name) for name in scores.column_names}
     pair_ids = scores.column("pair_id").to_numpy()
     for side, sign in SIGNED_SIDES:
-        rewards, lengths, eligible = _side(scores, side, include_end)
+        rewards, lengths, eligible = _side(scores, side, include_end, skip_shared, evidence, statistics)
         values = sign * rewards
         rule = thresholds[f"rule_{side}"]
         position = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -192,12 +225,19 @@ def soft_weights(logits: np.ndarray, counts: np.ndarray, normalise: bool = True)
 
 
 def dataset_thresholds(
-    tables: Iterable[pa.Table], k_chosen: float, k_rejected: float, *, include_end: bool = False, **settings: Any
+    tables: Iterable[pa.Table],
+    k_chosen: float,
+    k_rejected: float,
+    *,
+    include_end: bool = False,
+    statistics: LabelStatistics | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Turn rule "dataset" into "threshold", with the threshold that keeps a share k of all tokens of a side.
 
     Args:
         tables: the shards of a score table; read only if a side has that rule.
+        statistics: needed where the settings have `evidence`.
         settings: keywords of `select_key_tokens`.
 
     Returns:
@@ -207,10 +247,11 @@ def dataset_thresholds(
     wanted = [(side, sign) for side, sign in SIGNED_SIDES if settings.get(f"rule_{side}") == "dataset"]
     if not wanted:
         return settings
+    values_read = settings.get("skip_shared", False), settings.get("evidence", 0.0)
     found: dict[str, list[np.ndarray]] = {side: [] for side, _ in wanted}
     for table in tables:
         for side, sign in wanted:
-            rewards, _, eligible = _side(table, side, include_end)
+            rewards, _, eligible = _side(table, side, include_end, *values_read, statistics)
             found[side].append(sign * rewards[eligible])
     for side, sign in wanted:
         values = np.concatenate(found[side])
@@ -220,13 +261,26 @@ def dataset_thresholds(
     return settings
 
 
-def _side(scores: pa.Table, side: str, include_end: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _side(
+    scores: pa.Table,
+    side: str,
+    include_end: bool,
+    skip_shared: bool,
+    evidence: float,
+    statistics: LabelStatistics | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Flat rewards `[tokens]`, lengths `[rows]` and the tokens that may be kept `[tokens]` bool, of one side."""
     rewards, lengths = flat(scores.column(f"{side}_rewards"))
-    if include_end:
-        return rewards, lengths, np.ones(len(rewards), bool)
     ids, _ = flat(scores.column(f"{side}_ids"))
-    return rewards, lengths, ~ends_response(ids, lengths, provenance_of(scores).get("end_ids", []))
+    eligible = np.ones(len(rewards), bool)
+    if not include_end:
+        eligible &= ~ends_response(ids, lengths, provenance_of(scores).get("end_ids", []))
+    if skip_shared:
+        eligible &= ~shared_tokens(scores)[side]
+    if evidence:
+        assert statistics is not None
+        rewards = with_evidence(rewards, ids, side, statistics, evidence)
+    return rewards, lengths, eligible
 
 
 def _adaptive_counts(rule: str, values: np.ndarray, lengths: np.ndarray, share: float) -> np.ndarray:
@@ -275,8 +329,12 @@ def check_rule(k_chosen: float, k_rejected: float, **settings: Any) -> None:
         rule = settings.get(f"rule_{side}", "top")
         if rule not in RULES:
             raise UserError(f"rule_{side} is '{rule}'{nearest(str(rule), RULES)}: expected one of {', '.join(RULES)}")
-    if settings.get("credit", "hard") not in ("hard", "soft", "reward"):
-        raise UserError(f"credit is '{settings['credit']}': expected hard, soft or reward")
+    credit, evidence = settings.get("credit", "hard"), settings.get("evidence", 0.0)
+    if credit not in ("hard", "soft", "reward"):
+        raise UserError(f"credit is '{credit}': expected hard, soft or reward")
+    check_number("evidence", evidence, least=0, most=1)
+    if credit == "reward" and evidence:
+        raise UserError("credit 'reward' is the reward as it is: leave evidence at 0, or take another credit")
     check_number("temperature", settings.get("temperature", 1.0), above=0)
     for name in ("clip_low", "clip_high", "threshold_chosen", "threshold_rejected"):
         check_number(name, settings.get(name, 0.0))

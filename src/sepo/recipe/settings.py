@@ -267,6 +267,19 @@ class SelectSettings(Settings):
     clip_low: float = Field(-0.5, description="soft credit: lower end of the clip")
     clip_high: float = Field(1.5, description="soft credit: upper end of the clip")
     normalise: bool = Field(True, description="soft credit: mean weight 1 in each response")
+    skip_shared: bool = Field(False, description="leave out tokens that both responses of a pair hold")
+    evidence: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of what the labels say of a token (is it in chosen responses more than in rejected ones?) "
+        "beside its reward",
+    )
+
+    def what_is_selected(self) -> dict[str, Any]:
+        """The settings that key tokens depend on; later ones only where set: earlier runs stay what they are."""
+        unset = {name for name in ("skip_shared", "evidence") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=unset)
 
 
 class TransferSettings(Settings):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sepo import processes
+from sepo.credit.evidence import label_statistics
 from sepo.credit.rewards import require_rewards
 from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens
 from sepo.data.ragged import SIDES, flat
@@ -31,7 +32,7 @@ def settings_of(recipe: Recipe) -> SelectSettings:
 
 def stage(settings: SelectSettings, scores: Made, seed: int) -> Stage:
     """The selection of a score table; only a random one depends on the seed."""
-    rule = settings.model_dump(mode="json")
+    rule = settings.what_is_selected()
     rules = rule["rule_chosen"], rule["rule_rejected"]
 
     def work(folder: Path) -> dict[str, Any]:
@@ -56,11 +57,13 @@ def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0
             raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
         read_shard(path, "scores")  # all of it is sound before the old selection goes
     require_rewards(read_shard(path, "scores") for path in paths)
+    statistics = label_statistics(read_shard(path, "scores") for path in paths) if rule.get("evidence") else None
     # A rule over the whole dataset is a threshold for each shard.
-    settings = dataset_thresholds((read_shard(path, "scores") for path in paths), k_chosen, k_rejected, **rule)
+    shards = (read_shard(path, "scores") for path in paths)
+    settings = dataset_thresholds(shards, k_chosen, k_rejected, statistics=statistics, **rule)
     clear_shards(out)
     for index, path in enumerate(paths):
-        table = select_key_tokens(read_shard(path, "scores"), k_chosen, k_rejected, **settings)
+        table = select_key_tokens(read_shard(path, "scores"), k_chosen, k_rejected, statistics=statistics, **settings)
         write_shard(out, index, table, len(paths))
     return out
 
