@@ -21,7 +21,7 @@ if [ "$device" = cuda ]; then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 seconds=$(awk "BEGIN {print int(60 * ${MINUTES:-3.7})}")
-left=$(wc -w <<< "$tasks")
+left=$(wc -w <<< "$tasks") failed=0
 for task in $tasks; do
   until=$((SECONDS + (seconds - SECONDS) / left))  # an equal share of what is left
   left=$((left - 1))
@@ -42,6 +42,10 @@ for task in $tasks; do
     # 124: stopped by the time; 143: stopped, and it said what it keeps.
     case $code in 0 | 124 | 137 | 143) ;; *) echo "a process of $task failed ($code): see $out/$task/part-*.log" >&2 ;; esac
   done
-  "$python" "$root/benchmarks/grid_parts.py" join "$out/$task"
-  echo "$out/$task/compare.md, $SECONDS s"
+  if "$python" "$root/benchmarks/grid_parts.py" join "$out/$task"; then
+    echo "$out/$task/compare.md, $SECONDS s"
+  else
+    failed=1  # the other tasks have their turn all the same
+  fi
 done
+exit "$failed"
