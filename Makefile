@@ -2,7 +2,7 @@
 # make check         lint, types, import contracts and the fast tests: under a minute
 # make test          set up, then everything that CI runs: lint, types, all tests, two workers
 # make docs          build the documentation into site/, strictly
-# make gpu           on a machine with a GPU: its tests, then its figures beside TRL's (benchmarks/gpu.sh)
+# make gpu           on a machine with a GPU: its tests, its figures beside TRL's (benchmarks/gpu.sh), methods compared
 # make faults        kill runs, fill their disk, take processes away; a table of what was lost (some minutes)
 # make test-lowest   the fast tests with the lowest versions that pyproject.toml allows, in an environment of their own
 # make setup         only the set-up: .venv with the `sepo` command and all that tests and docs need
@@ -54,6 +54,7 @@ docs: setup
 gpu: setup
 	$(BIN)/pytest tests/cuda
 	benchmarks/gpu.sh
+	benchmarks/gpu_grids.sh
 
 faults: setup
 	PYTHONPATH=tests $(BIN)/python tests/faults.py

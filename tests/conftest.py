@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before any Hugging Face import reads them: a test that wants the network must fail at once, not hang.
@@ -53,6 +54,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
     # A test of a minute that comes last is waited for by workers that have nothing left to do.
     items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_imported_is_not_searched_for_garbage():
+    """Every training and every evaluation ends in a collection, which looks at each object that PyTorch, Transformers
+    and TRL made when they were imported, a million of them: most of the time of a run of a tiny model.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # what is left when the interpreter ends, bindings report as leaked
 
 
 @pytest.fixture(scope="session")

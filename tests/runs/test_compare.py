@@ -131,6 +131,8 @@ def test_runs_are_counted_with_and_without_a_sweep_seed(workplace):
     [
         ("checkpoints: [0.25]", "checkpoints: [0.5, 1.5]", "checkpoints.2 is 1.5"),
         ("checkpoints: [0.25]", "checkpoints: 0", "checkpoints is 0: expected a number of 1 or more"),
+        ("checkpoints: [0.25]", "checkpoints: 2\ncheckpoints_at_kl: [1.0]", "leave one of them out"),
+        ("checkpoints: [0.25]", "checkpoints_at_kl: [1.0, 0]", "checkpoints_at_kl.1 is 0"),
         ("checkpoints: [0.25]", "checkpoint: 2", "unknown key 'checkpoint' (did you mean 'checkpoints'?)"),
         ("policy.beta: 0.05", "policy.betta: 0.05", "unknown key 'policy.betta' (did you mean 'beta'?)"),
         ("policy.beta: 0.05", "data.sample: 0.5", "have different data or eval settings"),
@@ -380,6 +382,61 @@ def test_an_interrupted_comparison_keeps_its_runs_and_checkpoints(workplace, cap
     assert len(judged) == 8 - 3  # a checkpoint that was measured is not measured again
     assert not list((workplace / "broken-out").glob("runs/*/policy"))
     assert len(list((workplace / "broken-out").glob("runs/*/trainer_state.json"))) == 4
+
+
+def test_checkpoints_can_be_where_a_run_passes_given_kls(workplace, capsys):
+    """Methods of different speed are measured at the same distances, and curves are read there."""
+    text = GRID.replace("sweep_seed: 0\n", "").replace("[1.0, 2.5]", "[1.0]").replace("[1, 2]", "[0]")
+    text = text.replace("checkpoints: [0.25]", "checkpoints_at_kl: [0.5, 0.2, 90]")
+    path = write_grid(workplace, text[: text.index("  random")], "passing", "passing-out")
+    faster = "policy.training.num_train_epochs=8"
+    assert main(["compare", str(path), faster, "--dry-run"]) == 0
+    assert "a run is measured where it passes KL 0.2, 0.5, 90 and at its end" in capsys.readouterr().out
+    assert main(["compare", str(path), faster]) == 0
+    assert "KL 90 was not reached: the run got to" in capsys.readouterr().err
+    (run,) = json.loads((workplace / "passing-out" / "compare.json").read_text())["runs"]
+    *on_the_way, last = run["points"]
+    assert last["step"] == 32
+    assert "probe" not in last
+    assert on_the_way[0]["passed"][0] == 0.2
+    probes = json.loads((workplace / "passing-out" / run["folder"] / "probes.json").read_text())
+    assert [probe for probe in probes if probe[0] in {point["step"] for point in on_the_way}] == [
+        [point["step"], pytest.approx(point["probe"])] for point in on_the_way
+    ]
+    assert len(probes) < 16
+    assert main(["compare", str(path), faster]) == 0
+    assert stages_done(capsys.readouterr().err) == []
+
+
+def test_a_run_that_is_cut_short_passes_its_kls_at_the_same_steps(workplace, monkeypatch):
+    text = GRID.replace("sweep_seed: 0\n", "").replace("[1.0, 2.5]", "[1.0]").replace("[1, 2]", "[0]")
+    text = text.replace("checkpoints: [0.25]", "checkpoints_at_kl: [0.2, 0.5]")
+    text = text[: text.index("  random")]
+    settings = ["policy.training.num_train_epochs=8", "policy.training.save_minutes=0.001"]
+    assert main(["compare", str(write_grid(workplace, text, "whole", "whole-out")), *settings]) == 0
+    path = write_grid(workplace, text, "cut", "cut-out")
+    original = Checkpoints.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "on_step_end", stop)
+    assert main(["compare", str(path), *settings]) == 130
+    monkeypatch.setattr(Checkpoints, "on_step_end", original)
+    assert main(["compare", str(path), *settings]) == 0
+    timed = ("train_seconds", "measure_seconds")
+    whole, cut = (
+        [
+            {name: value for name, value in point.items() if name not in timed}
+            for point in json.loads((workplace / f"{name}-out" / "compare.json").read_text())["runs"][0]["points"]
+        ]
+        for name in ("whole", "cut")
+    )
+    assert whole == cut
+    files = [next((workplace / f"{name}-out").glob("runs/*/probes.json")).read_text() for name in ("whole", "cut")]
+    assert files[0] == files[1]
 
 
 def test_without_a_gold_reward_the_held_out_accuracy_is_compared(workplace):

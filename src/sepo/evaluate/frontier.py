@@ -25,10 +25,12 @@ from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.judges.in_run import judge_responses
+from sepo.evaluate.kl_probe import Passing
 from sepo.evaluate.measure import decoded, sample, sample_kl
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
 from sepo.forward.passes import dataset_logps, read_like
+from sepo.processes import say
 from sepo.recipe.settings import EvalSettings, JudgeSettings
 from sepo.training.batches import pairs_seen
 
@@ -163,10 +165,12 @@ class Checkpoints(TrainerCallback):
         shares: when to measure, as shares of the run's steps in (0, 1].
         path: the JSON file.
         pairs: pairs in one epoch.
+        passing: measures where the policy passes given KLs, too; such a point also has `passed` and `probe`
+            (`Passing.passed`).
     """
 
-    def __init__(self, judge: Judge, shares: Sequence[float], path: Path, pairs: int):
-        self.judge, self.shares, self.path, self.pairs = judge, shares, path, pairs
+    def __init__(self, judge: Judge, shares: Sequence[float], path: Path, pairs: int, passing: Passing | None = None):
+        self.judge, self.shares, self.path, self.pairs, self.passing = judge, shares, path, pairs, passing
         self.points = _read_points(path)
         self.measuring = 0.0
         self.started = 0.0
@@ -176,13 +180,19 @@ class Checkpoints(TrainerCallback):
         done = [point["train_seconds"] for point in self.points if point["step"] <= state.global_step]
         self.started = time.monotonic() - max(done, default=0.0)
         self.measuring = 0.0
+        if self.passing is not None:
+            self.passing.begin(state.global_step)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step not in self.steps or any(point["step"] == state.global_step for point in self.points):
+        looked = time.monotonic()
+        passed = {} if self.passing is None else self.passing.passed(state.global_step, model, self.points)
+        self.measuring += time.monotonic() - looked
+        due = passed or state.global_step in self.steps
+        if not due or any(point["step"] == state.global_step for point in self.points):
             return
         began = time.monotonic()
         trained = began - self.started - self.measuring
-        figures = self.judge.measure(model)
+        figures = {**passed, **self.judge.measure(model)}
         took = time.monotonic() - began
         self.measuring += took
         batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -191,6 +201,14 @@ class Checkpoints(TrainerCallback):
         self.points.append({"step": state.global_step, "pairs_seen": seen, **timing, **figures})
         self.points.sort(key=lambda point: point["step"])
         write_json(self.path, self.points, indent=1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.passing is None or not self.points:  # none: it was interrupted before the first
+            return
+        furthest = max(point["kl"] for point in self.points)
+        missed = [f"{target:g}" for target in self.passing.targets if target > furthest]
+        if missed and state.global_step >= state.max_steps:
+            say(f"  KL {', '.join(missed)} was not reached: the run got to {furthest:.2f}")
 
 
 def _read_points(path: Path) -> list[dict[str, Any]]:

@@ -336,8 +336,13 @@ def own_logps(policy: nn.Module, prompts: list[list[int]], generations: Sequence
 @torch.no_grad()
 def response_logps(model: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]) -> np.ndarray:
     """Summed log-probability of each response under a model that reads it, `[responses]` in nats."""
+    return response_sums(dataset_logps(model, pairs_of_responses(prompts, generations)), "logps")[0]
+
+
+def pairs_of_responses(prompts: Sequence[list[int]], generations: Sequence[Generation]) -> pa.Table:
+    """Responses as a table of kind "pairs", for a model to read: they are its chosen side."""
     ids = [list(one.response_ids) for one in generations]
-    pairs = make_table(
+    return make_table(
         "pairs",
         {
             "pair_id": list(range(len(ids))),
@@ -347,4 +352,3 @@ def response_logps(model: nn.Module, prompts: list[list[int]], generations: Sequ
             "rejected_ids": [response[:1] for response in ids],
         },
     )
-    return response_sums(dataset_logps(model, pairs), "logps")[0]

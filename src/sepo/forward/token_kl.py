@@ -23,7 +23,7 @@ _GPU_CHUNK_BYTES = 512 * 2**20
 
 
 def token_logps_and_kl(
-    model: nn.Module, reference: nn.Module, batch: PackedBatch, direction: str
+    model: nn.Module, reference: nn.Module, batch: PackedBatch, direction: str, frozen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every target, and the KL between the models' next-token distributions there.
 
@@ -34,13 +34,15 @@ def token_logps_and_kl(
         model: the policy, prepared with `logps.prepare_model`; gradients flow into it if they are enabled.
         reference: a frozen model with the same vocabulary and layout.
         direction: "forward" or "reverse".
+        frozen: `read_hidden` of the reference and this batch, where it was read before.
 
     Returns:
         logps and kl, each `[N]` float32 (float64 for float64 models), in nats.
     """
     hidden = target_hidden(causal_lm(model), batch)
-    with torch.no_grad():
-        frozen = read_hidden(reference, batch)
+    if frozen is None:
+        with torch.no_grad():
+            frozen = read_hidden(reference, batch)
     parts = _Heads(model, reference, direction == "forward")
     wide = 8 if hidden.dtype == torch.float64 else 4
     budget = _CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES

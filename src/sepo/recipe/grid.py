@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from sepo.errors import UserError
 from sepo.recipe.reading import explain, find_file, load_recipe, parse_override, parse_recipe, read_settings, set_key
@@ -47,6 +47,10 @@ def _shares(points: Any) -> Any:
     if isinstance(points, list) and points and all(isinstance(share, int | float) for share in points):
         return sorted({*points, 1.0})
     raise ValueError("expected a number of 1 or more, or a list of shares of a run")
+
+
+def _ascending(values: list[float]) -> list[float]:
+    return sorted(set(values))
 
 
 class Variant(Settings):
@@ -98,6 +102,10 @@ class Grid(Settings):
         description="measurements a run: a number, evenly spaced with the last at its end, or a list of shares of the "
         "run, such as [0.25, 1.0]",
     )
+    checkpoints_at_kl: Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_ascending)] = Field(
+        default_factory=list,
+        description="measure where a run passes these KLs (in nats a response) and at its end, in place of checkpoints",
+    )
     kl: float | None = Field(None, gt=0, description="compare at this KL; default: at the end of each run")
     also_at: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=list, description="further KLs at which the differences are listed"
@@ -111,6 +119,16 @@ class Grid(Settings):
     variants: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Variant], Field(min_length=1)] = Field(
         description="the methods to compare, by name"
     )
+
+    @property
+    def shares(self) -> list[float]:
+        """Shares of a run after which it is measured, whatever its KL."""
+        return [1.0] if self.checkpoints_at_kl else self.checkpoints
+
+    @property
+    def measurements(self) -> int:
+        """The most that a run is measured."""
+        return len(self.shares) + len(self.checkpoints_at_kl)
 
     @property
     def results_folder(self) -> Path:
@@ -154,6 +172,8 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Grid, di
         raise UserError(f"{path}: keys must be words, found {sorted(map(str, values))}") from None
     if len(set(grid.seeds)) < len(grid.seeds):
         raise UserError(f"{path}: seeds are {grid.seeds}: the same seed twice is the same run twice")
+    if grid.checkpoints_at_kl and "checkpoints" in values:
+        raise UserError(f"{path}: checkpoints are shares of a run and checkpoints_at_kl are KLs: leave one of them out")
     base = None if grid.base is None else path.parent / grid.base
     start = load_recipe(base).model_dump(mode="json", exclude_unset=True)
     for item in ("name", "output_dir"):

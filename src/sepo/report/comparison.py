@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from sepo.evaluate.frontier import at_kl, at_kl_by_prompt, before_first_checkpoint, quality
 from sepo.evaluate.statistics import Spread, crossed_mean, interval, over_seeds, smallest_difference
+from sepo.files import write_json, write_text
 from sepo.report.figures import make_figure, write_png
 from sepo.report.style import GREY, MARKERS, SERIES
 
@@ -150,6 +151,25 @@ def power_line(seeds: int, prompts: int, spread: Spread, source: str) -> str:
 def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
     """Label of the variant's setting with the highest value at the comparison's KL; the first of equals."""
     return max((row for row in rows if row["variant"] == variant), key=lambda row: row["value"])["label"]
+
+
+def write_comparison(
+    head: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], shared: Sequence[Mapping[str, Any]], folder: Path
+) -> dict[str, Any]:
+    """Write `compare.md`, the pictures and `compare.json` of some runs into a folder; returns the JSON's content.
+
+    Args:
+        head: name, kl, also_at, gold, judge (if there is one) and environment.
+        runs: as for `summarise_runs`.
+        shared: passes that runs have in common, each with stage, seconds and what.
+    """
+    kl = head["kl"]
+    tables = {"rows": summarise_runs(runs, kl), "differences": differences(runs, kl)}
+    comparison = {**head, **tables, "runs": list(runs), "shared": list(shared)}
+    write_text(folder / "compare.md", comparison_markdown(comparison))
+    save_comparison_figures(comparison, folder)
+    write_json(folder / "compare.json", comparison, indent=1)
+    return comparison
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:

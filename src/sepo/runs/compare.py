@@ -25,7 +25,7 @@ from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.evaluate.statistics import Spread
-from sepo.files import check_writable, digest, write_json, write_text
+from sepo.files import check_writable, digest, write_json
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.processes import say
@@ -33,13 +33,11 @@ from sepo.recipe.grid import Assumed, Grid, Setting
 from sepo.recipe.settings import Recipe
 from sepo.report.comparison import (
     best_setting,
-    comparison_markdown,
-    differences,
     power_line,
     reading_notes,
-    save_comparison_figures,
     summarise_runs,
     typical_spread,
+    write_comparison,
 )
 from sepo.runs.folder import Run, environment, open_run
 from sepo.runs.pipeline import check_inputs, check_pairs
@@ -318,7 +316,8 @@ class _Comparison:
             pairs,
             self._share(measured.start_stage(recipe, start, pairs, seed, base, choosing)),
             stored if unjudged else None,
-            self.grid.checkpoints,
+            self.grid.shares,
+            self.grid.checkpoints_at_kl,
             seed,
             base,
             self.grid.keep_models,
@@ -352,23 +351,15 @@ class _Comparison:
 
     def results(self) -> dict[str, Any]:
         """Write table, JSON and pictures of the runs so far; returns the JSON's content."""
-        comparison = {
+        head = {
             "name": self.grid.name,
             "kl": self.grid.kl,
             "also_at": self.grid.also_at,
             "gold": self.recipe.eval.gold,
             **({} if self.recipe.eval.judge is None else {"judge": self.recipe.eval.judge.name}),
             "environment": environment(),
-            "rows": summarise_runs(self.runs, self.grid.kl),
-            "differences": differences(self.runs, self.grid.kl),
-            "runs": self.runs,
-            "shared": list(self.shared.values()),
         }
-        folder = self.grid.results_folder
-        write_text(folder / "compare.md", comparison_markdown(comparison))
-        save_comparison_figures(comparison, folder)
-        write_json(folder / "compare.json", comparison, indent=1)
-        return comparison
+        return write_comparison(head, self.runs, list(self.shared.values()), self.grid.results_folder)
 
 
 def _text(record: dict[str, Any], name: str) -> str:

@@ -167,16 +167,24 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
         measured = seconds(evaluate.measuring_work(recipe, own, dtype) + evaluate.reading_work(recipe, own, dtype))
         if recipe.eval.gold is None and recipe.eval.judge is None:
             measured += seconds((Work("score", own.large, own.held_out.scored, own.held_out.responses, dtype=dtype),))
-        spent = runs * (seconds(train.work(recipe, own)) + measured * len(grid.checkpoints))
+        spent = runs * (seconds(train.work(recipe, own)) + measured * grid.measurements)
         total += spent
         swept = f", sweep of {len(group)}" if len(group) > 1 else ""
         pairs = epochs(recipe.policy.training, own.train.pairs) * own.train.pairs
         rows.append(_runs_row(variant, f"{recipe.policy.objective}, {pairs:,.0f} pairs a run{swept}", runs, spent))
     runs = sum(int(row["runs"]) for row in rows if row["stage"] in settings)
     answers = min(sizes.prompts, first.eval.prompts) * first.eval.samples
-    what = f"{len(grid.checkpoints)} checkpoints a run, {answers} responses each"
+    what = f"{_checkpoints(grid)}, {answers} responses each"
     tells = {"stage": "tells", "what": can_tell(grid, first, sizes.prompts), "runs": "", "time": ""}
     return [*rows, tells, _runs_row("total", what, runs, total + shared)]
+
+
+def _checkpoints(grid: Grid) -> str:
+    """How often a run is measured, for a plan's row."""
+    if not grid.checkpoints_at_kl:
+        return f"{len(grid.shares)} checkpoints a run"
+    targets = ", ".join(f"{kl:g}" for kl in grid.checkpoints_at_kl)
+    return f"a run is measured where it passes KL {targets} and at its end"
 
 
 def _policy_of(recipe: Recipe) -> tuple[str | None, ...]:

@@ -18,6 +18,7 @@ from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table
 from sepo.evaluate.frontier import Checkpoints, Judge, start_of
 from sepo.evaluate.judges.in_run import judge_content
+from sepo.evaluate.kl_probe import PROBES, Passing, Probe
 from sepo.files import write_json
 from sepo.forward.packing import read_length
 from sepo.forward.passes import table_pairs
@@ -92,12 +93,15 @@ def run_stage(
     samples: Made,
     held_out_logps: Made | None,
     checkpoints: list[float],
+    at_kl: list[float],
     seed: int,
     base: Callable[[], nn.Module],
     keep_model: bool = False,
     choosing: int = 0,
 ) -> Stage:
     """One setting at one seed: a policy trained, measured at `checkpoints` (shares of the run) into `points.json`.
+
+    Where there is `at_kl`, it is also measured where it passes these KLs, and what it was seen by is in `probes.json`.
 
     Args:
         targets: a selection table; None trains on every response token of `pairs`.
@@ -129,7 +133,11 @@ def run_stage(
         if not (folder / POINTS).exists() and not (folder / "policy" / "checkpoints").exists():
             # A finished policy, whose checkpoints can no longer be measured on the way.
             shutil.rmtree(folder / "policy", ignore_errors=True)
-        watch = Checkpoints(judge, checkpoints, folder / POINTS, len(table))
+        passing = None
+        if at_kl:
+            probe = Probe(judge.base, judge.tokenizer, judge.prompts, recipe.eval, seed)
+            passing = Passing(at_kl, probe, folder / PROBES)
+        watch = Checkpoints(judge, checkpoints, folder / POINTS, len(table), passing)
         train_model(
             start.folder,
             table,
@@ -164,11 +172,12 @@ def run_stage(
             "eval": recipe.eval.what_is_measured(),
             **({} if chosen is None else {"judge": judge_content(chosen)}),
             "checkpoints": checkpoints,
+            **({"at_kl": at_kl} if at_kl else {}),
             "seed": seed,
             **({"choosing": choosing} if choosing else {}),
             **training_types(recipe, start),
         },
-        outputs=(POINTS,),
+        outputs=(POINTS, PROBES) if at_kl else (POINTS,),
         work=work,
     )
 

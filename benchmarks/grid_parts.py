@@ -1,0 +1,92 @@
+"""One grid in several processes: its seeds dealt out to parts, and the results of the parts joined.
+
+    python benchmarks/grid_parts.py split GRID OUT PARTS [KEY=VALUE ...]    OUT/part-0.yaml, ...
+    sepo compare OUT/part-0.yaml [KEY=VALUE ...] & ...                      OUT/part-0/compare.json, ...
+    python benchmarks/grid_parts.py join OUT                                OUT/compare.md, compare.json, pictures
+
+A comparison holds the lock of its work folder, so each part has its own. What depends on no seed (the data, the pass of
+the reference) is done once a part; with an oracle a seed that is little. Parts that were stopped count with the runs
+that they have.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from sepo.errors import UserError
+from sepo.models.names import resolve_model
+from sepo.recipe.grid import load_grid
+from sepo.recipe.reading import find_file, read_settings
+from sepo.report.comparison import reading_notes, write_comparison
+
+
+def split(grid: Path, out: Path, parts: int, overrides: list[str]) -> list[Path]:
+    """Write a grid file for each part, with every n-th of the seeds; fewer parts where there are fewer seeds.
+
+    The models that the grid names are made ready (fetched, converted) here, once for all parts.
+
+    Raises:
+        UserError: the grid or an override is wrong; or a sweep is decided at one seed for all.
+    """
+    path = find_file(grid, "grid")
+    whole, settings = load_grid(path, overrides)
+    if whole.sweep_seed is not None:
+        raise UserError(
+            f"{path}: a sweep is decided at one seed for all others: leave sweep_seed out, or use one process"
+        )
+    recipes = [setting.recipe for group in settings.values() for setting in group]
+    models = {(one.model, one.revision) for recipe in recipes for one in (recipe.reference, recipe.policy)}
+    for model, revision in models:
+        if model is not None:
+            resolve_model(model, revision=revision)
+    values = read_settings(path, "grid")
+    if whole.base is not None:
+        values["base"] = str((path.parent / whole.base).resolve())
+    values.pop("work_dir", None)
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for index in range(min(parts, len(whole.seeds))):
+        name = f"part-{index}"
+        own = {"name": whole.name, "seeds": whole.seeds[index::parts], "output_dir": str((out / name).resolve())}
+        files.append(out / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump({**values, **own}, sort_keys=False), encoding="utf-8")
+    return files
+
+
+def join(out: Path) -> list[str]:
+    """Write the results of all parts of a grid as those of one comparison; returns notes on how to read them.
+
+    Raises:
+        UserError: no part has a result yet.
+    """
+    parts = {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(out.glob("part-*/compare.json"))
+    }
+    if not parts:
+        raise UserError(f"no part in '{out}' has a result: see its log")
+    runs = [{**run, "folder": f"{name}/{run['folder']}"} for name, one in parts.items() for run in one["runs"]]
+    # In the order of one process, seed by seed: the first variant is what the others are compared with.
+    runs.sort(key=lambda run: run["seed"])
+    shared = {item["stage"]: item for one in parts.values() for item in one["shared"]}
+    tables = ("rows", "differences", "runs", "shared")
+    head = {name: value for name, value in next(iter(parts.values())).items() if name not in tables}
+    results = write_comparison(head, runs, list(shared.values()), out)
+    return [f"{len(runs)} runs of {len(parts)} parts", *reading_notes(results["rows"], results["kl"])]
+
+
+if __name__ == "__main__":
+    try:
+        if sys.argv[1:2] == ["split"] and len(sys.argv) >= 5:
+            print(*split(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]), sep="\n")
+        elif sys.argv[1:2] == ["join"] and len(sys.argv) == 3:
+            print(*join(Path(sys.argv[2])), sep="\n")
+        else:
+            sys.exit(__doc__)
+    except UserError as error:
+        print(f"grid_parts: {error}", file=sys.stderr)
+        sys.exit(2)
