@@ -15,11 +15,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.credit.rewards import response_sums
 from sepo.data.previews import previews
 from sepo.data.prompts import words_of_prompt
 from sepo.data.splits import sample_prompts
-from sepo.data.tables import make_table, read_table, write_parquet
+from sepo.data.tables import read_table, write_parquet
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
@@ -28,7 +27,7 @@ from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.judges.in_run import judge_responses
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
-from sepo.forward.passes import dataset_logps, read_like
+from sepo.forward.passes import dataset_logps, read_like, summed_logps
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import EvalSettings
@@ -331,18 +330,7 @@ def own_logps(policy: nn.Module, prompts: list[list[int]], generations: Sequence
     return response_logps(policy, prompts, generations)
 
 
-@torch.no_grad()
 def response_logps(model: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]) -> np.ndarray:
     """Summed log-probability of each response under a model that reads it, `[responses]` in nats."""
-    ids = [list(one.response_ids) for one in generations]
-    pairs = make_table(
-        "pairs",
-        {
-            "pair_id": list(range(len(ids))),
-            "prompt_ids": [prompts[one.prompt_index] for one in generations],
-            "chosen_ids": ids,
-            # A pair needs a second side; the first token alone is a branch that adds no tokens to read.
-            "rejected_ids": [response[:1] for response in ids],
-        },
-    )
-    return response_sums(dataset_logps(model, pairs), "logps")[0]
+    asked = [prompts[one.prompt_index] for one in generations]
+    return summed_logps(model, asked, [list(one.response_ids) for one in generations])
