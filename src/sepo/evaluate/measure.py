@@ -21,13 +21,15 @@ from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table, write_parquet
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
-from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
-from sepo.evaluate.generate import Generation, generate_responses
+from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, FINISHED, GENERATIONS
+from sepo.evaluate.generate import Finished, Generation, generate_responses
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.judges.in_run import judge_responses
 from sepo.evaluate.statistics import mean_and_se, paired_difference
-from sepo.files import write_json
-from sepo.forward.passes import dataset_logps, read_like, summed_logps
+from sepo.files import digest, write_json
+from sepo.forward.passes import dataset_logps, numerics, read_like, summed_logps
+from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
+from sepo.models.sharding import is_sharded
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import EvalSettings
@@ -74,7 +76,7 @@ def evaluate_run(
 
     def read() -> Readings | None:
         stored = None if base_logps is None else read_table(base_logps, "logps")
-        return read_models(policy, base, held_out, settings, load, stored, seed, tokens_per_row)
+        return read_models(policy, base, held_out, settings, load, stored, seed, tokens_per_row, out)
 
     def judge(readings: Readings | None) -> dict[str, float]:
         return {} if readings is None else _metrics_of_models(readings, policy, held_out, out, settings, device)
@@ -85,8 +87,17 @@ def evaluate_run(
     metrics = processes.on_main(metrics_of_tables)
     if processes.read_sharded():
         readings = read()
-        return metrics | processes.on_main(lambda: judge(readings))
-    return metrics | processes.on_main(lambda: judge(read()))
+        metrics |= processes.on_main(lambda: judge(readings))
+    else:
+        metrics |= processes.on_main(lambda: judge(read()))
+    if not metrics.get("judge/unanswered"):  # else the judge is asked again, about these answers
+        processes.on_main(lambda: _forget_finished(out))
+    return metrics
+
+
+def _forget_finished(out: Path) -> None:
+    for path in out.glob(FINISHED.format("*")):
+        path.unlink()
 
 
 class Readings(NamedTuple):
@@ -114,12 +125,14 @@ def read_models(
     base_logps: pa.Table | None,
     seed: int,
     tokens_per_row: int | None,
+    out: Path,
 ) -> Readings | None:
     """Everything that a model is needed for, policy and base one after the other; None without a held-out pair.
 
     Args:
         load: a folder -> the model, on its device; where it cuts the model up, all processes must come here.
         base_logps: a table, as in `evaluate_run`.
+        out: folder in which finished responses are kept until all is measured (`FINISHED`).
     """
     tokenizer = load_tokenizer(policy)
     pairs = read_table(held_out, "pairs")
@@ -138,13 +151,22 @@ def read_models(
     ) -> tuple[pa.Table | None, list, np.ndarray]:
         """Log-probabilities of the pairs, responses, and log-probabilities of `answers` (its own if None)."""
         model = load(path)
+
+        def answer(asked: list[list[int]], how: EvalSettings, what: str) -> list[Generation]:
+            kept = None
+            if not is_sharded(model):
+                depends = [model_fingerprint(path), usage_fingerprint(path), numerics(model), asked, seed]
+                how_written = how.model_dump(include={"samples", "max_new_tokens", "temperature"})
+                kept = Finished(out / FINISHED.format(what), digest([*depends, how_written]))
+            return sample(model, tokenizer, asked, how, seed, progress=what == name, finished=kept)
+
         if len(read_by_both) and (stored is None or not read_like(stored, model)):
             stored = dataset_logps(model, read_by_both, tokens_per_row=tokens_per_row)
         if not prompts:
             return stored, [], np.zeros(0)
-        own = sample(model, tokenizer, prompts, settings, seed, progress=True)
+        own = answer(prompts, settings, name)
         if shown:
-            examples[name] = sample(model, tokenizer, [prompts[i] for i in shown], settings.of_examples(), seed)
+            examples[name] = answer([prompts[i] for i in shown], settings.of_examples(), f"{name}-examples")
         sums = own_logps(model, prompts, own) if answers is None else response_logps(model, prompts, answers)
         return stored, own, sums
 
@@ -223,8 +245,9 @@ def sample(
     settings: EvalSettings,
     seed: int,
     progress: bool = False,
+    finished: Finished | None = None,
 ) -> list[Generation]:
-    """Responses of a model to the prompts, as the settings say."""
+    """Responses of a model to the prompts, as the settings say; `finished` as in `generate_responses`."""
     return generate_responses(
         model,
         tokenizer,
@@ -235,6 +258,7 @@ def sample(
         seed=seed,
         batch_size=settings.batch_size,
         progress=progress,
+        finished=finished,
     )
 
 

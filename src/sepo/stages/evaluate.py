@@ -88,7 +88,14 @@ def stage(
         },
         outputs=(".",),
         work=work,
+        verifies=True,  # answers that are finished are looked at by what they depend on
+        missing=lambda results: unanswered(results.get("judge/unanswered")),
     )
+
+
+def unanswered(calls: float | None) -> str | None:
+    """What a judge behind a server lacks, in words: the same questions are asked again, and answered ones from disk."""
+    return f"{calls:.0f} questions to the judge have no reply" if calls else None
 
 
 def what_judges(recipe: Recipe) -> str:

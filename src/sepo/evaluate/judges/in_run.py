@@ -88,17 +88,16 @@ def judge_responses(
 
     Returns:
         metrics (`win_rate` of the policy in [0, 1], ties a half; with `_se`; `length_controlled`; `judged`, `failed`;
-        with a judge that is no server also `score/base`, `score/policy`, `score/difference`; of an oracle that a run
-        made its `oracle_accuracy` on held-out pairs, with `_se`), columns for the table of generations, and annotations
-        that `sepo winrate` reads.
+        of a server `unanswered`, calls without a reply; of another judge `score/base`, `score/policy`,
+        `score/difference`; of an oracle that a run made its `oracle_accuracy` on held-out pairs, with `_se`), columns
+        for the table of generations, and annotations that `sepo winrate` reads.
     """
     contests = [
         Contest((question,), (one,), (other,)) for question, one, other in zip(questions, base, policy, strict=True)
     ]
     prepared = compare.prepare(settings, contests)
     verdicts, extra, spent = compare.judge_pairs(prepared, contests, device, scorer)
-    if prepared.endpoint is not None:
-        say(f"judge: {spent_text(Spent(**spent), None)}")
+    lacking = say_spent(prepared, spent)
     rows = [
         {
             "instruction": question,
@@ -116,7 +115,7 @@ def judge_responses(
             questions, base, policy, groups, verdicts, extra, strict=True
         )
     ]
-    metrics = rate_of(rows, groups)
+    metrics = rate_of(rows, groups) | lacking
     if settings.oracle is not None:
         metrics |= oracle.held_out_accuracy(Path(settings.oracle))
     preferences = np.array([np.nan if one.preference is None else one.preference for one in verdicts], np.float64)
@@ -132,6 +131,14 @@ def judge_responses(
             numbers["policy"][both], numbers["base"][both], kept
         )
     return {f"judge/{name}": value for name, value in metrics.items()}, table, rows
+
+
+def say_spent(prepared: compare.Prepared, spent: Mapping[str, Any]) -> dict[str, float]:
+    """Say what was asked of a server; returns how many calls it left `unanswered`, nothing for other judges."""
+    if prepared.endpoint is None:
+        return {}
+    say(f"judge: {spent_text(Spent(**spent), None)}")
+    return {"unanswered": float(spent["unanswered"])}
 
 
 def rate_of(rows: Sequence[Mapping[str, Any]], groups: Sequence[int]) -> dict[str, float]:
