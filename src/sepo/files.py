@@ -100,6 +100,29 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(defined(value), indent=indent, default=str) + "\n")
 
 
+def append_line(path: Path, value: Any) -> None:
+    """Add a JSON value as a line to a file that grows; it is on the disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+    flush(path)
+
+
+def grown_lines(path: Path) -> list[Any]:
+    """The JSON values of a file that grew by lines; a last one that was cut off is cut away, a damaged one left out."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    values = []
+    for line in whole.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            values.append(json.loads(line))
+    if len(whole) < len(content):
+        with open(path, "rb+") as file:
+            file.truncate(len(whole))
+    return values
+
+
 def defined(value: Any) -> Any:
     """The same JSON-like value with null for every number that is not finite.
 

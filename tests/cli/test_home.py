@@ -126,7 +126,11 @@ NO_PATH_SETTINGS = {
 }
 # What some settings need beside them.
 SERVER = {"server": "http://localhost:1/v1", "model": "m", "prompt": "p.txt"}
-BESIDE = {"eval.judge.cache": {"eval": {"judge": SERVER}}, "eval.judge.prompt": {"eval": {"judge": SERVER}}}
+BESIDE = {
+    "eval.judge.cache": {"eval": {"judge": SERVER}},
+    "eval.judge.prompt": {"eval": {"judge": SERVER}},
+    "eval.judge.reference": {"eval": {"judge": {"oracle": "o"}}},
+}
 LISTS = ("eval.tasks",)
 
 
@@ -153,7 +157,8 @@ RECIPE_PATHS = sorted(set(text_settings(Recipe)) - NO_PATH_SETTINGS)
 
 def test_the_settings_that_take_a_path_are_found():
     assert [
-        *("data.held_out_source", "data.source", "eval.judge.cache", "eval.judge.prompt", "eval.judge.reward_model"),
+        *("data.held_out_source", "data.source", "eval.judge.cache", "eval.judge.oracle"),
+        *("eval.judge.prompt", "eval.judge.reference", "eval.judge.reward_model"),
         *("eval.tasks", "oracle.model", "oracle.rewards", "output_dir", "policy.model"),
         *("reference.model", "reference.sft.source"),
     ] == RECIPE_PATHS

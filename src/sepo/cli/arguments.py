@@ -206,8 +206,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--judge",
         metavar="JUDGE",
-        help="reward:MODEL or function:MODULE:NAME compares the generations (docs/judging.md)",
+        help="reward:MODEL, oracle:FOLDER or function:MODULE:NAME compares the generations (docs/judging.md)",
     )
+    _oracle_judge_options(evaluate)
     evaluate.add_argument("--prompts", type=int, default=100, help="prompts to generate for (default 100)")
     evaluate.add_argument("--samples", type=int, default=1, help="generations a prompt (default 1)")
     evaluate.add_argument("--max-new-tokens", type=int, default=256, help="length limit (default 256)")
@@ -276,14 +277,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--against", type=_path, metavar="FILE", help="answers of the baseline; without it, grades")
     judge.add_argument(
-        "--judge", required=True, metavar="JUDGE", help="reward:MODEL, function:MODULE:NAME, or server:http://HOST/v1"
+        "--judge",
+        required=True,
+        metavar="JUDGE",
+        help="reward:MODEL, oracle:FOLDER, function:MODULE:NAME, or server:http://HOST/v1",
     )
+    _oracle_judge_options(judge)
     _out_option(judge, "folder for annotations.json, scores.json and judging.json")
     judge.add_argument(
         "--questions", type=_path, metavar="FILE", help="question file, where the answers do not repeat it"
     )
     judge.add_argument(
-        "--device", default="auto", help="of a reward model: auto, cpu, cuda, cuda:0, mps (default auto)"
+        "--device", default="auto", help="of a reward model or an oracle: auto, cpu, cuda, cuda:0, mps (default auto)"
     )
     server = judge.add_argument_group("a judge behind a server")
     server.add_argument("--model-name", metavar="NAME", help="what the model is called there")
@@ -392,6 +397,12 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 def _out_option(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--out", type=_path, required=True, metavar="DIR", help=text)
+
+
+def _oracle_judge_options(parser: argparse.ArgumentParser) -> None:
+    oracle = parser.add_argument_group("a judge that is an oracle", "where its folder does not say it")
+    oracle.add_argument("--judge-reference", type=_path, metavar="MODEL", help="the model that it was trained from")
+    oracle.add_argument("--judge-beta", type=float, metavar="BETA", help="beta of its DPO")
 
 
 def _device_options(parser: argparse.ArgumentParser) -> None:

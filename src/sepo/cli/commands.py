@@ -291,6 +291,8 @@ def eval_command(arguments: argparse.Namespace) -> None:
         name: getattr(arguments, name)
         for name in ("gold", "judge", "prompts", "samples", "max_new_tokens", "batch_size")
     }
+    if given := _oracle_options(arguments):
+        settings["judge"] = {"oracle": arguments.judge.removeprefix("oracle:"), **given}
     recipe = _recipe_of(
         arguments, reference={"model": arguments.base}, policy={"model": arguments.policy}, eval=settings
     )
@@ -519,7 +521,7 @@ def judge_command(arguments: argparse.Namespace) -> None:
                 )
     if arguments.dry_run:
         return
-    if settings.reward_model is not None:
+    if settings.reward_model is not None or settings.oracle is not None:
         _quiet_libraries()
     rows: list[dict[str, Any]]
     games: list[dict[str, Any]] = []
@@ -527,7 +529,8 @@ def judge_command(arguments: argparse.Namespace) -> None:
     with _writing_to(arguments) as out:
         # Verdicts and what they cost are on the disk before they are scored: there may be none that can be.
         if grade and settings.server is None:
-            values = compare.score_answers(settings, [compare.conversation(one) for one in contests], arguments.device)
+            scorer = compare.scorer_of(settings, arguments.device)
+            values = compare.score_answers([compare.conversation(one) for one in contests], scorer)
             rows = compare.score_rows(matches, values)
             spent: dict[str, Any] = {"scored": len(values)}
             write_json(out / "scores_by_answer.json", rows, indent=1)
@@ -595,13 +598,13 @@ def _recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
 def _judge_of(arguments: argparse.Namespace) -> JudgeSettings:
     """The judge that the options name, checked as a recipe's is."""
     from sepo.recipe.reading import parse_recipe
+    from sepo.recipe.settings import JUDGE_FORMS, JUDGE_KINDS
 
-    values: dict[str, Any] = {}
     kind, _, name = arguments.judge.partition(":")
-    field = {"reward": "reward_model", "function": "function", "server": "server"}.get(kind)
+    field = JUDGE_KINDS.get(kind)
     if field is None or not name:
-        raise UserError(f"--judge {arguments.judge}: expected reward:MODEL, function:MODULE:NAME or server:URL")
-    values[field] = name
+        raise UserError(f"--judge {arguments.judge}: expected {JUDGE_FORMS}")
+    values: dict[str, Any] = {field: name, **_oracle_options(arguments)}
     for option, key in _JUDGE_OPTIONS.items():
         if (value := getattr(arguments, option)) is not None:
             if field != "server":
@@ -614,6 +617,15 @@ def _judge_of(arguments: argparse.Namespace) -> JudgeSettings:
     settings = parse_recipe({"eval": {"judge": values}}, "command line").eval.judge
     assert settings is not None
     return settings
+
+
+def _oracle_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Reference and beta of a judge that is an oracle, where they are given, under their names in a recipe."""
+    given = {"reference": arguments.judge_reference, "beta": arguments.judge_beta}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not (arguments.judge or "").startswith("oracle:"):
+        raise UserError(f"--judge-{next(iter(given))} is for a judge that is an oracle: leave it out")
+    return given
 
 
 # Options of `sepo judge`, and what they are called in a recipe.

@@ -49,22 +49,27 @@ def _prompt(encoder: _Encoder, messages: Turns) -> list[int]:
     return ids if encoder.writer is not None else encoder.plain_prompt(ids)
 
 
-def encode_answers(conversations: Sequence[tuple[Turns, str]], tokenizer: Any) -> list[list[int] | str]:
-    """Ids of conversations with an answer, as the chat template writes them; or why one cannot be written.
+def encode_answers(
+    conversations: Sequence[tuple[Turns, str]], tokenizer: Any
+) -> list[tuple[list[int], list[int]] | str]:
+    """Ids of conversations and of an answer to each, as training pairs have them; or why one cannot be written.
+
+    Without a chat template the texts stand one after another, as in `encode_prompts`.
 
     Args:
         conversations: messages up to a user's turn, and the answer to it.
-        tokenizer: with a chat template.
     """
     encoder = _make_encoder(tokenizer, {})
-    found: list[list[int] | str] = []
+    found: list[tuple[list[int], list[int]] | str] = []
     for messages, answer in conversations:
-        pair = TextPair([dict(message) for message in messages], answer, answer)
+        turns = [dict(message) for message in messages]
+        plain = "\n\n".join(turn["content"] for turn in turns)
+        pair = TextPair(plain if encoder.writer is None else turns, answer, answer)
         try:
             item = encoder.item(pair, DataReport(rows=1))
             ids = encoder.encode([item.prompt, item.prompt + item.chosen])
             prompt, response, _ = encoder.ids_of(item, ids[0], ids[1], ids[1])
-            found.append([*prompt, *response])
+            found.append((prompt, response))
         except DropRow as drop:
             found.append(drop.reason)
     return found

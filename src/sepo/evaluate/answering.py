@@ -24,7 +24,7 @@ from sepo.bars import progress_bar
 from sepo.errors import UserError, one_line
 from sepo.evaluate.endpoint import Endpoint, Reply, Spent
 from sepo.evaluate.questions import Question, answer_row, temperature_of
-from sepo.files import digest, flush, write_json, write_text
+from sepo.files import append_line, digest, grown_lines, write_json, write_text
 
 FINISHED, RECORD = "finished.jsonl", "generate.json"
 _AT_ONCE = 512  # prompts that vLLM is given at once: it batches by itself, and hands them over when all are done
@@ -66,31 +66,20 @@ class Finished:
 
     @classmethod
     def read(cls, path: Path) -> Finished:
-        """What an earlier run left; a last line that was cut off is cut away."""
+        """What an earlier run left."""
         found = cls(path)
-        if not path.is_file():
-            return found
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        for line in whole.split(b"\n"):
+        for row in grown_lines(path):
             try:
-                row = json.loads(line)
                 turn = Turn(str(row["text"]), int(row["tokens"]), row["finished"])
                 found.turns[(str(row["key"]), int(row["turn"]))] = turn
             except (ValueError, KeyError, TypeError):
                 continue  # a damaged line is a turn that is answered again
-        if len(whole) < len(content):
-            with open(path, "rb+") as file:
-                file.truncate(len(whole))
         return found
 
     def add(self, job: Job, turn: Turn) -> None:
         """Keep an answer: it is on the disk when this returns."""
         self.turns[(job.key, job.turn)] = turn
-        line = json.dumps({"key": job.key, "turn": job.turn, **turn._asdict()}) + "\n"
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line)
-        flush(self.path)
+        append_line(self.path, {"key": job.key, "turn": job.turn, **turn._asdict()})
 
 
 def settle(folder: Path, record: Mapping[str, Any]) -> None:

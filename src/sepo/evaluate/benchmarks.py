@@ -16,13 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo.errors import UserError
 from sepo.evaluate import answering
-from sepo.evaluate.endpoint import Spent
-from sepo.evaluate.judges import compare
-from sepo.evaluate.judges.in_run import rate_of
-from sepo.evaluate.judges.server import spent_text
+from sepo.evaluate.judges import compare, in_run
 from sepo.evaluate.questions import BENCHMARKS, Question, find_questions, read_answers, read_questions
 from sepo.files import write_json
-from sepo.processes import say
 from sepo.recipe.settings import JudgeSettings
 
 ROLES = ("base", "policy")
@@ -101,18 +97,17 @@ def judge_benchmark(
         out: file for the annotations, which `sepo winrate` reads.
 
     Returns:
-        `win_rate` of the policy in [0, 1] with its `_se`, `length_controlled`, `judged`, `failed`.
+        `win_rate` of the policy in [0, 1] with its `_se`, `length_controlled`, `judged`, `failed`, `unanswered`.
     """
     read = {role: read_answers(_file_of(answers / role)) for role in ROLES}
     matches, _ = compare.match(read["policy"], read["base"], questions)
     contests = [one.contest for one in matches]
     prepared = compare.prepare(judge, contests)
     verdicts, extra, spent = compare.judge_pairs(prepared, contests, device)
-    if prepared.endpoint is not None:
-        say(f"judge: {spent_text(Spent(**spent), None)}")
+    lacking = in_run.say_spent(prepared, spent)
     rows = compare.annotation_rows(matches, verdicts, extra, judge.name)
     write_json(out, rows, indent=1)
-    return rate_of(rows, [one.number for one in matches])
+    return in_run.rate_of(rows, [one.number for one in matches]) | lacking
 
 
 def _file_of(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.judges.in_run import judge_responses
+from sepo.evaluate.judges.scores import Scorer
 from sepo.evaluate.kl_probe import Passing
 from sepo.evaluate.measure import decoded, sample, sample_kl
 from sepo.evaluate.statistics import mean_and_se, paired_difference
@@ -45,6 +46,8 @@ class Judge:
             again where they are missing or were read in other types or on another kind of device than the policy is.
         start: what `start_of` returned for the same base, prompts, settings and seed.
         tokens_per_row: token budget of a packed row when reading; a default for the device if None.
+        scorer: gives the scorer of a judge in memory, None for one behind a server; made anew for each measurement if
+            None.
     """
 
     def __init__(
@@ -58,10 +61,11 @@ class Judge:
         held_out: pa.Table,
         base_logps: pa.Table | None = None,
         tokens_per_row: int | None = None,
+        scorer: Callable[[], Scorer | None] | None = None,
     ):
         self.base, self.tokenizer, self.prompts, self.settings, self.seed = base, tokenizer, prompts, settings, seed
         self.start, self.held_out, self.base_logps = start, held_out, base_logps
-        self.tokens_per_row = tokens_per_row
+        self.tokens_per_row, self.scorer = tokens_per_row, scorer
 
     def _read(self, model: nn.Module) -> pa.Table:
         return dataset_logps(model, self.held_out, tokens_per_row=self.tokens_per_row)
@@ -122,6 +126,7 @@ class Judge:
             decoded(self.tokenizer, generations),
             groups,
             str(next(policy.parameters()).device),
+            None if self.scorer is None else self.scorer(),
         )
         if not found["judge/judged"]:
             raise UserError(f"the judge '{judge.name}' gave none of {len(generations)} answers a verdict")

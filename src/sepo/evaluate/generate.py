@@ -12,9 +12,11 @@ what they draw differs by what they have learnt, and less by luck.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from sepo import processes
 from sepo.bars import progress_bar
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError
+from sepo.files import append_line, grown_lines, write_text
 from sepo.forward.passes import NonFiniteError
 from sepo.models.sharding import is_sharded
 
@@ -50,6 +53,33 @@ class Generation(NamedTuple):
     logps: list[float]
 
 
+class Finished:
+    """Responses that are written, in a file that grows by a line a batch, so that a killed job writes none twice.
+
+    Whole batches are kept, so that those which are written later are composed as they would have been: what comes out
+    is the same to the last bit.
+
+    Args:
+        path: of the file; one of other responses is replaced.
+        key: of all that they depend on beside the prompt: the model, settings, the seed.
+    """
+
+    def __init__(self, path: Path, key: str):
+        self.path = path
+        rows = grown_lines(path)
+        if not rows or rows[0] != {"key": key}:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps({"key": key}) + "\n")
+            rows = []
+        self.found: dict[tuple[int, int], Generation] = {}
+        for batch in rows[1:]:
+            self.found |= {(one[0], one[1]): Generation(*one) for one in batch}
+
+    def add(self, batch: Sequence[Generation]) -> None:
+        """Keep a batch: it is on the disk when this returns."""
+        append_line(self.path, list(batch))
+
+
 def generate_responses(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,6 +91,7 @@ def generate_responses(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
+    finished: Finished | None = None,
 ) -> list[Generation]:
     """Sample `samples` responses to each prompt.
 
@@ -74,6 +105,8 @@ def generate_responses(
         prompt_ids: token ids with the generation prompt of the chat template, if any; no padding.
         temperature: 0 takes the most likely token at every step (one sample a prompt is then enough).
         batch_size: responses at a time; None fits them to the device's `TOKENS_AT_ONCE`.
+        finished: batches that an earlier attempt wrote, which are taken as they are, and where this one's are kept; not
+            for a model that is cut up.
 
     Returns:
         `len(prompt_ids) * samples` generations, ordered by prompt, then by sample. Equal prompts have different ones.
@@ -109,6 +142,10 @@ def generate_responses(
     bar = progress_bar(progress and processes.is_main(), total=len(jobs), desc="generate", unit="response")
     with _undisturbed(model, inner, config), bar:
         for number, batch in enumerate([*own, *fillers]):
+            if finished is not None and all(job in finished.found for job in batch):
+                results += [finished.found[job] for job in batch]
+                bar.update(len(batch))
+                continue
             uniform = np.stack(
                 [_uniforms(seed, prompt_ids[p], occurrences[p], sample, max_new_tokens) for p, sample in batch]
             )
@@ -124,9 +161,13 @@ def generate_responses(
                 ) from None
             if number >= len(own):  # written because the others wrote one
                 continue
+            written = []
             for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
-                ids, finished = _cut(ids, stops)
-                results.append(Generation(prompt, sample, ids, finished, logps[: len(ids)]))
+                ids, ended = _cut(ids, stops)
+                written.append(Generation(prompt, sample, ids, ended, logps[: len(ids)]))
+            if finished is not None:
+                finished.add(written)
+            results += written
             bar.update(min(len(batch) * shares, len(jobs) - bar.n))
     if sharded:
         results = [Generation(*one) for part in processes.gather(results) for one in part]

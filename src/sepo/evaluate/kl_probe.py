@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sepo.evaluate.measure import pairs_of_responses, sample
+from sepo.evaluate.measure import sample
 from sepo.files import write_json
 from sepo.forward.logps import read_hidden
 from sepo.forward.packing import CHOSEN
-from sepo.forward.passes import make_batches, table_pairs, tokens_per_row_for
+from sepo.forward.passes import make_batches, single_responses, table_pairs, tokens_per_row_for
 from sepo.forward.prepare import prepare_model
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.recipe.settings import EvalSettings
@@ -57,7 +57,8 @@ class Probe:
         some = list(prompts[:RESPONSES])
         answers = sample(base, tokenizer, some, settings.model_copy(update={"samples": 1}), seed)
         self.base, self.number = base, len(answers)
-        self.pairs = table_pairs(pairs_of_responses(some, answers))
+        asked = [some[one.prompt_index] for one in answers]
+        self.pairs = table_pairs(single_responses(asked, [list(one.response_ids) for one in answers]))
         self.hidden: list[torch.Tensor] | None = None
 
     @torch.no_grad()

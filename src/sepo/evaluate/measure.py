@@ -15,20 +15,21 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.credit.rewards import response_sums
 from sepo.data.previews import previews
 from sepo.data.prompts import words_of_prompt
 from sepo.data.splits import sample_prompts
-from sepo.data.tables import make_table, read_table, write_parquet
+from sepo.data.tables import read_table, write_parquet
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
-from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
-from sepo.evaluate.generate import Generation, generate_responses
+from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, FINISHED, GENERATIONS
+from sepo.evaluate.generate import Finished, Generation, generate_responses
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.judges.in_run import judge_responses
 from sepo.evaluate.statistics import mean_and_se, paired_difference
-from sepo.files import write_json
-from sepo.forward.passes import dataset_logps, read_like
+from sepo.files import digest, write_json
+from sepo.forward.passes import dataset_logps, numerics, read_like, summed_logps
+from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
+from sepo.models.sharding import is_sharded
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import EvalSettings
@@ -75,7 +76,7 @@ def evaluate_run(
 
     def read() -> Readings | None:
         stored = None if base_logps is None else read_table(base_logps, "logps")
-        return read_models(policy, base, held_out, settings, load, stored, seed, tokens_per_row)
+        return read_models(policy, base, held_out, settings, load, stored, seed, tokens_per_row, out)
 
     def judge(readings: Readings | None) -> dict[str, float]:
         return {} if readings is None else _metrics_of_models(readings, policy, held_out, out, settings, device)
@@ -86,8 +87,17 @@ def evaluate_run(
     metrics = processes.on_main(metrics_of_tables)
     if processes.read_sharded():
         readings = read()
-        return metrics | processes.on_main(lambda: judge(readings))
-    return metrics | processes.on_main(lambda: judge(read()))
+        metrics |= processes.on_main(lambda: judge(readings))
+    else:
+        metrics |= processes.on_main(lambda: judge(read()))
+    if not metrics.get("judge/unanswered"):  # else the judge is asked again, about these answers
+        processes.on_main(lambda: _forget_finished(out))
+    return metrics
+
+
+def _forget_finished(out: Path) -> None:
+    for path in out.glob(FINISHED.format("*")):
+        path.unlink()
 
 
 class Readings(NamedTuple):
@@ -115,12 +125,14 @@ def read_models(
     base_logps: pa.Table | None,
     seed: int,
     tokens_per_row: int | None,
+    out: Path,
 ) -> Readings | None:
     """Everything that a model is needed for, policy and base one after the other; None without a held-out pair.
 
     Args:
         load: a folder -> the model, on its device; where it cuts the model up, all processes must come here.
         base_logps: a table, as in `evaluate_run`.
+        out: folder in which finished responses are kept until all is measured (`FINISHED`).
     """
     tokenizer = load_tokenizer(policy)
     pairs = read_table(held_out, "pairs")
@@ -139,13 +151,22 @@ def read_models(
     ) -> tuple[pa.Table | None, list, np.ndarray]:
         """Log-probabilities of the pairs, responses, and log-probabilities of `answers` (its own if None)."""
         model = load(path)
+
+        def answer(asked: list[list[int]], how: EvalSettings, what: str) -> list[Generation]:
+            kept = None
+            if not is_sharded(model):
+                depends = [model_fingerprint(path), usage_fingerprint(path), numerics(model), asked, seed]
+                how_written = how.model_dump(include={"samples", "max_new_tokens", "temperature"})
+                kept = Finished(out / FINISHED.format(what), digest([*depends, how_written]))
+            return sample(model, tokenizer, asked, how, seed, progress=what == name, finished=kept)
+
         if len(read_by_both) and (stored is None or not read_like(stored, model)):
             stored = dataset_logps(model, read_by_both, tokens_per_row=tokens_per_row)
         if not prompts:
             return stored, [], np.zeros(0)
-        own = sample(model, tokenizer, prompts, settings, seed, progress=True)
+        own = answer(prompts, settings, name)
         if shown:
-            examples[name] = sample(model, tokenizer, [prompts[i] for i in shown], settings.of_examples(), seed)
+            examples[name] = answer([prompts[i] for i in shown], settings.of_examples(), f"{name}-examples")
         sums = own_logps(model, prompts, own) if answers is None else response_logps(model, prompts, answers)
         return stored, own, sums
 
@@ -226,8 +247,9 @@ def sample(
     settings: EvalSettings,
     seed: int,
     progress: bool = False,
+    finished: Finished | None = None,
 ) -> list[Generation]:
-    """Responses of a model to the prompts, as the settings say."""
+    """Responses of a model to the prompts, as the settings say; `finished` as in `generate_responses`."""
     return generate_responses(
         model,
         tokenizer,
@@ -238,6 +260,7 @@ def sample(
         seed=seed,
         batch_size=settings.batch_size,
         progress=progress,
+        finished=finished,
     )
 
 
@@ -333,22 +356,7 @@ def own_logps(policy: nn.Module, prompts: list[list[int]], generations: Sequence
     return response_logps(policy, prompts, generations)
 
 
-@torch.no_grad()
 def response_logps(model: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]) -> np.ndarray:
     """Summed log-probability of each response under a model that reads it, `[responses]` in nats."""
-    return response_sums(dataset_logps(model, pairs_of_responses(prompts, generations)), "logps")[0]
-
-
-def pairs_of_responses(prompts: Sequence[list[int]], generations: Sequence[Generation]) -> pa.Table:
-    """Responses as a table of kind "pairs", for a model to read: they are its chosen side."""
-    ids = [list(one.response_ids) for one in generations]
-    return make_table(
-        "pairs",
-        {
-            "pair_id": list(range(len(ids))),
-            "prompt_ids": [prompts[one.prompt_index] for one in generations],
-            "chosen_ids": ids,
-            # A pair needs a second side; the first token alone is a branch that adds no tokens to read.
-            "rejected_ids": [response[:1] for response in ids],
-        },
-    )
+    asked = [prompts[one.prompt_index] for one in generations]
+    return summed_logps(model, asked, [list(one.response_ids) for one in generations])

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sepo import processes
+from sepo.credit.rewards import response_sums
 from sepo.data.ragged import SIDES, Ragged, ragged
 from sepo.data.tables import check_pairs_differ, make_table, provenance_of, require_table
 from sepo.errors import check_number
@@ -19,6 +20,7 @@ from sepo.forward.logps import read_logps
 from sepo.forward.packing import (
     CHOSEN,
     REJECTED,
+    Ids,
     PackedBatch,
     Pair,
     fill_padded_rows,
@@ -152,6 +154,36 @@ def _own_rows(rows: list[list[Pair]], over_processes: bool, sharded: bool) -> li
     if sharded and len(own) < -(-len(rows) // number):
         own.append(([min((pair for row in rows for pair in row), key=read_length)], False))
     return own
+
+
+def summed_logps(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    responses: Sequence[Ids],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Summed log-probability of a response to each prompt under a model that reads it, `[responses]` in nats.
+
+    Args:
+        prompts, responses: token ids, as many of one as of the other.
+        progress: as in `dataset_logps`.
+    """
+    return response_sums(dataset_logps(model, single_responses(prompts, responses), progress=progress), "logps")[0]
+
+
+def single_responses(prompts: Sequence[Ids], responses: Sequence[Ids]) -> pa.Table:
+    """A response to each prompt as a table of kind "pairs", for a model to read: they are its chosen side."""
+    return make_table(
+        "pairs",
+        {
+            "pair_id": list(range(len(responses))),
+            "prompt_ids": list(prompts),
+            "chosen_ids": list(responses),
+            # A pair needs a second side; the first token alone is a branch that adds no tokens to read.
+            "rejected_ids": [response[:1] for response in responses],
+        },
+    )
 
 
 @torch.no_grad()

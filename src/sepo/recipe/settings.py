@@ -336,14 +336,26 @@ class PolicySettings(Settings):
         return self.model_dump(mode="json", exclude={"rate"} if self.rate is None else None)
 
 
-class JudgeSettings(Settings):
-    """Who compares two answers: a reward model, a Python function, or a language model behind a server.
+# Kinds of judges as they are written in one text, and the settings that they are.
+JUDGE_KINDS = {"reward": "reward_model", "oracle": "oracle", "function": "function", "server": "server"}
+JUDGE_FORMS = "reward:MODEL, oracle:FOLDER, function:MODULE:NAME or server:URL"
 
-    In one text: `reward:MODEL`, `function:MODULE:NAME` or `server:URL`.
+
+class JudgeSettings(Settings):
+    """Who compares two answers: a reward model, a DPO oracle, a Python function, or a language model behind a server.
+
+    In one text: `reward:MODEL`, `oracle:FOLDER`, `function:MODULE:NAME` or `server:URL`.
     """
 
     reward_model: PathText | None = Field(None, description="a sequence-classification model that scores an answer")
     revision: str | None = Field(None, description="revision of a hub model")
+    oracle: PathText | None = Field(
+        None, description="folder of a model that was trained with DPO: its reward is beta times the summed log-ratio"
+    )
+    reference: PathText | None = Field(
+        None, description="oracle: the model that it was trained from; default: what its folder says"
+    )
+    beta: float | None = Field(None, gt=0, description="oracle: of its DPO; default: what its folder says")
     function: str | None = Field(
         None, description="MODULE:NAME of a Python function (prompts, responses) -> a number for each; higher is better"
     )
@@ -369,15 +381,17 @@ class JudgeSettings(Settings):
         if not isinstance(value, str):
             return value
         kind, _, name = value.partition(":")
-        field = {"reward": "reward_model", "function": "function", "server": "server"}.get(kind)
+        field = JUDGE_KINDS.get(kind)
         if field is None or not name:
-            raise ValueError("expected reward:MODEL, function:MODULE:NAME or server:URL")
+            raise ValueError(f"expected {JUDGE_FORMS}")
         return {field: name}
 
     @model_validator(mode="after")
     def _one_judge(self) -> JudgeSettings:
-        if sum(one is not None for one in (self.reward_model, self.function, self.server)) != 1:
-            raise ValueError("name one of reward_model, function and server")
+        if sum(getattr(self, field) is not None for field in JUDGE_KINDS.values()) != 1:
+            raise ValueError(f"name one of {', '.join(JUDGE_KINDS.values())}")
+        if self.oracle is None and (self.reference is not None or self.beta is not None):
+            raise ValueError("reference and beta are of an oracle: leave them out")
         if self.function is not None and not all(self.function.partition(":")):
             raise ValueError("function is MODULE:NAME, such as my_judges:politeness")
         if self.server is not None and (self.model is None or self.prompt is None):
@@ -387,12 +401,19 @@ class JudgeSettings(Settings):
     @property
     def name(self) -> str:
         """What it is called in tables and annotations."""
+        if self.oracle is not None:
+            return f"DPO oracle {self.oracle}"
         return self.reward_model or self.function or str(self.model)
 
     def what_is_asked(self) -> dict[str, Any]:
-        """The settings that verdicts depend on: not how fast they come, nor where they are kept."""
+        """The settings that verdicts depend on: not how fast they come, nor where they are kept.
+
+        Those of an oracle only where there is one: earlier verdicts stay what they are.
+        """
         how = {"key_variable", "concurrency", "timeout", "retries", "cache"}
-        return self.model_dump(mode="json", exclude=how)
+        return self.model_dump(
+            mode="json", exclude=how if self.oracle is not None else how | {"oracle", "reference", "beta"}
+        )
 
 
 _OF_OTHER_STAGES = {

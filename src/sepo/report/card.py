@@ -80,7 +80,7 @@ def policy_card(
         f"Preference data: {source_of(recipe)}.",
         "## Figures",
         plain(story.moved_title[:1].upper() + story.moved_title[1:]) + ".",
-        figures(metrics, FIGURES | _task_figures(metrics)),
+        figures(metrics, FIGURES | _judge_figures(recipe) | _task_figures(metrics)),
         "## Be careful",
         "\n".join(f"- {plain(sentence)}" for sentence in cautions(recipe, metrics)),
         *_examples(story),
@@ -246,6 +246,16 @@ def figures(metrics: Mapping[str, Any], names: Mapping[str, str]) -> str:
         interval = f"{number(value - _INTERVAL * error)} to {number(value + _INTERVAL * error)}" if known else ""  # type: ignore[operator]
         lines.append(f"| {plain(text)} | {number(value)} | {interval} |")
     return "\n".join(lines) if len(lines) > 2 else "Nothing was measured."
+
+
+def _judge_figures(recipe: Recipe) -> dict[str, str]:
+    """What the judge's figures are called where it is an oracle: a reader should know who says so."""
+    if recipe.eval.judge is None or recipe.eval.judge.oracle is None:
+        return {}
+    return {
+        "judge/win_rate": "win rate against the start by a DPO oracle as judge",
+        "judge/oracle_accuracy": "held-out pairs that this judge ranks right",
+    }
 
 
 def _task_figures(metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -200,7 +200,7 @@ def _moved(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
         alike = metrics.get("judge/length_controlled")
         rows.append(
             Moved(
-                "the judge prefers it", "", f"{rate:.0%} ± {metrics.get('judge/win_rate_se') or 0:.0%}",
+                f"{judge_of(recipe)} prefers it", "", f"{rate:.0%} ± {metrics.get('judge/win_rate_se') or 0:.0%}",
                 "" if alike is None else f"{alike:.0%} at equal length",
             )
         )  # fmt: skip
@@ -259,6 +259,11 @@ def _defined(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if value is not None and value == value}
 
 
+def judge_of(recipe: Recipe) -> str:
+    """What `eval.judge` is, for readers of its win rate."""
+    return "the judge, a DPO oracle," if recipe.eval.judge and recipe.eval.judge.oracle else "the judge"
+
+
 def _with_error(value: float, error: float | None, form: str) -> str:
     """A figure and its standard error, if it has one.
 
@@ -277,6 +282,14 @@ def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
         found.append(
             "Nothing judged the answers (eval.gold and eval.judge are not set): the figures say how far the policy "
             "moved, not whether it got better."
+        )
+    if recipe.eval.judge is not None and recipe.eval.judge.oracle is not None and "judge/win_rate" in metrics:
+        ranks = "is not known"
+        if (known := metrics.get("judge/oracle_accuracy")) is not None:
+            ranks = f"is {_with_error(known, metrics.get('judge/oracle_accuracy_se'), '.0%')}"
+        found.append(
+            f"The judge is a DPO oracle, a small model of preferences: its accuracy on held-out pairs {ranks}, and "
+            "what it mistakes counts as a win or a loss."
         )
     if failed := metrics.get("judge/failed"):
         found.append(f"{failed:.0f} answers have no verdict: the judge failed on them.")

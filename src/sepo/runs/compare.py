@@ -24,6 +24,9 @@ import torch
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.tables import read_table
 from sepo.errors import UserError
+from sepo.evaluate.judges.compare import scorer_of
+from sepo.evaluate.judges.in_run import judge_in_words
+from sepo.evaluate.judges.scores import Scorer
 from sepo.evaluate.statistics import Spread
 from sepo.files import check_writable, digest, write_json
 from sepo.models.tokenizer import load_tokenizer
@@ -188,6 +191,7 @@ class _Comparison:
         self.runs: list[dict[str, Any]] = []
         self.shared: dict[str, dict[str, Any]] = {}
         self._bases: dict[tuple, torch.nn.Module] = {}
+        self._judge: Scorer | None = None
         self._transfers: dict[str, bool] = {}
         self._pairs: dict[str, Made] = {}
 
@@ -322,6 +326,7 @@ class _Comparison:
             base,
             self.grid.keep_models,
             choosing,
+            self._scorer,
         )
         key = f"run-{digest(stage.depends)[:10]}"
         name = " ".join(part for part in (setting.variant, setting.label, f"seed={seed}") if part)
@@ -347,6 +352,13 @@ class _Comparison:
             self._bases[key] = load_model(start.folder, device=recipe.device, **types)
         return self._bases[key]
 
+    def _scorer(self) -> Scorer | None:
+        """The one judge of all runs, in memory from its first verdict on; None for one behind a server, or none."""
+        judge = self.recipe.eval.judge
+        if self._judge is None and judge is not None and judge.server is None:
+            self._judge = scorer_of(judge, self.recipe.device)
+        return self._judge
+
     # --- results ----------------------------------------------------------------------------------------------------
 
     def results(self) -> dict[str, Any]:
@@ -356,7 +368,7 @@ class _Comparison:
             "kl": self.grid.kl,
             "also_at": self.grid.also_at,
             "gold": self.recipe.eval.gold,
-            **({} if self.recipe.eval.judge is None else {"judge": self.recipe.eval.judge.name}),
+            **({} if self.recipe.eval.judge is None else {"judge": judge_in_words(self.recipe.eval.judge)}),
             "environment": environment(),
         }
         return write_comparison(head, self.runs, list(self.shared.values()), self.grid.results_folder)

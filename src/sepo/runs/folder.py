@@ -103,10 +103,11 @@ class Run:
             reason = f"{', '.join(_changes(record['depends'], depends)) or 'something'} changed"
         else:
             damage = _damage(record["files"], self._digests(stage, folder))
-            if damage is None:
+            lacks = stage.missing(record["results"] or {})
+            if damage is None and lacks is None:
                 say(f"[{title}] unchanged, reused")
                 return record
-            reason = damage
+            reason = str(damage or lacks)
         say(f"[{title}] {reason}: done again")
         self.forget(name)
         if not stage.verifies:

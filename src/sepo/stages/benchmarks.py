@@ -15,6 +15,7 @@ from sepo.evaluate.judges.in_run import judge_content
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import JudgeSettings, Recipe
+from sepo.stages.evaluate import unanswered
 from sepo.stages.stage import Cost, Made, Model, Sizes, Stage, Work
 
 
@@ -76,6 +77,7 @@ def judge_stage(recipe: Recipe, name: str, answers: Made, judge: JudgeSettings) 
         depends={"answers": answers.content, "judge": judge.what_is_asked(), "content": judge_content(judge)},
         outputs=(ANNOTATIONS,),
         work=work,
+        missing=lambda results: unanswered(results.get("unanswered")),
     )
 
 

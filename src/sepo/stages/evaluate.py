@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from sepo import processes
+from sepo.errors import UserError
 from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.generate import responses_at_once
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.judges.in_run import check_judge, judge_content
+from sepo.evaluate.judges.in_run import check_judge, judge_content, judge_in_words
 from sepo.evaluate.measure import evaluate_run
 from sepo.forward.passes import tokens_per_row_for
 from sepo.recipe.settings import Recipe
@@ -26,6 +28,11 @@ def check(recipe: Recipe) -> None:
         gold_reward(recipe.eval.gold)
     if recipe.eval.judge is not None:
         check_judge(recipe.eval.judge)
+        own, judge = recipe.oracle.model, recipe.eval.judge.oracle
+        if own is not None and judge is not None and os.path.realpath(own) == os.path.realpath(judge):
+            raise UserError(
+                f"eval.judge: '{judge}' is the oracle that the policy learns from: expected one of other pairs"
+            )
 
 
 def stage(
@@ -81,13 +88,20 @@ def stage(
         },
         outputs=(".",),
         work=work,
+        verifies=True,  # answers that are finished are looked at by what they depend on
+        missing=lambda results: unanswered(results.get("judge/unanswered")),
     )
+
+
+def unanswered(calls: float | None) -> str | None:
+    """What a judge behind a server lacks, in words: the same questions are asked again, and answered ones from disk."""
+    return f"{calls:.0f} questions to the judge have no reply" if calls else None
 
 
 def what_judges(recipe: Recipe) -> str:
     """Gold reward and judge in words."""
     judge = recipe.eval.judge
-    return f"gold: {recipe.eval.gold}" + ("" if judge is None else f", judge: {judge.name}")
+    return f"gold: {recipe.eval.gold}" + ("" if judge is None else f", judge: {judge_in_words(judge)}")
 
 
 def responses(recipe: Recipe, sizes: Sizes) -> int:

@@ -18,6 +18,7 @@ from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table
 from sepo.evaluate.frontier import Checkpoints, Judge, start_of
 from sepo.evaluate.judges.in_run import judge_content
+from sepo.evaluate.judges.scores import Scorer
 from sepo.evaluate.kl_probe import PROBES, Passing, Probe
 from sepo.files import write_json
 from sepo.forward.packing import read_length
@@ -98,6 +99,7 @@ def run_stage(
     base: Callable[[], nn.Module],
     keep_model: bool = False,
     choosing: int = 0,
+    scorer: Callable[[], Scorer | None] | None = None,
 ) -> Stage:
     """One setting at one seed: a policy trained, measured at `checkpoints` (shares of the run) into `points.json`.
 
@@ -110,6 +112,7 @@ def run_stage(
         held_out_logps: of `start`, where there is neither a gold reward nor a judge.
         base: gives `start` in memory, in the `training_types`.
         choosing: as for `prompts_to_answer`.
+        scorer: as in `frontier.Judge`.
     """
     policy, chosen = recipe.policy, recipe.eval.judge
 
@@ -129,6 +132,7 @@ def run_stage(
             held_out,
             None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
             recipe.tokens_per_row,
+            scorer,
         )
         if not (folder / POINTS).exists() and not (folder / "policy" / "checkpoints").exists():
             # A finished policy, whose checkpoints can no longer be measured on the way.

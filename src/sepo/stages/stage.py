@@ -40,6 +40,7 @@ class Stage:
             launch call it.
         verifies: the work checks by checksums of its own what it finds of an earlier attempt; otherwise an output that
             was altered since, or was made from something else, is removed before the stage is done again.
+        missing: what its results lack that doing it again may get (replies of a server), in words; None for nothing.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Stage:
     outputs: tuple[str, ...]
     work: Callable[[Path], dict[str, Any] | None]
     verifies: bool = False
+    missing: Callable[[Mapping[str, Any]], str | None] = lambda results: None
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,10 @@ def prepare(
     if settings.server is None:
         if settings.function is not None:
             scores.user_function(settings.function)
+        if settings.oracle is not None:
+            from sepo.evaluate.judges.oracle import find_oracle  # PyTorch, which a server does without
+
+            find_oracle(settings)
         return Prepared(settings, [], [])
     endpoint = server.endpoint_of(settings, retry_malformed)
     prompts = server.read_prompts(settings)
@@ -139,9 +143,13 @@ def expected(prepared: Prepared, prices: tuple[float, float] | None, seconds_eac
 
 
 def judge_pairs(
-    prepared: Prepared, contests: Sequence[Contest], device: str = "auto"
+    prepared: Prepared, contests: Sequence[Contest], device: str = "auto", scorer: scores.Scorer | None = None
 ) -> tuple[list[Verdict], list[dict[str, Any]], dict[str, Any]]:
-    """A verdict of each contest; further columns of its annotation; what was spent."""
+    """A verdict of each contest; further columns of its annotation; what was spent.
+
+    Args:
+        scorer: of the judge, where it is in memory already (`scorer_of`).
+    """
     settings = prepared.settings
     if prepared.endpoint is not None:
         replies, spent = prepared.endpoint.ask_all(prepared.requests, "judge")
@@ -150,7 +158,8 @@ def judge_pairs(
         return found, extra, asdict(spent)
     began = time.monotonic()
     values = score_answers(
-        settings, [*(_ask(one, one.baseline) for one in contests), *(_ask(one, one.model) for one in contests)], device
+        [*(_ask(one, one.baseline) for one in contests), *(_ask(one, one.model) for one in contests)],
+        scorer or scorer_of(settings, device),
     )
     baseline, model = values[: len(contests)], values[len(contests) :]
     found, extra = [], []
@@ -158,21 +167,26 @@ def judge_pairs(
         extra.append({"score_1": float(theirs), "score_2": float(ours)})
         if math.isnan(theirs) or math.isnan(ours):
             found.append(Verdict(None, "no score of one of the answers"))
-        elif settings.reward_model is not None:
+        elif settings.function is None:
             found.append(Verdict(1 + float(np.exp(-np.logaddexp(0, theirs - ours)))))
         else:
             found.append(Verdict(1.5 + 0.5 * float(np.sign(ours - theirs))))
     return found, extra, {"scored": len(values), "elapsed": time.monotonic() - began}
 
 
-def score_answers(
-    settings: JudgeSettings, conversations: Sequence[scores.Conversation], device: str = "auto"
-) -> np.ndarray:
-    """The number that a reward model or a function gives each answer, NaN where none; equal ones are read once."""
+def scorer_of(settings: JudgeSettings, device: str = "auto") -> scores.Scorer:
+    """What gives each answer its number, for a judge that is no server; it holds its models in memory."""
     if settings.function is not None:
-        scorer = scores.function_scorer(settings.function)
-    else:
-        scorer = scores.reward_scorer(str(settings.reward_model), revision=settings.revision, device=device)
+        return scores.function_scorer(settings.function)
+    if settings.oracle is not None:
+        from sepo.evaluate.judges.oracle import find_oracle, oracle_scorer
+
+        return oracle_scorer(find_oracle(settings), device=device)
+    return scores.reward_scorer(str(settings.reward_model), revision=settings.revision, device=device)
+
+
+def score_answers(conversations: Sequence[scores.Conversation], scorer: scores.Scorer) -> np.ndarray:
+    """The number of each answer, NaN where it has none; equal ones are read once."""
     places: dict[scores.Conversation, int] = {}
     for one in conversations:
         places.setdefault(one, len(places))

@@ -12,13 +12,13 @@ import numpy as np
 
 from sepo.errors import UserError
 from sepo.evaluate.endpoint import Spent
-from sepo.evaluate.judges import compare, scores, server
+from sepo.evaluate.judges import compare, oracle, scores, server
 from sepo.evaluate.judges.server import Contest, spent_text
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.evaluate.winrate import FEW, judgement_of, length_controlled
-from sepo.files import file_digest
+from sepo.files import digest, file_digest
 from sepo.models.checkpoint import load_classifier
-from sepo.models.fingerprint import model_fingerprint
+from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.folders import check_folder, is_adapter
 from sepo.models.hub import hub_snapshot
 from sepo.processes import say
@@ -29,6 +29,8 @@ def check_judge(settings: JudgeSettings) -> None:
     """Raise a UserError for a judge that cannot be had, before a model is trained for it; nobody is asked."""
     if settings.function is not None:
         scores.user_function(settings.function)
+    elif settings.oracle is not None:
+        oracle.find_oracle(settings)
     elif settings.server is not None:
         contest = Contest(("question",), ("one",), ("other",))
         server.pair_requests(settings, server.endpoint_of(settings), server.read_prompts(settings), [contest])
@@ -53,7 +55,19 @@ def judge_content(settings: JudgeSettings) -> str:
         return "" if source is None else file_digest(source)
     if settings.server is not None:
         return file_digest(Path(str(settings.prompt)))
+    if settings.oracle is not None:
+        found = oracle.find_oracle(settings)
+        models = (found.folder, found.reference)
+        return digest([found.beta, *map(model_fingerprint, models), usage_fingerprint(found.folder)])
     return model_fingerprint(str(settings.reward_model), revision=settings.revision)
+
+
+def judge_in_words(settings: JudgeSettings) -> str:
+    """What a judge is called, and for an oracle how well it judges, if that is known."""
+    found = {} if settings.oracle is None else oracle.held_out_accuracy(Path(settings.oracle))
+    if not found:
+        return settings.name
+    return f"{settings.name} (held-out accuracy {found['oracle_accuracy']:.2f} ± {found['oracle_accuracy_se']:.2f})"
 
 
 def judge_responses(
@@ -63,25 +77,27 @@ def judge_responses(
     policy: Sequence[str],
     groups: Sequence[int],
     device: str = "auto",
+    scorer: scores.Scorer | None = None,
 ) -> tuple[dict[str, float], dict[str, list[Any]], list[dict[str, Any]]]:
     """Compare responses to the same prompts.
 
     Args:
         questions, base, policy: texts of each prompt and sample.
         groups: the prompt of each, for the errors.
+        scorer: of the judge, where it is in memory already (`compare.scorer_of`).
 
     Returns:
         metrics (`win_rate` of the policy in [0, 1], ties a half; with `_se`; `length_controlled`; `judged`, `failed`;
-        with a reward model or a function also `score/base`, `score/policy`, `score/difference`), columns for the table
-        of generations, and annotations that `sepo winrate` reads.
+        of a server `unanswered`, calls without a reply; of another judge `score/base`, `score/policy`,
+        `score/difference`; of an oracle that a run made its `oracle_accuracy` on held-out pairs, with `_se`), columns
+        for the table of generations, and annotations that `sepo winrate` reads.
     """
     contests = [
         Contest((question,), (one,), (other,)) for question, one, other in zip(questions, base, policy, strict=True)
     ]
     prepared = compare.prepare(settings, contests)
-    verdicts, extra, spent = compare.judge_pairs(prepared, contests, device)
-    if prepared.endpoint is not None:
-        say(f"judge: {spent_text(Spent(**spent), None)}")
+    verdicts, extra, spent = compare.judge_pairs(prepared, contests, device, scorer)
+    lacking = say_spent(prepared, spent)
     rows = [
         {
             "instruction": question,
@@ -99,7 +115,9 @@ def judge_responses(
             questions, base, policy, groups, verdicts, extra, strict=True
         )
     ]
-    metrics = rate_of(rows, groups)
+    metrics = rate_of(rows, groups) | lacking
+    if settings.oracle is not None:
+        metrics |= oracle.held_out_accuracy(Path(settings.oracle))
     preferences = np.array([np.nan if one.preference is None else one.preference for one in verdicts], np.float64)
     table: dict[str, list[Any]] = {"preference": preferences.tolist()}
     if settings.server is None:
@@ -113,6 +131,14 @@ def judge_responses(
             numbers["policy"][both], numbers["base"][both], kept
         )
     return {f"judge/{name}": value for name, value in metrics.items()}, table, rows
+
+
+def say_spent(prepared: compare.Prepared, spent: Mapping[str, Any]) -> dict[str, float]:
+    """Say what was asked of a server; returns how many calls it left `unanswered`, nothing for other judges."""
+    if prepared.endpoint is None:
+        return {}
+    say(f"judge: {spent_text(Spent(**spent), None)}")
+    return {"unanswered": float(spent["unanswered"])}
 
 
 def rate_of(rows: Sequence[Mapping[str, Any]], groups: Sequence[int]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Judges that give every answer a number: a reward model, or a function of the user's.
+"""Judges that give every answer a number: a reward model, or a function of the user's (an oracle: oracle.py).
 
 Two answers are compared by their numbers. A reward model's are logits of a Bradley-Terry model, so the preference is
 1 + σ(reward of the second − reward of the first); a function's only order the answers: 1, 1.5 or 2.
@@ -23,6 +23,15 @@ Conversation = tuple[tuple[str, ...], str]
 Scorer = Callable[[Sequence[Conversation]], np.ndarray]
 # Tokens of a batch, padding included.
 TOKENS_AT_ONCE = {"cpu": 4_096, "cuda": 32_768, "mps": 8_192}
+
+
+def as_messages(conversations: Sequence[Conversation]) -> list[tuple[list[dict[str, str]], str]]:
+    """Conversations with the role of each turn, and their answers."""
+    roles = ("user", "assistant")
+    return [
+        ([{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)], answer)
+        for turns, answer in conversations
+    ]
 
 
 def user_function(name: str) -> Callable[..., Any]:
@@ -129,12 +138,8 @@ def reward_scorer(
 
     def encode(conversations: Sequence[Conversation]) -> list[list[int] | str]:
         if tokenizer.chat_template is not None:
-            roles = ("user", "assistant")
-            messages = [
-                ([{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)], answer)
-                for turns, answer in conversations
-            ]
-            return encode_answers(messages, tokenizer)
+            encoded = encode_answers(as_messages(conversations), tokenizer)
+            return [one if isinstance(one, str) else [*one[0], *one[1]] for one in encoded]
         texts = [("\n\n".join(turns), answer) for turns, answer in conversations]
         # Control tokens that an answer holds as text are split into characters.
         return [tokenizer(one, other, split_special_tokens=True)["input_ids"] for one, other in texts]

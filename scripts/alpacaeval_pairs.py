@@ -1,0 +1,186 @@
+"""AlpacaEval pairs in three parts by prompt: for a judge, for a policy, and the prompts that the policy is measured on.
+
+    python scripts/alpacaeval_pairs.py alpacaeval_prefs.parquet --out data/alpacaeval
+    sepo run alpacaeval-judge data.source=data/alpacaeval/judge.parquet
+    sepo run alpacaeval-smollm2 data.source=data/alpacaeval/train.parquet \\
+        data.held_out_source=data/alpacaeval/measured.parquet
+
+No prompt is in two parts, so the judge has seen none of the prompts that it judges, nor any label that the policy's own
+oracle learns from. Prompts are drawn by a hash of the seed and their words. Pairs whose prompt and responses are short
+are kept, so that none is cut.
+
+The chosen response is the longer one in 84 % of the pairs, and a judge that learns so would pay for length. So its
+pairs are balanced: for each whose chosen response is the shorter one there is one whose chosen response is the longer
+one, by as many tokens or nearly. Always preferring the longer response is then right in half of them. Shorter chosen
+responses are rare, so the judge has the greater share of the prompts. The policy's pairs are as they come.
+
+Writes judge.parquet, train.parquet, measured.parquet (one pair a prompt) and split.json, with counts and the SHA-256 of
+the source, from which the same files come again. Seconds; no model is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sepo.data.encoding import tokenize_pairs
+from sepo.data.loading import load_preferences
+from sepo.errors import UserError
+from sepo.files import file_digest, write_json
+from sepo.models.tokenizer import load_tokenizer
+from sepo.recipe.settings import DEFAULT_MODEL
+
+PARTS = ("judge", "train", "measured")
+
+
+class Lengths(NamedTuple):
+    """Tokens of a pair's prompt, as the chat template writes it, and of its responses, ends included; `[pairs]` each.
+
+    A pair that cannot be read has 0 in all three.
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    def short(self, most: int, together: int) -> np.ndarray:
+        """Pairs of which neither response nor anything that is read together is longer, `[pairs]` bool."""
+        longest = np.maximum(self.chosen, self.rejected)
+        return (self.prompt > 0) & (longest <= most) & (self.prompt + longest <= together)
+
+
+def lengths_of(source: str, model: str) -> Lengths:
+    """Tokens of the pairs of a file under a model's tokenizer."""
+    dataset = load_preferences(source)
+    table, _ = tokenize_pairs(dataset, load_tokenizer(model), max_length=2**20, as_chat=True)
+    rows = table.column("pair_id").to_numpy()
+    found = []
+    for part in ("prompt", "chosen", "rejected"):
+        column = np.zeros(len(dataset), np.int64)
+        column[rows] = [len(ids) for ids in table.column(f"{part}_ids").to_pylist()]
+        found.append(column)
+    return Lengths(*found)
+
+
+def hashed(seed: int, text: str) -> str:
+    """A text's place in an order that depends on the seed and the text alone."""
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+
+
+def parts_of_prompts(prompts: list[str], measured: int, judge: float, seed: int) -> dict[str, str]:
+    """The part of each distinct prompt.
+
+    Args:
+        measured: prompts of that part.
+        judge: share of the others that the judge gets.
+    """
+    order = sorted(set(prompts), key=lambda prompt: hashed(seed, prompt))
+    if measured >= len(order):
+        raise UserError(f"--measured {measured}: there are {len(order)} prompts; expected fewer")
+    cut = measured + round(judge * (len(order) - measured))
+    return {
+        prompt: "measured" if place < measured else "judge" if place < cut else "train"
+        for place, prompt in enumerate(order)
+    }
+
+
+def balanced(gains: np.ndarray, rows: np.ndarray, tolerance: int) -> list[int]:
+    """Rows of which as many have a longer chosen response as a shorter one, by nearly as much.
+
+    Args:
+        gains: `[pairs]`, tokens that the chosen response is longer by.
+        rows: numbers of the pairs to choose from, in the order in which they are taken.
+        tolerance: tokens by which the differences of two matched pairs may differ.
+    """
+    longer = [int(row) for row in rows if gains[row] > 0]
+    kept = []
+    for row in rows:
+        if gains[row] >= 0 or not longer:
+            continue
+        match = min(longer, key=lambda other: abs(gains[other] + gains[row]))
+        if abs(gains[match] + gains[row]) <= tolerance:
+            longer.remove(match)
+            kept += [int(row), match]
+    return kept
+
+
+def split(table: pa.Table, lengths: Lengths, settings: argparse.Namespace) -> dict[str, list[int]]:
+    """Numbers of the pairs of each part, ascending."""
+    prompts = table.column("prompt").to_pylist()
+    part = parts_of_prompts(prompts, settings.measured, settings.judge_share, settings.seed)
+    short = lengths.short(settings.most_tokens, settings.max_length)
+    order = sorted(range(len(prompts)), key=lambda row: hashed(settings.seed, f"{row}:{prompts[row]}"))
+    of = {name: np.array([row for row in order if part[prompts[row]] == name], np.int64) for name in PARTS}
+    judge = balanced(lengths.chosen - lengths.rejected, of["judge"][short[of["judge"]]], settings.tolerance)
+    train = of["train"][short[of["train"]]].tolist()
+    # Any pair stands for its prompt there, the shortest costs least.
+    read = lengths.prompt + lengths.chosen + lengths.rejected
+    first: dict[str, int] = {}
+    for row in sorted(of["measured"].tolist(), key=lambda row: (read[row], row)):
+        if lengths.prompt[row]:
+            first.setdefault(prompts[row], row)
+    found = {"judge": judge[: settings.judge_pairs // 2 * 2], "train": train[: settings.train_pairs]}
+    return {**{name: sorted(rows) for name, rows in found.items()}, "measured": sorted(first.values())}
+
+
+def counts(rows: list[int], prompts: list[str], lengths: Lengths) -> dict[str, Any]:
+    """What a part holds."""
+    gain = (lengths.chosen - lengths.rejected)[rows]
+    read = [lengths.prompt[rows], lengths.chosen[rows], lengths.rejected[rows]]
+    return {
+        "pairs": len(rows),
+        "prompts": len({prompts[row] for row in rows}),
+        "chosen_longer": int((gain > 0).sum()),
+        "chosen_shorter": int((gain < 0).sum()),
+        "mean_difference": float(gain.mean()),
+        "mean_tokens": dict(zip(("prompt", "chosen", "rejected"), (float(one.mean()) for one in read), strict=True)),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", type=Path, help="parquet with prompt, chosen, rejected")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--measured", type=int, default=120, help="prompts that the policy is measured on")
+    parser.add_argument("--judge-share", type=float, default=0.6, help="of the other prompts, the judge's")
+    parser.add_argument("--judge-pairs", type=int, default=400, help="at most")
+    parser.add_argument("--train-pairs", type=int, default=300, help="at most")
+    parser.add_argument("--most-tokens", type=int, default=200, help="of a response")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of prompt and response together")
+    parser.add_argument("--tolerance", type=int, default=10, help="tokens between the differences of matched pairs")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokens are counted")
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = parse()
+    if not settings.pairs.is_file():
+        raise UserError(f"no pairs at '{settings.pairs}': expected a parquet file with prompt, chosen, rejected")
+    table = pq.read_table(settings.pairs)
+    lengths = lengths_of(str(settings.pairs), settings.model)
+    found = split(table, lengths, settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    prompts = table.column("prompt").to_pylist()
+    record: dict[str, Any] = {
+        "source": {"file": settings.pairs.name, "sha256": file_digest(settings.pairs), "pairs": len(table)},
+        "settings": {key: value for key, value in vars(settings).items() if key not in ("pairs", "out")},
+    }
+    for name, rows in found.items():
+        pq.write_table(table.take(pa.array(rows, pa.int64())), settings.out / f"{name}.parquet")
+        record[name] = counts(rows, prompts, lengths)
+        print(name, record[name])
+    write_json(settings.out / "split.json", record)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
