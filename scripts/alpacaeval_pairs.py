@@ -1,7 +1,8 @@
 """AlpacaEval pairs in three parts by prompt: for a judge, for a policy, and the prompts that the policy is measured on.
 
     python scripts/alpacaeval_pairs.py alpacaeval_prefs.parquet --out data/alpacaeval
-    sepo run alpacaeval-judge data.source=data/alpacaeval/judge.parquet
+    sepo run alpacaeval-judge data.source=data/alpacaeval/judge.parquet \\
+        data.held_out_source=data/alpacaeval/check.parquet
     sepo run alpacaeval-smollm2 data.source=data/alpacaeval/train.parquet \\
         data.held_out_source=data/alpacaeval/measured.parquet
 
@@ -11,11 +12,13 @@ are kept, so that none is cut.
 
 The chosen response is the longer one in 84 % of the pairs, and a judge that learns so would pay for length. So its
 pairs are balanced: for each whose chosen response is the shorter one there is one whose chosen response is the longer
-one, by as many tokens or nearly. Always preferring the longer response is then right in half of them. Shorter chosen
+one, by as many tokens or nearly; and those come along whose responses are about as long as each other. Shorter chosen
 responses are rare, so the judge has the greater share of the prompts. The policy's pairs are as they come.
 
-Writes judge.parquet, train.parquet, measured.parquet (one pair a prompt) and split.json, with counts and the SHA-256 of
-the source, from which the same files come again. Seconds; no model is run.
+Short pairs of the measured prompts, which train nothing, are there to say how good the judge is where it judges.
+
+Writes judge.parquet, check.parquet, train.parquet, measured.parquet (one pair a prompt) and split.json, with counts and
+the SHA-256 of the source, from which the same files come again. Seconds; no model is run.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from sepo.files import file_digest, write_json
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import DEFAULT_MODEL
 
-PARTS = ("judge", "train", "measured")
+PARTS = ("judge", "check", "train", "measured")
 
 
 class Lengths(NamedTuple):
@@ -114,18 +117,27 @@ def split(table: pa.Table, lengths: Lengths, settings: argparse.Namespace) -> di
     """Numbers of the pairs of each part, ascending."""
     prompts = table.column("prompt").to_pylist()
     part = parts_of_prompts(prompts, settings.measured, settings.judge_share, settings.seed)
+    gains = lengths.chosen - lengths.rejected
     short = lengths.short(settings.most_tokens, settings.max_length)
     order = sorted(range(len(prompts)), key=lambda row: hashed(settings.seed, f"{row}:{prompts[row]}"))
-    of = {name: np.array([row for row in order if part[prompts[row]] == name], np.int64) for name in PARTS}
-    judge = balanced(lengths.chosen - lengths.rejected, of["judge"][short[of["judge"]]], settings.tolerance)
-    train = of["train"][short[of["train"]]].tolist()
+    of = {
+        name: np.array([row for row in order if part[prompts[row]] == name], np.int64)
+        for name in ("judge", "train", "measured")
+    }
+    of_short = {name: rows[short[rows]] for name, rows in of.items()}
+    judge = balanced(gains, of_short["judge"], settings.tolerance)
+    judge += [int(row) for row in of_short["judge"] if abs(gains[row]) <= settings.even and row not in set(judge)]
     # Any pair stands for its prompt there, the shortest costs least.
     read = lengths.prompt + lengths.chosen + lengths.rejected
     first: dict[str, int] = {}
     for row in sorted(of["measured"].tolist(), key=lambda row: (read[row], row)):
         if lengths.prompt[row]:
             first.setdefault(prompts[row], row)
-    found = {"judge": judge[: settings.judge_pairs // 2 * 2], "train": train[: settings.train_pairs]}
+    found = {
+        "judge": judge[: settings.judge_pairs],
+        "check": of_short["measured"].tolist()[: settings.check_pairs],
+        "train": of_short["train"].tolist()[: settings.train_pairs],
+    }
     return {**{name: sorted(rows) for name, rows in found.items()}, "measured": sorted(first.values())}
 
 
@@ -151,10 +163,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--measured", type=int, default=120, help="prompts that the policy is measured on")
     parser.add_argument("--judge-share", type=float, default=0.6, help="of the other prompts, the judge's")
     parser.add_argument("--judge-pairs", type=int, default=400, help="at most")
+    parser.add_argument("--check-pairs", type=int, default=150, help="at most")
     parser.add_argument("--train-pairs", type=int, default=300, help="at most")
     parser.add_argument("--most-tokens", type=int, default=200, help="of a response")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of prompt and response together")
     parser.add_argument("--tolerance", type=int, default=10, help="tokens between the differences of matched pairs")
+    parser.add_argument("--even", type=int, default=25, help="tokens within which responses are about as long")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokens are counted")
     return parser.parse_args()
 
