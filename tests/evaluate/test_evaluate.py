@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -34,7 +35,7 @@ from sepo.forward.attention import ATTENTION
 from sepo.forward.passes import NonFiniteError
 from sepo.models.weights import load_model
 from sepo.recipe.settings import Gold
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EOS = 2  # of the tiny models and their tokenizer
@@ -262,6 +263,53 @@ def test_a_response_is_the_same_in_any_batch_and_beside_any_other_prompts():
     shorter = draw(prompts, max_new_tokens=5)
     assert shorter == {key: ids[:5] for key, ids in whole.items()}
     assert draw(prompts, seed=5) != whole
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_a_start_that_prompts_share_is_read_once_and_changes_no_response(architecture, monkeypatch):
+    """Of models that can: windows of attention would count the padding behind it."""
+    # Gemma 2's own softmax is in float32, where the padding of a float64 mask is not finite.
+    model = tiny_model(architecture, torch.float32 if architecture == "gemma2" else torch.float64)
+    tokenizer, start = tiny_tokenizer(), _prompts([12])[0]
+    prompts = [[*start, *own] for own in _prompts([5, 1, 7, 3])]  # no more padding than a window
+    read = []
+    forward = type(model).forward
+
+    def counted(self, *arguments, **options):
+        read.append(options["input_ids"].shape)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(type(model), "forward", functools.wraps(forward)(counted))
+    settings = {"samples": 2, "max_new_tokens": 12, "temperature": 2.0, "seed": 4, "progress": False}
+    together = _texts(generate_responses(model, tokenizer, prompts, **settings))
+    windows = architecture in ("mistral", "gemma2", "gemma3")
+    assert model.sepo_reads_start_once is not windows
+    assert ((8, 19) in read) is windows  # as a whole
+    assert ((8, 7) in read) is not windows  # without the start
+    alone = {}
+    for number, prompt in enumerate(prompts):
+        for (_, sample), ids in _texts(
+            generate_responses(model, tokenizer, [prompt], batch_size=1, **settings)
+        ).items():
+            alone[number, sample] = ids
+    assert together == alone
+
+
+def test_a_model_that_counts_positions_by_its_cache_reads_prompts_whole(monkeypatch):
+    """Padding within a row would move what follows it, and no config says so."""
+    model, tokenizer = tiny_model("llama", torch.float64), tiny_tokenizer()
+    forward = type(model).forward
+
+    def by_cache(self, *arguments, position_ids=None, past_key_values=None, **options):
+        if past_key_values is not None and past_key_values.get_seq_length():
+            rows, length = options["input_ids"].shape
+            position_ids = past_key_values.get_seq_length() + torch.arange(length).expand(rows, length)
+        return forward(self, *arguments, position_ids=position_ids, past_key_values=past_key_values, **options)
+
+    monkeypatch.setattr(type(model), "forward", functools.wraps(forward)(by_cache))
+    start = _prompts([12])[0]
+    generate_responses(model, tokenizer, [[*start, *own] for own in _prompts([9, 1])], max_new_tokens=3, progress=False)
+    assert model.sepo_reads_start_once is False
 
 
 def test_equal_prompts_are_answered_differently():

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from sepo import processes
 from sepo.bars import progress_bar
@@ -33,6 +34,8 @@ from sepo.forward.passes import NonFiniteError
 from sepo.models.sharding import is_sharded
 
 _BLOCK = 256
+# Tokens from which it pays to read the common start of prompts apart.
+_LEAST_SHARED = 8
 # Tokens that a batch may hold at its end, prompts, padding and responses: their keys and values stay in memory. On a
 # GPU 27 GB for Llama-2-13B (0.82 MB a token in bfloat16), 17 GB for Llama-2-7B, 4 GB for Llama-3-8B.
 TOKENS_AT_ONCE = {"cpu": 16_384, "cuda": 32_768, "mps": 8_192}
@@ -95,10 +98,10 @@ def generate_responses(
 ) -> list[Generation]:
     """Sample `samples` responses to each prompt.
 
-    Prompts are sorted by length and padded on the left. Up to the rounding of the model's own sums, a response depends
-    on `seed`, its prompt and its `sample_index` alone: not on the batch, nor on the other prompts. No random state is
-    read or moved, and the model's train/eval mode is put back. Where the model is cut up over the processes of a launch
-    each writes a share, and all must call this and get all responses.
+    Prompts are sorted by length and padded, and what all of a batch begin with is read once. Up to the rounding of the
+    model's own sums, a response depends on `seed`, its prompt and its `sample_index` alone: not on the batch, nor on
+    the other prompts. No random state is read or moved, and the model's train/eval mode is put back. Where the model is
+    cut up over the processes of a launch each writes a share, and all must call this and get all responses.
 
     Args:
         model: a Transformers causal language model, or a PEFT model around one (its active adapter is used).
@@ -308,19 +311,100 @@ def _generate_batch(
     draw: _Draw,
     together: bool,
 ) -> list[list[int]]:
+    shared = 0 if together else _shared_start(prompts)
+    if shared and not _reads_start_once(model, prompts, shared, config, device):
+        shared = 0
+    # A process whose responses have ended goes on until those of all have.
+    return _continue(model, prompts, shared, config, device, draw, synced_gpus=together)
+
+
+def _continue(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    shared: int,
+    config: GenerationConfig,
+    device: torch.device,
+    processor: LogitsProcessor,
+    **options: Any,
+) -> list[list[int]]:
+    """New tokens of each prompt. The `shared` first tokens are read once for all, then stands the padding of each.
+
+    shared shared  pad  pad  own  own | new new
+    shared shared  own  own  own  own | new new
+    """
     longest = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, longest - len(ids) :] = 1
+        for place, part in ((0, ids[:shared]), (longest - len(ids) + shared, ids[shared:])):
+            input_ids[row, place : place + len(part)] = torch.tensor(part)
+            attention_mask[row, place : place + len(part)] = 1
+    input_ids = input_ids.to(device)
+    if shared:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=input_ids[:1, :shared], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(prompts))
+        options["past_key_values"] = cache
     output = model.generate(
-        input_ids=input_ids.to(device),
+        input_ids=input_ids,
         attention_mask=attention_mask.to(device),
-        logits_processor=LogitsProcessorList([draw]),
-        synced_gpus=together,  # a process whose responses have ended goes on until those of all have
+        logits_processor=LogitsProcessorList([processor]),
+        **options,
     )
     return output[:, longest:].tolist()
+
+
+def _shared_start(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, each having one more at least; 0 where reading them once is not worth it.
+
+    A chat template opens every conversation with the same system message: half of a usual prompt of SmolLM2.
+    """
+    most = min(map(len, prompts)) - 1
+    number = next((i for i in range(most) if any(ids[i] != prompts[0][i] for ids in prompts)), most)
+    return number if len(prompts) > 1 and number >= _LEAST_SHARED else 0
+
+
+def _reads_start_once(
+    model: Any, prompts: Sequence[Sequence[int]], shared: int, config: GenerationConfig, device: torch.device
+) -> bool:
+    """Does a model give the same when the start of prompts is read once, and padding stands behind it?
+
+    A window of attention or a recurrent state would count the padding, and frequencies that depend on what is read
+    would be another's. What the config does not tell is tried once: a long and a short prompt, both ways, two tokens.
+    """
+    if (known := getattr(model, "sepo_reads_start_once", None)) is not None:
+        return known
+    rope = str(getattr(model.config.get_text_config(), "rope_parameters", None))
+    good = "dynamic" not in rope and "longrope" not in rope
+    good = good and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    if good:
+        whole = max(prompts, key=len)
+        probe = [whole, [*whole[:shared], whole[-1]]]
+        try:
+            found = []
+            for start in (shared, 0):
+                watched = _Watched(whole[-1])
+                _continue(model, probe, start, config, device, watched, max_new_tokens=2)
+                found.append(torch.stack(watched.logps))
+            good = bool((found[0] - found[1]).abs().max() < (0.25 if found[0].dtype.itemsize < 4 else 2e-3))
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # a forward that takes no such cache
+            good = False
+    model.sepo_reads_start_once = good
+    return good
+
+
+class _Watched(LogitsProcessor):
+    """Keep the log-probabilities of every step, and go on with one token whatever they are."""
+
+    def __init__(self, token: int):
+        self.token = token
+        self.logps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.logps.append(scores.log_softmax(-1))
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.token] = 0.0
+        return forced
 
 
 def _cut(ids: list[int], stops: list[int]) -> tuple[list[int], bool]:
