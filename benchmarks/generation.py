@@ -158,7 +158,7 @@ def texts_of(arguments: argparse.Namespace) -> list[str]:
     from sepo.stages.data import embedded_data
 
     texts = [question.turns[0] for path in arguments.prompts for question in read_questions(Path(path))[0]]
-    embedded = [row["prompt"] for row in load_preferences(embedded_data())]
+    embedded = [row["prompt"] for row in load_preferences(embedded_data("embedded:sentiment"))]
     texts += [text if isinstance(text, str) else text[-1]["content"] for text in embedded]
     texts = list(dict.fromkeys(texts))
     if len(texts) < arguments.number:
