@@ -9,13 +9,13 @@
 # command goes on where it stopped.
 #
 # Environment: PYTHON (default .venv/bin/python or python), MINUTES (3.7 for all tasks), PARTS (6 processes at a time),
-# TASKS (default "sentiment"; embedded tasks, each with its gold reward, one after the other), DEVICE (cuda; cpu tries it).
+# TASKS (default "sentiment plain"; embedded tasks, each with its gold reward, one after the other), DEVICE (cuda; cpu tries it).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-runs/gpu-grids} grid=${2:-$root/recipes/experiments/gpu-methods.yaml}
 shift $(($# < 2 ? $# : 2))
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python)}
-tasks=${TASKS:-sentiment} parts=${PARTS:-6} device=${DEVICE:-cuda}
+tasks=${TASKS:-sentiment plain} parts=${PARTS:-6} device=${DEVICE:-cuda}
 if [ "$device" = cuda ]; then
   "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device: DEVICE=cpu only tries the script out"'
 fi

@@ -131,7 +131,7 @@ def split(table: pa.Table, lengths: Lengths, settings: argparse.Namespace) -> di
     read = lengths.prompt + lengths.chosen + lengths.rejected
     first: dict[str, int] = {}
     for row in sorted(of["measured"].tolist(), key=lambda row: (read[row], row)):
-        if lengths.prompt[row]:
+        if 0 < lengths.prompt[row] <= settings.max_length - settings.answer:
             first.setdefault(prompts[row], row)
     found = {
         "judge": judge[: settings.judge_pairs],
@@ -167,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-pairs", type=int, default=300, help="at most")
     parser.add_argument("--most-tokens", type=int, default=200, help="of a response")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of prompt and response together")
+    parser.add_argument("--answer", type=int, default=128, help="tokens of them that a measured prompt leaves")
     parser.add_argument("--tolerance", type=int, default=10, help="tokens between the differences of matched pairs")
     parser.add_argument("--even", type=int, default=25, help="tokens within which responses are about as long")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokens are counted")
