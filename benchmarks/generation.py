@@ -147,8 +147,17 @@ def measure(
         "new_tokens": new_tokens,
         "finished": finished,
         "tokens_per_second": new_tokens / seconds,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "peak_gb": peak_gb(model.device.type),
     }
+
+
+def peak_gb(device: str) -> float:
+    """The most memory that was held: of PyTorch's allocator on a GPU, of the process on a CPU."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def texts_of(arguments: argparse.Namespace) -> list[str]:
