@@ -16,6 +16,73 @@ from sepo.forward import layers_cuda, lm_head_cuda, rotary
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested in tests/cuda")
 
 
+def laid_out(x, how):
+    """The same numbers, lying in memory in another way; "broadcast" where a dimension of them is all the same."""
+    if how == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "strided":
+        return torch.stack([x, torch.full_like(x, 77)], dim=-1)[..., 0]
+    if how == "broadcast":
+        return x[:1].expand_as(x)
+    return x
+
+
+LAYOUTS = ("transposed", "strided", "broadcast")
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("how", ["one for all", *LAYOUTS])
+def test_rotary_embedding_of_angles_however_they_lie(monkeypatch, how, batch, length):
+    """A model that is given no places makes one line of them for a whole batch; a step of writing has one token."""
+    monkeypatch.setattr(layers_cuda, "available", lambda x: True)
+    torch.manual_seed(0)
+    query, key = torch.randn(batch, 6, length, 24), torch.randn(batch, 2, length, 24)
+    angles = torch.randn(2, 1 if how == "one for all" else batch, length, 24)
+    cos, sin = (laid_out(x, how) for x in angles)
+    fused = rotary._rotary(apply_rotary_pos_emb)
+    for one, other in zip(fused(query, key, cos, sin), apply_rotary_pos_emb(query, key, cos, sin), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_norms_and_gates_of_tensors_however_they_lie(how):
+    torch.manual_seed(0)
+    x, up, upstream = (laid_out(x, how) for x in torch.randn(3, 7, 4, 33))
+    weight = laid_out(torch.randn(33, 2), how)[:, 0]
+    plain = [x.contiguous(), weight.contiguous(), upstream.contiguous(), up.contiguous()]
+    results = []
+    for a, w, g, b in ((x, weight, upstream, up), plain):
+        y, inverses = layers_cuda.norm_forward(a, w, 1e-5, 0.0, torch.float32)
+        gated = layers_cuda.gated_forward("silu", a, b)
+        backward = layers_cuda.gated_backward("silu", a, b, g, product=True)
+        results.append([y, *layers_cuda.norm_backward(a, w, inverses, g, 0.0), gated, *backward])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+def test_a_block_of_logits_however_it_lies(how):
+    torch.manual_seed(0)
+    raw, targets, upstream = laid_out(torch.randn(5, 300), how), torch.tensor([3, 299, 17, 210, 0]), torch.randn(5)
+    if how != "transposed":
+        targets, upstream = laid_out(targets, how), laid_out(upstream, how)
+    results = []
+    for logits, ids, grads in (
+        (raw, targets, upstream),
+        (raw.contiguous(), targets.contiguous(), upstream.contiguous()),
+    ):
+        target_logits = torch.zeros(5)
+        shift, sums, _ = lm_head_cuda.block_forward(logits, ids, target_logits, 0, 1.0, None, None)
+        normalisers = sums.log() + shift
+        gradient = lm_head_cuda.block_backward(
+            logits.clone(), ids, None, normalisers, grads, 0, 1.0, None, torch.float32
+        )
+        results.append([shift, sums, target_logits, gradient])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("keep", [None, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("cap", [None, 8.0])
 @pytest.mark.parametrize("scale", [1.0, 0.4])

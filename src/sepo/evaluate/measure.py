@@ -22,7 +22,7 @@ from sepo.data.tables import read_table, write_parquet
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, FINISHED, GENERATIONS
-from sepo.evaluate.generate import Finished, Generation, generate_responses
+from sepo.evaluate.generate import Finished, Generation, computes_exactly, generate_responses
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.judges.in_run import judge_responses
 from sepo.evaluate.statistics import mean_and_se, paired_difference
@@ -349,9 +349,7 @@ def own_logps(policy: nn.Module, prompts: list[list[int]], generations: Sequence
     round differently, by 0.05 nats a token, and the KL of a model to itself would not be 0: the policy reads its own
     responses again.
     """
-    # What Accelerate wraps for mixed precision samples in it, whatever the type of the weights.
-    exact = all(p.dtype in (torch.float32, torch.float64) for p in policy.parameters())
-    if exact and not hasattr(policy, "_original_forward"):
+    if computes_exactly(policy):
         return np.array([sum(one.logps) for one in generations])
     return response_logps(policy, prompts, generations)
 

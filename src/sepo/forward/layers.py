@@ -183,7 +183,6 @@ class _FusedRMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Tensor:
-        x = x.contiguous()
         output, inverses = layers_cuda.norm_forward(x, weight, eps, offset, dtype)
         ctx.save_for_backward(x, weight, inverses)
         ctx.offset = offset
@@ -193,7 +192,7 @@ class _FusedRMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, inverses = ctx.saved_tensors
-        d_x, d_weight = layers_cuda.norm_backward(x, weight, inverses, grad.contiguous(), ctx.offset)
+        d_x, d_weight = layers_cuda.norm_backward(x, weight, inverses, grad, ctx.offset)
         return d_x, d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None
 
 
@@ -266,7 +265,6 @@ class _GatedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return _gated(activation, gate, up)
@@ -275,7 +273,7 @@ class _GatedFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        d_gate, d_up, _ = _gated_backward(ctx.activation, gate, up, grad.contiguous(), product=False)
+        d_gate, d_up, _ = _gated_backward(ctx.activation, gate, up, grad, product=False)
         return d_gate, d_up, None
 
 

@@ -130,8 +130,18 @@ if triton is not None:
             tl.store(products + at, (value * up).to(products.dtype.element_ty), mask=inside)
 
 
+def lines(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the kernels read them, entry after entry in the order of their dimensions.
+
+    A kernel is handed an address, not strides: of a tensor that lies otherwise (cut out of another, transposed, one
+    line repeated for a batch) it would read other numbers, and beyond its end.
+    """
+    return tuple(x.contiguous() for x in tensors)
+
+
 def norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x / rms(x) * (weight + offset)` in `dtype`, and 1 / rms of each row; `x` `[..., width]`, contiguous."""
+    """`x / rms(x) * (weight + offset)` in `dtype`, and 1 / rms of each row; `x` `[..., width]`."""
+    x, weight = lines(x, weight)
     width = x.shape[-1]
     rows = x.numel() // width
     y = torch.empty_like(x, dtype=dtype)
@@ -143,6 +153,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: to
 
 def norm_backward(x: Tensor, weight: Tensor, inverses: Tensor, grad: Tensor, offset: float) -> tuple[Tensor, Tensor]:
     """Gradients of `x` (in its type) and of the weight (float32)."""
+    x, weight, inverses, grad = lines(x, weight, inverses, grad)
     width = x.shape[-1]
     rows = x.numel() // width
     programs = min(rows, 8 * _multiprocessors(x.device))
@@ -160,9 +171,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """`x cos + rotate_half(x) sin` (sign 1), or its transpose (sign -1).
 
     Args:
-        x: `[tokens, heads, dim]`, contiguous.
-        cos, sin: `[tokens, dim]`, contiguous.
+        x: `[tokens, heads, dim]`.
+        cos, sin: `[tokens, dim]`.
     """
+    x, cos, sin = lines(x, cos, sin)
     tokens, heads, width = x.shape
     out = torch.empty_like(x)
     _rotate[(tokens,)](
@@ -173,7 +185,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 def gated_forward(activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """`act(gate) * up`, all contiguous and of one shape."""
+    """`act(gate) * up`, both of one shape."""
+    gate, up = lines(gate, up)
     out = torch.empty_like(gate)
     size = gate.numel()
     _gated_forward[(-(-size // _ELEMENTS),)](gate, up, out, size, KIND=ACTIVATIONS[activation], BLOCK=_ELEMENTS)
@@ -184,6 +197,7 @@ def gated_backward(
     activation: str, gate: Tensor, up: Tensor, grad: Tensor, product: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of `gate` and `up`, and `act(gate) * up` anew if asked."""
+    gate, up, grad = lines(gate, up, grad)
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     out = torch.empty_like(gate) if product else None
     size = gate.numel()

@@ -198,7 +198,7 @@ class _TargetLogps(torch.autograd.Function):
                 if values is None:
                     values = lm_head_cuda.matmul_float32(h[rows], w[columns])
                 d_logits = lm_head_cuda.block_backward(
-                    values, target_ids[rows], shift, normalisers[rows], grad[rows].contiguous(), columns.start,
+                    values, target_ids[rows], shift, normalisers[rows], grad[rows], columns.start,
                     ctx.transform.scale, ctx.transform.softcap, h.dtype,
                 )  # fmt: skip
                 if d_hidden is not None:

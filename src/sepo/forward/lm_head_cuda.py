@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sepo.forward.layers_cuda import lines
+
 try:
     import triton
     import triton.language as tl
@@ -108,7 +110,7 @@ def block_forward(
     """Reduce a block of raw logits.
 
     Args:
-        logits: `[n, columns]` float32, contiguous, as the matmul gave them.
+        logits: `[n, columns]` float32, as the matmul gave them.
         targets: `[n]` token ids; those inside the block get their transformed logit in `target_logits` `[n]`.
         first: token id of the block's first column.
         scale, cap: of `lm_head.LogitTransform`.
@@ -117,6 +119,8 @@ def block_forward(
     Returns:
         the highest transformed logit of each row, the sum of exponentials relative to it, and those exponentials.
     """
+    logits, targets = lines(logits, targets)
+    assert target_logits.is_contiguous()  # written to
     rows, columns = logits.shape
     shifts, sums = (torch.empty(rows, device=logits.device, dtype=torch.float32) for _ in range(2))
     kept = None if keep is None else torch.empty_like(logits, dtype=keep)
@@ -137,6 +141,8 @@ def block_backward(
         values: the exponentials that `block_forward` kept, with their `shifts`; or raw float32 logits, without.
         grads: `[n]` float32, gradient of each log-probability.
     """
+    values, targets, normalisers, grads = lines(values, targets, normalisers, grads)
+    shifts = None if shifts is None else shifts.contiguous()
     rows, columns = values.shape
     out = values if values.dtype == dtype else torch.empty_like(values, dtype=dtype)
     grid = (rows, -(-columns // _COLUMNS))

@@ -31,7 +31,7 @@ class _RotaryFunction(torch.autograd.Function):
     @staticmethod
     def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
         batch, heads, length, width = x.shape
-        rows = x.transpose(1, 2).contiguous().view(batch * length, heads, width)
+        rows = x.transpose(1, 2).reshape(batch * length, heads, width)
         cos, sin = (part.expand(batch, length, width).reshape(batch * length, width) for part in (cos, sin))
         return layers_cuda.rotate(rows, cos, sin, sign).view(batch, length, heads, width).transpose(1, 2)
 

@@ -14,6 +14,7 @@ import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 import datasets
@@ -646,6 +647,9 @@ def _bind_packed_forward(model: nn.Module) -> None:
         return token_logps(self, packed_batch)
 
     forward.takes_packed_batches = True  # type: ignore[attr-defined]
+    # Generation goes by the names: without `position_ids` among them it would count the padding as places.
+    own = signature(original).parameters.values()
+    forward.__signature__ = Signature([Parameter("self", Parameter.POSITIONAL_ONLY), *own])  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 

@@ -1,0 +1,57 @@
+"""A policy writes in the middle of its training what a copy of it writes afterwards.
+
+A trainer changes the forward that generation calls (packed batches, autocast), and generation reads that forward's
+signature. Prompts of several lengths, since what goes wrong is where the padding counts.
+"""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from pairs import config, some_pairs
+from sepo.evaluate.generate import generate_responses
+from sepo.models.adapters import causal_lm, new_adapter
+from sepo.recipe.settings import LoraSettings
+from sepo.training.trainer import PreferenceTrainer
+from tiny_models import tiny_model, tiny_tokenizer
+
+START = [1, *range(20, 32)]  # long enough to be read once for all
+PROMPTS = {
+    "common start": [[*START, 40], [*START, 41, 42, 43, 44, 45, 46], [*START, 47, 48]],
+    "apart": [[5], [9, 8, 7, 6, 5, 4]],
+}
+
+
+def write(model, prompts):
+    found = generate_responses(model, tiny_tokenizer(), prompts, max_new_tokens=5, temperature=0, progress=False)
+    return [list(one.response_ids) for one in found], torch.tensor([sum(one.logps) for one in found])
+
+
+class Writes(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen = {name: write(model, prompts) for name, prompts in PROMPTS.items()}
+        self.read_once = causal_lm(model).sepo_reads_start_once
+        self.weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma3"])
+def test_a_policy_writes_in_training_as_a_copy_of_it_does(tmp_path, name, lora, bf16):
+    def made():
+        model = tiny_model(name)
+        if lora:
+            return new_adapter(model, LoraSettings(r=2, alpha=4, target_modules="all-linear"), seed=0)
+        return model
+
+    writes = Writes()
+    settings = config(tmp_path, bf16=bf16, max_steps=1, learning_rate=1e-2, per_device_train_batch_size=4)
+    PreferenceTrainer(made(), settings, train_dataset=some_pairs(4), callbacks=[writes]).train()
+    copy = made().eval()
+    copy.load_state_dict(writes.weights)
+    for part, prompts in PROMPTS.items():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            ids, logps = write(copy, prompts)
+        assert writes.seen[part][0] == ids
+        torch.testing.assert_close(writes.seen[part][1], logps, atol=0.3 if bf16 else 1e-4, rtol=0)
+    assert writes.read_once == causal_lm(copy).sepo_reads_start_once == (name != "gemma3")  # which has a window
