@@ -32,7 +32,7 @@ for task in $tasks; do
   while read -r file; do
     # SIGTERM, since processes in the background of a script do not hear SIGINT. 25 s: to finish a step and join.
     timeout --signal=TERM --kill-after=15 $((until - SECONDS > 26 ? until - SECONDS - 25 : 1)) \
-      "$python" -m sepo compare "$file" "${settings[@]}" > "${file%.yaml}.log" 2>&1 &
+      "$python" -m sepo compare "$file" > "${file%.yaml}.log" 2>&1 &
     processes+=($!)
   done < "$out.files"
   rm "$out.files"

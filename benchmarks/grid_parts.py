@@ -1,7 +1,7 @@
 """One grid in several processes: its seeds dealt out to parts, and the results of the parts joined.
 
     python benchmarks/grid_parts.py split GRID OUT PARTS [KEY=VALUE ...]    OUT/part-0.yaml, ...
-    sepo compare OUT/part-0.yaml [KEY=VALUE ...] & ...                      OUT/part-0/compare.json, ...
+    sepo compare OUT/part-0.yaml & ...                                      OUT/part-0/compare.json, ...
     python benchmarks/grid_parts.py join OUT                                OUT/compare.md, compare.json, pictures
 
 A comparison holds the lock of its work folder, so each part has its own. What depends on no seed (the data, the pass of
@@ -19,13 +19,13 @@ import yaml
 
 from sepo.errors import UserError
 from sepo.models.names import resolve_model
-from sepo.recipe.grid import load_grid
-from sepo.recipe.reading import find_file, read_settings
+from sepo.recipe.grid import grid_values, load_grid
+from sepo.recipe.reading import find_file, parse_override
 from sepo.report.comparison import reading_notes, write_comparison
 
 
 def split(grid: Path, out: Path, parts: int, overrides: list[str]) -> list[Path]:
-    """Write a grid file for each part, with every n-th of the seeds; fewer parts where there are fewer seeds.
+    """Write a grid file for each part, with every n-th of the seeds and all overrides; fewer parts for fewer seeds.
 
     The models that the grid names are made ready (fetched, converted) here, once for all parts.
 
@@ -43,7 +43,10 @@ def split(grid: Path, out: Path, parts: int, overrides: list[str]) -> list[Path]
     for model, revision in models:
         if model is not None:
             resolve_model(model, revision=revision)
-    values = read_settings(path, "grid")
+    values, left = grid_values(path, overrides)
+    for override in left:
+        key, value = parse_override(override)
+        values.setdefault("set", {})[key] = value
     if whole.base is not None:
         values["base"] = str((path.parent / whole.base).resolve())
     values.pop("work_dir", None)

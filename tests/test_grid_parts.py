@@ -37,7 +37,7 @@ def grid_in(folder, text=GRID):
 def test_every_part_is_the_grid_with_seeds_and_a_folder_of_its_own(tmp_path):
     whole, expected = load_grid(grid_in(tmp_path), ["eval.prompts=5"])
     files = grid_parts.split(tmp_path / "grid.yaml", tmp_path / "out", 2, ["eval.prompts=5"])
-    parts = [load_grid(file, ["eval.prompts=5"]) for file in files]
+    parts = [load_grid(file) for file in files]
     assert [grid.seeds for grid, _ in parts] == [[3, 5], [4]]
     assert [grid.output_dir for grid, _ in parts] == [str(tmp_path / "out" / f"part-{n}") for n in (0, 1)]
     for grid, settings in parts:
@@ -46,6 +46,21 @@ def test_every_part_is_the_grid_with_seeds_and_a_folder_of_its_own(tmp_path):
             elsewhere = {"output_dir": setting.recipe.output_dir}
             assert expected[variant][0].recipe.model_copy(update=elsewhere) == setting.recipe
     assert len(grid_parts.split(tmp_path / "grid.yaml", tmp_path / "few", 9, [])) == 3
+
+
+def test_overrides_of_the_grid_itself_and_of_all_variants(tmp_path):
+    path = grid_in(tmp_path)
+    overrides = ["seeds=[8,9]", "name=other", "output_dir=elsewhere", "kl=2", "policy.gamma=3", "variants.dpo.set={}"]
+    grid, settings = load_grid(path, overrides)
+    assert (grid.seeds, grid.name, grid.kl, str(grid.results_folder)) == ([8, 9], "other", 2.0, "elsewhere")
+    for (setting,) in settings.values():
+        assert (setting.recipe.policy.gamma, setting.recipe.policy.objective) == (3.0, "sepo")
+        assert setting.recipe.output_dir == "elsewhere"
+    parts = [load_grid(file)[0] for file in grid_parts.split(path, tmp_path / "out", 2, overrides)]
+    assert [part.seeds for part in parts] == [[8], [9]]
+    assert {part.name for part in parts} == {"other"}
+    with pytest.raises(UserError, match="seed"):
+        load_grid(path, ["seedz=[1]"])
 
 
 def test_a_sweep_that_one_seed_decides_is_not_dealt_out(tmp_path):

@@ -21,7 +21,10 @@ from sepo.cli import main
 from sepo.errors import UserError
 from sepo.evaluate import answering
 from sepo.evaluate.answering import Finished, Turn
+from sepo.evaluate.generate import generate_responses
 from sepo.evaluate.questions import find_questions, read_answers, read_questions, style_counts
+from sepo.forward.passes import NonFiniteError
+from sepo.forward.prepare import prepare_model
 from tiny_models import tiny_model, tiny_tokenizer
 
 QUESTIONS = {
@@ -363,3 +366,26 @@ def test_a_real_server_answers_and_judges(model_dir, tmp_path):
     finally:
         served.terminate()
         served.wait(20)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma2"])
+def test_layers_are_fast_while_writing_and_the_model_s_own_before_and_after(name, prepared):
+    model, tokenizer = tiny_model(name), tiny_tokenizer()
+    plain = tiny_model(name)
+    if prepared:
+        prepare_model(model)
+    before = [type(module) for module in model.modules()]
+    prompts = [[1, *range(20, 20 + n)] for n in range(1, 24)]
+    for one in generate_responses(model, tokenizer, prompts, max_new_tokens=5, progress=False):
+        ids = torch.tensor([[*prompts[one.prompt_index], *one.response_ids]])
+        logps = plain(input_ids=ids).logits[0].double().log_softmax(-1)
+        start = len(prompts[one.prompt_index])
+        wanted = [logps[start - 1 + i, token].item() for i, token in enumerate(one.response_ids)]
+        assert one.logps == pytest.approx(wanted, abs=1e-3)
+    assert [type(module) for module in model.modules()] == before
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(NonFiniteError):
+        generate_responses(model, tokenizer, prompts, max_new_tokens=5, progress=False)
+    assert [type(module) for module in model.modules()] == before

@@ -86,7 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
         "compare", commands.compare_command, "train every method of a grid at one budget and compare them"
     )
     compare.add_argument("grid", type=_path, help="YAML file, or a name of `sepo recipe --list`; see docs/compare.md")
-    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in all variants")
+    compare.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings to change in all variants, or of the grid: seeds=[1,2]",
+    )
     compare.add_argument("--dry-run", action="store_true", help="show the runs and an estimate of time; train nothing")
 
     analyse = command(

@@ -30,6 +30,7 @@ from sepo.bars import progress_bar
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError
 from sepo.files import append_line, grown_lines, write_text
+from sepo.forward.layers import fast_linear_layers
 from sepo.forward.passes import NonFiniteError
 from sepo.models.sharding import is_sharded
 
@@ -247,7 +248,7 @@ def _passes(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 
 class _Draw(LogitsProcessor):
-    """Draw each row's next token and keep its log-probability; all other tokens are ruled out."""
+    """Draw each row's next token and keep its log-probability; its score is made the highest, in place."""
 
     def __init__(self, temperature: float, uniform: torch.Tensor):
         self.temperature = temperature
@@ -255,16 +256,21 @@ class _Draw(LogitsProcessor):
         self._steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        total = scores.logsumexp(dim=-1, keepdim=True)
+        # A vocabulary is wide: each pass over the scores takes a hundredth of a step, so there are few.
+        highest = scores.amax(dim=-1, keepdim=True)
+        weights = (scores - highest).exp_()
+        total = highest + weights.sum(dim=-1, keepdim=True).log_()
         if not torch.isfinite(total).all():
             raise NonFiniteError("the model's logits are not finite, so no token can be drawn; check its weights")
         if self.temperature:
+            if self.temperature != 1:
+                weights = ((scores - highest) / self.temperature).exp_()
             uniform = self.uniform[:, len(self._steps)].to(scores.device)
-            drawn = draw_tokens(torch.softmax(scores / self.temperature, dim=-1), uniform)[:, None]
+            drawn = draw_tokens(weights, uniform)[:, None]
         else:
             drawn = scores.argmax(dim=-1, keepdim=True)
         self._steps.append(scores.gather(-1, drawn) - total)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
+        return scores.scatter_(-1, drawn, torch.inf)
 
     def logps(self) -> list[list[float]]:
         """Log-probabilities of the drawn tokens by row, those after the end of a response among them."""
@@ -296,7 +302,7 @@ def _undisturbed(model: torch.nn.Module, inner: Any, config: GenerationConfig) -
     inner.generation_config = config
     try:
         # What is gathered of a sharded model stays for the next reader, who could not use a tensor of inference mode.
-        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode(), fast_linear_layers(inner):
             yield
     finally:
         inner.generation_config = saved

@@ -7,7 +7,8 @@ gives the same numbers. docs/performance.md has the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from inspect import signature
 
 import torch
@@ -357,6 +358,25 @@ def _ours(x: Tensor, weight: Tensor) -> bool:
     if weight.dtype != torch.float32 or (x.numel() < FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()):
         return False
     return x.device.type == "cpu" or (x.is_cuda and in_place() and torch.is_grad_enabled())
+
+
+@contextlib.contextmanager
+def fast_linear_layers(lm: nn.Module) -> Iterator[None]:
+    """While it lasts, a model on a CPU multiplies by `FastLinear` in every plain linear layer, the LM head among them.
+
+    For generation by a model that nothing else has prepared. Its LM head is a plain layer at all other times, since
+    `lm_head` asks for its weight.
+    """
+    changed = []
+    for module in lm.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+            module.__class__ = FastLinear
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.__class__ = nn.Linear
 
 
 def use_fast_layers(lm: PreTrainedModel) -> None:

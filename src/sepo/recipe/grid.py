@@ -152,18 +152,36 @@ class Setting:
     recipe: Recipe
 
 
+def grid_values(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a grid file says, with the overrides that name settings of the grid itself; and the overrides that are left.
+
+    `name` and `output_dir` are of the grid, as its runs have folders of their own in it.
+    """
+    values = read_settings(path, "grid")
+    values.setdefault("name", path.stem)
+    left = []
+    for override in overrides:
+        key, value = parse_override(override)
+        # A base is read from where the grid file lies, which a shell does not know.
+        if key.split(".")[0] in set(Grid.model_fields) - {"base"}:
+            set_key(values, key, value, f"override '{override}'")
+        else:
+            left.append(override)
+    return values, left
+
+
 def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Grid, dict[str, list[Setting]]]:
     """Read a grid file; returns it with the settings of each variant, all of them checked.
 
     Args:
-        overrides: `key=value` for recipe settings of all variants.
+        overrides: `key=value` for settings of the grid (`seeds=[1,2]`, `output_dir=DIR`), and for recipe settings of
+            all variants.
 
     Raises:
         UserError: as `load_recipe`; or two variants are trained on different data or for different numbers of pairs.
     """
     path = find_file(path, "grid")
-    values = read_settings(path, "grid")
-    values.setdefault("name", path.stem)
+    values, overrides = grid_values(path, overrides)
     try:
         grid = Grid(**values)
     except ValidationError as error:
