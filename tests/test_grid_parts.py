@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sepo.errors import UserError
-from sepo.recipe.grid import load_grid
+from sepo.recipe.grid import Grid, load_grid
+from sepo.recipe.settings import Recipe
 from sepo.report.comparison import write_comparison
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -61,6 +62,8 @@ def test_overrides_of_the_grid_itself_and_of_all_variants(tmp_path):
     assert {part.name for part in parts} == {"other"}
     with pytest.raises(UserError, match="seed"):
         load_grid(path, ["seedz=[1]"])
+    # An override goes to one of the two: what both have is the folder and its name, which are the grid's.
+    assert set(Grid.model_fields) & set(Recipe.model_fields) == {"name", "output_dir"}
 
 
 def test_a_sweep_that_one_seed_decides_is_not_dealt_out(tmp_path):

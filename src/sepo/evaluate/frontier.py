@@ -213,7 +213,7 @@ class Checkpoints(TrainerCallback):
         furthest = max(point["kl"] for point in self.points)
         missed = [f"{target:g}" for target in self.passing.targets if target > furthest]
         if missed and state.global_step >= state.max_steps:
-            say(f"  KL {', '.join(missed)} was not reached: the run got to {furthest:.2f}")
+            say(f"  KL {', '.join(missed)} was not reached: the run got to {max(furthest, 0.0):.2f}")
 
 
 def _read_points(path: Path) -> list[dict[str, Any]]:
