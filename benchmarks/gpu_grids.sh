@@ -6,7 +6,7 @@
 #
 # The time ends it, at a point where everything that was measured is kept: OUT/TASK/compare.md, frontier.png, compare.json
 # are of the runs that are done, one method after the other; OUT/TASK/part-N.log says what each process did. The same
-# command goes on where it stopped. On one H200 with twelve processes of one seed each, 70 s went by before the first
+# command goes on where it stopped. On one H200 with twelve processes of one seed each, some 85 s went by before the first
 # policy was begun, the model's conversion included, and a method took 38 s, measured four times (it is twice now): 3.7 minutes
 # are one task's, and not all its methods.
 #
