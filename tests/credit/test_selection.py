@@ -1,5 +1,7 @@
 """Token rewards and key tokens against the rule written out token by token."""
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -335,3 +337,32 @@ def test_several_oracles_are_joined_by_mean_or_pessimistic_minimum():
         combine_scores([tables[0], tables[1].slice(1)])
     with pytest.raises(UserError, match="expected mean or min"):
         combine_scores(tables, "median")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(*[st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=9)] * 2), min_size=1, max_size=6),
+    st.floats(0.01, 3),
+)
+def test_pair_confidence_is_cw_po_s_weight_written_out(pairs, scale):
+    scores = scores_table(*map(list, zip(*pairs, strict=True)))
+    table = select_key_tokens(scores, confidence=scale)
+    for row, (chosen, rejected) in zip(table.to_pylist(), pairs, strict=True):
+        won = 1 / (1 + math.exp(-scale * (math.fsum(chosen) - math.fsum(rejected))))
+        assert row["pair_weight"] == pytest.approx(max(0, 2 * (won - 0.5)), abs=1e-6)
+    assert provenance_of(table)["confidence"] == scale
+
+
+def test_pair_weights_survive_disk_and_are_there_only_if_asked_for(tmp_path):
+    scores = scores_table([[1.0, 2.0], [0.0]], [[1.0], [1.0]])
+    assert "pair_weight" not in select_key_tokens(scores).column_names
+    write_table(tmp_path / "scores", scores)
+    folder = select(tmp_path / "scores", tmp_path / "selection", confidence=0.5)
+    weights = read_table(folder, "selection")["pair_weight"].to_pylist()
+    assert weights == [pytest.approx(math.tanh(0.5)), 0]
+    bad = read_table(folder, "selection").set_column(8, "pair_weight", pa.array([1.0, -0.5], pa.float32()))
+    write_table(tmp_path / "bad", with_provenance(bad, "selection", {}))
+    with pytest.raises(UserError, match=r"pair 1: its pair_weight is -0.5, expected 0 or more"):
+        read_table(tmp_path / "bad", "selection")
+    with pytest.raises(UserError, match="confidence is -1"):
+        select_key_tokens(scores, confidence=-1)

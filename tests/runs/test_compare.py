@@ -26,6 +26,7 @@ from sepo.report.comparison import (
     summarise_runs,
     typical_spread,
 )
+from sepo.training.checkpoints import STATE_FILE
 from tiny_models import tiny_model, tiny_tokenizer
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
@@ -475,6 +476,28 @@ def test_settings_with_one_and_with_several_oracles_share_the_first(workplace, c
     assert (done.count("oracle"), done.count("score"), done.count("select")) == (2, 2, 2)
     results = json.loads((workplace / "ensemble-out" / "compare.json").read_text())
     assert sum("the mean of oracle-" in item["what"] for item in results["shared"]) == 1
+
+
+def test_an_objective_on_all_tokens_reads_the_confidence_of_the_oracle(workplace, capsys):
+    plain = GRID[: GRID.index("  random")].replace("sweep_seed: 0\n", "").replace("[1, 2]", "[0]")
+    plain = plain.replace("  sepo: {{sweep: {{policy.gamma: [1.0, 2.5]}}}}\n", "")
+    for objective in ("dpo", "simpo", "tgdpo"):
+        plain += f"  {objective}: {{{{set: {{{{policy.objective: {objective}}}}}}}}}\n"
+        plain += f"  {objective}_cw: {{{{set: {{{{policy.objective: {objective}, select.confidence: 0.02}}}}}}}}\n"
+    assert main(["compare", str(write_grid(workplace, plain, "confidence", "confidence-out"))]) == 0
+    results = json.loads((workplace / "confidence-out" / "compare.json").read_text())
+    losses = {}
+    for run in results["runs"]:
+        state = json.loads((workplace / "confidence-out" / run["folder"] / "policy" / STATE_FILE).read_text())
+        losses[run["variant"]] = [row["loss"] for row in state["log_history"] if "loss" in row]
+    tables = [read_table(path, "selection") for path in (workplace / "confidence-out" / "shared").glob("select-*")]
+    weights = [table["pair_weight"].to_numpy() for table in tables if "pair_weight" in table.column_names]
+    assert len(weights) == 2  # one that dpo and simpo share, one of rewards for tgdpo
+    assert [one.tolist() for one in weights] == [weights[0].tolist()] * 2
+    assert 0 < weights[0].mean() < 1
+    for objective in ("dpo", "simpo", "tgdpo"):
+        assert losses[f"{objective}_cw"][0] < losses[objective][0]  # the same model at first, its losses weighed
+    assert "pairs_left_out" in json.dumps(results["shared"])
 
 
 # --- reading curves -------------------------------------------------------------------------------------------------

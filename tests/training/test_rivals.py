@@ -12,7 +12,7 @@ from datasets import Dataset
 from test_objectives import TEXTS, assert_same_gradients, gradients_of, our_step
 
 from pairs import awkward_pairs, pairs_table
-from sepo.data.tables import make_table
+from sepo.data.tables import PAIR_WEIGHT, make_table
 from sepo.errors import UserError
 from sepo.forward.packing import CHOSEN, REJECTED, Pair, pack
 from sepo.forward.passes import dataset_logps
@@ -154,6 +154,8 @@ def weighted_table(pairs):
             [1.0] * len(columns[f"{name}_positions"][i]) if w is None else w for i, (_, _, w) in enumerate(sides)
         ]
         columns[f"{name}_positions"] = [list(at) for at in columns[f"{name}_positions"]]
+    if any(pair.weight != 1 for pair in pairs):
+        columns[PAIR_WEIGHT] = [pair.weight for pair in pairs]
     return make_table("selection", columns)
 
 
@@ -171,9 +173,22 @@ CASES = [(name, None, 0.0) for name in OBJECTIVES] + [
 def test_a_training_step_is_the_published_formula_written_out(objective, alpha, smoothing):
     """Loss and gradient over one-token responses, equal responses, shared prompts, some tokens, uneven weights."""
     pairs = with_rewards(awkward_pairs()) if objective in REWARDED else awkward_pairs()
+    check_a_step(pairs, objective, alpha, smoothing)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_pair_weight_scales_the_loss_of_its_pair_and_no_other(objective):
+    pairs = with_rewards(awkward_pairs()) if objective in REWARDED else awkward_pairs()
+    weights = np.random.default_rng(2).uniform(0, 1, len(pairs)).round(3)
+    weights[1] = 0
+    check_a_step([replace(pair, weight=float(w)) for pair, w in zip(pairs, weights, strict=True)], objective)
+
+
+def check_a_step(pairs, objective, alpha=None, smoothing=0.0):
     reference = tiny_model("llama", torch.float64, seed=1)
     model = tiny_model("llama", torch.float64)
-    expected = sum(published_loss(objective, model, reference, pair, alpha, smoothing) for pair in pairs) / len(pairs)
+    losses = [pair.weight * published_loss(objective, model, reference, pair, alpha, smoothing) for pair in pairs]
+    expected = sum(losses) / len(pairs)
     expected.backward()
     expected_gradients = gradients_of(model)
 
@@ -196,6 +211,20 @@ def test_a_training_step_is_the_published_formula_written_out(objective, alpha, 
     loss = trainer.training_step(model, inputs, torch.tensor(float(len(pairs))))
     assert loss.item() == pytest.approx(expected.item(), abs=2e-5)
     assert_same_gradients(gradients_of(model), expected_gradients)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([0.0] * 6, "every pair_weight is 0"), ([0.5, -1.0, *[1.0] * 4], "pair_weight of pair .* is -1.0"),
+     ([float("nan"), *[1.0] * 5], "pair_weight of pair .* is nan")],
+)  # fmt: skip
+@pytest.mark.parametrize("objective", ["sepo", "dpo"])
+def test_pair_weights_that_cannot_be_are_refused_before_the_training(objective, weights, message):
+    pairs = awkward_pairs()
+    table = weighted_table([replace(pair, weight=w) for pair, w in zip(pairs, weights, strict=True)])
+    config = PreferenceConfig("unused", objective=objective, use_cpu=True, report_to="none")
+    with pytest.raises(UserError, match=message):
+        PreferenceTrainer(tiny_model("llama"), config, train_dataset=table)
 
 
 def test_the_recipe_offers_the_objectives_that_exist():

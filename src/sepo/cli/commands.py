@@ -232,7 +232,7 @@ def select_command(arguments: argparse.Namespace) -> None:
     from sepo.credit.rewards import combine_scores
     from sepo.data.ragged import flat
     from sepo.data.tables import number_of_rows, read_table, table_paths, write_table
-    from sepo.stages.select import select
+    from sepo.stages.select import pair_weights, select
 
     def write_selection(out: Path) -> str:
         scores = Path(arguments.table[0])
@@ -252,7 +252,7 @@ def select_command(arguments: argparse.Namespace) -> None:
     for side in ("chosen", "rejected"):
         kept, total = (int(flat(table.column(f"{side}_{part}"))[1].sum()) for part in ("positions", "ids"))
         metrics |= {f"{side}/tokens": total, f"{side}/key_tokens": kept, f"{side}/share": kept / total}
-    print_metrics(f"selection: {arguments.out}", metrics)
+    print_metrics(f"selection: {arguments.out}", metrics | pair_weights(table))
 
 
 def train_command(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,8 @@ them all. With v = s on the chosen side and v = -s on the rejected side (how muc
 Of "threshold" on they adapt the rate to the rewards; at least one token is always kept. "shorter" with `include_end`,
 every token of what remains, is POET (arXiv 2506.09457); k is not read.
 
+Pairs count alike, unless `confidence` weighs them (`pair_confidence`).
+
 With `evidence`, v is no longer the reward alone (`evidence.py`); with `skip_shared`, tokens whose id both responses of
 the pair hold are not kept.
 """
@@ -36,7 +38,7 @@ import pyarrow as pa
 
 from sepo.credit.evidence import LabelStatistics, label_statistics, with_evidence
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
-from sepo.data.tables import make_table, provenance_of, require_table
+from sepo.data.tables import PAIR_WEIGHT, make_table, provenance_of, require_table
 from sepo.errors import UserError, check_number, nearest, one_line
 from sepo.recipe.settings import Rule
 
@@ -124,6 +126,7 @@ def select_key_tokens(
     skip_shared: bool = False,
     evidence: float = 0.0,
     statistics: LabelStatistics | None = None,
+    confidence: float = 0.0,
     seed: int = 0,
 ) -> pa.Table:
     """Apply a rule to a table of kind "scores"; returns a table of kind "selection", row for row.
@@ -145,6 +148,7 @@ def select_key_tokens(
         skip_shared: leave out tokens that both responses of the pair hold (`shared_tokens`).
         evidence: share of what the labels say of a token's id in v, 0 to 1 (`evidence.with_evidence`).
         statistics: those that `evidence` reads, of the whole dataset where `scores` is a part of it.
+        confidence: scale of the margin in `pair_confidence`, whose weights of pairs the table then has; 0: none.
         seed: of rule "random"; the draw of a token depends on seed, side, pair id and position alone.
 
     Raises:
@@ -164,6 +168,7 @@ def select_key_tokens(
         # Named only where they are used: tables from before there were these stay what they are.
         **({"skip_shared": True} if skip_shared else {}),
         **({"evidence": evidence} if evidence else {}),
+        **({"confidence": confidence} if confidence else {}),
     }
     require_table("scores", scores, "scores")
     check_rule(k_chosen, k_rejected, **settings)
@@ -207,8 +212,23 @@ def select_key_tokens(
             weights = rewards[starts + positions].astype(np.float32)
         columns[f"{side}_positions"] = ragged(positions.astype(np.int32), counts)
         columns[f"{side}_weights"] = ragged(weights, counts)
+    if confidence:
+        columns[PAIR_WEIGHT] = pair_confidence(scores, confidence)
     chosen_settings = {"k_chosen": k_chosen, "k_rejected": k_rejected, "include_end": include_end, **settings}
     return make_table("selection", columns, {**provenance, **chosen_settings})
+
+
+def pair_confidence(scores: pa.Table, scale: float) -> np.ndarray:
+    """How sure the oracle is of each pair's label, as a weight of its loss: `[rows]` float32 from 0 to 1.
+
+        C = max(0, 2 sigmoid(scale (sum of s over y_w - sum of s over y_l)) - 1)
+
+    CW-PO (arXiv 2603.04968) has the weak annotator's scores in place of scale times these sums, which an oracle's DPO
+    makes its own reward where `scale` is its beta. There the annotator also says which response is the better one, so
+    that no weight is below 0; here the data say it, and a pair on which the oracle says otherwise gets none.
+    """
+    chosen, rejected = (segment_sums(*flat(scores.column(f"{side}_rewards"))) for side in SIDES)
+    return np.maximum(0, np.tanh(scale / 2 * (chosen - rejected))).astype(np.float32)
 
 
 def soft_weights(logits: np.ndarray, counts: np.ndarray, normalise: bool = True) -> np.ndarray:
@@ -333,6 +353,7 @@ def check_rule(k_chosen: float, k_rejected: float, **settings: Any) -> None:
     if credit not in ("hard", "soft", "reward"):
         raise UserError(f"credit is '{credit}': expected hard, soft or reward")
     check_number("evidence", evidence, least=0, most=1)
+    check_number("confidence", settings.get("confidence", 0.0), least=0)
     if credit == "reward" and evidence:
         raise UserError("credit 'reward' is the reward as it is: leave evidence at 0, or take another credit")
     check_number("temperature", settings.get("temperature", 1.0), above=0)

@@ -61,6 +61,9 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
+# Of a selection: the weight of each pair's loss, where pairs do not count alike (`selection.pair_confidence`).
+PAIR_WEIGHT = "pair_weight"
+_OPTIONAL = {"selection": [pa.field(PAIR_WEIGHT, pa.float32())]}
 
 
 def make_table(kind: str, columns: Mapping[str, object], provenance: Mapping[str, object] | None = None) -> pa.Table:
@@ -69,7 +72,7 @@ def make_table(kind: str, columns: Mapping[str, object], provenance: Mapping[str
     Raises:
         KeyError: a column of the schema is missing.
     """
-    schema = SCHEMAS[kind]
+    schema = pa.schema([*SCHEMAS[kind], *(field for field in _OPTIONAL.get(kind, []) if field.name in columns)])
     arrays = []
     for field in schema:
         column = columns[field.name]
@@ -318,7 +321,7 @@ def read_shard(path: Path, kind: str) -> pa.Table:
         raise _unreadable(path, kind, error) from None
     if "digest" in provenance and provenance["digest"] != _shard_digest(table, provenance):
         raise UserError(f"'{path}' was altered since it was written (its checksum differs): run the stage again")
-    for field in SCHEMAS[kind]:
+    for field in [*SCHEMAS[kind], *(field for field in _OPTIONAL.get(kind, []) if field.name in table.column_names)]:
         table = _cast_column(table, field, path, kind)
     _check_rows(table, kind, path)
     metadata = {key: value for key, value in provenance.items() if key not in _SHARD_KEYS}
@@ -366,6 +369,9 @@ def _check_rows(table: pa.Table, kind: str, path: Path) -> None:
             problem = text.format(*(values[item] for values in numbers))
             raise UserError(f"'{path}', pair {pair_ids[row]}: {problem}; make the table again")
 
+    if kind == "selection" and PAIR_WEIGHT in table.column_names:
+        weights = table.column(PAIR_WEIGHT).to_numpy()
+        refuse(~(np.isfinite(weights) & (weights >= 0)), None, "its pair_weight is {}, expected 0 or more", weights)
     columns = {name: flat(table.column(name)) for name in SCHEMAS[kind].names if name != "pair_id"}
     for name, (values, counts) in columns.items():
         a_number = f"a {name.replace('_', ' ').removesuffix('s')} is {{}}"

@@ -43,7 +43,8 @@ class Pair:
     """One pair as token ids, and the positions in each response whose log-probability is wanted.
 
     Positions index into `chosen_ids` / `rejected_ids`, ascending; None means every token. Weights are aligned
-    with the positions; None means 1. Sequences of numbers or arrays: pairs of a table are views of its buffers.
+    with the positions; None means 1. `weight` is that of the pair's loss. Sequences of numbers or arrays: pairs of a
+    table are views of its buffers.
     """
 
     pair_id: int
@@ -54,6 +55,7 @@ class Pair:
     rejected_positions: Ids | None = None
     chosen_weights: Weights | None = None
     rejected_weights: Weights | None = None
+    weight: float = 1.0
 
     def side(self, side: int) -> tuple[Ids, Ids | None, Weights | None]:
         """Return (ids, positions, weights) of `CHOSEN` or `REJECTED`."""
@@ -117,6 +119,7 @@ class PackedBatch:
         target_rows: ascending, the positions among `target_positions` once each: the only hidden states that are read.
         segments: `[N]`, `2 * pair + side`, sorted: chosen targets of pair 0, rejected of pair 0, chosen of pair 1...
         weights: `[N]` float32.
+        pair_weights: `[B]` float32, of the pairs' losses.
         pair_ids: the `B` pair ids, in the order of the segments.
     """
 
@@ -129,6 +132,7 @@ class PackedBatch:
     target_rows: Tensor
     segments: Tensor
     weights: Tensor
+    pair_weights: Tensor
     pair_ids: list[int]
     alone: bool = False
 
@@ -318,6 +322,7 @@ def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:
         "target_ids": torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
         "segments": torch.from_numpy(np.concatenate(segments)),
         "weights": torch.from_numpy(np.concatenate(weights)),
+        "pair_weights": torch.tensor([float(pair.weight) for pair in pairs], dtype=torch.float32),
     }
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from sepo import processes
 from sepo.credit.rewards import response_sums
 from sepo.data.ragged import SIDES, Ragged, ragged
-from sepo.data.tables import check_pairs_differ, make_table, provenance_of, require_table
+from sepo.data.tables import PAIR_WEIGHT, check_pairs_differ, make_table, provenance_of, require_table
 from sepo.errors import check_number
 from sepo.forward.logps import read_logps
 from sepo.forward.packing import (
@@ -58,12 +58,14 @@ class TablePairs(Sequence[Pair]):
 
     Attributes:
         pair_ids: `[pairs]`.
+        weights: `[pairs]`, of the pairs' losses; None where all are 1.
         columns: the other fields of `Pair` that the table has, by name; `columns["chosen_ids"].lengths` counts tokens
             without making a `Pair`.
     """
 
     def __init__(self, table: pa.Table):
         self.pair_ids = table.column("pair_id").to_numpy()
+        self.weights = table.column(PAIR_WEIGHT).to_numpy() if PAIR_WEIGHT in table.column_names else None
         names = [name for name in Pair.__dataclass_fields__ if name != "pair_id" and name in table.column_names]
         self.columns = {name: Ragged(table.column(name)) for name in names}
 
@@ -84,6 +86,8 @@ class TablePairs(Sequence[Pair]):
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
         fields: dict[str, Any] = {name: column[index] for name, column in self.columns.items()}
+        if self.weights is not None:
+            fields["weight"] = float(self.weights[index])
         return Pair(int(self.pair_ids[index]), **fields)
 
 

@@ -275,10 +275,16 @@ class SelectSettings(Settings):
         description="share of what the labels say of a token (is it in chosen responses more than in rejected ones?) "
         "beside its reward",
     )
+    confidence: float = Field(
+        0.0,
+        ge=0,
+        description="weigh each pair by the oracle's confidence in its label, 2 sigmoid(confidence × margin) - 1, at "
+        "least 0 (CW-PO); 0.1 is the beta of an oracle trained with the defaults, 0 counts all pairs alike",
+    )
 
     def what_is_selected(self) -> dict[str, Any]:
         """The settings that key tokens depend on; later ones only where set: earlier runs stay what they are."""
-        unset = {name for name in ("skip_shared", "evidence") if not getattr(self, name)}
+        unset = {name for name in ("skip_shared", "evidence", "confidence") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=unset)
 
 

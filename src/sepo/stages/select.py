@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from sepo import processes
 from sepo.credit.evidence import label_statistics
 from sepo.credit.rewards import require_rewards
 from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens
 from sepo.data.ragged import SIDES, flat
-from sepo.data.tables import clear_shards, read_shard, read_table, table_paths, write_shard
+from sepo.data.tables import PAIR_WEIGHT, clear_shards, read_shard, read_table, table_paths, write_shard
 from sepo.errors import UserError
 from sepo.recipe.settings import Recipe, SelectSettings
 from sepo.stages.stage import SCORES, Cost, Made, Sizes, Stage
@@ -27,7 +29,8 @@ def settings_of(recipe: Recipe) -> SelectSettings:
 
     if recipe.policy.objective not in REWARDED:
         return recipe.select
-    return SelectSettings(k_chosen=1, k_rejected=1, include_end=True, credit="reward")
+    confidence = recipe.select.confidence
+    return SelectSettings(k_chosen=1, k_rejected=1, include_end=True, credit="reward", confidence=confidence)
 
 
 def stage(settings: SelectSettings, scores: Made, seed: int) -> Stage:
@@ -37,11 +40,13 @@ def stage(settings: SelectSettings, scores: Made, seed: int) -> Stage:
 
     def work(folder: Path) -> dict[str, Any]:
         table = read_table(select(scores.folder / SCORES, folder, **rule, seed=seed), "selection")
-        return {"key_tokens": sum(int(flat(table.column(f"{side}_positions"))[1].sum()) for side in SIDES)}
+        key_tokens = sum(int(flat(table.column(f"{side}_positions"))[1].sum()) for side in SIDES)
+        return {"key_tokens": key_tokens, **pair_weights(table)}
 
     return Stage(
         kind="select",
-        what=f"{rules[0]} {settings.k_chosen:g} / {rules[1]} {settings.k_rejected:g}, {settings.credit} credit",
+        what=f"{rules[0]} {settings.k_chosen:g} / {rules[1]} {settings.k_rejected:g}, {settings.credit} credit"
+        + (", pairs by confidence" if settings.confidence else ""),
         depends={"scores": scores.content, "select": rule, "seed": seed if "random" in rules else None},
         outputs=(".",),
         work=lambda folder: processes.on_main(lambda: work(folder)),
@@ -68,6 +73,14 @@ def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0
     return out
 
 
+def pair_weights(selection: pa.Table) -> dict[str, float]:
+    """What `confidence` makes of the pairs of a selection: how many have no weight, and the mean; empty without it."""
+    if PAIR_WEIGHT not in selection.column_names:
+        return {}
+    weights = selection.column(PAIR_WEIGHT).to_numpy()
+    return {"pairs_left_out": int((weights == 0).sum()), "mean_pair_weight": float(weights.mean())}
+
+
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """Sorting: seconds at most."""
     from sepo.training.objectives import REWARDED, SELECTIVE
@@ -76,5 +89,6 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
         return Cost(f"the reward of every token, which {recipe.policy.objective} reads", sizes.train.pairs)
     kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
     if recipe.policy.objective not in SELECTIVE:
-        kept += f" (not read by {recipe.policy.objective})"
+        pairs_alone = ", which reads the weights of pairs alone" if recipe.select.confidence else ""
+        kept += f" (not read by {recipe.policy.objective}{pairs_alone})"
     return Cost(kept, sizes.train.pairs)

@@ -53,8 +53,8 @@ def start(recipe: Recipe, reference: Model) -> Model:
 
 
 def reads_selection(recipe: Recipe) -> bool:
-    """Is the policy trained on the key tokens of a selection (or on every response token)?"""
-    return recipe.policy.objective in SELECTIVE
+    """Is the policy trained on the key tokens of a selection, or with its weights of pairs?"""
+    return recipe.policy.objective in SELECTIVE or recipe.select.confidence > 0
 
 
 def needs_reference(recipe: Recipe) -> bool:
@@ -104,7 +104,7 @@ def stage(recipe: Recipe, model: Model, selection: Made, logps: Made | None, see
 def targets(recipe: Recipe, sizes: Sizes) -> float:
     """Tokens of all pairs that the policy is trained on."""
     pairs, rule = sizes.train, select.settings_of(recipe)
-    if not reads_selection(recipe):
+    if recipe.policy.objective not in SELECTIVE:
         return pairs.responses
     return rule.k_chosen * pairs.chosen + rule.k_rejected * pairs.rejected
 

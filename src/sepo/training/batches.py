@@ -13,7 +13,7 @@ import torch
 
 from sepo.credit.rewards import response_sums, target_sums
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
-from sepo.data.tables import SCHEMAS, make_table, provenance_of
+from sepo.data.tables import PAIR_WEIGHT, make_table, provenance_of
 from sepo.errors import UserError
 from sepo.forward.packing import Pair, read_length
 from sepo.forward.passes import make_batches, table_pairs
@@ -55,9 +55,27 @@ def require_means(what: str, table: pa.Table) -> None:
             )
 
 
+def require_pair_weights(what: str, table: pa.Table) -> None:
+    """Raise a UserError unless the weights of the pairs, where the table has them, are 0 or more and not all 0."""
+    if PAIR_WEIGHT not in table.column_names:
+        return
+    weights = table.column(PAIR_WEIGHT).to_numpy()
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if bad.size:
+        raise UserError(
+            f"{what}: the pair_weight of pair {table.column('pair_id')[int(bad[0])]} (of {bad.size:,} pairs) is "
+            f"{weights[bad[0]]}, expected 0 or more"
+        )
+    if not weights.any():
+        raise UserError(
+            f"{what}: every pair_weight is 0, so there is nothing to learn; with select.confidence that is an oracle "
+            "that agrees with no label: see its accuracy, or leave confidence at 0"
+        )
+
+
 def reweighted(table: pa.Table, weights: Callable[[np.ndarray, int], np.ndarray]) -> pa.Table:
     """A selection table with the weights `weights(old ones, 1 for chosen or -1 for rejected)`."""
-    columns: dict[str, Any] = {name: table.column(name) for name in SCHEMAS["selection"].names}
+    columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
     for side, sign in SIGNED_SIDES:
         old, counts = flat(table.column(f"{side}_weights"))
         columns[f"{side}_weights"] = ragged(weights(old, sign).astype(np.float32), counts)
@@ -70,7 +88,7 @@ def with_baselines(table: pa.Table, reference_logps: pa.Table, beta: float) -> p
     Of a "pairs" table that is log ref of the token. Of a "selection" table whose weights are rewards s it is
     log ref + s / beta, in nats: the log-probability at which WSPO has no loss left.
     """
-    columns: dict[str, Any] = {name: table.column(name) for name in SCHEMAS["pairs"].names}
+    columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
     for side in SIDES:
         baselines, lengths = flat(reference_logps.column(f"{side}_logps"))
         if f"{side}_weights" in table.column_names:

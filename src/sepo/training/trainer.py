@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from sepo import processes
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.loading import require_dataset
-from sepo.data.tables import SCHEMAS, provenance_of, require_table
+from sepo.data.tables import PAIR_WEIGHT, SCHEMAS, provenance_of, require_table
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
 from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
@@ -46,6 +46,7 @@ from sepo.training.batches import (
     PairSampler,
     require_every_reward,
     require_means,
+    require_pair_weights,
     reweighted,
     with_baselines,
 )
@@ -267,8 +268,9 @@ class PreferenceTrainer(Trainer):
         if not len(data):
             raise UserError(f"{part}_dataset holds no pair: expected at least one")
         require_readable(model, data)
+        require_pair_weights(f"{part}_dataset", data)
         if args.objective not in SELECTIVE:
-            data = data.select(SCHEMAS["pairs"].names)
+            data = data.select([name for name in data.column_names if name in (*SCHEMAS["pairs"].names, PAIR_WEIGHT)])
         if args.objective == "sepo":
             require_means(f"{part}_dataset", data)
         if args.objective in REWARDED:
@@ -366,6 +368,7 @@ class PreferenceTrainer(Trainer):
         """Losses of the pairs of one packed batch; its metrics are added to the running ones of `mode`, if any."""
         with self.compute_loss_context_manager():
             losses, chosen, rejected = self._losses(model, batch, reference)
+            losses = losses * batch.pair_weights
         if mode:
             with torch.no_grad():
                 values = (losses, chosen, rejected, chosen - rejected, objectives.accuracy(chosen, rejected))
