@@ -100,7 +100,7 @@ def describe(folder: Path) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     for path in sorted(folder.rglob("metrics.json")):
         found = json.loads(path.read_text())
-        metrics |= {name: value for name, value in found.items() if not name.startswith("seconds/")}
+        metrics |= {name: value for name, value in found.items() if not name.startswith(("seconds/", "memory_gb/"))}
     return {"tables": tables, "losses": losses, "metrics": metrics}
 
 

@@ -358,7 +358,7 @@ def differences(clean: Path, other: Path, exact: bool = True) -> list[str]:
         if not close(*curves, 1e-6 if exact else 2e-4):
             found.append(f"loss curve of {model} differs")
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (clean, other)]
-    metrics = [{k: v for k, v in one.items() if not k.startswith("seconds/")} for one in metrics]
+    metrics = [{k: v for k, v in one.items() if not k.startswith(("seconds/", "memory_gb/"))} for one in metrics]
     if metrics[0] != metrics[1] if exact else metrics[0].keys() != metrics[1].keys():
         found.append("metrics differ")
     return found

@@ -256,6 +256,9 @@ def test_a_comparison_leaves_table_pictures_and_every_checkpoint(finished):
         assert [point["step"] for point in run["points"]] == [2, 8]
         assert [point["pairs_seen"] for point in run["points"]] == [12, 48]
         assert all(math.isfinite(point["kl"]) for point in run["points"])
+        if Path("/proc/self/clear_refs").exists():
+            assert all(0.1 < point["memory_gb"] < 30 for point in run["points"])
+    assert "| training, s | peak, GB |" in page
     assert {row["seeds"] for row in results["rows"] if row["reported"]} == {2}
     reported = {row["variant"]: row for row in results["rows"] if row["reported"]}
     assert set(reported) == {"sepo", "random", "dpo", "simpo"}
@@ -427,7 +430,7 @@ def test_a_run_that_is_cut_short_passes_its_kls_at_the_same_steps(workplace, mon
     assert main(["compare", str(path), *settings]) == 130
     monkeypatch.setattr(Checkpoints, "on_step_end", original)
     assert main(["compare", str(path), *settings]) == 0
-    timed = ("train_seconds", "measure_seconds")
+    timed = ("train_seconds", "measure_seconds", "memory_gb")
     whole, cut = (
         [
             {name: value for name, value in point.items() if name not in timed}

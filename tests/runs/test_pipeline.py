@@ -80,7 +80,7 @@ def test_a_run_leaves_everything_it_promises(finished):
     for key in ("gold_reward/base", "gold_reward/base_se", "gold_reward/policy", "gold_reward/policy_se", "kl", "kl_se",
                 "oracle/accuracy", "oracle/accuracy_not_longer", "oracle/length_baseline", "policy/accuracy",
                 "policy/accuracy_not_longer", "length/base", "length/policy", "fidelity/auc",
-                "seconds/oracle", "seconds/train"):  # fmt: skip
+                "seconds/oracle", "seconds/train", "memory_gb/train"):  # fmt: skip
         assert isinstance(metrics[key], int | float), key
     assert metrics["pairs/train"] == 28
     assert metrics["pairs/held_out"] == 10

@@ -30,6 +30,7 @@ from sepo.evaluate.kl_probe import Passing
 from sepo.evaluate.measure import decoded, sample, sample_kl
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
+from sepo.forward.memory import PeakMemory
 from sepo.forward.passes import dataset_logps, read_like
 from sepo.processes import say
 from sepo.recipe.settings import EvalSettings, JudgeSettings
@@ -179,12 +180,16 @@ class Checkpoints(TrainerCallback):
         self.points = _read_points(path)
         self.measuring = 0.0
         self.started = 0.0
+        self.memory = PeakMemory()
+        self.most: list[float] = []  # peak memory, in GB, of the parts of the training
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps = {max(1, round(state.max_steps * share)) for share in self.shares}
         done = [point["train_seconds"] for point in self.points if point["step"] <= state.global_step]
         self.started = time.monotonic() - max(done, default=0.0)
         self.measuring = 0.0
+        self.most = [point["memory_gb"] for point in self.points if point.get("memory_gb")]
+        self.memory.restart()
         if self.passing is not None:
             self.passing.begin(state.global_step)
 
@@ -197,13 +202,17 @@ class Checkpoints(TrainerCallback):
             return
         began = time.monotonic()
         trained = began - self.started - self.measuring
+        if (held := self.memory.gb()) is not None:
+            self.most.append(held)
         figures = {**passed, **self.judge.measure(model)}
+        self.memory.restart()
         took = time.monotonic() - began
         self.measuring += took
         batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seen = pairs_seen(state.global_step, self.pairs, batch)
-        timing = {"train_seconds": round(trained, 2), "measure_seconds": round(took, 2)}
-        self.points.append({"step": state.global_step, "pairs_seen": seen, **timing, **figures})
+        spent = {"train_seconds": round(trained, 2), "measure_seconds": round(took, 2)}
+        spent |= {"memory_gb": max(self.most)} if self.most else {}
+        self.points.append({"step": state.global_step, "pairs_seen": seen, **spent, **figures})
         self.points.sort(key=lambda point: point["step"])
         write_json(self.path, self.points, indent=1)
 

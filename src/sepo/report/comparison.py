@@ -31,7 +31,8 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
     Returns:
         rows with variant, label, reported, seeds, and `X` and `X_se` for value (at `kl`, see `frontier.at_kl`), reached
         (number of runs that got as far as `kl`), unmeasured (number of runs whose checkpoints all lie beyond `kl`),
-        final, final_kl, win_rate, length, train_seconds, target_tokens, read_tokens, pairs_seen.
+        final, final_kl, win_rate, length, train_seconds, memory_gb (the training's most, measurements apart),
+        target_tokens, read_tokens, pairs_seen.
     """
     groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -47,6 +48,7 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
         columns["final_kl"] = [run["points"][-1]["kl"] for run in members]
         columns["win_rate"] = [rate for run in members if (rate := _win_rate(run["points"][-1])) is not None]
         columns["length"] = [run["points"][-1]["length"] for run in members if "length" in run["points"][-1]]
+        columns["memory_gb"] = [most for run in members if (most := run["points"][-1].get("memory_gb")) is not None]
         for name in ("train_seconds", "pairs_seen"):
             columns[name] = [run["points"][-1][name] for run in members]
         for name in ("target_tokens", "read_tokens"):
@@ -195,9 +197,9 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         lines += ["", f"## {title}", ""]
         lines.append(
             f"| method | setting | seeds | {value} | gain at the end | KL at the end | win rate | tokens a response "
-            "| pairs seen | target tokens | tokens read | training, s |"
+            "| pairs seen | target tokens | tokens read | training, s | peak, GB |"
         )
-        lines.append("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+        lines.append("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
         for row in sorted(rows, key=lambda row: -row["value"]):
             marks = ("*" if row["reached"] < row["seeds"] else "") + ("†" if row["unmeasured"] else "")
             cells = [
@@ -210,6 +212,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
                 _pm(row, "win_rate", ".3f"),
                 _pm(row, "length", ".1f"),
                 *(f"{row[name]:,.0f}" for name in ("pairs_seen", "target_tokens", "read_tokens", "train_seconds")),
+                "–" if math.isnan(row["memory_gb"]) else f"{row['memory_gb']:.2f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     if found := comparison["differences"]:
@@ -229,9 +232,10 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
             ]
             lines.append(f"| {method[0]['name']} | {method[0]['seeds']} | {' | '.join(cells)} |")
     if comparison["shared"]:
-        lines += ["", "## Shared passes", "", "| pass | seconds | what |", "|---|---:|---|"]
+        lines += ["", "## Shared passes", "", "| pass | seconds | peak, GB | what |", "|---|---:|---:|---|"]
         for item in comparison["shared"]:
-            lines.append(f"| {item['stage']} | {item['seconds']:,.0f} | {item['what']} |")
+            held = "–" if item.get("memory_gb") is None else f"{item['memory_gb']:.2f}"
+            lines.append(f"| {item['stage']} | {item['seconds']:,.0f} | {held} | {item['what']} |")
     environment = comparison["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     lines += ["", f"{environment['device']}; {packages}.", ""]

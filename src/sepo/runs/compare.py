@@ -224,6 +224,8 @@ class _Comparison:
             key: value for key, value in made.results.items() if value is None or isinstance(value, int | float | str)
         }
         self.shared[name] = {"stage": name, "what": what or stage.what, "seconds": made.seconds, **figures}
+        if made.memory_gb is not None:
+            self.shared[name]["memory_gb"] = made.memory_gb
         return made
 
     def data(self) -> Made:

@@ -38,6 +38,7 @@ from sepo.files import (
     write_json,
     write_text,
 )
+from sepo.forward.memory import PeakMemory
 from sepo.processes import say
 from sepo.recipe.reading import dump_recipe
 from sepo.recipe.settings import Recipe
@@ -80,15 +81,16 @@ class Run:
         if record is not None and self.line is not None:
             self.line.passed(name)
         if record is None:
-            started = time.monotonic()
+            started, memory = time.monotonic(), PeakMemory()
             kept = f"stage {title} was not finished, those before it are kept; the same command goes on with it"
             shown = nullcontext() if self.line is None else self.line.during(name)
             with shown, saying_what_is_kept(lambda: kept):
                 results = stage.work(folder) or {}
             processes.wait()
             seconds = time.monotonic() - started
-            record = processes.on_main(lambda: self._record(name, title, depends, stage, folder, results, seconds))
-        return Made(folder, record["content"], record["results"] or {}, record["seconds"])
+            took = {"seconds": round(seconds, 2), "memory_gb": memory.gb()}
+            record = processes.on_main(lambda: self._record(name, title, depends, stage, folder, results, took))
+        return Made(folder, record["content"], record["results"] or {}, record["seconds"], record.get("memory_gb"))
 
     def _standing(self, name: str, title: str, depends: dict[str, Any], stage: Stage, folder: Path) -> dict | None:
         """Return the record of a stage that stands; else say why it does not, and drop the record."""
@@ -122,7 +124,7 @@ class Run:
                 path.unlink(missing_ok=True)
 
     def _record(
-        self, name: str, title: str, depends: dict, stage: Stage, folder: Path, results: dict, seconds: float
+        self, name: str, title: str, depends: dict, stage: Stage, folder: Path, results: dict, took: dict
     ) -> dict:
         files = self._digests(stage, folder)
         inside = folder.relative_to(self.folder).as_posix()
@@ -139,13 +141,13 @@ class Run:
                     if not path.endswith(STATE_FILE)
                 }
             ),
-            "seconds": round(seconds, 2),
+            **took,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "results": defined(results),  # as they are read again: a figure that is not defined is None
         }
         self.manifest["stages"][name] = record
         self.save()
-        say(f"[{title}] {seconds:.0f} s")
+        say(f"[{title}] {took['seconds']:.0f} s")
         return record
 
     def _digests(self, stage: Stage, folder: Path) -> dict[str, str]:

@@ -178,6 +178,7 @@ def _finish(run: Run, pairs: Made, measured: dict[str, Any], own: Made, moved: M
         "pairs/held_out": pairs.results["held_out"],
         **({} if moved is None else {f"transfer/{name}": value for name, value in _transferred(own, moved).items()}),
         **{f"seconds/{name}": record["seconds"] for name, record in run.manifest["stages"].items()},
+        **{f"memory_gb/{name}": record.get("memory_gb") for name, record in run.manifest["stages"].items()},
     }
     write_json(run.path("metrics.json"), metrics)
     write_text(run.path("metrics.md"), metrics_table(run.recipe.name, metrics))

@@ -54,12 +54,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Made:
-    """The output of a stage: where it lies, the digest of its content, the results and seconds of its work."""
+    """The output of a stage: where it lies, the digest of its content, the results, seconds and GB of its work."""
 
     folder: Path
     content: str
     results: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    memory_gb: float | None = None
 
 
 class Model(NamedTuple):
