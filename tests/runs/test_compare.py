@@ -487,7 +487,11 @@ def test_an_objective_on_all_tokens_reads_the_confidence_of_the_oracle(workplace
     for objective in ("dpo", "simpo", "tgdpo"):
         plain += f"  {objective}: {{{{set: {{{{policy.objective: {objective}}}}}}}}}\n"
         plain += f"  {objective}_cw: {{{{set: {{{{policy.objective: {objective}, select.confidence: 0.02}}}}}}}}\n"
-    assert main(["compare", str(write_grid(workplace, plain, "confidence", "confidence-out"))]) == 0
+    path = write_grid(workplace, plain, "confidence", "confidence-out")
+    only = write_grid(workplace, plain[: plain.index("  simpo")], "one", "one-out")
+    assert main(["compare", str(only), "--dry-run"]) == 0
+    assert "oracles" in capsys.readouterr().out  # DPO alone has none; by confidence it needs one
+    assert main(["compare", str(path)]) == 0
     results = json.loads((workplace / "confidence-out" / "compare.json").read_text())
     losses = {}
     for run in results["runs"]:

@@ -203,6 +203,7 @@ def test_token_rewards_go_up_as_a_dataset_that_others_can_read(finished, hub, tm
         kept = [i for i, weight in enumerate(row[f"{side}_weights"]) if weight]
         assert kept == selection[f"{side}_positions"]
         assert found["held_out"][1][0][f"{side}_weights"] is None
+    assert [row["pair_weight"] for row in found["train"][1] + found["held_out"][1]] == [1, 1, None, None]
     table = pq.read_table(io.BytesIO(hub.files["data/train-00000-of-00001.parquet"]))
     assert table.column("chosen_tokens").type.value_type == "string"
 

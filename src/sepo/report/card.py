@@ -151,7 +151,8 @@ def table_card(recipe: Recipe, counts: Mapping[str, int], tokenizer: str, licens
         "| `chosen_rewards`, `rejected_rewards` | list of float32 | log p(oracle) − log p(reference) of each token, "
         "nats |\n"
         "| `chosen_weights`, `rejected_weights` | list of float32 | weight of each token in training, 0 where it is no "
-        "key token; null in pairs that were not trained on |",
+        "key token; null in pairs that were not trained on |\n"
+        "| `pair_weight` | float32 | weight of the pair's loss in training; null in pairs that were not trained on |",
         f"Token ids are those of the tokenizer of {plain(short_name(tokenizer))}.",
         "## Use",
         "```python\nfrom datasets import load_dataset\n\n"

@@ -166,6 +166,7 @@ def _trained(
     policy = short_name(recipe.policy.model) if recipe.policy.model else part
     lora = " as adapters" if recipe.policy.lora is not None else ""
     what = "the key tokens alone" if recipe.policy.objective == "sepo" else f"all pairs by {recipe.policy.objective}"
+    what += ", each pair weighed by the oracle's confidence in its label" if recipe.select.confidence else ""
     lines.append(("policy", f"{policy}, trained{lora} on {what} ({_took(seconds, 'train')})"))
     return lines
 

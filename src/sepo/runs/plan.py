@@ -29,7 +29,7 @@ from sepo.stages import data, evaluate, logps, oracle, train, transfer
 from sepo.stages.stage import Cost, Sizes, Work
 from sepo.training.fit import epochs
 from sepo.training.memory import PARTS, Reading, Training, smallest_change
-from sepo.training.objectives import SELECTIVE, WITH_REFERENCE
+from sepo.training.objectives import WITH_REFERENCE
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     check_same_pairs(settings, lambda recipe: own_sizes(recipe).of_policy.train.pairs)
     check_prompts(grid, first, sizes.prompts)
     rows = [_runs_row("data", first.data.source, 1, None)]
-    selective = [recipe for recipe in everything if recipe.policy.objective in SELECTIVE]
+    selective = [recipe for recipe in everything if train.reads_selection(recipe)]
     oracles = {oracle_key(recipe): recipe for recipe in selective if recipe.oracle.rewards is None}
     copies = len(grid.all_seeds) if grid.seeds_vary == "oracle" else 1
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from sepo.data.ragged import SIDES, flat, ragged
-from sepo.data.tables import iter_tables, number_of_rows, table_paths, write_parquet
+from sepo.data.tables import PAIR_WEIGHT, iter_tables, number_of_rows, table_paths, write_parquet
 from sepo.errors import UserError, named_error
 from sepo.models.folders import is_adapter, read_json_object, weight_files
 from sepo.models.tokenizer import load_tokenizer
@@ -274,9 +274,15 @@ def with_texts(scores: pa.Table, selection: Path | None, tokenizer: Any) -> pa.T
     }
     weights = None if selection is None else read_selection(selection, scores)
     trained = np.zeros(len(scores), bool)
+    of_pairs = np.zeros(len(scores), np.float32)
     if selection is not None:
-        known = {pair for table in iter_tables(selection, "selection") for pair in table["pair_id"].to_pylist()}
+        known: dict[int, float] = {}
+        for table in iter_tables(selection, "selection"):
+            own = table[PAIR_WEIGHT].to_pylist() if PAIR_WEIGHT in table.column_names else [1.0] * len(table)
+            known.update(zip(table["pair_id"].to_pylist(), own, strict=True))
         trained = np.array([pair in known for pair in scores["pair_id"].to_pylist()], bool)
+        of_pairs = np.array([known.get(pair, 0.0) for pair in scores["pair_id"].to_pylist()], np.float32)
+    columns[PAIR_WEIGHT] = pa.array(of_pairs, mask=~trained)
     for side in SIDES:
         ids, lengths = flat(scores[f"{side}_ids"])
         columns[f"{side}_ids"] = scores[f"{side}_ids"]
