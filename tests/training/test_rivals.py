@@ -118,6 +118,15 @@ def published_loss(
             threshold = sorted(gaps, reverse=True)[max(1, int(0.4 * len(gaps) + 1e-9)) - 1]
             sums.append(sum(row[0] - row[1] for row, gap in zip(rows, gaps, strict=True) if gap >= threshold))
         return smooth(beta * (sums[0] - sums[1]))
+    if objective == "tbpo":  # by the power alpha of its generator, whose limit at 0 is the default
+        terms = []
+        for one, other in zip(chosen, rejected, strict=False):
+            z = beta * ((other[0] - other[1] + other[2]) - (one[0] - one[1] + one[2]))
+            for share, value in ((1 - smoothing, z), (smoothing, -z)):
+                ratio = value.exp()
+                rest = (1 - ratio**-alpha) / alpha if alpha else ratio.log()
+                terms.append(share * (ratio ** (1 + alpha) / (1 + alpha) + rest) / 4)
+        return sum(terms) / min(len(chosen), len(rejected))
     assert objective == "tis_dpo"
     u = sum(a * (row[0] - row[1]) for a, row in zip(w, chosen, strict=True))
     u = u - sum(a * (row[0] - row[1]) for a, row in zip(v, rejected, strict=True))
@@ -165,7 +174,9 @@ CASES = [(name, None, 0.0) for name in OBJECTIVES] + [
     ("orpo", 0.7, 0.0),
     ("tgdpo", 0.0, 0.0),
     ("tgdpo", 1.5, 0.0),
-    *((name, None, 0.3) for name in ("sepo", "simpo", "confpo", "dpo", "selective_dpo")),
+    ("tbpo", 1.0, 0.0),
+    ("tbpo", 0.3, 0.2),
+    *((name, None, 0.3) for name in ("sepo", "simpo", "confpo", "dpo", "selective_dpo", "tbpo")),
 ]
 
 
@@ -243,6 +254,7 @@ def test_losses_and_gradients_stay_finite_far_from_balance(objective):
     other = torch.tensor([0.0, -1e4, -3.0, -1e-9])
     kls = (other.abs(), other.abs())
     sums = PairSums(far[0], far[1] + other, torch.ones(4), torch.ones(4), other, -other, *kls, (far[0] - other) ** 2)
+    sums.matched = objectives.tbpo(torch.stack([far[0], far[1]], 1).flatten(), torch.arange(8), 4, 0.1, 1.0)
     losses, chosen, rejected = pair_losses(objective, sums, alpha=1.0)
     assert losses.shape == chosen.shape == rejected.shape == (4,)
     assert losses.isfinite().all()

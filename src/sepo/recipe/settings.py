@@ -24,6 +24,7 @@ PathText = Annotated[str, AfterValidator(lambda text, info: expand_home(text, in
 Objective = Literal[
     "sepo", "dpo", "ipo", "simpo", "cpo", "orpo", "rrhf", "tdpo1", "tdpo2", "confpo", "tis_dpo", "tgdpo", "wspo",
     "selective_dpo",
+    "tbpo",
 ]  # fmt: skip
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
 Spread = Literal["bytes", "group", "first"]
@@ -313,7 +314,8 @@ class PolicySettings(Settings):
         None,
         ge=0,
         description="weight of the second term: likelihood of cpo (1) and rrhf (1), odds ratio of orpo (0.1), "
-        "KL of tdpo2 (0.5) and tis_dpo (0), token rewards of tgdpo (0.5); defaults in brackets",
+        "KL of tdpo2 (0.5) and tis_dpo (0), token rewards of tgdpo (0.5), power of tbpo's generator (0); defaults in "
+        "brackets",
     )
     rate: Rate | None = Field(
         None, description="selective_dpo: share of each response's tokens that are trained on (0.4 by default)"

@@ -82,19 +82,25 @@ def reweighted(table: pa.Table, weights: Callable[[np.ndarray, int], np.ndarray]
     return make_table("selection", columns)
 
 
-def with_baselines(table: pa.Table, reference_logps: pa.Table, beta: float) -> pa.Table:
+def with_baselines(table: pa.Table, reference_logps: pa.Table, beta: float, matched: bool = False) -> pa.Table:
     """A table in which every response token is a target, and what it is measured from stands as its weight.
+
+    Where responses are `matched` token by token, what is longer than the other is left out.
 
     Of a "pairs" table that is log ref of the token. Of a "selection" table whose weights are rewards s it is
     log ref + s / beta, in nats: the log-probability at which WSPO has no loss left.
     """
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
+    shorter = np.minimum(*(flat(reference_logps.column(f"{side}_logps"))[1] for side in SIDES))
     for side in SIDES:
         baselines, lengths = flat(reference_logps.column(f"{side}_logps"))
         if f"{side}_weights" in table.column_names:
             baselines = baselines + flat(table.column(f"{side}_weights"))[0].astype(np.float64) / beta
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        columns[f"{side}_positions"] = ragged((np.arange(len(baselines)) - starts).astype(np.int32), lengths)
+        positions = np.arange(len(baselines)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        if matched:
+            kept = positions < np.repeat(shorter, lengths)
+            baselines, positions, lengths = baselines[kept], positions[kept], shorter
+        columns[f"{side}_positions"] = ragged(positions.astype(np.int32), lengths)
         columns[f"{side}_weights"] = ragged(baselines.astype(np.float32), lengths)
     return make_table("selection", columns)
 

@@ -5,7 +5,7 @@ over the targets: all response tokens, or the selected ones, each times its weig
 methods; this is where each is its formula. Nothing is added to it: not the auxiliary losses of the routers of
 mixture-of-experts models, which TRL adds where the config has `output_router_logits`.
 
-    with a reference        dpo  ipo  tdpo1  tdpo2  tis_dpo  tgdpo  wspo  selective_dpo
+    with a reference        dpo  ipo  tdpo1  tdpo2  tis_dpo  tgdpo  wspo  selective_dpo  tbpo
     without                 sepo  simpo  confpo  cpo  orpo  rrhf
     on selected tokens      sepo  tis_dpo  (the table says which and with what weight)
                             confpo  selective_dpo  (the policy says which)
@@ -32,12 +32,14 @@ OBJECTIVES: tuple[str, ...] = get_args(Objective)
 SELECTIVE = ("sepo", "tis_dpo", "tgdpo", "wspo")
 # Of these, the ones that read the reward of every token, which is what the table's weights have to be.
 REWARDED = ("tgdpo", "wspo")
-WITH_REFERENCE = ("dpo", "ipo", "tdpo1", "tdpo2", "tis_dpo", "tgdpo", "wspo", "selective_dpo")
+WITH_REFERENCE = ("dpo", "ipo", "tdpo1", "tdpo2", "tis_dpo", "tgdpo", "wspo", "selective_dpo", "tbpo")
 # Read a number of each token beside its log-probability, which stands where the others have a weight (`baselines`).
-WITH_BASELINES = ("wspo", "selective_dpo")
-WITH_LABEL_SMOOTHING = ("sepo", "dpo", "simpo", "cpo", "confpo", "selective_dpo")
+WITH_BASELINES = ("wspo", "selective_dpo", "tbpo")
+# Compare the responses token by token, so both end with the shorter one.
+MATCHED = ("tbpo",)
+WITH_LABEL_SMOOTHING = ("sepo", "dpo", "simpo", "cpo", "confpo", "selective_dpo", "tbpo")
 # The weight of a method's second term, where it has one, if none is given.
-ALPHA = {"cpo": 1.0, "orpo": 0.1, "rrhf": 1.0, "tdpo2": 0.5, "tis_dpo": 0.0, "tgdpo": 0.5}
+ALPHA = {"cpo": 1.0, "orpo": 0.1, "rrhf": 1.0, "tdpo2": 0.5, "tis_dpo": 0.0, "tgdpo": 0.5, "tbpo": 0.0}
 # Share of each response's tokens that selective_dpo trains on, if none is given.
 RATE = 0.4
 
@@ -357,6 +359,41 @@ def selective_marks(
     return gaps >= gaps[order[last]][segments]
 
 
+def tbpo(
+    advantages: Tensor, segments: Tensor, num_pairs: int, beta: float = 0.1, alpha: float = 0.0, smoothing: float = 0.0
+) -> Tensor:
+    """TBPO-A (arXiv 2605.12288) with its scaled Basu generator, as the authors' code has it: ratios of matched tokens.
+
+        a_t = log pi - log ref + KL(ref || pi)(. | x, y_<t)
+        z_t = beta (a_t(y_l) - a_t(y_w)),   t = 1 ... min(|y_w|, |y_l|)
+        L = mean over t of [exp((1 + alpha) z_t) / (1 + alpha) - (exp(-alpha z_t) - 1) / alpha] / 4
+
+    alpha is the paper's lambda, 0 in the authors' runs: the limit (exp(z) + z) / 4. The scale 4 makes the gradient at
+    z = 0 that of DPO. z is clipped to 30 on either side. The KL stands for the value of a prefix, which does not cancel
+    between responses; TBPO-Q learns a head for it in its place and is not here.
+
+    Args:
+        advantages: `[targets]` a of the first min(|y_w|, |y_l|) tokens of both responses of each pair.
+        segments: `[targets]`, ascending, 2 * pair for chosen and 2 * pair + 1 for rejected ones.
+        smoothing: probability that a label is flipped; 0 in the paper.
+    """
+    is_rejected = segments % 2 == 1
+    chosen, rejected = advantages[~is_rejected], advantages[is_rejected]
+    pairs = segments[is_rejected] // 2
+    if not torch.equal(segments[~is_rejected] // 2, pairs):
+        raise ValueError("tbpo needs as many tokens of a chosen response as of the rejected one")
+    log_ratios = (beta * (rejected - chosen)).clamp(-30, 30)
+    losses = (1 - smoothing) * _basu(log_ratios, alpha) + smoothing * _basu(-log_ratios, alpha)
+    sums = losses.new_zeros(num_pairs).index_add(0, pairs, losses)
+    return sums / torch.bincount(pairs, minlength=num_pairs).clamp(min=1)
+
+
+def _basu(log_ratios: Tensor, power: float) -> Tensor:
+    """What Bregman ratio matching minimises of R = exp(log_ratios), by Basu's generator of this power, over 4."""
+    rest = -torch.expm1(-power * log_ratios) / power if power else log_ratios
+    return (torch.exp((1 + power) * log_ratios) / (1 + power) + rest) / 4
+
+
 def _contrast(logits: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
 
@@ -376,6 +413,7 @@ class PairSums:
         reference_chosen, reference_rejected: log-probabilities under the reference; None without one.
         chosen_kls, rejected_kls: KL between policy and reference at each target; None where not needed.
         chosen_errors: squares of `wspo`; None where not needed.
+        matched: losses of `tbpo`; None where not needed.
     """
 
     chosen: Tensor
@@ -387,11 +425,12 @@ class PairSums:
     chosen_kls: Tensor | None = None
     rejected_kls: Tensor | None = None
     chosen_errors: Tensor | None = None
+    matched: Tensor | None = None
 
 
 def kl_direction(objective: str, alpha: float | None = None) -> str | None:
     """Which KL an objective reads: "forward" is KL(reference || policy), "reverse" the other way; None for neither."""
-    if objective in ("tdpo1", "tdpo2"):
+    if objective in ("tdpo1", "tdpo2", "tbpo"):
         return "forward"
     weight = ALPHA["tis_dpo"] if alpha is None else alpha
     return "reverse" if objective == "tis_dpo" and weight else None
@@ -413,8 +452,8 @@ def pair_losses(
     log-probability without one.
 
     Args:
-        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; `ALPHA` when None. That of tgdpo is in
-            the sums.
+        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; `ALPHA` when None. Those of tgdpo and
+            tbpo are in the sums.
     """
     weight = ALPHA.get(objective, 0.0) if alpha is None else alpha
     policy = (sums.chosen, sums.rejected)
@@ -444,6 +483,10 @@ def pair_losses(
         if sums.chosen_errors is None:
             raise ValueError("wspo needs the squared errors of the chosen tokens")
         return wspo(sums.chosen_errors, sums.chosen_counts), *rewards
+    if objective == "tbpo":
+        if sums.matched is None:
+            raise ValueError("tbpo needs the losses of the matched tokens")
+        return sums.matched, *rewards
     if objective == "ipo":
         return ipo(*policy, *counts, *reference, beta), *rewards
     if objective == "tis_dpo" and sums.chosen_kls is None:

@@ -82,7 +82,7 @@ class PreferenceConfig(TrainingArguments):
         alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo, of the token rewards of tgdpo; the
             paper's (`objectives.ALPHA`) if None.
         rate: share of each response's tokens that selective_dpo trains on; the authors' (`objectives.RATE`) if None.
-        label_smoothing: probability that a label is flipped, for sepo, simpo, confpo, cpo, dpo and selective_dpo.
+        label_smoothing: probability that a label is flipped, for sepo, simpo, confpo, cpo, dpo, selective_dpo and tbpo.
         tokens_per_row: token budget of a packed row, which bounds the memory of a step; a default for the device
             when None. `per_device_train_batch_size` counts pairs and may need many rows.
         layout: "auto" packs rows where the model takes them (checked once), "packed" and "padded" insist.
@@ -289,7 +289,8 @@ class PreferenceTrainer(Trainer):
             alpha = objectives.ALPHA["tgdpo"] if args.alpha is None else args.alpha
             data = reweighted(data, lambda rewards, sign: guided_weights(rewards, sign, alpha, args.beta))
         if args.objective in WITH_BASELINES:
-            return PairDataset(with_baselines(data, reference_logps, args.beta), reference_logps, True)
+            measured = with_baselines(data, reference_logps, args.beta, args.objective in objectives.MATCHED)
+            return PairDataset(measured, reference_logps, True)
         return PairDataset(data, reference_logps)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
@@ -306,17 +307,23 @@ class PreferenceTrainer(Trainer):
         if args.objective == "confpo":
             marked = below_mean_probability(logps, batch.segments, 2 * batch.num_pairs)
             batch = replace(batch, weights=marked.to(batch.weights.dtype))
-        errors = None
+        errors = matched = None
         if args.objective in WITH_BASELINES:
             baselines, weights = batch.weights, torch.ones_like(batch.weights)
             if args.objective == "wspo":
                 errors = segment_sums((args.beta * (logps - baselines)) ** 2, batch)[0]
+            elif args.objective == "tbpo":
+                power = objectives.ALPHA["tbpo"] if args.alpha is None else args.alpha
+                advantages = logps - baselines + token_kls
+                matched = objectives.tbpo(
+                    advantages, batch.segments, batch.num_pairs, args.beta, power, args.label_smoothing
+                )
             else:
                 rate = objectives.RATE if args.rate is None else args.rate
                 marked = selective_marks(logps, baselines, batch.segments, 2 * batch.num_pairs, rate)
                 weights = marked.to(weights.dtype)
             batch = replace(batch, weights=weights)
-            if args.objective == "selective_dpo":
+            if args.objective != "wspo":
                 reference = torch.stack(segment_sums(baselines, batch, weighted=True))
         sums = PairSums(
             *segment_sums(logps, batch, weighted=True),
@@ -324,7 +331,7 @@ class PreferenceTrainer(Trainer):
             *((None, None) if reference is None else reference),
             *kls,
         )
-        sums.chosen_errors = errors
+        sums.chosen_errors, sums.matched = errors, matched
         if reference is not None and model.training and self.state.global_step == 0 and not self._start_checked:
             self._check_start(sums, batch)
         return pair_losses(
