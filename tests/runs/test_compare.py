@@ -504,6 +504,8 @@ def test_an_objective_on_all_tokens_reads_the_confidence_of_the_oracle(workplace
     assert 0 < weights[0].mean() < 1
     for objective in ("dpo", "simpo", "tgdpo"):
         assert losses[f"{objective}_cw"][0] < losses[objective][0]  # the same model at first, its losses weighed
+    tokens = {run["variant"]: (run["target_tokens"], run["read_tokens"]) for run in results["runs"]}
+    assert tokens["dpo_cw"] == tokens["dpo"] == tokens["simpo_cw"] == tokens["simpo"]  # not those of the selection
     assert "pairs_left_out" in json.dumps(results["shared"])
 
 

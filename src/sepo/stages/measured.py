@@ -28,9 +28,11 @@ from sepo.models.folders import is_adapter
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Made, Model, Stage
+from sepo.training.batches import whole_responses
 from sepo.training.checkpoints import STATE_FILE
 from sepo.training.fit import objective_settings, train_model
 from sepo.training.logs import carry_logs
+from sepo.training.objectives import MATCHED, SELECTIVE
 
 POINTS, SAMPLES = "points.json", "start.json"
 
@@ -121,6 +123,8 @@ def run_stage(
             table = read_table(pairs.folder / "train", "pairs")
         else:
             table = read_table(targets.folder, "selection")
+            if policy.objective not in SELECTIVE:
+                table = whole_responses(table)
         held_out = read_table(pairs.folder / "held_out", "pairs")
         judge = Judge(
             base(),
@@ -161,7 +165,10 @@ def run_stage(
             shutil.rmtree(folder / "policy")
         epochs = watch.points[-1]["pairs_seen"] / len(table)
         read = sum(read_length(pair) for pair in table_pairs(table))
-        return {"target_tokens": round(epochs * target_tokens(table)), "read_tokens": round(epochs * read)}
+        return {
+            "target_tokens": round(epochs * target_tokens(table, policy.objective)),
+            "read_tokens": round(epochs * read),
+        }
 
     return Stage(
         kind="run",
@@ -186,7 +193,10 @@ def run_stage(
     )
 
 
-def target_tokens(table: pa.Table) -> int:
-    """Tokens that a table trains on: the key tokens of a selection, or every response token."""
+def target_tokens(table: pa.Table, objective: str) -> int:
+    """Tokens that a table trains on: key tokens of a selection, every response token, or those that can be matched."""
     column = "positions" if "chosen_positions" in table.column_names else "ids"
-    return sum(int(flat(table.column(f"{side}_{column}"))[1].sum()) for side in SIDES)
+    numbers = [flat(table.column(f"{side}_{column}"))[1] for side in SIDES]
+    if objective in MATCHED:
+        return 2 * int(np.minimum(*numbers).sum())
+    return sum(int(number.sum()) for number in numbers)

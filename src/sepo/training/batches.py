@@ -13,7 +13,7 @@ import torch
 
 from sepo.credit.rewards import response_sums, target_sums
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
-from sepo.data.tables import PAIR_WEIGHT, make_table, provenance_of
+from sepo.data.tables import PAIR_WEIGHT, SCHEMAS, make_table, provenance_of
 from sepo.errors import UserError
 from sepo.forward.packing import Pair, read_length
 from sepo.forward.passes import make_batches, table_pairs
@@ -71,6 +71,11 @@ def require_pair_weights(what: str, table: pa.Table) -> None:
             f"{what}: every pair_weight is 0, so there is nothing to learn; with select.confidence that is an oracle "
             "that agrees with no label: see its accuracy, or leave confidence at 0"
         )
+
+
+def whole_responses(table: pa.Table) -> pa.Table:
+    """The pairs of a table, and their weights where it has them, without its choice of tokens."""
+    return table.select([name for name in table.column_names if name in (*SCHEMAS["pairs"].names, PAIR_WEIGHT)])
 
 
 def reweighted(table: pa.Table, weights: Callable[[np.ndarray, int], np.ndarray]) -> pa.Table:

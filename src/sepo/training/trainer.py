@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from sepo import processes
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.loading import require_dataset
-from sepo.data.tables import PAIR_WEIGHT, SCHEMAS, provenance_of, require_table
+from sepo.data.tables import provenance_of, require_table
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
 from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
@@ -48,6 +48,7 @@ from sepo.training.batches import (
     require_means,
     require_pair_weights,
     reweighted,
+    whole_responses,
     with_baselines,
 )
 from sepo.training.logs import reporters
@@ -270,7 +271,7 @@ class PreferenceTrainer(Trainer):
         require_readable(model, data)
         require_pair_weights(f"{part}_dataset", data)
         if args.objective not in SELECTIVE:
-            data = data.select([name for name in data.column_names if name in (*SCHEMAS["pairs"].names, PAIR_WEIGHT)])
+            data = whole_responses(data)
         if args.objective == "sepo":
             require_means(f"{part}_dataset", data)
         if args.objective in REWARDED:
