@@ -1,4 +1,4 @@
-"""KL between policy and reference over the whole vocabulary, at every target: what TDPO and TIS-DPO ask for.
+"""KL between policy and reference over the whole vocabulary, at every target: what TDPO, TIS-DPO and TBPO ask for.
 
 A log-probability needs one logit and a normaliser; a KL needs every logit of both models, so it cannot be stored ahead
 of training and the frozen reference runs beside the policy (about a third more time for equal models). The LM heads are
