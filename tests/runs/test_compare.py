@@ -590,6 +590,16 @@ def test_rows_are_means_over_seeds_with_their_standard_errors():
     )  # fmt: skip
     assert "+0.200 ± 0.058*" in page  # one of three did not get to KL 1
     assert "| b | x=1 | 1 | +0.200† |" in page
+    # Every row has as many cells as the head; without a KL there is no second column for the end.
+    for kl, cells in ((1.0, 13), (None, 12)):
+        rows = summarise_runs(runs, kl)
+        page = comparison_markdown(
+            {"name": "t", "kl": kl, "gold": "vader", "rows": rows, "runs": runs, "differences": [], "shared": [],
+             "environment": {"device": "d", "packages": {"torch": "1"}}}
+        )  # fmt: skip
+        table = [line for line in page.splitlines() if line.startswith("|")]
+        assert [line.count("|") - 1 for line in table] == [cells] * 4
+        assert table[0].count("gain at the end") == 1
 
 
 def test_methods_are_compared_by_the_seeds_that_both_have():

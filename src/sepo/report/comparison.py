@@ -195,18 +195,19 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         if not rows:
             continue
         lines += ["", f"## {title}", ""]
+        compared = f" {value} |" if kl else ""
         lines.append(
-            f"| method | setting | seeds | {value} | gain at the end | KL at the end | win rate | tokens a response "
+            f"| method | setting | seeds |{compared} gain at the end | KL at the end | win rate | tokens a response "
             "| pairs seen | target tokens | tokens read | training, s | peak, GB |"
         )
-        lines.append("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+        lines.append("|---|---|" + "---:|" * (11 if kl else 10))
         for row in sorted(rows, key=lambda row: -row["value"]):
             marks = ("*" if row["reached"] < row["seeds"] else "") + ("†" if row["unmeasured"] else "")
             cells = [
                 row["variant"],
                 row["label"] or "–",
                 str(row["seeds"]),
-                _pm(row, "value", "+.3f") + marks,
+                *([_pm(row, "value", "+.3f") + marks] if kl else []),
                 _pm(row, "final", "+.3f"),
                 _pm(row, "final_kl", ".2f"),
                 _pm(row, "win_rate", ".3f"),
