@@ -22,6 +22,7 @@ from sepo.report.comparison import (
     best_setting,
     comparison_markdown,
     differences,
+    mean_curve,
     reading_notes,
     summarise_runs,
     typical_spread,
@@ -600,6 +601,17 @@ def test_rows_are_means_over_seeds_with_their_standard_errors():
         table = [line for line in page.splitlines() if line.startswith("|")]
         assert [line.count("|") - 1 for line in table] == [cells] * 4
         assert table[0].count("gain at the end") == 1
+
+
+def test_the_bold_curve_of_a_picture_is_the_mean_that_the_table_has_where_all_runs_got_to():
+    runs = [run("a", "", seed, points((1.0, gain), (end, 2 * gain))) for seed, gain, end in ((0, 0.1, 4), (1, 0.3, 9))]
+    kls, gained = mean_curve(runs)
+    assert (kls[0], kls[-1]) == (0, pytest.approx(4))  # the other one went on alone
+    assert gained[0] == 0
+    for at in (5, 40, -1):
+        assert gained[at] == pytest.approx(summarise_runs(runs, kls[at])[0]["value"])
+    lost = mean_curve([run("a", "", 0, points((-0.2, 0.1)))])  # a KL that was estimated below 0
+    assert lost[0].max() == 0
 
 
 def test_methods_are_compared_by_the_seeds_that_both_have():

@@ -268,8 +268,19 @@ def _pm(row: Mapping[str, Any], name: str, form: str) -> str:
     return f"{row[name]:{form}}" + ("" if math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
 
 
+def mean_curve(runs: Sequence[Mapping[str, Any]], steps: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """KLs up to the one that all runs got to, and the mean of their gains there, as tables read them (`at_kl`)."""
+    reached = max(min(max(point["kl"] for point in run["points"]) for run in runs), 0.0)
+    kls = np.linspace(0, math.sqrt(reached), steps) ** 2
+    return kls, np.array([np.mean([at_kl(run["points"], kl)[0] for run in runs]) for kl in kls])
+
+
 def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw `frontier.png`, gain against KL of every reported run, and `win-rate.png` (with a judge or gold reward)."""
+    """Draw `frontier.png`, gain against KL of every reported run, and `win-rate.png` (with a judge or gold reward).
+
+    Of three runs of a setting and more the mean is drawn bold, up to the KL that all got to, and their mean end with
+    its standard errors; the runs themselves stay behind it, faint.
+    """
     runs = [run for run in comparison["runs"] if run["reported"]] or list(comparison["runs"])
     names = list(dict.fromkeys(_name(run) for run in runs))
     style: dict[str, dict[str, Any]] = {
@@ -279,11 +290,21 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
     def frontier(axes: Axes) -> None:
         for name in names:
             members = [run for run in runs if _name(run) == name]
+            several = len(members) > 2
             for index, run in enumerate(members):
                 at = [0.0, *(max(point["kl"], 0.0) for point in run["points"])]
                 gained = [0.0, *(quality(point) for point in run["points"])]
-                label = name if index == 0 else None
-                axes.plot(at, gained, **style[name], label=label, markersize=4, linewidth=1, alpha=0.8)
+                label = name if index == 0 and not several else None
+                alpha, width, size = (0.25, 0.7, 2.5) if several else (0.8, 1, 4)
+                axes.plot(at, gained, **style[name], label=label, alpha=alpha, linewidth=width, markersize=size)
+            if several:
+                axes.plot(*mean_curve(members), color=style[name]["color"], linewidth=2)
+                ends = [(max(run["points"][-1]["kl"], 0.0), quality(run["points"][-1])) for run in members]
+                (kl, kl_error), (gain, gain_error) = (over_seeds(values) for values in zip(*ends, strict=True))
+                axes.errorbar(
+                    kl, gain, xerr=kl_error, yerr=gain_error, fmt=style[name]["marker"], color=style[name]["color"],
+                    label=name, markersize=6, elinewidth=1,
+                )  # fmt: skip
         if comparison["kl"]:
             axes.axvline(comparison["kl"], color=GREY, linewidth=0.8, linestyle=":")
         axes.axhline(0, color=GREY, linewidth=0.8)
