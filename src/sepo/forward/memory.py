@@ -37,7 +37,7 @@ class PeakMemory:
     _running: ClassVar[WeakSet[PeakMemory]] = WeakSet()
 
     def __init__(self) -> None:
-        self._most = 0
+        self._most = (False, 0)
         self._known = False
         self._running.add(self)
         self.restart()
@@ -45,28 +45,31 @@ class PeakMemory:
     def restart(self) -> None:
         for one in self._running:  # the system's mark is about to be lowered for all of them
             one._most = max(one._most, _high_water_mark())
-        self._most = 0
+        self._most = (False, 0)
         self._known = _lower_high_water_mark()
 
     def gb(self) -> float | None:
         """In units of 1e9 bytes; None where the system does not say."""
-        return round(max(self._most, _high_water_mark()) / 1e9, 3) if self._known else None
+        return round(max(self._most, _high_water_mark())[1] / 1e9, 3) if self._known else None
 
 
 def _with_glibc() -> bool:
     return platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
 
 
-def _high_water_mark() -> int:
-    """Bytes: the most since the mark was lowered; 0 where the system does not say."""
+def _high_water_mark() -> tuple[bool, int]:
+    """On a GPU? And the most bytes since the mark was lowered, 0 where the system does not say.
+
+    A process that turns to a GPU on its way counts what it held there, which is the larger of two such marks.
+    """
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        return True, torch.cuda.max_memory_allocated()
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             found = re.search(r"^VmHWM:\s*(\d+) kB", file.read(), re.MULTILINE)
     except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
+        return False, 0
+    return False, int(found[1]) * 1024 if found else 0
 
 
 def _lower_high_water_mark() -> bool:
