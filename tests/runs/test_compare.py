@@ -489,7 +489,7 @@ def test_an_objective_on_all_tokens_reads_the_confidence_of_the_oracle(workplace
         plain += f"  {objective}: {{{{set: {{{{policy.objective: {objective}}}}}}}}}\n"
         plain += f"  {objective}_cw: {{{{set: {{{{policy.objective: {objective}, select.confidence: 0.02}}}}}}}}\n"
     path = write_grid(workplace, plain, "confidence", "confidence-out")
-    only = write_grid(workplace, plain[: plain.index("  simpo")], "one", "one-out")
+    only = write_grid(workplace, plain[: plain.index("  simpo")], "confident", "confident-out")
     assert main(["compare", str(only), "--dry-run"]) == 0
     assert "oracles" in capsys.readouterr().out  # DPO alone has none; by confidence it needs one
     assert main(["compare", str(path)]) == 0
