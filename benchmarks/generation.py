@@ -163,7 +163,7 @@ def peak_gb(device: str) -> float:
 def texts_of(arguments: argparse.Namespace) -> list[str]:
     """The first turns of the files' questions and then the embedded task's prompts, each once, `number` of them."""
     from sepo.data.loading import load_preferences
-    from sepo.evaluate.questions import read_questions
+    from sepo.judging.questions import read_questions
     from sepo.stages.data import embedded_data
 
     texts = [question.turns[0] for path in arguments.prompts for question in read_questions(Path(path))[0]]

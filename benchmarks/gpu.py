@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from sepo.data.tables import SCHEMAS, make_table
 from sepo.forward.packing import pack
-from sepo.forward.passes import dataset_logps, table_pairs
+from sepo.forward.scoring import dataset_logps, table_pairs
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import DataSettings
 from sepo.stages.data import read_pairs

@@ -19,9 +19,9 @@ import yaml
 
 from sepo.errors import UserError
 from sepo.models.names import resolve_model
-from sepo.recipe.grid import grid_values, load_grid
 from sepo.recipe.reading import find_file, parse_override
-from sepo.report.comparison import reading_notes, write_comparison
+from sepo.study.grid import grid_values, load_grid
+from sepo.study.results import reading_notes, write_comparison
 
 
 def split(grid: Path, out: Path, parts: int, overrides: list[str]) -> list[Path]:

@@ -103,7 +103,7 @@ def load_pairs(arguments) -> list:
     from sepo.data.encoding import tokenize_pairs
     from sepo.data.loading import load_preferences
     from sepo.data.splits import group_by_prompt
-    from sepo.forward.passes import table_pairs
+    from sepo.forward.scoring import table_pairs
     from sepo.models.tokenizer import load_tokenizer
 
     dataset = load_preferences(arguments.data).shuffle(seed=0)
@@ -330,8 +330,8 @@ def trl_step(arguments) -> dict[str, float]:
 def ours_scoring(arguments) -> dict[str, float]:
     """Log-probabilities of every response token over packed rows."""
     from sepo.data.tables import SCHEMAS, make_table
-    from sepo.forward.passes import dataset_logps
     from sepo.forward.prepare import prepare_model
+    from sepo.forward.scoring import dataset_logps
 
     pairs = load_pairs(arguments)
     model = _model(arguments)

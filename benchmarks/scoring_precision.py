@@ -21,8 +21,8 @@ from sepo.credit.rewards import response_sums, token_rewards
 from sepo.credit.selection import select_key_tokens
 from sepo.data.ragged import flat
 from sepo.data.tables import read_table
-from sepo.forward.passes import dataset_logps
 from sepo.forward.prepare import prepare_model
+from sepo.forward.scoring import dataset_logps
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer

@@ -25,8 +25,8 @@ import torch
 
 from sepo.files import write_json, write_text
 from sepo.forward.speed import matmul_rate
+from sepo.planning.sizes import sizes_of, stage_costs
 from sepo.recipe.reading import load_recipe
-from sepo.runs.costs import sizes_of, stage_costs
 
 CONTROL = ("select.rule_chosen=random", "select.rule_rejected=random")
 

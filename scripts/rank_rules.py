@@ -24,7 +24,7 @@ import pyarrow as pa
 from sepo.analyse.analyse import check_same_pairs, rank_inputs
 from sepo.analyse.measures import token_classes
 from sepo.analyse.page import ranking_markdown, save_ranking_figure
-from sepo.analyse.ranking import Oracle, Rule, default_rules, rank_rules, rules_of
+from sepo.analyse.ranking import Rule, ScoredOracle, default_rules, rank_rules, rules_of
 from sepo.credit.selection import select_key_tokens
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged
 from sepo.data.tables import make_table, provenance_of, read_table
@@ -32,11 +32,11 @@ from sepo.evaluate.gold import gold_reward
 from sepo.files import write_json, write_text
 
 Values = dict[str, np.ndarray]  # of each side, flat `[tokens]`: how much a token speaks for its label
-Candidate = Callable[[Oracle], Values]
+Candidate = Callable[[ScoredOracle], Values]
 K = 0.3
 
 
-def raw(oracle: Oracle) -> Values:
+def raw(oracle: ScoredOracle) -> Values:
     """v = s or -s, as stored."""
     return {
         side: sign * flat(oracle.scores.column(f"{side}_rewards"))[0].astype(np.float64) for side, sign in SIGNED_SIDES
@@ -46,7 +46,7 @@ def raw(oracle: Oracle) -> Values:
 def keep(values: Candidate, k: float = K, **settings) -> Rule:
     """The rule that keeps the highest of these values."""
 
-    def rule(oracle: Oracle) -> pa.Table:
+    def rule(oracle: ScoredOracle) -> pa.Table:
         found = values(oracle)
         columns: dict[str, object] = {name: oracle.scores.column(name) for name in oracle.scores.column_names}
         for side, sign in SIGNED_SIDES:
@@ -89,7 +89,7 @@ def shrunk_means(values: np.ndarray, ids: np.ndarray, leave_out: bool = False) -
     return values.mean() + worth * (total / np.maximum(number, 1) - values.mean())
 
 
-def pooled(oracle: Oracle, own: float = 0.0, leave_out: bool = False, base: Candidate = raw) -> Values:
+def pooled(oracle: ScoredOracle, own: float = 0.0, leave_out: bool = False, base: Candidate = raw) -> Values:
     """own * v + (1 - own) * the shrunk mean of v over the token's id on its side: the id's worth, with less noise."""
     values = base(oracle)
     return {
@@ -98,7 +98,7 @@ def pooled(oracle: Oracle, own: float = 0.0, leave_out: bool = False, base: Cand
     }
 
 
-def pooled_over_sides(oracle: Oracle, base: Candidate = raw) -> Values:
+def pooled_over_sides(oracle: ScoredOracle, base: Candidate = raw) -> Values:
     """As `pooled`, over both sides together, each around its mean: a word is good or bad wherever it stands."""
     values = base(oracle)
     centred_ = [sign * (values[side] - values[side].mean()) for side, sign in SIGNED_SIDES]
@@ -110,7 +110,7 @@ def pooled_over_sides(oracle: Oracle, base: Candidate = raw) -> Values:
 # --- (b) centred by position and class --------------------------------------------------------------------------------
 
 
-def centred(oracle: Oracle, position: bool = True, classes: bool = True, base: Candidate = raw) -> Values:
+def centred(oracle: ScoredOracle, position: bool = True, classes: bool = True, base: Candidate = raw) -> Values:
     """v minus its mean over tokens of the side at the same position (ten and beyond are one) and of the same class."""
     made = {}
     for side, values in base(oracle).items():
@@ -126,13 +126,13 @@ def centred(oracle: Oracle, position: bool = True, classes: bool = True, base: C
 # --- (f) controlled for surprisal -------------------------------------------------------------------------------------
 
 
-def surprisal(oracle: Oracle) -> Values:
+def surprisal(oracle: ScoredOracle) -> Values:
     """-log pi_ref of each token."""
     assert oracle.reference_logps is not None
     return {side: -flat(oracle.reference_logps.column(f"{side}_logps"))[0].astype(np.float64) for side in SIDES}
 
 
-def unsurprised(oracle: Oracle, scaled: bool = False) -> Values:
+def unsurprised(oracle: ScoredOracle, scaled: bool = False) -> Values:
     """v minus its mean over tokens of the side as surprising as it (tenths), in their standard deviations if scaled."""
     made = {}
     hard = surprisal(oracle)
@@ -143,7 +143,7 @@ def unsurprised(oracle: Oracle, scaled: bool = False) -> Values:
     return made
 
 
-def probability_moved(oracle: Oracle) -> Values:
+def probability_moved(oracle: ScoredOracle) -> Values:
     """± (pi_oracle - pi_ref): what the oracle did to the probability itself."""
     hard, values = surprisal(oracle), raw(oracle)
     return {
@@ -154,10 +154,10 @@ def probability_moved(oracle: Oracle) -> Values:
 # --- (d) several oracles ----------------------------------------------------------------------------------------------
 
 
-def of_several(others: dict[int, list[Oracle]], join: Callable[[np.ndarray], np.ndarray]) -> Candidate:
+def of_several(others: dict[int, list[ScoredOracle]], join: Callable[[np.ndarray], np.ndarray]) -> Candidate:
     """`join` of `[oracles, tokens]` to `[tokens]`, of an oracle and its companions."""
 
-    def values(oracle: Oracle) -> Values:
+    def values(oracle: ScoredOracle) -> Values:
         every = [raw(one) for one in others[id(oracle.scores)]]
         return {side: join(np.stack([one[side] for one in every])) for side in SIDES}
 
@@ -187,8 +187,8 @@ def candidates() -> dict[str, Rule]:
         "pooled, half own": keep(partial(pooled, own=0.5, leave_out=True)),
         "pooled over sides": keep(pooled_over_sides),
         "pooled, skip shared": keep(pooled, skip_shared=True),
-        "pooled, evidence": keep(pooled, evidence=0.5),
-        "pooled, evidence, skip shared": keep(pooled, evidence=0.5, skip_shared=True),
+        "pooled, evidence": keep(pooled, label_log_odds=0.5),
+        "pooled, evidence, skip shared": keep(pooled, label_log_odds=0.5, skip_shared=True),
         "centred": keep(centred),
         "centred by position": keep(partial(centred, classes=False)),
         "centred by class": keep(partial(centred, position=False)),
@@ -200,12 +200,12 @@ def candidates() -> dict[str, Rule]:
 def soft_settings() -> dict[str, dict]:
     """Soft credit on all tokens around the settings that docs/selection.md shows."""
     found = {}
-    for evidence in (0.25, 0.5, 0.75, 1.0):
+    for label_log_odds in (0.25, 0.5, 0.75, 1.0):
         for temperature in (0.25, 0.5, 1.0):
-            for skip in (False, True) if evidence == 0.5 else (False,):
-                found[f"soft {temperature:g}, evidence {evidence:g}{', skip shared' if skip else ''}"] = {
+            for skip in (False, True) if label_log_odds == 0.5 else (False,):
+                found[f"soft {temperature:g}, evidence {label_log_odds:g}{', skip shared' if skip else ''}"] = {
                     "k_chosen": 1.0, "k_rejected": 1.0, "credit": "soft", "temperature": temperature, "clip_low": -3.0,
-                    "clip_high": 3.0, "evidence": evidence, "skip_shared": skip,
+                    "clip_high": 3.0, "label_log_odds": label_log_odds, "skip_shared": skip,
                 }  # fmt: skip
     return found
 

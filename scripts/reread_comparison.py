@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from sepo.files import write_json
-from sepo.report.comparison import differences, save_comparison_figures, summarise_runs
+from sepo.study.results import differences, save_comparison_figures, summarise_runs
 
 
 def main() -> None:

@@ -46,8 +46,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from trl import SFTTrainer  # noqa: F401
 
 import fsdp_on_cpu
-import sepo.report.build
-import sepo.runs.plan  # noqa: F401
 from sepo.cli import main
 from sepo.runs import pipeline
 from sepo.stages import data
@@ -465,7 +463,7 @@ def interrupts(lab: Lab, clean: Path, undisturbed: Outcome, draw: random.Random)
 
 def interrupted_rank(lab: Lab) -> None:
     """One of two processes is interrupted in a training: both end, with the checkpoint of one step."""
-    one, two = (lab.folder / "runs" / name for name in ("alone", "both"))
+    one, two = (lab.folder / "runs" / name for name in ("unbatched", "both"))
     # Enough steps that the interruption comes before the last.
     changes = ["reference.sft=null", "oracle.training.num_train_epochs=4", "eval.prompts=0"]
     expected = lab.run(one, *changes)

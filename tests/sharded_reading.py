@@ -33,7 +33,7 @@ from pairs import some_pairs
 from sepo import processes
 from sepo.cli import main as sepo_command
 from sepo.evaluate.generate import generate_responses
-from sepo.forward.passes import dataset_logps
+from sepo.forward.scoring import dataset_logps
 from sepo.models.saving import save_model
 from sepo.models.sharding import own_part
 from sepo.models.weights import load_model

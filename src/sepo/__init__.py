@@ -13,9 +13,8 @@ The public names, imported from their modules when they are first used (so that 
 
 import os
 import sys
-from importlib import import_module
 
-from sepo import _moved
+from sepo.lazy import lazy_names
 
 _NAMES = {
     "errors": ["UserError"],
@@ -32,7 +31,7 @@ _NAMES = {
     "forward.packing": ["Pair", "PackedBatch", "pack"],
     "forward.logps": ["token_logps"],
     "forward.prepare": ["prepare_model"],
-    "forward.passes": ["dataset_logps"],
+    "forward.scoring": ["dataset_logps"],
     "training.trainer": ["PreferenceConfig", "PreferenceTrainer"],
     "report.build": ["build_report"],
     "report.figures": ["save_figures"],
@@ -43,18 +42,13 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 
 __all__ = sorted(_MODULE_OF)
 
-_moved.install()
-
 # OpenMP reads its variables when PyTorch starts. Left to itself, a thread without work spins, which gains little on a
 # machine of one's own and takes the cores from everybody else's work on a shared one (docs/performance.md).
 if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'sepo' has no attribute '{name}'")
-    return getattr(import_module(f"sepo.{_MODULE_OF[name]}"), name)
+__getattr__ = lazy_names(__name__, {name: f"sepo.{module}" for name, module in _MODULE_OF.items()})
 
 
 def __dir__() -> list[str]:

@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def saying_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+def log_kept_on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
     """Give an interruption a message of what is kept; of several around each other the innermost has the word."""
     try:
         yield

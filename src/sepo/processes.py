@@ -139,18 +139,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print a line of progress to standard error, where it does not disturb results on standard output."""
     if is_main():
         tqdm.write(text, file=sys.stderr)  # above a bar that is being drawn, not behind it
         sys.stderr.flush()
 
 
-def say_once(text: str) -> None:
+def log_once(text: str) -> None:
     """`say` a line that the same command would otherwise repeat."""
     if text not in _said:
         _said.add(text)
-        say(text)
+        log(text)
 
 
 def on_main(work: Callable[[], Any]) -> Any:

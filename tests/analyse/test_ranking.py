@@ -36,7 +36,7 @@ def oracle(chosen, rejected, texts=TOKENS, seed=None):
             "rejected_rewards": [rejected],
         },
     )
-    return r.Oracle(table, tokenizer)
+    return r.ScoredOracle(table, tokenizer)
 
 
 def selection(one, **settings):
@@ -90,7 +90,7 @@ def random_oracle(seed, pairs=60, words=("ab", "cd", "ef", "xy", "pq", "uv")):
             **{f"{side}_rewards": [rng.normal(size=len(row)).tolist() for row in ids[side]] for side in texts},
         },
     )
-    return r.Oracle(table, tokenizer)
+    return r.ScoredOracle(table, tokenizer)
 
 
 def test_random_tokens_are_no_better_than_chance_and_the_truth_itself_is_perfect():
@@ -104,7 +104,7 @@ def test_random_tokens_are_no_better_than_chance_and_the_truth_itself_is_perfect
         lengths = [len(row) for row in one.scores.column(f"{side}_ids").to_pylist()]
         rows = np.split(np.nan_to_num(truth[side]), np.cumsum(lengths)[:-1])
         columns[f"{side}_rewards"] = [row.tolist() for row in rows]
-    exact = r.Oracle(make_table("scores", columns), one.tokenizer)
+    exact = r.ScoredOracle(make_table("scores", columns), one.tokenizer)
     best = r.measure_selection(
         selection(exact, rule_chosen="mass", rule_rejected="mass", k_chosen=1, k_rejected=1), truth
     )
@@ -124,7 +124,7 @@ def test_the_measures_depend_on_neither_the_scale_of_weights_nor_the_order_of_pa
         columns[f"{side}_weights"] = [[3 * w for w in row] for row in plain.column(f"{side}_weights").to_pylist()]
     scaled = r.measure_selection(make_table("selection", columns), truth)
     order = np.random.default_rng(2).permutation(len(one.scores))
-    moved = r.Oracle(one.scores.take(order), one.tokenizer)
+    moved = r.ScoredOracle(one.scores.take(order), one.tokenizer)
     again = r.measure_selection(plain.take(order), r.token_truth(moved, valence))
     for name, value in r.measure_selection(plain, truth).items():
         assert scaled[name] == pytest.approx(value), name

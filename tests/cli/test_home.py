@@ -30,12 +30,12 @@ from sepo.models.fingerprint import model_fingerprint
 from sepo.models.gguf import _cache_root
 from sepo.models.names import check_model, resolve_model
 from sepo.models.saving import save_model
-from sepo.recipe.grid import Grid, load_grid
 from sepo.recipe.reading import load_recipe, parse_recipe, set_key
 from sepo.recipe.settings import Recipe
 from sepo.report.build import build_report
 from sepo.report.figures import save_figures
 from sepo.report.notebook import display
+from sepo.study.grid import Grid, load_grid
 from tiny_models import tiny_model, tiny_tokenizer
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sepo.credit.alignment import FORMS, align, response_texts
 from sepo.credit.selection import select_key_tokens
-from sepo.credit.transfer import carry, join_cuts, spread_rewards
+from sepo.credit.transfer import allocate_rewards, carry, join_cuts
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.ragged import SIDES, flat, ragged, segment_sums
 from sepo.data.tables import make_table, provenance_of
@@ -55,8 +55,8 @@ def scored(pairs, seed=0):
     )
 
 
-def carried(source, target, a, b, spread="bytes"):
-    return carry(source, target, READERS[a], READERS[b], spread)
+def carried(source, target, a, b, allocation="bytes"):
+    return carry(source, target, READERS[a], READERS[b], allocation)
 
 
 def only(table, pair_ids):
@@ -98,8 +98,8 @@ def group_sums(table, other, kind, other_kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tokenizer_to_itself_is_the_identity(tables, kind):
     source = scored(tables[kind])
-    for spread in ("bytes", "group", "first"):
-        found, report = carried(source, tables[kind], kind, kind, spread)
+    for allocation in ("bytes", "group", "first"):
+        found, report = carried(source, tables[kind], kind, kind, allocation)
         assert found.equals(only(source, found["pair_id"]))
         assert report.one_to_one == report.tokens == report.groups
         assert report.larger == report.lost == 0
@@ -122,10 +122,10 @@ def test_sums_of_responses_and_of_groups_are_conserved_there_and_back(tables, a,
         assert all(np.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("spread", ["group", "first"])
-def test_other_spreads_keep_the_same_sums(tables, spread):
+@pytest.mark.parametrize("allocation", ["group", "first"])
+def test_other_spreads_keep_the_same_sums(tables, allocation):
     source = scored(tables["gpt2"])
-    there, _ = carried(source, tables["gemma"], "gpt2", "gemma", spread)
+    there, _ = carried(source, tables["gemma"], "gpt2", "gemma", allocation)
     kept = only(source, there["pair_id"])
     assert np.abs(sums(there) - sums(kept)).max() < 1e-5
     for found, expected in zip(
@@ -140,14 +140,14 @@ def test_other_spreads_keep_the_same_sums(tables, spread):
     st.sampled_from(["bytes", "group", "first"]),
 )
 @settings(max_examples=40)
-def test_any_text_keeps_its_sum_or_is_dropped_by_reason(texts, kinds, spread):
+def test_any_text_keeps_its_sum_or_is_dropped_by_reason(texts, kinds, allocation):
     a, b = kinds
     texts = [f"{text}o" for text in texts]
     try:
         source, target = scored(tokenized(a, texts)), tokenized(b, texts)
     except UserError:  # no row left that both could read
         return
-    there, report = carried(source, target, a, b, spread)
+    there, report = carried(source, target, a, b, allocation)
     assert len(there) + sum(report.dropped.values()) == len(source)
     assert np.allclose(sums(there), sums(only(source, there["pair_id"])), atol=1e-5)
     if "wordpiece" not in kinds:
@@ -173,19 +173,19 @@ def test_rewards_are_differences_of_the_interpolated_sum():
     ]
     ends_a, ends_b = (np.concatenate(one).astype(np.float64) for one in cuts)
     joined = join_cuts(ends_a, lengths_a, ends_b, lengths_b)
-    found, lost = spread_rewards(np.concatenate(rewards), lengths_a, joined, len(ends_b), "bytes")
+    found, lost = allocate_rewards(np.concatenate(rewards), lengths_a, joined, len(ends_b), "bytes")
     assert np.allclose(found, np.concatenate(expected), atol=1e-12)
     assert not len(lost)
 
 
 @pytest.mark.parametrize(
-    ("spread", "expected"),
+    ("allocation", "expected"),
     [("bytes", [0.6, 0.6 + 2.0, 4.0]), ("group", [1.6, 1.6, 4.0]), ("first", [3.2, 0.0, 4.0])],
 )
-def test_spreads_by_hand(spread, expected):
+def test_spreads_by_hand(allocation, expected):
     """intell|igent| x under A; int|elligent| x under B: a group of two tokens each, and one of one."""
     cuts = join_cuts(np.array([6.0, 11, 13]), np.array([3]), np.array([3.0, 11, 13]), np.array([3]))
-    found, _ = spread_rewards(np.array([1.2, 2.0, 4.0]), np.array([3]), cuts, 3, spread)
+    found, _ = allocate_rewards(np.array([1.2, 2.0, 4.0]), np.array([3]), cuts, 3, allocation)
     assert found.tolist() == pytest.approx(expected)
 
 

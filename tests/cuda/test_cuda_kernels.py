@@ -62,7 +62,7 @@ def test_attention_gives_the_same_bits_again():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_lm_head(monkeypatch, dtype, keep_bytes, transform, targets, in_place):
-    monkeypatch.setattr(lm_head, "GPU_LIMITS", lm_head.Limits(2**20, 512, keep_bytes))
+    monkeypatch.setattr(lm_head, "GPU_LIMITS", lm_head.HeadLimits(2**20, 512, keep_bytes))
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 5000, bias=False, device="cuda", dtype=torch.float32)
     with torch.no_grad():  # of values that half precision holds, so that only the computation differs

@@ -13,8 +13,8 @@ from sepo.evaluate.generate import generate_responses
 from sepo.forward.gradients import gradients_in_place
 from sepo.forward.logps import token_logps
 from sepo.forward.packing import pack, pad
-from sepo.forward.passes import dataset_logps
 from sepo.forward.prepare import prepare_model
+from sepo.forward.scoring import dataset_logps
 from sepo.models.adapters import new_adapter
 from sepo.recipe.settings import LoraSettings
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer

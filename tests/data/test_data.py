@@ -22,7 +22,7 @@ from sepo.data.rows import DROP_REASONS, DropRow, TextPair, normalise_row
 from sepo.data.splits import group_by_prompt, sample_pairs, sample_prompts, split_pairs
 from sepo.data.tables import make_table, provenance_of, read_table, write_table
 from sepo.errors import UserError
-from sepo.forward.passes import dataset_logps, table_pairs
+from sepo.forward.scoring import dataset_logps, table_pairs
 from tiny_models import tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

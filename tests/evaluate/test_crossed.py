@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sepo.evaluate.statistics import Spread, crossed_mean, mean_and_se, smallest_difference
-from sepo.report.comparison import power_line
+from sepo.evaluate.statistics import StdComponents, crossed_mean, mean_and_se, smallest_difference
+from sepo.study.results import power_line
 
 DESIGNS = [
-    (3, 84, Spread(0.05, 0.1, 0.3)),
-    (3, 84, Spread(0.03, 0.2, 0.35)),
-    (5, 84, Spread(0.05, 0.1, 0.3)),
-    (5, 40, Spread(0.0, 0.3, 0.3)),  # an oracle for each seed changes nothing
-    (10, 200, Spread(0.1, 0.1, 0.3)),
+    (3, 84, StdComponents(0.05, 0.1, 0.3)),
+    (3, 84, StdComponents(0.03, 0.2, 0.35)),
+    (5, 84, StdComponents(0.05, 0.1, 0.3)),
+    (5, 40, StdComponents(0.0, 0.3, 0.3)),  # an oracle for each seed changes nothing
+    (10, 200, StdComponents(0.1, 0.1, 0.3)),
 ]
 
 
@@ -37,7 +37,7 @@ def test_an_interval_over_prompts_alone_is_too_narrow_where_seeds_differ():
     """What the crossed interval is for: the naive one misses the truth far more often than it says."""
     rng, missed = np.random.default_rng(0), 0
     for _ in range(500):
-        values = draw(rng, 5, 84, Spread(0.05, 0.1, 0.3), 0.0)
+        values = draw(rng, 5, 84, StdComponents(0.05, 0.1, 0.3), 0.0)
         mean, error = mean_and_se(values.ravel())
         missed += abs(mean) > 1.96 * error
     assert missed / 500 > 0.2
@@ -58,7 +58,7 @@ def test_the_moments_are_those_of_a_table_worked_out_by_hand():
 
 
 def test_the_line_of_a_grid_says_what_its_spread_gives():
-    spread = Spread(0.02, 0.1, 0.3)
+    spread = StdComponents(0.02, 0.1, 0.3)
     told = smallest_difference(*spread.error(5, 100))
     assert f"this grid can tell {told:.2g} apart (80 % power, 5 seeds x 100 prompts" in power_line(5, 100, spread, "x")
     assert smallest_difference(*spread.error(10, 400)) < told / 1.5

@@ -32,7 +32,7 @@ from sepo.evaluate.measure import sample_kl
 from sepo.evaluate.statistics import auc, mean_and_se, paired_difference
 from sepo.evaluate.words import token_pieces, token_words, word_valences
 from sepo.forward.attention import ATTENTION
-from sepo.forward.passes import NonFiniteError
+from sepo.forward.scoring import NonFiniteError
 from sepo.models.weights import load_model
 from sepo.recipe.settings import Gold
 from tiny_models import CONFIGS, tiny_model, tiny_tokenizer

@@ -14,16 +14,16 @@ from pairs import config, some_pairs
 from sepo.credit.rewards import response_sums
 from sepo.data.tables import provenance_of, with_provenance, write_table
 from sepo.evaluate import measure
-from sepo.evaluate.frontier import Checkpoints, Judge, start_of
 from sepo.evaluate.generate import generate_responses
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import evaluate_run, own_logps, response_logps, sample_kl
-from sepo.forward.passes import dataset_logps, read_like
+from sepo.forward.scoring import dataset_logps, read_like
 from sepo.recipe.reading import parse_recipe
 from sepo.recipe.settings import EvalSettings
-from sepo.stages import measured
 from sepo.stages.logps import logps_pass
 from sepo.stages.stage import Model
+from sepo.study import stages as measured
+from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, start_of
 from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -101,7 +101,9 @@ def test_a_judge_finds_a_policy_that_did_not_move_where_it_started(dtype):
     pairs = some_pairs(40)
     prompts = prompts_of(pairs)
     stored = dataset_logps(tiny_model("llama"), pairs)  # float32, as scoring stores them
-    judge = Judge(base, tokenizer, prompts, SETTINGS, 0, start_of(base, tokenizer, prompts, SETTINGS, 0), pairs, stored)
+    judge = PolicyEvaluator(
+        base, tokenizer, prompts, SETTINGS, 0, start_of(base, tokenizer, prompts, SETTINGS, 0), pairs, stored
+    )
     figures = judge.measure(policy)
     assert (figures["accuracy"], figures["accuracy_se"]) == (0.5, 0)
     assert figures["kl"] == pytest.approx(0, abs=0 if dtype == torch.bfloat16 else 1e-4)
@@ -118,7 +120,9 @@ def test_a_policy_in_mixed_precision_that_does_not_move_has_no_kl(tmp_path, lora
 
         policy = get_peft_model(policy, LoraConfig(target_modules="all-linear"))
     prompts, settings = prompts_of(pairs), SETTINGS.model_copy(update={"gold": "vader"})
-    judge = Judge(base, tokenizer, prompts, settings, 0, start_of(base, tokenizer, prompts, settings, 0), pairs)
+    judge = PolicyEvaluator(
+        base, tokenizer, prompts, settings, 0, start_of(base, tokenizer, prompts, settings, 0), pairs
+    )
     watch = Checkpoints(judge, [1.0], tmp_path / "points.json", len(pairs))
     trainer = PreferenceTrainer(
         policy, config(tmp_path, bf16=True, learning_rate=0.0, objective="simpo"), pairs, callbacks=[watch]

@@ -43,8 +43,8 @@ from sepo.forward import prepare
 from sepo.forward.attention import packed_attention_forward
 from sepo.forward.logps import segment_sums, token_logps
 from sepo.forward.packing import Pair, fill_padded_rows, pack, pad
-from sepo.forward.passes import dataset_logps, make_batches, table_pairs
 from sepo.forward.prepare import prepare_model, training_noise
+from sepo.forward.scoring import dataset_logps, make_batches, table_pairs
 from sepo.training.batches import PairCollator, PairDataset
 from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model
@@ -82,7 +82,7 @@ def longrope():
 
 # The config, and the layout of texts beyond STEP.
 BEYOND = {
-    "longrope": (longrope, "alone"),
+    "longrope": (longrope, "unbatched"),
     "yarn": (lambda: LlamaConfig(**BASE, rope_parameters=rope("yarn")), "packed"),
     "llama3": (
         lambda: LlamaConfig(**BASE, rope_parameters=rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
@@ -171,8 +171,8 @@ def test_texts_beyond_a_window_or_the_original_length_give_what_each_gives_alone
 
 def test_texts_read_one_at_a_time_have_the_gradients_of_the_models_own_forward():
     model, plain = model_of(longrope()), model_of(longrope())
-    assert prepare_model(model, longest=longest(MIXED)) == "alone"
-    for logps in (plain_logps(plain, MIXED), logps_in_rows(model, MIXED, "alone", 64)):
+    assert prepare_model(model, longest=longest(MIXED)) == "unbatched"
+    for logps in (plain_logps(plain, MIXED), logps_in_rows(model, MIXED, "unbatched", 64)):
         (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
     for (name, got), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         scale = expected.grad.abs().max().clamp(min=1e-3)
@@ -222,12 +222,12 @@ def test_insisting_in_vain_changes_nothing():
     model = model_of(longrope())
     assert prepare_model(model, "padded", longest=STEP) == "padded"
     assert prepare_model(model, longest=STEP) == "padded"
-    assert prepare_model(model, "padded", longest=longest(MIXED)) == "alone"
+    assert prepare_model(model, "padded", longest=longest(MIXED)) == "unbatched"
     assert prepare_model(model, "packed", longest=STEP) == "packed"
     with pytest.raises(UserError, match=r"packed rows of [0-9]+ tokens .*use layout=padded"):
         prepare_model(model, longest=longest(MIXED))
     with pytest.raises(UserError, match="expected auto, packed or padded"):
-        prepare_model(model, "alone")
+        prepare_model(model, "unbatched")
 
 
 def test_tables_are_scored_by_their_longest_text_whichever_comes_first():
@@ -252,7 +252,7 @@ def test_a_training_reads_texts_as_long_as_its_data(tmp_path):
             train_dataset=short if evaluated else mixed,
             eval_dataset=mixed if evaluated else None,
         )
-        assert trainer.data_collator.layout == "alone"
+        assert trainer.data_collator.layout == "unbatched"
         trainer.train()
         first = next(row for row in trainer.state.log_history if "loss" in row)
         assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
@@ -476,7 +476,7 @@ def test_padded_batches_of_selected_tokens_count_what_is_read():
     assert [pad(row).num_tokens for row in fill_padded_rows(pairs, 60)] == [60]
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded", "alone"])
+@pytest.mark.parametrize("layout", ["packed", "padded", "unbatched"])
 def test_sums_do_not_depend_on_the_layout_or_the_budget(layout):
     pairs = [*awkward_pairs(), *pairs_of([(8, 30, 2), (1, 2, 40)], seed=4)]
     model = tiny_model("llama")

@@ -10,8 +10,8 @@ from sepo.errors import UserError
 from sepo.forward import attention, attention_cpu, lm_head
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.packing import Pair, fill_rows, pack, pad
-from sepo.forward.passes import NonFiniteError, dataset_logps, make_batches
 from sepo.forward.prepare import prepare_model
+from sepo.forward.scoring import NonFiniteError, dataset_logps, make_batches
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import LoraSettings
@@ -224,7 +224,7 @@ def test_block_attention_agrees_with_a_masked_softmax_forward_and_backward(monke
 @pytest.mark.parametrize("bias", [False, True])
 def test_lm_head_agrees_with_log_softmax_whatever_is_kept(monkeypatch, keep_bytes, transform, bias):
     # The smallest block: 7 targets by 64 tokens of the vocabulary.
-    monkeypatch.setattr(lm_head, "CPU_LIMITS", lm_head.Limits(1, 7, keep_bytes))
+    monkeypatch.setattr(lm_head, "CPU_LIMITS", lm_head.HeadLimits(1, 7, keep_bytes))
     torch.manual_seed(0)
     head = torch.nn.Linear(12, 150, bias=bias, dtype=torch.float64)
     hidden = torch.randn(23, 12, dtype=torch.float64, requires_grad=True)
@@ -255,7 +255,7 @@ def test_lm_head_holds_a_block_of_logits_and_its_budget_not_all_of_them(monkeypa
     """Forward and backward, with the gradient of the head: 600 targets, 8,000 tokens, 19 MB of logits."""
     torch.manual_seed(0)
     block, kept = 2**20, 2 * 2**20
-    monkeypatch.setattr(lm_head, "CPU_LIMITS", lm_head.Limits(block, 1024, kept))
+    monkeypatch.setattr(lm_head, "CPU_LIMITS", lm_head.HeadLimits(block, 1024, kept))
     head = torch.nn.Linear(16, 8000, bias=False)
     hidden, targets = torch.randn(600, 16, requires_grad=True), torch.randint(0, 8000, (600,))
     logits, weights = 4 * 600 * 8000, head.weight.nbytes
@@ -277,7 +277,7 @@ def test_lm_head_holds_a_block_of_logits_and_its_budget_not_all_of_them(monkeypa
 @pytest.mark.parametrize("transform", [lm_head.LogitTransform(), lm_head.LogitTransform(softcap=300.0)])
 def test_lm_head_is_exact_where_exponentials_vanish(monkeypatch, keep_bytes, transform):
     """Logits hundreds apart, a target among the lowest, a block of the vocabulary that is all -inf."""
-    monkeypatch.setattr(lm_head, "CPU_LIMITS", lm_head.Limits(1, 7, keep_bytes))
+    monkeypatch.setattr(lm_head, "CPU_LIMITS", lm_head.HeadLimits(1, 7, keep_bytes))
     head = torch.nn.Linear(2, 200)
     with torch.no_grad():
         head.weight.copy_(torch.linspace(-1, 1, 400).view(200, 2))

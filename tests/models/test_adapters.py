@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pairs import some_pairs
 from sepo.errors import UserError
-from sepo.forward.passes import dataset_logps
+from sepo.forward.scoring import dataset_logps
 from sepo.models.adapters import new_adapter
 from sepo.models.names import check_model
 from sepo.models.saving import save_model

@@ -29,8 +29,8 @@ from sepo.errors import UserError
 from sepo.evaluate.statistics import mean_and_se
 from sepo.report import build_report, display, save_figures
 from sepo.report.payload import jsonable, pack, unpack
-from sepo.report.pieces import MARK_OFF, MARK_ON, PieceTable, visible
 from sepo.report.summary import cumulative_share, summarise, training_curves
+from sepo.report.token_texts import MARK_OFF, MARK_ON, TokenTexts, visible
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=pwned=1>${pwned=1}{{data}}\u202eabc"
 
@@ -94,7 +94,7 @@ def unmarked(shown: str) -> str:
 
 
 def pieces_for(tokenizer: Tokenizer, ids: list[int]) -> list:
-    table = PieceTable(load_vocabulary(tokenizer))
+    table = TokenTexts(load_vocabulary(tokenizer))
     return [table.pieces[number] for number in table.encode(np.array(ids, dtype=np.int32), np.array([len(ids)]))]
 
 
@@ -177,7 +177,7 @@ def test_a_real_tokenizer_reads_back_text_of_every_script(smollm2_dir: str) -> N
     text = "Café — 你好，世界! שלום עולם مرحبا नमस्ते 👩‍👩‍👧 e\u0301\n\tdone  \r\n<|im_end|>"
     tokenizer = Tokenizer.from_file(f"{smollm2_dir}/tokenizer.json")
     ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids)
-    table = PieceTable(load_vocabulary(smollm2_dir))
+    table = TokenTexts(load_vocabulary(smollm2_dir))
     pieces = [table.pieces[number] for number in table.encode(ids, np.array([len(ids)]))]
     assert "".join(piece.text for piece in pieces) == text
     assert "你好，世界" in re.sub(f"{MARK_ON}[^{MARK_OFF}]*{MARK_OFF}", "", "".join(piece.shown for piece in pieces))

@@ -13,15 +13,15 @@ from pairs import some_pairs
 from sepo.credit.rewards import token_rewards
 from sepo.data.tables import make_table, provenance_of, read_table, write_table
 from sepo.errors import UserError
-from sepo.forward.passes import dataset_logps
+from sepo.forward.scoring import dataset_logps
 from sepo.models.names import check_model
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
+from sepo.planning.plan import plan_run
 from sepo.recipe.reading import parse_override, parse_recipe, set_key
 from sepo.recipe.settings import Recipe
 from sepo.runs import pipeline
 from sepo.runs.pipeline import check_inputs, check_pairs, run_recipe
-from sepo.runs.plan import plan_run
 from sepo.stages import data, reference
 from sepo.stages.score import score_pairs
 from sepo.stages.select import select

@@ -9,7 +9,7 @@ from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.recipe.settings import EMBEDDED_DATA, DataSettings
 from sepo.stages import data, score
-from sepo.stages.stage import Made
+from sepo.stages.stage import StageResult
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -71,7 +71,7 @@ def test_the_data_stage_knows_one_embedded_task_from_the_other(workplace):
 
 
 def test_rewards_are_judged_by_the_words_of_the_gold_reward_that_was_asked_for(finished):
-    pairs = Made(finished / "pairs", "pairs")
+    pairs = StageResult(finished / "pairs", "pairs")
     words = [score.Words(tiny_tokenizer(), gold) for gold in ("vader", "plain")]
     of_stage = [score.stage(pairs, [pairs], pairs, one).depends["words"] for one in (*words, None)]
     assert of_stage == ["vader", "plain", False]

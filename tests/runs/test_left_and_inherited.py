@@ -10,10 +10,10 @@ from test_pipeline import finished, stages_done, workplace  # noqa: F401
 
 from pairs import config, some_pairs
 from sepo.cli import main
-from sepo.evaluate.frontier import Checkpoints, Judge, start_of
 from sepo.recipe.reading import parse_recipe
 from sepo.recipe.settings import EvalSettings
 from sepo.stages import reference
+from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, start_of
 from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -132,7 +132,9 @@ def test_json_of_a_run_and_of_a_comparison_is_json_where_figures_are_undefined(c
 def test_pairs_seen_are_those_that_were_trained_on(tmp_path, settings):
     model, tokenizer, pairs = tiny_model("llama"), tiny_tokenizer(), some_pairs(17)
     prompts, measured = pairs.column("prompt_ids").to_pylist()[:1], EvalSettings(prompts=1, max_new_tokens=1)
-    judge = Judge(model, tokenizer, prompts, measured, 0, start_of(model, tokenizer, prompts, measured, 0), pairs)
+    judge = PolicyEvaluator(
+        model, tokenizer, prompts, measured, 0, start_of(model, tokenizer, prompts, measured, 0), pairs
+    )
     watch = Checkpoints(judge, np.linspace(1 / 6, 1, 6).tolist(), tmp_path / "points.json", len(pairs))
     trained = []
 

@@ -74,7 +74,7 @@ def test_the_policy_is_trained_on_its_own_tokens_with_the_oracles_rewards(finish
     assert own.decode(after["chosen_ids"][0].as_py()).rstrip().endswith("☕<|end|>")
     selection = read_table(run / "selection", "selection")
     assert selection["chosen_ids"] == after["chosen_ids"]
-    assert provenance_of(selection)["transferred_from"]["spread"] == "bytes"
+    assert provenance_of(selection)["transferred_from"]["allocation"] == "bytes"
     held_out = read_table(run / "transfer" / "scores_held_out", "scores")
     assert held_out["pair_id"] == read_table(run / "scores_held_out", "scores")["pair_id"]
 
@@ -105,7 +105,7 @@ def test_the_report_shows_a_pair_under_both_tokenizers(finished):
 
 
 def test_another_spread_does_the_transfer_again_and_nothing_before_it(finished, capsys):
-    assert main(["run", str(finished / "recipe.yaml"), "transfer.spread=first"]) == 0
+    assert main(["run", str(finished / "recipe.yaml"), "transfer.allocation=first"]) == 0
     said = capsys.readouterr().err.splitlines()
     done = {line.split("]")[0][1:] for line in said if line.startswith("[") and line.endswith(" s")}
     assert done == {"transfer", "select", "train", "eval"}
@@ -150,9 +150,9 @@ variants:
 
 
 def test_the_command_carries_a_table_over(finished, capsys):
-    run, out = finished / "run", finished / "alone"
+    run, out = finished / "run", finished / "unbatched"
     arguments = ["--data", str(finished / "prefs.jsonl"), "--tokenizer", str(finished / "large"), "--out", str(out)]
-    assert main(["transfer", "--table", str(run / "scores"), *arguments, "--spread", "group"]) == 0
+    assert main(["transfer", "--table", str(run / "scores"), *arguments, "--allocation", "group"]) == 0
     assert "one_to_one_share" in capsys.readouterr().out
     found = read_table(out, "scores")
     assert sums(found).keys() == sums(read_table(run / "scores", "scores")).keys()

@@ -15,11 +15,11 @@ from sepo import processes
 from sepo.errors import UserError
 from sepo.forward.logps import token_logps
 from sepo.forward.packing import pack
-from sepo.forward.passes import table_pairs
 from sepo.forward.prepare import prepare_model
+from sepo.forward.scoring import table_pairs
 from sepo.models.config import model_shape
+from sepo.planning.memory import Training
 from sepo.recipe.settings import TrainingSettings
-from sepo.training.memory import Training
 from tiny_models import tiny_model
 
 DEEPSPEED = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
@@ -46,7 +46,7 @@ def launch(number, folder, objective, sizes, **variables):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
+    folder = tmp_path_factory.mktemp("unbatched")
     return {objective: run(folder / objective, objective, list(SIZES)) for objective in ("dpo", "simpo")}
 
 

@@ -11,8 +11,8 @@ from pairs import awkward_pairs, pairs_table
 from sepo.data.tables import make_table
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.packing import Pair, pack
-from sepo.forward.passes import dataset_logps
 from sepo.forward.prepare import prepare_model
+from sepo.forward.scoring import dataset_logps
 from sepo.training import objectives
 from sepo.training.batches import PairCollator, PairDataset
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer

@@ -15,8 +15,8 @@ from pairs import awkward_pairs, pairs_table
 from sepo.data.tables import PAIR_WEIGHT, make_table
 from sepo.errors import UserError
 from sepo.forward.packing import CHOSEN, REJECTED, Pair, pack
-from sepo.forward.passes import dataset_logps
 from sepo.forward.prepare import prepare_model
+from sepo.forward.scoring import dataset_logps
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.recipe import settings as recipe
 from sepo.recipe.reading import parse_recipe

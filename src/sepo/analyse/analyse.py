@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo.analyse.measures import agreement, by_class, by_position, concentration, length_effects, overview, truth
 from sepo.analyse.page import analysis_markdown, ranking_markdown, save_analysis_figures, save_ranking_figure
-from sepo.analyse.ranking import Oracle, default_rules, rank_rules, rules_of
+from sepo.analyse.ranking import ScoredOracle, default_rules, rank_rules, rules_of
 from sepo.credit.selection import check_rule, select_key_tokens
 from sepo.data.fingerprints import check_table_tokenizer
 from sepo.data.tables import read_table
@@ -99,7 +99,7 @@ def _recipe_of_scored(run: Path) -> Recipe:
 
 def rank_inputs(
     runs: Sequence[Path], tables: Sequence[str] = (), *, tokenizer: str | None = None, gold: str | None = None
-) -> tuple[dict[str, Oracle], str]:
+) -> tuple[dict[str, ScoredOracle], str]:
     """Read the oracles that `sepo analyse --rules` was given, of the same pairs or others, and the gold reward's name.
 
     Raises:
@@ -131,7 +131,7 @@ def rank_inputs(
         if model not in loaded:
             loaded[model] = load_tokenizer(model)
         check_table_tokenizer(table, loaded[model], str(path), model)
-        oracles[name] = Oracle(table, loaded[model])
+        oracles[name] = ScoredOracle(table, loaded[model])
     return oracles, truth
 
 
@@ -160,7 +160,7 @@ def read_rules(file: Path | None, k: float) -> dict[str, dict[str, Any]]:
 
 
 def rank(
-    oracles: Mapping[str, Oracle], rules: Mapping[str, Mapping[str, Any]], gold: str, out: Path, *, seed: int = 0
+    oracles: Mapping[str, ScoredOracle], rules: Mapping[str, Mapping[str, Any]], gold: str, out: Path, *, seed: int = 0
 ) -> dict[str, Any]:
     """Rank rules on oracles, and write `ranking.json`, `ranking.md` and `ranking.png` into `out`; no policy is trained.
 

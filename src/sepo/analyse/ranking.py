@@ -41,7 +41,7 @@ MEASURES = (
 )  # fmt: skip
 
 
-class Oracle(NamedTuple):
+class ScoredOracle(NamedTuple):
     """What a rule may read of one oracle.
 
     Attributes:
@@ -55,7 +55,7 @@ class Oracle(NamedTuple):
     reference_logps: pa.Table | None = None
 
 
-Rule = Callable[[Oracle], pa.Table]  # to a table of kind "selection"
+Rule = Callable[[ScoredOracle], pa.Table]  # to a table of kind "selection"
 
 
 def default_rules(k: float) -> dict[str, dict[str, Any]]:
@@ -70,10 +70,12 @@ def default_rules(k: float) -> dict[str, dict[str, Any]]:
         "mass 0.8": both("mass", 0.8),
         "effective": both("effective"),
         "skip shared": both("top", skip_shared=True),
-        "evidence": both("top", evidence=0.5),
-        "evidence, skip shared": both("top", evidence=0.5, skip_shared=True),
-        "evidence, soft": both("top", 1.0, evidence=0.5, credit="soft", temperature=0.5, clip_low=-3.0, clip_high=3.0),
-        "labels alone": both("top", evidence=1.0),
+        "label_log_odds": both("top", label_log_odds=0.5),
+        "label log-odds, skip shared": both("top", label_log_odds=0.5, skip_shared=True),
+        "label log-odds, soft": both(
+            "top", 1.0, label_log_odds=0.5, credit="soft", temperature=0.5, clip_low=-3.0, clip_high=3.0
+        ),
+        "labels alone": both("top", label_log_odds=1.0),
         "soft 0.3": both("top", 1.0, credit="soft", temperature=0.3, clip_low=-2.0, clip_high=2.0),
         "soft 1": both("top", 1.0, credit="soft"),
         "all": both("top", 1.0),
@@ -93,7 +95,7 @@ def rules_of(settings: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[s
     return {name: rule(keywords) for name, keywords in settings.items()}
 
 
-def token_truth(oracle: Oracle, valence: Callable[[str], float]) -> dict[str, np.ndarray]:
+def token_truth(oracle: ScoredOracle, valence: Callable[[str], float]) -> dict[str, np.ndarray]:
     """The gold reward of each token's word, of each side `[tokens]` float64: 0 in other words, NaN outside words."""
     return {
         side: np.concatenate(
@@ -173,7 +175,7 @@ def measure_selection(selection: pa.Table, truth: Mapping[str, np.ndarray]) -> d
 
 
 def rank_rules(
-    oracles: Mapping[str, Oracle], rules: Mapping[str, Rule], valence: Callable[[str], float]
+    oracles: Mapping[str, ScoredOracle], rules: Mapping[str, Rule], valence: Callable[[str], float]
 ) -> dict[str, Any]:
     """Every rule on every oracle: the `MEASURES`, their means, and differences to the first rule, oracle by oracle.
 

@@ -157,8 +157,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="whose tokenizer the table was made with (default: found beside the table)",
     )  # fmt: skip
     transfer.add_argument(
-        "--spread", choices=["bytes", "group", "first"], default="bytes",
-        help="how a sum that several tokens share is spread over the policy's (default bytes)",
+        "--allocation", choices=["bytes", "group", "first"], default="bytes",
+        help="how a sum that several tokens share is divided among the policy's (default bytes)",
     )  # fmt: skip
     _out_option(transfer, "folder for the score table under the policy's tokenizer")
 

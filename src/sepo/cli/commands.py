@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sepo.cli.output import print_metrics, print_plan, print_scores, print_story
+from sepo.cli.output import print_metrics, print_plan, print_scores, print_summary
 from sepo.errors import UserError
 from sepo.files import check_writable
 
@@ -28,12 +28,12 @@ def run_command(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     target = _target_of(arguments)
     _quiet_libraries()
+    from sepo.planning.plan import RunPlan, Target, plan_run
     from sepo.runs.pipeline import run_recipe
-    from sepo.runs.plan import Plan, Target, plan_run
 
     if arguments.dry_run:
         processes = _join("cpu")
-        plan = Plan(**processes.on_main(lambda: vars(plan_run(recipe, Target(*target)))))
+        plan = RunPlan(**processes.on_main(lambda: vars(plan_run(recipe, Target(*target)))))
         if processes.is_main():
             print_plan(f"plan of {recipe.name}", plan.stages)
             if plan.memory:
@@ -41,20 +41,20 @@ def run_command(arguments: argparse.Namespace) -> None:
         return
     metrics = run_recipe(recipe)
     if _join(recipe.device).is_main():
-        from sepo.report.story import tell_run
+        from sepo.report.run_summary import summarise_run
 
         if arguments.verbose:
             print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
-        print_story(tell_run(recipe, metrics))
+        print_summary(summarise_run(recipe, metrics))
 
 
 def compare_command(arguments: argparse.Namespace) -> None:
-    from sepo.recipe.grid import load_grid
+    from sepo.study.grid import load_grid
 
     grid, settings = load_grid(arguments.grid, arguments.overrides)
     _quiet_libraries()
-    from sepo.runs.compare import compare
-    from sepo.runs.plan import plan_grid
+    from sepo.planning.plan import plan_grid
+    from sepo.study.comparison import compare
 
     if arguments.dry_run:
         print_plan(f"plan of {grid.name}", plan_grid(grid, settings))
@@ -186,7 +186,7 @@ def score_command(arguments: argparse.Namespace) -> None:
 
 
 def transfer_command(arguments: argparse.Namespace) -> None:
-    recipe = _recipe_of(arguments, policy={"model": arguments.tokenizer}, transfer={"spread": arguments.spread})
+    recipe = _recipe_of(arguments, policy={"model": arguments.tokenizer}, transfer={"allocation": arguments.allocation})
     _quiet_libraries()
     from sepo.data.tables import read_table
     from sepo.data.vocabulary import token_bytes
@@ -203,15 +203,21 @@ def transfer_command(arguments: argparse.Namespace) -> None:
         readers = token_bytes(own, name), token_bytes(other, arguments.tokenizer)
         pairs = data.read_pairs(recipe.data, other)
         report = carry_table(
-            table, "scores", itertools.repeat(pairs), readers, out, recipe.transfer.spread, (name, arguments.tokenizer)
+            table,
+            "scores",
+            itertools.repeat(pairs),
+            readers,
+            out,
+            recipe.transfer.allocation,
+            (name, arguments.tokenizer),
         )
         other.save_pretrained(out / "tokenizer")
-        say(f"  {report.summary()}")
+        log(f"  {report.summary()}")
         return report.figures()
 
     with _writing_to(arguments) as out:
         processes = _join("cpu")
-        say = processes.say
+        log = processes.log
         figures = processes.on_main(lambda: write_scores(out))
     print_metrics(f"scores: {arguments.out}", {**figures, **oracle_accuracy(read_table(arguments.out, "scores"))})
 
@@ -361,7 +367,7 @@ def report_command(arguments: argparse.Namespace) -> None:
 
 def push_command(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
-    from sepo.runs import push
+    from sepo.hub import push
 
     for name in filter(None, (arguments.to, arguments.base)):
         push.check_name(name)
@@ -373,9 +379,9 @@ def push_command(arguments: argparse.Namespace) -> None:
 
 
 def winrate_command(arguments: argparse.Namespace) -> None:
-    from sepo.evaluate.judgements import score_files
-    from sepo.evaluate.winrate import read_official
     from sepo.files import write_json
+    from sepo.judging.judgements import score_files
+    from sepo.judging.winrate import read_official
 
     if arguments.json is not None:
         check_writable(Path(arguments.json).parent)
@@ -394,12 +400,12 @@ def winrate_command(arguments: argparse.Namespace) -> None:
 
 
 def generate_command(arguments: argparse.Namespace) -> int:
-    from sepo.errors import check_number, saying_what_is_kept
-    from sepo.evaluate import answering
-    from sepo.evaluate.endpoint import KEY_VARIABLE, Endpoint
-    from sepo.evaluate.judges.server import spent_text
-    from sepo.evaluate.questions import find_questions, read_questions
-    from sepo.processes import say
+    from sepo.errors import check_number, log_kept_on_interrupt
+    from sepo.judging import answering
+    from sepo.judging.endpoint import KEY_VARIABLE, Endpoint
+    from sepo.judging.questions import find_questions, read_questions
+    from sepo.judging.server_judge import spent_text
+    from sepo.processes import log
     from sepo.recipe.reading import parse_override
 
     if arguments.server is not None and arguments.engine is not None:
@@ -465,33 +471,33 @@ def generate_command(arguments: argparse.Namespace) -> int:
 
     with _writing_to(arguments):
         answering.settle(out, record)
-        finished = answering.Finished.read(out / answering.FINISHED)
+        finished = answering.AnswerLog.read(out / answering.FINISHED)
         remaining = sum(not answering.is_whole(question, finished) for question in questions)
-        say(f"{len(questions)} questions, {remaining} to be answered")
+        log(f"{len(questions)} questions, {remaining} to be answered")
 
         def kept() -> str:
             left = sum(not answering.is_whole(question, finished) for question in questions)
             return f"{len(questions) - left} of {len(questions)} questions are answered; the same command does the rest"
 
         if remaining:
-            with saying_what_is_kept(kept):
+            with log_kept_on_interrupt(kept):
                 remaining = answering.answer_all(questions, benchmark, finished, engine(), arguments.temperature)
         path = answering.write_answers(out, questions, benchmark, finished, name)
     if spent:
-        say(spent_text(answering.total_spent(spent), None))
+        log(spent_text(answering.total_spent(spent), None))
     print(path)
     if remaining:
-        say(f"{remaining} of {len(questions)} questions have no answer: the same command asks again")
+        log(f"{remaining} of {len(questions)} questions have no answer: the same command asks again")
     return 1 if remaining else 0
 
 
 def judge_command(arguments: argparse.Namespace) -> None:
-    from sepo.evaluate.endpoint import Spent
-    from sepo.evaluate.judgements import score_files
-    from sepo.evaluate.judges import compare
-    from sepo.evaluate.judges.server import spent_text
     from sepo.files import write_json, write_text
-    from sepo.processes import say
+    from sepo.judging import judge as compare
+    from sepo.judging.endpoint import Spent
+    from sepo.judging.judgements import score_files
+    from sepo.judging.server_judge import spent_text
+    from sepo.processes import log
 
     settings = _judge_of(arguments)
     prices = _prices_of(arguments)
@@ -503,11 +509,11 @@ def judge_command(arguments: argparse.Namespace) -> None:
     grade = arguments.against is None
     prepared = compare.prepare(settings, contests, grade, arguments.retry_failed)
     for line in missing.lines():
-        say(line)
+        log(line)
     ahead = compare.expected(prepared, prices)
     if ahead is not None:
         cost = "unknown (--prices)" if ahead.cost is None else f"{ahead.cost:.4g}"
-        say(
+        log(
             f"{ahead.questions:,} calls ({ahead.cached:,} replies are there), about {ahead.prompt_tokens:,} tokens to "
             f"read and at most {ahead.completion_tokens:,} to write, cost at most {cost}, "
             f"about {ahead.seconds / 60:.0f} min"
@@ -548,11 +554,11 @@ def judge_command(arguments: argparse.Namespace) -> None:
         record = {"spent": spent, "missing": missing._asdict(), "failures": dict(failures)}
         write_json(out / "judging.json", {"judge": settings.model_dump(mode="json", exclude_none=True), **record})
         for reason, number in failures.items():
-            say(f"{number} without a verdict: {reason}")
+            log(f"{number} without a verdict: {reason}")
         if prepared.endpoint is not None:
-            say(spent_text(Spent(**spent), prices))
+            log(spent_text(Spent(**spent), prices))
             if spent["unanswered"]:
-                say("what has no reply is asked again by the same command; everything else is in the cache")
+                log("what has no reply is asked again by the same command; everything else is in the cache")
         if grade and settings.server is None:
             results = compare.mean_scores(rows, settings.name)
         elif grade:
@@ -647,13 +653,13 @@ def _prices_of(arguments: argparse.Namespace) -> tuple[float, float] | None:
 
 def _show_scores(results: dict[str, dict[str, Any]]) -> None:
     """Print the scores of judged models, a table a benchmark, and what to know about them."""
-    from sepo.processes import say
+    from sepo.processes import log
 
     for benchmark in dict.fromkeys(result["benchmark"] for result in results.values()):
         print_scores(benchmark, {name: one for name, one in results.items() if one["benchmark"] == benchmark})
     for name, result in results.items():
         for line in result["warnings"]:
-            say(f"{name}: {line}")
+            log(f"{name}: {line}")
 
 
 def _target_of(arguments: argparse.Namespace) -> tuple[int, float | None]:

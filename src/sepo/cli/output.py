@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sepo.errors import one_line
 
 if TYPE_CHECKING:
-    from sepo.report.story import Story
+    from sepo.report.run_summary import RunSummary
 
 
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def print_story(story: Story) -> None:
+def print_summary(story: RunSummary) -> None:
     """Print what a run did: sentences, examples side by side, figures, cautions, and what may come next."""
     from rich.console import Console
     from rich.padding import Padding

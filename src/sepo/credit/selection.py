@@ -36,7 +36,7 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
-from sepo.credit.evidence import LabelStatistics, label_statistics, with_evidence
+from sepo.credit.label_log_odds import LabelStatistics, label_statistics, with_label_log_odds
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
 from sepo.data.tables import PAIR_WEIGHT, make_table, provenance_of, require_table
 from sepo.errors import UserError, check_number, nearest, one_line
@@ -124,7 +124,7 @@ def select_key_tokens(
     clip_high: float = 1.5,
     normalise: bool = True,
     skip_shared: bool = False,
-    evidence: float = 0.0,
+    label_log_odds: float = 0.0,
     statistics: LabelStatistics | None = None,
     confidence: float = 0.0,
     seed: int = 0,
@@ -146,7 +146,7 @@ def select_key_tokens(
             and `normalise` off these are TIS-DPO's weights (arXiv 2410.04350, equation 12).
         normalise: scale soft weights to a mean of 1 over the kept tokens of each response.
         skip_shared: leave out tokens that both responses of the pair hold (`shared_tokens`).
-        evidence: share of what the labels say of a token's id in v, 0 to 1 (`evidence.with_evidence`).
+        label_log_odds: share of what the labels say of a token's id in v, 0 to 1 (`evidence.with_evidence`).
         statistics: those that `evidence` reads, of the whole dataset where `scores` is a part of it.
         confidence: scale of the margin in `pair_confidence`, whose weights of pairs the table then has; 0: none.
         seed: of rule "random"; the draw of a token depends on seed, side, pair id and position alone.
@@ -167,12 +167,12 @@ def select_key_tokens(
         "seed": seed,
         # Named only where they are used: tables from before there were these stay what they are.
         **({"skip_shared": True} if skip_shared else {}),
-        **({"evidence": evidence} if evidence else {}),
+        **({"label_log_odds": label_log_odds} if label_log_odds else {}),
         **({"confidence": confidence} if confidence else {}),
     }
     require_table("scores", scores, "scores")
     check_rule(k_chosen, k_rejected, **settings)
-    if evidence and statistics is None:
+    if label_log_odds and statistics is None:
         statistics = label_statistics([scores])
     thresholds = dataset_thresholds(
         [scores], k_chosen, k_rejected, include_end=include_end, statistics=statistics, **settings
@@ -182,7 +182,7 @@ def select_key_tokens(
     columns: dict[str, object] = {name: scores.column(name) for name in scores.column_names}
     pair_ids = scores.column("pair_id").to_numpy()
     for side, sign in SIGNED_SIDES:
-        rewards, lengths, eligible = _side(scores, side, include_end, skip_shared, evidence, statistics)
+        rewards, lengths, eligible = _side(scores, side, include_end, skip_shared, label_log_odds, statistics)
         values = sign * rewards
         rule = thresholds[f"rule_{side}"]
         position = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -267,7 +267,7 @@ def dataset_thresholds(
     wanted = [(side, sign) for side, sign in SIGNED_SIDES if settings.get(f"rule_{side}") == "dataset"]
     if not wanted:
         return settings
-    values_read = settings.get("skip_shared", False), settings.get("evidence", 0.0)
+    values_read = settings.get("skip_shared", False), settings.get("label_log_odds", 0.0)
     found: dict[str, list[np.ndarray]] = {side: [] for side, _ in wanted}
     for table in tables:
         for side, sign in wanted:
@@ -286,7 +286,7 @@ def _side(
     side: str,
     include_end: bool,
     skip_shared: bool,
-    evidence: float,
+    label_log_odds: float,
     statistics: LabelStatistics | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Flat rewards `[tokens]`, lengths `[rows]` and the tokens that may be kept `[tokens]` bool, of one side."""
@@ -297,9 +297,9 @@ def _side(
         eligible &= ~ends_response(ids, lengths, provenance_of(scores).get("end_ids", []))
     if skip_shared:
         eligible &= ~shared_tokens(scores)[side]
-    if evidence:
+    if label_log_odds:
         assert statistics is not None
-        rewards = with_evidence(rewards, ids, side, statistics, evidence)
+        rewards = with_label_log_odds(rewards, ids, side, statistics, label_log_odds)
     return rewards, lengths, eligible
 
 
@@ -349,13 +349,13 @@ def check_rule(k_chosen: float, k_rejected: float, **settings: Any) -> None:
         rule = settings.get(f"rule_{side}", "top")
         if rule not in RULES:
             raise UserError(f"rule_{side} is '{rule}'{nearest(str(rule), RULES)}: expected one of {', '.join(RULES)}")
-    credit, evidence = settings.get("credit", "hard"), settings.get("evidence", 0.0)
+    credit, label_log_odds = settings.get("credit", "hard"), settings.get("label_log_odds", 0.0)
     if credit not in ("hard", "soft", "reward"):
         raise UserError(f"credit is '{credit}': expected hard, soft or reward")
-    check_number("evidence", evidence, least=0, most=1)
+    check_number("label_log_odds", label_log_odds, least=0, most=1)
     check_number("confidence", settings.get("confidence", 0.0), least=0)
-    if credit == "reward" and evidence:
-        raise UserError("credit 'reward' is the reward as it is: leave evidence at 0, or take another credit")
+    if credit == "reward" and label_log_odds:
+        raise UserError("credit 'reward' is the reward as it is: leave label_log_odds at 0, or take another credit")
     check_number("temperature", settings.get("temperature", 1.0), above=0)
     for name in ("clip_low", "clip_high", "threshold_chosen", "threshold_rejected"):
         check_number(name, settings.get(name, 0.0))

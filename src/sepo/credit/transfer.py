@@ -3,12 +3,12 @@
 A reward belongs to the bytes of its token. Let a_i be where the tokens of A end in the response, in bytes, and b_j
 where those of B end. With F the line through the points (a_i, r_1 + ... + r_i),
 
-    R_j = F(b_j) - F(b_(j-1)) = sum over i of r_i |A_i and B_j| / |A_i|          (spread "bytes")
+    R_j = F(b_j) - F(b_(j-1)) = sum over i of r_i |A_i and B_j| / |A_i|          (allocation "bytes")
 
 so the rewards of a response sum to what they summed to, and so do those of every *group*: the tokens between two
-cuts that A and B have in common. How a group's sum is spread over its tokens of B is a convention:
+cuts that A and B have in common. How a group's sum is divided among its tokens of B is a convention:
 
-    spread    a token of B gets                                     of "intell|igent" (1.2 | 0) in "int|elligent"
+    allocation    a token of B gets                                     of "intell|igent" (1.2 | 0) in "int|elligent"
     bytes     of each token of A, by the bytes they share           0.6 | 0.6
     group     an equal part, so that a group is selected as one     0.6 | 0.6
     first     all, if it is the group's first; else 0               1.2 | 0
@@ -33,9 +33,9 @@ from sepo.data.ragged import SIDES, flat, ragged
 from sepo.data.tables import make_table, provenance_of, require_table
 from sepo.data.vocabulary import TokenBytes
 from sepo.errors import UserError, nearest
-from sepo.recipe.settings import Spread
+from sepo.recipe.settings import Allocation
 
-SPREADS: tuple[str, ...] = get_args(Spread)
+ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 DROP_REASONS: dict[str, str] = {
     "no such pair": "the source, as the other tokenizer and its chat template write it, has no pair of this number",
     "other text": "the responses under both tokenizers are different texts",
@@ -124,10 +124,13 @@ class TransferReport:
         }
 
 
-def check_spread(spread: str) -> None:
-    """Raise a UserError for a spread that is not known."""
-    if spread not in SPREADS:
-        raise UserError(f"spread is '{spread}'{nearest(str(spread), SPREADS)}: expected one of {', '.join(SPREADS)}")
+def check_allocation(allocation: str) -> None:
+    """Raise a UserError for an allocation that is not known."""
+    if allocation not in ALLOCATIONS:
+        raise UserError(
+            f"allocation is '{allocation}'{nearest(str(allocation), ALLOCATIONS)}: expected one of "
+            f"{', '.join(ALLOCATIONS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -190,10 +193,10 @@ def _sorted(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.sort(np.concatenate([one, other]), kind="stable")
 
 
-def spread_rewards(
-    rewards: np.ndarray, lengths: np.ndarray, cuts: Cuts, tokens: int, spread: str
+def allocate_rewards(
+    rewards: np.ndarray, lengths: np.ndarray, cuts: Cuts, tokens: int, allocation: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Spread the rewards of A's tokens over B's (see the module's text).
+    """Allocation the rewards of A's tokens over B's (see the module's text).
 
     Args:
         rewards: `[tokens of A]`.
@@ -205,7 +208,7 @@ def spread_rewards(
         rewards `[tokens]` float64, and those that fell to fillers `[fillers]` float64: beyond B's last token.
     """
     values = _forwarded(rewards.astype(np.float64), lengths, cuts.tokens_a)
-    if spread == "bytes":
+    if allocation == "bytes":
         places = _sorted(cuts.ends_a, cuts.ends_b)
         places = places[np.diff(places, prepend=0.0) > 0]
         of_a, of_b = np.searchsorted(cuts.ends_a, places), np.searchsorted(cuts.ends_b, places)
@@ -213,7 +216,7 @@ def spread_rewards(
         given = np.bincount(of_b, values[of_a] * share, minlength=len(cuts.ends_b))
     else:
         sums = np.bincount(cuts.group_a, values, minlength=cuts.groups)
-        if spread == "group":
+        if allocation == "group":
             given = (sums / np.bincount(cuts.group_b, minlength=cuts.groups))[cuts.group_b]
         else:
             given = np.where(np.diff(cuts.group_b, prepend=-1) > 0, sums[cuts.group_b], 0.0)
@@ -236,7 +239,7 @@ def _forwarded(values: np.ndarray, lengths: np.ndarray, kept: np.ndarray) -> np.
 
 
 def carry(
-    source: pa.Table, target: pa.Table, read_a: TokenBytes, read_b: TokenBytes, spread: str = "bytes"
+    source: pa.Table, target: pa.Table, read_a: TokenBytes, read_b: TokenBytes, allocation: str = "bytes"
 ) -> tuple[pa.Table, TransferReport]:
     """Carry pairs, or their token rewards, over to another tokenizer.
 
@@ -245,7 +248,7 @@ def carry(
         target: kind "pairs", the same source rows under tokenizer B (and its chat template), in any order; more
             pairs than `source` has do no harm.
         read_a, read_b: of the two tokenizers.
-        spread: one of `SPREADS`.
+        allocation: one of `ALLOCATIONS`.
 
     Returns:
         a table of the kind of `source` with the ids of `target`, in `source`'s order, and what became of the pairs.
@@ -255,7 +258,7 @@ def carry(
         UserError: a table is of another kind, or holds ids that its tokenizer does not have.
     """
     source, target = require_table("source", source, "scores", "pairs"), require_table("target", target, "pairs")
-    check_spread(spread)
+    check_allocation(allocation)
     with_rewards = "chosen_rewards" in source.column_names
     report = TransferReport(pairs=len(source))
 
@@ -293,7 +296,7 @@ def carry(
         good &= ~same
     for side in SIDES:
         rewards = flat(source.column(f"{side}_rewards"))[0] if with_rewards else None
-        made = _carry_side(aligned[side], source, target, side, good, rewards, spread, report)
+        made = _carry_side(aligned[side], source, target, side, good, rewards, allocation, report)
         if with_rewards:
             columns[f"{side}_rewards"] = made
     kind = "scores" if with_rewards else "pairs"
@@ -336,10 +339,10 @@ def _carry_side(
     side: str,
     good: np.ndarray,
     rewards: np.ndarray | None,
-    spread: str,
+    allocation: str,
     report: TransferReport,
 ) -> pa.ListArray | None:
-    """Count the cuts of one side's responses, and spread their rewards."""
+    """Count the cuts of one side's responses, and allocation their rewards."""
     lengths_a, lengths_b = (flat(table.column(f"{side}_ids"))[1] for table in (source, target))
     kept = np.where(good, aligned.scored, 0)
     of_a, of_b = np.repeat(good, lengths_a), _first(lengths_b, kept)
@@ -359,7 +362,7 @@ def _carry_side(
     report.bytes += round(float(np.diff(cuts.common, prepend=0.0)[own].sum()))
     if rewards is None:
         return None
-    made, lost = spread_rewards(rewards[of_a], lengths_a[good], cuts, int(of_b.sum()), spread)
+    made, lost = allocate_rewards(rewards[of_a], lengths_a[good], cuts, int(of_b.sum()), allocation)
     mass = np.bincount(
         cuts.group_a, np.abs(_forwarded(rewards[of_a].astype(np.float64), lengths_a[good], cuts.tokens_a)),
         minlength=cuts.groups,

@@ -10,9 +10,9 @@ tables  ragged      parquet tables with provenance; list columns as flat arrays
 fingerprints        what a tokenizer and a dataset are
 """
 
-from sepo._moved import names_of
+from sepo.lazy import lazy_names
 
-__getattr__ = names_of(
+__getattr__ = lazy_names(
     __name__,
     {
         "load_preferences": "sepo.data.loading",

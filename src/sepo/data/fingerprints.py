@@ -13,7 +13,7 @@ import pyarrow as pa
 from sepo.data.loading import ROWS_AT_ONCE, read_rows, relevant_columns
 from sepo.data.tables import provenance_of
 from sepo.errors import UserError
-from sepo.processes import say_once
+from sepo.processes import log_once
 
 _PROBE = (
     "The quick brown fox doesn't jump over 1234567 lazy dogs; naïve café, ÀÉ, 3.14 × 10⁻²!\n\n"
@@ -68,13 +68,13 @@ def check_same_tokenizer(role: str, tokenizer: Any, other_role: str, other: Any)
             f"{role} and {other_role} have different tokenizers: token rewards are tied to token ids; "
             "choose models that share a tokenizer"
         )
-    say_if_templates_differ(role, tokenizer, other_role, other)
+    log_if_templates_differ(role, tokenizer, other_role, other)
 
 
-def say_if_templates_differ(role: str, tokenizer: Any, other_role: str, other: Any) -> None:
+def log_if_templates_differ(role: str, tokenizer: Any, other_role: str, other: Any) -> None:
     """A line if two models of one tokenizer have different chat templates: pairs are written with the other's."""
     if tokenizer.chat_template and other.chat_template and tokenizer.chat_template != other.chat_template:
-        say_once(
+        log_once(
             f"  {role} and {other_role} have different chat templates: all training is on conversations as that of the "
             f"{other_role} writes them, and so should be what the model is given later"
         )

@@ -31,7 +31,7 @@ from sepo.data.templates import stop_ids
 from sepo.errors import UserError
 from sepo.files import append_line, grown_lines, write_text
 from sepo.forward.layers import fast_linear_layers
-from sepo.forward.passes import NonFiniteError
+from sepo.forward.scoring import NonFiniteError
 from sepo.models.sharding import is_sharded
 
 _BLOCK = 256
@@ -57,7 +57,7 @@ class Generation(NamedTuple):
     logps: list[float]
 
 
-class Finished:
+class FinishedResponses:
     """Responses that are written, in a file that grows by a line a batch, so that a killed job writes none twice.
 
     Whole batches are kept, so that those which are written later are composed as they would have been: what comes out
@@ -95,7 +95,7 @@ def generate_responses(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
-    finished: Finished | None = None,
+    finished: FinishedResponses | None = None,
 ) -> list[Generation]:
     """Sample `samples` responses to each prompt.
 

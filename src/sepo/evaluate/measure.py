@@ -22,12 +22,12 @@ from sepo.data.tables import read_table, write_parquet
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, FINISHED, GENERATIONS
-from sepo.evaluate.generate import Finished, Generation, computes_exactly, generate_responses
+from sepo.evaluate.generate import FinishedResponses, Generation, computes_exactly, generate_responses
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.judges.in_run import judge_responses
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import digest, write_json
-from sepo.forward.passes import dataset_logps, numerics, read_like, summed_logps
+from sepo.forward.scoring import dataset_logps, numerics, read_like, summed_logps
+from sepo.judging.in_run import judge_responses
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.sharding import is_sharded
 from sepo.models.tokenizer import load_tokenizer
@@ -157,7 +157,7 @@ def read_models(
             if not is_sharded(model):
                 depends = [model_fingerprint(path), usage_fingerprint(path), numerics(model), asked, seed]
                 how_written = how.model_dump(include={"samples", "max_new_tokens", "temperature"})
-                kept = Finished(out / FINISHED.format(what), digest([*depends, how_written]))
+                kept = FinishedResponses(out / FINISHED.format(what), digest([*depends, how_written]))
             return sample(model, tokenizer, asked, how, seed, progress=what == name, finished=kept)
 
         if len(read_by_both) and (stored is None or not read_like(stored, model)):
@@ -247,7 +247,7 @@ def sample(
     settings: EvalSettings,
     seed: int,
     progress: bool = False,
-    finished: Finished | None = None,
+    finished: FinishedResponses | None = None,
 ) -> list[Generation]:
     """Responses of a model to the prompts, as the settings say; `finished` as in `generate_responses`."""
     return generate_responses(

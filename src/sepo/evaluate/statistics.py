@@ -77,7 +77,7 @@ def interval(mean: float, error: float, number: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Spread:
+class StdComponents:
     """Standard deviations of a paired difference between two methods.
 
     Attributes:
@@ -106,7 +106,7 @@ class Crossed:
     freedom: float
     low: float
     high: float
-    spread: Spread
+    spread: StdComponents
 
 
 def crossed_mean(values: ArrayLike) -> Crossed:
@@ -134,7 +134,7 @@ def crossed_mean(values: ArrayLike) -> Crossed:
     rest = np.sum((values - by_seed[:, None] - by_prompt + mean) ** 2) / ((seeds - 1) * (prompts - 1))
     error, freedom = _crossed_error((of_seeds, of_prompts, rest), seeds, prompts)
     reach = float(stats.t.ppf(0.975, freedom)) * error
-    spread = Spread(
+    spread = StdComponents(
         math.sqrt(max(of_seeds - rest, 0) / prompts), math.sqrt(max(of_prompts - rest, 0) / seeds), math.sqrt(rest)
     )
     return Crossed(float(mean), error, freedom, float(mean) - reach, float(mean) + reach, spread)

@@ -28,7 +28,7 @@ from sepo.models.sharding import inside_call, waits_for_call
 
 
 @dataclass(frozen=True)
-class Limits:
+class HeadLimits:
     """Sizes of the walk over the vocabulary.
 
     Attributes:
@@ -42,8 +42,8 @@ class Limits:
     keep_bytes: int
 
 
-CPU_LIMITS = Limits(block_bytes=4 * 2**20, block_targets=1024, keep_bytes=256 * 2**20)
-GPU_LIMITS = Limits(block_bytes=256 * 2**20, block_targets=16384, keep_bytes=2 * 2**30)
+CPU_LIMITS = HeadLimits(block_bytes=4 * 2**20, block_targets=1024, keep_bytes=256 * 2**20)
+GPU_LIMITS = HeadLimits(block_bytes=256 * 2**20, block_targets=16384, keep_bytes=2 * 2**30)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _float(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _limits(hidden: Tensor) -> Limits:
+def _limits(hidden: Tensor) -> HeadLimits:
     return CPU_LIMITS if hidden.device.type == "cpu" else GPU_LIMITS
 
 

@@ -80,7 +80,7 @@ def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
         UserError: the batch is longer than what `prepare_model` tried, and the model might read it in another way.
     """
     _require_tried(lm, batch)
-    if batch.alone:
+    if batch.unbatched:
         return _alone(lm, batch).index_select(0, batch.target_positions)
     inputs: dict = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.layout is not None:
@@ -124,7 +124,7 @@ def backbone(lm: PreTrainedModel) -> nn.Module:
 
 def _require_tried(lm: PreTrainedModel, batch: PackedBatch) -> None:
     tried: Tried | None = getattr(lm, "sepo_tried", None)
-    layout = "alone" if batch.alone else "padded" if batch.layout is None else "packed"
+    layout = "unbatched" if batch.unbatched else "padded" if batch.layout is None else "packed"
     if tried is None or layout not in tried.limits:
         return
     document, row = tried.limits[layout]

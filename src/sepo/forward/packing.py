@@ -113,7 +113,7 @@ class PackedBatch:
         position_ids: `[rows, T]`.
         layout: the documents of the single packed row; None for the padded layout.
         attention_mask: `[rows, T]` of the padded layout; None for a packed row.
-        alone: the rows of the padded layout are read one at a time, each without its padding.
+        unbatched: the rows of the padded layout are read one at a time, each without its padding.
         target_positions: `[N]`, index into the flattened `[rows * T]` hidden states.
         target_ids: `[N]`, the token predicted there.
         target_rows: ascending, the positions among `target_positions` once each: the only hidden states that are read.
@@ -134,7 +134,7 @@ class PackedBatch:
     weights: Tensor
     pair_weights: Tensor
     pair_ids: list[int]
-    alone: bool = False
+    unbatched: bool = False
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch on `device` (the layout stays on the host)."""
@@ -250,24 +250,24 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
         position_ids=position_ids[None],
         layout=packed,
         attention_mask=None,
-        alone=False,
+        unbatched=False,
         pair_ids=[pair.pair_id for pair in pairs],
         **_targets(pairs, locate),
     )
 
 
-def pad(pairs: Sequence[Pair], pad_token_id: int = 0, alone: bool = False) -> PackedBatch:
+def pad(pairs: Sequence[Pair], pad_token_id: int = 0, unbatched: bool = False) -> PackedBatch:
     """Lay out pairs as right-padded sequences, two rows a pair: the plain layout that any causal model reads.
 
     Used where a model does not take packed rows, and by the tests as the layout to agree with.
 
     Args:
-        alone: let the model read one row at a time, without its padding and to its end: for models in which the length
+        unbatched: let the model read one row at a time, without its padding and to its end: for models in which the length
             of what is read changes what they give.
     """
     for pair in pairs:
         _check(pair)
-    lengths = np.array([length for pair in pairs for length in _row_lengths(pair, alone)])
+    lengths = np.array([length for pair in pairs for length in _row_lengths(pair, unbatched)])
     width = int(lengths.max())
     input_ids = np.full((len(lengths), width), pad_token_id, np.int64)
     for index, pair in enumerate(pairs):
@@ -287,7 +287,7 @@ def pad(pairs: Sequence[Pair], pad_token_id: int = 0, alone: bool = False) -> Pa
         position_ids=torch.arange(width).expand(len(lengths), width).contiguous(),
         layout=None,
         attention_mask=torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
-        alone=alone,
+        unbatched=unbatched,
         pair_ids=[pair.pair_id for pair in pairs],
         **_targets(pairs, locate),
     )

@@ -4,7 +4,7 @@ A few short texts go through the model's own forward, one at a time, and through
 
     packed    rows of documents, see `packing.py`
     padded    sequences of about one length in a batch
-    alone     one sequence at a time, for models in which the longest text of a batch changes what the others give
+    unbatched one sequence at a time, for models in which the longest text of a batch changes what the others give
 
 The first that gives the same log-probabilities is taken. Some models do another thing from a certain length on (a
 window, another set of rotary frequencies, a scale for queries far along). Such lengths are in the config; where the
@@ -33,9 +33,9 @@ from sepo.forward.logps import Tried, read_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, pack, pad
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import own_part
-from sepo.processes import say_once
+from sepo.processes import log_once
 
-_ORDER = ("packed", "padded", "alone")
+_ORDER = ("packed", "padded", "unbatched")
 _DEFAULT_LENGTH = 2048
 
 
@@ -47,7 +47,7 @@ def prepare_model(
     tokens_per_row: int = _DEFAULT_LENGTH,
     device: torch.device | str | None = None,
 ) -> str:
-    """Make a model read packed rows if it can; returns the layout it takes: "packed", "padded" or "alone".
+    """Make a model read packed rows if it can; returns the layout it takes: "packed", "padded" or "unbatched".
 
     Packed rows need the model to pass keyword arguments on to Transformers' attention interface, and their logits
     transformed in a way that `LogitTransform` knows. Both are checked rather than believed, see above. A model that
@@ -221,11 +221,11 @@ def _try_layouts(model: nn.Module, lm: PreTrainedModel, tried: Tried, insisted: 
         tried.packs = True
         use_fast_layers(lm)
         lm.sepo_prunable = _prunable(model, lm, probe, expected, tolerance)  # type: ignore[assignment]
-    if layout == "alone" and document:
+    if layout == "unbatched" and document:
         _require_no_memory(lm, name, vocabulary, document, tolerance)
     if reasons:
         how = "in padded batches" if layout == "padded" else "one text at a time"
-        say_once(
+        log_once(
             f"  model '{name}' does not take {first} rows{_of(document)} ({reasons[0]}): "
             f"it is read {how}, which is slower"
         )
@@ -242,7 +242,7 @@ def _batches(layout: str, probe: list[Pair], fillers: list[Pair]) -> list[Packed
     if layout == "padded":
         # Short texts beside the short responses, and a long one beside a short one: no more rows than that are wide.
         return [pad(pairs) for pairs in (probe[: len(_SHORT)], probe[len(_SHORT) :]) if pairs]
-    return [pad([pair], alone=True) for pair in probe]
+    return [pad([pair], unbatched=True) for pair in probe]
 
 
 def _within(pair: Pair, vocabulary: int) -> Pair:
@@ -389,7 +389,7 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
                 moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if is_weight else there
     except torch.OutOfMemoryError:
         moved.clear()
-        say_once("  the whole model does not fit on one GPU: its layout is tried out on the CPU")
+        log_once("  the whole model does not fit on one GPU: its layout is tried out on the CPU")
     try:
         for store, name, tensor in places:
             store[name] = moved.get(id(tensor), tensor)

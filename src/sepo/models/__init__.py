@@ -8,9 +8,9 @@ saving  shrink              weights -> a folder; some of the layers
 fingerprint  config         what a model computes; its size
 """
 
-from sepo._moved import names_of
+from sepo.lazy import lazy_names
 
-__getattr__ = names_of(
+__getattr__ = lazy_names(
     __name__,
     {
         "DEFAULT_MODEL": "sepo.recipe.settings",

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sepo.data.ragged import SIDES, flat
 from sepo.errors import UserError, one_line
-from sepo.processes import say_once
+from sepo.processes import log_once
 
 # Parameters and buffers with a row for each position, and architectures that make such a table as they go.
 _TABLE = re.compile(r"wpe|embed_positions|pos(ition)?s?_?embed")
 _TABLE_AS_THEY_GO = ("ctrl", "mpt")
 
 
-class Limits(NamedTuple):
+class ModelLimits(NamedTuple):
     """Ids below `vocabulary`; sequences up to `positions` (None: any). `firm`: there is no position beyond."""
 
     vocabulary: int
@@ -28,7 +28,7 @@ class Limits(NamedTuple):
     firm: bool
 
 
-def model_limits(model: PreTrainedModel | PreTrainedConfig) -> Limits:
+def model_limits(model: PreTrainedModel | PreTrainedConfig) -> ModelLimits:
     """The limits of a model, or of the one that a config describes, laid out without memory for its weights.
 
     Rotary positions go on beyond those that a model was trained with, and it extrapolates. Tables of positions, learned
@@ -39,21 +39,23 @@ def model_limits(model: PreTrainedModel | PreTrainedConfig) -> Limits:
     places = ("max_position_embeddings", "n_positions", "max_seq_len")
     positions = next((value for name in places if isinstance(value := getattr(text, name, None), int)), 0)
     if positions <= 0 or getattr(text, "alibi", False):
-        return Limits(text.vocab_size, None, False)
+        return ModelLimits(text.vocab_size, None, False)
     if text.model_type in _TABLE_AS_THEY_GO:
-        return Limits(text.vocab_size, positions, True)
+        return ModelLimits(text.vocab_size, positions, True)
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     if any(_TABLE.search(name) and max(tensor.shape, default=0) >= positions for name, tensor in tensors):
         # XGLM makes its table of sines longer when it has to.
-        return Limits(text.vocab_size, None if text.model_type == "xglm" else positions, text.model_type != "xglm")
+        return ModelLimits(text.vocab_size, None if text.model_type == "xglm" else positions, text.model_type != "xglm")
     rotary = getattr(text, "rope_parameters", None) is not None
-    return Limits(text.vocab_size, positions if rotary else None, False)
+    return ModelLimits(text.vocab_size, positions if rotary else None, False)
 
 
-def check_ids(table: pa.Table, name: str, limits: Limits, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def check_ids(
+    table: pa.Table, name: str, limits: ModelLimits, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Raise a UserError if a table of pairs holds an id that a model has no embedding for.
 
     Args:
@@ -71,7 +73,7 @@ def check_ids(table: pa.Table, name: str, limits: Limits, tokenizer: PreTrainedT
             )
 
 
-def check_lengths(table: pa.Table, name: str, limits: Limits, answers: int = 0) -> None:
+def check_lengths(table: pa.Table, name: str, limits: ModelLimits, answers: int = 0) -> None:
     """Raise a UserError if pairs are longer than a model can read; say so once where it would have to extrapolate.
 
     Args:
@@ -92,4 +94,4 @@ def check_lengths(table: pa.Table, name: str, limits: Limits, answers: int = 0) 
     remedy = "lower eval.max_new_tokens" if answers else f"set data.max_length to {limits.positions}"
     if limits.firm:
         raise UserError(f"{text}: {remedy}")
-    say_once(f"  {text}: it extrapolates unless you {remedy}")
+    log_once(f"  {text}: it extrapolates unless you {remedy}")

@@ -27,7 +27,7 @@ Objective = Literal[
     "tbpo",
 ]  # fmt: skip
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
-Spread = Literal["bytes", "group", "first"]
+Allocation = Literal["bytes", "group", "first"]
 Gold = Literal["vader", "plain"]
 
 
@@ -269,7 +269,7 @@ class SelectSettings(Settings):
     clip_high: float = Field(1.5, description="soft credit: upper end of the clip")
     normalise: bool = Field(True, description="soft credit: mean weight 1 in each response")
     skip_shared: bool = Field(False, description="leave out tokens that both responses of a pair hold")
-    evidence: float = Field(
+    label_log_odds: float = Field(
         0.0,
         ge=0,
         le=1,
@@ -285,17 +285,17 @@ class SelectSettings(Settings):
 
     def what_is_selected(self) -> dict[str, Any]:
         """The settings that key tokens depend on; later ones only where set: earlier runs stay what they are."""
-        unset = {name for name in ("skip_shared", "evidence", "confidence") if not getattr(self, name)}
+        unset = {name for name in ("skip_shared", "label_log_odds", "confidence") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=unset)
 
 
 class TransferSettings(Settings):
     """Token rewards under the policy's tokenizer, where that is not the oracle's (docs/how-to/two-tokenizers.md)."""
 
-    spread: Spread = Field(
+    allocation: Allocation = Field(
         "bytes",
-        description="how a sum that several tokens share is spread over the policy's: by bytes, group (equal parts) or "
-        "first (all to the first token)",
+        description="how the reward that several tokens share is divided among the policy's tokens: by bytes, group "
+        "(equal parts) or first (all to the first token)",
     )
 
 

@@ -1,8 +1,8 @@
 """The report: which tokens carry the preference, seen in a page, in a notebook and in figures."""
 
-from sepo._moved import names_of
+from sepo.lazy import lazy_names
 
-__getattr__ = names_of(
+__getattr__ = lazy_names(
     __name__,
     {
         "build_report": "sepo.report.build",

@@ -32,8 +32,8 @@ from sepo.evaluate.files import GENERATIONS
 from sepo.files import expand_home, write_bytes
 from sepo.report.answers import read_answers
 from sepo.report.payload import jsonable, pack, smallest_unsigned
-from sepo.report.pieces import PieceTable
 from sepo.report.summary import summarise, training_curves
+from sepo.report.token_texts import TokenTexts
 
 MODELS = ("reference", "oracle", "policy")
 # Log-probabilities are for reading: 1/1000 nat in 16 bits. The last value says that there is none.
@@ -228,11 +228,11 @@ def _documents(run: Path | None, provenance: Mapping) -> dict:
 
 def _payload(
     scores: Scores,
-    pieces: PieceTable,
+    pieces: TokenTexts,
     selection: Path | None,
     logps: Path | None,
     header: Mapping[str, object],
-    other: tuple[pa.Table, PieceTable] | None = None,
+    other: tuple[pa.Table, TokenTexts] | None = None,
 ) -> str:
     """The data of the page; `other` are the same pairs under the oracle's tokenizer, where the policy has its own."""
     rows = scores.rows
@@ -294,7 +294,7 @@ def _payload(
     )
 
 
-def _listed(pieces: PieceTable) -> dict[str, object]:
+def _listed(pieces: TokenTexts) -> dict[str, object]:
     """Every way a token is printed, by its number."""
     table = pieces.pieces
     return {
@@ -399,7 +399,7 @@ def build_report(
         tokenizer = table / "tokenizer"
 
     scores = read_scores(table, max_pairs)
-    pieces = PieceTable(None if tokenizer is None else load_vocabulary(tokenizer))
+    pieces = TokenTexts(None if tokenizer is None else load_vocabulary(tokenizer))
     documents = _documents(run, scores.provenance)
     manifest = documents.get("manifest")
     recorded = manifest.get("name") if isinstance(manifest, dict) else None
@@ -414,7 +414,7 @@ def build_report(
         header["answers"] = answers
     other = None
     if run is not None and oracles is not None:
-        other = rows_of(run / "scores", scores.rows["pair_id"]), PieceTable(load_vocabulary(oracles))
+        other = rows_of(run / "scores", scores.rows["pair_id"]), TokenTexts(load_vocabulary(oracles))
     data = _payload(scores, pieces, selection, logps, header, other)
     out = Path(expand_home(out, "out"))
     write_bytes(out, _page(title, data).encode("utf-8"))

@@ -22,8 +22,8 @@ from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
 from sepo.report.build import find_tokenizer
-from sepo.report.pieces import MARK_OFF, MARK_ON, Piece, PieceTable
 from sepo.report.style import NEGATIVE, POSITIVE
+from sepo.report.token_texts import MARK_OFF, MARK_ON, TokenText, TokenTexts
 
 # Blue for positive rewards, orange for negative ones, laid over whatever background the notebook has.
 _COLOURS = {True: POSITIVE, False: NEGATIVE}
@@ -40,7 +40,7 @@ class PairView:
         return self.html
 
 
-def _token_html(piece: Piece, reward: float, place: str, limit: float, key: bool) -> str:
+def _token_html(piece: TokenText, reward: float, place: str, limit: float, key: bool) -> str:
     strength = _STRONGEST * min(1.0, abs(reward) / limit) ** 0.75
     style = f"background:rgba({_COLOURS[reward > 0]},{strength:.2f});border-radius:3px;padding:2px 0;"
     if key:
@@ -54,7 +54,7 @@ def _token_html(piece: Piece, reward: float, place: str, limit: float, key: bool
     return f'{" " if spaced else ""}<span style="{style}" title="{tooltip}">{shown}</span>'
 
 
-def _side_html(row: Mapping, side: str, pieces: PieceTable, k: float, limit: float) -> str:
+def _side_html(row: Mapping, side: str, pieces: TokenTexts, k: float, limit: float) -> str:
     rewards = np.asarray(row[f"{side}_rewards"], dtype=np.float32)
     ids = np.asarray(row[f"{side}_ids"], dtype=np.int32)
     count = len(ids)
@@ -125,7 +125,7 @@ def display(
         pair_or_table = Path(expand_home(pair_or_table, "the score table"))
         tokenizer = find_tokenizer(pair_or_table) if tokenizer is None else tokenizer
     row = _row(pair_or_table, index)
-    pieces = PieceTable(None if tokenizer is None else load_vocabulary(tokenizer))
+    pieces = TokenTexts(None if tokenizer is None else load_vocabulary(tokenizer))
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
         check_rate(name, rate)
     magnitude = np.abs(np.concatenate([np.asarray(row[f"{side}_rewards"], dtype=np.float32) for side in SIDES]))

@@ -27,7 +27,7 @@ import yaml
 from sepo import processes
 from sepo.bars import redraws
 from sepo.data.tables import FORMAT_VERSION
-from sepo.errors import UserError, one_line, saying_what_is_kept
+from sepo.errors import UserError, log_kept_on_interrupt, one_line
 from sepo.files import (
     check_writable,
     defined,
@@ -39,13 +39,13 @@ from sepo.files import (
     write_text,
 )
 from sepo.forward.memory import PeakMemory
-from sepo.processes import say
+from sepo.hub.card import CARD
+from sepo.planning.eta import RunLine
+from sepo.processes import log
 from sepo.recipe.reading import dump_recipe
 from sepo.recipe.settings import Recipe
-from sepo.report.card import CARD
-from sepo.runs.remaining import RunLine
 from sepo.stages import oracle
-from sepo.stages.stage import Made, Stage
+from sepo.stages.stage import Stage, StageResult
 from sepo.training.checkpoints import STATE_FILE
 from sepo.training.logs import LOGS
 
@@ -65,7 +65,7 @@ class Run:
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
 
-    def do(self, stage: Stage, folder: Path, name: str | None = None, title: str | None = None) -> Made:
+    def do(self, stage: Stage, folder: Path, name: str | None = None, title: str | None = None) -> StageResult:
         """Do a stage unless it stands already.
 
         Args:
@@ -84,20 +84,22 @@ class Run:
             started, memory = time.monotonic(), PeakMemory()
             kept = f"stage {title} was not finished, those before it are kept; the same command goes on with it"
             shown = nullcontext() if self.line is None else self.line.during(name)
-            with shown, saying_what_is_kept(lambda: kept):
+            with shown, log_kept_on_interrupt(lambda: kept):
                 results = stage.work(folder) or {}
             processes.wait()
             seconds = time.monotonic() - started
             took = {"seconds": round(seconds, 2), "memory_gb": memory.gb()}
             record = processes.on_main(lambda: self._record(name, title, depends, stage, folder, results, took))
-        return Made(folder, record["content"], record["results"] or {}, record["seconds"], record.get("memory_gb"))
+        return StageResult(
+            folder, record["content"], record["results"] or {}, record["seconds"], record.get("memory_gb")
+        )
 
     def _standing(self, name: str, title: str, depends: dict[str, Any], stage: Stage, folder: Path) -> dict | None:
         """Return the record of a stage that stands; else say why it does not, and drop the record."""
         record = self.manifest.setdefault("stages", {}).get(name)
         if record is None:
             if self.line is None or not redraws():  # else the line says it
-                say(f"[{title}]")
+                log(f"[{title}]")
             return None
         if "files" not in record or "depends" not in record:
             reason = "was made by an older version"
@@ -107,10 +109,10 @@ class Run:
             damage = _damage(record["files"], self._digests(stage, folder))
             lacks = stage.missing(record["results"] or {})
             if damage is None and lacks is None:
-                say(f"[{title}] unchanged, reused")
+                log(f"[{title}] unchanged, reused")
                 return record
             reason = str(damage or lacks)
-        say(f"[{title}] {reason}: done again")
+        log(f"[{title}] {reason}: done again")
         self.forget(name)
         if not stage.verifies:
             self._remove(stage, folder)
@@ -147,7 +149,7 @@ class Run:
         }
         self.manifest["stages"][name] = record
         self.save()
-        say(f"[{title}] {took['seconds']:.0f} s")
+        log(f"[{title}] {took['seconds']:.0f} s")
         return record
 
     def _digests(self, stage: Stage, folder: Path) -> dict[str, str]:
@@ -173,7 +175,7 @@ class Run:
             if name not in self.used:
                 self.forget(name)
 
-    def say_unused(self, *patterns: str) -> None:
+    def log_unused(self, *patterns: str) -> None:
         """Name the folders that no stage asked for, with their size: earlier settings left them.
 
         They are kept. Settings that are changed back find their models and tables there, and a folder that several
@@ -186,7 +188,7 @@ class Run:
         size = sum(file.stat().st_size for folder in left for file in folder.rglob("*") if file.is_file())
         names = [path.relative_to(self.folder).as_posix() for path in left]
         listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        say(f"not used by these settings, and kept: {listed} ({size / 1e9:.2f} GB in '{self.folder}'); may be deleted")
+        log(f"not used by these settings, and kept: {listed} ({size / 1e9:.2f} GB in '{self.folder}'); may be deleted")
 
     def save(self) -> None:
         write_json(self.path("manifest.json"), self.manifest)
@@ -198,11 +200,11 @@ def _outputs(stage: Stage, folder: Path) -> list[Path]:
     return [*found, *(path for pattern in stage.outputs if pattern != "." for path in sorted(folder.glob(pattern)))]
 
 
-def do_alone(stage: Stage, folder: Path) -> Made:
+def do_alone(stage: Stage, folder: Path) -> StageResult:
     """Do a stage without a run: what the single commands do. Its work finds out itself what stands already."""
     results = stage.work(folder) or {}
     processes.wait()
-    return Made(folder, "", results)
+    return StageResult(folder, "", results)
 
 
 # --- opening a run --------------------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def _take_folder(run: Run) -> None:
         recover_folder(run.path(name))
     run.manifest = _read_manifest(run.folder)
     if damage := run.manifest.pop("damage", None):
-        say(f"manifest.json is damaged ({damage}): every stage is looked at again")
+        log(f"manifest.json is damaged ({damage}): every stage is looked at again")
     run.manifest |= {"name": run.recipe.name, "format": MANIFEST_FORMAT, "environment": environment()}
     run.save()
     write_text(run.path("recipe.yaml"), dump_recipe(run.recipe))

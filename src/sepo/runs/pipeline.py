@@ -17,19 +17,21 @@ from sepo import processes
 from sepo.data.tables import read_table
 from sepo.errors import named_error, wrong_type
 from sepo.files import defined, write_json, write_text
+from sepo.hub.card import write_policy_card
+from sepo.judging import benchmark_stages as benchmarks
+from sepo.judging import task_stage as tasks
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
-from sepo.processes import say
+from sepo.planning.eta import Eta, one_line
+from sepo.planning.sizes import sizes_of, stage_costs, work_by_record
+from sepo.planning.throughput import stage_rate
+from sepo.processes import log
 from sepo.recipe.settings import Recipe
 from sepo.report.build import build_report
-from sepo.report.card import write_policy_card
 from sepo.report.numbers import metrics_table
-from sepo.runs.costs import sizes_of, stage_costs, work_by_record
 from sepo.runs.folder import Run, check_run_folder, open_run
-from sepo.runs.pace import stage_rate
-from sepo.runs.remaining import Outlook, one_line
-from sepo.stages import benchmarks, data, evaluate, logps, oracle, reference, score, select, tasks, train, transfer
-from sepo.stages.stage import Made, Model
+from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
+from sepo.stages.stage import Model, StageResult
 
 # What the stages of a run are called, in their order; more than one oracle adds its own (oracle-2, oracle-2_logps), and
 # a policy with another tokenizer two: policy_pairs after data, transfer after score; eval.tasks adds
@@ -89,7 +91,7 @@ def check_pairs(
         data.check_limits(recipe, [held_out], recipe.eval.max_new_tokens, roles)
 
 
-def _prepare(run: Run) -> tuple[Model, Made, Made]:
+def _prepare(run: Run) -> tuple[Model, StageResult, StageResult]:
     """The model to start from, the pairs, which its tokenizer reads, and those that the policy reads."""
     recipe = run.recipe
     start = reference.start(recipe)
@@ -102,30 +104,30 @@ def _prepare(run: Run) -> tuple[Model, Made, Made]:
     return start, pairs, own
 
 
-def _outlook(recipe: Recipe, pairs: Made, own: Made) -> Outlook:
+def _outlook(recipe: Recipe, pairs: StageResult, own: StageResult) -> Eta:
     """What the stages after the data are expected to take."""
     kind = choose_device(recipe.device).type
     sizes = sizes_of(recipe, pairs.folder, kind, processes.size())
     if own is not pairs:
         sizes = replace(sizes, policy=sizes_of(recipe, own.folder, kind, processes.size()))
     costs = stage_costs(recipe, sizes)
-    outlook = Outlook(work_by_record(recipe, costs, processes.size()), stage_rate(kind))
+    outlook = Eta(work_by_record(recipe, costs, processes.size()), stage_rate(kind))
     if sum(outlook.expected.values()) > _WORTH_SAYING:
-        say(f"{len(outlook.expected)} stages, {outlook}")
+        log(f"{len(outlook.expected)} stages, {outlook}")
     return outlook
 
 
-def _run_stages(run: Run, start: Model, pairs: Made, own: Made) -> dict[str, float]:
+def _run_stages(run: Run, start: Model, pairs: StageResult, own: StageResult) -> dict[str, float]:
     recipe, seed = run.recipe, run.recipe.seed
     small = start
     tuning = reference.stage(recipe, start)
     if tuning is not None:
         small = Model.of(run.do(tuning, run.path("reference")))
 
-    def passed(model: Model, role: str, read: Made = pairs) -> Made:
+    def passed(model: Model, role: str, read: StageResult = pairs) -> StageResult:
         return run.do(logps.stage(recipe, model, read, role), run.path("logps", role), name=f"{role}_logps")
 
-    small_logps: Made | None = None
+    small_logps: StageResult | None = None
     if recipe.oracle.rewards is not None:
         scores = run.do(score.given_stage(recipe.oracle, pairs), run.folder)
     else:
@@ -140,7 +142,7 @@ def _run_stages(run: Run, start: Model, pairs: Made, own: Made) -> dict[str, flo
         read = {role: passed(model, role) for role, model in oracles.items()}
         opposites = [read.pop(name) for name, _, swapped in members if swapped]
         scores = run.do(score.stage(pairs, list(read.values()), opposites or small_logps), run.folder)
-    moved: Made | None = None
+    moved: StageResult | None = None
     if own is not pairs:
         scores = moved = run.do(transfer.stage(recipe, scores, pairs, own), run.path("transfer"))
     selection = run.do(select.stage(select.settings_of(recipe), scores, seed), run.path("selection"))
@@ -169,7 +171,9 @@ def _run_stages(run: Run, start: Model, pairs: Made, own: Made) -> dict[str, flo
     return processes.on_main(lambda: _finish(run, pairs, measured, own, moved))
 
 
-def _finish(run: Run, pairs: Made, measured: dict[str, Any], own: Made, moved: Made | None) -> dict[str, float]:
+def _finish(
+    run: Run, pairs: StageResult, measured: dict[str, Any], own: StageResult, moved: StageResult | None
+) -> dict[str, float]:
     """Write metrics.json and the report, and say what earlier settings left; returns the metrics."""
     run.forget_others()
     metrics: dict[str, Any] = {
@@ -184,7 +188,7 @@ def _finish(run: Run, pairs: Made, measured: dict[str, Any], own: Made, moved: M
     write_text(run.path("metrics.md"), metrics_table(run.recipe.name, metrics))
     build_report(run.folder, out=run.path("report.html"))
     _write_card(run, metrics)
-    run.say_unused("reference", "oracle", "oracle-[2-9]", "oracle*-reversed", "logps/*")
+    run.log_unused("reference", "oracle", "oracle-[2-9]", "oracle*-reversed", "logps/*")
     return metrics
 
 
@@ -192,12 +196,12 @@ def _write_card(run: Run, metrics: dict[str, Any]) -> None:
     """Put the model card beside the policy; a run does not fail for it."""
     try:
         if write_policy_card(run.folder, run.recipe, defined(metrics)) is None:
-            say("policy/README.md is not the run's own: kept as it is")
+            log("policy/README.md is not the run's own: kept as it is")
     except Exception as error:
-        say(f"no model card was written ({named_error(error)})")
+        log(f"no model card was written ({named_error(error)})")
 
 
-def _transferred(own: Made, moved: Made) -> dict[str, Any]:
+def _transferred(own: StageResult, moved: StageResult) -> dict[str, Any]:
     """Figures of the training pairs: those of the cuts, which count every drop, and those of the rewards."""
     rewards = {name: moved.results[name] for name in ("larger_groups_share", "lost_share")}
     return {**own.results["train_transfer"], **rewards, "held_out": own.results["held_out"]}

@@ -21,9 +21,9 @@ from sepo.data.splits import group_by_prompt, shared_prompts, split_pairs, take_
 from sepo.data.tables import write_table
 from sepo.errors import UserError, nearest
 from sepo.models.config import load_config
-from sepo.models.limits import Limits, check_ids, check_lengths, model_limits
+from sepo.models.limits import ModelLimits, check_ids, check_lengths, model_limits
 from sepo.models.tokenizer import load_tokenizer
-from sepo.processes import say
+from sepo.processes import log
 from sepo.recipe.settings import EMBEDDED_DATA, DataSettings, Recipe
 from sepo.stages.stage import Cost, Sizes, Stage
 
@@ -102,12 +102,12 @@ def prepare_data(
         train, held_out = split_pairs(table, held_out=number, sample=settings.sample, seed=seed)
     write_pairs(out / "train", train)
     write_pairs(out / "held_out", held_out)
-    say_reports(reports)
+    log_reports(reports)
     shared = shared_prompts(train, held_out)
     if shared:
-        say(f"  {shared:,} prompts are both trained on and held out: held-out figures are not of unseen prompts alone")
+        log(f"  {shared:,} prompts are both trained on and held out: held-out figures are not of unseen prompts alone")
     if settings.held_out and not len(held_out):
-        say(f"  data.held_out {settings.held_out:g} of {len(train):,} pairs is none: nothing will be evaluated")
+        log(f"  data.held_out {settings.held_out:g} of {len(train):,} pairs is none: nothing will be evaluated")
     return {
         "train": len(train),
         "held_out": len(held_out),
@@ -137,10 +137,10 @@ def read_sources(
     return table, held_out, reports
 
 
-def say_reports(reports: Mapping[str, DataReport]) -> None:
+def log_reports(reports: Mapping[str, DataReport]) -> None:
     """Say what became of the rows of each split."""
     for name, one in reports.items():
-        say(f"  {name}: {one.summary()}")
+        log(f"  {name}: {one.summary()}")
 
 
 ROLES = ("reference", "oracle", "policy")
@@ -174,7 +174,7 @@ def _models(recipe: Recipe, roles: Sequence[str]) -> list[tuple[str, str, str | 
     return [(role, *named[role]) for role in roles]
 
 
-def _limits(recipe: Recipe, roles: Sequence[str] = ROLES) -> list[tuple[str, Limits]]:
+def _limits(recipe: Recipe, roles: Sequence[str] = ROLES) -> list[tuple[str, ModelLimits]]:
     """Names and limits of models of the recipe, each once."""
     models = sorted({(name, revision) for _, name, revision in _models(recipe, roles)}, key=str)
     return [(name, model_limits(load_config(name, revision=revision))) for name, revision in models]
@@ -231,7 +231,7 @@ def held_out_data(settings: DataSettings, split: str | None) -> tuple[DataSettin
 def read_pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> pa.Table:
     """Read and tokenise one split without dividing it: what the stage commands work on."""
     table, report = _tokenize(settings, settings.split, tokenizer, progress)
-    say(f"  {settings.split}: {report.summary()}")
+    log(f"  {settings.split}: {report.summary()}")
     return table
 
 

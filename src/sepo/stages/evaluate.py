@@ -12,13 +12,13 @@ from sepo.errors import UserError
 from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.generate import responses_at_once
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.judges.in_run import check_judge, judge_content, judge_in_words
 from sepo.evaluate.measure import evaluate_run
-from sepo.forward.passes import tokens_per_row_for
+from sepo.forward.scoring import tokens_per_row_for
+from sepo.judging.in_run import check_judge, judge_content, judge_in_words
+from sepo.planning.memory import Reading
 from sepo.recipe.settings import Recipe
 from sepo.stages.logps import width_of
-from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Model, Sizes, Stage, Work
-from sepo.training.memory import Reading
+from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Model, Sizes, Stage, StageResult, Work
 from sepo.training.objectives import WITH_REFERENCE
 
 
@@ -39,10 +39,10 @@ def stage(
     recipe: Recipe,
     policy: Model,
     start: Model,
-    pairs: Made,
-    scores: Made,
-    selection: Made,
-    start_logps: Made | None,
+    pairs: StageResult,
+    scores: StageResult,
+    selection: StageResult,
+    start_logps: StageResult | None,
 ) -> Stage:
     """Everything that is measured about a run.
 

@@ -25,20 +25,20 @@ from sepo.data.tables import (
     table_paths,
     write_shard,
 )
-from sepo.errors import UserError, one_line, saying_what_is_kept
-from sepo.forward.passes import dataset_logps, tokens_per_row_for
+from sepo.errors import UserError, log_kept_on_interrupt, one_line
+from sepo.forward.scoring import dataset_logps, tokens_per_row_for
 from sepo.models.devices import choose_device, choose_dtype
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
-from sepo.processes import say
+from sepo.planning.memory import Reading
+from sepo.processes import log
 from sepo.recipe.settings import Recipe
-from sepo.stages.stage import Cost, Made, Model, ModelSize, Sizes, Stage, Work
-from sepo.training.memory import Reading
+from sepo.stages.stage import Cost, Model, ModelSize, Sizes, Stage, StageResult, Work
 
 PARTS = ("train", "held_out")
 
 
-def stage(recipe: Recipe, model: Model, pairs: Made, role: str) -> Stage:
+def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str) -> Stage:
     """Log-probabilities of the training pairs, and of the held-out ones in `held_out`.
 
     Args:
@@ -112,7 +112,7 @@ def logps_pass(
 
     total = sum(item["pairs"] for item in todo)
     bar = progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
-    with saying_what_is_kept(kept), bar:
+    with log_kept_on_interrupt(kept), bar:
         loaded = load_model(model, device=device, dtype=dtype, sharded=processes.read_sharded())
         for item in todo:
             index = item["index"]
@@ -147,7 +147,7 @@ def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -
             problems += [f"{stored} {problem}"] if stored.exists() else []
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        say(f"  {problems[0]}{more}: computed again")
+        log(f"  {problems[0]}{more}: computed again")
     for stale in (
         *(shard_path(out, item["index"]) for item in todo),
         *sorted(out.glob("part-*.parquet"))[len(paths) :],

@@ -21,10 +21,10 @@ from sepo.models.fingerprint import model_fingerprint
 from sepo.models.folders import adapter_base, is_adapter
 from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import load_tokenizer
-from sepo.processes import say_once
+from sepo.processes import log_once
 from sepo.recipe.settings import OracleSettings, Recipe
 from sepo.stages.score import check_rewards_file
-from sepo.stages.stage import Cost, Made, Model, Sizes, Stage
+from sepo.stages.stage import Cost, Model, Sizes, Stage, StageResult
 from sepo.stages.trained import training_need, training_work
 from sepo.training.check import check_training
 from sepo.training.fit import train_model
@@ -77,7 +77,7 @@ def _check_existing(recipe: Recipe) -> None:
     elif _as_it_is(recipe) and _same(str(recipe.oracle.model), base):
         raise UserError(f"the oracle '{folder}' is the reference: every token reward would be 0; name another model")
     if _as_it_is(recipe) and not _same(base, recipe.reference.model):
-        say_once(
+        log_once(
             f"  the oracle is an adapter of '{base}', the reference is '{recipe.reference.model}': the rewards are "
             "also of the difference between these two"
         )
@@ -108,7 +108,7 @@ def existing(settings: OracleSettings, reference: Model) -> Model | None:
 
 
 def stage(
-    recipe: Recipe, reference: Model, pairs: Made, reference_logps: Made, seed: int, swapped: bool = False
+    recipe: Recipe, reference: Model, pairs: StageResult, reference_logps: StageResult, seed: int, swapped: bool = False
 ) -> Stage:
     """One oracle, or its opposite on the `swapped` pairs; `seed` draws its pairs and their order (`seeds`)."""
     settings = recipe.oracle

@@ -15,9 +15,9 @@ from sepo.models.config import load_config
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, resolve_model
 from sepo.models.shrink import cut_config, shrink_model
+from sepo.planning.memory import fine_tuning_parts
 from sepo.recipe.settings import Recipe
 from sepo.stages.stage import Cost, Model, Sizes, Stage
-from sepo.training.memory import fine_tuning_parts
 from sepo.training.sft import check_sft, train_reference
 
 

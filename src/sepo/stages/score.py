@@ -18,10 +18,10 @@ from sepo.errors import UserError, one_line
 from sepo.evaluate.accuracy import oracle_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.gold import gold_reward
-from sepo.processes import say
+from sepo.processes import log
 from sepo.recipe.settings import OracleSettings, Recipe
 from sepo.stages.logps import PARTS, part_of
-from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Sizes, Stage
+from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Sizes, Stage, StageResult
 
 _TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
 
@@ -34,9 +34,9 @@ class Words(NamedTuple):
 
 
 def stage(
-    pairs: Made,
-    oracle_logps: Sequence[Made],
-    reference_logps: Made | Sequence[Made],
+    pairs: StageResult,
+    oracle_logps: Sequence[StageResult],
+    reference_logps: StageResult | Sequence[StageResult],
     words: Words | None = None,
 ) -> Stage:
     """Token rewards of all pairs, the mean over oracles, in `scores` and `scores_held_out`.
@@ -46,8 +46,10 @@ def stage(
         words: to judge the rewards by the words of a gold reward as well.
     """
 
-    one = isinstance(reference_logps, Made)
-    references = [reference_logps] * len(oracle_logps) if isinstance(reference_logps, Made) else list(reference_logps)
+    one = isinstance(reference_logps, StageResult)
+    references = (
+        [reference_logps] * len(oracle_logps) if isinstance(reference_logps, StageResult) else list(reference_logps)
+    )
 
     def work(folder: Path) -> dict[str, Any]:
         for part in PARTS:
@@ -71,7 +73,7 @@ def stage(
     )
 
 
-def given_stage(settings: OracleSettings, pairs: Made, words: Words | None = None) -> Stage:
+def given_stage(settings: OracleSettings, pairs: StageResult, words: Words | None = None) -> Stage:
     """Token rewards that were made elsewhere, in `scores` and `scores_held_out` (the pairs of these that it has)."""
     source, names = Path(str(settings.rewards)), settings.reward_columns
     given = processes.on_main(lambda: check_rewards_file(source, names))
@@ -169,14 +171,14 @@ def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path
     except UserError:
         clear_shards(out)
         raise
-    _say_if_swapped(oracle_accuracy(read_table(out, "scores")))
+    _log_if_swapped(oracle_accuracy(read_table(out, "scores")))
     return out
 
 
-def _say_if_swapped(accuracy: dict[str, float]) -> None:
+def _log_if_swapped(accuracy: dict[str, float]) -> None:
     value, error = accuracy["oracle/accuracy"], accuracy["oracle/accuracy_se"]
     if value < 0.5 - 3 * error:
-        say(
+        log(
             f"  the oracle prefers the rejected response in {1 - value:.0%} of these pairs: are oracle and reference "
             "swapped, or the labels?"
         )

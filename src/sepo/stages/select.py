@@ -8,14 +8,14 @@ from typing import Any
 import pyarrow as pa
 
 from sepo import processes
-from sepo.credit.evidence import label_statistics
+from sepo.credit.label_log_odds import label_statistics
 from sepo.credit.rewards import require_rewards
 from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens
 from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import PAIR_WEIGHT, clear_shards, read_shard, read_table, table_paths, write_shard
 from sepo.errors import UserError
 from sepo.recipe.settings import Recipe, SelectSettings
-from sepo.stages.stage import SCORES, Cost, Made, Sizes, Stage
+from sepo.stages.stage import SCORES, Cost, Sizes, Stage, StageResult
 
 
 def check(recipe: Recipe) -> None:
@@ -33,7 +33,7 @@ def settings_of(recipe: Recipe) -> SelectSettings:
     return SelectSettings(k_chosen=1, k_rejected=1, include_end=True, credit="reward", confidence=confidence)
 
 
-def stage(settings: SelectSettings, scores: Made, seed: int) -> Stage:
+def stage(settings: SelectSettings, scores: StageResult, seed: int) -> Stage:
     """The selection of a score table; only a random one depends on the seed."""
     rule = settings.what_is_selected()
     rules = rule["rule_chosen"], rule["rule_rejected"]
@@ -62,7 +62,7 @@ def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0
             raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
         read_shard(path, "scores")  # all of it is sound before the old selection goes
     require_rewards(read_shard(path, "scores") for path in paths)
-    statistics = label_statistics(read_shard(path, "scores") for path in paths) if rule.get("evidence") else None
+    statistics = label_statistics(read_shard(path, "scores") for path in paths) if rule.get("label_log_odds") else None
     # A rule over the whole dataset is a threshold for each shard.
     shards = (read_shard(path, "scores") for path in paths)
     settings = dataset_thresholds(shards, k_chosen, k_rejected, statistics=statistics, **rule)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sepo.models.config import Shape
+    from sepo.planning.memory import Reading, Training
     from sepo.recipe.settings import LoraSettings, TrainingSettings
-    from sepo.training.memory import Reading, Training
 
 # Where the token rewards of the training pairs and of the held-out ones lie, for the stages that read them.
 SCORES, SCORES_HELD_OUT = "scores", "scores_held_out"
@@ -53,7 +53,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Made:
+class StageResult:
     """The output of a stage: where it lies, the digest of its content, the results, seconds and GB of its work."""
 
     folder: Path
@@ -81,7 +81,7 @@ class Model(NamedTuple):
         return {"weights": self.content, "tokenizer and generation config": self.usage}
 
     @classmethod
-    def of(cls, made: Made) -> Model:
+    def of(cls, made: StageResult) -> Model:
         """The model that a stage wrote."""
         return cls(str(made.folder), made.content)
 

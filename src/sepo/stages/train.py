@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sepo.data.fingerprints import say_if_templates_differ
+from sepo.data.fingerprints import log_if_templates_differ
 from sepo.data.tables import read_table
 from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization
@@ -15,7 +15,7 @@ from sepo.models.tokenizer import has_tokenizer
 from sepo.recipe.settings import Recipe
 from sepo.stages import select, transfer
 from sepo.stages.reference import model_in
-from sepo.stages.stage import Cost, Made, Model, Sizes, Stage, Work
+from sepo.stages.stage import Cost, Model, Sizes, Stage, StageResult, Work
 from sepo.stages.trained import training_need, training_work
 from sepo.training.check import check_training
 from sepo.training.fit import objective_settings, train_model
@@ -40,7 +40,7 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
             transfer.check(recipe)
         else:
             reference, own = transfer.tokenizers(recipe)
-            say_if_templates_differ(f"policy '{policy.model}'", own, f"reference '{recipe.reference.model}'", reference)
+            log_if_templates_differ(f"policy '{policy.model}'", own, f"reference '{recipe.reference.model}'", reference)
     start_model = recipe.policy if policy.model is not None else recipe.reference
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
 
@@ -62,7 +62,7 @@ def needs_reference(recipe: Recipe) -> bool:
     return recipe.policy.objective in WITH_REFERENCE
 
 
-def stage(recipe: Recipe, model: Model, selection: Made, logps: Made | None, seed: int) -> Stage:
+def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResult | None, seed: int) -> Stage:
     """The policy, trained on a selection table.
 
     Args:

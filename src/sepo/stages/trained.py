@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from sepo.forward.passes import tokens_per_row_for
+from sepo.forward.scoring import tokens_per_row_for
+from sepo.planning.memory import Training
 from sepo.recipe.settings import OracleSettings, PolicySettings
 from sepo.stages.stage import ModelSize, PairSizes, Sizes, Work
 from sepo.training.fit import epochs
-from sepo.training.memory import Training
 
 
 def training_work(

@@ -36,13 +36,13 @@ from sepo.data.vocabulary import TokenBytes, token_bytes
 from sepo.errors import UserError
 from sepo.models.folders import is_outline
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
-from sepo.processes import say
+from sepo.processes import log
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import Recipe, TransferSettings
 from sepo.stages import data
 from sepo.stages.logps import PARTS
 from sepo.stages.score import Words, words_found
-from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Made, Sizes, Stage
+from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Sizes, Stage, StageResult
 
 
 def needed(recipe: Recipe) -> bool:
@@ -76,7 +76,7 @@ def _readers(
     return token_bytes(both[0], names[0]), token_bytes(both[1], names[1])
 
 
-def pairs_stage(recipe: Recipe, pairs: Made) -> Stage:
+def pairs_stage(recipe: Recipe, pairs: StageResult) -> Stage:
     """The pairs under the policy's tokenizer, in `train` and `held_out`, those of `pairs` that can be carried over."""
     both = tokenizers(recipe)
     own = data.stage(recipe.data, both[1], recipe.seed)
@@ -100,17 +100,19 @@ def prepare_pairs(recipe: Recipe, pairs: Path, out: Path, progress: bool = True)
     names = recipe.reference.model, str(recipe.policy.model)
     readers = _readers(both, names)
     table, held_out, reports = data.read_sources(recipe.data, both[1], progress)
-    data.say_reports({f"{name}, the policy's tokens": report for name, report in reports.items()})
+    data.log_reports({f"{name}, the policy's tokens": report for name, report in reports.items()})
     results: dict[str, Any] = {"report": {name: report.to_dict() for name, report in reports.items()}}
     for part in PARTS:
         target = held_out if part == "held_out" and held_out is not None else table
         found = carry_table(pairs / part, "pairs", repeat(target), readers, out / part, names=names)
-        say(f"  {part}, under both tokenizers: {found.summary()}")
+        log(f"  {part}, under both tokenizers: {found.summary()}")
         results |= {part: found.kept, f"{part}_transfer": found.figures()}
     return results
 
 
-def stage(recipe: Recipe, scores: Made, pairs: Made, policy_pairs: Made, words: Words | None = None) -> Stage:
+def stage(
+    recipe: Recipe, scores: StageResult, pairs: StageResult, policy_pairs: StageResult, words: Words | None = None
+) -> Stage:
     """Token rewards under the policy's tokenizer, in `scores` and `scores_held_out`.
 
     Args:
@@ -127,16 +129,16 @@ def stage(recipe: Recipe, scores: Made, pairs: Made, policy_pairs: Made, words: 
         for part, table in (("train", SCORES), ("held_out", SCORES_HELD_OUT)):
             targets = iter_tables(policy_pairs.folder / part, "pairs")
             found = carry_table(
-                scores.folder / table, "scores", targets, readers, folder / table, settings.spread, names
+                scores.folder / table, "scores", targets, readers, folder / table, settings.allocation, names
             )
-            say(f"  {part}: {found.summary()}")
+            log(f"  {part}: {found.summary()}")
             if part == "train":
                 results |= found.figures()
         return results | words_found(folder / SCORES, words)
 
     return Stage(
         kind="transfer",
-        what=f"token rewards under the policy's tokenizer, by {settings.spread}",
+        what=f"token rewards under the policy's tokenizer, by {settings.allocation}",
         depends={
             "transfer": settings.model_dump(mode="json"),
             "scores": scores.content,
@@ -182,7 +184,7 @@ def carry_table(
     targets: Iterable[pa.Table],
     readers: tuple[TokenBytes, TokenBytes],
     out: Path,
-    spread: str = "bytes",
+    allocation: str = "bytes",
     names: tuple[str, str] = ("the table", "the policy"),
 ) -> TransferReport:
     """Carry a table of pairs or scores over to another tokenizer, shard by shard.
@@ -203,11 +205,11 @@ def carry_table(
         raise UserError(f"'{out}' holds the table itself: choose another folder for what is carried over")
     provenance = {"table": _digest(paths, kind), "tokenizer": provenance_of(read_schema(paths[0])).get("tokenizer")}
     if kind == "scores":
-        provenance["spread"] = spread
+        provenance["allocation"] = allocation
     clear_shards(out)
     total = TransferReport()
     for index, (path, target) in enumerate(zip(paths, targets, strict=False)):
-        table, report = carry(read_shard(path, kind), target, *readers, spread)
+        table, report = carry(read_shard(path, kind), target, *readers, allocation)
         own = {key: value for key, value in provenance_of(table).items() if key not in ("format", "version")}
         write_shard(out, index, with_provenance(table, kind, {**own, "transferred_from": provenance}), len(paths))
         total += report
@@ -235,4 +237,4 @@ def pairs_cost(recipe: Recipe, sizes: Sizes) -> Cost:
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """Arithmetic on tokens: seconds at most."""
-    return Cost(f"to the policy's tokens, by {recipe.transfer.spread}", sizes.of_policy.train.pairs)
+    return Cost(f"to the policy's tokens, by {recipe.transfer.allocation}", sizes.of_policy.train.pairs)

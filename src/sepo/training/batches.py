@@ -16,7 +16,7 @@ from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
 from sepo.data.tables import PAIR_WEIGHT, SCHEMAS, make_table, provenance_of
 from sepo.errors import UserError
 from sepo.forward.packing import Pair, read_length
-from sepo.forward.passes import make_batches, table_pairs
+from sepo.forward.scoring import make_batches, table_pairs
 
 NO_PAIR = -1
 

@@ -17,7 +17,7 @@ from sepo.errors import UserError
 from sepo.files import check_writable, differing_file, file_digests, flush, recover_folder, write_text
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.sharding import own_part
-from sepo.processes import say
+from sepo.processes import log
 from sepo.recipe.settings import TrainingSettings
 from sepo.training.logs import keep_logs
 from sepo.training.trainer import NonFiniteLossError
@@ -94,14 +94,14 @@ def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | N
         if not same:
             return None
         if problem := differing_file(out, state["files"]):
-            say(f"  {out}: {problem}; trained again")
+            log(f"  {out}: {problem}; trained again")
             return None
         results = {name: float(value) for name, value in state["results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     keep_logs(out)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of an attempt with other settings
-    say(f"  {out} stands already, made with the same model, data and settings: kept")
+    log(f"  {out} stands already, made with the same model, data and settings: kept")
     return results
 
 
@@ -157,7 +157,7 @@ def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
     text = json.dumps({**made_with, "sharding": processes.sharding()}, sort_keys=True, default=str)
     if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):
         if any(folder.glob("checkpoint-*")):  # Trainer makes the empty folder itself
-            say(f"  checkpoints in {folder} were made with other settings or data: removed")
+            log(f"  checkpoints in {folder} were made with other settings or data: removed")
         keep_logs(out)
         shutil.rmtree(folder)
     write_text(record, text)
@@ -165,8 +165,8 @@ def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
     for _, checkpoint in sorted(numbered.items(), reverse=True):
         problem = _checkpoint_problem(checkpoint)
         if problem is None:
-            say(f"  continuing from {checkpoint}")
+            log(f"  continuing from {checkpoint}")
             return str(checkpoint)
-        say(f"  {checkpoint}: {problem}; removed")
+        log(f"  {checkpoint}: {problem}; removed")
         shutil.rmtree(checkpoint)
     return None

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from sepo import processes
 from sepo.data.tables import table_digest
-from sepo.errors import Interrupted, UserError, one_line, saying_what_is_kept
+from sepo.errors import Interrupted, UserError, log_kept_on_interrupt, one_line
 from sepo.files import file_digests, replace_folder, write_json
 from sepo.models.devices import choose_device, fast_bfloat16
 from sepo.models.saving import save_model
@@ -168,7 +168,7 @@ def run_training(
     stopping = StopWhenAsked(signals)
     trainer.add_callback(stopping)
     log_into(trainer, out)
-    with signals, saying_what_is_kept(lambda: kept_of(out)):
+    with signals, log_kept_on_interrupt(lambda: kept_of(out)):
         results = _train(trainer, tokenizer, out, made_with, stopping)
         if asked_anywhere(signals):
             raise Interrupted(

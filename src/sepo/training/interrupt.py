@@ -47,7 +47,7 @@ class StopSignals:
         if not self.number:
             self.number = number
             with contextlib.suppress(RuntimeError):  # it came while this very line was being written
-                processes.say("  stopping with a checkpoint when this step is done; Ctrl-C again stops at once")
+                processes.log("  stopping with a checkpoint when this step is done; Ctrl-C again stops at once")
 
 
 class StopWhenAsked(TrainerCallback):

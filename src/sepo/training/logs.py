@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from sepo.errors import UserError, nearest
-from sepo.processes import say_once
+from sepo.processes import log_once
 
 LOGS = "logs"
 # Transformers says of these only when they are used whether they are there.
@@ -36,7 +36,7 @@ def reporters(report_to: str | Sequence[str]) -> list[str]:
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     installed = get_available_reporting_integrations()
     if "all" in names:
-        say_once(f"  report_to=all: {', '.join(installed) or 'no reporter is installed, so nothing is reported'}")
+        log_once(f"  report_to=all: {', '.join(installed) or 'no reporter is installed, so nothing is reported'}")
         return installed
     names = [name for name in names if name != "none"]
     for name in names:

@@ -34,8 +34,8 @@ from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import PackedBatch, Pair
-from sepo.forward.passes import dataset_logps, read_like, require_readable, tokens_per_row_for
 from sepo.forward.prepare import prepare_model, training_noise
+from sepo.forward.scoring import dataset_logps, read_like, require_readable, tokens_per_row_for
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import gather_by_block, sharded_twin
@@ -51,8 +51,8 @@ from sepo.training.batches import (
     whole_responses,
     with_baselines,
 )
+from sepo.training.dropout import adapter_modules, as_configured, disable_dropout, noisy_parts, train_quietly
 from sepo.training.logs import reporters
-from sepo.training.noise import adapter_modules, as_configured, noisy_parts, silence, train_quietly
 from sepo.training.objectives import (
     OBJECTIVES,
     REWARDED,
@@ -211,7 +211,7 @@ class PreferenceTrainer(Trainer):
         # Whether stored log-probabilities of a reference are said to be those of the model as it is given.
         self.reference_is_start = reference_logps is None
         self._start_checked = False
-        self._silenced = silence(model)
+        self._silenced = disable_dropout(model)
         self._noisy_parts = noisy_parts(model)
         adapters = adapter_modules(model)
         self._adapters_draw = any(isinstance(one, nn.Dropout) and one.p > 0 for one in adapters)
@@ -262,7 +262,7 @@ class PreferenceTrainer(Trainer):
                 as_chat=args.as_chat,
                 chat_template_kwargs=args.chat_template_kwargs,
             )
-            processes.say(report.summary())
+            processes.log(report.summary())
         # A table of scores has the columns of pairs too, but whoever trains on key tokens has forgotten to select them.
         kinds = ("selection",) if "chosen_rewards" in data.column_names and args.objective in SELECTIVE else ("pairs",)
         data = require_table(f"{part}_dataset", data, *kinds)
@@ -370,7 +370,7 @@ class PreferenceTrainer(Trainer):
         )
         if self.reference_is_start:
             raise UserError(f"{text}the model is not what the reference was read from, or draws at random in training")
-        processes.say(f"{text}the reference is another model than the one that is trained")
+        processes.log(f"{text}the reference is another model than the one that is trained")
 
     def _batch_loss(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None, mode: str) -> Tensor:
         """Losses of the pairs of one packed batch; its metrics are added to the running ones of `mode`, if any."""

@@ -1,0 +1,272 @@
+"""A frozen model over a dataset: the log-probability of every response token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from sepo import processes
+from sepo.credit.rewards import response_sums
+from sepo.data.ragged import SIDES, Ragged, ragged
+from sepo.data.tables import PAIR_WEIGHT, check_pairs_differ, make_table, provenance_of, require_table
+from sepo.errors import check_number
+from sepo.forward.logps import read_logps
+from sepo.forward.packing import (
+    CHOSEN,
+    REJECTED,
+    Ids,
+    PackedBatch,
+    Pair,
+    fill_padded_rows,
+    fill_rows,
+    pack,
+    pad,
+    read_length,
+)
+from sepo.forward.prepare import prepare_model
+from sepo.models.adapters import causal_lm
+from sepo.models.limits import check_ids, check_lengths, model_limits
+from sepo.models.sharding import is_sharded
+
+# Of each layout that `prepare_model` names: how pairs are divided into batches, and how a batch is laid out. What is
+# read alone comes a pair a batch: processes that wait for each other in each forward then do as many.
+LAYOUTS: dict[str, tuple[Callable[[Sequence[Pair], int], list[list[Pair]]], Callable[[Sequence[Pair]], PackedBatch]]]
+LAYOUTS = {
+    "packed": (fill_rows, pack),
+    "padded": (fill_padded_rows, pad),
+    "unbatched": (lambda pairs, tokens_per_row: [[pair] for pair in pairs], partial(pad, unbatched=True)),
+}
+# In training; without gradients a row may be larger, as nothing is kept for a backward pass.
+TOKENS_PER_ROW = {"cpu": 512, "cuda": 16384, "mps": 4096}
+
+
+class NonFiniteError(RuntimeError):
+    """A log-probability is NaN or infinite; the message names the pairs."""
+
+
+class TablePairs(Sequence[Pair]):
+    """The rows of a table as `Pair`s, made when they are asked for.
+
+    Their ids are views of the table's buffers: as Python numbers they would take ten times the memory, in every
+    process, and a worker of a DataLoader would copy them by counting references.
+
+    Attributes:
+        pair_ids: `[pairs]`.
+        weights: `[pairs]`, of the pairs' losses; None where all are 1.
+        columns: the other fields of `Pair` that the table has, by name; `columns["chosen_ids"].lengths` counts tokens
+            without making a `Pair`.
+    """
+
+    def __init__(self, table: pa.Table):
+        self.pair_ids = table.column("pair_id").to_numpy()
+        self.weights = table.column(PAIR_WEIGHT).to_numpy() if PAIR_WEIGHT in table.column_names else None
+        names = [name for name in Pair.__dataclass_fields__ if name != "pair_id" and name in table.column_names]
+        self.columns = {name: Ragged(table.column(name)) for name in names}
+
+    def __len__(self) -> int:
+        return len(self.pair_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its responses; 0 without a pair."""
+        prompt, chosen, rejected = (self.columns[f"{part}_ids"].lengths for part in ("prompt", *SIDES))
+        return int((prompt + np.maximum(chosen, rejected)).max(initial=0))
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Pair]: ...
+    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        fields: dict[str, Any] = {name: column[index] for name, column in self.columns.items()}
+        if self.weights is not None:
+            fields["weight"] = float(self.weights[index])
+        return Pair(int(self.pair_ids[index]), **fields)
+
+
+def table_pairs(table: pa.Table) -> TablePairs:
+    """Read the rows of a pairs, scores or selection table as `Pair`s (selection positions and weights included)."""
+    check_pairs_differ(table)
+    return TablePairs(table)
+
+
+def make_batches(pairs: Sequence[Pair], layout: str, tokens_per_row: int) -> list[PackedBatch]:
+    """Lay out a set of pairs as batches of at most `tokens_per_row` tokens each (a longer pair is alone).
+
+    Args:
+        layout: what `prepare_model` returned.
+    """
+    fill, lay_out = LAYOUTS[layout]
+    return [lay_out(row) for row in fill(pairs, tokens_per_row)]
+
+
+def tokens_per_row_for(device: torch.device | str, scoring: bool = False) -> int:
+    """The token budget of a row that measured best on a kind of device (docs/performance.md)."""
+    kind = torch.device(device).type
+    budget = TOKENS_PER_ROW.get(kind, 4096)
+    return 8 * budget if scoring and kind == "cpu" else budget
+
+
+def numerics(model: nn.Module) -> dict[str, str | None]:
+    """What rounds the log-probabilities that are read from a model here and now.
+
+    Two models may stand in one log-ratio only where these are equal: between float32 and bfloat16 the sum over a
+    response is off by about a nat, as much as a training moves it.
+
+    Returns:
+        `dtype` of the weights ("float32", "bfloat16 4bit"), kind of `device`, and `autocast`'s dtype, None without it.
+    """
+    lm = causal_lm(model)
+    weight = next(lm.get_input_embeddings().parameters())
+    kind = weight.device.type
+    quantized = " 4bit" if getattr(lm, "is_quantized", False) else ""
+    autocast = _name(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    return {"dtype": _name(weight.dtype) + quantized, "device": kind, "autocast": autocast}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_like(logps: pa.Table, model: nn.Module) -> bool:
+    """Whether stored log-probabilities were read as those of `model` would be now (`numerics`)."""
+    found = provenance_of(logps)
+    return all(found.get(name) == value for name, value in numerics(model).items())
+
+
+def require_readable(model: nn.Module, pairs: pa.Table) -> None:
+    """Raise a UserError if a model has no embedding for an id of the pairs, or no position for a token."""
+    lm = causal_lm(model)
+    limits, name = model_limits(lm), lm.config.name_or_path or type(lm).__name__
+    check_ids(pairs, name, limits)
+    check_lengths(pairs, name, limits)
+
+
+def _own_rows(rows: list[list[Pair]], over_processes: bool, sharded: bool) -> list[tuple[list[Pair], bool]]:
+    """The rows that this process reads, and whether each counts: one that keeps up with the others does not."""
+    if not over_processes:
+        return [(row, True) for row in rows]
+    number = processes.size()
+    own = [(row, True) for row in rows[processes.rank() :: number]]
+    if sharded and len(own) < -(-len(rows) // number):
+        own.append(([min((pair for row in rows for pair in row), key=read_length)], False))
+    return own
+
+
+def summed_logps(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    responses: Sequence[Ids],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Summed log-probability of a response to each prompt under a model that reads it, `[responses]` in nats.
+
+    Args:
+        prompts, responses: token ids, as many of one as of the other.
+        progress: as in `dataset_logps`.
+    """
+    return response_sums(dataset_logps(model, single_responses(prompts, responses), progress=progress), "logps")[0]
+
+
+def single_responses(prompts: Sequence[Ids], responses: Sequence[Ids]) -> pa.Table:
+    """A response to each prompt as a table of kind "pairs", for a model to read: they are its chosen side."""
+    return make_table(
+        "pairs",
+        {
+            "pair_id": list(range(len(responses))),
+            "prompt_ids": list(prompts),
+            "chosen_ids": list(responses),
+            # A pair needs a second side; the first token alone is a branch that adds no tokens to read.
+            "rejected_ids": [response[:1] for response in responses],
+        },
+    )
+
+
+@torch.no_grad()
+def dataset_logps(
+    model: nn.Module,
+    pairs: pa.Table,
+    *,
+    tokens_per_row: int | None = None,
+    provenance: dict | None = None,
+    progress: Callable[[int], None] | None = None,
+    over_processes: bool = False,
+) -> pa.Table:
+    """Log-probability of every response token of `pairs` under a frozen model.
+
+    Args:
+        model: a causal LM, on its device.
+        pairs: a table with the columns of kind "pairs".
+        tokens_per_row: token budget of a packed row; a default for the device if None.
+        progress: called with the number of pairs finished since the last call.
+        over_processes: share the packed rows among the processes of the launch, all of which must call this and get
+            the whole table. The rows are those of one process, so the numbers are too. A model that is cut up over the
+            processes is always read so.
+
+    Returns:
+        a table of kind "logps", row for row with `pairs`; its provenance holds the model's `numerics`.
+
+    Raises:
+        NonFiniteError: a log-probability is NaN or infinite.
+        UserError: an id or a length that the model cannot read.
+    """
+    require_table("pairs", pairs, "pairs")
+    if tokens_per_row is not None:
+        check_number("tokens_per_row", tokens_per_row, whole=True, least=1)
+    require_readable(model, pairs)
+    device = next(model.parameters()).device
+    budget = tokens_per_row or tokens_per_row_for(device, scoring=True)
+    rows = table_pairs(pairs.select(["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]))
+    sharded = is_sharded(model)
+    over_processes = over_processes or sharded
+    layout = prepare_model(model, longest=rows.longest, tokens_per_row=budget)
+    fill, lay_out = LAYOUTS[layout]
+    lengths = np.stack([rows.columns[f"{side}_ids"].lengths for side in SIDES], axis=1)  # [pairs, 2]
+    starts = np.zeros_like(lengths)
+    np.cumsum(lengths[:-1], axis=0, out=starts[1:])
+    totals = lengths.sum(0)
+    out = [np.zeros(totals[CHOSEN], np.float32), np.zeros(totals[REJECTED], np.float32)]
+    row_of = {pair_id: index for index, pair_id in enumerate(rows.pair_ids.tolist())}
+
+    training = model.training
+    model.eval()
+    try:
+        for row, counts in _own_rows(fill(rows, budget), over_processes, sharded):
+            batch = lay_out(row)
+            values = read_logps(model, batch.to(device)).float().cpu().numpy()
+            if not counts:
+                continue
+            if not np.isfinite(values).all():
+                bad = np.unique(batch.segments.numpy()[~np.isfinite(values)] // 2)
+                ids = [batch.pair_ids[index] for index in bad]
+                raise NonFiniteError(f"log-probabilities of pair {ids[0]} (of {len(ids)} pairs) are not finite")
+            at = 0
+            for pair_id in batch.pair_ids:
+                index = row_of[pair_id]
+                for side in (CHOSEN, REJECTED):
+                    size, start = lengths[index, side], starts[index, side]
+                    out[side][start : start + size] = values[at : at + size]
+                    at += size
+            if progress:
+                progress(batch.num_pairs)
+    finally:
+        model.train(training)
+    if over_processes:
+        out = [processes.add_up(values) for values in out]
+    return make_table(
+        "logps",
+        {
+            "pair_id": pairs.column("pair_id"),
+            "chosen_logps": ragged(out[CHOSEN], lengths[:, CHOSEN]),
+            "rejected_logps": ragged(out[REJECTED], lengths[:, REJECTED]),
+        },
+        {**{name: value for name, value in numerics(model).items() if value is not None}, **(provenance or {})},
+    )

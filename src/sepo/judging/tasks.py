@@ -1,0 +1,213 @@
+"""Did it forget? Tasks of lm-evaluation-harness on the policy and on the model that it started from.
+
+The harness (package lm_eval, extra `tasks`) reads the models through its own Transformers wrapper and decides all about
+a task: prompts, scores, errors. What is added here is the difference, over the same documents where the harness says
+what each scored.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from sepo import processes
+from sepo.errors import UserError, named_error, nearest
+from sepo.evaluate.statistics import paired_difference
+from sepo.files import file_digest, write_json
+
+RESULTS = "results.json"
+_INSTALL = 'pip install "sepo[tasks]"'
+# Rounds of the bootstrap, of scores that are no mean over documents; means have a formula.
+_BOOTSTRAP = 1000
+_FILES = (".yaml", ".yml")
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise a UserError for tasks that cannot be run: no harness, or no such task; nothing is downloaded.
+
+    To look a name up the harness reads all of its tasks, which takes it some seconds; a YAML file needs no look.
+    """
+    if not names:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"eval.tasks needs lm-evaluation-harness: {_INSTALL}, or leave eval.tasks out")
+    if len(set(names)) < len(names):
+        raise UserError(f"eval.tasks names a task twice: {', '.join(names)}")
+    for name in names:
+        if _is_file(name) and not Path(name).is_file():
+            raise UserError(f"eval.tasks: there is no file '{name}'; expected a task's YAML file, or a task's name")
+    if looked_up := [name for name in names if not _is_file(name)]:
+        known = _manager(names).task_index
+        for name in looked_up:
+            if name not in known:
+                raise UserError(f"eval.tasks: lm-evaluation-harness has no task '{name}'{nearest(name, known)}")
+
+
+def tasks_content(names: Sequence[str]) -> dict[str, str]:
+    """What the results of tasks depend on beside the models: the harness's version, and the content of files."""
+    files = {name: file_digest(Path(name)) for name in names if _is_file(name)}
+    return {"lm_eval": metadata.version("lm_eval"), **files}
+
+
+def run_tasks(
+    names: Sequence[str],
+    policy: str,
+    base: str,
+    load: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Run tasks on a policy and on the model that it started from, one after the other.
+
+    Args:
+        names: tasks, groups and tags of the harness, or YAML files of tasks.
+        policy, base: model folders.
+        load: a folder -> the model on its device.
+        out: folder for `results.json`, what the harness says of both.
+        limit: documents of each task at most.
+
+    Returns:
+        flat metrics, as `task_metrics`.
+
+    Raises:
+        UserError: a task cannot be set up, such as one whose data set cannot be had.
+    """
+    found = {}
+    for role, folder in (("base", base), ("policy", policy)):
+        processes.log(f"  {len(names)} tasks with {role}")
+        found[role] = _evaluate(names, load(folder), tokenizer, limit, batch_size, seed)
+    kept = ("results", "groups", "versions", "n-shot", "n-samples", "lm_eval_version")
+    write_json(out / RESULTS, {role: {key: one.get(key) for key in kept} for role, one in found.items()}, indent=1)
+    return task_metrics(found["base"], found["policy"], names)
+
+
+def task_metrics(base: Mapping[str, Any], policy: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """What the harness found of two models, as flat metrics.
+
+    Args:
+        base, policy: results of `lm_eval.simple_evaluate` with samples, of the same tasks.
+        names: that were asked for: a group stands for itself alone, a tag or a file for the tasks in it.
+
+    Returns:
+        for each score of each task `NAME/SCORE/base` and `/policy` with their `_se`, `/difference` (policy − base) with
+        its `_se`, and `NAME/documents`. The error of a difference is that of the paired differences where every
+        document has a score whose mean is the task's, else that of two independent figures, which is larger.
+    """
+    metrics: dict[str, float] = {}
+    for task in _rows(base, names):
+        before, after = base["results"][task], policy["results"].get(task, {})
+        for key, value in before.items():
+            score, comma, filtered = key.partition(",")
+            other = after.get(key)
+            if not comma or score.endswith("_stderr") or not _is_number(value) or not _is_number(other):
+                continue
+            name = f"{task}/{score}" + ("" if filtered == "none" else f"-{filtered}")
+            errors = [one.get(f"{score}_stderr,{filtered}") for one in (before, after)]
+            for role, figure, error in zip(("base", "policy"), (value, other), errors, strict=True):
+                metrics[f"{name}/{role}"] = float(figure)
+                if _is_number(error):
+                    metrics[f"{name}/{role}_se"] = float(error)
+            metrics[f"{name}/difference"] = float(other) - float(value)
+            paired = _paired_error(base, policy, task, score, filtered)
+            if paired is None and all(map(_is_number, errors)):
+                paired = math.hypot(*errors)
+            if paired is not None:
+                metrics[f"{name}/difference_se"] = paired
+        if _is_number(number := (base.get("n-samples") or {}).get(task, {}).get("effective")):
+            metrics[f"{task}/documents"] = float(number)
+    return metrics
+
+
+def _rows(found: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The tasks to speak of: those asked for by name, and of a tag or a file all that stand in no group asked for."""
+    results = found["results"]
+    asked = [name for name in names if name in results]
+    if len(asked) == len(names):
+        return asked
+    inside: set[str] = set()
+    waiting = list(asked)
+    while waiting:
+        children = (found.get("group_subtasks") or {}).get(waiting.pop(), [])
+        waiting += [child for child in children if child not in inside]
+        inside |= set(children)
+    return [*asked, *(name for name in results if name not in asked and name not in inside)]
+
+
+def _paired_error(
+    base: Mapping[str, Any], policy: Mapping[str, Any], task: str, score: str, filtered: str
+) -> float | None:
+    """Standard error of the mean difference of a score over the documents; None where documents have no such score."""
+    sides = []
+    for found in (base, policy):
+        samples = (found.get("samples") or {}).get(task) or []
+        scores = {
+            sample["doc_id"]: sample.get(score) for sample in samples if sample.get("filter", "none") == filtered
+        }  # fmt: skip
+        if len(scores) < 2 or not all(map(_is_number, scores.values())):
+            return None
+        mean = sum(map(float, scores.values())) / len(scores)
+        if not math.isclose(mean, found["results"][task][f"{score},{filtered}"], rel_tol=1e-6, abs_tol=1e-9):
+            return None  # put together otherwise: an F1, a perplexity
+        sides.append(scores)
+    before, after = sides
+    if before.keys() != after.keys():
+        return None
+    documents = list(before)
+    return paired_difference([after[one] for one in documents], [before[one] for one in documents], documents)[1]
+
+
+def _evaluate(
+    names: Sequence[str],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What the harness says of one model."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    _quiet()
+    manager = _manager(names)
+    try:
+        manager.load(list(names))  # data sets are read here
+    except Exception as error:  # whatever data sets and foreign YAML may raise
+        raise UserError(f"eval.tasks: a task cannot be set up ({named_error(error)})") from None
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return simple_evaluate(
+        wrapped, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=True,
+        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+    )  # fmt: skip
+
+
+def _manager(names: Sequence[str]) -> Any:
+    """The harness's index of tasks; of files alone it need not read its own."""
+    from lm_eval.tasks import TaskManager
+
+    _quiet()
+    return TaskManager(include_defaults=not all(map(_is_file, names)))
+
+
+def _quiet() -> None:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(_FILES)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

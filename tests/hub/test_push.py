@@ -1,0 +1,259 @@
+"""A run on the hub: its card is true and harmless, what is uploaded is whole, and the run stays what it was."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from types import SimpleNamespace
+from unittest.mock import create_autospec
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import load_dataset
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from sepo.cli import main
+from sepo.data.tables import read_table
+from sepo.hub import push
+from tiny_models import tiny_model, tiny_tokenizer
+
+WILD = "<script>alert(1)</script> | [x](http://evil.example) ![i](//e.example/p) @all `c` www.evil.example"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run, whose prompts are as bad as Markdown can have them."""
+    folder = tmp_path_factory.mktemp("hub")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "model" / "README.md").write_text("---\nlicense: mit\n---\n# a model\n")
+    rows = [{"prompt": f"{WILD} {i}?", "chosen": f"Yes, {i}!", "rejected": f"no {i} here"} for i in range(20)]
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(
+        f"""
+name: tiny
+output_dir: {folder / "run"}
+data: {{source: {folder / "prefs.jsonl"}, held_out: 5, as_chat: true}}
+reference: {{model: {folder / "model"}}}
+device: cpu
+oracle: {{training: {{learning_rate: 0.002, batch_size: 8}}}}
+policy: {{lora: {{r: 2}}, training: {{learning_rate: 0.001, batch_size: 8, arguments: {{hub_token: hf_secret}}}}}}
+eval: {{gold: vader, prompts: 3, max_new_tokens: 4, examples: 2}}
+"""
+    )
+    assert main(["run", str(folder / "recipe.yaml")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def specified():
+    return create_autospec(HfApi, instance=True)
+
+
+@pytest.fixture
+def hub(monkeypatch, specified):
+    """huggingface_hub's API with nothing behind it: its signatures are kept, its calls recorded."""
+    api = specified
+    api.reset_mock(side_effect=True, return_value=True)
+    api.create_repo.return_value = "https://huggingface.co/me/mine"
+    api.repo_info.return_value = SimpleNamespace(private=True)
+    api.list_repo_files.return_value = []
+    api.files = {}
+
+    def commit(repo_id, operations, **kwargs):
+        for one in operations:
+            if isinstance(one, CommitOperationAdd):
+                with one.as_file() as file:  # temporary ones are gone afterwards
+                    api.files[one.path_in_repo] = file.read()
+            else:
+                assert isinstance(one, CommitOperationDelete)
+                api.files[one.path_in_repo] = None
+
+    api.create_commit.side_effect = commit
+    monkeypatch.setattr(push, "HfApi", lambda: api)
+    return api
+
+
+def stages_done(capsys) -> list[str]:
+    lines = capsys.readouterr().err.splitlines()
+    return [line.split("]")[0][1:] for line in lines if line.startswith("[") and line.endswith(" s")]
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_card_is_beside_the_policy_and_no_text_of_the_data_is_markup_in_it(finished):
+    text = (finished / "run" / "policy" / "README.md").read_text()
+    head = front_matter(text)
+    assert head["library_name"] == "peft"
+    assert head["license"] == "mit"
+    assert "base_model" not in head  # it was a folder of this machine
+    assert "AutoPeftModelForCausalLM" in text
+    body = text.split("## Before and after")[1].split("## Settings")[0]
+    assert "alert" in body  # the prompt is shown, ...
+    for markup in ("<script", "[x]", "http://", "www.", "@all", "`c`"):
+        assert markup not in body, markup  # ... as text
+    assert {row.count("|") for row in body.splitlines() if row.startswith("| ")} == {4}
+    metrics = json.loads((finished / "run" / "metrics.json").read_text())
+    row = next(line for line in text.splitlines() if line.startswith("| gold reward, difference"))
+    value, error = metrics["gold_reward/difference"], metrics["gold_reward/difference_se"]
+    low, high = (float(part) for part in row.split("|")[3].split(" to "))
+    assert (low + high) / 2 == pytest.approx(value, abs=1e-3)
+    assert (high - low) / 2 == pytest.approx(1.96 * error, abs=1e-3)
+    assert str(finished) not in text  # no folder of this machine
+    assert "hf_secret" not in text
+
+
+def test_a_card_changes_nothing_that_stages_depend_on(finished, tmp_path, capsys):
+    recipe = ["run", str(finished / "recipe.yaml")]
+    card = finished / "run" / "policy" / "README.md"
+    capsys.readouterr()
+    assert main(recipe) == 0
+    assert stages_done(capsys) == []
+    written = card.read_text()
+    card.write_text("My own words.")
+    assert main(recipe) == 0
+    assert stages_done(capsys) == []
+    assert card.read_text() == "My own words."
+    # A manifest that is lost looks at every stage again: what stands is recorded again, the same.
+    manifest = finished / "run" / "manifest.json"
+    before = json.loads(manifest.read_text())["stages"]["train"]
+    assert "policy/README.md" not in before["files"]
+    shutil.copytree(finished / "run", tmp_path / "run")
+    lost = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    del lost["stages"]["train"]
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(lost))
+    capsys.readouterr()
+    assert main([*recipe, f"output_dir={tmp_path / 'run'}"]) == 0
+    assert stages_done(capsys) == ["train"]
+    again = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["train"]
+    assert again["content"] == before["content"]
+    card.write_text(written)
+
+
+def test_a_card_that_cannot_be_written_fails_no_run(finished, capsys, monkeypatch):
+    monkeypatch.setattr("sepo.hub.card.front_matter", lambda *_: 1 / 0)
+    assert main(["run", str(finished / "recipe.yaml")]) == 0
+    assert "no model card was written (ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_what_would_be_uploaded_and_asks_nobody(finished, hub, capsys):
+    run = str(finished / "run")
+    assert main(["push", run, "--to", "me/mine", "--base", "org/base", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer.json"):
+        assert name in shown
+    assert "trainer_state.json" not in shown
+    assert main(["push", run, "--to", "me/mine", "--what", "scores", "--dry-run"]) == 0
+    assert "15 pairs" in capsys.readouterr().out
+    assert hub.mock_calls == []
+
+
+def test_a_policy_goes_up_with_its_card_and_a_base_that_others_have(finished, hub, capsys):
+    run = str(finished / "run")
+    hub.list_repo_files.return_value = ["model.safetensors", "config.json", "notes.json", "README.md"]
+    assert main(["push", run, "--to", "me/mine", "--base", "org/base", "--license", "apache-2.0", "--private"]) == 0
+    assert "huggingface.co/me/mine" in capsys.readouterr().out
+    assert hub.create_repo.call_args.kwargs == {"repo_type": "model", "private": True, "exist_ok": True}
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert hub.files["adapter_model.safetensors"] == (finished / "run/policy/adapter_model.safetensors").read_bytes()
+    # of an earlier upload of a whole model, which would be read instead; not what somebody else put there
+    assert {name for name, content in hub.files.items() if content is None} == {"model.safetensors", "config.json"}
+    text = hub.files["README.md"].decode()
+    head = front_matter(text)
+    assert (head["base_model"], head["base_model_relation"]) == ("org/base", "adapter")
+    assert head["license"] == "apache-2.0"
+    assert 'name = "me/mine"' in text
+    assert not any(str(finished).encode() in content for content in hub.files.values() if content)
+
+
+def test_an_oracle_goes_up_as_a_model(finished, hub):
+    assert main(["push", str(finished / "run"), "--to", "me/oracle", "--what", "oracle"]) == 0
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
+    assert front_matter(hub.files["README.md"].decode())["library_name"] == "transformers"
+    assert not any(str(finished).encode() in content for content in hub.files.values())
+
+
+def test_token_rewards_go_up_as_a_dataset_that_others_can_read(finished, hub, tmp_path):
+    assert main(["push", str(finished / "run"), "--to", "me/rewards", "--what", "scores"]) == 0
+    assert hub.create_repo.call_args.kwargs["repo_type"] == "dataset"
+    assert set(hub.files) == {
+        "README.md", "data/train-00000-of-00001.parquet", "data/held_out-00000-of-00001.parquet"
+    }  # fmt: skip
+    for name, content in hub.files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    # read as a stranger would: by the card alone
+    data = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    found = {split: (len(data[split]), [data[split][0], data[split][1]]) for split in data}
+    assert {split: rows for split, (rows, _) in found.items()} == {"train": 15, "held_out": 5}
+    row = found["train"][1][0]
+    selection = read_table(finished / "run" / "selection", "selection").to_pylist()[0]
+    scores = read_table(finished / "run" / "scores", "scores").to_pylist()[0]
+    assert row["pair_id"] == selection["pair_id"]
+    assert row["prompt"] == tiny_tokenizer().decode(scores["prompt_ids"])
+    assert WILD in row["prompt"]
+    for side in ("chosen", "rejected"):
+        assert "".join(row[f"{side}_tokens"]) == row[side]  # one character a token
+        assert row[f"{side}_rewards"] == scores[f"{side}_rewards"]
+        kept = [i for i, weight in enumerate(row[f"{side}_weights"]) if weight]
+        assert kept == selection[f"{side}_positions"]
+        assert found["held_out"][1][0][f"{side}_weights"] is None
+    assert [row["pair_weight"] for row in found["train"][1] + found["held_out"][1]] == [1, 1, None, None]
+    table = pq.read_table(io.BytesIO(hub.files["data/train-00000-of-00001.parquet"]))
+    assert table.column("chosen_tokens").type.value_type == "string"
+
+
+def answered(code):
+    return HfHubHTTPError("no", response=SimpleNamespace(status_code=code, headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--to", "mine"], "expected ORG/NAME"),
+        (["--to", "../x/y"], "expected ORG/NAME"),
+        (["--to", "me/mine"], "--base ORG/NAME"),  # an adapter of a folder here
+        (["--to", "me/mine", "--what", "oracle", "--base", "b"], "expected ORG/NAME"),
+    ],
+)
+def test_what_cannot_be_uploaded_ends_in_one_line_before_anybody_is_asked(arguments, says, finished, hub, capsys):
+    assert main(["push", str(finished / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert hub.mock_calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (LocalTokenNotFoundError("none"), "hf auth login"),
+        (answered(401), "hf auth login"),
+        (answered(403), "may not write"),
+        (answered(500), "run the command again"),
+        (ConnectionError("no network"), "run the command again"),
+    ],
+)
+def test_what_the_hub_refuses_ends_in_one_line(error, says, finished, hub, capsys):
+    hub.create_repo.side_effect = error
+    assert main(["push", str(finished / "run"), "--to", "me/mine", "--what", "oracle"]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_nothing_goes_to_a_public_repository_where_a_private_one_was_asked_for(finished, hub, capsys):
+    hub.repo_info.return_value = SimpleNamespace(private=False)
+    assert main(["push", str(finished / "run"), "--to", "me/mine", "--what", "scores", "--private"]) == 2
+    assert "public" in capsys.readouterr().err
+    assert hub.files == {}
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+    assert main(["push", str(tmp_path), "--to", "me/mine", "--dry-run"]) == 2
+    assert "no finished run" in capsys.readouterr().err

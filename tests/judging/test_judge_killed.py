@@ -1,0 +1,168 @@
+"""A run that is killed while it answers and while it is judged: what was finished or paid for is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from judge_server import Server, completion, serving
+from sepo.cli import main
+from sepo.evaluate.generate import FinishedResponses
+from tiny_models import tiny_model, tiny_tokenizer
+
+RECIPE = """
+data: {source: prefs.jsonl, held_out: 6, as_chat: true}
+reference: {model: model}
+device: cpu
+oracle: {training: {learning_rate: 0.002, batch_size: 8}}
+policy: {training: {learning_rate: 0.001, batch_size: 8}}
+eval: {prompts: 4, samples: 2, max_new_tokens: 8, batch_size: 2, examples: 2}
+"""
+# `sepo run` that says when it keeps a batch of answers, and dies before it keeps the n-th.
+WATCHED = """
+import os, signal, sys
+left = int(sys.argv[1])
+def hook(event, arguments):
+    global left
+    if event == "open" and arguments[1] == "a" and "finished-" in str(arguments[0]):
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        os.write(1, b"#kept\\n")
+sys.addaudithook(hook)
+from sepo.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    rows = [{"prompt": f"Is it {i}?", "chosen": f"Yes, {i}!", "rejected": f"no {i} here"} for i in range(24)]
+    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "words.txt").write_text("{instruction} m: {output_1} M: {output_2}")
+    return tmp_path
+
+
+def judged_by(server: Server, cache: str) -> str:
+    settings = f"server: '{server.url}', model: j, prompt: words.txt, cache: {cache}, concurrency: 1, retries: 0"
+    return f"eval.judge={{{settings}}}"
+
+
+def verdict(body: dict) -> dict:
+    """Of a judge who likes what holds an "a"."""
+    first, second = body["messages"][-1]["content"].split(" m: ")[1].split(" M: ")
+    return completion("m" if first.count("a") >= second.count("a") else "M")
+
+
+def questions(server: Server) -> Counter[str]:
+    return Counter(json.dumps(body, sort_keys=True) for body in server.asked)
+
+
+def test_a_killed_run_repeats_no_finished_answer_and_no_paid_call(workplace):
+    children: list[subprocess.Popen] = []
+    deadly = 3  # the question at which the run is killed; it gets no reply
+
+    def answer(body, before):
+        if len(served.asked) == deadly:
+            children[-1].kill()
+            return None
+        return verdict(body)
+
+    with serving(answer) as served:
+        arguments = ["run", "recipe.yaml", "output_dir=run", judged_by(served, "cache")]
+
+        def start(batches: int) -> tuple[int, int]:
+            """Run until it is killed or done; its exit code, and the batches of answers that it kept."""
+            command = [sys.executable, "-c", WATCHED, str(batches), *arguments]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            with open("run.log", "ab") as log:
+                children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment))
+            said = children[-1].communicate(timeout=300)[0]
+            return children[-1].returncode, said.count(b"#kept")
+
+        whole = 2 * (4 + 1)  # policy and base: eight answers and two examples each, two in a batch
+        assert start(3) == (-signal.SIGKILL, 3)
+        assert not served.asked
+        assert start(99) == (-signal.SIGKILL, whole - 3)
+        assert len(served.asked) == deadly
+        assert start(99) == (0, 0), Path("run.log").read_text()[-2000:]
+        asked = questions(served)
+    lost = json.dumps(served.asked[deadly - 1], sort_keys=True)
+    assert asked.pop(lost) == 2
+    assert set(asked.values()) == {1}
+    metrics = json.loads((workplace / "run" / "metrics.json").read_text())
+    assert metrics["judge/unanswered"] == metrics["judge/failed"] == 0
+    assert not list((workplace / "run" / "eval").glob("finished-*"))
+
+    with serving(lambda body, before: verdict(body)) as undisturbed:
+        assert main(["run", "recipe.yaml", "output_dir=clean", judged_by(undisturbed, "cache-2")]) == 0
+        assert questions(undisturbed).keys() == {*asked, lost}
+    clean = json.loads((workplace / "clean" / "metrics.json").read_text())
+    assert {k: v for k, v in metrics.items() if not k.startswith(("seconds", "memory"))} == {
+        k: v for k, v in clean.items() if not k.startswith(("seconds", "memory"))
+    }
+    for name in ("generations", "examples"):
+        one, other = (pq.read_table(workplace / place / "eval" / f"{name}.parquet") for place in ("run", "clean"))
+        assert one.equals(other)
+
+
+def hard(body: dict) -> bool:
+    """Of the two orders of a pair of different answers, one."""
+    first, second = body["messages"][-1]["content"].split(" m: ")[1].split(" M: ")
+    return first < second
+
+
+def test_what_a_judge_did_not_answer_is_asked_again_and_nothing_else(workplace, capsys, monkeypatch):
+    kept = []
+    add = FinishedResponses.add
+    monkeypatch.setattr(FinishedResponses, "add", lambda self, batch: (kept.append(batch), add(self, batch))[1])
+    (workplace / "questions.jsonl").write_text("".join(json.dumps({"prompt": f"Why {i}?"}) + "\n" for i in range(3)))
+    healed = False
+
+    with serving(lambda body, before: 500 if not healed and hard(body) else verdict(body)) as served:
+
+        def run(*overrides: str) -> tuple[list[bool], str]:
+            """Whether each question that is asked is hard, and what the run says."""
+            before = len(served.asked)
+            assert main(["run", "recipe.yaml", "output_dir=run", judged_by(served, "cache"), *overrides]) == 0
+            return [hard(body) for body in served.asked[before:]], capsys.readouterr().err
+
+        asked, _ = run()
+        silent = sum(asked)
+        assert silent >= 3
+        metrics = json.loads((workplace / "run" / "metrics.json").read_text())
+        assert metrics["judge/unanswered"] == silent
+        assert len(kept) == 10
+        healed = True
+        again, said = run()
+        assert again == [True] * silent
+        assert f"[eval] {silent} questions to the judge have no reply: done again" in said
+        assert len(kept) == 10
+        metrics = json.loads((workplace / "run" / "metrics.json").read_text())
+        assert (metrics["judge/unanswered"], metrics["judge/failed"], metrics["judge/judged"]) == (0, 0, 8)
+        asked, said = run()
+        assert not asked
+        assert "[eval] unchanged" in said
+
+        healed = False
+        benchmark = ["eval.benchmarks={ours: questions.jsonl}", "eval.benchmark_max_new_tokens=6"]
+        asked, _ = run(*benchmark)
+        assert any(asked)
+        healed = True
+        again, said = run(*benchmark)
+        assert again == [True] * sum(asked)
+        assert "[benchmark-ours] unchanged" in said
+        assert "[benchmark-ours_judge]" in said
+        assert not run(*benchmark)[0]

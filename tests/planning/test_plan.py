@@ -1,0 +1,162 @@
+"""Dry runs: the work that they count is the work that a run does, and what is not here can still be planned."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+
+from sepo.cli import main
+from sepo.evaluate import generate
+from sepo.forward import scoring as passes
+from sepo.models.config import load_shape
+from sepo.planning import plan
+from sepo.recipe.reading import load_recipe
+from sepo.runs.pipeline import run_recipe
+from sepo.stages.stage import Cost
+from sepo.training import trainer
+from tiny_models import tiny_model, tiny_tokenizer
+
+RECIPE = """
+name: planned
+device: cpu
+data: {source: "embedded:sentiment", sample: 0.15, held_out: 24, max_length: 160}
+reference: {model: MODEL}
+oracle: {training: {learning_rate: 1.0e-3, batch_size: 8, num_train_epochs: 2}}
+policy: {training: {learning_rate: 1.0e-3, batch_size: 8, tokens_per_row: 400}}
+eval: {gold: vader, prompts: 6, samples: 2, max_new_tokens: 9}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    tiny_model("llama", initializer_range=0.02).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(folder / "model")))
+    return folder
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts, while it lasts, what passes, trainings and generation really do."""
+    done: Counter = Counter()
+    score, losses, step = passes.read_logps, trainer.PreferenceTrainer._batch_loss, generate._Draw.__call__
+
+    def scored(model, batch):
+        done["score", "tokens"] += batch.num_tokens
+        done["score", "targets"] += len(batch.target_ids)
+        return score(model, batch)
+
+    def trained(self, model, batch, reference, mode):
+        done["train", "tokens"] += batch.num_tokens
+        done["train", "targets"] += len(batch.target_ids)
+        return losses(self, model, batch, reference, mode)
+
+    def drawn(self, ids, scores):
+        done["generate", "steps"] += 1
+        return step(self, ids, scores)
+
+    monkeypatch.setattr(passes, "read_logps", scored)
+    monkeypatch.setattr(trainer.PreferenceTrainer, "_batch_loss", trained)
+    monkeypatch.setattr(generate._Draw, "__call__", drawn)
+    return done
+
+
+def planned_work(costs: dict[str, Cost]) -> Counter:
+    total: Counter = Counter()
+    for cost in costs.values():
+        for work in cost.work or ():
+            for name in ("tokens", "targets", "updates", "steps"):
+                total[work.kind, name] += getattr(work, name)
+    return total
+
+
+def test_the_work_that_is_counted_is_the_work_of_the_run(workplace, tmp_path, counted):
+    """Tokens read and sent through the LM head, optimizer steps, decoding steps."""
+    recipe = load_recipe(workplace / "recipe.yaml", [f"output_dir={tmp_path / 'run'}"])
+    sizes, _ = plan.measure_sizes(recipe, progress=False)
+    counted.clear()
+    expected = planned_work(plan.stage_costs(recipe, sizes))
+    run_recipe(recipe)
+    steps = [json.loads((tmp_path / "run" / name / "trainer_state.json").read_text())["global_step"]
+             for name in ("oracle", "policy")]  # fmt: skip
+    assert expected["train", "updates"] == sum(steps)
+    # A pair's last tokens are not read, and a share of tokens is rounded in every response. Prompts are read by
+    # generation itself, but a plan counts them as a pass.
+    for name in ("tokens", "targets"):
+        assert counted["train", name] == pytest.approx(expected["train", name], rel=0.05)
+    assert counted["score", "targets"] == pytest.approx(expected["score", "targets"], rel=0.1)
+    assert counted["score", "tokens"] == pytest.approx(expected["score", "tokens"], rel=0.15)
+    # A response may end before it must.
+    assert 0.5 * expected["generate", "steps"] <= counted["generate", "steps"] <= expected["generate", "steps"]
+
+
+def test_times_are_measured_where_the_model_is_here_and_say_where_not(workplace, tmp_path, capsys):
+    recipe = str(workplace / "recipe.yaml")
+    assert main(["run", recipe, f"output_dir={tmp_path / 'new'}", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "by FLOPs" not in shown.out
+    for words in ("loading", "a scored row", "a training row", "decoding steps"):
+        assert f"measuring {words} of model" in shown.err
+    loaded = load_recipe(recipe, [f"output_dir={tmp_path / 'new'}"])
+    sizes, paces = plan.measure_sizes(loaded, progress=False)
+    paces.measure = False
+    costs = plan.stage_costs(loaded, sizes)
+    assert all(not paces.pace(work).measured for work in costs["oracle"].work)
+
+
+@pytest.fixture
+def outline(tmp_path):
+    """A folder with the config of a model of 70 billion weights, and nothing else."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192,
+              "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+              "vocab_size": 128256, "tie_word_embeddings": False}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_policy_of_which_only_the_config_is_here_is_planned_and_not_run(workplace, tmp_path, outline, capsys):
+    assert load_shape(outline).parameters == pytest.approx(70.55e9, rel=1e-3)
+    common = ["run", str(workplace / "recipe.yaml"), f"policy.model={outline}", f"output_dir={tmp_path / 'new'}",
+              "device=auto"]  # fmt: skip
+    assert main([*common, "--dry-run", "--processes", "8", "--device-memory", "80"]) == 0
+    shown = capsys.readouterr().out
+    rows = [line for line in shown[shown.index("memory of each device") :].splitlines() if line.startswith("train ")]
+    assert len(rows) == 2
+    assert all(" no " in row for row in rows)
+    assert "FSDP over 32, activation_checkpointing" in rows[1]
+    assert "lora, quantization=4bit" in rows[0]
+    assert main(common) == 2
+    assert "holds no *.safetensors file" in capsys.readouterr().err
+    assert main([*common, "--dry-run"]) == 2  # no device is named that would make it a plan for elsewhere
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "2"], "are what a --dry-run plans for"),
+        (["--device-memory", "80"], "are what a --dry-run plans for"),
+        (["--dry-run", "--processes", "0"], "expected the number of devices"),
+        (["--dry-run", "--device-memory", "-1"], "expected gigabytes"),
+        (["--dry-run", "--device-memory", "nan"], "expected gigabytes"),
+        (["--dry-run", "--device-memory", "8e10"], "expected gigabytes"),
+    ],
+)
+def test_devices_that_cannot_be_are_refused(workplace, options, message, capsys):
+    assert main(["run", str(workplace / "recipe.yaml"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_small_run_fits_and_is_told_so(workplace, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    command = ["run", str(workplace / "recipe.yaml"), f"output_dir={tmp_path / 'new'}", "--dry-run"]
+    assert main([*command, "--device-memory", "8"]) == 0
+    shown = capsys.readouterr().out
+    memory = shown[shown.index("memory of each device") :]
+    for stage in ("reference_logps", "oracle", "oracle_logps", "train", "eval"):
+        (row,) = [line for line in memory.splitlines() if line.startswith(f"{stage} ")]
+        assert " yes " in row, row
