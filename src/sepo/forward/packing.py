@@ -262,7 +262,7 @@ def pad(pairs: Sequence[Pair], pad_token_id: int = 0, unbatched: bool = False) -
     Used where a model does not take packed rows, and by the tests as the layout to agree with.
 
     Args:
-        unbatched: let the model read one row at a time, without its padding and to its end: for models in which the length
+        unbatched: the model reads one row at a time, without padding and to its end, for models in which the length
             of what is read changes what they give.
     """
     for pair in pairs:
