@@ -22,6 +22,7 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.planning.memory import PARTS, Reading, Training, smallest_change
 from sepo.planning.sizes import SHARED, models_of, prompts_of, sizes_of, stage_costs
 from sepo.planning.throughput import Throughputs
+from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe
 from sepo.runs.pipeline import check_inputs, check_pairs
 from sepo.stages import data, evaluate, logps, oracle, train, transfer
@@ -29,7 +30,6 @@ from sepo.stages.stage import Cost, Sizes, Work
 from sepo.study.comparison import can_tell, check_grid, check_prompts, check_same_pairs, oracle_key
 from sepo.study.grid import Grid, Setting, number_of_runs
 from sepo.training.fit import epochs
-from sepo.training.objectives import WITH_REFERENCE
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
             shared += seconds(one) + copies * (seconds(work) + oracle.readings(recipe.oracle) * seconds(one))
         number = sum(oracle.readings(recipe.oracle) for recipe in oracles.values())
         rows.append(_runs_row("oracles", "DPO, then token rewards; shared", number * copies, shared))
-    elif any(recipe.policy.objective in WITH_REFERENCE for recipe in everything):
+    elif any(OBJECTIVES[recipe.policy.objective].reads_reference for recipe in everything):
         shared = seconds(logps.pass_work(first, sizes.of_policy, sizes.large))
         rows.append(_runs_row("reference", "log-probabilities; shared", 1, shared))
     total = 0.0

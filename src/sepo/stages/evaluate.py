@@ -16,10 +16,10 @@ from sepo.evaluate.measure import evaluate_run
 from sepo.forward.scoring import tokens_per_row_for
 from sepo.judging.in_run import check_judge, judge_content, judge_in_words
 from sepo.planning.memory import Reading
+from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe
 from sepo.stages.logps import width_of
 from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Model, Sizes, Stage, StageResult, Work
-from sepo.training.objectives import WITH_REFERENCE
 
 
 def check(recipe: Recipe) -> None:
@@ -155,7 +155,7 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     number, length = responses(recipe, sizes), recipe.eval.max_new_tokens
     # The start has read the pairs already where it is the reference, or its objective has one.
     from_reference = recipe.policy.model is None and recipe.oracle.rewards is None
-    passes = 1 if from_reference or recipe.policy.objective in WITH_REFERENCE else 2
+    passes = 1 if from_reference or OBJECTIVES[recipe.policy.objective].reads_reference else 2
     share = 1.0 if recipe.eval.pairs is None else min(recipe.eval.pairs / max(held_out.pairs, 1), 1.0)
     read = Work("score", model, held_out.scored, held_out.responses, dtype=dtype).times(share)
     load = Work("load", model, dtype=dtype)

@@ -12,6 +12,7 @@ from sepo.models.devices import check_quantization
 from sepo.models.folders import is_outline
 from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import has_tokenizer
+from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe
 from sepo.stages import select, transfer
 from sepo.stages.reference import model_in
@@ -19,7 +20,6 @@ from sepo.stages.stage import Cost, Model, Sizes, Stage, StageResult, Work
 from sepo.stages.trained import training_need, training_work
 from sepo.training.check import check_training
 from sepo.training.fit import objective_settings, train_model
-from sepo.training.objectives import SELECTIVE, WITH_REFERENCE, check_objective, kl_direction
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -54,12 +54,12 @@ def start(recipe: Recipe, reference: Model) -> Model:
 
 def reads_selection(recipe: Recipe) -> bool:
     """Is the policy trained on the key tokens of a selection, or with its weights of pairs?"""
-    return recipe.policy.objective in SELECTIVE or recipe.select.confidence > 0
+    return OBJECTIVES[recipe.policy.objective].reads_selection or recipe.select.confidence > 0
 
 
 def needs_reference(recipe: Recipe) -> bool:
     """Does the objective contrast the policy with the model that it starts from?"""
-    return recipe.policy.objective in WITH_REFERENCE
+    return OBJECTIVES[recipe.policy.objective].reads_reference
 
 
 def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResult | None, seed: int) -> Stage:
@@ -104,7 +104,7 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
 def targets(recipe: Recipe, sizes: Sizes) -> float:
     """Tokens of all pairs that the policy is trained on."""
     pairs, rule = sizes.train, select.settings_of(recipe)
-    if recipe.policy.objective not in SELECTIVE:
+    if not OBJECTIVES[recipe.policy.objective].reads_selection:
         return pairs.responses
     return rule.k_chosen * pairs.chosen + rule.k_rejected * pairs.rejected
 
@@ -112,7 +112,7 @@ def targets(recipe: Recipe, sizes: Sizes) -> float:
 def work(recipe: Recipe, sizes: Sizes) -> tuple[Work, ...]:
     """The training, and the reference that some objectives read beside the policy."""
     own = training_work(recipe.policy, sizes.large, sizes.train, targets(recipe, sizes))
-    if not kl_direction(recipe.policy.objective, recipe.policy.alpha):
+    if not OBJECTIVES[recipe.policy.objective].kl_direction(recipe.policy.alpha):
         return own
     return (*own, Work("score", sizes.large, own[1].tokens, own[1].targets, dtype="float32"))
 
@@ -120,6 +120,6 @@ def work(recipe: Recipe, sizes: Sizes) -> tuple[Work, ...]:
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """The training of the policy."""
     policy = recipe.policy
-    beside = bool(kl_direction(policy.objective, policy.alpha))
+    beside = bool(OBJECTIVES[policy.objective].kl_direction(policy.alpha))
     need = training_need(policy, sizes, sizes.large, targets(recipe, sizes), beside)
     return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, work(recipe, sizes), need)
