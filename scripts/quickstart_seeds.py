@@ -25,8 +25,11 @@ import torch
 
 from sepo.files import write_json, write_text
 from sepo.forward.speed import matmul_rate
-from sepo.planning.sizes import sizes_of, stage_costs
+from sepo.planning.plan import Planner, plan_stages
+from sepo.planning.sizes import method_sizes
 from sepo.recipe.reading import load_recipe
+from sepo.runs.method import Method
+from sepo.stages.stage import StageResult
 
 CONTROL = ("select.rule_chosen=random", "select.rule_rejected=random")
 
@@ -45,8 +48,12 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
 def flops(folder: Path) -> dict[str, float]:
     """FLOPs of every stage of a run, counted as in a dry run."""
     recipe = load_recipe(str(folder / "recipe.yaml"), [])
-    costs = stage_costs(recipe, sizes_of(recipe, folder / "pairs", "cpu"))
-    return {name: sum(work.flops for work in cost.work or ()) for name, cost in costs.items()}
+    planner = Planner(done={"data": StageResult(folder / "pairs", "")})
+    method = Method(recipe, planner)
+    plan_stages(method, None)
+    sizes = method_sizes(method, "cpu")
+    costs = {name: cost for name, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
+    return {name: sum(estimate.flops for estimate in cost.estimates or ()) for name, cost in costs.items()}
 
 
 def one_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
