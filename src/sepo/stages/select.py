@@ -14,6 +14,7 @@ from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tok
 from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import PAIR_WEIGHT, clear_shards, read_shard, read_table, table_paths, write_shard
 from sepo.errors import UserError
+from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe, SelectSettings
 from sepo.stages.cost import Cost, Sizes
 from sepo.stages.stage import SCORES, Stage, StageResult
@@ -26,9 +27,7 @@ def check(recipe: Recipe) -> None:
 
 def settings_of(recipe: Recipe) -> SelectSettings:
     """The rule of a recipe; for objectives that read the reward of every token, these and no choice of tokens."""
-    from sepo.training.objectives import REWARDED  # PyTorch, which the selection itself does without
-
-    if recipe.policy.objective not in REWARDED:
+    if not OBJECTIVES[recipe.policy.objective].reads_token_rewards:
         return recipe.select
     confidence = recipe.select.confidence
     return SelectSettings(k_chosen=1, k_rejected=1, include_end=True, credit="reward", confidence=confidence)
@@ -86,12 +85,11 @@ def pair_weights(selection: pa.Table) -> dict[str, float]:
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """Sorting: seconds at most."""
-    from sepo.training.objectives import REWARDED, SELECTIVE
-
-    if recipe.policy.objective in REWARDED:
+    objective = OBJECTIVES[recipe.policy.objective]
+    if objective.reads_token_rewards:
         return Cost(f"the reward of every token, which {recipe.policy.objective} reads", sizes.train.pairs)
     kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
-    if recipe.policy.objective not in SELECTIVE:
+    if not objective.reads_selection:
         pairs_alone = ", which reads the weights of pairs alone" if recipe.select.confidence else ""
         kept += f" (not read by {recipe.policy.objective}{pairs_alone})"
     return Cost(kept, sizes.train.pairs)

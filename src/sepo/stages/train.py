@@ -12,13 +12,13 @@ from sepo.models.devices import check_quantization
 from sepo.models.folders import is_outline
 from sepo.models.names import check_model
 from sepo.models.tokenizer import has_tokenizer
+from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe
 from sepo.stages import select, transfer
 from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training_memory
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import objective_settings, train_model
-from sepo.training.objectives import SELECTIVE, WITH_REFERENCE, check_objective, kl_direction
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -46,12 +46,12 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
 
 def reads_selection(recipe: Recipe) -> bool:
     """Is the policy trained on the key tokens of a selection, or with its weights of pairs?"""
-    return recipe.policy.objective in SELECTIVE or recipe.select.confidence > 0
+    return OBJECTIVES[recipe.policy.objective].reads_selection or recipe.select.confidence > 0
 
 
 def needs_reference(recipe: Recipe) -> bool:
     """Does the objective contrast the policy with the model that it starts from?"""
-    return recipe.policy.objective in WITH_REFERENCE
+    return OBJECTIVES[recipe.policy.objective].reads_reference
 
 
 def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResult | None, seed: int) -> Stage:
@@ -97,7 +97,7 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
 def targets(recipe: Recipe, sizes: Sizes) -> float:
     """Tokens of all pairs that the policy is trained on."""
     pairs, rule = sizes.train, select.settings_of(recipe)
-    if recipe.policy.objective not in SELECTIVE:
+    if not OBJECTIVES[recipe.policy.objective].reads_selection:
         return pairs.responses
     return rule.k_chosen * pairs.chosen + rule.k_rejected * pairs.rejected
 
@@ -105,7 +105,7 @@ def targets(recipe: Recipe, sizes: Sizes) -> float:
 def estimates(recipe: Recipe, sizes: Sizes) -> tuple[Estimate, ...]:
     """The training, and the frozen reference that some objectives read at every step."""
     training = training_estimates(recipe.policy, sizes.large, sizes.train, targets(recipe, sizes))
-    if not kl_direction(recipe.policy.objective, recipe.policy.alpha):
+    if not OBJECTIVES[recipe.policy.objective].kl_direction(recipe.policy.alpha):
         return training
     frozen = Estimate("score", sizes.large, training[1].tokens, training[1].targets, dtype="float32")
     return (*training, frozen)
@@ -114,6 +114,6 @@ def estimates(recipe: Recipe, sizes: Sizes) -> tuple[Estimate, ...]:
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """The training of the policy."""
     policy = recipe.policy
-    frozen_copy = bool(kl_direction(policy.objective, policy.alpha))
+    frozen_copy = bool(OBJECTIVES[policy.objective].kl_direction(policy.alpha))
     need = training_memory(policy, sizes, sizes.large, targets(recipe, sizes), frozen_copy)
     return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, estimates(recipe, sizes), need)

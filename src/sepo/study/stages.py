@@ -25,6 +25,7 @@ from sepo.judging.scorers import Scorer
 from sepo.models.devices import choose_device, choose_dtype
 from sepo.models.folders import is_adapter
 from sepo.models.tokenizer import load_tokenizer
+from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe
 from sepo.stages import train
 from sepo.stages.cost import Cost, Estimate, Sizes
@@ -38,7 +39,6 @@ from sepo.training.batches import whole_responses
 from sepo.training.checkpoints import STATE_FILE
 from sepo.training.fit import epochs, objective_settings, train_model
 from sepo.training.logs import carry_logs
-from sepo.training.objectives import MATCHED, SELECTIVE
 
 POINTS, SAMPLES = "points.json", "start.json"
 
@@ -135,7 +135,7 @@ def run_stage(
             table = read_table(pairs.folder / "train", "pairs")
         else:
             table = read_table(targets.folder, "selection")
-            if policy.objective not in SELECTIVE:
+            if not OBJECTIVES[policy.objective].reads_selection:
                 table = whole_responses(table)
         held_out = read_table(pairs.folder / "held_out", "pairs")
         evaluator = PolicyEvaluator(
@@ -227,6 +227,6 @@ def target_tokens(table: pa.Table, objective: str) -> int:
     """Tokens that a table trains on: key tokens of a selection, every response token, or those that can be matched."""
     column = "positions" if "chosen_positions" in table.column_names else "ids"
     numbers = [flat(table.column(f"{side}_{column}"))[1] for side in SIDES]
-    if objective in MATCHED:
+    if OBJECTIVES[objective].targets == "matched":
         return 2 * int(np.minimum(*numbers).sum())
     return sum(int(number.sum()) for number in numbers)
