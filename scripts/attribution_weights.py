@@ -28,10 +28,11 @@ from transformers.utils import logging
 
 from sepo.data.ragged import SIDES
 from sepo.data.tables import read_table, write_parquet
+from sepo.models.names import resolve_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.reading import load_recipe
-from sepo.stages import data, reference
+from sepo.stages import data
 
 SHARE = 0.7
 
@@ -80,11 +81,11 @@ def main() -> None:
         parser.error(f"--share is {arguments.share}: expected 0 to 1")
     logging.set_verbosity_error()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    start = reference.start(recipe)
+    model_folder = resolve_model(recipe.reference.model, revision=recipe.reference.revision)
     with tempfile.TemporaryDirectory() as folder:
-        data.prepare_data(recipe.data, load_tokenizer(start.folder), Path(folder), recipe.seed)
+        data.prepare_data(recipe.data, load_tokenizer(model_folder), Path(folder), recipe.seed)
         pairs = pa.concat_tables([read_table(Path(folder, part), "pairs") for part in ("train", "held_out")])
-    model = load_model(start.folder, device=recipe.device, dtype="float32")
+    model = load_model(model_folder, device=recipe.device, dtype="float32")
     lists = pa.list_(pa.float32())
     schema = pa.schema([("pair_id", pa.int64()), ("chosen_rewards", lists), ("rejected_rewards", lists)])
     write_parquet(arguments.out, pa.table(weights_of(model, pairs, arguments.share), schema=schema))
