@@ -150,7 +150,7 @@ def device_kind(recipe: Recipe, target: Target) -> str:
 
 
 def _seconds(cost: Cost, throughputs: Throughputs, target: Target) -> float | None:
-    """Seconds of a stage on so many devices like the one here; passes and trainings are shared, generation is not."""
+    """Seconds of a stage on the target's devices, if they equal the one here; generation is not shared."""
     if cost.estimates is None or not throughputs.measure:
         return None
     return sum(
@@ -176,7 +176,7 @@ def _row(stage: str, cost: Cost, seconds: float | None, throughputs: Throughputs
 
 
 def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]:
-    """What a stage needs of each device: with whole weights and, where they can be cut up, with FSDP."""
+    """Memory of a stage on each device: with whole weights and, if they can be sharded, with FSDP."""
     if cost.memory is None:
         return []
     number, memory = target.processes, cost.memory
@@ -203,7 +203,7 @@ def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]
 
 
 def _bytes(number: float) -> str:
-    """A number of bytes in megabytes or gigabytes; "" for none."""
+    """Bytes as MB or GB; "" for 0."""
     if number < 0.5e6:
         return "0" if number else ""
     return f"{number / 1e6:.0f} MB" if number < 1e9 else f"{number / 1e9:,.1f} GB"
