@@ -21,7 +21,6 @@ from sepo.data.tables import read_table
 from sepo.files import digest
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
-from sepo.planning.memory import PARTS, parts_of, smallest_change
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
@@ -163,6 +162,8 @@ def _row(stage: str, cost: Cost, seconds: float | None, throughputs: Throughputs
     def text(value: float | None, form: Callable[[Any], str]) -> str:
         return "" if value is None else form(value)
 
+    from sepo.planning.memory import parts_of
+
     parts = None if cost.memory is None else parts_of(cost.memory)
     estimated = seconds is not None and not all(throughputs.of(estimate).measured for estimate in cost.estimates or ())
     return {
@@ -179,6 +180,8 @@ def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]
     """Memory of a stage on each device: with whole weights and, if they can be sharded, with FSDP."""
     if cost.memory is None:
         return []
+    from sepo.planning.memory import PARTS, parts_of, smallest_change
+
     number, memory = target.processes, cost.memory
     if isinstance(memory, FrozenMemory):
         memory = replace(memory, processes=number)

@@ -24,7 +24,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.evaluate.generate import generate_responses
 from sepo.forward.packing import Pair, fill_rows, pack
 from sepo.forward.scoring import dataset_logps, table_pairs
 from sepo.forward.speed import matmul_rate
@@ -32,7 +31,6 @@ from sepo.models.adapters import causal_lm
 from sepo.models.folders import is_outline
 from sepo.models.hub import cached_snapshot
 from sepo.models.names import gguf_path
-from sepo.models.shrink import drop_layers
 from sepo.models.weights import load_model
 from sepo.processes import log
 from sepo.stages.cost import Estimate, ModelSize
@@ -195,6 +193,8 @@ class Throughputs:
 
     def _generating(self, estimate: Estimate, model: nn.Module) -> Throughput:
         """A few decoding steps after the ends of real prompts; reading the prompts is counted as scoring."""
+        from sepo.evaluate.generate import generate_responses
+
         ends = [list(self.prompts[i % len(self.prompts)][-8:]) for i in range(estimate.width)]
         times = []
         for steps in (1, 1 + _STEPS):
@@ -242,6 +242,8 @@ def _is_here(model: ModelSize) -> bool:
 def _load(size: ModelSize, **options: Any) -> nn.Module:
     model = load_model(size.name, revision=size.revision, **options)
     if size.layers is not None:
+        from sepo.models.shrink import drop_layers
+
         drop_layers(causal_lm(model), size.layers)
     return model
 
