@@ -132,11 +132,13 @@ def test_files_that_the_documentation_names_exist():
 def test_the_file_tree_of_the_architecture_names_every_file_once():
     """Folders and files of src/sepo, as `docs/architecture.md` lists them."""
     text = (DOCS / "architecture.md").read_text("utf-8")
-    named, folder = [], ""
+    named, folders = [], []
     for line in text.split("```text\nsepo/\n")[1].split("```")[0].splitlines():
         indent, name = re.match(r"( +)(\S+) ", line).groups()
-        folder = name if name.endswith("/") else "" if len(indent) == 2 else folder
-        named += [folder + name] if name.endswith(".py") else []
+        folders = folders[: len(indent) // 2 - 1]
+        if name.endswith(".py"):
+            named.append("".join(folders) + name)
+        folders.append(name)
     package = ROOT / "src" / "sepo"
     files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
     files -= {name for name in files if name.endswith("/__init__.py")}
