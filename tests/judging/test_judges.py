@@ -47,7 +47,7 @@ def outputs(path: Path, model: str, texts: list) -> Path:
 
 
 def endpoint(url: str, tmp_path: Path, **settings) -> Endpoint:
-    quick = {"retries": 3, "pause": 0.01, "timeout": 5.0, "cache": str(tmp_path / "cache")}
+    quick = {"retries": 3, "timeout": 5.0, "cache": str(tmp_path / "cache")}
     return Endpoint(url, "judge", **{**quick, **settings})
 
 
@@ -486,7 +486,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, capsys):
         (other, "has a counterpart"),
         (twice, "twice"),
         (nothing, "is no answer"),
-        (tmp_path / "no.json", "is not there"),
+        (tmp_path / "no.json", "does not exist"),
     ):
         code = main(
             [

@@ -141,7 +141,7 @@ def test_without_another_answer_the_mean_reward_is_the_grade(tmp_path):
 
 
 def test_an_oracle_of_others_judges_with_what_is_given(tmp_path):
-    """Nothing in its folder says what it was trained from, nor how."""
+    """Its folder records neither reference nor beta."""
     other = tmp_path / "other"
     shutil.copytree("made/oracle", other)
     (other / "trainer_state.json").unlink()
@@ -155,8 +155,8 @@ def test_an_oracle_of_others_judges_with_what_is_given(tmp_path):
 
 @pytest.fixture
 def unfit(tmp_path) -> Path:
-    """A folder of what is no oracle."""
-    shutil.copytree("made/oracle", tmp_path / "unbatched")  # its run is not around it
+    """A folder of models that are no oracle."""
+    shutil.copytree("made/oracle", tmp_path / "alone")  # outside of its run
     shutil.copytree("made/oracle", tmp_path / "unknown")
     (tmp_path / "unknown" / "trainer_state.json").unlink()
     shutil.copytree("made/oracle", tmp_path / "others-words")
@@ -173,11 +173,11 @@ def unfit(tmp_path) -> Path:
     [
         (["oracle:nowhere"], "no oracle at 'nowhere'"),
         (["oracle:made/policy"], "trained with the objective sepo"),
-        (["oracle:model"], "does not say with which beta"),
+        (["oracle:model"], "has no record of the beta"),
         (["oracle:model", "--judge-beta", "0.1"], "name it (--judge-reference"),
         (["oracle:model", "--judge-beta", "0.1", "--judge-reference", "model"], "every reward would be 0"),
         (["oracle:UNFIT/alone"], "name it (--judge-reference"),
-        (["oracle:UNFIT/unknown", "--judge-reference", "model"], "does not say with which beta"),
+        (["oracle:UNFIT/unknown", "--judge-reference", "model"], "has no record of the beta"),
         (["oracle:adapter", "--judge-beta", "0.1"], "trained with beta 0.3, not 0.1"),
         (["oracle:adapter", "--judge-reference", "UNFIT/another"], "was not trained from"),
         (["oracle:UNFIT/others-words", "--judge-reference", "model"], "have different tokenizers"),

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy.special import expit
 
 from sepo.cli import main
 from sepo.errors import UserError
 from sepo.judging import judgements, winrate
 from sepo.judging.benchmark_scores import arena_games, arena_scores, mt_bench_pair_scores, mt_bench_scores
-from sepo.judging.logistic import fit_cross_validated, fit_logistic, sigmoid
+from sepo.judging.logistic import fit_cross_validated, fit_logistic
 from sepo.judging.winrate import judgement_of, preference_of, summarise
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "alpaca_eval"
@@ -34,7 +35,7 @@ def made_up(number: int = 200, seed: int = 0) -> list[dict]:
     """Judgements of a judge who likes length, of answers of all lengths."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(20, 400, (number, 2))
-    chance = sigmoid(-0.4 + 0.01 * (lengths[:, 1] - lengths[:, 0]) + rng.normal(0, 1, number))
+    chance = expit(-0.4 + 0.01 * (lengths[:, 1] - lengths[:, 0]) + rng.normal(0, 1, number))
     return [
         annotation(i, 1 + round(float(p), 6), ours="b" * int(n), theirs="a" * int(m))
         for i, (p, (m, n)) in enumerate(zip(chance, lengths, strict=True))
@@ -121,7 +122,7 @@ def test_length_control_is_what_scikit_learn_fits_to_the_same_rows(model):
     )
     labels = np.repeat([1, 0], len(rows))
     theirs.fit(np.vstack([features, features]), labels, sample_weight=np.concatenate([targets, 1 - targets]))
-    assert result["length_controlled_winrate"] == pytest.approx(100 * float(sigmoid(theirs.coef_[0, 1])), abs=1e-3)
+    assert result["length_controlled_winrate"] == pytest.approx(100 * float(expit(theirs.coef_[0, 1])), abs=1e-3)
 
 
 # --- the fit --------------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def test_length_control_is_what_scikit_learn_fits_to_the_same_rows(model):
 def problem():
     rng = np.random.default_rng(7)
     features = np.column_stack([np.tanh(rng.normal(size=120)), rng.normal(size=120), np.ones(120)])
-    targets = sigmoid(features @ [0.8, -0.5, 0.3] + rng.normal(size=120)).round(6)
+    targets = expit(features @ [0.8, -0.5, 0.3] + rng.normal(size=120)).round(6)
     return features, targets, np.where(np.arange(120) % 3, 1.0, 0.1)
 
 
@@ -165,7 +166,7 @@ def test_no_coefficients_near_by_cost_less(strength):
 
 def test_a_fit_without_a_maximum_ends_at_probabilities_of_one():
     found = fit_logistic(np.ones((30, 1)), np.ones(30))
-    assert sigmoid(found)[0] > 1 - 1e-6
+    assert expit(found)[0] > 1 - 1e-6
 
 
 # --- the two official files -----------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_a_file_that_is_not_the_published_one_is_refused(name, tmp_path, monkeyp
     assert "not the published file" in capsys.readouterr().err
     (data / name).unlink()
     assert main(["winrate", str(rows), "--glm-data", str(data)]) == 2
-    assert "is not there" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_rows_without_a_number_of_the_benchmark_are_refused_for_the_full_model(tmp_path, monkeypatch, capsys):
@@ -311,12 +312,12 @@ def test_judges_and_baselines_are_not_mixed(tmp_path):
         ("a.json", "[{", "cannot be read"),
         ("a.json", "[" * 100_000, "cannot be read"),
         ("a.json", '[{"preference": null}]', "no judgement"),
-        ("a.json", '[{"text": "hello"}]', "no judgements that are known"),
+        ("a.json", '[{"text": "hello"}]', "no known judgements"),
         ("a.jsonl", '{"preference": 1}\n{"pref', "line 2"),
         ("a.parquet", "not parquet", "cannot be read"),
-        ("a.txt", "hello", "of no kind"),
+        ("a.txt", "hello", "has an unknown format"),
         ("a.json", "\udcff\udcfe", "cannot be read"),
-        ("missing.json", None, "is not there"),
+        ("missing.json", None, "does not exist"),
     ],
 )
 def test_what_is_no_file_of_judgements_is_refused_in_one_line(name, content, says, tmp_path, capsys):
@@ -398,7 +399,7 @@ def test_style_control_takes_away_what_length_explains(tmp_path):
         for model, scale in (("long", 1.6), ("short", 0.9)):
             styles[model][f"u{i}"] = [float(rng.integers(60, 140) * scale), float(rng.integers(3)), 0.0, 1.0]
             ours, theirs = styles[model][f"u{i}"][0], styles["base"][f"u{i}"][0]
-            wins = rng.random() < sigmoid(4 * (ours - theirs) / (ours + theirs))
+            wins = rng.random() < expit(4 * (ours - theirs) / (ours + theirs))
             rows[model].append(arena_row(i, *(("B>A", "A>B") if wins else ("A>B", "B>A")), model=model))
     result = arena_scores(rows, styles, "base")
     raw = result["long"]["score"] - result["short"]["score"]
@@ -434,5 +435,5 @@ def test_arena_files_are_scored_with_their_answers(tmp_path, capsys):
 
 
 def test_an_unreadable_row_is_a_user_error_of_the_function_too(tmp_path):
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         judgements.read_rows(tmp_path / "nothing.json")
