@@ -223,8 +223,7 @@ def test_answers_come_from_a_server_and_what_has_none_remains(tmp_path, capsys):
             return 429
         return completion(f"heard {len(body['messages'])}: {last}" if last != "And then 3" else "", tokens=(5, 4))
 
-    with serving(answer) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sepo.judging.endpoint._LONGEST_PAUSE", 0.02)
+    with serving(answer) as server:
         options = ["--server", server.url, "--retries", "1", "--cache", str(tmp_path / "cache")]
         assert generate("a-model", prompts, tmp_path / "out", *options) == 1
         assert "1 of 5 questions have no answer" in capsys.readouterr().err

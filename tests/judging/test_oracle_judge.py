@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from sepo.cli import main
 from sepo.credit.rewards import response_sums
 from sepo.data.tables import read_table
-from sepo.judging import judge as compare
+from sepo.judging.judge import scorer_of
 from sepo.judging.oracle_judge import find_oracle, oracle_scorer
 from sepo.recipe.settings import JudgeSettings
 from tiny_models import tiny_model, tiny_tokenizer
@@ -147,9 +147,9 @@ def test_an_oracle_of_others_judges_with_what_is_given(tmp_path):
     (other / "trainer_state.json").unlink()
     given = JudgeSettings(oracle=str(other), reference="model", beta=BETA)
     asked = [(("Is it red?",), "Yes"), (("Is it red?",), "no")]
-    own = compare.scorer_of(JudgeSettings(oracle="made/oracle"), "cpu")(asked)
-    assert np.array_equal(compare.scorer_of(given, "cpu")(asked), own)
-    twice = compare.scorer_of(given.model_copy(update={"beta": 2 * BETA}), "cpu")(asked)
+    own = scorer_of(JudgeSettings(oracle="made/oracle"), "cpu")(asked)
+    assert np.array_equal(scorer_of(given, "cpu")(asked), own)
+    twice = scorer_of(given.model_copy(update={"beta": 2 * BETA}), "cpu")(asked)
     np.testing.assert_allclose(twice, 2 * own)
 
 

@@ -102,10 +102,8 @@ class Client:
                 raise UserError(f"the server {self._url} {_ENDS_ALL[error.status_code]} ({status})") from None
             return Reply("", failure=f"{UNANSWERED}: {status}")
         except openai.APIConnectionError as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            return Reply("", failure=f"{UNANSWERED}: {one_line(f'{type(cause).__name__} {cause}', 120)}")
+            reason = _reason(error)
+            return Reply("", failure=f"{UNANSWERED}: {one_line(f'{type(reason).__name__} {reason}', 120)}")
 
     def _text_of(self, body: bytes) -> str:
         text = body.decode("utf-8", "replace")
@@ -140,3 +138,14 @@ class _Transport(httpx2.AsyncHTTPTransport):
         return httpx2.Response(
             response.status_code, headers=response.headers, content=bytes(body), extensions=extensions
         )
+
+
+def _reason(error: BaseException) -> BaseException:
+    """The operating system's error behind an error of the client, such as a refused connection; else the cause."""
+    reason = error.__cause__ or error
+    inner: BaseException | None = reason
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.errno is not None:
+            reason = inner
+        inner = inner.__cause__ or inner.__context__
+    return reason

@@ -157,10 +157,16 @@ class Endpoint:
             if new:
                 from sepo.judging.client import Client
 
-                limits = {"concurrency": self.concurrency, "timeout": self.timeout, "retries": self.retries}
-                with Client(self.url, self._key, keep=self._keep, **limits) as client:
-                    client.ask_all([requests[numbers[0]] for numbers in new], lambda i, reply: take(new[i], reply))
-                    spent.retried = client.sent - len(new)
+                client = Client(
+                    self.url,
+                    self._key,
+                    concurrency=self.concurrency,
+                    timeout=self.timeout,
+                    retries=self.retries,
+                    keep=self._keep,
+                )
+                client.ask_all([requests[numbers[0]] for numbers in new], lambda i, reply: take(new[i], reply))
+                spent.retried = client.sent - len(new)
         spent.elapsed = time.monotonic() - began
         return replies, spent
 

@@ -184,9 +184,9 @@ def _alpaca_scores(rows: Sequence[Row], path: Path, official: OfficialData | Non
             parts = (model, f"against {base}" if base else "", f"by {annotator}" if annotator else "")
             name = " ".join(filter(None, parts))
         judgements = [judgement_of(row, i) for i, row in enumerate(group)]
-        names = {"model": model, "baseline": base or None, "annotator": annotator or None}
+        head = {"model": model, "baseline": base or None, "annotator": annotator or None}
         summary = summarise(judgements, official, same_model=bool(base) and base == model)
-        results[name] = {"benchmark": "alpaca_eval", **names, **summary}
+        results[name] = {"benchmark": "alpaca_eval", **head, **summary}
     return _usable(results, path, "a preference in [1, 2]")
 
 

@@ -238,14 +238,13 @@ def read_answers(path: Path) -> list[Answer]:
 
 def _answer_of(row: Mapping[str, Any], file: str) -> Answer | None:
     """The answer in a row; None for a row of another format. `file` is the model's name if the row has none."""
+    answer: tuple[str, tuple[str, ...], list[Any]] | None = None
     if isinstance(row.get("choices"), list) and row["choices"]:
         answer = _fastchat_answer(row)
     elif "uid" in row and isinstance(row.get("messages"), list):
         answer = _arena_answer(row)
     elif "output" in row:
         answer = _plain_answer(row)
-    else:
-        return None
     if answer is None:
         return None
     key, questions, texts = answer

@@ -166,8 +166,9 @@ def _announce_cost(prepared: Prepared, prices: tuple[float, float] | None, most:
         return
     cost = "unknown (--prices)" if calls.cost is None else f"{calls.cost:.4g}"
     log(
-        f"{calls.questions:,} calls ({calls.cached:,} replies are cached), about {calls.prompt_tokens:,} tokens to read "
-        f"and at most {calls.completion_tokens:,} to write, cost at most {cost}, about {calls.seconds / 60:.0f} min"
+        f"{calls.questions:,} calls ({calls.cached:,} replies are cached), about {calls.prompt_tokens:,} tokens to "
+        f"read and at most {calls.completion_tokens:,} to write, cost at most {cost}, "
+        f"about {calls.seconds / 60:.0f} min"
     )
     if most is None:
         return
