@@ -1,4 +1,4 @@
-"""Stage "reference": the small model that the oracle starts from, as it is or after supervised fine-tuning."""
+"""Stage "reference": the small model that the oracle starts from; fewer layers or fine-tuned if a recipe says so."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from sepo.training.sft import check_sft, train_reference
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
-    """The model and, where it is cut or fine-tuned, layers, data, settings and the library that does it; `elsewhere` as
-    in `train.check`.
-    """
+    """Check the model, its layers, and data and settings of fine-tuning; `elsewhere` as in `train.check`."""
     check_model(recipe.reference.model, revision=recipe.reference.revision, weights=not elsewhere)
     if recipe.reference.layers is not None:
         config(recipe)
         if recipe.policy.model is None:
-            raise UserError("reference.layers leaves a model that cannot write: name policy.model, the model to align")
+            raise UserError(
+                "reference.layers leaves a model that cannot write text: set policy.model, the model to align"
+            )
     if recipe.reference.sft is not None:
         check_sft(recipe.reference.sft, recipe.device)
 
@@ -48,7 +48,7 @@ def hash_model(name: str, revision: str | None = None) -> Model:
 
 
 def stage(recipe: Recipe, model: Model) -> Stage | None:
-    """`model` with some of its layers, fine-tuned, or both; None if the recipe takes it as it is."""
+    """Keep some layers of `model`, fine-tune it, or both; None if the recipe uses the model unchanged."""
     layers, sft = recipe.reference.layers, recipe.reference.sft
     if layers is None and sft is None:
         return None
@@ -86,7 +86,7 @@ def _what(recipe: Recipe) -> str:
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
-    """Its time is not estimated: the length of the data is known only when they are read."""
+    """Memory of the fine-tuning. Its time is not estimated: the length of its data is unknown until they are read."""
     what, sft = _what(recipe), recipe.reference.sft
     if sft is None:
         return Cost(what) if what else None
