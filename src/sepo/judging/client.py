@@ -1,8 +1,8 @@
 """Questions to a server through the `openai` client, which retries and waits.
 
-Three things are added. Each request is bounded in time and size as a whole; the client's timeouts begin anew with every
-byte. A reply is stored as soon as it is there. A stop waits for the requests under way, which are paid for, and sends
-no further one.
+This file adds three things. A request has a limit on its total time and size, because the client's timeouts restart
+with every byte. A reply is stored as soon as it is complete. After an interruption or an error, the requests under way
+are still awaited, because they are paid for, and no further request is sent.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from sepo.judging.replies import UNANSWERED, Reply
 
 MOST_BYTES = 16 * 2**20  # a longer reply is no answer
 _ENDS_ALL = {401: "refuses the key", 403: "refuses the key", 404: "knows no such path or model"}
-# Stores the body of a reply that took so many seconds, and reads it.
+# Stores a reply, from its request, its body and its duration in seconds, and reads it.
 Keep = Callable[[Mapping[str, Any], str, float], Reply]
 
 
 class Client:
-    """A server and how to ask it.
+    """A connection to a server.
 
     Attributes:
         sent: number of requests so far, repetitions included.
@@ -66,13 +66,13 @@ class Client:
         Raises:
             UserError: the server refuses the key, knows no such model, or has stopped answering.
         """
-        queue = iter(enumerate(requests))
+        waiting = iter(enumerate(requests))
         under_way: dict[Future[Reply], int] = {}
         silent = 0  # questions in a row without a reply
         # The event loop has a thread of its own, because this thread may run one already, as in a notebook.
         with start_blocking_portal() as portal:
             while True:
-                for number, request in itertools.islice(queue, self._concurrency - len(under_way)):
+                for number, request in itertools.islice(waiting, self._concurrency - len(under_way)):
                     under_way[portal.start_task_soon(self._ask, request)] = number
                 if not under_way:
                     return
@@ -121,7 +121,7 @@ class _Transport(httpx2.AsyncHTTPTransport):
         self.sent += 1
         began, body = time.monotonic(), bytearray()
         try:
-            with anyio.fail_after(self._timeout, shield=True):  # a stop cancels what is not shielded
+            with anyio.fail_after(self._timeout, shield=True):  # an interruption cancels only pauses between requests
                 response = await super().handle_async_request(request)
                 async for part in response.aiter_raw():
                     body += part
