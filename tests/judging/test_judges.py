@@ -271,7 +271,16 @@ def test_an_interruption_keeps_the_replies_that_are_paid_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://x/v1", "http://", "http://user:key@host/v1", "http://a b/v1", "http://x:99999/"]
+    "url",
+    [
+        "localhost:8000",
+        "ftp://x/v1",
+        "http://",
+        "http://user:key@host/v1",
+        "http://a b/v1",
+        "http://a\x7f/v1",
+        "http://x:99999/",
+    ],
 )
 def test_a_wrong_address_is_refused(url):
     with pytest.raises(UserError, match="is no address"):

@@ -58,7 +58,7 @@ def here(trained, tmp_path, monkeypatch):
 
 
 def summed_exactly(model: torch.nn.Module, prompt: str, answer: str) -> float:
-    """Log-probability of an answer with its end of turn: by the library alone, in float64, one text per forward pass."""
+    """Log-probability of an answer with its end of turn: by the library alone, in float64, one text per forward."""
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     tokenizer = tiny_tokenizer()
     asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -94,7 +94,7 @@ def test_an_oracles_reward_is_that_of_the_formula_in_float64(folder):
     assert np.ptp(found[:-1]) > 0.02
     assert np.isfinite(found[-1])
     assert abs(found[-1] - reward_exactly(folder, *asked[-1])) > 1e-3
-    assert np.array_equal(score([((prompt,), answer) for prompt, answer in asked]), found)  # the adapter is active again
+    assert np.array_equal(score([((prompt,), answer) for prompt, answer in asked]), found)  # the adapter is on again
 
 
 @pytest.mark.parametrize("folder", ["made/oracle", "adapter"])

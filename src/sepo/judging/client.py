@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 import anyio
 import httpx2
 import openai
+from anyio import to_thread
 from anyio.from_thread import start_blocking_portal
 
 from sepo.errors import UserError, one_line
@@ -69,7 +70,8 @@ class Client:
         waiting = iter(enumerate(requests))
         under_way: dict[Future[Reply], int] = {}
         silent = 0  # questions in a row without a reply
-        # The event loop has a thread of its own, because this thread may run one already, as in a notebook.
+        # The event loop runs in another thread, because this one may have a loop already, as in a notebook. An exception
+        # cancels all questions, but still awaits the requests under way, which are shielded.
         with start_blocking_portal() as portal:
             while True:
                 for number, request in itertools.islice(waiting, self._concurrency - len(under_way)):
@@ -119,9 +121,21 @@ class _Transport(httpx2.AsyncHTTPTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         self.sent += 1
-        began, body = time.monotonic(), bytearray()
+        began = time.monotonic()
+        with anyio.CancelScope(shield=True):  # an interruption cancels only the pauses between requests
+            response, body = await self._send(request)
+            extensions: dict[str, Any] = {}
+            if response.is_success:
+                text, seconds = self._text_of(body), time.monotonic() - began
+                # In a thread, because flushing a file to disk takes milliseconds.
+                reply = await to_thread.run_sync(self._keep, json.loads(request.content), text, seconds)
+                extensions["reply"] = reply
+        return httpx2.Response(response.status_code, headers=response.headers, content=body, extensions=extensions)
+
+    async def _send(self, request: httpx2.Request) -> tuple[httpx2.Response, bytes]:
+        body = bytearray()
         try:
-            with anyio.fail_after(self._timeout, shield=True):  # an interruption cancels only pauses between requests
+            with anyio.fail_after(self._timeout):
                 response = await super().handle_async_request(request)
                 async for part in response.aiter_raw():
                     body += part
@@ -131,13 +145,7 @@ class _Transport(httpx2.AsyncHTTPTransport):
                 await response.aclose()
         except TimeoutError:
             raise httpx2.ReadTimeout(f"no whole reply in {self._timeout:g} s", request=request) from None
-        extensions: dict[str, Any] = {}
-        if response.is_success:
-            text, seconds = self._text_of(bytes(body)), time.monotonic() - began
-            extensions["reply"] = self._keep(json.loads(request.content), text, seconds)
-        return httpx2.Response(
-            response.status_code, headers=response.headers, content=bytes(body), extensions=extensions
-        )
+        return response, bytes(body)
 
 
 def _reason(error: BaseException) -> BaseException:

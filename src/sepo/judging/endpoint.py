@@ -61,7 +61,7 @@ class Endpoint:
             _ = parts.port
         except ValueError:
             good = False
-        if not good or any(c.isspace() for c in self.url):
+        if not good or not self.url.isprintable() or any(c.isspace() for c in self.url):
             raise UserError(
                 f"the server '{one_line(self.url, 100)}' is no address: expected http://HOST:PORT/v1, no key in it"
             )

@@ -97,7 +97,8 @@ def read_questions(path: Path, benchmark: str = "") -> tuple[list[Question], str
     """Questions of a file, and the benchmark whose format they have ("" for plain prompts).
 
     Known formats are AlpacaEval (`instruction`), MT-Bench and Arena-Hard v0.1 (`question_id`, `turns`), Arena-Hard v2
-    (`uid`, `prompt`), and plain rows with `prompt`, a text or a list of messages whose user turns are asked one after another.
+    (`uid`, `prompt`), and plain rows with `prompt`: a text, or a list of messages whose user turns are asked one after
+    the other.
 
     Raises:
         UserError: a row has another format, or two rows have the same key.
