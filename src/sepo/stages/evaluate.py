@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sepo import processes
 from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
-from sepo.evaluate.generate import responses_at_once
-from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import Judge, evaluate_run
 from sepo.forward.scoring import tokens_per_row_for
 from sepo.recipe.settings import Recipe
 from sepo.stages.cost import Cost, Estimate, FrozenMemory, Sizes
 from sepo.stages.logps import width_of
 from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Model, Stage, StageResult
+
+if TYPE_CHECKING:
+    from sepo.evaluate.measure import Judge
 
 
 class RunJudge(NamedTuple):
@@ -30,6 +30,8 @@ class RunJudge(NamedTuple):
 def check(recipe: Recipe) -> None:
     """Check that the gold reward and its libraries are there."""
     if recipe.eval.gold is not None:
+        from sepo.evaluate.gold import gold_reward
+
         gold_reward(recipe.eval.gold)
 
 
@@ -53,6 +55,8 @@ def stage(
         def forget() -> None:
             for name in (GENERATIONS, EXAMPLES, ANNOTATIONS):
                 (folder / name).unlink(missing_ok=True)  # of other settings
+
+        from sepo.evaluate.measure import evaluate_run
 
         processes.on_main(forget)
         return evaluate_run(
@@ -109,6 +113,8 @@ def responses(recipe: Recipe, sizes: Sizes) -> int:
 
 def at_once(recipe: Recipe, sizes: Sizes) -> int:
     """Number of responses that are generated at once."""
+    from sepo.evaluate.generate import responses_at_once
+
     longest = sizes.longest_prompt + recipe.eval.max_new_tokens
     return recipe.eval.batch_size or responses_at_once(longest, sizes.device)
 

@@ -14,11 +14,9 @@ from sepo.errors import UserError
 from sepo.models.config import load_config
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, resolve_model
-from sepo.models.shrink import cut_config, shrink_model
 from sepo.recipe.settings import Recipe
 from sepo.stages.cost import Cost, FineTuningMemory, Sizes
 from sepo.stages.stage import Model, Stage
-from sepo.training.sft import check_sft, train_reference
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -31,13 +29,19 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
                 "reference.layers leaves a model that cannot write text: set policy.model, the model to align"
             )
     if recipe.reference.sft is not None:
+        from sepo.training.sft import check_sft
+
         check_sft(recipe.reference.sft, recipe.device)
 
 
 def config(recipe: Recipe) -> PreTrainedConfig:
     """The config of the model that oracle and reference start from."""
     whole = load_config(recipe.reference.model, revision=recipe.reference.revision)
-    return whole if recipe.reference.layers is None else cut_config(whole, recipe.reference.layers)
+    if recipe.reference.layers is None:
+        return whole
+    from sepo.models.shrink import cut_config
+
+    return cut_config(whole, recipe.reference.layers)
 
 
 def hash_model(name: str, revision: str | None = None) -> Model:
@@ -56,9 +60,13 @@ def stage(recipe: Recipe, model: Model) -> Stage | None:
     def run(folder: Path) -> dict[str, Any]:
         source, cut = model.folder, folder.with_name(f"{folder.name}-cut")
         if layers is not None:
+            from sepo.models.shrink import shrink_model
+
             source = str(cut if sft is not None else folder)
             processes.on_main(lambda: shrink_model(model.folder, layers, source))
         if sft is not None:
+            from sepo.training.sft import train_reference
+
             train_reference(source, sft, folder, seed=recipe.seed, device=recipe.device)
             processes.on_main(lambda: shutil.rmtree(cut, ignore_errors=True))
         return {}

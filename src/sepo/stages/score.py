@@ -16,8 +16,6 @@ from sepo.credit.rewards import combine_scores, given_rewards, require_rewards, 
 from sepo.data.tables import arrow_file, clear_shards, read_shard, read_table, table_digest, table_paths, write_shard
 from sepo.errors import UserError, one_line
 from sepo.evaluate.accuracy import oracle_accuracy
-from sepo.evaluate.fidelity import fidelity
-from sepo.evaluate.gold import gold_reward
 from sepo.processes import log
 from sepo.recipe.settings import OracleSettings
 from sepo.stages.cost import Cost, Sizes
@@ -117,6 +115,9 @@ def words_found(scores: Path, words: Words | None) -> dict[str, float]:
     """AUC of token rewards for the words that carry a gold reward; nothing without one."""
     if words is None:
         return {}
+    from sepo.evaluate.fidelity import fidelity
+    from sepo.evaluate.gold import gold_reward
+
     judged = fidelity(words.tokenizer, read_table(scores, "scores"), valence=gold_reward(words.gold).valence)
     return {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.credit.transfer import TransferReport, carry
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.tables import (
     clear_shards,
@@ -32,7 +31,6 @@ from sepo.data.tables import (
     with_provenance,
     write_shard,
 )
-from sepo.data.vocabulary import TokenBytes, token_bytes
 from sepo.errors import UserError
 from sepo.models.folders import is_outline
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
@@ -43,6 +41,10 @@ from sepo.stages import data
 from sepo.stages.cost import Cost, Sizes
 from sepo.stages.score import Words, words_found
 from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
+
+if TYPE_CHECKING:
+    from sepo.credit.transfer import TransferReport
+    from sepo.data.vocabulary import TokenBytes
 
 
 def needed(recipe: Recipe) -> bool:
@@ -73,6 +75,8 @@ def check(recipe: Recipe) -> None:
 def _readers(
     both: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], names: tuple[str, str]
 ) -> tuple[TokenBytes, TokenBytes]:
+    from sepo.data.vocabulary import token_bytes
+
     return token_bytes(both[0], names[0]), token_bytes(both[1], names[1])
 
 
@@ -202,6 +206,8 @@ def carry_table(
     Raises:
         UserError: no pair is left.
     """
+    from sepo.credit.transfer import TransferReport, carry
+
     paths = table_paths(source, kind)
     if source.resolve() == out.resolve():
         raise UserError(f"'{out}' holds the table itself: choose another folder for what is carried over")
