@@ -70,8 +70,8 @@ class Client:
         waiting = iter(enumerate(requests))
         under_way: dict[Future[Reply], int] = {}
         silent = 0  # questions in a row without a reply
-        # The event loop runs in another thread, because this one may have a loop already, as in a notebook. An exception
-        # cancels all questions, but still awaits the requests under way, which are shielded.
+        # The event loop runs in another thread, because this one may have a loop already, as in a notebook. An error
+        # cancels all questions here, but the requests under way are shielded and awaited.
         with start_blocking_portal() as portal:
             while True:
                 for number, request in itertools.islice(waiting, self._concurrency - len(under_way)):
