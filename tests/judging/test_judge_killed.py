@@ -1,4 +1,4 @@
-"""A run that is killed while it answers and while it is judged: what was finished or paid for is not done again."""
+"""A run that is killed while it generates and while it is judged repeats no finished response and no paid request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ oracle: {training: {learning_rate: 0.002, batch_size: 8}}
 policy: {training: {learning_rate: 0.001, batch_size: 8}}
 eval: {prompts: 4, samples: 2, max_new_tokens: 8, batch_size: 2, examples: 2}
 """
-# `sepo run` that says when it keeps a batch of answers, and dies before it keeps the n-th.
+# `sepo run` that reports each stored batch of responses, and kills itself before it stores the n-th.
 WATCHED = """
 import os, signal, sys
 left = int(sys.argv[1])
@@ -61,7 +61,7 @@ def judged_by(server: Server, cache: str) -> str:
 
 
 def verdict(body: dict) -> dict:
-    """Of a judge who likes what holds an "a"."""
+    """The reply of a judge that prefers the answer with more letters "a"."""
     first, second = body["messages"][-1]["content"].split(" m: ")[1].split(" M: ")
     return completion("m" if first.count("a") >= second.count("a") else "M")
 
@@ -70,9 +70,9 @@ def questions(server: Server) -> Counter[str]:
     return Counter(json.dumps(body, sort_keys=True) for body in server.asked)
 
 
-def test_a_killed_run_repeats_no_finished_answer_and_no_paid_call(workplace):
+def test_a_killed_run_repeats_no_finished_response_and_no_paid_request(workplace):
     children: list[subprocess.Popen] = []
-    deadly = 3  # the question at which the run is killed; it gets no reply
+    deadly = 3  # the run is killed at this question, which gets no reply
 
     def answer(body, before):
         if len(served.asked) == deadly:
@@ -84,7 +84,7 @@ def test_a_killed_run_repeats_no_finished_answer_and_no_paid_call(workplace):
         arguments = ["run", "recipe.yaml", "output_dir=run", judged_by(served, "cache")]
 
         def start(batches: int) -> tuple[int, int]:
-            """Run until it is killed or done; its exit code, and the batches of answers that it kept."""
+            """Run until killed or done; returns the exit code and the number of stored batches."""
             command = [sys.executable, "-c", WATCHED, str(batches), *arguments]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             with open("run.log", "ab") as log:
@@ -92,7 +92,7 @@ def test_a_killed_run_repeats_no_finished_answer_and_no_paid_call(workplace):
             said = children[-1].communicate(timeout=300)[0]
             return children[-1].returncode, said.count(b"#kept")
 
-        whole = 2 * (4 + 1)  # policy and base: eight answers and two examples each, two in a batch
+        whole = 2 * (4 + 1)  # policy and base: 8 responses and 2 examples each, 2 in a batch
         assert start(3) == (-signal.SIGKILL, 3)
         assert not served.asked
         assert start(99) == (-signal.SIGKILL, whole - 3)
@@ -119,12 +119,12 @@ def test_a_killed_run_repeats_no_finished_answer_and_no_paid_call(workplace):
 
 
 def hard(body: dict) -> bool:
-    """Of the two orders of a pair of different answers, one."""
+    """True for one of the two orders of a pair of different answers."""
     first, second = body["messages"][-1]["content"].split(" m: ")[1].split(" M: ")
     return first < second
 
 
-def test_what_a_judge_did_not_answer_is_asked_again_and_nothing_else(workplace, capsys, monkeypatch):
+def test_only_questions_without_a_reply_are_asked_again(workplace, capsys, monkeypatch):
     kept = []
     add = FinishedResponses.add
     monkeypatch.setattr(FinishedResponses, "add", lambda self, batch: (kept.append(batch), add(self, batch))[1])
@@ -134,7 +134,7 @@ def test_what_a_judge_did_not_answer_is_asked_again_and_nothing_else(workplace, 
     with serving(lambda body, before: 500 if not healed and hard(body) else verdict(body)) as served:
 
         def run(*overrides: str) -> tuple[list[bool], str]:
-            """Whether each question that is asked is hard, and what the run says."""
+            """For each question whether it is hard; and the log of the run."""
             before = len(served.asked)
             assert main(["run", "recipe.yaml", "output_dir=run", judged_by(served, "cache"), *overrides]) == 0
             return [hard(body) for body in served.asked[before:]], capsys.readouterr().err
