@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from sepo.analyse.measures import POSITION_BINS
-from sepo.report.figures import make_figure, write_png
-from sepo.report.style import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES
+from sepo.report.figures import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES, make_figure, write_png
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -28,7 +28,7 @@ from sepo.models.folders import is_adapter, read_json_object, weight_files
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import Recipe
-from sepo.report.build import find_tokenizer, has_transfer, read_selection
+from sepo.report.reading import find_tokenizer, has_transfer, read_selection
 
 What = Literal["policy", "oracle", "scores"]
 # What of a model's folder is the model: no checkpoints, no event files, and not the history of its training, which

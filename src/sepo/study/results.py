@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 
 from sepo.evaluate.statistics import StdComponents, crossed_mean, interval, over_seeds, smallest_difference
 from sepo.files import write_json, write_text
-from sepo.report.figures import make_figure, write_png
-from sepo.report.style import GREY, MARKERS, SERIES
+from sepo.report.figures import GREY, MARKERS, SERIES, make_figure, write_png
 from sepo.study.policy_evaluator import at_kl, at_kl_by_prompt, before_first_checkpoint, quality
 
 _LEADING = re.compile(r"^[^=]*\.(?=[^.=]*=)")  # of policy.training.learning_rate=3e-05, all before learning_rate
