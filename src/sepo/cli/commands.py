@@ -77,7 +77,7 @@ def analyse_command(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out) if arguments.out else runs[0] / "analysis"
     check_writable(out)
     _quiet_libraries()
-    from sepo.analyse.analyse import analyse, rank, rank_inputs, read_rules, run_inputs
+    from sepo.analyse.analysis import analyse, rank, rank_inputs, read_rules, run_inputs
 
     if arguments.rules is not None:
         rules = read_rules(None if arguments.rules is True else Path(arguments.rules), arguments.k)

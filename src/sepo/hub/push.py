@@ -235,7 +235,7 @@ def _adapter_config(folder: Path, base: str | None, start_id: str | None) -> tup
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), base
 
 
-# --- token rewards as a dataset ----------------------------------------------------------------------------------------
+# --- token rewards as a dataset ------------------------------------------------------------------------------------
 
 
 def write_shared(folder: Path, selection: Path | None, tokenizer: str, split: str, out: Path) -> list[File]:
