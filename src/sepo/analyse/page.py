@@ -11,20 +11,13 @@ from matplotlib.axes import Axes
 
 from sepo.analyse.measures import POSITION_BINS
 from sepo.data.ragged import SIDES
+from sepo.numbers import number, share, with_error
 from sepo.report.figures import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES, make_figure, write_png
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "–" if value is None or value != value else f"{value:{form}}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{100 * value:.1f} %"
 
 
 def analysis_markdown(result: Mapping[str, Any]) -> str:
@@ -44,7 +37,7 @@ def _overview(result: Mapping[str, Any]) -> list[str]:
     sides, carried = result["overview"], result["concentration"]
 
     def row(title: str, key: str, form: str) -> tuple[str, ...]:
-        return title, *(_number(sides[side][key], form) for side in SIDES)
+        return title, *(number(sides[side][key], form) for side in SIDES)
 
     return [
         *_table(
@@ -55,15 +48,15 @@ def _overview(result: Mapping[str, Any]) -> list[str]:
                 row("mean reward s", "mean", "+.4f"),
                 row("standard deviation of s", "sd", ".4f"),
                 row("mean s of end tokens", "mean_end", "+.4f"),
-                ("effective share of tokens", *(_percent(sides[side]["effective_share"]) for side in SIDES)),
+                ("effective share of tokens", *(share(sides[side]["effective_share"]) for side in SIDES)),
             ],
         ),
         f"{sides['pairs']:,} pairs.",
         "",
         "## How few tokens carry the reward",
         "",
-        f"{_percent(carried['magnitude']['share_for_80'])} of the tokens carry 80 % of Σ\\|s\\|; "
-        f"{_percent(carried['mass']['share_for_80'])} carry 80 % of the reward in favour of the label (paper: 35–40 % "
+        f"{share(carried['magnitude']['share_for_80'])} of the tokens carry 80 % of Σ\\|s\\|; "
+        f"{share(carried['mass']['share_for_80'])} carry 80 % of the reward in favour of the label (paper: 35–40 % "
         "for the reward difference).",
         "",
         "![](share.png)",
@@ -75,9 +68,9 @@ def _length(length: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             name,
-            f"{_number(length[name]['accuracy'])} ± {_number(length[name]['accuracy_se'])}",
-            f"{_number(length[name]['accuracy_not_longer'])} ± {_number(length[name]['accuracy_not_longer_se'])}",
-            " / ".join(_number(length[name][f"length_correlation_{side}"], "+.2f") for side in SIDES),
+            with_error(length[name]["accuracy"], length[name]["accuracy_se"], ".3f"),
+            with_error(length[name]["accuracy_not_longer"], length[name]["accuracy_not_longer_se"], ".3f"),
+            " / ".join(number(length[name][f"length_correlation_{side}"], "+.2f") for side in SIDES),
         )
         for name in ("sum", "mean")
     ]
@@ -86,7 +79,7 @@ def _length(length: Mapping[str, Any]) -> list[str]:
         "## Length",
         "",
         *_table(("reward of a response", "accuracy", "chosen not longer", correlation), rows),
-        f"Accuracy of preferring the longer response: {_number(length['length_baseline'])}. In "
+        f"Accuracy of preferring the longer response: {number(length['length_baseline'], '.3f')}. In "
         f"{length['pairs_not_longer']:,} pairs the chosen response is not the longer one.",
         "",
     ]
@@ -100,8 +93,8 @@ def _classes(result: Mapping[str, Any]) -> list[str]:
             [
                 (
                     name,
-                    *(_percent(row[share]) for share in ("share", "key_share", "magnitude_share")),
-                    _number(row["mean"], "+.4f"),
+                    *(share(row[key]) for key in ("share", "key_share", "magnitude_share")),
+                    number(row["mean"], "+.4f"),
                 )
                 for name, row in result["classes"][side].items()
                 if row["tokens"]
@@ -114,9 +107,9 @@ def _agreement(result: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             f"{row['a']}, {row['b']}",
-            _number(row["correlation"]),
-            _percent(row["same_sign"]),
-            _percent(row["overlap"]),
+            number(row["correlation"], ".3f"),
+            share(row["same_sign"]),
+            share(row["overlap"]),
         )
         for row in result["agreement"]["between"]
     ]
@@ -124,7 +117,7 @@ def _agreement(result: Mapping[str, Any]) -> list[str]:
         "## Agreement between oracles",
         "",
         *_table(("oracles", "correlation of s", "same sign", f"key tokens in common (k = {result['k']:g})"), rows),
-        f"Two random selections share {_percent(result['agreement']['chance'])} of their key tokens.",
+        f"Two random selections share {share(result['agreement']['chance'])} of their key tokens.",
         "",
         "![](agreement.png)",
         "",
@@ -135,10 +128,10 @@ def _fidelity(fidelity: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             name,
-            f"{_number(row['auc'])} ± {_number(row['auc_se'])}",
-            _number(row["auc_unsigned"]),
-            _number(row["correlation"], "+.3f"),
-            *(f"{_percent(row[f'precision_{side}'])} ({_number(row[f'lift_{side}'], '.2f')})" for side in SIDES),
+            with_error(row["auc"], row["auc_se"], ".3f"),
+            number(row["auc_unsigned"], ".3f"),
+            number(row["correlation"], "+.3f"),
+            *(f"{share(row[f'precision_{side}'])} ({number(row[f'lift_{side}'], '.2f')})" for side in SIDES),
         )
         for name, row in fidelity.items()
     ]
@@ -171,29 +164,29 @@ def ranking_markdown(result: Mapping[str, Any]) -> str:
         "reward kept",
         "effective share of tokens",
     )
-    number = len(result["oracles"])
+    count = len(result["oracles"])
     ranked = ranked_rules(result)
 
     def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         shares = ("weight_right", "weight_wrong", "mass", "effective")
         return tuple(
-            _percent(row[name]["mean"])
+            share(row[name]["mean"])
             if name in shares
-            else _number(row[name]["mean"], ".2f" if name == "lift" else ".3f")
+            else number(row[name]["mean"], ".2f" if name == "lift" else ".3f")
             for name in names
         )
 
     def difference(row: Mapping[str, Any], name: str) -> str:
         gap, scale = row[name]["difference"], 100 if name == "weight_right" else 1
         form = "+.1f" if scale == 100 else "+.3f"
-        mean, low, high = (_number(gap[key] * scale, form) for key in ("mean", "low", "high"))
+        mean, low, high = (number(gap[key] * scale, form) for key in ("mean", "low", "high"))
         return f"{mean} ({low} to {high})"
 
-    oracles = f"{number} oracles" if number > 1 else "one oracle"
+    oracles = f"{count} oracles" if count > 1 else "one oracle"
     lines = [f"# Rules on {oracles}", ""]
     lines += _table(("rule", *titles), [(rule, *cells(row)) for rule, row in ranked])
     lines += ["![](ranking.png)", ""]
-    if number > 1:
+    if count > 1:
         lines += [f"Against *{result['baseline']}*, paired by oracle, with 95 % intervals (Student's t):", ""]
         lines += _table(
             ("rule", "AUC", "cosine", "weight on right tokens, points"),
@@ -231,7 +224,7 @@ def save_ranking_figure(result: Mapping[str, Any], folder: Path) -> Path:
 def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw share.png, position.png and, if the results have them, agreement.png and fidelity.png."""
 
-    def share(axes: Axes) -> None:
+    def carried(axes: Axes) -> None:
         for kind, style in (("magnitude", "-"), ("mass", SIDE_LINES["rejected"])):
             for side in SIDE_COLOURS:
                 if side in result["concentration"][kind]:
@@ -270,7 +263,7 @@ def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]
         axes.invert_yaxis()
 
     figures = {
-        "share": make_figure(share, "Share of tokens, largest first", "Share of the reward"),
+        "share": make_figure(carried, "Share of tokens, largest first", "Share of the reward"),
         "position": make_figure(position, "Place in the response", "Mean reward s"),
     }
     if "agreement" in result and result["agreement"]["chance"] is not None:

@@ -20,8 +20,8 @@ from huggingface_hub import DatasetCardData, ModelCard, ModelCardData, try_to_lo
 from sepo.errors import one_line
 from sepo.files import write_text
 from sepo.models.folders import is_adapter
+from sepo.numbers import number
 from sepo.recipe.settings import EMBEDDED_DATA, Recipe
-from sepo.report.numbers import number
 from sepo.report.run_summary import RunSummary, cautions, short_name, summary_of_folder, task_scores
 
 CARD = "README.md"

@@ -27,6 +27,7 @@ from sepo.errors import UserError, named_error
 from sepo.hub import card
 from sepo.models.folders import is_adapter, read_json_object, weight_files
 from sepo.models.tokenizer import load_tokenizer
+from sepo.numbers import size
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import Recipe
 from sepo.report.reading import find_tokenizer, has_transfer, read_selection
@@ -71,7 +72,7 @@ class PushPlan:
 
     def lines(self) -> list[dict[str, str]]:
         """Name and size of every file."""
-        rows = [{"name": file.name, "size": _size(file.size)} for file in self.files]
+        rows = [{"name": file.name, "size": size(file.size)} for file in self.files]
         for split, folder, _ in self.tables:
             rows.append({"name": f"data/{split}-*.parquet", "size": f"{_pairs(folder):,} pairs"})
         return rows
@@ -301,13 +302,3 @@ def _pair_weights(scores: pa.Table, selection: Path | None) -> tuple[np.ndarray,
 
 def _pairs(folder: Path) -> int:
     return sum(number_of_rows(path) for path in table_paths(folder, "scores"))
-
-
-def _size(number: int) -> str:
-    """A number of bytes in kB, MB or GB.
-
-    >>> [_size(number) for number in (900, 1_500_000)]
-    ['0.9 kB', '1.5 MB']
-    """
-    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if number >= unit), (1e3, "kB"))
-    return f"{number / unit:.1f} {name}"

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from sepo.bars import duration
 from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import read_table
 from sepo.errors import one_line
 from sepo.evaluate.files import EXAMPLES
+from sepo.numbers import duration, with_error
 from sepo.recipe.settings import Recipe
 
 # Limits above which the summary warns: KL in nats per response, and relative change of length.
@@ -189,7 +189,7 @@ def _changes(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
                 f"gold reward ({recipe.eval.gold})",
                 f"{metrics['gold_reward/base']:.3f}",
                 f"{metrics['gold_reward/policy']:.3f}",
-                _with_error(difference, error, "+.3f") + (f" ({difference / error:.1f} s.e.)" if error else ""),
+                with_error(difference, error, "+.3f") + (f" ({difference / error:.1f} s.e.)" if error else ""),
             )
         )
         rows.append(Moved("gold reward higher", "", f"{metrics['gold_reward/win_rate']:.0%}", "ties count half"))
@@ -207,20 +207,20 @@ def _changes(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
             Moved("length, tokens", f"{base:.1f}", f"{policy:.1f}", f"{policy / base - 1:+.0%}" if base else "")
         )
     if "kl" in metrics:
-        after = _with_error(metrics["kl"], metrics.get("kl_se"), ".2f")
+        after = with_error(metrics["kl"], metrics.get("kl_se"), ".2f")
         rows.append(Moved("KL from the start", "", after, "nats per response"))
     if "policy/accuracy" in metrics:
         rows.append(
             Moved(
                 "pairs ranked right", "",
-                _with_error(metrics["policy/accuracy"], metrics.get("policy/accuracy_se"), ".0%"),
+                with_error(metrics["policy/accuracy"], metrics.get("policy/accuracy_se"), ".0%"),
                 "by log p after - before",
             )
         )  # fmt: skip
     for name, rate in metrics.items():
         if name.startswith("benchmarks/") and name.endswith("/win_rate"):
             error = metrics.get(f"{name}_se")
-            rows.append(Moved(name.split("/")[1], "", _with_error(rate, error, ".0%"), "win rate against before"))
+            rows.append(Moved(name.split("/")[1], "", with_error(rate, error, ".0%"), "win rate against before"))
     return rows + _task_changes(metrics)
 
 
@@ -231,7 +231,7 @@ def _task_changes(metrics: Mapping[str, Any]) -> list[Moved]:
             f"{task} ({score})",
             f"{metrics[f'tasks/{task}/{score}/base']:.3f}",
             f"{metrics[f'tasks/{task}/{score}/policy']:.3f}",
-            _with_error(
+            with_error(
                 metrics[f"tasks/{task}/{score}/difference"], metrics.get(f"tasks/{task}/{score}/difference_se"), "+.3f"
             ),
         )
@@ -261,15 +261,6 @@ def judge_of(recipe: Recipe) -> str:
     return "DPO oracle as judge" if recipe.eval.judge and recipe.eval.judge.oracle else "judge"
 
 
-def _with_error(value: float, error: float | None, form: str) -> str:
-    """A value and its standard error, if it has one.
-
-    >>> _with_error(0.25, 0.05, "+.3f")
-    '+0.250 ± 0.050'
-    """
-    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form.removeprefix('+')}}"
-
-
 def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
     """The limitations of a run's metrics, a sentence each."""
     metrics = _defined(metrics)
@@ -294,7 +285,7 @@ def _judge_cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> Iterator[str]
     if recipe.eval.judge is not None and recipe.eval.judge.oracle is not None and judged:
         accuracy = "is not known"
         if (known := metrics.get("judge/oracle_accuracy")) is not None:
-            accuracy = f"is {_with_error(known, metrics.get('judge/oracle_accuracy_se'), '.0%')}"
+            accuracy = f"is {with_error(known, metrics.get('judge/oracle_accuracy_se'), '.0%')}"
         yield (
             f"The judge is a DPO oracle, a small model of preferences: its accuracy on held-out pairs {accuracy}, and "
             "its errors count as wins or losses."

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from sepo.evaluate.statistics import StdComponents, crossed_mean, interval, over_seeds, smallest_difference
 from sepo.files import write_json, write_text
+from sepo.numbers import number, with_error
 from sepo.report.figures import GREY, MARKERS, SERIES, make_figure, write_png
 from sepo.study.curves import at_kl, at_kl_by_prompt, before_first_checkpoint, quality
 
@@ -196,7 +197,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     if comparison["shared"]:
         lines += ["", "## Shared stages", "", "| stage | seconds | peak, GB | content |", "|---|---:|---:|---|"]
         for item in comparison["shared"]:
-            peak = "–" if item.get("memory_gb") is None else f"{item['memory_gb']:.2f}"
+            peak = number(item.get("memory_gb"), ".2f")
             lines.append(f"| {item['stage']} | {item['seconds']:,.0f} | {peak} | {item['what']} |")
     environment = comparison["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
@@ -218,13 +219,13 @@ def _settings_table(rows: Sequence[Mapping[str, Any]], value: str | None) -> lis
             row["variant"],
             row["label"] or "–",
             str(row["seeds"]),
-            *([_with_error(row, "value", "+.3f") + marks] if value else []),
-            _with_error(row, "final", "+.3f"),
-            _with_error(row, "final_kl", ".2f"),
-            _with_error(row, "win_rate", ".3f"),
-            _with_error(row, "length", ".1f"),
+            *([with_error(row["value"], row["value_se"], "+.3f") + marks] if value else []),
+            with_error(row["final"], row["final_se"], "+.3f"),
+            with_error(row["final_kl"], row["final_kl_se"], ".2f"),
+            with_error(row["win_rate"], row["win_rate_se"], ".3f"),
+            with_error(row["length"], row["length_se"], ".1f"),
             *(f"{row[name]:,.0f}" for name in ("pairs_seen", "target_tokens", "read_tokens", "train_seconds")),
-            "–" if math.isnan(row["memory_gb"]) else f"{row['memory_gb']:.2f}",
+            number(row["memory_gb"], ".2f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -271,13 +272,6 @@ def reading_notes(rows: Sequence[Mapping[str, Any]], kl: float | None) -> list[s
     if kl is not None and (short := settings(row["seeds"] - row["reached"] for row in reported)):
         notes.append(f"did not reach KL {kl:g} and count with their furthest point: {short}")
     return notes
-
-
-def _with_error(row: Mapping[str, Any], name: str, form: str) -> str:
-    if math.isnan(row[name]):
-        return "–"
-    error = row[f"{name}_se"]
-    return f"{row[name]:{form}}" + ("" if math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
 
 
 def mean_curve(runs: Sequence[Mapping[str, Any]], steps: int = 60) -> tuple[np.ndarray, np.ndarray]:
