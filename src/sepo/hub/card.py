@@ -23,8 +23,8 @@ from sepo.models.folders import is_adapter
 from sepo.numbers import number
 from sepo.recipe.settings import EMBEDDED_DATA, Recipe
 from sepo.report.run_summary import RunSummary, cautions, short_name, summary_of_folder, task_scores
+from sepo.runs.folder import CARD
 
-CARD = "README.md"
 # The start of a line in the templates. A card without it is the user's own text, and sepo leaves it alone.
 _MARK = "<!-- Written by sepo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
