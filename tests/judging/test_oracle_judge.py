@@ -219,7 +219,7 @@ def test_a_run_names_its_oracle_judge_and_the_judge_s_accuracy(trained, tmp_path
     assert "The judge is a DPO oracle" in card
     assert f"its accuracy on held-out pairs is {accuracy}" in card
     told = " ".join(capsys.readouterr().out.split())
-    assert "the judge, a DPO oracle, prefers it" in told
+    assert "win rate, DPO oracle as judge" in told
     assert main(["run", str(recipe), "seed=1", judge]) == 0
     assert "[eval] unchanged" in capsys.readouterr().err
     assert main(["run", str(recipe), "seed=1", "eval.judge=oracle:adapter"]) == 0

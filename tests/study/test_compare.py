@@ -15,8 +15,9 @@ from sepo.errors import UserError
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import evaluate_run
 from sepo.evaluate.statistics import crossed_mean, over_seeds
+from sepo.study.curves import at_kl
 from sepo.study.grid import load_grid, number_of_runs
-from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, at_kl
+from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator
 from sepo.study.results import (
     _name,
     best_setting,
@@ -25,7 +26,7 @@ from sepo.study.results import (
     mean_curve,
     reading_notes,
     summarise_runs,
-    typical_spread,
+    typical_std,
 )
 from sepo.training.checkpoints import STATE_FILE
 from tiny_models import tiny_model, tiny_tokenizer
@@ -224,7 +225,7 @@ def test_a_dry_run_counts_the_runs_and_writes_nothing(workplace, capsys):
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
     assert "4" in rows["sepo"]
     assert "10" in rows["total"]
-    assert "2 seeds cannot tell how seeds differ: for a comparison set three or more" in output
+    assert "minimum detectable difference: not known with 2 seeds; set three or more" in output
     assert not (workplace / "dry-out").exists()
 
 
@@ -398,7 +399,7 @@ def test_checkpoints_can_be_where_a_run_passes_given_kls(workplace, capsys):
     assert main(["compare", str(path), faster, "--dry-run"]) == 0
     assert "a run is measured where it passes KL 0.2, 0.5, 90 and at its end" in capsys.readouterr().out
     assert main(["compare", str(path), faster]) == 0
-    assert "KL 90 was not reached: the run got to" in capsys.readouterr().err
+    assert "KL 90 was not reached; the highest measured KL is" in capsys.readouterr().err
     (run,) = json.loads((workplace / "passing-out" / "compare.json").read_text())["runs"]
     *on_the_way, last = run["points"]
     assert last["step"] == 32
@@ -537,7 +538,7 @@ def test_methods_on_one_curve_are_equal_wherever_their_checkpoints_lie(checkpoin
         assert at_kl(on_it, kl) == (pytest.approx(0.1 * math.sqrt(kl)), True)
 
 
-def test_values_that_were_not_measured_are_marked_and_said(workplace, capsys):
+def test_values_that_were_not_measured_are_marked_and_noted(workplace, capsys):
     runs = [
         run("fast", "", 0, points((4.0, 0.4), (9.0, 0.6))),
         run("fast", "", 1, points((0.5, 0.1), (9.0, 0.6))),
@@ -548,7 +549,7 @@ def test_values_that_were_not_measured_are_marked_and_said(workplace, capsys):
     assert [(row["unmeasured"], row["reached"]) for row in rows] == [(1, 2), (0, 0), (0, 1)]
     early, short = reading_notes(rows, 1.0)
     assert "below KL 1" in early and "1 of fast;" in early  # noqa: PT018
-    assert "as far as KL 1" in short and short.endswith(": 1 of slow")  # noqa: PT018
+    assert "did not reach KL 1" in short and short.endswith(": 1 of slow")  # noqa: PT018
     assert reading_notes(summarise_runs(runs, None), None) == []
     page = comparison_markdown(
         {"name": "t", "kl": 1.0, "gold": "vader", "rows": rows, "runs": runs, "differences": [], "shared": [],
@@ -624,7 +625,7 @@ def test_methods_are_compared_by_the_seeds_that_both_have():
     (only,) = differences(runs, 1.0)
     assert (only["name"], only["against"], only["seeds"]) == ("b beta=0.1", "a", 3)
     assert only["difference"] == pytest.approx(0.2)
-    assert (only["prompts"], only["spread"]) == (0, None)
+    assert (only["prompts"], only["std"]) == (0, None)
     # Differences 0.1, 0.2, 0.3: standard error 0.1 / sqrt(3), and Student's t is 4.303 at two degrees of freedom.
     assert only["low"] == pytest.approx(0.2 - stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))
     assert only["high"] == pytest.approx(0.2 + stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))
@@ -667,7 +668,7 @@ def test_differences_are_over_seeds_and_prompts_where_each_prompt_was_kept():
     )
     read = [at_kl(one["points"], 1.0)[0] for one in runs]
     assert only["difference"] == pytest.approx(np.mean(read[1::2]) - np.mean(read[::2]))
-    assert typical_spread([only]).rest == pytest.approx(expected.spread.rest)
+    assert typical_std([only]).rest == pytest.approx(expected.spread.rest)
     for one in runs:
         one["points"][0].pop("by_prompt")  # as an earlier release wrote them
     assert differences(runs, 1.0)[0]["prompts"] == 0
