@@ -15,9 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from pairs import awkward_pairs, plain_logps
 from sepo.forward import gradients, layers
 from sepo.forward.gradients import gradients_in_place, matmul_nt, may_accumulate_in_place
-from sepo.forward.last_block import last_mlp, rows_only
 from sepo.forward.layers import FastEmbedding, FastGatedMLP, FastLinear, FastRMSNorm, use_fast_layers
-from sepo.forward.logps import token_logps
+from sepo.forward.logps import last_mlp, rows_only, token_logps
 from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
 from sepo.models.weights import load_model

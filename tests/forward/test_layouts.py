@@ -200,7 +200,7 @@ def test_a_model_that_counts_places_in_a_row_itself_is_padded_where_rows_are_lon
 def test_frequencies_of_the_longest_text_so_far_are_refused_beyond_the_original_length():
     model = model_of(dynamic_rope())
     assert prepare_model(model, longest=STEP) == "packed"
-    with pytest.raises(UserError, match=r"depends on what it read before.* lower max_length to 16"):
+    with pytest.raises(UserError, match=r"depend on what it read before.* lower max_length to 16"):
         prepare_model(model, longest=longest(MIXED))
 
 

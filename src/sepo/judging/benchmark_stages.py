@@ -8,7 +8,7 @@ from typing import Any
 
 from sepo import processes
 from sepo.errors import UserError
-from sepo.evaluate.files import ANNOTATIONS
+from sepo.evaluate import ANNOTATIONS
 from sepo.judging.answering import questions_digest
 from sepo.judging.benchmarks import ROLES, answer_benchmark, judge_benchmark, questions_of
 from sepo.judging.in_run import judge_content

@@ -18,7 +18,7 @@ from sepo.bars import duration
 from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import read_table
 from sepo.errors import one_line
-from sepo.evaluate.files import EXAMPLES
+from sepo.evaluate import EXAMPLES
 from sepo.recipe.settings import Recipe
 
 # KL in nats a response beyond which a policy counts as far from where it started, and a change of length as one.

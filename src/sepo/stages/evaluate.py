@@ -9,7 +9,7 @@ from typing import Any
 
 from sepo import processes
 from sepo.errors import UserError
-from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
+from sepo.evaluate import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.generate import responses_at_once
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.measure import evaluate_run

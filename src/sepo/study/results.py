@@ -70,8 +70,8 @@ def differences(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dic
 
     Returns:
         rows with name, against, seeds (at least 2), prompts (0 where only seeds are counted), difference of the values
-        at `kl`, low and high (the interval of 95 %), detectable (the difference that would have been told from 0 with
-        a probability of 80 %), and spread, the standard deviations by seed, prompt and the rest (with prompts).
+        at `kl`, low and high (the 95 % interval), detectable (the minimum detectable difference at 80 % power), and
+        with prompts spread, the fields of `StdComponents`.
     """
     points: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
     for run in runs:
@@ -116,7 +116,7 @@ def _difference(
             "low": found.low,
             "high": found.high,
         }
-        figures |= {"spread": asdict(found.spread)}
+        figures |= {"spread": asdict(found.std)}
         error, freedom = found.error, found.freedom
     else:
         values = [at_kl(one, kl)[0] - at_kl(other, kl)[0] for one, other in both]
@@ -128,7 +128,7 @@ def _difference(
 
 
 def typical_std(differences: Iterable[Mapping[str, Any]]) -> StdComponents | None:
-    """Root mean squares of the spreads of some differences; None if no row has one."""
+    """Root mean squares of the standard deviations in some differences; None if no row has any."""
     found = [row["spread"] for row in differences if row.get("spread")]
     if not found:
         return None
@@ -137,17 +137,17 @@ def typical_std(differences: Iterable[Mapping[str, Any]]) -> StdComponents | Non
     )
 
 
-def power_line(seeds: int, prompts: int, spread: StdComponents, source: str) -> str:
-    """What a grid of so many seeds and prompts can tell apart, in one line.
+def power_line(seeds: int, prompts: int, std: StdComponents, source: str) -> str:
+    """One line on the minimum detectable difference of a grid with these numbers of seeds and prompts.
 
-    >>> print(power_line(3, 84, Spread(0.03, 0.1, 0.3), "assumed"))
-    this grid can tell 0.12 apart (80 % power, 3 seeds x 84 prompts; spread assumed: seed 0.03, prompt 0.1, rest 0.3)
+    >>> print(power_line(3, 84, StdComponents(0.03, 0.1, 0.3), "assumed"))
+    minimum detectable difference: 0.12 (80 % power, 3 seeds x 84 prompts; std assumed: seed 0.03, prompt 0.1, rest 0.3)
     """
-    parts = f"spread {source}: seed {spread.seed:.2g}, prompt {spread.prompt:.2g}, rest {spread.rest:.2g}"
+    parts = f"std {source}: seed {std.seed:.2g}, prompt {std.prompt:.2g}, rest {std.rest:.2g}"
     if seeds < 3:
         return f"{seeds} seed{'s' * (seeds > 1)} cannot tell how seeds differ: for a comparison set three or more"
-    told = smallest_difference(*spread.error(seeds, prompts))
-    return f"this grid can tell {told:.2g} apart (80 % power, {seeds} seeds x {prompts} prompts; {parts})"
+    smallest = smallest_difference(*std.error(seeds, prompts))
+    return f"minimum detectable difference: {smallest:.2g} (80 % power, {seeds} seeds x {prompts} prompts; {parts})"
 
 
 def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
