@@ -126,7 +126,7 @@ def _prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [rng.integers(6, 101, size=length).tolist() for length in lengths]
 
 
-def test_samples_follow_the_softmax_of_the_logits_despite_saved_generation_settings():
+def test_samples_follow_the_softmax_of_the_logits_whatever_the_model_was_saved_with():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.generation_config.update(do_sample=True, top_k=3, top_p=0.5, min_p=0.3, repetition_penalty=2.0)
     model.generation_config.update(suppress_tokens=list(range(40, 101)), temperature=0.1)

@@ -62,7 +62,7 @@ def test_a_model_does_not_differ_from_itself_whatever_was_stored(folder, dtype, 
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2"])
-def test_in_bfloat16_a_policy_scores_its_responses_again(architecture):
+def test_in_bfloat16_a_policy_reads_its_responses_again(architecture):
     model, tokenizer = tiny_model(architecture, torch.bfloat16), tiny_tokenizer()
     prompts = prompts_of(some_pairs(40))
     own = generate_responses(model, tokenizer, prompts, samples=3, max_new_tokens=9, progress=False)

@@ -286,7 +286,7 @@ def test_a_padded_model_is_named_with_the_reason_once(build, reason, capsys, mon
     assert re.search(reason, said)
 
 
-def test_a_kernel_that_cannot_be_built_is_named_as_the_reason(capsys, monkeypatch):
+def test_a_kernel_that_cannot_be_built_is_the_reason_that_is_said(capsys, monkeypatch):
     monkeypatch.setattr(processes, "_said", set())
 
     def no_compiler(*args, **kwargs):
@@ -332,7 +332,7 @@ def test_weights_that_are_elsewhere_are_refused_in_one_line(kind):
         prepare_model(model)
 
 
-def test_the_error_names_the_config_key_that_changes_the_logits():
+def test_what_changes_the_logits_is_named_by_its_key():
     model = tiny_model("llama")
     model.config.lm_head_multiplier = 1.5
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output * 1.5)

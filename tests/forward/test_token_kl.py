@@ -53,7 +53,7 @@ def test_tokens_that_are_never_given_add_nothing(direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_a_token_that_only_the_reference_gives_makes_the_forward_kl_infinite(direction):
+def test_a_token_that_only_the_other_model_gives_is_infinitely_far_or_adds_nothing(direction):
     model, reference = model_with_a_short_vocabulary(0), model_with_a_short_vocabulary(1)
     with torch.no_grad():
         reference.lm_head.bias[GIVEN:] = 0.0  # KL(reference || model) is infinite, KL(model || reference) is not
