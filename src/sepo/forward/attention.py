@@ -10,7 +10,7 @@ On a CPU each block is one kernel call (`attention_cpu.py`); on a GPU one call c
 Elsewhere (soft-capping on a CPU, an unknown device) one masked softmax per document computes the same; the tests
 compare the fast paths with it.
 
-Transformers' attention interface knows the functions under the name `ATTENTION`. A forward without a `layout`
+The functions are registered in Transformers' attention interface as `ATTENTION`. A forward without a `layout`
 (generation, evaluation by other code) uses ordinary SDPA.
 """
 

@@ -32,8 +32,8 @@ def _blocks(layout: Layout) -> Iterator[tuple[Block, ...]]:
         at = doc.start + doc.prompt + first
         for size in doc.branches[1:]:
             if size:
-                own = (at, size)
-                yield ((own, own, True), (own, (doc.start, doc.prompt), False))
+                branch = (at, size)
+                yield ((branch, branch, True), (branch, (doc.start, doc.prompt), False))
             at += size
 
 
@@ -46,10 +46,10 @@ def _backward_blocks(layout: Layout) -> Iterator[Block]:
     for calls in _blocks(layout):
         (start, size), _, _ = calls[0]
         for done in range(0, size, _BACKWARD_QUERIES):
-            own = (start + done, min(_BACKWARD_QUERIES, size - done))
-            yield own, own, True
+            block = (start + done, min(_BACKWARD_QUERIES, size - done))
+            yield block, block, True
             if done:
-                yield own, (start, done), False
+                yield block, (start, done), False
         yield from calls[1:]
 
 

@@ -170,7 +170,7 @@ class _TargetLogps(torch.autograd.Function):
             logits = _logits(h[rows], w[columns], None if bias is None else bias[columns], transform)
             inside, local = _inside(target_ids[rows], columns)
             targets[rows] += torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0)
-            # Clamped to the lowest finite number: a row of -inf only then sums to 0, not NaN.
+            # Clamped to the lowest finite number, so that a row of -inf only sums to 0, not NaN.
             shift = logits.amax(1).clamp_min_(torch.finfo(logits.dtype).min)
             exponentials = logits.sub_(shift[:, None]).exp_()
             normalisers[rows] = torch.logaddexp(normalisers[rows], exponentials.sum(1).log_() + shift)

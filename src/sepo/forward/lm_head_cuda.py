@@ -53,7 +53,7 @@ if triton is not None:
         """One program per target: a pass for the row's maximum and sum of exponentials; with KEEP one to store them."""
         row = tl.program_id(0).to(tl.int64)
         line = logits + row * columns
-        lowest = -3.0e38  # not -inf: a row of which all is -inf has a sum of 0, not NaN
+        lowest = -3.0e38  # not -inf: so a row of -inf only sums to 0, not NaN
         highest = lowest
         total = 0.0
         for left in range(0, columns, BLOCK):
