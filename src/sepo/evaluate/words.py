@@ -17,7 +17,7 @@ def text_words(text: str) -> Iterator[tuple[int, str]]:
     least one letter.
 
     >>> list(text_words('"Well," she said - 3 times.'))
-    [(1, 'Well'), (7, 'she'), (11, 'said'), (20, 'times')]
+    [(1, 'Well'), (8, 'she'), (12, 'said'), (21, 'times')]
     """
     position = 0
     for chunk in text.split():
