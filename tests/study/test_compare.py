@@ -668,7 +668,7 @@ def test_differences_are_over_seeds_and_prompts_where_each_prompt_was_kept():
     )
     read = [at_kl(one["points"], 1.0)[0] for one in runs]
     assert only["difference"] == pytest.approx(np.mean(read[1::2]) - np.mean(read[::2]))
-    assert typical_std([only]).rest == pytest.approx(expected.spread.rest)
+    assert typical_std([only]).rest == pytest.approx(expected.std.rest)
     for one in runs:
         one["points"][0].pop("by_prompt")  # as an earlier release wrote them
     assert differences(runs, 1.0)[0]["prompts"] == 0
