@@ -81,10 +81,10 @@ def test_a_reference_of_another_model_is_found_at_the_first_step(tmp_path, capfd
         tiny_model("llama"), config(tmp_path, objective=objective, max_steps=1), table, reference_logps=other
     )
     trainer.train()
-    assert "the reference is another model than the one that is trained" in capfd.readouterr().err
+    assert "the reference is another model than the policy" in capfd.readouterr().err
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
     settings = TrainingSettings(max_steps=1, batch_size=6)
-    with pytest.raises(UserError, match="before any training, the log-probability of a response is off by"):
+    with pytest.raises(UserError, match="before training, the policy's log-probability of a response differs by"):
         train_model(
             str(tmp_path / "m"), table, tmp_path / "out", settings, reference_logps=other, device="cpu",
             objective=objective,
