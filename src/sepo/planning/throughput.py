@@ -1,4 +1,4 @@
-"""How long work takes on this device: measured on a piece of it, or estimated from its FLOPs.
+"""How many seconds compute takes on this device: measured on a piece of it, or estimated from its FLOPs.
 
 A piece is one row of real pairs read, one row trained on with an optimizer step, or a few decoding steps at the width
 of the evaluation; a stage takes as much longer as it has more of them. A model that is not here, or too large to be
@@ -35,7 +35,7 @@ from sepo.models.names import gguf_path
 from sepo.models.shrink import drop_layers
 from sepo.models.weights import load_model
 from sepo.processes import log
-from sepo.stages.stage import ModelSize, Work
+from sepo.stages.cost import Estimate, ModelSize
 from sepo.training.fit import training_arguments
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
@@ -56,17 +56,17 @@ class Throughput(NamedTuple):
     each: float
     measured: bool
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, estimate: Estimate) -> float:
         """How long a part of a stage takes, in one process."""
-        number = {"load": 1.0, "train": work.updates, "generate": work.steps}.get(work.kind, 0.0)
-        return work.flops * self.flop + number * self.each
+        number = {"load": 1.0, "train": estimate.updates, "generate": estimate.steps}.get(estimate.kind, 0.0)
+        return estimate.flops * self.flop + number * self.each
 
 
-def estimated(work: Work, rate: float) -> Throughput:
-    """The pace of work that nobody tried, at the FLOP/s that a stage as a whole reaches (`stage_rate`)."""
-    if work.kind == "load":
-        return Throughput(0.0, 4e-9 * work.model.shape.parameters, False)
-    return Throughput(1 / rate * (_STEP if work.kind == "generate" else 1), 0.0, False)
+def estimated(estimate: Estimate, rate: float) -> Throughput:
+    """Throughput by FLOPs alone; `rate` is the FLOP/s of a whole stage (`stage_rate`)."""
+    if estimate.kind == "load":
+        return Throughput(0.0, 4e-9 * estimate.model.shape.parameters, False)
+    return Throughput(1 / rate * (_STEP if estimate.kind == "generate" else 1), 0.0, False)
 
 
 def stage_rate(kind: str) -> float:
@@ -104,20 +104,20 @@ class Throughputs:
             self._rate = stage_rate(self.kind)
         return self._rate
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, estimate: Estimate) -> float:
         """How long a part of a stage takes here, in one process."""
-        return self.pace(work).seconds(work)
+        return self.of(estimate).seconds(estimate)
 
-    def pace(self, work: Work) -> Throughput:
-        """The pace of one kind of work with one model."""
-        if (own := self.others.get(work.model.name)) is not None:
-            return own.pace(work)
-        if work.dtype == "auto" and self.kind != "cuda":
-            work = replace(work, dtype="float32")  # one model for both
-        key = _key(work)
+    def of(self, estimate: Estimate) -> Throughput:
+        """Throughput of one kind of compute with one model."""
+        if (own := self.others.get(estimate.model.name)) is not None:
+            return own.of(estimate)
+        if estimate.dtype == "auto" and self.kind != "cuda":
+            estimate = replace(estimate, dtype="float32")  # one model for both
+        key = _key(estimate)
         if key not in self._known:
-            tried = self.measure and _is_here(work.model) and self._seconds_to_try(work.model) < _SECONDS
-            self._known[key] = self._measured(work) if tried else estimated(work, self.rate)
+            tried = self.measure and _is_here(estimate.model) and self._seconds_to_try(estimate.model) < _SECONDS
+            self._known[key] = self._measured(estimate) if tried else estimated(estimate, self.rate)
         return self._known[key]
 
     def _seconds_to_try(self, model: ModelSize) -> float:
@@ -129,15 +129,15 @@ class Throughputs:
             return float("inf")
         return _PIECE * (2 + 6 + 2) * weights / self.rate
 
-    def _measured(self, work: Work) -> Throughput:
-        log(f"  measuring {_WORDS[work.kind]} of {Path(work.model.name).name}")
-        if work.kind == "train":
+    def _measured(self, estimate: Estimate) -> Throughput:
+        log(f"  measuring {_WORDS[estimate.kind]} of {Path(estimate.model.name).name}")
+        if estimate.kind == "train":
             self._loaded = None
-            return self._training(work)
-        model, seconds = self._model(work.model, work.dtype)
-        if work.kind == "load":
+            return self._training(estimate)
+        model, seconds = self._model(estimate.model, estimate.dtype)
+        if estimate.kind == "load":
             return Throughput(0.0, seconds, True)
-        return self._scoring(work, model) if work.kind == "score" else self._generating(work, model)
+        return self._scoring(estimate, model) if estimate.kind == "score" else self._generating(estimate, model)
 
     def _model(self, size: ModelSize, dtype: str) -> tuple[nn.Module, float]:
         """A model in memory, and the seconds that loading and preparing it took this time."""
@@ -150,23 +150,25 @@ class Throughputs:
             self._loaded = key, model
         return self._loaded[1], time.perf_counter() - started
 
-    def _scoring(self, work: Work, model: nn.Module) -> Throughput:
+    def _scoring(self, estimate: Estimate, model: nn.Module) -> Throughput:
         row = piece(table_pairs(self.pairs), _PIECE if self.kind == "cpu" else 16 * _PIECE)
         table = self.pairs.filter(pa.array(np.isin(self.pairs.column("pair_id").to_numpy(), [p.pair_id for p in row])))
         self._synchronise()
         started = time.perf_counter()
         dataset_logps(model, table)
-        return Throughput((time.perf_counter() - started) / _flops(work, row), 0.0, True)
+        return Throughput((time.perf_counter() - started) / _flops(estimate, row), 0.0, True)
 
-    def _training(self, work: Work) -> Throughput:
+    def _training(self, estimate: Estimate) -> Throughput:
         """Two updates, the first on the shortest pair, which allocates what the second finds there."""
-        assert work.training is not None
+        assert estimate.training is not None
         pairs = table_pairs(self.pairs)
         with tempfile.TemporaryDirectory() as folder:
-            settings = work.training.model_copy(update={"report_to": "none"})
+            settings = estimate.training.model_copy(update={"report_to": "none"})
             arguments = training_arguments(settings, Path(folder), seed=0, device=self.device)
             config = PreferenceConfig(**arguments, objective="simpo", tokens_per_row=settings.tokens_per_row)
-            model = _load(work.model, device=self.device, train=True, lora=work.lora, quantization=work.quantization)
+            model = _load(
+                estimate.model, device=self.device, train=True, lora=estimate.lora, quantization=estimate.quantization
+            )
             trainer = PreferenceTrainer(model, config, self.pairs, processing_class=self.tokenizer)
             trainer.create_optimizer()
             wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
@@ -189,16 +191,18 @@ class Throughputs:
             gc.collect()
             if self.kind == "cuda":
                 torch.cuda.empty_cache()
-        return Throughput((trained - began) / _flops(work, row), stepped - trained, True)
+        return Throughput((trained - began) / _flops(estimate, row), stepped - trained, True)
 
-    def _generating(self, work: Work, model: nn.Module) -> Throughput:
+    def _generating(self, estimate: Estimate, model: nn.Module) -> Throughput:
         """Some decoding steps after the ends of real prompts: the rest of a prompt is read as a pass reads."""
-        ends = [list(self.prompts[i % len(self.prompts)][-8:]) for i in range(work.width)]
+        ends = [list(self.prompts[i % len(self.prompts)][-8:]) for i in range(estimate.width)]
         times = []
         for steps in (1, 1 + _STEPS):
             self._synchronise()
             started = time.perf_counter()
-            generate_responses(model, self.tokenizer, ends, max_new_tokens=steps, batch_size=work.width, progress=False)
+            generate_responses(
+                model, self.tokenizer, ends, max_new_tokens=steps, batch_size=estimate.width, progress=False
+            )
             times.append(time.perf_counter() - started)
         return Throughput(0.0, max(times[1] - times[0], 0.0) / _STEPS, True)
 
@@ -210,15 +214,16 @@ class Throughputs:
 _WORDS = {"load": "loading", "score": "a scored row", "train": "a training row", "generate": "decoding steps"}
 
 
-def _key(work: Work) -> str:
+def _key(estimate: Estimate) -> str:
     """Works of one key have one pace."""
-    how: Any = work.dtype
-    if work.training is not None:
+    how: Any = estimate.dtype
+    if estimate.training is not None:
         own = ("bf16", "activation_checkpointing", "tokens_per_row", "arguments")
-        lora = None if work.lora is None else work.lora.model_dump(mode="json")
-        how = [work.training.model_dump(mode="json", include=set(own)), lora, work.quantization]
+        lora = None if estimate.lora is None else estimate.lora.model_dump(mode="json")
+        how = [estimate.training.model_dump(mode="json", include=set(own)), lora, estimate.quantization]
     return json.dumps(
-        [work.kind, work.model.name, work.model.revision, work.model.layers, how, work.width], default=str
+        [estimate.kind, estimate.model.name, estimate.model.revision, estimate.model.layers, how, estimate.width],
+        default=str,
     )
 
 
@@ -264,8 +269,8 @@ def piece(pairs: Sequence[Pair], tokens: int) -> list[Pair]:
     return chosen or ordered[:1]
 
 
-def _flops(work: Work, row: list[Pair]) -> float:
-    """FLOPs of a piece, as `Work.flops` counts them."""
+def _flops(estimate: Estimate, row: list[Pair]) -> float:
+    """FLOPs of a piece, as `Estimate.flops` counts them."""
     batch = [pack(part) for part in fill_rows(row, 2**30)]
     tokens, targets = sum(b.num_tokens for b in batch), sum(len(b.target_ids) for b in batch)
-    return Work(work.kind, work.model, tokens, targets, lora=work.lora).flops
+    return Estimate(estimate.kind, estimate.model, tokens, targets, lora=estimate.lora).flops

@@ -14,12 +14,12 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -39,8 +39,6 @@ from sepo.files import (
     write_text,
 )
 from sepo.forward.memory import PeakMemory
-from sepo.hub.card import CARD
-from sepo.planning.eta import RunLine
 from sepo.processes import log
 from sepo.recipe.reading import dump_recipe
 from sepo.recipe.settings import Recipe
@@ -52,6 +50,20 @@ from sepo.training.logs import LOGS
 MANIFEST_FORMAT = 3
 
 
+# The model card that `sepo.hub` writes beside a policy: a file for people, not part of the stage's output.
+CARD = "README.md"
+
+
+class ProgressLine(Protocol):
+    """Shows the progress of a run in one line."""
+
+    def during(self, name: str) -> AbstractContextManager[None]:
+        """While a stage runs."""
+
+    def passed(self, name: str) -> None:
+        """The result of a stage is up to date."""
+
+
 @dataclass
 class Run:
     """A run folder: its recipe, and its manifest, which records every stage that stands."""
@@ -60,7 +72,7 @@ class Run:
     recipe: Recipe
     manifest: dict[str, Any] = field(default_factory=dict)
     used: dict[str, Path] = field(default_factory=dict)  # folders of the stages that were asked for, by their names
-    line: RunLine | None = None  # that shows what remains, where somebody looks
+    line: ProgressLine | None = None
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
@@ -76,7 +88,8 @@ class Run:
         name = name or stage.kind
         title = title or name
         self.used[name] = folder
-        depends = json.loads(json.dumps({"format": FORMAT_VERSION, **stage.depends}, default=str))
+        values = {key: value() if callable(value) else value for key, value in stage.depends.items()}
+        depends = json.loads(json.dumps({"format": FORMAT_VERSION, **values}, default=str))
         record = processes.on_main(lambda: self._standing(name, title, depends, stage, folder))
         if record is not None and self.line is not None:
             self.line.passed(name)
@@ -85,7 +98,7 @@ class Run:
             kept = f"stage {title} was not finished, those before it are kept; the same command goes on with it"
             shown = nullcontext() if self.line is None else self.line.during(name)
             with shown, log_kept_on_interrupt(lambda: kept):
-                results = stage.work(folder) or {}
+                results = stage.run(folder) or {}
             processes.wait()
             seconds = time.monotonic() - started
             took = {"seconds": round(seconds, 2), "memory_gb": memory.gb()}
@@ -200,13 +213,6 @@ def _outputs(stage: Stage, folder: Path) -> list[Path]:
     return [*found, *(path for pattern in stage.outputs if pattern != "." for path in sorted(folder.glob(pattern)))]
 
 
-def do_alone(stage: Stage, folder: Path) -> StageResult:
-    """Do a stage without a run: what the single commands do. Its work finds out itself what stands already."""
-    results = stage.work(folder) or {}
-    processes.wait()
-    return StageResult(folder, "", results)
-
-
 # --- opening a run --------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +236,7 @@ def _take_folder(run: Run) -> None:
     """Clear away what killed processes left, read the manifest and write down the recipe."""
     check_run_folder(run.recipe)  # once more: the folder may have been another's until now
     remove_leftovers(run.folder)
-    for name in ("reference", *oracle.names(run.recipe.oracle), "policy"):
+    for name in ("reference", *(name for name, _, _ in oracle.members(run.recipe.oracle)), "policy"):
         recover_folder(run.path(name))
     run.manifest = _read_manifest(run.folder)
     if damage := run.manifest.pop("damage", None):

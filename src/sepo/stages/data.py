@@ -25,7 +25,8 @@ from sepo.models.limits import ModelLimits, check_ids, check_lengths, model_limi
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log
 from sepo.recipe.settings import EMBEDDED_DATA, DataSettings, Recipe
-from sepo.stages.stage import Cost, Sizes, Stage
+from sepo.stages.cost import Cost, Sizes
+from sepo.stages.stage import PARTS, Stage
 
 PAIRS_PER_SHARD = 1000
 
@@ -37,8 +38,9 @@ def check(recipe: Recipe) -> None:
         read_split(*held_out_data(recipe.data, recipe.data.held_out_split))
 
 
-def stage(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Stage:
-    """Pairs of a source as token ids, in `train` and `held_out`."""
+def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
+    """Tokenised pairs of a source, in `train` and `held_out`."""
+    settings, seed = recipe.data, recipe.seed
     return Stage(
         kind="data",
         what=settings.source,
@@ -52,8 +54,9 @@ def stage(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
                 lambda: settings.held_out_source and source_fingerprint(_place(settings.held_out_source))
             ),
         },
-        outputs=("train", "held_out"),
-        work=lambda folder: processes.on_main(lambda: prepare_data(settings, tokenizer, folder, seed)),
+        outputs=PARTS,
+        run=lambda folder: processes.on_main(lambda: prepare_data(settings, tokenizer, folder, seed)),
+        cost=lambda sizes: cost(recipe, sizes),
     )
 
 

@@ -30,23 +30,21 @@ from sepo.forward.scoring import dataset_logps, tokens_per_row_for
 from sepo.models.devices import choose_device, choose_dtype
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
-from sepo.planning.memory import Reading
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
-from sepo.stages.stage import Cost, Model, ModelSize, Sizes, Stage, StageResult, Work
-
-PARTS = ("train", "held_out")
+from sepo.stages.cost import Cost, Estimate, FrozenMemory, ModelSize, Sizes
+from sepo.stages.stage import PARTS, Model, Stage, StageResult
 
 
 def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str) -> Stage:
-    """Log-probabilities of the training pairs, and of the held-out ones in `held_out`.
+    """Log-probabilities of the training pairs, and of the held-out pairs in `held_out`.
 
     Args:
-        role: what the model is, for progress bars ("oracle").
+        role: the model's role: "reference", an oracle's name, or "policy_start", which reads the policy's own pairs.
     """
     dtype = scoring_dtype(recipe)
 
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         for part in PARTS:
             logps_pass(
                 model.folder,
@@ -64,7 +62,8 @@ def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str) -> Stage:
         what=f"log-probabilities, {Path(model.folder).name}",
         depends={"model": model.content, "pairs": pairs.content, "dtype": dtype},
         outputs=("part-*.parquet", "held_out/part-*.parquet"),
-        work=work,
+        run=run,
+        cost=lambda sizes: cost(recipe, sizes, role),
         verifies=True,
     )
 
@@ -171,30 +170,39 @@ def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
     return None
 
 
-def pass_work(recipe: Recipe, sizes: Sizes, model: ModelSize) -> tuple[Work, ...]:
-    """A pass over all pairs."""
+def scoring_estimates(recipe: Recipe, sizes: Sizes, model: ModelSize) -> tuple[Estimate, ...]:
+    """A frozen model scores all pairs."""
     dtype = scoring_dtype(recipe)
     parts = (sizes.train, sizes.held_out)
-    reads = [Work("score", model, part.scored, part.responses, dtype=dtype) for part in parts if part.pairs]
-    return (*(Work("load", model, dtype=dtype) for _ in reads), *reads)
+    reads = [Estimate("score", model, part.scored, part.responses, dtype=dtype) for part in parts if part.pairs]
+    return (*(Estimate("load", model, dtype=dtype) for _ in reads), *reads)
 
 
-def cost(recipe: Recipe, sizes: Sizes, model: ModelSize, passes: int = 1) -> Cost:
-    """Passes of models of one shape over all pairs."""
+def cost(recipe: Recipe, sizes: Sizes, role: str) -> Cost:
+    """A model of some role scores all pairs."""
+    model = sizes.small
+    if role == "policy_start":
+        sizes, model = sizes.of_policy, sizes.large
     train, held_out = sizes.train, sizes.held_out
     tokens = recipe.tokens_per_row or tokens_per_row_for(sizes.device, scoring=True)
     longest = min(max(tokens, train.longest), train.scored + held_out.scored)
     share = train.responses / max(train.tokens, 1)
-    width = width_of(scoring_dtype(recipe), sizes.device)
     return Cost(
-        "log-probabilities" + (f", {passes} times" if passes > 1 else ""),
+        "log-probabilities",
         train.pairs + held_out.pairs,
-        passes * (train.scored + held_out.scored),
-        passes * pass_work(recipe, sizes, model),
-        Reading(model.shape, sizes.device, width, longest, math.ceil(share * longest)),
+        train.scored + held_out.scored,
+        scoring_estimates(recipe, sizes, model),
+        FrozenMemory(
+            model.shape,
+            sizes.device,
+            width_of(scoring_dtype(recipe), sizes.device),
+            longest,
+            math.ceil(share * longest),
+            processes=sizes.processes,
+        ),
     )
 
 
 def width_of(dtype: str, device: str) -> int:
-    """Bytes of a weight that is not trained."""
+    """Bytes of a frozen weight."""
     return 4 if dtype == "float32" or (dtype == "auto" and device != "cuda") else 2

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sepo import processes
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import sample_pairs
 from sepo.data.tables import read_table, swap_sides
@@ -17,15 +16,14 @@ from sepo.errors import UserError
 from sepo.models.adapters import check_lora
 from sepo.models.checkpoint import adapter_is_idle
 from sepo.models.devices import check_quantization
-from sepo.models.fingerprint import model_fingerprint
 from sepo.models.folders import adapter_base, is_adapter
 from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log_once
 from sepo.recipe.settings import OracleSettings, Recipe
+from sepo.stages.cost import Cost, Sizes, training_estimates, training_memory
 from sepo.stages.score import check_rewards_file
-from sepo.stages.stage import Cost, Model, Sizes, Stage, StageResult
-from sepo.stages.trained import training_need, training_work
+from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import train_model
 
@@ -92,19 +90,10 @@ def _same(one: str, other: str) -> bool:
     return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
-def existing(settings: OracleSettings, reference: Model) -> Model | None:
-    """The oracle that the recipe names; None if one is to be trained.
-
-    Raises:
-        UserError: it is the reference.
-    """
-    if settings.model is None:
-        return None
-    folder = resolve_model(settings.model)
-    content = processes.on_main(lambda: model_fingerprint(folder))
-    if content == reference.content:
+def check_differs(settings: OracleSettings, oracle: Model, reference: Model) -> None:
+    """Raise a UserError if an existing oracle has the reference's weights."""
+    if oracle.content == reference.content:
         raise UserError(f"the oracle '{settings.model}' has the weights of the reference: every reward would be 0")
-    return Model(folder, content)
 
 
 def stage(
@@ -113,7 +102,7 @@ def stage(
     """One oracle, or its opposite on the `swapped` pairs; `seed` draws its pairs and their order (`seeds`)."""
     settings = recipe.oracle
 
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         return train_oracle(
             reference.folder,
             pairs.folder / "train",
@@ -138,35 +127,27 @@ def stage(
             **({"swapped": True} if swapped else {}),
         },
         outputs=(".",),
-        work=work,
+        run=run,
+        cost=lambda sizes: cost(recipe, sizes),
         verifies=True,
     )
 
 
-def names(settings: OracleSettings) -> list[str]:
-    """Folders of what a run trains: oracle, oracle-2, ..., of contrastive ones with oracle-reversed, ...
-
-    None where the recipe names an oracle that exists, or its rewards.
-    """
-    return [name for name, _, _ in members(settings)]
-
-
 def members(settings: OracleSettings, seed: int = 0) -> list[tuple[str, int, bool]]:
-    """What a run trains, as (folder, seed, on the swapped pairs?); a contrastive oracle stands before its opposite."""
+    """The oracles that a run trains, as (name, seed, trained on swapped pairs?): oracle, oracle-2, ...
+
+    With `contrastive` each oracle is followed by its opposite (oracle-reversed). Empty if the recipe names an existing
+    oracle or given rewards.
+    """
     if settings.model is not None or settings.rewards is not None:
         return []
-    own = ["oracle", *(f"oracle-{number}" for number in range(2, settings.count + 1))]
+    names = ["oracle", *(f"oracle-{number}" for number in range(2, settings.count + 1))]
     kinds = (False, True) if settings.contrastive else (False,)
     return [
-        (f"{name}-reversed" if swapped else name, one, swapped)
-        for name, one in zip(own, seeds(seed, settings.count), strict=True)
+        (f"{name}-reversed" if swapped else name, its_seed, swapped)
+        for name, its_seed in zip(names, seeds(seed, settings.count), strict=True)
         for swapped in kinds
     ]
-
-
-def readings(settings: OracleSettings) -> int:
-    """Models beside the reference that read all pairs, for the rewards."""
-    return 0 if settings.rewards is not None else len(members(settings)) or 1
 
 
 def seeds(seed: int, count: int) -> list[int]:
@@ -220,18 +201,13 @@ def train_oracle(
     return {"pairs": len(sample), **results}
 
 
-def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
-    """The trainings; None for an oracle, or rewards, that exist."""
-    settings = recipe.oracle
-    times = len(members(settings))
-    if not times:
-        return None
-    pairs = sizes.train
-    work = training_work(settings, sizes.small, pairs, pairs.responses, share=settings.sample)
+def cost(recipe: Recipe, sizes: Sizes) -> Cost:
+    """One training."""
+    settings, pairs = recipe.oracle, sizes.train
     return Cost(
-        "DPO" + (f", {times} times" if times > 1 else ""),
+        "DPO",
         round(pairs.pairs * settings.sample),
         round(pairs.tokens * settings.sample),
-        times * work,
-        training_need(settings, sizes, sizes.small, pairs.responses),
+        training_estimates(settings, sizes.small, pairs, pairs.responses, share=settings.sample),
+        training_memory(settings, sizes, sizes.small, pairs.responses),
     )

@@ -15,9 +15,9 @@ from sepo.models.config import load_config
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, resolve_model
 from sepo.models.shrink import cut_config, shrink_model
-from sepo.planning.memory import fine_tuning_parts
 from sepo.recipe.settings import Recipe
-from sepo.stages.stage import Cost, Model, Sizes, Stage
+from sepo.stages.cost import Cost, FineTuningMemory, Sizes
+from sepo.stages.stage import Model, Stage
 from sepo.training.sft import check_sft, train_reference
 
 
@@ -40,13 +40,9 @@ def config(recipe: Recipe) -> PreTrainedConfig:
     return whole if recipe.reference.layers is None else cut_config(whole, recipe.reference.layers)
 
 
-def start(recipe: Recipe) -> Model:
-    """The model that the recipe names, in a local folder."""
-    return model_in(resolve_model(recipe.reference.model, revision=recipe.reference.revision))
-
-
-def model_in(folder: str) -> Model:
-    """A model that no stage of this run wrote."""
+def hash_model(name: str, revision: str | None = None) -> Model:
+    """A model by its name, in a local folder, with the digests of its files."""
+    folder = resolve_model(name, revision=revision)
     content, usage = processes.on_main(lambda: [model_fingerprint(folder), usage_fingerprint(folder)])
     return Model(folder, content, usage)
 
@@ -57,7 +53,7 @@ def stage(recipe: Recipe, model: Model) -> Stage | None:
     if layers is None and sft is None:
         return None
 
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         source, cut = model.folder, folder.with_name(f"{folder.name}-cut")
         if layers is not None:
             source = str(cut if sft is not None else folder)
@@ -77,7 +73,8 @@ def stage(recipe: Recipe, model: Model) -> Stage | None:
             "seed": recipe.seed,
         },
         outputs=(".",),
-        work=work,
+        run=run,
+        cost=lambda sizes: cost(recipe, sizes),
         verifies=sft is not None,
     )
 
@@ -93,5 +90,5 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
     what, sft = _what(recipe), recipe.reference.sft
     if sft is None:
         return Cost(what) if what else None
-    parts = fine_tuning_parts(sizes.small.shape, sft.training, sizes.device, sft.max_length, sizes.processes)
-    return Cost(what, memory=parts)
+    need = FineTuningMemory(sizes.small.shape, sft.training, sizes.device, sft.max_length, sizes.processes)
+    return Cost(what, memory=need)

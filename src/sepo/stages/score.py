@@ -19,9 +19,10 @@ from sepo.evaluate.accuracy import oracle_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.gold import gold_reward
 from sepo.processes import log
-from sepo.recipe.settings import OracleSettings, Recipe
-from sepo.stages.logps import PARTS, part_of
-from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Sizes, Stage, StageResult
+from sepo.recipe.settings import OracleSettings
+from sepo.stages.cost import Cost, Sizes
+from sepo.stages.logps import part_of
+from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
 
 _TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
 
@@ -51,7 +52,7 @@ def stage(
         [reference_logps] * len(oracle_logps) if isinstance(reference_logps, StageResult) else list(reference_logps)
     )
 
-    def work(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> dict[str, Any]:
         for part in PARTS:
             oracles = [part_of(logps.folder, part) for logps in oracle_logps]
             bases = [part_of(logps.folder, part) for logps in references]
@@ -69,7 +70,8 @@ def stage(
             "words": words is not None and words.gold,
         },
         outputs=(SCORES, SCORES_HELD_OUT),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        run=lambda folder: processes.on_main(lambda: write(folder)),
+        cost=cost,
     )
 
 
@@ -78,7 +80,7 @@ def given_stage(settings: OracleSettings, pairs: StageResult, words: Words | Non
     source, names = Path(str(settings.rewards)), settings.reward_columns
     given = processes.on_main(lambda: check_rewards_file(source, names))
 
-    def work(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> dict[str, Any]:
         rewards = read_rewards(source, names)
         for part in PARTS:
             shards = table_paths(pairs.folder / part, "pairs")
@@ -99,7 +101,8 @@ def given_stage(settings: OracleSettings, pairs: StageResult, words: Words | Non
             "words": words is not None and words.gold,
         },
         outputs=(SCORES, SCORES_HELD_OUT),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        run=lambda folder: processes.on_main(lambda: write(folder)),
+        cost=cost,
     )
 
 
@@ -184,6 +187,6 @@ def _log_if_swapped(accuracy: dict[str, float]) -> None:
         )
 
 
-def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Differences of what the passes stored: seconds at most."""
+def cost(sizes: Sizes) -> Cost:
+    """Differences of stored log-probabilities: seconds."""
     return Cost("token rewards", sizes.train.pairs + sizes.held_out.pairs, sizes.train.tokens + sizes.held_out.tokens)

@@ -16,7 +16,8 @@ from sepo.data.tables import PAIR_WEIGHT, clear_shards, read_shard, read_table, 
 from sepo.errors import UserError
 from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe, SelectSettings
-from sepo.stages.stage import SCORES, Cost, Sizes, Stage, StageResult
+from sepo.stages.cost import Cost, Sizes
+from sepo.stages.stage import SCORES, Stage, StageResult
 
 
 def check(recipe: Recipe) -> None:
@@ -32,12 +33,13 @@ def settings_of(recipe: Recipe) -> SelectSettings:
     return SelectSettings(k_chosen=1, k_rejected=1, include_end=True, credit="reward", confidence=confidence)
 
 
-def stage(settings: SelectSettings, scores: StageResult, seed: int) -> Stage:
-    """The selection of a score table; only a random one depends on the seed."""
+def stage(recipe: Recipe, scores: StageResult, seed: int) -> Stage:
+    """The key tokens of a score table. Only rule "random" depends on the seed."""
+    settings = settings_of(recipe)
     rule = settings.what_is_selected()
     rules = rule["rule_chosen"], rule["rule_rejected"]
 
-    def work(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> dict[str, Any]:
         table = read_table(select(scores.folder / SCORES, folder, **rule, seed=seed), "selection")
         key_tokens = sum(int(flat(table.column(f"{side}_positions"))[1].sum()) for side in SIDES)
         return {"key_tokens": key_tokens, **pair_weights(table)}
@@ -48,7 +50,8 @@ def stage(settings: SelectSettings, scores: StageResult, seed: int) -> Stage:
         + (", pairs by confidence" if settings.confidence else ""),
         depends={"scores": scores.content, "select": rule, "seed": seed if "random" in rules else None},
         outputs=(".",),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        run=lambda folder: processes.on_main(lambda: write(folder)),
+        cost=lambda sizes: cost(recipe, sizes.of_policy),
     )
 
 

@@ -10,14 +10,13 @@ from sepo.data.tables import read_table
 from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization
 from sepo.models.folders import is_outline
-from sepo.models.names import check_model, resolve_model
+from sepo.models.names import check_model
 from sepo.models.tokenizer import has_tokenizer
 from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe
 from sepo.stages import select, transfer
-from sepo.stages.reference import model_in
-from sepo.stages.stage import Cost, Model, Sizes, Stage, StageResult, Work
-from sepo.stages.trained import training_need, training_work
+from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training_memory
+from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import objective_settings, train_model
 
@@ -45,13 +44,6 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
 
 
-def start(recipe: Recipe, reference: Model) -> Model:
-    """The model that the policy starts from: the recipe's, or the reference."""
-    if recipe.policy.model is None:
-        return reference
-    return model_in(resolve_model(recipe.policy.model, revision=recipe.policy.revision))
-
-
 def reads_selection(recipe: Recipe) -> bool:
     """Is the policy trained on the key tokens of a selection, or with its weights of pairs?"""
     return OBJECTIVES[recipe.policy.objective].reads_selection or recipe.select.confidence > 0
@@ -71,7 +63,7 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
         logps: of `model` over the pairs, for objectives with a reference.
     """
 
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         return train_model(
             model.folder,
             read_table(selection.folder, "selection"),
@@ -96,7 +88,8 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
             "seed": seed,
         },
         outputs=(".",),
-        work=work,
+        run=run,
+        cost=lambda sizes: cost(recipe, sizes.of_policy),
         verifies=True,
     )
 
@@ -109,17 +102,18 @@ def targets(recipe: Recipe, sizes: Sizes) -> float:
     return rule.k_chosen * pairs.chosen + rule.k_rejected * pairs.rejected
 
 
-def work(recipe: Recipe, sizes: Sizes) -> tuple[Work, ...]:
-    """The training, and the reference that some objectives read beside the policy."""
-    own = training_work(recipe.policy, sizes.large, sizes.train, targets(recipe, sizes))
+def estimates(recipe: Recipe, sizes: Sizes) -> tuple[Estimate, ...]:
+    """The training, and the frozen reference that some objectives read at every step."""
+    training = training_estimates(recipe.policy, sizes.large, sizes.train, targets(recipe, sizes))
     if not OBJECTIVES[recipe.policy.objective].kl_direction(recipe.policy.alpha):
-        return own
-    return (*own, Work("score", sizes.large, own[1].tokens, own[1].targets, dtype="float32"))
+        return training
+    frozen = Estimate("score", sizes.large, training[1].tokens, training[1].targets, dtype="float32")
+    return (*training, frozen)
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """The training of the policy."""
     policy = recipe.policy
-    beside = bool(OBJECTIVES[policy.objective].kl_direction(policy.alpha))
-    need = training_need(policy, sizes, sizes.large, targets(recipe, sizes), beside)
-    return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, work(recipe, sizes), need)
+    frozen_copy = bool(OBJECTIVES[policy.objective].kl_direction(policy.alpha))
+    need = training_memory(policy, sizes, sizes.large, targets(recipe, sizes), frozen_copy)
+    return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, estimates(recipe, sizes), need)

@@ -40,9 +40,9 @@ from sepo.processes import log
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import Recipe, TransferSettings
 from sepo.stages import data
-from sepo.stages.logps import PARTS
+from sepo.stages.cost import Cost, Sizes
 from sepo.stages.score import Words, words_found
-from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Sizes, Stage, StageResult
+from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
 
 
 def needed(recipe: Recipe) -> bool:
@@ -79,13 +79,14 @@ def _readers(
 def pairs_stage(recipe: Recipe, pairs: StageResult) -> Stage:
     """The pairs under the policy's tokenizer, in `train` and `held_out`, those of `pairs` that can be carried over."""
     both = tokenizers(recipe)
-    own = data.stage(recipe.data, both[1], recipe.seed)
+    own = data.stage(recipe, both[1])
     return Stage(
         kind="policy_pairs",
         what=f"pairs as {Path(str(recipe.policy.model)).name} reads them",
         depends={**own.depends, "pairs": pairs.content, "from": tokenizer_fingerprint(both[0])},
         outputs=PARTS,
-        work=lambda folder: processes.on_main(lambda: prepare_pairs(recipe, pairs.folder, folder)),
+        run=lambda folder: processes.on_main(lambda: prepare_pairs(recipe, pairs.folder, folder)),
+        cost=pairs_cost,
     )
 
 
@@ -122,7 +123,7 @@ def stage(
     """
     settings: TransferSettings = recipe.transfer
 
-    def work(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> dict[str, Any]:
         names = recipe.reference.model, str(recipe.policy.model)
         readers = _readers(tokenizers(recipe), names)
         results: dict[str, Any] = {}
@@ -147,7 +148,8 @@ def stage(
             "words": words is not None and words.gold,
         },
         outputs=(SCORES, SCORES_HELD_OUT),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        run=lambda folder: processes.on_main(lambda: write(folder)),
+        cost=lambda sizes: cost(recipe, sizes),
     )
 
 
@@ -229,7 +231,7 @@ def _digest(paths: list[Path], kind: str) -> str:
     return short_digest(" ".join(map(str, found)))
 
 
-def pairs_cost(recipe: Recipe, sizes: Sizes) -> Cost:
+def pairs_cost(sizes: Sizes) -> Cost:
     """Reading the source again: seconds at most."""
     own = sizes.of_policy
     return Cost(sizes.transfer, own.train.pairs + own.held_out.pairs, own.train.tokens + own.held_out.tokens)

@@ -16,7 +16,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.evaluate.statistics import StdComponents
 from sepo.files import check_writable, digest, write_json
+from sepo.judging import stages as judging_stages
 from sepo.judging.in_run import judge_in_words
 from sepo.judging.judge import scorer_of
 from sepo.judging.scorers import Scorer
@@ -34,10 +34,12 @@ from sepo.models.weights import load_model
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
 from sepo.runs.folder import Run, environment, open_run
-from sepo.runs.pipeline import check_inputs, check_pairs
-from sepo.stages import data, logps, oracle, reference, score, select, train, transfer
+from sepo.runs.method import Method, Walker
+from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
+from sepo.stages import train
+from sepo.stages.reference import hash_model
 from sepo.stages.stage import Model, Stage, StageResult
-from sepo.study import stages as measured
+from sepo.study import stages
 from sepo.study.grid import Assumed, Grid, Setting
 from sepo.study.results import (
     best_setting,
@@ -48,6 +50,9 @@ from sepo.study.results import (
     write_comparison,
 )
 from sepo.training.fit import pairs_to_see
+
+# What may stand in a comparison's recipes beyond the method: a judge, which measures policies on their way.
+EXTENSION = Extension(judging_stages.check, None, lambda method: {})
 
 
 def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
@@ -69,12 +74,12 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         grid.results_folder.mkdir(parents=True, exist_ok=True)
         write_json(grid.results_folder / "grid.json", grid.model_dump(mode="json"))
         work = _Comparison(run, grid, first)
-        shared = work.data()
-        check_same_pairs(settings, lambda recipe: work.pairs(recipe, shared).results["train"])
-        prompts = len(set(map(tuple, read_table(shared.folder / "held_out", "pairs").column("prompt_ids").to_pylist())))
+        check_same_pairs(settings, lambda recipe: work.method(recipe, recipe.seed).policy_pairs.results["train"])
+        held_out = read_table(work.pairs.folder / "held_out", "pairs")
+        prompts = len(set(map(tuple, held_out.column("prompt_ids").to_pylist())))
         check_prompts(grid, first, prompts)
         log(f"  {can_tell(grid, first, prompts)}")
-        for setting, seed, reported in work.schedule(settings):
+        for setting, seed, reported in schedule(grid, settings, work.choose):
             work.add(setting, seed, reported)
         results = work.results()
         for note in reading_notes(results["rows"], grid.kl):
@@ -99,7 +104,7 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
             raise UserError("compare measures on held-out prompts: set eval.prompts and data.held_out above 0")
         if recipe.eval.tasks or recipe.eval.benchmarks:
             raise UserError("compare runs no tasks and no benchmarks: leave eval.tasks and eval.benchmarks out")
-        check_inputs(recipe)
+        check_inputs(recipe, EXTENSION)
         if recipe.reference.model != first.model:
             # The pairs are tokenised once, for all variants.
             check_same_tokenizer(
@@ -179,159 +184,144 @@ def check_results_folder(grid: Grid) -> None:
         raise UserError(f"'{folder}' is not empty and holds no comparison: set output_dir to a new folder")
 
 
-def oracle_key(recipe: Recipe) -> str:
-    """Recipes with one key train the same oracles."""
-    return digest([recipe.oracle.model_dump(mode="json"), recipe.reference.model_dump(mode="json")])
+class Passes:
+    """Does each stage once, in a folder of the work folder that is named by what the stage depends on.
+
+    Attributes:
+        listed: what each stage was and took, for the results.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.listed: dict[str, dict[str, Any]] = {}
+        self._done: dict[str, StageResult] = {}
+
+    def model(self, name: str, revision: str | None = None) -> Model:
+        return hash_model(name, revision)
+
+    def do(self, stage: Stage, role: str) -> StageResult:
+        name = f"{stage.kind}-{digest(stage.key())[:10]}"
+        if name in self._done:
+            return self._done[name]
+        done = self.run.do(stage, self.run.path("shared", name), name=name, title=name)
+        figures = {
+            key: value for key, value in done.results.items() if value is None or isinstance(value, int | float | str)
+        }
+        what = stage.what
+        if "oracle/accuracy" in figures:
+            what += f": held-out accuracy {_text(figures, 'oracle/accuracy')}" + (
+                f", fidelity AUC {_text(figures, 'fidelity/auc')}" if "fidelity/auc" in figures else ""
+            )
+        row = {"stage": name, "what": what, "seconds": done.seconds, **figures}
+        if done.memory_gb is not None:
+            row["memory_gb"] = done.memory_gb
+        self.listed[name], self._done[name] = row, done
+        return done
+
+
+class Bases:
+    """The models that policies start from, each in memory from its first use on."""
+
+    def __init__(self) -> None:
+        self._models: dict[tuple, torch.nn.Module] = {}
+
+    def load(self, recipe: Recipe, start: Model) -> torch.nn.Module:
+        types = stages.training_types(recipe, start)
+        key = (start.content, *types.values())
+        if key not in self._models:
+            self._models[key] = load_model(start.folder, device=recipe.device, **types)
+        return self._models[key]
+
+
+def method_of(recipe: Recipe, walker: Walker, grid: Grid, seed: int, pairs: StageResult | None = None) -> Method:
+    """The method of one run of a grid."""
+    oracle_seed = seed if grid.seeds_vary == "oracle" else recipe.seed
+    return Method(recipe, walker, seed=seed, oracle_seed=oracle_seed, pairs=pairs)
+
+
+def run_stage(
+    method: Method,
+    grid: Grid,
+    reported: bool,
+    bases: Bases | None = None,
+    scorer: Callable[[], Scorer | None] | None = None,
+) -> Stage:
+    """The training of one run, measured on its way, after everything that the run reads.
+
+    Args:
+        reported: False for a run of a sweep, which may be measured on prompts of its own.
+    """
+    recipe, start = method.recipe, method.policy_start
+    measured = stages.Measured(
+        grid=grid,
+        seed=method.seed,
+        choosing=0 if reported else grid.sweep_prompts,
+        base=lambda: (bases or Bases()).load(recipe, start),
+        scorer=scorer,
+    )
+    unjudged = recipe.eval.gold is None and recipe.eval.judge is None
+    reference = train.needs_reference(recipe)
+    start_logps = method.policy_start_logps if reference or unjudged else None
+    return stages.run_stage(
+        recipe,
+        start,
+        method.selection if train.reads_selection(recipe) else None,
+        start_logps if reference else None,
+        method.policy_pairs,
+        method.walker.do(stages.start_stage(recipe, start, method.policy_pairs, measured), "start"),
+        start_logps if unjudged else None,
+        measured,
+    )
+
+
+def schedule(
+    grid: Grid, settings: dict[str, list[Setting]], choose: Callable[[str, list[Setting]], Setting]
+) -> Iterator[tuple[Setting, int, bool]]:
+    """Yield setting, seed and whether the run is reported, in the order of the runs.
+
+    Args:
+        choose: picks the setting of a swept variant that is reported, once its sweep is done.
+    """
+    chosen: dict[str, Setting] = {}
+    for variant, group in settings.items():
+        if grid.sweep_seed is None or len(group) == 1:
+            continue
+        for setting in group:
+            yield setting, grid.sweep_seed, False
+        chosen[variant] = choose(variant, group)
+    # Seed by seed: an unfinished comparison has all methods at some seeds.
+    for seed in grid.seeds:
+        for variant, group in settings.items():
+            for setting in [chosen[variant]] if variant in chosen else group:
+                yield setting, seed, True
 
 
 class _Comparison:
-    """The stages of a comparison in its work folder, and the results so far."""
+    """The runs of a comparison and their results so far."""
 
     def __init__(self, run: Run, grid: Grid, recipe: Recipe):
         self.run, self.grid, self.recipe = run, grid, recipe
+        self.passes, self.bases = Passes(run), Bases()
+        self.pairs = Method(recipe, self.passes).pairs  # all variants share them
         self.runs: list[dict[str, Any]] = []
-        self.shared: dict[str, dict[str, Any]] = {}
-        self._bases: dict[tuple, torch.nn.Module] = {}
         self._judge: Scorer | None = None
-        self._transfers: dict[str, bool] = {}
-        self._pairs: dict[str, StageResult] = {}
 
-    def schedule(self, settings: dict[str, list[Setting]]) -> Iterator[tuple[Setting, int, bool]]:
-        """Yield the runs in order; the best setting of a sweep is known only when its runs are done."""
-        grid = self.grid
-        chosen: dict[str, Setting] = {}
-        for variant, group in settings.items():
-            if grid.sweep_seed is None or len(group) == 1:
-                continue
-            for setting in group:
-                yield setting, grid.sweep_seed, False
-            rows = summarise_runs([one for one in self.runs if one["variant"] == variant], grid.kl)
-            label = best_setting(rows, variant)
-            chosen[variant] = next(setting for setting in group if setting.label == label)
-            log(f"[{variant}] best of {len(group)} settings: {label}")
-        # Seed by seed, so that an unfinished comparison has all methods at some seeds.
-        for seed in grid.seeds:
-            for variant, group in settings.items():
-                for setting in [chosen[variant]] if variant in chosen else group:
-                    yield setting, seed, True
+    def method(self, recipe: Recipe, seed: int) -> Method:
+        return method_of(recipe, self.passes, self.grid, seed, self.pairs)
 
-    # --- shared passes ----------------------------------------------------------------------------------------------
-
-    def _share(self, stage: Stage, what: str | None = None) -> StageResult:
-        """Do a stage in a folder named by its fingerprint, and list it among the shared passes."""
-        name = f"{stage.kind}-{digest({'stage': stage.kind, **stage.depends})[:10]}"
-        made = self.run.do(stage, self.run.path("shared", name), name=name, title=name)
-        figures = {
-            key: value for key, value in made.results.items() if value is None or isinstance(value, int | float | str)
-        }
-        self.shared[name] = {"stage": name, "what": what or stage.what, "seconds": made.seconds, **figures}
-        if made.memory_gb is not None:
-            self.shared[name]["memory_gb"] = made.memory_gb
-        return made
-
-    def data(self) -> StageResult:
-        recipe = self.recipe
-        return self._share(data.stage(recipe.data, load_tokenizer(reference.start(recipe).folder), recipe.seed))
-
-    def transfers(self, recipe: Recipe) -> bool:
-        """Does the policy have another tokenizer than the oracle?"""
-        key = digest([recipe.policy.model, recipe.policy.revision, recipe.reference.model_dump(mode="json")])
-        if key not in self._transfers:
-            self._transfers[key] = transfer.needed(recipe)
-        return self._transfers[key]
-
-    def pairs(self, recipe: Recipe, shared: StageResult) -> StageResult:
-        """The pairs that the policy reads: `shared`, or their own where it has another tokenizer."""
-        if not self.transfers(recipe):
-            return shared
-        key = digest([recipe.policy.model, recipe.policy.revision])
-        if key not in self._pairs:
-            self._pairs[key] = self._share(transfer.pairs_stage(recipe, shared))
-        return self._pairs[key]
-
-    def reference(self, recipe: Recipe) -> Model:
-        start = reference.start(recipe)
-        tuning = reference.stage(recipe, start)
-        return start if tuning is None else Model.of(self._share(tuning))
-
-    def logps(self, recipe: Recipe, model: Model, pairs: StageResult, role: str) -> StageResult:
-        return self._share(logps.stage(recipe, model, pairs, role))
-
-    def oracle(self, recipe: Recipe, seed: int, pairs: StageResult, swapped: bool = False) -> Model:
-        """One oracle, or its opposite; where `count` asks for several, the one of this seed among them."""
-        model = self.reference(recipe)
-        if (existing := oracle.existing(recipe.oracle, model)) is not None:
-            return existing
-        stored = self.logps(recipe, model, pairs, "reference")
-        return Model.of(self._share(oracle.stage(recipe, model, pairs, stored, seed, swapped)))
-
-    def scores(self, recipe: Recipe, seed: int, pairs: StageResult) -> StageResult:
-        small = self.reference(recipe)
-        gold = recipe.eval.gold
-        words = None if gold is None else score.Words(load_tokenizer(small.folder), gold)
-        if recipe.oracle.rewards is not None:
-            return self._share(score.given_stage(recipe.oracle, pairs, words))
-        seeds = oracle.seeds(seed, recipe.oracle.count)
-        oracles = [self.oracle(recipe, one, pairs) for one in seeds]
-        read = [self.logps(recipe, model, pairs, "oracle") for model in oracles]
-        base: StageResult | list[StageResult]
-        if recipe.oracle.contrastive:
-            opposites = [self.oracle(recipe, one, pairs, swapped=True) for one in seeds]
-            base = [self.logps(recipe, model, pairs, "opposite") for model in opposites]
-        else:
-            base = self.logps(recipe, small, pairs, "reference")
-        made = self._share(score.stage(pairs, read, base, words))
-        row = self.shared[made.folder.name]
-        names = ", ".join(Path(model.folder).name for model in oracles)
-        whose = f"the mean of {names}" if len(oracles) > 1 else names
-        row["what"] = f"token rewards of {whose}: held-out accuracy {_text(row, 'oracle/accuracy')}" + (
-            f", fidelity AUC {_text(row, 'fidelity/auc')}" if words else ""
-        )
-        return made
-
-    def selection(self, recipe: Recipe, seed: int, pairs: StageResult) -> StageResult:
-        scores = self.scores(recipe, seed if self.grid.seeds_vary == "oracle" else recipe.seed, pairs)
-        if self.transfers(recipe):
-            gold = recipe.eval.gold
-            words = None if gold is None else score.Words(transfer.tokenizers(recipe)[1], gold)
-            scores = self._share(transfer.stage(recipe, scores, pairs, self.pairs(recipe, pairs), words))
-        return self._share(select.stage(select.settings_of(recipe), scores, seed))
-
-    # --- runs -------------------------------------------------------------------------------------------------------
+    def choose(self, variant: str, group: list[Setting]) -> Setting:
+        """The best setting of a sweep whose runs are done."""
+        rows = summarise_runs([one for one in self.runs if one["variant"] == variant], self.grid.kl)
+        label = best_setting(rows, variant)
+        log(f"[{variant}] best of {len(group)} settings: {label}")
+        return next(setting for setting in group if setting.label == label)
 
     def add(self, setting: Setting, seed: int, reported: bool) -> None:
-        """Train and measure one setting at one seed unless that stands, and write the results so far."""
-        recipe = setting.recipe
-        shared = self.data()
-        pairs = self.pairs(recipe, shared)
-        check_pairs(recipe, shared.folder, policy_folder=pairs.folder if self.transfers(recipe) else None)
-        start = train.start(recipe, self.reference(recipe))
-
-        def base() -> torch.nn.Module:
-            return self._base(recipe, start)
-
-        unjudged = recipe.eval.gold is None and recipe.eval.judge is None
-        choosing = 0 if reported else self.grid.sweep_prompts
-        stored = None
-        if train.needs_reference(recipe) or unjudged:
-            stored = self.logps(recipe, start, pairs, "start")
-        stage = measured.run_stage(
-            recipe,
-            start,
-            self.selection(recipe, seed, shared) if train.reads_selection(recipe) else None,
-            stored if train.needs_reference(recipe) else None,
-            pairs,
-            self._share(measured.start_stage(recipe, start, pairs, seed, base, choosing)),
-            stored if unjudged else None,
-            self.grid.shares,
-            self.grid.checkpoints_at_kl,
-            seed,
-            base,
-            self.grid.keep_models,
-            choosing,
-            self._scorer,
-        )
-        key = f"run-{digest(stage.depends)[:10]}"
+        """Train and measure one setting at one seed unless its result is up to date, and write the results so far."""
+        method = self.method(setting.recipe, seed)
+        check_method_pairs(method)
+        stage = run_stage(method, self.grid, reported, self.bases, self._scorer)
+        key = f"run-{digest({name: value for name, value in stage.key().items() if name != 'stage'})[:10]}"
         name = " ".join(part for part in (setting.variant, setting.label, f"seed={seed}") if part)
         made = self.run.do(stage, self.run.path("runs", key), name=key, title=f"run {name}")
         self.runs.append(
@@ -340,29 +330,20 @@ class _Comparison:
                 "label": setting.label,
                 "seed": seed,
                 "reported": reported,
-                "objective": recipe.policy.objective,
+                "objective": setting.recipe.policy.objective,
                 "folder": str(made.folder.relative_to(self.run.folder)),
                 **made.results,
-                "points": json.loads((made.folder / measured.POINTS).read_text(encoding="utf-8")),
+                "points": json.loads((made.folder / stages.POINTS).read_text(encoding="utf-8")),
             }
         )
         self.results()
 
-    def _base(self, recipe: Recipe, start: Model) -> torch.nn.Module:
-        types = measured.training_types(recipe, start)
-        key = (start.content, *types.values())
-        if key not in self._bases:
-            self._bases[key] = load_model(start.folder, device=recipe.device, **types)
-        return self._bases[key]
-
     def _scorer(self) -> Scorer | None:
-        """The one judge of all runs, in memory from its first verdict on; None for one behind a server, or none."""
+        """The judge of all runs, in memory from its first verdict on; None without one, or behind a server."""
         judge = self.recipe.eval.judge
         if self._judge is None and judge is not None and judge.server is None:
             self._judge = scorer_of(judge, self.recipe.device)
         return self._judge
-
-    # --- results ----------------------------------------------------------------------------------------------------
 
     def results(self) -> dict[str, Any]:
         """Write table, JSON and pictures of the runs so far; returns the JSON's content."""
@@ -374,7 +355,7 @@ class _Comparison:
             **({} if self.recipe.eval.judge is None else {"judge": judge_in_words(self.recipe.eval.judge)}),
             "environment": environment(),
         }
-        return write_comparison(head, self.runs, list(self.shared.values()), self.grid.results_folder)
+        return write_comparison(head, self.runs, list(self.passes.listed.values()), self.grid.results_folder)
 
 
 def _text(record: dict[str, Any], name: str) -> str:
