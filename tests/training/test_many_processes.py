@@ -18,8 +18,9 @@ from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import table_pairs
 from sepo.models.config import model_shape
-from sepo.planning.memory import Training
+from sepo.planning.memory import parts_of
 from sepo.recipe.settings import TrainingSettings
+from sepo.stages.cost import TrainingMemory
 from tiny_models import tiny_model
 
 DEEPSPEED = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
@@ -54,11 +55,12 @@ def one_process(tmp_path_factory):
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_path, one_process, number, sharded):
-    """Some processes have no pair in the last batch (17 and 20 pairs on 2 processes), and no collective hangs."""
+    """Some processes get no pair (3 pairs on 3 processes, the last batch of 17 and 20 on 2), and nothing hangs."""
     objective = "simpo" if sharded and number == 3 else "dpo"
     results = launch(number, tmp_path, objective, SIZES, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
     shape = model_shape(tiny_model("llama"))
-    plan = Training(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded).parts()
+    need = TrainingMemory(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded)
+    plan = parts_of(need)
     assert results.keys() == one_process[objective].keys()
     for size, expected in one_process[objective].items():
         assert results[size]["losses"] == pytest.approx(expected["losses"], abs=2e-5), f"{size} pairs"

@@ -91,9 +91,8 @@ class Formulas:
 
     @property
     def weighted(self):
-        return zip(self.chosen_weights, self.chosen, strict=True), zip(
-            self.rejected_weights, self.rejected, strict=True
-        )
+        sides = (self.chosen_weights, self.chosen), (self.rejected_weights, self.rejected)
+        return [list(zip(weights, rows, strict=True)) for weights, rows in sides]
 
     def smooth(self, x):
         return -(1 - self.smoothing) * log_sigmoid(x) - self.smoothing * log_sigmoid(-x)
@@ -145,9 +144,8 @@ class Formulas:
         return -log_sigmoid(u - self.alpha * self.beta * (kl_l - kl_w.detach()))
 
     def tis_dpo(self):
-        sides = [[(w, row) for w, row in side] for side in self.weighted]
-        u = [sum(w * (row[0] - row[1]) for w, row in side) for side in sides]
-        eta = [sum(w * row[3] for w, row in side) for side in sides]
+        u = [sum(w * (row[0] - row[1]) for w, row in side) for side in self.weighted]
+        eta = [sum(w * row[3] for w, row in side) for side in self.weighted]
         return -log_sigmoid(self.beta * (u[0] - u[1]) - self.alpha * self.beta * (eta[0] - eta[1]))
 
     def tgdpo(self):
