@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from sepo.command import join, path, print_metrics, print_plan, quiet_libraries
+from sepo.command import freeze_libraries, join, path, print_metrics, print_plan, quiet_libraries
 from sepo.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,8 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     devices, memory = _target_of(arguments)
     quiet_libraries()
+    import sepo.runs.pipeline  # noqa: F401  the libraries of training are frozen with the others
     from sepo.api import plan_run, run_recipe
 
+    freeze_libraries()
     if arguments.dry_run:
         from sepo.planning.plan import RunPlan, Target
 

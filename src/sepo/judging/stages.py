@@ -136,7 +136,7 @@ def judge_stage(recipe: Recipe, name: str, answers: StageResult, judge: JudgeSet
         what=judge.name,
         depends={
             "answers": answers.content,
-            "judge": judge.what_is_asked(),
+            "judge": judge.cache_key(),
             "content": lambda: judge_content(judge),
         },
         outputs=(ANNOTATIONS,),

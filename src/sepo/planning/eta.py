@@ -20,7 +20,7 @@ from sepo.runs.method import Method
 from sepo.runs.pipeline import Extension
 from sepo.stages.cost import Cost, Estimate
 
-# Seconds of a stage's own progress before its speed is believed.
+# Seconds of a stage's progress before its own speed is used.
 _ENOUGH = 2.0
 
 
@@ -28,8 +28,9 @@ class Eta:
     """Expected and spent seconds of the stages of a run.
 
     Attributes:
-        expected: seconds of each stage before any was measured, by name, in their order.
-        kinds: what most of a stage is ("train", "score", "generate", ...): the same kind has the same error.
+        expected: estimated seconds of each stage, in order.
+        kinds: the main kind of compute of each stage ("train", "score", "generate", ...); estimates of one kind share
+            their error.
     """
 
     def __init__(
@@ -38,10 +39,10 @@ class Eta:
         self.expected: dict[str, float] = {}
         self.kinds: dict[str, str] = {}
         self._clock = clock
-        self._spent: dict[str, float] = {}  # of stages that were done now, not of those that stood
+        self._spent: dict[str, float] = {}  # of stages that ran, not of reused ones
         self._left = list(estimates)
         self._now: tuple[str, float] | None = None
-        self._part: tuple[float, float] | None = None  # when the part at hand began, and how much of it is done
+        self._part: tuple[float, float] | None = None  # start and finished share of the current part
         for name, parts in estimates.items():
             seconds = {part.kind: 0.0 for part in parts}
             for part in parts:
@@ -54,34 +55,34 @@ class Eta:
         return f"about {bars.duration(sum(self.expected.values()))}: {', '.join(parts)}"
 
     def begin(self, name: str) -> None:
-        """A stage is looked at: those before it are over."""
+        """A stage begins; earlier stages are over."""
         self._now, self._part = (name, self._clock()), None
         if name in self._left:
             del self._left[: self._left.index(name) + 1]
 
     def end(self, name: str, done: bool) -> None:
-        """A stage is over; `done` says whether it had to be done."""
+        """A stage is over; `done`: it ran, its result was not reused."""
         if self._now is not None and done:
             self._spent[name] = self._clock() - self._now[1]
         self._now = self._part = None
 
     def part(self, share: float) -> None:
-        """A part of the stage at hand that shows its progress has come so far, from 0 to 1; 0 begins a part."""
+        """Progress of a part of the current stage, from 0 to 1; 0 begins a part."""
         began = self._clock() if self._part is None or share < self._part[1] else self._part[0]
         self._part = began, share
 
     def remaining(self) -> float:
-        """Seconds until the run is done."""
+        """Seconds left of the run."""
         return self._rest_of_stage() + sum(self._corrected(name) for name in self._left)
 
     def share(self) -> float:
-        """How much of the run is done, from 0 to 1, by time; of stages that stood already nothing is counted."""
+        """Finished share of the run by time, from 0 to 1; reused stages do not count."""
         spent = sum(self._spent.values()) + (self._clock() - self._now[1] if self._now else 0.0)
         whole = spent + self.remaining()
         return spent / whole if whole else 1.0
 
     def _corrected(self, name: str) -> float:
-        """Expected seconds of a stage, times the error of its kind so far, or of all stages."""
+        """Estimated seconds of a stage, times the error of its kind so far, or of all stages."""
         alike = [other for other in self._spent if self.kinds.get(other) == self.kinds.get(name)]
         for others in (alike, list(self._spent)):
             expected = sum(self.expected.get(other, 0.0) for other in others)
@@ -101,12 +102,12 @@ class Eta:
         if share <= 0 or now - started < _ENOUGH:
             return rest
         of_part = (now - started) * (1 - share) / share
-        # Reading and training are one part; measuring has several, of which this is one.
+        # Scoring and training have one part; an evaluation has several.
         return max(rest, of_part) if self.kinds.get(name) == "generate" else of_part
 
 
 class RunLine:
-    """The one line of a run. Bars of its parts report to it instead of being drawn (`bars.show_in`)."""
+    """The line of a run. Bars of its parts report to it instead of being drawn (`bars.show_in`)."""
 
     def __init__(self, eta: Eta, names: list[str]):
         self.eta, self.names = eta, names
@@ -117,7 +118,7 @@ class RunLine:
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """While a stage is being done."""
+        """While a stage runs."""
         self.stage = name
         self.eta.begin(name)
         self._draw("", force=True)
@@ -129,12 +130,12 @@ class RunLine:
             self.eta.end(name, done)
 
     def passed(self, name: str) -> None:
-        """A stage stood already."""
+        """The result of a stage was reused."""
         self.eta.begin(name)
         self.eta.end(name, done=False)
 
     def show(self, text: str, share: float) -> None:
-        """Progress of a part of the stage: its text, and how much of it is done, from 0 to 1."""
+        """Show the text and finished share (0 to 1) of a part of the stage."""
         self.eta.part(share)
         self._draw(text)
 
@@ -180,7 +181,7 @@ def estimates_of_process(cost: Cost | None, devices: int) -> list[Estimate]:
 
 @contextmanager
 def one_line(eta: Eta | None) -> Iterator[RunLine | None]:
-    """Show what remains of a run in one line, in the main process."""
+    """Show the time left of a run in one line, in the main process."""
     if eta is None or not processes.is_main():
         yield None
         return

@@ -21,7 +21,6 @@ from sepo.data.tables import read_table
 from sepo.files import digest
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
-from sepo.planning.memory import PARTS, parts_of, smallest_change
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
@@ -150,7 +149,7 @@ def device_kind(recipe: Recipe, target: Target) -> str:
 
 
 def _seconds(cost: Cost, throughputs: Throughputs, target: Target) -> float | None:
-    """Seconds of a stage on so many devices like the one here; passes and trainings are shared, generation is not."""
+    """Seconds of a stage on the target's devices, if they equal the one here; generation is not shared."""
     if cost.estimates is None or not throughputs.measure:
         return None
     return sum(
@@ -162,6 +161,8 @@ def _seconds(cost: Cost, throughputs: Throughputs, target: Target) -> float | No
 def _row(stage: str, cost: Cost, seconds: float | None, throughputs: Throughputs) -> dict[str, str]:
     def text(value: float | None, form: Callable[[Any], str]) -> str:
         return "" if value is None else form(value)
+
+    from sepo.planning.memory import parts_of
 
     parts = None if cost.memory is None else parts_of(cost.memory)
     estimated = seconds is not None and not all(throughputs.of(estimate).measured for estimate in cost.estimates or ())
@@ -176,9 +177,11 @@ def _row(stage: str, cost: Cost, seconds: float | None, throughputs: Throughputs
 
 
 def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]:
-    """What a stage needs of each device: with whole weights and, where they can be cut up, with FSDP."""
+    """Memory of a stage on each device: with whole weights and, if they can be sharded, with FSDP."""
     if cost.memory is None:
         return []
+    from sepo.planning.memory import PARTS, parts_of, smallest_change
+
     number, memory = target.processes, cost.memory
     if isinstance(memory, FrozenMemory):
         memory = replace(memory, processes=number)
@@ -203,7 +206,7 @@ def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]
 
 
 def _bytes(number: float) -> str:
-    """A number of bytes in megabytes or gigabytes; "" for none."""
+    """Bytes as MB or GB; "" for 0."""
     if number < 0.5e6:
         return "0" if number else ""
     return f"{number / 1e6:.0f} MB" if number < 1e9 else f"{number / 1e9:,.1f} GB"

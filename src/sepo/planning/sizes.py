@@ -17,7 +17,7 @@ from sepo.runs.method import Method
 from sepo.stages import reference
 from sepo.stages.cost import ModelSize, PairSizes, Sizes
 
-# Rows of this many pairs are laid out to see what packing saves; those of a larger table stand for all.
+# Number of pairs whose rows are packed to see how many tokens packing saves.
 _SAMPLE = 4000
 
 
@@ -31,16 +31,16 @@ def method_sizes(method: Method, kind: str, processes: int = 1) -> Sizes:
 
 
 def _cuts(figures: dict[str, float]) -> str:
-    """How two tokenizers cut the same responses, for a plan's row."""
+    """One line on how two tokenizers cut the same responses."""
     dropped = f", {figures['dropped']:,.0f} pairs dropped" if figures["dropped"] else ""
     return (
-        f"again, as the policy reads them: {figures['one_to_one_share']:.0%} of the tokens one of both, "
+        f"under the policy's tokenizer: {figures['one_to_one_share']:.0%} of its tokens are tokens of both, "
         f"{figures['bytes_per_group']:.1f} bytes a group{dropped}"
     )
 
 
 def sizes_of(recipe: Recipe, folder: Path, kind: str, processes: int = 1) -> Sizes:
-    """Count the pairs that lie in a folder, and lay out the models of a recipe without memory for their weights.
+    """Count the pairs of a folder, and read the shapes of a recipe's models from their configs.
 
     Args:
         kind: of device ("cpu", "cuda", "mps").
@@ -68,7 +68,7 @@ def prompts_of(pairs: pa.Table) -> list[tuple[int, ...]]:
 
 
 def pair_sizes(folder: Path, budget: int) -> PairSizes:
-    """Counts of a pairs table, and the tokens that a scoring pass reads in rows of a budget."""
+    """Counts of a pairs table, and the tokens that scoring reads in rows of a budget."""
     pairs = tokens = chosen = rejected = longest = packed = alone = 0
     for path in table_paths(folder, "pairs"):
         table = read_shard(path, "pairs")

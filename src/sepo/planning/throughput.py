@@ -1,8 +1,8 @@
 """How many seconds compute takes on this device: measured on a piece of it, or estimated from its FLOPs.
 
-A piece is one row of real pairs read, one row trained on with an optimizer step, or a few decoding steps at the width
-of the evaluation; a stage takes as much longer as it has more of them. A model that is not here, or too large to be
-tried in seconds, is estimated: FLOPs over half of the matmul rate, which errs by a factor of two and more.
+A piece is one scored row of real pairs, one training row with an optimizer step, or a few decoding steps at the width
+of the evaluation; the time of a stage is proportional. A model that is not on this machine, or too large to try in
+seconds, is estimated: FLOPs over half of the matmul rate. That estimate can be off by a factor of two and more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.evaluate.generate import generate_responses
 from sepo.forward.packing import Pair, fill_rows, pack
 from sepo.forward.scoring import dataset_logps, table_pairs
 from sepo.forward.speed import matmul_rate
@@ -32,32 +31,31 @@ from sepo.models.adapters import causal_lm
 from sepo.models.folders import is_outline
 from sepo.models.hub import cached_snapshot
 from sepo.models.names import gguf_path
-from sepo.models.shrink import drop_layers
 from sepo.models.weights import load_model
 from sepo.processes import log
 from sepo.stages.cost import Estimate, ModelSize
 from sepo.training.fit import training_arguments
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
-# Of the matmul rate, for a stage as a whole (docs/performance.md).
+# Share of the matmul rate that a whole stage reaches (docs/performance.md).
 _SHARE = 0.5
-# A decoding step reads all weights for a few tokens: it takes about so much longer than its FLOPs.
+# A decoding step reads all weights for a few tokens: it takes about this many times longer than its FLOPs.
 _STEP = 3.0
-# Tokens of a piece on a CPU, and seconds that the pieces of one model may take by its FLOPs.
+# Tokens of a piece on a CPU, and the largest estimated seconds of one model's pieces.
 _PIECE, _SECONDS = 640, 45.0
 # Decoding steps of a piece.
 _STEPS = 4
 
 
 class Throughput(NamedTuple):
-    """Seconds a FLOP, and a time (a load, an update, a decoding step); whether they were measured."""
+    """Seconds a FLOP, seconds a unit (load, update, decoding step), and whether both were measured."""
 
     flop: float
     each: float
     measured: bool
 
     def seconds(self, estimate: Estimate) -> float:
-        """How long a part of a stage takes, in one process."""
+        """Seconds of one part of a stage, in one process."""
         number = {"load": 1.0, "train": estimate.updates, "generate": estimate.steps}.get(estimate.kind, 0.0)
         return estimate.flops * self.flop + number * self.each
 
@@ -70,20 +68,20 @@ def estimated(estimate: Estimate, rate: float) -> Throughput:
 
 
 def stage_rate(kind: str) -> float:
-    """FLOP/s that a stage as a whole may reach on a kind of device, from a matmul that is timed."""
+    """FLOP/s of a whole stage on a kind of device, from a timed matmul."""
     return _SHARE * matmul_rate(torch.device(kind))
 
 
 @dataclass
 class Throughputs:
-    """The paces of all models of a plan, each found out when it is asked for and kept.
+    """Throughputs of a plan's models, each measured at its first use.
 
     Attributes:
         device: as in a recipe.
-        pairs: real pairs to try.
+        pairs: real pairs to score and train on.
         prompts: real prompts to answer.
-        measure: False estimates all.
-        others: of models that read other tokens than these, by their names.
+        measure: False: estimate everything.
+        others: throughputs of models with another tokenizer, by name.
     """
 
     device: str
@@ -99,13 +97,13 @@ class Throughputs:
 
     @property
     def rate(self) -> float:
-        """FLOP/s that a stage as a whole reaches, where it was not measured."""
+        """FLOP/s of a whole stage, for estimates."""
         if self._rate is None:
             self._rate = stage_rate(self.kind)
         return self._rate
 
     def seconds(self, estimate: Estimate) -> float:
-        """How long a part of a stage takes here, in one process."""
+        """Seconds of one part of a stage here, in one process."""
         return self.of(estimate).seconds(estimate)
 
     def of(self, estimate: Estimate) -> Throughput:
@@ -140,13 +138,13 @@ class Throughputs:
         return self._scoring(estimate, model) if estimate.kind == "score" else self._generating(estimate, model)
 
     def _model(self, size: ModelSize, dtype: str) -> tuple[nn.Module, float]:
-        """A model in memory, and the seconds that loading and preparing it took this time."""
+        """A model in memory, and the seconds of loading and preparing it now."""
         key = f"{size.name} {size.revision} {size.layers} {dtype}"
         started = time.perf_counter()
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             model = _load(size, device=self.device, dtype=dtype)
-            dataset_logps(model, self.pairs.slice(0, 1))  # finds out its layout, and warms up
+            dataset_logps(model, self.pairs.slice(0, 1))  # tries its layout, and warms up
             self._loaded = key, model
         return self._loaded[1], time.perf_counter() - started
 
@@ -159,7 +157,7 @@ class Throughputs:
         return Throughput((time.perf_counter() - started) / _flops(estimate, row), 0.0, True)
 
     def _training(self, estimate: Estimate) -> Throughput:
-        """Two updates, the first on the shortest pair, which allocates what the second finds there."""
+        """Two updates; the first, on the shortest pair, allocates the memory of the second."""
         assert estimate.training is not None
         pairs = table_pairs(self.pairs)
         with tempfile.TemporaryDirectory() as folder:
@@ -194,7 +192,9 @@ class Throughputs:
         return Throughput((trained - began) / _flops(estimate, row), stepped - trained, True)
 
     def _generating(self, estimate: Estimate, model: nn.Module) -> Throughput:
-        """Some decoding steps after the ends of real prompts: the rest of a prompt is read as a pass reads."""
+        """A few decoding steps after the ends of real prompts; reading the prompts is counted as scoring."""
+        from sepo.evaluate.generate import generate_responses
+
         ends = [list(self.prompts[i % len(self.prompts)][-8:]) for i in range(estimate.width)]
         times = []
         for steps in (1, 1 + _STEPS):
@@ -215,7 +215,7 @@ _WORDS = {"load": "loading", "score": "a scored row", "train": "a training row",
 
 
 def _key(estimate: Estimate) -> str:
-    """Works of one key have one pace."""
+    """Estimates with the same key have the same throughput."""
     how: Any = estimate.dtype
     if estimate.training is not None:
         own = ("bf16", "activation_checkpointing", "tokens_per_row", "arguments")
@@ -228,7 +228,7 @@ def _key(estimate: Estimate) -> str:
 
 
 def _is_here(model: ModelSize) -> bool:
-    """Can the weights be read without a download, and by one process?"""
+    """Can one process read the weights without a download?"""
     if processes.launched() > 1:
         return False
     if gguf_path(model.name) is not None:
@@ -242,6 +242,8 @@ def _is_here(model: ModelSize) -> bool:
 def _load(size: ModelSize, **options: Any) -> nn.Module:
     model = load_model(size.name, revision=size.revision, **options)
     if size.layers is not None:
+        from sepo.models.shrink import drop_layers
+
         drop_layers(causal_lm(model), size.layers)
     return model
 
@@ -251,10 +253,7 @@ def _read(pair: Pair) -> int:
 
 
 def piece(pairs: Sequence[Pair], tokens: int) -> list[Pair]:
-    """A row of at most so many tokens, of pairs around the median length; the shortest pair, if those are longer.
-
-    They stand for all: rows of a batch hold some of every length.
-    """
+    """Pairs around the median length that fill a row of at most `tokens`; at least the shortest pair."""
     ordered = sorted(pairs, key=_read)
     middle = len(ordered) // 2
     near = sorted(range(len(ordered)), key=lambda index: abs(index - middle))

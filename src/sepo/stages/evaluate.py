@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sepo import processes
 from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
-from sepo.evaluate.generate import responses_at_once
-from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import Judge, evaluate_run
 from sepo.forward.scoring import tokens_per_row_for
 from sepo.recipe.settings import Recipe
 from sepo.stages.cost import Cost, Estimate, FrozenMemory, Sizes
 from sepo.stages.logps import width_of
 from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Model, Stage, StageResult
 
+if TYPE_CHECKING:
+    from sepo.evaluate.measure import Judge
+
 
 class RunJudge(NamedTuple):
-    """The judge of a run (`sepo.judging` makes one): what it is called, how it judges, and the digest of its files."""
+    """A judge of a run, made by `sepo.judging`: its title, the function that judges, and the digest of its files."""
 
     title: str
     judge: Judge
@@ -28,8 +28,10 @@ class RunJudge(NamedTuple):
 
 
 def check(recipe: Recipe) -> None:
-    """The gold reward and what it needs."""
+    """Check that the gold reward and its libraries are there."""
     if recipe.eval.gold is not None:
+        from sepo.evaluate.gold import gold_reward
+
         gold_reward(recipe.eval.gold)
 
 
@@ -54,6 +56,8 @@ def stage(
             for name in (GENERATIONS, EXAMPLES, ANNOTATIONS):
                 (folder / name).unlink(missing_ok=True)  # of other settings
 
+        from sepo.evaluate.measure import evaluate_run
+
         processes.on_main(forget)
         return evaluate_run(
             policy=policy.folder,
@@ -76,7 +80,7 @@ def stage(
         kind="eval",
         what=_title(recipe, judge),
         depends={
-            "eval": recipe.eval.what_is_measured(),
+            "eval": recipe.eval.cache_key(),
             "policy": policy.content,  # all of its files
             "start": start.inherited(),
             "scores": scores.content,
@@ -94,7 +98,7 @@ def stage(
 
 
 def unanswered(calls: float | None) -> str | None:
-    """What a judge behind a server lacks, in words: the same questions are asked again, and answered ones from disk."""
+    """One line about questions without a reply from a judge's server; the same command asks them again."""
     return f"{calls:.0f} questions to the judge have no reply" if calls else None
 
 
@@ -103,18 +107,20 @@ def _title(recipe: Recipe, judge: RunJudge | None) -> str:
 
 
 def responses(recipe: Recipe, sizes: Sizes) -> int:
-    """Responses that one model writes."""
+    """Number of responses from one model."""
     return min(sizes.prompts, recipe.eval.prompts) * recipe.eval.samples
 
 
 def at_once(recipe: Recipe, sizes: Sizes) -> int:
-    """Responses that are written side by side."""
+    """Number of responses that are generated at once."""
+    from sepo.evaluate.generate import responses_at_once
+
     longest = sizes.longest_prompt + recipe.eval.max_new_tokens
     return recipe.eval.batch_size or responses_at_once(longest, sizes.device)
 
 
 def sampling_estimates(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Estimate, ...]:
-    """Answering the held-out prompts with one model, each answer as long as it may be."""
+    """One model answers the held-out prompts; every answer has full length."""
     number, model = responses(recipe, sizes), sizes.large
     if not number:
         return ()
@@ -128,7 +134,7 @@ def sampling_estimates(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Estima
 
 
 def example_estimates(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Estimate, ...]:
-    """Answering some of the prompts once more, for people."""
+    """One model answers a few prompts once more, as examples."""
     number = min(recipe.eval.examples, recipe.eval.prompts, sizes.prompts)
     if not number:
         return ()
@@ -140,7 +146,7 @@ def example_estimates(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Estimat
 
 
 def kl_estimates(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Estimate, ...]:
-    """The base reads what a policy has written, for the KL."""
+    """The base scores the policy's responses, for the KL."""
     number = responses(recipe, sizes)
     written = number * recipe.eval.max_new_tokens
     prompts = number * sizes.prompt_tokens / max(sizes.prompts, 1)

@@ -1,7 +1,7 @@
-"""A pass of a frozen model over all pairs: log-probabilities that are stored once and used many times.
+"""Stage "..._logps": a frozen model scores all pairs; the log-probabilities are stored once and read many times.
 
-The reference's are half of the token rewards *and* the oracle's DPO reference. A pass goes shard by shard, and a shard
-that stands already, made from the same model and pairs, is kept.
+Those of the reference are half of the token reward *and* the reference term of the oracle's DPO. Scoring goes shard by
+shard, and keeps an existing shard of the same model and pairs.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str) -> Stage:
 
 
 def scoring_dtype(recipe: Recipe) -> str:
-    """The type of weights that score: float32, unless the recipe says otherwise.
+    """The dtype of weights for scoring: float32, unless the recipe sets another.
 
-    Token rewards are small differences: bfloat16 weights would round most of what the oracle learned away.
+    Token rewards are small differences; bfloat16 weights would round most of the oracle's change away.
     """
     return "float32" if recipe.dtype == "auto" else recipe.dtype
 
 
 def part_of(folder: Path, part: str) -> Path:
-    """Where the log-probabilities of the training or the held-out pairs lie."""
+    """The folder with the log-probabilities of one part of the pairs."""
     return folder if part == "train" else folder / part
 
 
@@ -93,8 +93,8 @@ def logps_pass(
 ) -> Path:
     """Store the log-probability of every response token of a pairs table under a frozen model.
 
-    The table is written shard by shard; shards of the same model and pairs that stand already are kept, so that an
-    interrupted pass continues where it stopped.
+    The table is written shard by shard. Existing shards of the same model and pairs are kept, so an interrupted pass
+    continues.
     """
     processes.join(device)
     shards = len(table_paths(pairs, "pairs"))
@@ -107,7 +107,7 @@ def logps_pass(
 
     def kept() -> str:
         number = sum(shard_path(out, index).is_file() for index in range(shards))
-        return f"{number} of {shards} parts of '{out}' are kept; the same command goes on with the next"
+        return f"{number} of {shards} parts of '{out}' are kept; the same command continues with the next"
 
     total = sum(item["pairs"] for item in todo)
     bar = progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
@@ -128,7 +128,7 @@ def logps_pass(
 
 
 def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -> list[dict[str, Any]]:
-    """The shards of a pass that do not stand yet, each with its provenance and number of pairs."""
+    """The shards that are missing or out of date, each with its provenance and number of pairs."""
     chosen = choose_device(device)
     weights = str(choose_dtype(dtype, chosen)).removeprefix("torch.")
     fingerprint = {"model": model_fingerprint(model), "dtype": weights, "device": chosen.type}
@@ -156,7 +156,7 @@ def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -
 
 
 def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
-    """Say why a stored shard cannot be used; None if it is whole and was made from what is expected."""
+    """Why a stored shard cannot be reused; None if it is complete and has the expected provenance."""
     if not path.is_file():
         return "is missing"
     try:

@@ -1,4 +1,4 @@
-"""Stage "oracle": the reference trained with DPO on all or a part of the pairs."""
+"""Stage "oracle": the reference, trained with DPO on some or all pairs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sepo.training.fit import train_model
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
-    """The model that exists, where one is named, and the settings of a training; `elsewhere` as in `train.check`."""
+    """Check an existing oracle, or the settings of its training; `elsewhere` as in `train.check`."""
     settings = recipe.oracle
     if settings.rewards is not None:
         check_rewards_file(Path(settings.rewards), settings.reward_columns)
@@ -65,24 +65,24 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
 
 
 def _check_existing(recipe: Recipe) -> None:
-    """An oracle that is the reference, or does nothing to it, would give every token the reward 0."""
+    """Refuse an oracle that equals the reference: every token reward would be 0."""
     folder = Path(resolve_model(str(recipe.oracle.model)))
     base = recipe.reference.model
     if is_adapter(folder):
         if adapter_is_idle(folder):
-            raise UserError(f"the oracle '{folder}' is an adapter that does nothing (its B is zero): train it")
+            raise UserError(f"the oracle '{folder}' is an untrained adapter (its B is zero): train it")
         base, _ = adapter_base(folder)
     elif _as_it_is(recipe) and _same(str(recipe.oracle.model), base):
         raise UserError(f"the oracle '{folder}' is the reference: every token reward would be 0; name another model")
     if _as_it_is(recipe) and not _same(base, recipe.reference.model):
         log_once(
-            f"  the oracle is an adapter of '{base}', the reference is '{recipe.reference.model}': the rewards are "
-            "also of the difference between these two"
+            f"  the oracle is an adapter of '{base}', the reference is '{recipe.reference.model}': the rewards "
+            "also include the difference between these two"
         )
 
 
 def _as_it_is(recipe: Recipe) -> bool:
-    """Is the reference the model that the recipe names, whole and not fine-tuned?"""
+    """Is the reference the whole model that the recipe names, without fine-tuning?"""
     return recipe.reference.sft is None and recipe.reference.layers is None
 
 
@@ -99,7 +99,7 @@ def check_differs(settings: OracleSettings, oracle: Model, reference: Model) -> 
 def stage(
     recipe: Recipe, reference: Model, pairs: StageResult, reference_logps: StageResult, seed: int, swapped: bool = False
 ) -> Stage:
-    """One oracle, or its opposite on the `swapped` pairs; `seed` draws its pairs and their order (`seeds`)."""
+    """One oracle, or its opposite on `swapped` pairs; `seed` draws its pairs and their order (`seeds`)."""
     settings = recipe.oracle
 
     def run(folder: Path) -> dict[str, Any]:
@@ -118,13 +118,12 @@ def stage(
         kind="oracle",
         what=f"DPO on {settings.sample:.0%} of the pairs{', swapped' * swapped}, beta {settings.beta:g}, seed {seed}",
         depends={
-            # One of several is the oracle that its seed alone would make.
-            "oracle": settings.what_is_trained(),
+            "oracle": settings.cache_key(),
             "pairs": pairs.content,
             "reference": reference.content,
             "reference_logps": reference_logps.content,
             "seed": seed,
-            **({"swapped": True} if swapped else {}),
+            "swapped": swapped,
         },
         outputs=(".",),
         run=run,
@@ -151,7 +150,7 @@ def members(settings: OracleSettings, seed: int = 0) -> list[tuple[str, int, boo
 
 
 def seeds(seed: int, count: int) -> list[int]:
-    """A seed for each of several oracles of a run, the run's own first; runs at neighbouring seeds share none."""
+    """The seed of each oracle of a run, the run's own first; runs at neighbouring seeds share no oracle seed."""
     return [seed + 1000 * member for member in range(count)]
 
 
@@ -169,14 +168,14 @@ def train_oracle(
     """Train one oracle: DPO on the reference, over `settings.sample` of the pairs.
 
     Args:
-        reference: the model that it starts from.
+        reference: the starting model.
         pairs, reference_logps: all training pairs, and their stored log-probabilities under the reference.
-        out: its model folder.
-        seed: of the draw of pairs and of their order; one for each oracle (`seeds`).
-        swapped: chosen and rejected change places: the opposite of a contrastive oracle.
+        out: the oracle's folder.
+        seed: draws the pairs and their order.
+        swapped: exchange chosen and rejected, for the opposite of a contrastive oracle.
 
     Returns:
-        the number of `pairs`, and what `train_model` returns.
+        the number of `pairs`, and the results of `train_model`.
     """
     table, logps = read_table(pairs, "pairs"), read_table(reference_logps, "logps")
     sample = sample_pairs(table, settings.sample, seed=seed)

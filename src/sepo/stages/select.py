@@ -21,12 +21,12 @@ from sepo.stages.stage import SCORES, Stage, StageResult
 
 
 def check(recipe: Recipe) -> None:
-    """The rule and its settings."""
+    """Check the rule and its settings."""
     check_rule(**recipe.select.model_dump())
 
 
 def settings_of(recipe: Recipe) -> SelectSettings:
-    """The rule of a recipe; for objectives that read the reward of every token, these and no choice of tokens."""
+    """The selection of a recipe. For objectives that read the reward of every token: all tokens, with their rewards."""
     if not OBJECTIVES[recipe.policy.objective].reads_token_rewards:
         return recipe.select
     confidence = recipe.select.confidence
@@ -36,7 +36,7 @@ def settings_of(recipe: Recipe) -> SelectSettings:
 def stage(recipe: Recipe, scores: StageResult, seed: int) -> Stage:
     """The key tokens of a score table. Only rule "random" depends on the seed."""
     settings = settings_of(recipe)
-    rule = settings.what_is_selected()
+    rule = settings.model_dump(mode="json")
     rules = rule["rule_chosen"], rule["rule_rejected"]
 
     def write(folder: Path) -> dict[str, Any]:
@@ -56,16 +56,16 @@ def stage(recipe: Recipe, scores: StageResult, seed: int) -> Stage:
 
 
 def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0.3, **rule: Any) -> Path:
-    """Write the key tokens of a scores table, shard by shard; `rule` are keywords of `select_key_tokens`."""
+    """Write the key tokens of a scores table, shard by shard; `rule` holds keywords of `select_key_tokens`."""
     check_rule(k_chosen, k_rejected, **rule)
     paths = table_paths(scores, "scores")
     for path in paths:
         if path.parent.resolve() == out.resolve():
             raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
-        read_shard(path, "scores")  # all of it is sound before the old selection goes
+        read_shard(path, "scores")  # check every shard before the old selection is deleted
     require_rewards(read_shard(path, "scores") for path in paths)
     statistics = label_statistics(read_shard(path, "scores") for path in paths) if rule.get("label_log_odds") else None
-    # A rule over the whole dataset is a threshold for each shard.
+    # A rule over the whole dataset becomes a threshold for each shard.
     shards = (read_shard(path, "scores") for path in paths)
     settings = dataset_thresholds(shards, k_chosen, k_rejected, statistics=statistics, **rule)
     clear_shards(out)
@@ -76,7 +76,7 @@ def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0
 
 
 def pair_weights(selection: pa.Table) -> dict[str, float]:
-    """What `confidence` makes of the pairs of a selection: how many have no weight, and the mean; empty without it."""
+    """How many pairs have weight 0, and the mean weight; empty without `confidence`."""
     if PAIR_WEIGHT not in selection.column_names:
         return {}
     weights = selection.column(PAIR_WEIGHT).to_numpy()
@@ -84,7 +84,7 @@ def pair_weights(selection: pa.Table) -> dict[str, float]:
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Sorting: seconds at most."""
+    """Sorting: seconds."""
     objective = OBJECTIVES[recipe.policy.objective]
     if objective.reads_token_rewards:
         return Cost(f"the reward of every token, which {recipe.policy.objective} reads", sizes.train.pairs)

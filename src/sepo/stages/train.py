@@ -22,10 +22,11 @@ from sepo.training.fit import objective_settings, train_model
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
-    """The model, its tokenizer, the objective and the settings of the training.
+    """Check the model, its tokenizer, the objective and the settings of the training.
 
     Args:
-        elsewhere: only planned, for other machines: the model's config is enough, and bitsandbytes need not be here.
+        elsewhere: the run is only planned, for other machines. A config is then enough for a model, and bitsandbytes
+            need not be installed.
     """
     policy = recipe.policy
     check_quantization(policy.quantization, train=True, lora=policy.lora is not None, installed=not elsewhere)
@@ -45,12 +46,12 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
 
 
 def reads_selection(recipe: Recipe) -> bool:
-    """Is the policy trained on the key tokens of a selection, or with its weights of pairs?"""
+    """Does training read the key tokens or the pair weights of a selection?"""
     return OBJECTIVES[recipe.policy.objective].reads_selection or recipe.select.confidence > 0
 
 
 def needs_reference(recipe: Recipe) -> bool:
-    """Does the objective contrast the policy with the model that it starts from?"""
+    """Does the objective compare the policy with its start?"""
     return OBJECTIVES[recipe.policy.objective].reads_reference
 
 
@@ -58,9 +59,9 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
     """The policy, trained on a selection table.
 
     Args:
-        model: from `start`.
-        selection: a selection table; objectives over all tokens read its pairs alone.
-        logps: of `model` over the pairs, for objectives with a reference.
+        model: the start of the policy.
+        selection: a selection table; objectives on all tokens read only its pairs.
+        logps: log-probabilities under `model`, for objectives with a reference.
     """
 
     def run(folder: Path) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
         kind="train",
         what=f"{recipe.policy.objective} objective",
         depends={
-            "policy": recipe.policy.what_is_trained(),
+            "policy": recipe.policy.model_dump(mode="json"),
             "start": model.inherited(),
             "selection": selection.content,
             "logps": None if logps is None else logps.content,
@@ -95,7 +96,7 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
 
 
 def targets(recipe: Recipe, sizes: Sizes) -> float:
-    """Tokens of all pairs that the policy is trained on."""
+    """Number of target tokens of all pairs."""
     pairs, rule = sizes.train, select.settings_of(recipe)
     if not OBJECTIVES[recipe.policy.objective].reads_selection:
         return pairs.responses

@@ -1,12 +1,10 @@
-"""`sepo compare`: every method of a grid on one dataset, every pass that can be shared done once.
+"""`sepo compare`: train every method of a grid on one dataset; stages with equal inputs run once.
 
-    data -> reference -> [reference log-probabilities -> oracle -> scores -> selection] -> runs -> table and pictures
-              shared by all      shared by those with equal settings                one a setting and seed
-
-The work folder is a run folder (`folder.Run`): each pass and each run is a stage of `sepo.stages`, in a folder named by
-its fingerprint, so an interrupted comparison goes on where it stopped, a variant added later costs its own runs only,
-and grids with the same work folder share what they have in common. Policies are measured while they are trained, at
-several points of the reward-KL frontier, and not kept unless asked for.
+The work folder is a run folder (`folder.Run`). The stages that a run reads (`runs.method`) go to `shared/`, its
+training to `runs/`, each in a folder named by the digest of what it depends on. So an interrupted comparison
+continues, a variant that is added later costs only its own runs, and grids with the same work folder share stages.
+Policies are measured while they train, at several points of the reward-KL frontier, and are deleted unless the grid
+keeps them.
 """
 
 from __future__ import annotations
@@ -51,21 +49,22 @@ from sepo.study.results import (
 )
 from sepo.training.fit import pairs_to_see
 
-# What may stand in a comparison's recipes beyond the method: a judge, which measures policies on their way.
+# Recipes of a comparison may have a judge, which measures policies while they train, but no stages after the
+# evaluation.
 EXTENSION = Extension(judging_stages.check, None, lambda method: {})
 
 
 def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
-    """Run a grid, reusing what stands, and write `compare.json`, `compare.md` and the pictures into its folder.
+    """Run a grid, reusing results that are up to date, and write `compare.json`, `compare.md` and pictures.
 
-    The results are written after every run, so a comparison can be read while it goes on.
+    The results are written after every run, so an unfinished comparison can be read.
 
     Returns:
-        what `compare.json` holds: name, kl, gold, rows (`report.comparison.summarise_runs`), differences, runs with
-        all their checkpoints, shared passes, environment.
+        the content of `compare.json`: name, kl, gold, rows (`results.summarise_runs`), differences, runs with their
+        checkpoints, shared stages, environment.
 
     Raises:
-        UserError: anything about the grid or its recipes that can be known before a model is loaded.
+        UserError: bad input, before any model is loaded.
     """
     check_grid(settings)
     check_results_folder(grid)
@@ -92,7 +91,7 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
 
 
 def check_grid(settings: dict[str, list[Setting]]) -> None:
-    """Check every recipe of a grid before anything expensive; see `pipeline.check_inputs`."""
+    """Check every recipe of a grid before any model is loaded. Raises UserError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare runs in one process: start it without torchrun or accelerate")
     first = next(iter(settings.values()))[0].recipe.reference
@@ -116,10 +115,10 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
 
 
 def check_same_pairs(settings: dict[str, list[Setting]], pairs: Callable[[Recipe], int]) -> None:
-    """Raise a UserError unless all runs see as many pairs; a last batch that is not full counts what it holds.
+    """Raise a UserError unless all runs see the same number of pairs; a last batch counts the pairs that it holds.
 
     Args:
-        pairs: in one epoch, of a recipe's policy.
+        pairs: gives the pairs of one epoch of a recipe's policy.
     """
     everything = [setting for group in settings.values() for setting in group]
     counts = [pairs_to_see(setting.recipe.policy.training, pairs(setting.recipe)) for setting in everything]
@@ -133,19 +132,19 @@ def check_same_pairs(settings: dict[str, list[Setting]], pairs: Callable[[Recipe
 
 
 def check_prompts(grid: Grid, recipe: Recipe, prompts: int) -> None:
-    """Raise a UserError if a sweep cannot be decided on prompts of its own.
+    """Raise a UserError if there are too few prompts to decide a sweep on prompts of its own.
 
     Args:
-        prompts: distinct ones that are held out.
+        prompts: number of distinct held-out prompts.
     """
     if not grid.sweep_prompts:
         return
     if grid.sweep_seed is None:
         raise UserError(
-            "sweep_prompts are those that a sweep is decided on: set sweep_seed, or leave sweep_prompts out"
+            "sweep_prompts are the prompts that a sweep is decided on: set sweep_seed, or leave sweep_prompts out"
         )
     if recipe.eval.gold is None:
-        raise UserError("sweep_prompts needs eval.gold: the accuracy is of all held-out pairs")
+        raise UserError("sweep_prompts needs eval.gold: without it a sweep is decided on all held-out pairs")
     if recipe.eval.prompts + grid.sweep_prompts > prompts:
         raise UserError(
             f"eval.prompts {recipe.eval.prompts} and sweep_prompts {grid.sweep_prompts} are more than the {prompts} "
@@ -154,13 +153,13 @@ def check_prompts(grid: Grid, recipe: Recipe, prompts: int) -> None:
 
 
 def can_tell(grid: Grid, recipe: Recipe, prompts: int) -> str:
-    """What differences a grid can tell apart, in one line: by its `assume`, an earlier result's spread, or the default.
+    """The minimum detectable difference of a grid, in one line: by `assume`, an earlier result, or the default.
 
     Args:
-        prompts: distinct ones that are held out.
+        prompts: number of distinct held-out prompts.
     """
     earlier = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing there yet, or of an earlier release
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no result yet, or of an earlier release
         stored = json.loads((grid.results_folder / "compare.json").read_text(encoding="utf-8"))
         earlier = typical_std(stored["differences"])
     if grid.assume is None and earlier is not None:
@@ -173,7 +172,7 @@ def can_tell(grid: Grid, recipe: Recipe, prompts: int) -> str:
 
 
 def check_results_folder(grid: Grid) -> None:
-    """Refuse a folder of results, apart from the work folder (`open_run` looks at that), which holds something else."""
+    """Refuse a folder of results that holds other things; `open_run` checks the work folder."""
     folder = grid.results_folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
@@ -185,10 +184,10 @@ def check_results_folder(grid: Grid) -> None:
 
 
 class Passes:
-    """Does each stage once, in a folder of the work folder that is named by what the stage depends on.
+    """Walks the stages of all runs; stages with equal inputs share a folder in `shared/`, named by their digest.
 
     Attributes:
-        listed: what each stage was and took, for the results.
+        listed: each stage with its results, seconds and memory.
     """
 
     def __init__(self, run: Run):
@@ -220,7 +219,7 @@ class Passes:
 
 
 class Bases:
-    """The models that policies start from, each in memory from its first use on."""
+    """The models that policies start from; each stays in memory after its first use."""
 
     def __init__(self) -> None:
         self._models: dict[tuple, torch.nn.Module] = {}
@@ -246,10 +245,10 @@ def run_stage(
     bases: Bases | None = None,
     scorer: Callable[[], Scorer | None] | None = None,
 ) -> Stage:
-    """The training of one run, measured on its way, after everything that the run reads.
+    """The training of one run; the stages that it reads are done first.
 
     Args:
-        reported: False for a run of a sweep, which may be measured on prompts of its own.
+        reported: False for a run of a sweep, which may be measured on other prompts.
     """
     recipe, start = method.recipe, method.policy_start
     measured = stages.Measured(
@@ -277,10 +276,10 @@ def run_stage(
 def schedule(
     grid: Grid, settings: dict[str, list[Setting]], choose: Callable[[str, list[Setting]], Setting]
 ) -> Iterator[tuple[Setting, int, bool]]:
-    """Yield setting, seed and whether the run is reported, in the order of the runs.
+    """Yield the runs in order: setting, seed, and whether the run is reported.
 
     Args:
-        choose: picks the setting of a swept variant that is reported, once its sweep is done.
+        choose: picks the reported setting of a variant after its sweep.
     """
     chosen: dict[str, Setting] = {}
     for variant, group in settings.items():
@@ -289,7 +288,7 @@ def schedule(
         for setting in group:
             yield setting, grid.sweep_seed, False
         chosen[variant] = choose(variant, group)
-    # Seed by seed: an unfinished comparison has all methods at some seeds.
+    # Seed by seed, so an unfinished comparison has all methods at some seeds.
     for seed in grid.seeds:
         for variant, group in settings.items():
             for setting in [chosen[variant]] if variant in chosen else group:
@@ -297,7 +296,7 @@ def schedule(
 
 
 class _Comparison:
-    """The runs of a comparison and their results so far."""
+    """The runs of a comparison and their results."""
 
     def __init__(self, run: Run, grid: Grid, recipe: Recipe):
         self.run, self.grid, self.recipe = run, grid, recipe
@@ -310,14 +309,14 @@ class _Comparison:
         return method_of(recipe, self.passes, self.grid, seed, self.pairs)
 
     def choose(self, variant: str, group: list[Setting]) -> Setting:
-        """The best setting of a sweep whose runs are done."""
+        """The best setting of a finished sweep."""
         rows = summarise_runs([one for one in self.runs if one["variant"] == variant], self.grid.kl)
         label = best_setting(rows, variant)
         log(f"[{variant}] best of {len(group)} settings: {label}")
         return next(setting for setting in group if setting.label == label)
 
     def add(self, setting: Setting, seed: int, reported: bool) -> None:
-        """Train and measure one setting at one seed unless its result is up to date, and write the results so far."""
+        """Train and measure one setting at one seed, unless its result is up to date; then write all results."""
         method = self.method(setting.recipe, seed)
         check_method_pairs(method)
         stage = run_stage(method, self.grid, reported, self.bases, self._scorer)
@@ -339,14 +338,14 @@ class _Comparison:
         self.results()
 
     def _scorer(self) -> Scorer | None:
-        """The judge of all runs, in memory from its first verdict on; None without one, or behind a server."""
+        """The judge of all runs; it stays in memory. None without a judge, or for a judge behind a server."""
         judge = self.recipe.eval.judge
         if self._judge is None and judge is not None and judge.server is None:
             self._judge = scorer_of(judge, self.recipe.device)
         return self._judge
 
     def results(self) -> dict[str, Any]:
-        """Write table, JSON and pictures of the runs so far; returns the JSON's content."""
+        """Write table, JSON and pictures of the finished runs; returns the content of the JSON."""
         head = {
             "name": self.grid.name,
             "kl": self.grid.kl,
