@@ -127,7 +127,7 @@ def test_ctrl_c_again_stops_at_once_and_says_what_there_is(place, tmp_path, inte
     interrupt_at(3, signal.SIGINT, times=2)
     assert give("oracle", place, tmp_path) == 130
     said = capsys.readouterr().err
-    last = "this training has no checkpoint yet; the same command starts it again; earlier results are kept"
+    last = "this training has no checkpoint yet: the same command starts it again, and earlier results are kept"
     assert said.endswith(f"sepo: interrupted: {last}\n")
     interrupt_at(3, signal.SIGINT)
     assert give("oracle", place, tmp_path) == 130

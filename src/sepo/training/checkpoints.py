@@ -133,7 +133,7 @@ def saved_progress(out: Path) -> str:
     """The message for a training that was stopped in the middle of a step: the checkpoint that is kept, if any."""
     steps = [int(path.parent.name.split("-")[1]) for path in (out / "checkpoints").glob(f"checkpoint-*/{_SEAL}")]
     if not steps:
-        return "this training has no checkpoint yet; the same command starts it again; earlier results are kept"
+        return "this training has no checkpoint yet: the same command starts it again, and earlier results are kept"
     return f"the checkpoint of step {max(steps)} is kept; the same command goes on from there"
 
 
