@@ -374,7 +374,7 @@ def test_an_interrupted_comparison_keeps_its_runs_and_checkpoints(workplace, cap
 
     monkeypatch.setattr(Checkpoints, "on_step_end", stop_at_the_fourth)
     assert main(["compare", str(path)]) == 130
-    assert "the same command begins it anew, what was finished before is kept" in capsys.readouterr().err
+    assert "the same command starts it again, and earlier results are kept" in capsys.readouterr().err
     half = json.loads((workplace / "broken-out" / "compare.json").read_text())
     assert len(half["runs"]) == 1
     monkeypatch.setattr(Checkpoints, "on_step_end", original)
