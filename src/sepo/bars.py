@@ -15,6 +15,8 @@ from weakref import WeakSet
 
 from tqdm import tqdm
 
+from sepo.numbers import duration as duration  # planning/eta.py and report/run_summary.py read it from here
+
 # Seconds between two drawings, and between two lines of a log.
 _DRAWN, _LOGGED = 0.2, 30.0
 _bars: WeakSet[tqdm] = WeakSet()
@@ -152,18 +154,3 @@ def end_bars() -> None:
     """Close the bars that an error left open, so that the next line does not stand behind one."""
     for bar in list(_bars):
         bar.close()
-
-
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    >>> [duration(s) for s in (8, 75, 700, 9000)]
-    ['8 s', '1 min 15 s', '12 min', '2 h 30 min']
-    """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 600:
-        return f"{seconds // 60} min {seconds % 60} s" if seconds % 60 else f"{seconds // 60} min"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
