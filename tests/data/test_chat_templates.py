@@ -64,7 +64,7 @@ def test_thinking_goes_on_from_the_thought_that_the_generation_prompt_opened():
     texts, notes = tokens_of(KINDS["both think"], tokenizer_named("deepseek_r1_distill"))
     assert texts["prompt"].endswith("<｜Assistant｜><think>\n")
     assert texts["chosen"].startswith("I add.\n</think>\n\nIt is 4.")
-    assert any("leaves the response's thinking out" in note for note in notes)
+    assert any("leaves out the response's thinking" in note for note in notes)
 
 
 def test_the_empty_thought_that_qwen_3_writes_belongs_to_the_prompt():

@@ -346,13 +346,13 @@ def test_turns_that_the_responses_repeat_are_not_written_twice():
 def test_a_prompt_column_that_says_something_else_is_counted(tokenizer):
     row = {"prompt": "Another question", "chosen": CHOSEN, "rejected": REJECTED}
     assert normalise_row(row).notes == (
-        "the prompt column differs from the conversations; the conversations were read",
+        "the prompt column differs from the conversations; the conversations were used",
     )
 
 
 def test_plain_prompts_beside_a_chat_template_get_a_line(tokenizer):
     _, remarks = texts_of([{"prompt": "Q", "chosen": "a", "rejected": "b"}], tokenizer)
-    assert "as_chat would make it a user turn" in remarks[0]
+    assert "as_chat would wrap it as a user turn" in remarks[0]
 
 
 RENDERED = {"prompt": "<s><|user|>Hi</s><|assistant|>", "chosen": "Hello!</s>", "rejected": "Go</s>"}

@@ -225,7 +225,7 @@ def test_a_dataset_that_has_labels_is_told_its_preset(name):
     rows, _ = CASES[name]
     if {"chosen", "rejected"} <= rows[0].keys():
         return
-    with pytest.raises(UserError, match=f"pairs_from: {name} makes pairs of them"):
+    with pytest.raises(UserError, match=f"set pairs_from: {name}"):
         load_preferences(rows[:1])
 
 
@@ -264,5 +264,5 @@ def test_wrong_names_are_refused_in_one_line():
         load_preferences([{"prompt": "Q"}], pairs_from="nectarr")
     with pytest.raises(UserError, match="names the column 'answers'"):
         load_preferences([{"prompt": "Q", "answer": []}], pairs_from="nectar")
-    with pytest.raises(UserError, match="which pairs_from makes"):
+    with pytest.raises(UserError, match="but pairs_from makes them"):
         load_preferences(CASES["nectar"][0], pairs_from="nectar", columns={"chosen": "answers"})

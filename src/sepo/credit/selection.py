@@ -355,7 +355,9 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def check_rule(settings: SelectSettings) -> None:
     """Raise a UserError for settings that contradict each other."""
     if settings.credit == "reward" and settings.label_log_odds:
-        raise UserError("credit 'reward' keeps the reward as weight: leave label_log_odds at 0, or choose another credit")
+        raise UserError(
+            "credit 'reward' keeps the reward as weight: leave label_log_odds at 0, or choose another credit"
+        )
     if settings.clip_low > settings.clip_high:
         raise UserError(f"clip_low {settings.clip_low} is above clip_high {settings.clip_high}")
 
