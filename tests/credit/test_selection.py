@@ -126,7 +126,7 @@ def test_rewards_are_oracle_minus_reference_for_every_token(tmp_path):
     chosen, rejected = response_sums(table, "rewards")
     assert chosen.tolist() == [-0.5, 1.0]
     assert rejected.tolist() == [0.0, -0.5]
-    with pytest.raises(UserError, match="not those of these pairs"):
+    with pytest.raises(UserError, match="belong to other pairs"):
         token_rewards(pairs, oracle.slice(1), reference)
     write_table(tmp_path / "t", table, rows_per_shard=1)
     assert read_table(tmp_path / "t", "scores").to_pylist() == table.to_pylist()

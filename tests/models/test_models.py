@@ -458,7 +458,7 @@ def test_with_the_adapter_off_a_model_is_its_own_reference(adapter_dir):
 
 
 def test_a_model_without_adapter_has_no_reference_in_it():
-    with pytest.raises(TypeError, match="load the reference apart"), reference_weights(tiny_model("llama")):
+    with pytest.raises(TypeError, match="load the reference separately"), reference_weights(tiny_model("llama")):
         pass
 
 
