@@ -416,7 +416,7 @@ def test_a_wrong_argument_is_named_in_one_line(function, have, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_right_is_taken_whatever_its_type(have):
+def test_valid_arguments_of_any_type_are_accepted(have):
     """Paths of both kinds, numbers of numpy, rows in memory, devices of PyTorch."""
     assert len(sepo.load_tokenizer(Path(have.name))) == 101
     assert sepo.load_model(Path(have.name), device=torch.device("cpu")).dtype == torch.float32

@@ -211,7 +211,7 @@ def test_every_rule_is_its_text_written_out_token_by_token(responses, rule, k, t
         assert row["rejected_positions"] == kept_by_hand(rule, rewards, -1, k, threshold)
 
 
-def test_sides_take_rules_of_their_own():
+def test_the_two_sides_can_have_different_rules():
     rewards = [[0.1, 0.9, 0.5, 0.4]]
     row = select_key_tokens(scores_table(rewards, rewards), 0.5, 0.25, rule_rejected="last").to_pylist()[0]
     assert row["chosen_positions"] == [1, 2]

@@ -123,7 +123,7 @@ def test_sums_of_responses_and_of_groups_are_conserved_there_and_back(tables, a,
 
 
 @pytest.mark.parametrize("allocation", ["group", "first"])
-def test_other_spreads_keep_the_same_sums(tables, allocation):
+def test_other_allocations_keep_the_same_sums(tables, allocation):
     source = scored(tables["gpt2"])
     there, _ = carried(source, tables["gemma"], "gpt2", "gemma", allocation)
     kept = only(source, there["pair_id"])
@@ -182,7 +182,7 @@ def test_rewards_are_differences_of_the_interpolated_sum():
     ("allocation", "expected"),
     [("bytes", [0.6, 0.6 + 2.0, 4.0]), ("group", [1.6, 1.6, 4.0]), ("first", [3.2, 0.0, 4.0])],
 )
-def test_spreads_by_hand(allocation, expected):
+def test_allocations_by_hand(allocation, expected):
     """intell|igent| x under A; int|elligent| x under B: a group of two tokens each, and one of one."""
     cuts = join_cuts(np.array([6.0, 11, 13]), np.array([3]), np.array([3.0, 11, 13]), np.array([3]))
     found, _ = allocate_rewards(np.array([1.2, 2.0, 4.0]), np.array([3]), cuts, 3, allocation)
@@ -216,7 +216,7 @@ def test_the_end_of_a_response_maps_to_the_end():
     assert sum(rewards[0]) == pytest.approx(12.0)
 
 
-def test_tokens_that_were_not_scored_are_cut_off_and_never_selectable():
+def test_tokens_that_were_not_scored_are_removed():
     # A was cut after "Hello": " world" and the end were not scored, nor was "lo ", of which A has two bytes of three.
     rewards, ids, report = moved([0], [1.0], [2, 3, 4, END])
     assert ids == [[2]]
@@ -292,7 +292,7 @@ def test_a_response_that_was_cut_within_a_letter_keeps_what_was_scored(tables):
                 assert np.all(kept <= flat(only(whole[kind], found["pair_id"])[f"{side}_ids"])[1])
 
 
-def test_forms_are_what_the_texts_need(tables):
+def test_texts_agree_in_the_first_sufficient_form(tables):
     found = {}
     for text in ("plain text", " trimmed \n", "cafe\u0301 ", "Two words, ÀB"):
         source = scored(tokenized("gpt2", [text]))

@@ -166,7 +166,7 @@ def test_options_of_a_row_override_those_of_the_recipe():
     assert tokens_of(row, tokenizer, chat_template_kwargs=NOT_THINKING)[0] == thinking
 
 
-def test_one_rule_says_what_ends_a_response():
+def test_the_end_of_a_response_is_the_same_everywhere():
     cohere = tokenizer_named("cohere2")
     texts, _ = tokens_of(KINDS["one turn"], cohere)
     assert texts["chosen"].endswith("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")
@@ -182,13 +182,13 @@ def test_templates_that_take_content_in_parts_are_given_parts():
     assert texts["chosen"].strip().startswith("It is 4.")
 
 
-def test_a_template_that_writes_nothing_is_refused_in_one_line():
+def test_a_template_that_leaves_out_messages_is_refused_in_one_line():
     with pytest.raises(UserError, match="cannot render a user and an assistant turn") as caught:
         tokens_of(KINDS["one turn"], tokenizer_with("{{ bos_token }}"))
     assert "\n" not in str(caught.value)
 
 
-def test_the_own_templates_are_formats_that_models_have():
+def test_the_test_templates_have_the_formats_of_real_models():
     """They must not test themselves: each writes what its model card shows of a conversation."""
     shown = {
         "llama2": "<bos>[INST] 2+2? [/INST] It is 4. <eos>",

@@ -690,7 +690,7 @@ class TestLoading:
         with pytest.raises(UserError, match="no column 'question'"):
             load_preferences(path, columns={"chosen": "chosne", "prompt": "question"})
 
-    def test_a_missing_file_is_told_from_a_hub_dataset_out_of_reach(self, tmp_path, monkeypatch):
+    def test_a_missing_file_and_an_unreachable_hub_dataset_have_different_messages(self, tmp_path, monkeypatch):
         write_rows(tmp_path / "prefs.jsonl")
         with pytest.raises(UserError, match=r"no file or folder at .*did you mean 'prefs.jsonl'"):
             load_preferences(tmp_path / "pref.jsonl")

@@ -285,7 +285,7 @@ def test_an_input_column_follows_the_prompt(tokenizer):
     assert plain[0].endswith("Translate to French.<unk><unk>good morning")
 
 
-def test_an_empty_column_is_not_worth_a_word(tokenizer):
+def test_an_empty_column_gets_no_note(tokenizer):
     _, remarks = texts_of([{**ALPACA, "input": " "}], tokenizer, columns={"prompt": "instruction"}, as_chat=True)
     assert remarks == []
 

@@ -229,7 +229,7 @@ def test_a_dataset_that_has_labels_is_told_its_preset(name):
         load_preferences(rows[:1])
 
 
-def test_what_becomes_no_pair_is_counted():
+def test_rows_without_a_pair_are_counted():
     rows, _ = CASES["arena"]
     table, report = tokenize_pairs(load_preferences(rows, pairs_from="arena"), tiny_tokenizer(), progress=False)
     assert len(table) == 3
@@ -254,7 +254,7 @@ def test_all_pairs_of_a_ranking():
         ({"responses": ["a", "b"], "group_by": "p", "label": "l"}, "group_by takes one column"),
     ],
 )
-def test_a_description_that_cannot_be_is_refused(settings, expected):
+def test_an_impossible_description_is_refused(settings, expected):
     with pytest.raises(ValueError, match=expected):
         PairsFrom(**settings)
 

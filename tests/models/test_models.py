@@ -317,7 +317,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         resolve_model(tmp_path / "tiny.gguf")
 
 
-def test_a_gguf_that_cannot_be_converted_leaves_nothing_half_made(tmp_path):
+def test_a_failed_gguf_conversion_leaves_no_files(tmp_path):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "no-such-architecture")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
@@ -330,7 +330,7 @@ def test_a_gguf_that_cannot_be_converted_leaves_nothing_half_made(tmp_path):
     assert [p.suffix for p in (tmp_path / "cache" / "gguf").iterdir()] == [".lock"]
 
 
-def test_a_killed_conversion_is_done_again(tmp_path):
+def test_a_killed_conversion_is_repeated(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     folder = Path(resolve_model(tmp_path / "tiny.gguf"))
     half = folder.with_name(f".{folder.name}.new")
@@ -520,7 +520,7 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path, adapter_dir):
         load_model(tmp_path / "gpt2", device="cpu", adapter=adapter_dir)
 
 
-def test_lora_layers_that_the_model_has_not_are_refused(llama_dir):
+def test_lora_layers_that_the_model_does_not_have_are_refused(llama_dir):
     with pytest.raises(UserError, match=r"lora\.target_modules \['c_attn'\] does not fit"):
         load_model(llama_dir, device="cpu", lora=LoraSettings(target_modules=["c_attn"]))
 

@@ -43,7 +43,7 @@ def token_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.
             raise UserError(f"the {side} log-probabilities and responses differ in length: score the same data again")
         columns[f"{side}_rewards"] = ragged(after - before, lengths)
     provenance = {
-        **{key: value for key, value in provenance_of(pairs).items() if key not in ("format", "version")},
+        **provenance_of(pairs),
         "oracle": provenance_of(oracle).get("model"),
         "reference": provenance_of(reference).get("model"),
     }
@@ -87,8 +87,9 @@ def given_rewards(pairs: pa.Table, given: pa.Table, columns: tuple[str, str], mi
         if not np.isfinite(values).all():
             raise UserError(f"the given rewards, column '{name}', hold numbers that are not finite")
         scores[f"{side}_rewards"] = ragged(values, lengths)
-    provenance = {key: value for key, value in provenance_of(pairs).items() if key not in ("format", "version")}
-    return make_table("scores", scores, {**provenance, "oracle": None, "reference": None, "given": list(columns)})
+    return make_table(
+        "scores", scores, {**provenance_of(pairs), "oracle": None, "reference": None, "given": list(columns)}
+    )
 
 
 def require_rewards(tables: Iterable[pa.Table]) -> None:
@@ -173,6 +174,5 @@ def combine_scores(tables: Sequence[pa.Table], how: str = "mean") -> pa.Table:
             stack.append(flat(table.column(f"{side}_rewards"))[0])
         joined = np.mean(stack, 0) if how == "mean" else np.min(stack, 0)
         columns[f"{side}_rewards"] = ragged(joined.astype(np.float32), lengths)
-    provenance = {key: value for key, value in provenance_of(first).items() if key not in ("format", "version")}
-    provenance |= {"oracle": [provenance_of(table).get("oracle") for table in tables], "combined": how}
-    return make_table("scores", columns, provenance)
+    oracles = [provenance_of(table).get("oracle") for table in tables]
+    return make_table("scores", columns, {**provenance_of(first), "oracle": oracles, "combined": how})

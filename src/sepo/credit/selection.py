@@ -167,10 +167,9 @@ def select_key_tokens(
         columns[f"{side}_weights"] = ragged(weights, counts)
     if settings.confidence:
         columns[PAIR_WEIGHT] = pair_confidence(scores, settings.confidence)
-    provenance = {key: value for key, value in provenance_of(scores).items() if key not in ("format", "version")}
     # Settings that came later are recorded only where they are used, so that older tables keep their digests.
     used = {name: value for name, value in settings.model_dump().items() if value or name not in _LATER}
-    return make_table("selection", columns, {**provenance, **used, "seed": seed})
+    return make_table("selection", columns, {**provenance_of(scores), **used, "seed": seed})
 
 
 _LATER = ("skip_shared", "label_log_odds", "confidence")

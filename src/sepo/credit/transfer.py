@@ -293,9 +293,7 @@ def carry(
     columns = {
         name: column if name.endswith("_rewards") else column.filter(good_rows) for name, column in columns.items()
     }
-    provenance = {**provenance_of(source), **provenance_of(target)}
-    provenance = {key: value for key, value in provenance.items() if key not in ("format", "version")}
-    return make_table(kind, columns, provenance), report
+    return make_table(kind, columns, {**provenance_of(source), **provenance_of(target)}), report
 
 
 def _matched(source: pa.Table, target: pa.Table, report: TransferReport) -> tuple[pa.Table, pa.Table]:

@@ -33,23 +33,23 @@ class Guard:
 
     Attributes:
         control: matches every control token.
-        own: matches the control tokens that a model writes within a response.
+        in_response: matches the control tokens that a model writes within a response.
         separator: inserted between the two parts; random, so no dataset contains it.
     """
 
     control: re.Pattern
-    own: re.Pattern
+    in_response: re.Pattern
     separator: str
 
-    def __call__(self, text: str, *, is_own: bool = False) -> str:
+    def __call__(self, text: str, *, is_assistant: bool = False) -> str:
         """
         Args:
-            is_own: the text is an assistant's, whose tags of thinking and tool calls stay control tokens.
+            is_assistant: the text is an assistant's, whose tags of thinking and tool calls stay control tokens.
         """
         pieces, start, position = [], 0, 0
         while match := self.control.search(text, position):
             position = match.start() + 1
-            if is_own and self.own.fullmatch(match[0]):
+            if is_assistant and self.in_response.fullmatch(match[0]):
                 position = match.end()
                 continue
             if len(match[0]) == 1:
@@ -60,9 +60,9 @@ class Guard:
 
     def message(self, message: Message) -> Message:
         """Guard all texts of a message except its role."""
-        is_own = message["role"] == "assistant"
+        is_assistant = message["role"] == "assistant"
         return {
-            key: value if key == "role" else map_text(value, lambda text: self(text, is_own=is_own))
+            key: value if key == "role" else map_text(value, lambda text: self(text, is_assistant=is_assistant))
             for key, value in message.items()
         }
 

@@ -33,10 +33,10 @@ from tokenizers import AddedToken, Tokenizer
 from sepo.bars import progress_bar
 from sepo.data.chat import ChatWriter, Guard
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint, update_digest
-from sepo.data.loading import ROWS_AT_ONCE, note_unread_columns, read_rows, relevant_columns, require_dataset
+from sepo.data.loading import note_unread_columns, read_rows, relevant_columns, require_dataset
 from sepo.data.messages import DropRow
 from sepo.data.ragged import ragged
-from sepo.data.rows import DataReport, TextPair, normalise_row, transcript_text
+from sepo.data.rows import ROWS_AT_ONCE, DataReport, TextPair, normalise_row, transcript_text
 from sepo.data.tables import make_table, with_provenance
 from sepo.data.templates import THINKING, any_of, probe_template, special_tokens
 from sepo.errors import UserError, check_number, wrong_type
@@ -176,7 +176,7 @@ def make_encoder(tokenizer: Any, options: Mapping[str, Any]) -> Encoder:
     template = probe_template(tokenizer, options)
     guard = Guard(
         any_of(special_tokens(tokenizer)) if template is None else template.control,
-        any_of(()) if template is None else template.own,
+        any_of(()) if template is None else template.in_response,
         separator,
     )
     tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -357,16 +357,14 @@ def _end_ids(encoder: Encoder) -> list[int]:
 
 
 def _check_lengths(max_length: int, max_prompt_length: int | None) -> None:
-    check_number("max_length", max_length, whole=True)
+    check_number("max_length", max_length, whole=True, least=2)
     if max_prompt_length is not None:
         check_number("max_prompt_length", max_prompt_length, whole=True)
-    if max_length < 2:
-        raise UserError(f"max_length is {max_length}: expected at least 2, one token of prompt and one of response")
-    if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
-        raise UserError(
-            f"max_prompt_length is {max_prompt_length}: expected 1 to {max_length - 1}, so that max_length "
-            f"{max_length} leaves room for a response"
-        )
+        if not 1 <= max_prompt_length < max_length:
+            raise UserError(
+                f"max_prompt_length is {max_prompt_length}: expected 1 to {max_length - 1}, so that max_length "
+                f"{max_length} leaves room for a response"
+            )
 
 
 def _pairs(

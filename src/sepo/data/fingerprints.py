@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from sepo.data.loading import ROWS_AT_ONCE, read_rows, relevant_columns
+from sepo.data.loading import read_rows, relevant_columns
+from sepo.data.rows import ROWS_AT_ONCE
 from sepo.data.tables import provenance_of
 from sepo.errors import UserError
 from sepo.processes import log_once

@@ -20,14 +20,13 @@ import pyarrow.compute as pc
 
 from sepo.data.formats import EXPECTED, SUFFIXES, read_file, table_of
 from sepo.data.pairing import make_pairs, preset_of, suggestion
-from sepo.data.rows import EXTRA_COLUMNS, READ_COLUMNS, DataReport
+from sepo.data.rows import EXTRA_COLUMNS, READ_COLUMNS, ROWS_AT_ONCE, DataReport
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, file_digest
 from sepo.recipe.settings import PairsFrom
 
 COLUMNS = ("prompt", "chosen", "rejected")
 _KNOWN_SPLITS = frozenset({"train", "test", "validation", "valid", "val", "dev", "eval"})
-ROWS_AT_ONCE = 1000  # rows read and tokenised together: enough to keep the Rust tokenizer busy, little memory
 
 
 def load_preferences(
@@ -117,12 +116,12 @@ def _load_whole_split(
     source = expand_home(source, "the data")
     path = Path(source)
     try:
-        found = path.exists()
+        exists = path.exists()
     except (OSError, ValueError):  # too long, or a null byte: not a path
-        found = False
-    if found and path.is_dir():
+        exists = False
+    if exists and path.is_dir():
         dataset = _load_folder(path, name, config_name, text_columns)
-    elif found:
+    elif exists:
         _check_single_split(path, name, config_name)
         dataset = _from_table(read_file(path, text_columns), path)
     else:
@@ -328,28 +327,28 @@ def _rename_columns(dataset: datasets.Dataset, columns: Mapping[str, str], sourc
     for ours in columns:
         if ours not in known:
             raise UserError(f"unknown column key '{ours}'{nearest(ours, known)}: expected {', '.join(known)}")
-    found = list(dataset.column_names)
+    existing = list(dataset.column_names)
     wanted = {ours: columns.get(ours, ours) for ours in COLUMNS}
-    if "prompt" not in columns and "prompt" not in found:
+    if "prompt" not in columns and "prompt" not in existing:
         del wanted["prompt"]  # implicit: the common beginning of chosen and rejected
     wanted |= {EXTRA_COLUMNS[ours]: theirs for ours, theirs in columns.items() if ours in EXTRA_COLUMNS}
     for ours, theirs in wanted.items():
-        if theirs not in found:
-            listed = ", ".join(f"'{name}'" for name in found[:20])
-            hint = suggestion(found) or f"; name the column that holds '{ours}' with `columns`"
-            raise UserError(f"'{source}' has no column '{theirs}'{nearest(theirs, found)}: found {listed}{hint}")
+        if theirs not in existing:
+            listed = ", ".join(f"'{name}'" for name in existing[:20])
+            hint = suggestion(existing) or f"; name the column that holds '{ours}' with `columns`"
+            raise UserError(f"'{source}' has no column '{theirs}'{nearest(theirs, existing)}: found {listed}{hint}")
     if len(set(wanted.values())) < len(wanted):
         raise UserError(f"`columns` uses one column of '{source}' twice: {dict(columns)}; expected different columns")
     new_names = {theirs: ours for ours, theirs in wanted.items() if ours != theirs}
     ours_alone = {*COLUMNS, "pair_id", *EXTRA_COLUMNS.values()} - {"tools"}
-    taken = {*found, *COLUMNS, "pair_id", *EXTRA_COLUMNS.values()}
-    for name in found:
+    taken = {*existing, *COLUMNS, "pair_id", *EXTRA_COLUMNS.values()}
+    for name in existing:
         if name in ours_alone and name not in wanted.values():
             new_names[name] = next(
                 option for n in range(len(taken) + 1) if (option := f"source_{name}" + "_" * n) not in taken
             )
             taken.add(new_names[name])
-    if "tools" in wanted and "tools" in found and wanted["tools"] != "tools":
+    if "tools" in wanted and "tools" in existing and wanted["tools"] != "tools":
         new_names["tools"] = "source_tools"
     return dataset.rename_columns(new_names) if new_names else dataset
 

@@ -20,11 +20,9 @@ import pyarrow as pa
 
 from sepo.data.formats import column_of
 from sepo.data.messages import DropRow, Messages, read_cell
-from sepo.data.rows import DROP_COLUMN
+from sepo.data.rows import DROP_COLUMN, ROWS_AT_ONCE
 from sepo.errors import UserError, nearest, wrong_type
 from sepo.recipe.settings import PairsFrom
-
-ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ READ_COLUMNS = (
     *EXTRA_COLUMNS.values(),
     *(name for pair in SCORE_COLUMNS for name in pair),
 )
+ROWS_AT_ONCE = 1000  # rows read and tokenised together: enough to keep the Rust tokenizer busy, little memory
 # If both responses begin with a prompt of at least so many characters, they repeat the prompt.
 _REPEATED = 20
 _NOTHING: Mapping[str, Any] = {}

@@ -120,8 +120,7 @@ def _held_out_pairs(held_out: int | float, rows: int) -> int:
 
 def _with_split(table: pa.Table, side: str, settings: Mapping[str, Any]) -> pa.Table:
     provenance = provenance_of(table)
-    provenance.pop("version", None)
-    kind = provenance.pop("format", "pairs")
+    kind = provenance.get("format", "pairs")
     return with_provenance(table, kind, {**provenance, "split": {"side": side, **settings}})
 
 
@@ -138,8 +137,7 @@ def sample_pairs(table: pa.Table, fraction: float, *, seed: int = 0) -> pa.Table
     Raises:
         UserError: `fraction` is not in (0, 1].
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise UserError(f"the sample fraction is {fraction!r}: expected a number in (0, 1]")
+    check_number("the sample fraction", fraction, above=0, most=1)
     table = require_table("table", table, *SCHEMAS)
     check_number("seed", seed, whole=True)
     return take_pairs(table, max(1, round(fraction * len(table))), seed=seed)

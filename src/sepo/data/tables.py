@@ -100,8 +100,11 @@ def require_table(what: str, value: object, *kinds: str) -> pa.Table:
 
 
 def with_provenance(table: pa.Table, kind: str, provenance: Mapping[str, object]) -> pa.Table:
-    """Return `table` with its format, version and provenance in the schema metadata."""
-    payload = {"format": kind, "version": FORMAT_VERSION, **provenance}
+    """Return `table` with its format, version and provenance in the schema metadata.
+
+    `provenance` may be that of another table, whose format and version are replaced.
+    """
+    payload = {**provenance, "format": kind, "version": FORMAT_VERSION}
     text = json.dumps(payload, sort_keys=True, default=np.generic.item)  # settings may be numbers of numpy
     return table.replace_schema_metadata({_KEY: text.encode()})
 

@@ -93,7 +93,7 @@ class Template:
 
     Attributes:
         control: matches every control token: special tokens, and added tokens that the template writes.
-        own: matches control tokens that a model writes within a response: tags of thinking and of tool calls.
+        in_response: matches control tokens that a model writes within a response: tags of thinking and of tool calls.
         turn_end: text that the template writes after a response.
         kept_end: the part of `turn_end` that a model generates: up to the token that ends the turn.
         end_token: the token that ends a turn; None if the template writes none.
@@ -101,7 +101,7 @@ class Template:
     """
 
     control: re.Pattern
-    own: re.Pattern
+    in_response: re.Pattern
     turn_end: str
     kept_end: str
     end_token: str | None
@@ -161,7 +161,7 @@ def probe_template(tokenizer: Any, options: Mapping[str, Any] | None = None) -> 
     end = _end_of_turn(turn_end, control, tokenizer.eos_token)
     return Template(
         control=control,
-        own=any_of(tags | thinking),
+        in_response=any_of(tags | thinking),
         turn_end=turn_end,
         kept_end=turn_end[: end.end()] if end else turn_end.rstrip(),
         end_token=end[0] if end else None,
