@@ -1,4 +1,4 @@
-"""Label evidence and shared tokens against the same worked out token by token."""
+"""Label statistics and shared tokens against loops over tokens."""
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ def test_shared_tokens_are_skipped_by_every_rule_unless_nothing_else_is_left():
         assert set(rows[0]["rejected_positions"]) <= {1, 2}, rule
         assert len(rows[1]["chosen_positions"]) == len(rows[1]["rejected_positions"]) == 1
     rows = select_key_tokens(scores, 1, 1, skip_shared=True, credit="soft").to_pylist()
-    assert [row["chosen_positions"] for row in rows] == [[1, 2], [1]]  # of equals, the best
+    assert [row["chosen_positions"] for row in rows] == [[1, 2], [1]]  # the best token if all are shared
 
 
 def test_unset_later_settings_are_not_recorded():

@@ -1,4 +1,4 @@
-"""Prompt and response are what the model's own chat template writes, for the templates of current models."""
+"""Prompt and response equal the rendering of the chat template, for templates of current models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHATML = (
 
 
 def tokens_of(row: dict, tokenizer, **options) -> tuple[dict[str, str], dict[str, int]]:
-    """Texts of the one pair by column, and the notes."""
+    """Texts of the only pair by column, and the notes."""
     table, report = tokenize_pairs(datasets.Dataset.from_list([row]), tokenizer, progress=False, **options)
     ids = table.to_pylist()[0]
     return {name: tokenizer.decode(ids[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")}, report.notes
@@ -42,7 +42,7 @@ def tokens_of(row: dict, tokenizer, **options) -> tuple[dict[str, str], dict[str
 
 @pytest.mark.parametrize("name", templates())
 def test_every_conversation_is_written_as_the_template_writes_it_or_counted(name):
-    found = results(name)  # asserts equality of both sequences with the template's own rendering
+    found = results(name)  # asserts that both sequences equal the rendering of the template
     assert found["one turn"][0] in "=+"
     assert found["turns"][0] in "=+"
     assert found["prefill"][0] in "=+"
@@ -124,7 +124,7 @@ def test_a_template_without_tools_drops_the_row_that_needs_them():
 
 @pytest.mark.parametrize("left_out", ["system", "tool", "assistant"])
 def test_a_message_that_the_template_leaves_out_drops_the_row(left_out):
-    """Also if its text stands there by chance: "Be brief." is what the user says, too."""
+    """Even if its text occurs by chance: the user also says "Be brief."."""
     skip = f"{{% if m.role == '{left_out}' and not loop.last %}}{{% continue %}}{{% endif %}}"
     template = CHATML.replace("{% for m in messages %}", "{% for m in messages %}" + skip)
     row = {
@@ -189,7 +189,7 @@ def test_a_template_that_leaves_out_messages_is_refused_in_one_line():
 
 
 def test_the_test_templates_have_the_formats_of_real_models():
-    """They must not test themselves: each writes what its model card shows of a conversation."""
+    """Each template writes a conversation as its model card shows."""
     shown = {
         "llama2": "<bos>[INST] 2+2? [/INST] It is 4. <eos>",
         "mistral": "<bos>[INST] 2+2?[/INST] It is 4.<eos>",

@@ -1,4 +1,4 @@
-"""Messages in every spelling and from every kind of source, and what a row says beside them: used, or counted."""
+"""Messages in every notation and from every kind of source; further content of a row is used or counted."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_datasets_own_csv_is_read(tokenizer, wanted, tmp_path):
 )
 def test_what_looks_like_messages_and_cannot_be_read_is_dropped_or_plainly_text(text):
     if not text.rstrip().endswith(("]", "}")):
-        assert parse_messages(text) is None  # a text that begins like one: mere text
+        assert parse_messages(text) is None  # only begins like messages
         return
     with pytest.raises(DropRow) as caught:
         parse_messages(text)
@@ -320,7 +320,7 @@ def test_ties_are_dropped_and_contradictions_counted(tokenizer, columns):
     assert [remark for remark in report.remarks() if "is lower than" in remark]
 
 
-# --- what else a row may say ----------------------------------------------------------------------------------------
+# --- scores, repeated prompts, markup, ids -------------------------------------------------------------------------
 
 
 def test_a_prompt_that_the_responses_repeat_is_taken_off(tokenizer):
@@ -390,7 +390,7 @@ def test_all_pairs_of_a_prompt_are_cut_alike(tokenizer):
     assert report.truncated_prompts == 6
 
 
-# --- files that are not what their name says ------------------------------------------------------------------------
+# --- misleading files ------------------------------------------------------------------------
 
 _POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
 

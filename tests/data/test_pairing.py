@@ -1,4 +1,4 @@
-"""Labels, scores and ranks become pairs: the public datasets that people start from, in the schema of their cards."""
+"""Pairs from labels, scores and ranks: public datasets in the schemas of their cards."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def arena_55k(first: int, second: int, tie: int) -> dict:
     }  # fmt: skip
 
 
-# For every preset: rows, and what becomes of each: (prompt, chosen, rejected), or the reason why it is dropped.
+# For every preset: rows, and the result of each: (prompt, chosen, rejected), or the reason of the drop.
 GOOD = ("Q", "good", "bad")
 TURNED = ("Q", "bad", "good")
 CASES: dict[str, tuple[list[dict], list]] = {

@@ -35,7 +35,7 @@ IDS = torch.arange(3, 43).reshape(2, 20)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch, request):
-    """Every test converts into its own cache, but those that use the shared SmolLM2."""
+    """Every test converts into its own cache, except those that use the shared SmolLM2."""
     if "smollm2_dir" not in request.fixturenames:
         monkeypatch.setenv("SEPO_CACHE", str(tmp_path / "cache"))
 
@@ -227,7 +227,7 @@ def test_a_hub_fingerprint_follows_the_commit_not_the_place(hub_cache):
     before = model_fingerprint("someone/tiny")
     (hub_cache.parents[1] / "refs" / "main").write_text("f" * 40)
     hub_cache.rename(hub_cache.with_name("f" * 40))
-    assert model_fingerprint("someone/tiny") == before  # one commit for the life of the process
+    assert model_fingerprint("someone/tiny") == before  # the process keeps one commit
     hub.hub_snapshot.cache_clear()
     assert model_fingerprint("someone/tiny") != before
 
@@ -334,7 +334,7 @@ def test_a_killed_conversion_is_repeated(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     folder = Path(resolve_model(tmp_path / "tiny.gguf"))
     half = folder.with_name(f".{folder.name}.new")
-    folder.rename(half)  # what a kill in the middle leaves behind
+    folder.rename(half)  # the state after a kill during the conversion
     (half / "config.json").write_text("half")
     assert resolve_model(tmp_path / "tiny.gguf") == str(folder)
     assert load_config(folder).model_type == "llama"
@@ -592,7 +592,7 @@ def test_sampling_settings_of_a_published_model_do_not_break_the_save(tmp_path, 
     assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.6, 0.9)
 
 
-# --- what a model is ---
+# --- fingerprints ---
 
 
 def test_a_fingerprint_ignores_place_and_time_but_no_weight(tmp_path, llama_dir):

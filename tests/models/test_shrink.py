@@ -1,4 +1,4 @@
-"""Models of some of their layers: what is left, in any architecture and as the reference of a recipe."""
+"""Models with fewer layers, for all architectures and as the reference of a recipe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_remaining_layers_keep_their_weights_and_order(tmp_path, kind):
         )
     ids = torch.tensor([[1, 4, 40, 50, 2, 5]])
     written = [after.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
-    assert torch.equal(*written)  # each layer keeps its keys and values in a place of its own
+    assert torch.equal(*written)  # each layer has its own entry of the cache
 
 
 def test_layers_of_two_kinds_keep_their_kinds(tmp_path):

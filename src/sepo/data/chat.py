@@ -44,7 +44,7 @@ class Guard:
     def __call__(self, text: str, *, is_assistant: bool = False) -> str:
         """
         Args:
-            is_assistant: the text is an assistant's, whose tags of thinking and tool calls stay control tokens.
+            is_assistant: in an assistant's text, tags of thinking and tool calls stay control tokens.
         """
         pieces, start, position = [], 0, 0
         while match := self.control.search(text, position):
