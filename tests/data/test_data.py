@@ -555,7 +555,7 @@ class TestLoading:
         assert columns_of(loaded) == {**expected, "pair_id": [0, 1]}
         assert loaded.features["pair_id"].dtype == "int64"
 
-    @pytest.mark.parametrize("suffix", [".parquet", ".json", ".jsonl", ".csv", ".jsonl.gz"])
+    @pytest.mark.parametrize("suffix", [".parquet", ".json", ".jsonl", ".jsonl.gz"])
     def test_every_file_format_gives_the_same_rows_as_python_values(self, tmp_path, suffix):
         assert read_rows(write_rows(tmp_path / f"prefs{suffix}")) == ROWS
 
