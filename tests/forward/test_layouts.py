@@ -287,7 +287,7 @@ def test_a_padded_model_is_named_with_the_reason_once(build, reason, capsys, mon
 
 
 def test_a_kernel_that_cannot_be_built_is_the_reason_that_is_said(capsys, monkeypatch):
-    monkeypatch.setattr(processes, "_said", set())
+    monkeypatch.setattr(processes, "_logged", set())
 
     def no_compiler(*args, **kwargs):
         raise RuntimeError("Cannot find a working\ntriton installation")
