@@ -1,0 +1,69 @@
+"""`sepo score`: the reward of every response token, without a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+from sepo.command import (
+    data_options,
+    device_options,
+    join,
+    out_option,
+    path,
+    print_metrics,
+    quiet_libraries,
+    recipe_of,
+    writing_to,
+)
+
+HELP = "score every response token: log-probability under the oracle minus that under the reference"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--oracle", type=path, required=True, metavar="MODEL", help="model trained with DPO")
+    parser.add_argument("--reference", type=path, required=True, metavar="MODEL", help="the model it was trained from")
+    data_options(parser)
+    out_option(parser, "folder for the score table; pairs and log-probabilities are kept in it")
+    parser.add_argument("--tokens-per-row", type=int, help="token budget of a packed row; bounds the memory")
+    device_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = recipe_of(
+        arguments,
+        reference={"model": arguments.reference},
+        oracle={"model": arguments.oracle},
+        eval={"prompts": 0},
+        tokens_per_row=arguments.tokens_per_row,
+    )
+    quiet_libraries()
+    from sepo.cli.walker import CommandWalker
+    from sepo.data.tables import clear_shards, read_table, table_paths
+    from sepo.evaluate.accuracy import oracle_accuracy
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.runs.method import Method
+    from sepo.runs.pipeline import check_method_pairs
+    from sepo.stages import data, oracle, reference
+    from sepo.stages.stage import SCORES
+
+    with writing_to(arguments) as out:
+        processes = join(arguments.device)
+        processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
+        folders = {"data": out / "pairs", "score": out / "table"}
+        folders |= {f"{role}_logps": out / "logps" / role for role in ("reference", "oracle")}
+        method = Method(recipe, CommandWalker(folders))
+        check_method_pairs(method)
+        table = method.scores.folder
+
+        def publish() -> None:
+            """The table is the folder itself, with its tokenizer for `sepo transfer` and `sepo report`."""
+            clear_shards(out)
+            for path in table_paths(table / SCORES, "scores"):
+                path.replace(out / path.name)
+            shutil.rmtree(table)
+            load_tokenizer(arguments.reference).save_pretrained(out / "tokenizer")
+
+        processes.on_main(publish)
+    scores = read_table(out, "scores")
+    print_metrics(f"scores: {out}", {"pairs": len(scores), **oracle_accuracy(scores)})
