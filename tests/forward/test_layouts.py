@@ -278,7 +278,7 @@ def without_layout(model):
     ],
 )
 def test_a_padded_model_is_named_with_the_reason_once(build, reason, capsys, monkeypatch):
-    monkeypatch.setattr(processes, "_said", set())
+    monkeypatch.setattr(processes, "_logged", set())
     for _ in range(2):
         assert prepare_model(build()) == "padded"
     said = capsys.readouterr().err
@@ -287,7 +287,7 @@ def test_a_padded_model_is_named_with_the_reason_once(build, reason, capsys, mon
 
 
 def test_a_kernel_that_cannot_be_built_is_the_reason_that_is_said(capsys, monkeypatch):
-    monkeypatch.setattr(processes, "_said", set())
+    monkeypatch.setattr(processes, "_logged", set())
 
     def no_compiler(*args, **kwargs):
         raise RuntimeError("Cannot find a working\ntriton installation")
