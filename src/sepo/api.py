@@ -78,7 +78,7 @@ def _write_pages(run: Run, metrics: dict[str, Any]) -> None:
     """Write the table of metrics, the report, and the model card; a run does not fail for its card."""
     from sepo.hub.card import write_policy_card
     from sepo.report.build import build_report
-    from sepo.report.numbers import metrics_table
+    from sepo.report.run_summary import metrics_table
 
     write_text(run.path("metrics.md"), metrics_table(run.recipe.name, metrics))
     build_report(run.folder, out=run.path("report.html"))

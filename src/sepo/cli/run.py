@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from sepo.command import freeze_libraries, join, path, print_metrics, print_plan, quiet_libraries
 from sepo.errors import UserError
-
-if TYPE_CHECKING:
-    from sepo.report.run_summary import RunSummary
 
 HELP = "run all stages of a recipe; results that are up to date are reused"
 
@@ -57,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.until is not None:
         print(f"{recipe.run_folder}: done up to '{arguments.until}'; the same command without --until does the rest")
         return
-    from sepo.report.run_summary import summarise_run
+    from sepo.report.run_summary import print_summary, summarise_run
 
     if arguments.verbose:
         print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
@@ -74,56 +70,3 @@ def _target_of(arguments: argparse.Namespace) -> tuple[int, float | None]:
     if memory is not None and not 0 < memory < 1e6:
         raise UserError(f"--device-memory {memory:g}: expected gigabytes of one device, such as 80")
     return number or 1, None if memory is None else 1e9 * memory
-
-
-def print_summary(story: RunSummary) -> None:
-    """Print what a run did: sentences, examples side by side, figures, cautions, and what may come next."""
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-
-    def head(text: str, rest: str = "") -> None:
-        console.print()
-        console.print(Text.assemble((text, "bold"), (f" {rest}" if rest else "", "dim")))
-
-    def beside(rows: list[tuple[str, str]]) -> None:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column()
-        for name, text in rows:
-            table.add_row(Text(name), Text(text))
-        console.print(Padding(table, (0, 0, 0, 2)))
-
-    console.print(Text(story.title, "bold"))
-    beside(story.trained)
-    if story.examples:
-        head("Before and after", story.examples_title)
-        judged = any(example.gold is not None for example in story.examples)
-        table = Table(show_edge=False, pad_edge=False, show_lines=True)
-        for name, ratio in (("prompt", 2), ("before", 4), ("after", 4)):
-            table.add_column(name, ratio=ratio, overflow="fold")
-        if judged:
-            table.add_column("gold", justify="right", no_wrap=True)
-        for example in story.examples:
-            cells = [Text(text or "(empty)") for text in example[:3]]
-            gold = [] if example.gold is None else [Text("{:+.2f} → {:+.2f}".format(*example.gold))]
-            table.add_row(*cells, *gold)
-        console.print(table)
-    if story.moved:
-        head("What moved", story.moved_title)
-        table = Table(show_edge=False, pad_edge=False, box=None)
-        for name in ("", "before", "after", "change"):
-            table.add_column(name, justify="left" if not name else "right")
-        for row in story.moved:
-            table.add_row(*map(Text, row))
-        console.print(table)
-    head("Be careful")
-    for sentence in story.cautions:
-        console.print(Padding(Text(f"• {sentence}"), (0, 0, 0, 2)))
-    head("Look at")
-    beside(story.files)
-    head("Go on")
-    beside(story.following)

@@ -21,6 +21,7 @@ from sepo.data.tables import read_table
 from sepo.files import digest
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
+from sepo.numbers import duration, size
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
@@ -102,7 +103,7 @@ def plan_run(recipe: Recipe, extension: Extension | None = None, target: Target 
     seconds = {role: _seconds(cost, throughputs, target) for role, cost in costs.items()}
     rows = [_row(role, cost, seconds[role], throughputs) for role, cost in costs.items()]
     total = sum(value for value in seconds.values() if value is not None)
-    rows.append(dict.fromkeys(rows[0], "") | {"stage": "total", "time": duration(total)})
+    rows.append(dict.fromkeys(rows[0], "") | {"stage": "total", "time": approximate(total)})
     memory = []
     if elsewhere or target.processes > 1:
         memory = [row for role, cost in costs.items() for row in _memory_rows(role, cost, target)]
@@ -171,8 +172,8 @@ def _row(stage: str, cost: Cost, seconds: float | None, throughputs: Throughputs
         "what": cost.what,
         "pairs": text(cost.pairs, lambda n: f"{n:,}"),
         "tokens": text(cost.tokens, lambda n: f"{n:,}"),
-        "time": text(seconds, duration) + (" (by FLOPs)" if estimated else ""),
-        "memory": "" if parts is None else f"~{_bytes(sum(parts.values()))}",
+        "time": text(seconds, approximate) + (" (by FLOPs)" if estimated else ""),
+        "memory": "" if parts is None else f"~{_size(sum(parts.values()))}",
     }
 
 
@@ -192,7 +193,7 @@ def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]
     for how, need in ways:
         parts = parts_of(need)
         total = sum(parts.values())
-        row = {"stage": stage, "how": how, **{name: _bytes(parts[name]) for name in PARTS}, "total": _bytes(total)}
+        row = {"stage": stage, "how": how, **{name: _size(parts[name]) for name in PARTS}, "total": _size(total)}
         if target.memory is not None:
             fits = total <= target.memory
             row["fits"] = "yes" if fits else "no"
@@ -205,14 +206,10 @@ def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]
     return rows
 
 
-def _bytes(number: float) -> str:
-    """Bytes as MB or GB; "" for 0."""
-    if number < 0.5e6:
-        return "0" if number else ""
-    return f"{number / 1e6:.0f} MB" if number < 1e9 else f"{number / 1e9:,.1f} GB"
+def _size(number: float) -> str:
+    return size(number) if number else ""
 
 
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"~{seconds:.0f} s"
-    return f"~{seconds / 60:.0f} min" if seconds < 7200 else f"~{seconds / 3600:.1f} h"
+def approximate(seconds: float) -> str:
+    """Estimated seconds as text."""
+    return f"~{duration(seconds)}"

@@ -18,7 +18,7 @@ from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import read_table
 from sepo.errors import one_line
 from sepo.evaluate import EXAMPLES
-from sepo.numbers import duration, with_error
+from sepo.numbers import duration, number, with_error
 from sepo.recipe.settings import Recipe
 
 # Limits above which the summary warns: KL in nats per response, and relative change of length.
@@ -424,3 +424,14 @@ def print_summary(summary: RunSummary) -> None:
     two_columns(summary.files)
     heading("Next steps")
     two_columns(summary.following)
+
+
+def metrics_table(title: str, metrics: Mapping[str, Any]) -> str:
+    """All metrics as a Markdown table; `X_se` is in the row of `X`."""
+    lines = [f"# {title}", "", "| metric | value | ± s.e. |", "|---|---:|---:|"]
+    for name, value in metrics.items():
+        if name.endswith("_se") and name.removesuffix("_se") in metrics:
+            continue
+        error = metrics.get(f"{name}_se")
+        lines.append(f"| `{name}` | {number(value)} | {'' if error is None else number(error)} |")
+    return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sepo.files import digest
 from sepo.models.devices import choose_device
-from sepo.planning.plan import Planner, duration, throughputs_of
+from sepo.planning.plan import Planner, approximate, throughputs_of
 from sepo.planning.sizes import method_sizes, models_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
@@ -113,7 +113,7 @@ def _seconds(costs: Iterable[Cost | None], throughputs: Throughputs) -> float:
 
 
 def _row(stage: str, what: str, runs: int, seconds: float | None) -> dict[str, str]:
-    return {"stage": stage, "what": what, "runs": str(runs), "time": "" if seconds is None else duration(seconds)}
+    return {"stage": stage, "what": what, "runs": str(runs), "time": "" if seconds is None else approximate(seconds)}
 
 
 def _checkpoints(grid: Grid) -> str:
