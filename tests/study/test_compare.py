@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sepo.compare
 from scipy import stats
 
 from sepo.cli import main
@@ -20,6 +19,7 @@ from sepo.errors import UserError
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import evaluate_run
 from sepo.evaluate.statistics import crossed_mean, over_seeds
+from sepo.study import comparison
 from sepo.study.grid import load_grid, number_of_runs
 from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, at_kl
 from sepo.study.results import (
@@ -30,7 +30,7 @@ from sepo.study.results import (
     mean_curve,
     reading_notes,
     summarise_runs,
-    typical_spread,
+    typical_std,
 )
 from sepo.training.checkpoints import STATE_FILE
 from tiny_models import tiny_model, tiny_tokenizer
@@ -238,7 +238,7 @@ def test_runs_are_counted_with_and_without_a_sweep_seed(workplace):
     ],
 )
 def test_a_bad_grid_is_refused_in_one_line_before_anything_runs(workplace, capsys, monkeypatch, old, new, message):
-    monkeypatch.setattr(sepo.compare, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(comparison, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     assert old in GRID
     path = write_grid(workplace, GRID.replace(old, new), "bad", "bad-out")
     assert main(["compare", str(path)]) == 2
@@ -271,7 +271,7 @@ def with_variants(workplace, name, variants):
 def test_variants_that_see_other_numbers_of_pairs_are_refused_before_a_model_is_loaded(
     workplace, capsys, monkeypatch, variants, counts
 ):
-    monkeypatch.setattr(sepo.compare, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(comparison, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     path = with_variants(workplace, f"budget{len(counts)}{counts[1:3]}{counts[8:10]}", variants)
     for command in (["compare", str(path), "--dry-run"], ["compare", str(path)]):
         assert main(command) == 2
@@ -750,7 +750,7 @@ def test_differences_are_over_seeds_and_prompts_where_each_prompt_was_kept():
     )
     read = [at_kl(one["points"], 1.0)[0] for one in runs]
     assert only["difference"] == pytest.approx(np.mean(read[1::2]) - np.mean(read[::2]))
-    assert typical_spread([only]).rest == pytest.approx(expected.spread.rest)
+    assert typical_std([only]).rest == pytest.approx(expected.spread.rest)
     for one in runs:
         one["points"][0].pop("by_prompt")  # as an earlier release wrote them
     assert differences(runs, 1.0)[0]["prompts"] == 0
@@ -798,4 +798,4 @@ def test_two_processes_are_refused(workplace, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     _, settings = load_grid(write_grid(workplace, GRID, "two", "two-out"))
     with pytest.raises(UserError, match="one process"):
-        sepo.compare.check_grid(settings)
+        comparison.check_grid(settings)
