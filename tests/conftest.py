@@ -51,16 +51,20 @@ SLOW = (
 )
 
 
+# The tests in a browser that are not left to the nightly run.
+BROWSER = ("test_the_sliders_select_the_tokens", "test_hostile_text_is_shown")
+
+
 def pytest_addoption(parser):
     parser.addoption("--nightly", action="store_true", help="run the nightly tests too, and properties on all inputs")
 
 
 def pytest_configure(config):
-    if nightly(config):
+    if is_nightly(config):
         settings.load_profile("nightly")
 
 
-def nightly(config) -> bool:
+def is_nightly(config) -> bool:
     return config.getoption("--nightly") or config.option.markexpr == "nightly"
 
 
@@ -69,7 +73,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if os.path.relpath(item.path, here).startswith(SLOW) or "smollm2_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
-    if not nightly(config):
+        if item.path.name == "test_report_browser.py" and not item.originalname.startswith(BROWSER):
+            item.add_marker(pytest.mark.nightly)
+    if not is_nightly(config):
         left_out = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=left_out)
@@ -87,6 +93,12 @@ def _what_was_imported_is_not_searched_for_garbage():
 
 def pytest_unconfigure():
     gc.unfreeze()  # what is left when the interpreter ends, bindings report as leaked
+
+
+@pytest.fixture(scope="session")
+def nightly_run(request) -> bool:
+    """Is this the nightly run, for tests that try more then?"""
+    return is_nightly(request.config)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,15 @@ from tiny_models import tiny_model, tiny_tokenizer
 COLORS = ["red", "blue", "green", "pink", "teal", "gold"]
 
 
+def prepare(folder: Path, recipe: str, rows: int = 24) -> None:
+    """Write a tiny model, plain preferences and a recipe that names them as `model` and `prefs.jsonl`."""
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    pairs = [{"prompt": f"Is it {i}?", "chosen": f"Yes, {i}!", "rejected": f"no {i} here"} for i in range(rows)]
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "recipe.yaml").write_text(recipe)
+
+
 def fill(folder: Path) -> None:
     """Write a tiny chat model, preferences for polite answers and a recipe into a folder, and run the recipe."""
     tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
