@@ -17,6 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the GPU's kernels are imported
@@ -41,13 +42,11 @@ elif "OMP_NUM_THREADS" not in os.environ:
 LONGEST = ("test_faults", "test_package", "test_tutorials", "test_many_processes", "test_sharded_reading")
 # Whole runs, launched processes, a browser, thousands of generated inputs: not for the inner loop (`make check`).
 SLOW = (
-    "runs/",
-    "docs/",
-    "cli/test_hostile",
-    "data/test_data_fuzz",
-    "report/test_report_browser",
-    "test_golden",
-    "cuda/",
+    *("runs/", "hub/", "docs/", "cuda/", "test_golden"),
+    *("study/test_compare", "study/test_judge_in_compare", "study/test_grid_parts"),
+    *("cli/test_hostile", "cli/test_interrupt", "cli/test_terminal", "data/test_data_fuzz"),
+    *("judging/test_judge_in_run", "judging/test_judge_killed", "judging/test_benchmarks_in_run"),
+    *("judging/test_oracle_judge", "planning/test_plan", "training/test_logs", "report/test_report_browser"),
 )
 
 
@@ -109,6 +108,11 @@ def smollm2_dir() -> str:
     except UserError as error:
         pytest.skip(str(error))
     return resolve_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_dir) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(smollm2_dir)
 
 
 @pytest.fixture(scope="session")
