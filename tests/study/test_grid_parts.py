@@ -12,7 +12,7 @@ from sepo.study.grid import Grid, load_grid
 from sepo.study.results import write_comparison
 from tiny_models import tiny_model, tiny_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("grid_parts", ROOT / "benchmarks" / "grid_parts.py")
 grid_parts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(grid_parts)
