@@ -39,8 +39,12 @@ def launch(number, folder, objective, sizes, **variables):
         **os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), "OMP_NUM_THREADS": "1",
         **variables,
     }  # fmt: skip
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
-    command = [*start, str(HERE / "many_processes.py"), str(folder), objective, ",".join(map(str, sizes))]
+    command = [str(HERE / "many_processes.py"), str(folder), objective, ",".join(map(str, sizes))]
+    if "ACCELERATE_USE_DEEPSPEED" in variables:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), *command]
+    else:
+        command.append(str(number))
+    command.insert(0, sys.executable)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
