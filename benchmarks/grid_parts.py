@@ -1,12 +1,12 @@
-"""One grid in several processes: its seeds dealt out to parts, and the results of the parts joined.
+"""Run one grid in several processes: split its seeds into parts, then join the results.
 
     python benchmarks/grid_parts.py split GRID OUT PARTS [KEY=VALUE ...]    OUT/part-0.yaml, ...
     sepo compare OUT/part-0.yaml & ...                                      OUT/part-0/compare.json, ...
     python benchmarks/grid_parts.py join OUT                                OUT/compare.md, compare.json, pictures
 
-A comparison holds the lock of its work folder, so each part has its own. What depends on no seed (the data, the pass of
-the reference) is done once a part; with an oracle a seed that is little. Parts that were stopped count with the runs
-that they have.
+A comparison locks its work folder, so each part has its own. Stages that depend on no seed (the data, the reference's
+scoring) run once in each part; with an oracle a seed they cost little. Interrupted parts contribute their finished
+runs.
 """
 
 from __future__ import annotations
@@ -25,19 +25,17 @@ from sepo.study.results import reading_notes, write_comparison
 
 
 def split(grid: Path, out: Path, parts: int, overrides: list[str]) -> list[Path]:
-    """Write a grid file for each part, with every n-th of the seeds and all overrides; fewer parts for fewer seeds.
+    """Write a grid file for each part, with every n-th seed and all overrides; at most one part a seed.
 
-    The models that the grid names are made ready (fetched, converted) here, once for all parts.
+    Fetches and converts the grid's models once, for all parts.
 
     Raises:
-        UserError: the grid or an override is wrong; or a sweep is decided at one seed for all.
+        UserError: the grid or an override is wrong, or the grid has a `sweep_seed`.
     """
     path = find_file(grid, "grid")
     whole, settings = load_grid(path, overrides)
     if whole.sweep_seed is not None:
-        raise UserError(
-            f"{path}: a sweep is decided at one seed for all others: leave sweep_seed out, or use one process"
-        )
+        raise UserError(f"{path}: one seed decides the sweep for all seeds: leave sweep_seed out, or use one process")
     recipes = [setting.recipe for group in settings.values() for setting in group]
     models = {(one.model, one.revision) for recipe in recipes for one in (recipe.reference, recipe.policy)}
     for model, revision in models:
@@ -61,7 +59,7 @@ def split(grid: Path, out: Path, parts: int, overrides: list[str]) -> list[Path]
 
 
 def join(out: Path) -> list[str]:
-    """Write the results of all parts of a grid as those of one comparison; returns notes on how to read them.
+    """Write the results of all parts as one comparison; returns notes on how to read them.
 
     Raises:
         UserError: no part has a result yet.
@@ -73,7 +71,7 @@ def join(out: Path) -> list[str]:
     if not parts:
         raise UserError(f"no part in '{out}' has a result: see its log")
     runs = [{**run, "folder": f"{name}/{run['folder']}"} for name, one in parts.items() for run in one["runs"]]
-    # In the order of one process, seed by seed: the first variant is what the others are compared with.
+    # Seed by seed, as one process would run them: the first variant is the baseline.
     runs.sort(key=lambda run: run["seed"])
     shared = {item["stage"]: item for one in parts.values() for item in one["shared"]}
     tables = ("rows", "differences", "runs", "shared")

@@ -1,15 +1,15 @@
-"""Speed and memory of the hot path beside its peers, in the same run on the same pairs.
+"""Speed and memory of training steps and scoring beside their peers, in the same run on the same pairs.
 
     python benchmarks/run.py policy-step --model DIR --data FILE --pairs 16 --json out.json
     python benchmarks/run.py oracle-step|scoring|pipeline ...
     python benchmarks/run.py policy-step ... --sweep length|vocabulary|k|pairs
     python benchmarks/run.py memory --model DIR --json out.json
 
-Every contender runs in a process of its own (so that peak memory is its own). TRL runs once at each of `--trl-batch`
-pairs a forward; the fastest is the peer, and then contenders alternate: the medians of `--repeats` runs are printed
-with the ratio to ours. `limit_share` is the share of the measured matmul rate: the FLOPs that the step cannot avoid
-(packed tokens, LM head on targets, forward and backward) over that rate and the time. `memory` stores the
-log-probabilities of 1,000 and of 10,000 synthetic pairs, shard by shard as `sepo score` does.
+Every contender runs in its own process, so that peak memory is its own. TRL runs once at each of `--trl-batch` pairs a
+forward; the fastest is the peer. Then the contenders alternate; medians of `--repeats` runs are printed with the ratio
+to ours. `limit_share` is the share of the measured matmul rate: unavoidable FLOPs (packed tokens, LM head on targets,
+forward and backward) divided by that rate and by the time. `memory` stores the log-probabilities of 1,000 and of 10,000
+synthetic pairs, shard by shard like `sepo score`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument(
         "--whole-prompts",
         action="store_true",
-        help="all pairs of a random sample of prompts, as a pass over the whole data reads them (scoring)",
+        help="scoring: all pairs of a random sample of prompts, as scoring a whole data set reads them",
     )
     parser.add_argument("--k", type=float, default=0.3, help="share of key tokens (default 0.3)")
     parser.add_argument("--max-length", type=int, default=2048)
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def about(arguments) -> dict[str, Any]:
-    """What was measured where, for whoever reads the figures later."""
+    """Settings, device, commit and versions of the measurement."""
     from importlib.metadata import version
 
     import torch
@@ -108,7 +108,7 @@ def load_pairs(arguments) -> list:
 
     dataset = load_preferences(arguments.data).shuffle(seed=0)
     if not arguments.whole_prompts:
-        dataset = dataset.select(range(min(len(dataset), 2 * arguments.pairs + 20)))  # some may be dropped
+        dataset = dataset.select(range(min(len(dataset), 2 * arguments.pairs + 20)))  # spares for dropped pairs
     table, _ = tokenize_pairs(
         dataset,
         load_tokenizer(arguments.model),
@@ -120,7 +120,7 @@ def load_pairs(arguments) -> list:
 
 
 def key_tokens(pairs: list, share: float) -> list:
-    """Mark a seeded random share of each response as key tokens: the cost depends on how many, not on which."""
+    """Mark a seeded random share of each response as key tokens: the cost depends on their number alone."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -168,7 +168,7 @@ def _peak_memory() -> float:
 
 
 def _model(arguments, train: bool = False):
-    """The model, in float32 for training; for scoring in float32 on a CPU and with --bf16 in bfloat16."""
+    """The model in float32; for scoring with --bf16 in bfloat16."""
     from sepo.models.adapters import causal_lm
     from sepo.models.weights import load_model
 
@@ -198,7 +198,7 @@ def _result(seconds: float, pairs: list, flops: float) -> dict[str, float]:
 
 
 def step_flops(model, pairs: list, train: bool = True) -> float:
-    """Matmul FLOPs that cannot be avoided: backbone over the tokens read, LM head over the targets."""
+    """Unavoidable matmul FLOPs: backbone over the packed tokens, LM head over the targets."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -212,7 +212,7 @@ def step_flops(model, pairs: list, train: bool = True) -> float:
         sum(module.weight.numel() for name, module in lm.named_modules() if isinstance(module, nn.Linear | Conv1D))
         - head
     )
-    batch = pack(pairs)  # equal prompts once, whichever pairs they are of
+    batch = pack(pairs)  # equal prompts of different pairs count once
     return (batch.num_tokens * backbone + len(batch.target_ids) * head) * (6 if train else 2)
 
 
@@ -368,7 +368,7 @@ def loop_scoring(arguments) -> dict[str, float]:
 
 
 def stored_scoring(arguments) -> dict[str, float]:
-    """Store the log-probabilities of synthetic pairs, shard by shard: what the memory of a pass depends on."""
+    """Store the log-probabilities of synthetic pairs, shard by shard, and measure the peak memory."""
     import numpy as np
 
     from sepo.data.tables import make_table, write_table
@@ -455,7 +455,7 @@ def compare(arguments) -> dict[str, Any]:
     figures: dict[str, Any] = {name: _medians(results) for name, results in runs.items()}
     figures["runs"] = runs
     if peer is not None:
-        # Ratios of neighbours in time: a machine that slows down slows both.
+        # Ratios of consecutive runs: a machine that slows down slows both.
         pairs = zip(runs[peer], runs[ours], strict=True)
         figures["peer"] = peer
         figures["speedup"] = statistics.median(p["seconds_per_pair"] / o["seconds_per_pair"] for p, o in pairs)
@@ -475,7 +475,7 @@ def _medians(results: list[dict[str, float]]) -> dict[str, float]:
 
 
 def best_trl(arguments) -> str:
-    """The fastest of TRL's batch sizes, by one run each."""
+    """TRL's fastest batch size, from one run each."""
     names = [f"trl:{batch}" for batch in arguments.trl_batch.split(",")]
     if len(names) == 1:
         return names[0]
@@ -488,7 +488,7 @@ def best_trl(arguments) -> str:
 
 
 def compare_memory(arguments) -> dict[str, Any]:
-    """Peak memory of a stored scoring pass over 1,000 and over 10,000 pairs."""
+    """Peak memory of scoring 1,000 and 10,000 pairs to disk."""
     figures: dict[str, Any] = {}
     for pairs in (1000, 10_000):
         result = run_worker(arguments, "stored", pairs=pairs)
@@ -502,7 +502,7 @@ def compare_memory(arguments) -> dict[str, Any]:
 
 
 def compare_pipeline(arguments) -> dict[str, Any]:
-    """Reference pass, DPO on 30 % of the pairs, oracle pass and policy step, against TRL's DPO on all pairs."""
+    """Reference scoring, DPO on 30 % of the pairs, oracle scoring and policy step, against TRL's DPO on all pairs."""
     part = max(1, round(0.3 * arguments.pairs))
     totals: dict[str, list[float]] = {"ours": [], "trl": []}
     peer = best_trl(argparse.Namespace(**{**vars(arguments), "benchmark": "oracle-step"}))
@@ -513,9 +513,9 @@ def compare_pipeline(arguments) -> dict[str, Any]:
         dpo = run_worker(arguments, peer, benchmark="oracle-step")
         if not (scoring and oracle and policy and dpo):
             raise SystemExit("a contender failed")
-        passes = 2 * scoring["seconds_per_pair"] * arguments.pairs  # reference and oracle
+        scored = 2 * scoring["seconds_per_pair"] * arguments.pairs  # by reference and oracle
         steps = oracle["seconds_per_pair"] * part + policy["seconds_per_pair"] * arguments.pairs
-        totals["ours"].append(passes + steps)
+        totals["ours"].append(scored + steps)
         totals["trl"].append(dpo["seconds_per_pair"] * arguments.pairs)
         print(f"  ours {totals['ours'][-1]:.1f} s, TRL DPO {totals['trl'][-1]:.1f} s", file=sys.stderr)
     figures = {name: {"seconds": statistics.median(values), "runs": values} for name, values in totals.items()}
@@ -527,7 +527,7 @@ def compare_pipeline(arguments) -> dict[str, Any]:
 
 
 def sweep(arguments) -> dict[str, Any]:
-    """How our cost grows with one quantity, everything else as given."""
+    """How our cost grows with one quantity, all others fixed."""
     from sepo.models.config import describe_model, load_config
 
     own = describe_model(load_config(arguments.model))["vocab"]

@@ -1,9 +1,9 @@
-"""What lower precision does to token rewards: an oracle is trained, then both models score in every precision.
+"""Effect of lower precision on token rewards: train an oracle, then score with both models in every precision.
 
     python benchmarks/scoring_precision.py --model MODEL --pairs-table TABLE --out FILE.json
 
-Compared with float32: error of s, correlation, the share of key tokens (k = 0.3) that stay, the preference accuracy of
-the summed rewards, and the time of a pass. On a GPU TF32 is tried too.
+Compared with float32: error of s, correlation, share of key tokens (k = 0.3) that stay, preference accuracy of the
+summed rewards, and seconds of scoring. On a GPU also TF32.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Token rewards carried over to another tokenizer: what is kept of them, how to spread them, and what it costs.
+"""Token rewards carried over to another tokenizer: fidelity of each allocation, conservation, and cost.
 
     python benchmarks/transfer.py fidelity --run runs/quickstart --policy models/gemma-3-270m --out FILE.json
     python benchmarks/transfer.py texts [--number 17000]
     python benchmarks/transfer.py cost [--policy models/gemma-3-270m]
 
-fidelity    on the embedded task, whose true words are known (VADER): AUC of the rewards by token and by word, and the
-            share of key tokens in words of the right sign, before, after, and after going there and back, for every
-            spread. What the cuts alone do shows going there and back: the oracle's tokens again,
-            after the other's. Standard errors draw prompts, the same for all, so that differences are paired.
-texts       sums of responses and identity over generated Unicode, for every pair of five kinds of tokenizer. Four texts
-            of ten hold a letter that the WordPiece vocabulary lacks; of 17,000 it has 10,000.
-cost        10,000 pairs of 2 x 300 tokens from SmolLM2's tokens to another's, one core: seconds and memory.
+fidelity    on the embedded task, whose true words are known (VADER): AUC of the rewards by token and by word, and lift
+            of words that hold a key token, for every allocation: before, after carrying the rewards over, and after
+            carrying them back. The way back shows the effect of the cuts alone, on the oracle's own tokens.
+            Standard errors resample prompts, the same for all rows, so that differences are paired.
+texts       sums of responses and identity over generated Unicode, for every pair of five kinds of tokenizer. Four in
+            ten texts hold a letter that the WordPiece vocabulary lacks; of 17,000 texts it reads 10,000.
+cost        10,000 pairs of 2 x 300 tokens from SmolLM2's tokens to another tokenizer's, one core: seconds and memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from sepo.credit.selection import select_key_tokens
-from sepo.credit.transfer import SPREADS, carry
+from sepo.credit.transfer import ALLOCATIONS, carry
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.loading import load_preferences
 from sepo.data.ragged import SIDES, flat, ragged, segment_sums
@@ -66,7 +66,7 @@ def word_rewards(tokenizer: Any, table: pa.Table) -> dict[str, dict[str, np.ndar
 
 
 def word_auc(words: dict[str, dict[str, np.ndarray]], weights: np.ndarray) -> float:
-    """As `fidelity`, over words instead of tokens; each pair counted `weights` times."""
+    """Fidelity's AUC over words instead of tokens; each pair counts `weights` times."""
     values, totals = [], []
     for side in SIDES:
         one = words[side]
@@ -81,7 +81,7 @@ def word_auc(words: dict[str, dict[str, np.ndarray]], weights: np.ndarray) -> fl
 
 
 def lift(tokenizer: Any, table: pa.Table, k: float = 0.3) -> dict[str, Callable[[np.ndarray], float]]:
-    """How many times as many words have the right sign among those that hold a key token as among all."""
+    """Share of words with the right sign among words that hold a key token, over their share among all words."""
     selection = select_key_tokens(table, k, k)
     keys, hits, pairs = [], [], []
     for side, sign in zip(SIDES, (1, -1), strict=True):
@@ -103,7 +103,7 @@ def lift(tokenizer: Any, table: pa.Table, k: float = 0.3) -> dict[str, Callable[
 
 
 def measured(tokenizer: Any, table: pa.Table, draws: np.ndarray) -> dict[str, Any]:
-    """Figures of one table and, for differences, their bootstrap draws `[resamples]`."""
+    """Figures of one table, and their bootstrap draws `[resamples]` for paired differences."""
     words = word_rewards(tokenizer, table)
     measures = {"word_auc": lambda weights: word_auc(words, weights), **lift(tokenizer, table)}
     ones = np.ones(len(table))
@@ -132,16 +132,16 @@ def fidelity_of(arguments: argparse.Namespace) -> None:
         source = read_table(run / name, "scores")
         target, _ = tokenize_pairs(rows[part], large, progress=False)
         back, _ = tokenize_pairs(rows[part], small, progress=False)
-        for spread in SPREADS:
-            there, report = carry(source, target, *readers, spread)
-            again, _ = carry(there, back, *reversed(readers), spread)
-            made[f"{spread} {part}"], made[f"{spread} back {part}"] = there, again
-            print(f"{spread}, {part}: {report.summary()}")
+        for allocation in ALLOCATIONS:
+            there, report = carry(source, target, *readers, allocation)
+            again, _ = carry(there, back, *reversed(readers), allocation)
+            made[f"{allocation} {part}"], made[f"{allocation} back {part}"] = there, again
+            print(f"{allocation}, {part}: {report.summary()}")
     tables = {"before": (small, scores)}
-    for spread in SPREADS:
+    for allocation in ALLOCATIONS:
         for way, tokenizer in (("", large), (" back", small)):
-            parts = [made[f"{spread}{way} {part}"] for part in ("train", "held_out")]
-            tables[spread + way] = tokenizer, pa.concat_tables(parts)
+            parts = [made[f"{allocation}{way} {part}"] for part in ("train", "held_out")]
+            tables[allocation + way] = tokenizer, pa.concat_tables(parts)
     prompts = prompt_numbers(scores["prompt_ids"])
     rng = np.random.default_rng(0)
     draws = np.array(
@@ -232,7 +232,7 @@ def cost(arguments: argparse.Namespace) -> None:
         seconds, used = time.perf_counter() - started, time.process_time() - used
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"{arguments.pairs:,} pairs, {report.tokens:,} tokens: {seconds:.1f} s ({used:.1f} s of a core)")
-    print(f"{more:.0f} MB of memory more than before")
+    print(f"{more:.0f} MB of additional memory")
     print(report.summary())
 
 
@@ -240,9 +240,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("fidelity")
-    one.add_argument("--run", type=Path, required=True, help="a run of the embedded task, with its oracle")
+    one.add_argument("--run", type=Path, required=True, help="run of the embedded task, with its oracle")
     one.add_argument("--policy", default="models/gemma-3-270m", help="a model with another tokenizer")
-    one.add_argument("--task", type=Path, help="the embedded task's file that the run was made with, if it is another")
+    one.add_argument("--task", type=Path, help="data file of the run, if it is not the embedded task's present one")
     one.add_argument("--resamples", type=int, default=100)
     one.add_argument("--out", type=Path)
     one.set_defaults(work=fidelity_of)

@@ -1,4 +1,4 @@
-"""AlpacaEval pairs in three parts by prompt: for a judge, for a policy, and the prompts that the policy is measured on.
+"""Split AlpacaEval pairs by prompt into pairs for a judge, pairs for a policy, and prompts to measure the policy on.
 
     python scripts/alpacaeval_pairs.py alpacaeval_prefs.parquet --out data/alpacaeval
     sepo run alpacaeval-judge data.source=data/alpacaeval/judge.parquet \\
@@ -6,19 +6,20 @@
     sepo run alpacaeval-smollm2 data.source=data/alpacaeval/train.parquet \\
         data.held_out_source=data/alpacaeval/measured.parquet
 
-No prompt is in two parts, so the judge has seen none of the prompts that it judges, nor any label that the policy's own
-oracle learns from. Prompts are drawn by a hash of the seed and their words. Pairs whose prompt and responses are short
-are kept, so that none is cut.
+No prompt is in two parts: the judge sees neither the prompts that it judges nor the labels that the policy's own oracle
+learns from. A hash of the seed and the prompt's text assigns the parts. Only short pairs are kept, so that nothing is
+truncated.
 
-The chosen response is the longer one in 84 % of the pairs, and a judge that learns so would pay for length. So its
-pairs are balanced: for each whose chosen response is the shorter one there is one whose chosen response is the longer
-one, by as many tokens or nearly; and those come along whose responses are about as long as each other. Shorter chosen
-responses are rare, so the judge has the greater share of the prompts. The policy's pairs are as they come.
+The chosen response is the longer one in 84 % of the pairs; a judge trained on that would reward length. So the judge's
+pairs are balanced: each pair with a shorter chosen response is matched with a pair whose chosen response is longer by
+about as many tokens, and pairs of about equal lengths are added. Shorter chosen responses are rare, so the judge gets
+the greater share of the prompts. The policy's pairs are not balanced.
 
-Short pairs of the measured prompts, which train nothing, are there to say how good the judge is where it judges.
+check.parquet has short pairs of the measured prompts. They train nothing; they measure the judge's accuracy where it
+judges.
 
-Writes judge.parquet, check.parquet, train.parquet, measured.parquet (one pair a prompt) and split.json, with counts and
-the SHA-256 of the source, from which the same files come again. Seconds; no model is run.
+Writes judge.parquet, check.parquet, train.parquet, measured.parquet (one pair a prompt) and split.json with counts and
+the SHA-256 of the source. The same source gives the same files. Takes seconds; runs no model.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ PARTS = ("judge", "check", "train", "measured")
 
 
 class Lengths(NamedTuple):
-    """Tokens of a pair's prompt, as the chat template writes it, and of its responses, ends included; `[pairs]` each.
+    """Tokens of each pair's prompt (through the chat template) and responses (ends included); `[pairs]` each.
 
-    A pair that cannot be read has 0 in all three.
+    All three are 0 for a pair that the tokenizer drops.
     """
 
     prompt: np.ndarray
@@ -53,13 +54,13 @@ class Lengths(NamedTuple):
     rejected: np.ndarray
 
     def short(self, most: int, together: int) -> np.ndarray:
-        """Pairs of which neither response nor anything that is read together is longer, `[pairs]` bool."""
+        """Pairs with responses of at most `most` tokens, and at most `together` with the prompt: `[pairs]` bool."""
         longest = np.maximum(self.chosen, self.rejected)
         return (self.prompt > 0) & (longest <= most) & (self.prompt + longest <= together)
 
 
 def lengths_of(source: str, model: str) -> Lengths:
-    """Tokens of the pairs of a file under a model's tokenizer."""
+    """Token counts of a file's pairs under a model's tokenizer."""
     dataset = load_preferences(source)
     table, _ = tokenize_pairs(dataset, load_tokenizer(model), max_length=2**20, as_chat=True)
     rows = table.column("pair_id").to_numpy()
@@ -72,16 +73,16 @@ def lengths_of(source: str, model: str) -> Lengths:
 
 
 def hashed(seed: int, text: str) -> str:
-    """A text's place in an order that depends on the seed and the text alone."""
+    """Sort key that depends on the seed and the text alone."""
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
 def parts_of_prompts(prompts: list[str], measured: int, judge: float, seed: int) -> dict[str, str]:
-    """The part of each distinct prompt.
+    """Assign each distinct prompt to a part.
 
     Args:
-        measured: prompts of that part.
-        judge: share of the others that the judge gets.
+        measured: number of prompts to measure on.
+        judge: share of the remaining prompts for the judge.
     """
     order = sorted(set(prompts), key=lambda prompt: hashed(seed, prompt))
     if measured >= len(order):
@@ -94,12 +95,12 @@ def parts_of_prompts(prompts: list[str], measured: int, judge: float, seed: int)
 
 
 def balanced(gains: np.ndarray, rows: np.ndarray, tolerance: int) -> list[int]:
-    """Rows of which as many have a longer chosen response as a shorter one, by nearly as much.
+    """Match pairs with a shorter chosen response to pairs with one that is longer by nearly as much; returns both.
 
     Args:
-        gains: `[pairs]`, tokens that the chosen response is longer by.
-        rows: numbers of the pairs to choose from, in the order in which they are taken.
-        tolerance: tokens by which the differences of two matched pairs may differ.
+        gains: `[pairs]`, tokens of the chosen response minus tokens of the rejected one.
+        rows: pairs to choose from, in order of preference.
+        tolerance: how many tokens the two differences of a match may differ by.
     """
     longer = [int(row) for row in rows if gains[row] > 0]
     kept = []
@@ -114,7 +115,7 @@ def balanced(gains: np.ndarray, rows: np.ndarray, tolerance: int) -> list[int]:
 
 
 def split(table: pa.Table, lengths: Lengths, settings: argparse.Namespace) -> dict[str, list[int]]:
-    """Numbers of the pairs of each part, ascending."""
+    """Row numbers of each part, ascending."""
     prompts = table.column("prompt").to_pylist()
     part = parts_of_prompts(prompts, settings.measured, settings.judge_share, settings.seed)
     gains = lengths.chosen - lengths.rejected
@@ -127,7 +128,7 @@ def split(table: pa.Table, lengths: Lengths, settings: argparse.Namespace) -> di
     of_short = {name: rows[short[rows]] for name, rows in of.items()}
     judge = balanced(gains, of_short["judge"], settings.tolerance)
     judge += [int(row) for row in of_short["judge"] if abs(gains[row]) <= settings.even and row not in set(judge)]
-    # Any pair stands for its prompt there, the shortest costs least.
+    # One pair a prompt is enough; the shortest costs least.
     read = lengths.prompt + lengths.chosen + lengths.rejected
     first: dict[str, int] = {}
     for row in sorted(of["measured"].tolist(), key=lambda row: (read[row], row)):
@@ -142,7 +143,7 @@ def split(table: pa.Table, lengths: Lengths, settings: argparse.Namespace) -> di
 
 
 def counts(rows: list[int], prompts: list[str], lengths: Lengths) -> dict[str, Any]:
-    """What a part holds."""
+    """Statistics of a part, for split.json."""
     gain = (lengths.chosen - lengths.rejected)[rows]
     read = [lengths.prompt[rows], lengths.chosen[rows], lengths.rejected[rows]]
     return {
@@ -160,17 +161,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("pairs", type=Path, help="parquet with prompt, chosen, rejected")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--measured", type=int, default=120, help="prompts that the policy is measured on")
-    parser.add_argument("--judge-share", type=float, default=0.6, help="of the other prompts, the judge's")
-    parser.add_argument("--judge-pairs", type=int, default=400, help="at most")
-    parser.add_argument("--check-pairs", type=int, default=150, help="at most")
-    parser.add_argument("--train-pairs", type=int, default=300, help="at most")
-    parser.add_argument("--most-tokens", type=int, default=200, help="of a response")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of prompt and response together")
-    parser.add_argument("--answer", type=int, default=128, help="tokens of them that a measured prompt leaves")
-    parser.add_argument("--tolerance", type=int, default=10, help="tokens between the differences of matched pairs")
-    parser.add_argument("--even", type=int, default=25, help="tokens within which responses are about as long")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokens are counted")
+    parser.add_argument("--measured", type=int, default=120, help="prompts to measure the policy on")
+    parser.add_argument("--judge-share", type=float, default=0.6, help="share of the other prompts for the judge")
+    parser.add_argument("--judge-pairs", type=int, default=400, help="maximum of pairs for the judge")
+    parser.add_argument("--check-pairs", type=int, default=150, help="maximum of pairs that measure the judge")
+    parser.add_argument("--train-pairs", type=int, default=300, help="maximum of pairs for the policy")
+    parser.add_argument("--most-tokens", type=int, default=200, help="maximum length of a response")
+    parser.add_argument("--max-length", type=int, default=256, help="maximum tokens of prompt and response together")
+    parser.add_argument("--answer", type=int, default=128, help="tokens of --max-length left for the answer")
+    parser.add_argument("--tolerance", type=int, default=10, help="tokens between the length differences of a match")
+    parser.add_argument("--even", type=int, default=25, help="length difference in tokens that counts as about equal")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="model whose tokenizer counts the tokens")
     return parser.parse_args()
 
 

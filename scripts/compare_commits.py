@@ -1,10 +1,10 @@
-"""Run two commits on the same small job and show where their tables, losses or metrics part.
+"""Run two commits on the same small job and show where their tables, losses or metrics differ.
 
     python scripts/compare_commits.py A B                    any commits; "." is the working tree
     python scripts/compare_commits.py A . --recipe recipes/quickstart.yaml [key=value ...]
 
-Each runs `golden_run.py` (this checkout's) in a process of its own, on one thread. Exit code 0: every table, loss and
-metric is the same to the last bit; 1: a table says how they differ.
+Each runs this checkout's `golden_run.py` in its own process, on one thread. Exit code 0: every table, loss and metric
+is the same to the last bit; 1: the output lists the differences.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def source_of(commit: str, folder: Path) -> Path:
-    """A source folder of the commit."""
+    """Check a commit out into `folder` and return its source folder; "." is the working tree."""
     if commit == ".":
         return HERE.parent / "src"
     subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(folder), commit], cwd=HERE.parent, check=True)
@@ -41,7 +41,7 @@ def run(source: Path, out: Path, recipe: Path | None, overrides: list[str]) -> d
 
 
 def differences(one: dict[str, Any], two: dict[str, Any]) -> list[tuple[str, str]]:
-    """What parts two descriptions of `golden_run.describe`: (where, how)."""
+    """Differences of two descriptions by `golden_run.describe`: (where, how)."""
     found = []
     for name in sorted({*one["tables"], *two["tables"]}):
         a, b = one["tables"].get(name), two["tables"].get(name)
@@ -63,7 +63,7 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> list[tuple[str, str
         if apart:
             step, x, y = apart[0]
             most = max(abs(x - y) for _, x, y in apart)
-            found.append((f"losses {name}", f"part at step {step}: {x:.9g} and {y:.9g}; at most {most:.2g} apart"))
+            found.append((f"losses {name}", f"differ from step {step}: {x:.9g} and {y:.9g}; at most by {most:.2g}"))
     for name in sorted({*one["metrics"], *two["metrics"]}):
         x, y = one["metrics"].get(name), two["metrics"].get(name)
         if x != y:

@@ -2,10 +2,10 @@
 
     python scripts/drop_layers.py --keep 15 --out models/smollm2-half
 
-The first and the last layer stay, and of those between as many as asked for, evenly spaced. What is left shares
-tokenizer and chat template with its source, so it can be reference and oracle for it (weak to strong). It writes
-nonsense until it is fine-tuned: `heal.jsonl` holds the responses of the embedded task's training split, chosen and
-rejected alike so that healing teaches no preference, as conversations for `reference.sft`.
+Keeps the first and the last layer and evenly spaced layers between them. The smaller model shares tokenizer and chat
+template with its source, so it can be its reference and oracle (weak to strong). It writes nonsense until it is
+fine-tuned: `heal.jsonl` holds the responses of the embedded task's training split as conversations for `reference.sft`,
+chosen and rejected alike, so that healing teaches no preference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sepo.stages.data import read_split
 
 
 def healing_rows() -> list[dict]:
-    """Every response of the embedded training split once, as a conversation."""
+    """Each response of the embedded training split once, as a conversation."""
     rows = {}
     for row in read_split(DataSettings(), "train"):
         for side in ("chosen", "rejected"):

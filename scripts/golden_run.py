@@ -1,13 +1,13 @@
-"""A small real run whose every number can be compared: one thread on a CPU, about a quarter of a minute.
+"""A small real run with every number recorded for comparison: one thread on a CPU, about a quarter of a minute.
 
     python scripts/golden_run.py --out DIR [--recipe RECIPE] [key=value ...]
     python scripts/golden_run.py --out DIR --record "why it changed"     for tests/test_golden.py
 
-By default a tiny Llama reads pairs of the embedded task: data, oracle, scores and selection, then policies by SePO,
-SimPO and DPO on it, and the evaluation. With `--recipe` that recipe is run instead. Prints JSON: for every table its
-rows, the digest of each column and (of numbers) its sum; the loss of every step of every training; the metrics.
+By default a tiny Llama runs the embedded task: data, oracle, scores and selection, policies by SePO, SimPO and DPO, and
+the evaluation. `--recipe` runs another recipe instead. Prints JSON: for every table its rows, the digest of each column
+and, for numbers, its sum; the loss of every step of every training; the metrics.
 
-The `sepo` that runs is the one that Python finds, so that `compare_commits.py` can run this file over any commit.
+It runs the `sepo` that Python imports, so `compare_commits.py` can run this file with the source of any commit.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def tiny_llama(folder: Path) -> Path:
 def sepo(*arguments: object) -> None:
     from sepo.cli import main
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = main([str(argument) for argument in arguments])
     if code:
-        raise SystemExit(f"sepo {' '.join(map(str, arguments))} ended with {code}:\n{said.getvalue()[-2000:]}")
+        raise SystemExit(f"sepo {' '.join(map(str, arguments))} ended with {code}:\n{output.getvalue()[-2000:]}")
 
 
 def column_digest(column: pa.ChunkedArray) -> dict[str, Any]:
-    """Digest of a column's values (lists with their lengths); for numbers also their sum."""
+    """Digest of a column's values (lists with their lengths); for numbers also a weighted sum."""
     joined = column.combine_chunks()
     digest = hashlib.sha256()
     while pa.types.is_list(joined.type):
@@ -75,14 +75,14 @@ def column_digest(column: pa.ChunkedArray) -> dict[str, Any]:
     if pa.types.is_integer(joined.type) or pa.types.is_floating(joined.type):
         values = joined.to_numpy(zero_copy_only=False)
         digest.update(values.tobytes())
-        weights = np.cos(np.arange(len(values)))  # so that an exchange of two values is seen
+        weights = np.cos(np.arange(len(values)))  # two exchanged values change this sum
         return {"digest": digest.hexdigest()[:16], "sum": float(np.sum(values * weights))}
     digest.update(json.dumps(joined.to_pylist(), default=str).encode())
     return {"digest": digest.hexdigest()[:16]}
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """All tables, losses and metrics under a folder."""
+    """Tables, losses and metrics under a folder."""
     tables: dict[str, Any] = {}
     for first in sorted([*folder.rglob("part-00000.parquet"), *folder.rglob("generations.parquet")]):
         parts = sorted(first.parent.glob("part-*.parquet")) if first.name.startswith("part-") else [first]
@@ -105,7 +105,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def run(out: Path, recipe: Path | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Run the recipe (the golden one by default) in `out` and describe what it wrote."""
+    """Run the recipe (default: the golden one) in `out` and describe its results."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "run"
@@ -127,14 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="an empty folder")
     parser.add_argument("--recipe", type=Path, help="run this recipe instead")
-    parser.add_argument("--record", metavar="WHY", help="make this the record for machines of this kind, and say why")
+    parser.add_argument("--record", metavar="WHY", help="store the result as this machine kind's record, with a reason")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     described = run(arguments.out, arguments.recipe, arguments.overrides)
     if arguments.record:
         record = json.loads(RECORD.read_text()) if RECORD.is_file() else {"changes": [], "machines": {}}
         if not record["changes"] or record["changes"][-1] != arguments.record:
-            # Results changed on purpose: what other kinds of machine gave before no longer holds.
+            # Results changed on purpose: the records of other kinds of machine are out of date.
             record = {"changes": [*record["changes"], arguments.record], "machines": {}}
         record["machines"][machine()] = described
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """What decides the last bits of a float: instruction set, libraries' choices, PyTorch."""
+    """Kind of machine that decides the last bits of a float: CPU vendor, instruction set, PyTorch version."""
     vendor = "unknown"
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,11 +1,11 @@
-"""Make the second embedded task: pairs of the first one's answers, labelled by how plain their words are.
+"""Make the second embedded task: pairs of the first task's answers, labelled by how plain their words are.
 
     python scripts/make_plain_task.py --out src/sepo/assets/plain_pairs.parquet
 
-No text is new: the distinct answers to each prompt of `sentiment_pairs.parquet` are paired again, by the gold reward
-`plain` (1 minus the share of long words), and a held-out prompt stays held out. The pairs of a prompt are taken in a
-random order, if their scores differ enough and neither answer stands in two pairs already. Labels are drawn as those
-of the first task are, with a `tau` that sets about as many against the score.
+The distinct answers to each prompt of `sentiment_pairs.parquet` are paired again by the gold reward `plain` (1 minus
+the share of long words); held-out prompts stay held out. Pairs of a prompt are drawn in random order, if their scores
+differ enough and neither answer is in two pairs already. Labels are drawn like those of the first task, with a `tau`
+that sets about as many against the score.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sepo.stages.data import read_split
 
 
 def answers_of(rows: Sequence[dict], tokens: Callable[[str], int]) -> list[tuple[list[dict], list[Response]]]:
-    """Each prompt with its distinct answers and their plain scores, both in alphabetical order."""
+    """Each prompt with its distinct answers and their plain scores, prompts and answers in alphabetical order."""
     found: dict[str, tuple[list[dict], set[str]]] = {}
     for row in rows:
         _, texts = found.setdefault(row["prompt"][-1]["content"], (row["prompt"], set()))
@@ -39,7 +39,7 @@ def answers_of(rows: Sequence[dict], tokens: Callable[[str], int]) -> list[tuple
 def pair_up(
     answers: Sequence[Response], rng: np.random.Generator, tau: float, min_gap: float, most: int
 ) -> list[tuple[Response, Response]]:
-    """Pair answers whose scores differ by `min_gap`, each twice and `most` in all at most: (chosen, rejected)."""
+    """Pair answers whose scores differ by `min_gap`: (chosen, rejected). At most `most` pairs, two an answer."""
     possible = list(combinations(answers, 2))
     used: Counter[str] = Counter()
     pairs = []
@@ -52,7 +52,7 @@ def pair_up(
 
 
 def make_rows(args: argparse.Namespace, tokens: Callable[[str], int]) -> list[dict]:
-    """Pairs of both splits of the first task, shuffled."""
+    """Pairs of both splits, shuffled."""
     rng = np.random.default_rng(args.seed)
     rows = [
         row_of(prompt, chosen, rejected, split)
@@ -77,7 +77,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    tokenizer = load_tokenizer(DEFAULT_MODEL)  # wrote the answers; the token that ended each is one more
+    tokenizer = load_tokenizer(DEFAULT_MODEL)  # of the model that wrote the answers; their end token adds one
     rows = make_rows(args, lambda text: 1 + len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     summarise(rows)
     write(rows, args)

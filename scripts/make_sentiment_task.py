@@ -1,18 +1,17 @@
-"""Make the embedded task: preference pairs over SmolLM2's own short answers, labelled by their sentiment.
+"""Make the embedded task: preference pairs of SmolLM2's own short answers, labelled by sentiment.
 
     python scripts/make_sentiment_task.py --out src/sepo/assets/sentiment_pairs.parquet
 
-Several answers to each everyday prompt are sampled from the model itself, so that its responses are near to what it
-would say and the mean sentiment leaves headroom (a prompt that asks for praise would not). They are drawn as people
-draw them, at temperature 0.7 from the nucleus of 90 %: at temperature 1 a model of this size writes nonsense. What is
-not a plain sentence that the model ended itself is left out. Answers to one prompt are paired, and the label follows a
-Bradley-Terry model of the VADER compound score v:
+The model itself writes several answers to each everyday prompt, so that the responses are on its distribution and the
+mean sentiment leaves headroom (a prompt that asks for praise would not). Sampling is at temperature 0.7 from the 90 %
+nucleus: at temperature 1 a model of this size writes nonsense. Only plain sentences that the model ended itself are
+kept. Answers to one prompt are paired, and the label follows a Bradley-Terry model of the VADER compound score v:
 
     P(a is preferred to b) = sigmoid((v_a - v_b) / tau)
 
-so labels are noisy, as human ones are. The scores are stored beside the pairs to judge labels by; nothing trains on
-them. Whole topics are held out, so no held-out prompt is a rewording of a training prompt. The same seed, thread count
-and library versions give the same file. The 4,480 answers take about 15 minutes on one idle core.
+so labels are noisy, like human labels. The scores are stored beside the pairs to check labels; nothing trains on them.
+Whole topics are held out, so no held-out prompt rewords a training prompt. The same seed, thread count and library
+versions give the same file. The 4,480 answers take about 15 minutes on one idle core.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import DEFAULT_MODEL
 
-# A system message of our own is shorter than the one that the chat template would add.
+# Shorter than the system message that the chat template would add.
 SYSTEM = "Answer in one short sentence."
 TEMPLATES = (
     "Write one short sentence about {}.",
@@ -49,7 +48,7 @@ TEMPLATES = (
     "Describe {} in one sentence.",
     "What was {} like?",
 )
-# Scenes of which good and bad things can be said; no word of them is in the sentiment lexicon.
+# Scenes that allow good and bad answers; none of these words is in the sentiment lexicon.
 TOPICS = (
     "the bus ride to work", "the soup at the corner cafe", "a walk in the rain", "the exam results",
     "the old house by the river", "the phone call from my sister", "a night in a small hotel",
@@ -80,10 +79,10 @@ TOPICS = (
     "the ride on the tram", "the town square", "the day off", "the grandmother's kitchen",
     "the basketball game", "the office plant", "the pizza on the corner",
 )  # fmt: skip
-BATCH = 128  # answers at a time; part of what makes the file reproducible
+BATCH = 128  # answers at a time; another value gives another file
 KEYS = [(topic, template) for topic in TOPICS for template in TEMPLATES]
 
-# The model knows little and says anything; what names faith, sex, violence or an address stays out of a shipped file.
+# A small model writes anything: keep faith, sex, violence and addresses out of a shipped file.
 BLOCKED = re.compile(
     r"\b(isis|jew|muslim|islam|christ|nazi|hitler|terroris|rape|rapist|sex|porn|nud|naked|fuck|shit|bitch|bastard|ass\b"
     r"|asshole|damn|whore|slut|dick|cock\b|penis|vagina|breast|suicid|murder|kill|corpse|gun\b|guns\b|racis|negro|gay"
@@ -105,8 +104,10 @@ class Response(NamedTuple):
 
 
 class Nucleus(LogitsProcessor):
-    """Draw each row's next token from its nucleus, among the 256 likeliest: sorting the whole vocabulary takes longer
-    than the model does."""
+    """Draw each row's next token from its nucleus among the 256 likeliest tokens.
+
+    Sorting the whole vocabulary takes longer than the model.
+    """
 
     def __init__(self, temperature: float, top_p: float):
         self.temperature, self.top_p = temperature, top_p
@@ -125,17 +126,17 @@ def conversation(topic: str, template: str) -> list[dict[str, str]]:
 def sample_responses(args: argparse.Namespace) -> list[list[Response]]:
     """Sample answers to each prompt, in the order of `KEYS`.
 
-    Kept are those that the model ended itself, plain sentences of at least four words, each text once a prompt.
+    Keeps plain sentences of at least four words that the model ended itself, each text once a prompt.
     """
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, dtype="float32")
     config = GenerationConfig(
-        do_sample=False,  # takes the one token that Nucleus leaves
+        do_sample=False,  # takes the single token that Nucleus leaves
         max_new_tokens=args.max_new_tokens,
         eos_token_id=stop_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.generation_config = config  # none of the model's own settings takes part
+    model.generation_config = config  # ignore the model's own sampling settings
     tokenizer.padding_side = "left"
     prompts = [
         tokenizer.apply_chat_template(conversation(*key), add_generation_prompt=True, return_dict=False) for key in KEYS
@@ -170,7 +171,7 @@ def sample_responses(args: argparse.Namespace) -> list[list[Response]]:
 def pair_up(
     responses: Sequence[Response], rng: np.random.Generator, tau: float, min_gap: float, most: int
 ) -> list[tuple[Response, Response]]:
-    """Pair each answer with the next in a random order, and label by a Bradley-Terry draw: (chosen, rejected)."""
+    """Pair each answer with the next one in random order, labelled by `label`: (chosen, rejected)."""
     order = [responses[index] for index in rng.permutation(len(responses))]
     pairs = []
     for one, two in pairwise(order):
@@ -198,7 +199,7 @@ def make_rows(args: argparse.Namespace, responses: Sequence[Sequence[Response]])
 
 
 def row_of(prompt: list[dict[str, str]], chosen: Response, rejected: Response, split: str) -> dict:
-    """A pair as the file holds it, and the `tokens` of its responses, which only the summary shows."""
+    """A row of the file, with `tokens` of its responses for the summary only."""
     return {
         "prompt": prompt,
         "chosen": [{"role": "assistant", "content": chosen.text}],
@@ -271,15 +272,15 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="the parquet file to write")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="model that writes the answers")
     parser.add_argument("--samples", type=int, default=10, help="answers sampled for each prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="answers that do not end by then are dropped")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="length limit; answers cut by it are dropped")
     parser.add_argument("--temperature", type=float, default=0.7, help="sampling temperature")
-    parser.add_argument("--top-p", type=float, default=0.9, help="share of the probability that tokens are drawn from")
+    parser.add_argument("--top-p", type=float, default=0.9, help="probability mass of the nucleus")
     parser.add_argument("--tau", type=float, default=0.25, help="label noise: P = sigmoid(score difference / tau)")
     parser.add_argument("--min-gap", type=float, default=0.3, help="pairs whose scores differ by less are dropped")
     parser.add_argument("--pairs-per-prompt", type=int, default=5, help="most pairs kept for one prompt")
     parser.add_argument("--held-out", type=float, default=0.27, help="share of the topics that is held out")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples, the pairs and the labels")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (part of what makes the file reproducible)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (another number gives another file)")
     return parser.parse_args(arguments)
 
 

@@ -1,11 +1,11 @@
-"""The quickstart over seeds, an oracle each, beside a control that draws as many tokens at random.
+"""Run the quickstart at several seeds, an oracle each, beside a control with as many random key tokens.
 
     python scripts/quickstart_seeds.py --out DIR [--seeds 5] [key=value ...]
 
-For every seed `sepo run quickstart` in a process of its own, timed as a user would wait; then the same run with random
-key tokens, which takes over oracle and scores. Prints the tables of results/quickstart.md: what each seed gained, and
-where the seconds of a run go, with the FLOPs of every stage and the machine's matmul rate beside them. Seeds that stand
-in DIR already are read. About eight minutes a seed on two cores.
+For every seed it runs `sepo run quickstart` in its own process and measures the wall-clock time, then the same run
+with random key tokens, which reuses oracle and scores. Prints the tables of results/quickstart.md: the gain of each
+seed, and the seconds and FLOPs of every stage beside the machine's matmul rate. Seeds with a result in DIR are reused.
+About eight minutes a seed on two cores.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ import torch
 
 from sepo.files import write_json, write_text
 from sepo.forward.speed import matmul_rate
-from sepo.planning.sizes import sizes_of, stage_costs
+from sepo.planning.plan import Planner, plan_stages
+from sepo.planning.sizes import method_sizes
 from sepo.recipe.reading import load_recipe
+from sepo.runs.method import Method
+from sepo.stages.stage import StageResult
 
 CONTROL = ("select.rule_chosen=random", "select.rule_rejected=random")
 
 
 def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Run the quickstart in a process of its own; its metrics, the seconds that it took, and the rate around it."""
+    """Run the quickstart in its own process; returns metrics, seconds, and matmul rates before and after."""
     rate = matmul_rate(torch.device("cpu"), 2.0)
     started = time.monotonic()
     command = [sys.executable, "-m", "sepo", "run", "quickstart", f"output_dir={folder}", *overrides]
@@ -43,14 +46,18 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def flops(folder: Path) -> dict[str, float]:
-    """FLOPs of every stage of a run, as a dry run counts them."""
+    """FLOPs of every stage of a run, counted as in a dry run."""
     recipe = load_recipe(str(folder / "recipe.yaml"), [])
-    costs = stage_costs(recipe, sizes_of(recipe, folder / "pairs", "cpu"))
-    return {name: sum(work.flops for work in cost.work or ()) for name, cost in costs.items()}
+    planner = Planner(done={"data": StageResult(folder / "pairs", "")})
+    method = Method(recipe, planner)
+    plan_stages(method, None)
+    sizes = method_sizes(method, "cpu")
+    costs = {name: cost for name, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
+    return {name: sum(estimate.flops for estimate in cost.estimates or ()) for name, cost in costs.items()}
 
 
 def one_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """The run of a seed and its control."""
+    """Run a seed and its control, or read their stored results."""
     stored = out / f"seed-{seed}.json"
     if stored.is_file():
         return json.loads(stored.read_text())
@@ -64,12 +71,12 @@ def one_seed(out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
 
 
 def gained(metrics: dict[str, Any]) -> float:
-    """Standard errors that the gold reward rose by."""
+    """Rise of the gold reward in standard errors."""
     return metrics["gold_reward/difference"] / metrics["gold_reward/difference_se"]
 
 
 def seeds_table(results: list[dict[str, Any]]) -> str:
-    """A row a seed, then the median and the range of each column."""
+    """One row a seed, then the median and the range of each column."""
     columns: dict[str, list[float]] = {
         "oracle accuracy": [r["sepo"]["metrics"]["oracle/accuracy"] for r in results],
         "AUC": [r["sepo"]["metrics"]["fidelity/auc"] for r in results],
@@ -100,7 +107,7 @@ def seeds_table(results: list[dict[str, Any]]) -> str:
 
 
 def seconds_table(results: list[dict[str, Any]]) -> str:
-    """Where the seconds of a run go: medians over the seeds."""
+    """Seconds and FLOPs of each stage: medians over the seeds."""
     rate = statistics.median(rate for result in results for rate in result["sepo"]["rates"])
     lines = [
         f"matmul in float32: {rate / 1e9:.0f} GFLOP/s (median around the runs)",
@@ -118,7 +125,7 @@ def seconds_table(results: list[dict[str, Any]]) -> str:
         lines.append(f"| {name} | {seconds:.0f} | {work / 1e12:.2f} | {share} |")
     whole = statistics.median(result["sepo"]["seconds"] for result in results)
     work = statistics.median(sum(result["flops"].values()) for result in results)
-    lines.append(f"| start, loading the libraries, report | {whole - total:.0f} | | |")
+    lines.append(f"| start-up, libraries, report | {whole - total:.0f} | | |")
     lines.append(f"| **all** | **{whole:.0f}** | **{work / 1e12:.1f}** | {work / whole / rate:.0%} |")
     lines += ["", f"seconds × GFLOP/s: {whole * rate / 1e9:,.0f}"]
     return "\n".join(lines)
@@ -126,7 +133,7 @@ def seconds_table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the figures of each seed")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results of each seed")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default 5)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change in all runs")
     args = parser.parse_args()

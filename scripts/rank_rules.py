@@ -1,14 +1,14 @@
-"""Candidates for a selection rule, ranked on stored oracles beside the rules that come along.
+"""Rank candidate selection rules on stored oracles, beside the rules of the package.
 
     python scripts/rank_rules.py --out DIR [--ensemble] RUN [RUN ...]
 
-Each candidate makes other values of the stored rewards, v = s in chosen and -s in rejected responses, and the 30 %
-highest of each response are kept, so that a difference to `top` is that of the values. None reads the gold reward,
-which only judges (`sepo analyse --rules` says by which figures). What was worth it became `select.skip_shared` and
-`select.evidence`.
+Each candidate transforms the stored rewards (v = s in chosen and -s in rejected responses) and keeps the 30 % highest
+of each response, so that a difference to `top` comes from the transformed values alone. No candidate reads the gold
+reward, which only judges (by the figures of `sepo analyse --rules`). The two that proved useful became
+`select.skip_shared` and `select.label_log_odds`.
 
-With --ensemble the runs are oracles of the same pairs, and candidates that need several opinions take part: of each
-oracle and the two that follow it. Writes ranking.md, ranking.json and ranking.png.
+With --ensemble the runs are oracles of the same pairs, and candidates that join three oracles take part: each oracle
+with the two that follow it. Writes ranking.md, ranking.json and ranking.png.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from sepo.data.tables import make_table, provenance_of, read_table
 from sepo.evaluate.gold import gold_reward
 from sepo.files import write_json, write_text
 
-Values = dict[str, np.ndarray]  # of each side, flat `[tokens]`: how much a token speaks for its label
+Values = dict[str, np.ndarray]  # by side, flat `[tokens]`: how much a token speaks for its label
 Candidate = Callable[[ScoredOracle], Values]
 K = 0.3
 
 
 def raw(oracle: ScoredOracle) -> Values:
-    """v = s or -s, as stored."""
+    """v = s or -s, untransformed."""
     return {
         side: sign * flat(oracle.scores.column(f"{side}_rewards"))[0].astype(np.float64) for side, sign in SIGNED_SIDES
     }
 
 
 def keep(values: Candidate, k: float = K, **settings) -> Rule:
-    """The rule that keeps the highest of these values."""
+    """A rule that keeps the share `k` of highest values in each response."""
 
     def rule(oracle: ScoredOracle) -> pa.Table:
         found = values(oracle)
@@ -59,7 +59,7 @@ def keep(values: Candidate, k: float = K, **settings) -> Rule:
 
 
 def group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """The mean of each value's group `[tokens]`."""
+    """Mean of each value's group: `[tokens]`."""
     return (np.bincount(groups, values) / np.maximum(np.bincount(groups), 1))[groups]
 
 
@@ -67,7 +67,7 @@ def group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def variances(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
-    """Variances within and between groups by moments: one-way random effects, unequal groups."""
+    """Variances within and between unequal groups, by moments (one-way random effects)."""
     counts = np.bincount(groups).astype(np.float64)
     means = np.bincount(groups, values) / counts
     number, tokens = len(counts), len(values)
@@ -78,8 +78,8 @@ def variances(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
 
 
 def shrunk_means(values: np.ndarray, ids: np.ndarray, leave_out: bool = False) -> np.ndarray:
-    """mean + n t / (n t + w) (mean of the id - mean): t, w the variances between and within ids, n its occurrences; all
-    of them, or all but the token's own.
+    """mean + n t / (n t + w) (mean of the id - mean), with t, w the variances between and within ids, n the id's
+    occurrences. `leave_out` leaves out the token's own occurrence.
     """
     groups = np.unique(ids, return_inverse=True)[1]
     within, between = variances(values, groups)
@@ -90,7 +90,7 @@ def shrunk_means(values: np.ndarray, ids: np.ndarray, leave_out: bool = False) -
 
 
 def pooled(oracle: ScoredOracle, own: float = 0.0, leave_out: bool = False, base: Candidate = raw) -> Values:
-    """own * v + (1 - own) * the shrunk mean of v over the token's id on its side: the id's worth, with less noise."""
+    """own * v + (1 - own) * the shrunk mean of v over the token's id on its side: the id's value, with less noise."""
     values = base(oracle)
     return {
         side: own * v + (1 - own) * shrunk_means(v, flat(oracle.scores.column(f"{side}_ids"))[0], leave_out)
@@ -99,7 +99,7 @@ def pooled(oracle: ScoredOracle, own: float = 0.0, leave_out: bool = False, base
 
 
 def pooled_over_sides(oracle: ScoredOracle, base: Candidate = raw) -> Values:
-    """As `pooled`, over both sides together, each around its mean: a word is good or bad wherever it stands."""
+    """As `pooled`, over both sides together, each around its mean: a word is good or bad on either side."""
     values = base(oracle)
     centred_ = [sign * (values[side] - values[side].mean()) for side, sign in SIGNED_SIDES]
     ids = [flat(oracle.scores.column(f"{side}_ids"))[0] for side in SIDES]
@@ -111,7 +111,7 @@ def pooled_over_sides(oracle: ScoredOracle, base: Candidate = raw) -> Values:
 
 
 def centred(oracle: ScoredOracle, position: bool = True, classes: bool = True, base: Candidate = raw) -> Values:
-    """v minus its mean over tokens of the side at the same position (ten and beyond are one) and of the same class."""
+    """v minus its mean over the side's tokens of the same position (the tenth and later are one) and class."""
     made = {}
     for side, values in base(oracle).items():
         ids, lengths = flat(oracle.scores.column(f"{side}_ids"))
@@ -133,7 +133,7 @@ def surprisal(oracle: ScoredOracle) -> Values:
 
 
 def unsurprised(oracle: ScoredOracle, scaled: bool = False) -> Values:
-    """v minus its mean over tokens of the side as surprising as it (tenths), in their standard deviations if scaled."""
+    """v minus its mean over the side's tokens in the same tenth of surprisal; `scaled`: over their std."""
     made = {}
     hard = surprisal(oracle)
     for side, values in raw(oracle).items():
@@ -144,7 +144,7 @@ def unsurprised(oracle: ScoredOracle, scaled: bool = False) -> Values:
 
 
 def probability_moved(oracle: ScoredOracle) -> Values:
-    """± (pi_oracle - pi_ref): what the oracle did to the probability itself."""
+    """± (pi_oracle - pi_ref): change of the probability itself."""
     hard, values = surprisal(oracle), raw(oracle)
     return {
         side: sign * np.exp(-hard[side]) * np.expm1(sign * values[side]) for side, sign in SIGNED_SIDES
@@ -155,7 +155,7 @@ def probability_moved(oracle: ScoredOracle) -> Values:
 
 
 def of_several(others: dict[int, list[ScoredOracle]], join: Callable[[np.ndarray], np.ndarray]) -> Candidate:
-    """`join` of `[oracles, tokens]` to `[tokens]`, of an oracle and its companions."""
+    """Values of an oracle and its companions, joined: `join` maps `[oracles, tokens]` to `[tokens]`."""
 
     def values(oracle: ScoredOracle) -> Values:
         every = [raw(one) for one in others[id(oracle.scores)]]
@@ -165,13 +165,13 @@ def of_several(others: dict[int, list[ScoredOracle]], join: Callable[[np.ndarray
 
 
 def certain(rows: np.ndarray) -> np.ndarray:
-    """mean * max(0, 1 - var / mean^2), var that of the mean between oracles: the positive part of James and Stein."""
+    """mean * max(0, 1 - var / mean^2), var the variance of the mean over oracles: James and Stein's positive part."""
     mean, variance = rows.mean(0), rows.var(0, ddof=1) / len(rows)
     return mean * np.maximum(0, 1 - variance / np.maximum(mean**2, 1e-12))
 
 
 def moderated(rows: np.ndarray) -> np.ndarray:
-    """mean / (sd + the median sd), a moderated t."""
+    """mean / (sd + median sd): a moderated t."""
     deviation = rows.std(0, ddof=1)
     return rows.mean(0) / (deviation + np.median(deviation))
 
@@ -180,15 +180,15 @@ def moderated(rows: np.ndarray) -> np.ndarray:
 
 
 def candidates() -> dict[str, Rule]:
-    """Those that need no more than a score table, and with the settings that came of them."""
+    """Candidates that need only a score table, alone and combined with the two settings that proved useful."""
     return {
         "pooled": keep(pooled),
         "pooled, own left out": keep(partial(pooled, leave_out=True)),
         "pooled, half own": keep(partial(pooled, own=0.5, leave_out=True)),
         "pooled over sides": keep(pooled_over_sides),
         "pooled, skip shared": keep(pooled, skip_shared=True),
-        "pooled, evidence": keep(pooled, label_log_odds=0.5),
-        "pooled, evidence, skip shared": keep(pooled, label_log_odds=0.5, skip_shared=True),
+        "pooled, label log-odds": keep(pooled, label_log_odds=0.5),
+        "pooled, label log-odds, skip shared": keep(pooled, label_log_odds=0.5, skip_shared=True),
         "centred": keep(centred),
         "centred by position": keep(partial(centred, classes=False)),
         "centred by class": keep(partial(centred, position=False)),
@@ -198,12 +198,12 @@ def candidates() -> dict[str, Rule]:
 
 
 def soft_settings() -> dict[str, dict]:
-    """Soft credit on all tokens around the settings that docs/selection.md shows."""
+    """Soft credit on all tokens, around the settings in docs/selection.md."""
     found = {}
     for label_log_odds in (0.25, 0.5, 0.75, 1.0):
         for temperature in (0.25, 0.5, 1.0):
             for skip in (False, True) if label_log_odds == 0.5 else (False,):
-                found[f"soft {temperature:g}, evidence {label_log_odds:g}{', skip shared' if skip else ''}"] = {
+                found[f"soft {temperature:g}, label log-odds {label_log_odds:g}{', skip shared' if skip else ''}"] = {
                     "k_chosen": 1.0, "k_rejected": 1.0, "credit": "soft", "temperature": temperature, "clip_low": -3.0,
                     "clip_high": 3.0, "label_log_odds": label_log_odds, "skip_shared": skip,
                 }  # fmt: skip
@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--ensemble", action="store_true", help="the runs' oracles scored the same pairs")
+    parser.add_argument("--ensemble", action="store_true", help="oracles scored the same pairs: join three of them too")
     arguments = parser.parse_args()
     found, gold = rank_inputs(arguments.runs)
     oracles = {}

@@ -1,9 +1,9 @@
-"""Read the curves of stored comparisons again: rows, differences and pictures from the checkpoints in compare.json.
+"""Interpolate the curves of stored comparisons again: rows, differences and figures from compare.json.
 
-    python scripts/reread_comparison.py results/*/compare.json
+    python scripts/reread_comparison.py results/*/compare.json                        # rewrite them
+    python scripts/reread_comparison.py results/rate/compare.json --kl 1.5 3          # print values at these KLs
 
-For when the way that curves are read has changed (`evaluate.frontier.at_kl`); no model is run. Values at any other
-KL are printed with `--kl`.
+For changes of the interpolation (`sepo.study.policy_evaluator.at_kl`); runs no model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sepo.study.results import differences, save_comparison_figures, summarise_r
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="compare.json")
-    parser.add_argument("--kl", type=float, nargs="*", default=[], help="print values at these, and write nothing")
+    parser.add_argument("--kl", type=float, nargs="*", default=[], help="print values at these KLs and write nothing")
     arguments = parser.parse_args()
     for path in arguments.files:
         comparison = json.loads(path.read_text(encoding="utf-8"))
@@ -27,7 +27,7 @@ def main() -> None:
             print(f"{path}, KL {kl:g}")
             for row in summarise_runs(comparison["runs"], kl):
                 name = f"{row['variant']} {row['label']}".strip() + ("" if row["reported"] else " (sweep)")
-                reach = f"{row['reached']} of {row['seeds']} get there, {row['unmeasured']} not measured below"
+                reach = f"{row['reached']} of {row['seeds']} reach it, {row['unmeasured']} have no checkpoint below"
                 print(f"  {name:60} {row['value']:+.3f} ± {row['value_se']:.3f}  {reach}")
             for row in differences(comparison["runs"], kl):
                 span = f"({row['low']:+.3f} to {row['high']:+.3f})"

@@ -36,7 +36,7 @@ _NAMES = {
     "report.build": ["build_report"],
     "report.figures": ["save_figures"],
     "report.notebook": ["display"],
-    "runs.pipeline": ["run_recipe"],
+    "api": ["plan_run", "run_recipe"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

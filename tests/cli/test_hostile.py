@@ -252,7 +252,7 @@ SNIPPETS = [
 
 @pytest.fixture
 def never_runs(monkeypatch):
-    monkeypatch.setattr("sepo.runs.pipeline.run_recipe", lambda recipe: recipe.model_dump(mode="json") and {})
+    monkeypatch.setattr("sepo.api.run_recipe", lambda recipe, until: recipe.model_dump(mode="json") and {})
 
 
 @examples(200, **RELAXED)

@@ -7,7 +7,6 @@ from sepo.credit.label_log_odds import label_statistics, residuals
 from sepo.credit.selection import select_key_tokens, shared_tokens
 from sepo.data.tables import make_table, provenance_of, read_table, with_provenance, write_table
 from sepo.errors import UserError
-from sepo.recipe.settings import SelectSettings
 from sepo.stages.select import select
 
 
@@ -104,10 +103,7 @@ def test_shared_tokens_are_skipped_by_every_rule_unless_nothing_else_is_left():
     assert [row["chosen_positions"] for row in rows] == [[1, 2], [1]]  # of equals, the best
 
 
-def test_what_earlier_runs_and_tables_say_of_themselves_stays():
-    assert not {"label_log_odds", "skip_shared"} & set(SelectSettings().what_is_selected())
-    used = SelectSettings(label_log_odds=0.5, skip_shared=True).what_is_selected()
-    assert (used["label_log_odds"], used["skip_shared"]) == (0.5, True)
+def test_a_table_names_the_label_log_odds_that_it_was_made_with():
     assert not {"label_log_odds", "skip_shared"} & set(provenance_of(select_key_tokens(drawn(2))))
     assert provenance_of(select_key_tokens(drawn(2), label_log_odds=0.5))["label_log_odds"] == 0.5
 

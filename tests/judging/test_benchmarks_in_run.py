@@ -95,4 +95,4 @@ def test_both_models_answer_in_the_benchmark_s_form_and_only_what_changed_is_don
 
 
 def test_without_benchmarks_the_evaluation_is_what_it_was():
-    assert not {name for name in parse_recipe({}, "test").eval.what_is_measured() if name.startswith("benchmark")}
+    assert not {name for name in parse_recipe({}, "test").eval.cache_key() if name.startswith("benchmark")}

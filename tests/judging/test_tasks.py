@@ -84,7 +84,7 @@ def test_what_was_forgotten_is_told_and_warned_of():
 
 
 def test_without_tasks_a_run_is_what_it_was():
-    assert "tasks" not in parse_recipe({}, "test").eval.what_is_measured()
+    assert "tasks" not in parse_recipe({}, "test").eval.cache_key()
     check_tasks([])
 
 

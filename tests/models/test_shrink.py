@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from sepo.api import run_recipe
 from sepo.errors import UserError
 from sepo.models.config import describe_model, load_config
 from sepo.models.names import check_model
@@ -14,7 +15,7 @@ from sepo.models.saving import save_model
 from sepo.models.shrink import layers_kept, shrink_model
 from sepo.models.weights import load_model
 from sepo.recipe.reading import parse_recipe
-from sepo.runs.pipeline import check_inputs, run_recipe
+from sepo.runs.pipeline import check_inputs
 from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 

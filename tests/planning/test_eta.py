@@ -10,11 +10,9 @@ import pytest
 
 from sepo import bars
 from sepo.models.config import load_shape
-from sepo.planning.eta import Eta, RunLine
-from sepo.planning.sizes import work_by_record
-from sepo.recipe.reading import parse_recipe
+from sepo.planning.eta import Eta, RunLine, estimates_of_process
 from sepo.recipe.settings import LoraSettings
-from sepo.stages.stage import Cost, ModelSize, Work
+from sepo.stages.cost import Cost, Estimate, ModelSize
 from tiny_models import tiny_model
 
 STAGES = {"reference_logps": "score", "oracle": "train", "oracle_logps": "score", "select": "", "eval": "generate"}
@@ -34,22 +32,23 @@ def model(tmp_path_factory):
     return ModelSize(str(folder), None, load_shape(str(folder)))
 
 
-def outlook(model, clock) -> Eta:
+def eta_of(model, clock) -> Eta:
     """Stages of 10, 60, 10, 0 and 60 seconds at a rate of 1."""
-    per_token = Work("score", model, tokens=1).flops
-    works = {
-        "reference_logps": [Work("score", model, tokens=10 / per_token)],
-        "oracle": [Work("train", model, tokens=20 / per_token)],
-        "oracle_logps": [Work("score", model, tokens=10 / per_token)],
+    per_token = Estimate("score", model, tokens=1).flops
+    per_response = Estimate("generate", model, steps=1, width=1).flops
+    estimates = {
+        "reference_logps": [Estimate("score", model, tokens=10 / per_token)],
+        "oracle": [Estimate("train", model, tokens=20 / per_token)],
+        "oracle_logps": [Estimate("score", model, tokens=10 / per_token)],
         "select": [],
-        "eval": [Work("generate", model, steps=1, width=round(20 / Work("generate", model, steps=1, width=1).flops))],
+        "eval": [Estimate("generate", model, steps=1, width=round(20 / per_response))],
     }
-    return Eta(works, 1.0, clock)
+    return Eta(estimates, 1.0, clock)
 
 
 def test_a_machine_that_takes_three_times_as_long_is_noticed_after_the_first_pass(model):
     clock = Clock()
-    run = outlook(model, clock)
+    run = eta_of(model, clock)
     before = run.remaining()
     assert before == pytest.approx(sum(run.expected.values()))
     run.begin("reference_logps")
@@ -60,7 +59,7 @@ def test_a_machine_that_takes_three_times_as_long_is_noticed_after_the_first_pas
 
 def test_a_stage_that_stood_takes_no_time_and_says_nothing_of_the_speed(model):
     clock = Clock()
-    run = outlook(model, clock)
+    run = eta_of(model, clock)
     for name in ("reference_logps", "oracle", "oracle_logps", "select"):
         run.begin(name)
         clock.now += 0.01
@@ -70,7 +69,7 @@ def test_a_stage_that_stood_takes_no_time_and_says_nothing_of_the_speed(model):
 
 def test_the_progress_of_a_training_says_what_remains_of_it_better_than_its_flops(model):
     clock = Clock()
-    run = outlook(model, clock)
+    run = eta_of(model, clock)
     run.begin("oracle")
     run.part(0.0)
     clock.now = 30.0
@@ -87,7 +86,7 @@ def test_the_progress_of_a_training_says_what_remains_of_it_better_than_its_flop
 
 def test_a_stage_that_failed_is_no_measurement(model):
     clock = Clock()
-    run = outlook(model, clock)
+    run = eta_of(model, clock)
     line = RunLine(run, list(STAGES))
 
     def fail() -> None:
@@ -102,7 +101,7 @@ def test_a_stage_that_failed_is_no_measurement(model):
 
 
 def test_an_oracle_more_than_was_planned_does_no_harm(model):
-    run = outlook(model, Clock())
+    run = eta_of(model, Clock())
     line = RunLine(run, list(STAGES))
     with line.during("oracle-7"):
         line.show("step 1 of 2", 0.5)
@@ -125,7 +124,7 @@ def test_bars_of_a_run_are_one_line_that_is_drawn_or_one_now_and_then_in_a_log(m
     show(monkeypatch)
     monkeypatch.setattr("sys.stderr", stream())
     clock = Clock()
-    line = RunLine(outlook(model, clock), list(STAGES))
+    line = RunLine(eta_of(model, clock), list(STAGES))
     with bars.show_in(line), line.during("oracle"):
         with bars.progress_bar(True, total=1000, desc="  oracle", unit="step") as bar:
             bar.set_postfix({"loss": "0.693"})
@@ -156,29 +155,16 @@ def test_a_bar_alone_in_a_log_is_a_line_now_and_then(monkeypatch):
     assert lines[0].startswith("tokenise: 100%")
 
 
-@pytest.mark.parametrize(
-    ("section", "names"),
-    [
-        ({}, ["reference_logps", "oracle", "oracle_logps"]),
-        ({"count": 3}, ["reference_logps", "oracle", "oracle-2", "oracle-3", "oracle_logps", "oracle-2_logps"]),
-        ({"model": "other"}, ["reference_logps", "oracle_logps"]),
-    ],
-)
-def test_the_work_of_every_oracle_is_counted_also_of_one_that_exists(model, section, names):
-    recipe = parse_recipe({"reference": {"model": model.name}, "oracle": section}, "test")
-    pass_over = Cost("", work=(Work("score", model, tokens=30.0),))
-    costs = {"reference_logps": pass_over, "oracle_logps": pass_over, "data": Cost("")}
-    if "model" not in section:
-        costs = {"reference_logps": pass_over, "oracle": pass_over, "oracle_logps": pass_over}
-    works = work_by_record(recipe, costs)
-    assert list(works)[: len(names)] == names
-    of_oracles = sum(work.tokens for name, parts in works.items() if name.endswith("_logps") for work in parts)
-    assert of_oracles == pytest.approx(60)
+def test_processes_share_scoring_and_training_and_each_generates_everything(model):
+    parts = [Estimate(kind, model, tokens=30.0, steps=6.0) for kind in ("load", "score", "train", "generate")]
+    shared = estimates_of_process(Cost("", estimates=tuple(parts)), 3)
+    assert [part.tokens for part in shared] == [30, 10, 10, 30]
+    assert estimates_of_process(None, 3) == []
 
 
 def test_flops_of_adapters_are_those_of_the_layers_that_their_gradients_reach(model):
     def flops(lora):
-        return Work("train", model, tokens=10, targets=4, lora=lora).flops
+        return Estimate("train", model, tokens=10, targets=4, lora=lora).flops
 
     shape = model.shape
     whole, head = 10 * shape.linear, 4 * shape.head

@@ -15,8 +15,9 @@ from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import table_pairs
 from sepo.models.adapters import new_adapter
 from sepo.models.config import describe_model, model_shape
-from sepo.planning.memory import PARTS, Reading, Training, smallest_change
+from sepo.planning.memory import PARTS, kept_bytes, options_to_fit, parts_of, smallest_change, trainable
 from sepo.recipe.settings import LoraSettings, TrainingSettings
+from sepo.stages.cost import FrozenMemory, TrainingMemory
 from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 LLAMA_1B = LlamaConfig(
@@ -32,7 +33,7 @@ WIDE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
 
 def need(shape, device="cpu", tokens=512, targets=400, **settings):
     given = {key: settings.pop(key) for key in ("lora", "quantization", "processes", "sharded") if key in settings}
-    return Training(shape, TrainingSettings(**settings), device, tokens, targets, 64, **given)
+    return TrainingMemory(shape, TrainingSettings(**settings), device, tokens, targets, 64, **given)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -43,8 +44,7 @@ def test_a_config_gives_the_weights_and_the_adapters_of_the_model(architecture, 
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.head == model.get_output_embeddings().weight.numel()
     lora = LoraSettings(r=3, target_modules=targets)
-    trainable = describe_model(new_adapter(model, lora))["trainable"]
-    assert need(shape, lora=lora).trainable == trainable
+    assert trainable(need(shape, lora=lora)) == describe_model(new_adapter(model, lora))["trainable"]
 
 
 def test_gradients_and_moments_are_those_of_the_optimizer():
@@ -52,7 +52,7 @@ def test_gradients_and_moments_are_those_of_the_optimizer():
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
     optimizer.step()
-    parts = need(model_shape(model)).parts()
+    parts = parts_of(need(model_shape(model)))
     assert parts["weights"] == sum(p.nbytes for p in model.parameters())
     assert parts["gradients"] == sum(p.grad.nbytes for p in model.parameters())
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
@@ -76,7 +76,7 @@ def test_activations_are_those_that_a_packed_row_keeps(architecture, checkpointi
     held = sum(event.self_cpu_memory_usage for event in profiler.events())
     shape = model_shape(model)
     one = need(shape, tokens=batch.num_tokens, targets=len(batch.target_ids), activation_checkpointing=checkpointing)
-    expected = one.kept()
+    expected = kept_bytes(one)
     if checkpointing:  # the block that is computed anew comes later
         expected = 4 * (shape.layers + 1) * batch.num_tokens * shape.hidden
     head = 4 * len(batch.target_ids) * (shape.vocab + shape.hidden)
@@ -92,8 +92,8 @@ def test_the_cache_is_that_of_generation():
     layers = seen[-1].layers
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     # The last token drawn is never read.
-    expected = Reading(model_shape(model), "cpu", 4, 512, 10, responses=3, length=4 + 6 - 1, prompt=4).parts()["cache"]
-    assert held == expected
+    frozen = FrozenMemory(model_shape(model), "cpu", 4, 512, 10, responses=3, length=4 + 6 - 1, prompt=4)
+    assert held == parts_of(frozen)["cache"]
 
 
 @pytest.mark.parametrize(
@@ -107,28 +107,28 @@ def test_the_cache_is_that_of_generation():
 def test_predictions_hold_what_was_measured_on_a_gpu(shape, tokens, share, measured):
     """results/gpu.md: gigabytes of PyTorch's allocator, which holds no context. A row is at most its budget long, so
     the prediction is from a little below to a quarter above."""
-    parts = need(model_shape(shape), "cuda", tokens, round(share * tokens)).parts()
+    parts = parts_of(need(model_shape(shape), "cuda", tokens, round(share * tokens)))
     assert 0.95 * measured < (sum(parts.values()) - parts["other"]) / 1e9 < 1.25 * measured
 
 
 def test_the_prediction_holds_the_resident_memory_of_a_training_on_a_cpu():
     """docs/performance.md: a DPO step of SmolLM2 whose longest pair has 878 tokens, 3.73 and 3.81 GB."""
-    total = sum(need(model_shape(SMOLLM2), "cpu", 878, 750).parts().values()) / 1e9
+    total = sum(parts_of(need(model_shape(SMOLLM2), "cpu", 878, 750)).values()) / 1e9
     assert total == pytest.approx(3.77, rel=0.1)
 
 
 def test_sharding_adapters_and_four_bits_count_what_they_save():
     shape = model_shape(LLAMA_1B)
-    whole = need(shape, "cuda", processes=8).parts()
-    cut = need(shape, "cuda", processes=8, sharded=True).parts()
+    whole = parts_of(need(shape, "cuda", processes=8))
+    cut = parts_of(need(shape, "cuda", processes=8, sharded=True))
     assert cut["AdamW"] == whole["AdamW"] / 8
     assert cut["weights"] < whole["weights"] / 2
     lora = LoraSettings(r=16)
     adapted = need(shape, "cuda", lora=lora)
-    assert adapted.parts()["AdamW"] == 8 * adapted.trainable
-    assert adapted.parts()["weights"] == 2 * shape.parameters + 4 * adapted.trainable
-    small = need(shape, "cuda", lora=lora, quantization="4bit").parts()
-    assert small["weights"] < 0.5 * adapted.parts()["weights"]
+    assert parts_of(adapted)["AdamW"] == 8 * trainable(adapted)
+    assert parts_of(adapted)["weights"] == 2 * shape.parameters + 4 * trainable(adapted)
+    small = parts_of(need(shape, "cuda", lora=lora, quantization="4bit"))
+    assert small["weights"] < 0.5 * parts_of(adapted)["weights"]
 
 
 @pytest.mark.parametrize("gigabytes", [4, 8, 16, 24, 40, 80])
@@ -136,34 +136,34 @@ def test_sharding_adapters_and_four_bits_count_what_they_save():
 def test_what_is_proposed_fits(gigabytes, processes):
     one = need(model_shape(LLAMA_1B), "cuda", 16384, 14000, processes=processes)
     words = smallest_change(one, gigabytes * 1e9)
-    choices = [dict(group) for group in one.changes()]
+    choices = [dict(group) for group in options_to_fit(one)]
     for said in words.split(" or "):
         found = [group[said] for group in choices if said in group]
         assert found, said
-        assert sum(found[0].parts().values()) <= gigabytes * 1e9
+        assert sum(parts_of(found[0]).values()) <= gigabytes * 1e9
 
 
 def test_a_frozen_model_that_is_cut_up_fits_where_a_whole_one_does_not():
     shape = model_shape(LLAMA_1B)
-    whole = Reading(shape, "cuda", 4, 4096, 2000, responses=64, length=512, prompt=256, processes=8)
+    whole = FrozenMemory(shape, "cuda", 4, 4096, 2000, responses=64, length=512, prompt=256, processes=8)
     cut = replace(whole, sharded=True)
-    assert whole.parts()["weights"] == 4 * shape.parameters
+    assert parts_of(whole)["weights"] == 4 * shape.parameters
     # Two blocks and the embedding, whole, beside the part.
-    assert cut.parts()["weights"] == 4 * (shape.parameters / 8 + 2 * shape.block + shape.embedding)
-    assert {name for name in PARTS if cut.parts()[name] != whole.parts()[name]} == {"weights"}
+    assert parts_of(cut)["weights"] == 4 * (shape.parameters / 8 + 2 * shape.block + shape.embedding)
+    assert {name for name in PARTS if parts_of(cut)[name] != parts_of(whole)[name]} == {"weights"}
     pass_over_pairs = replace(whole, responses=0)
-    room = sum(replace(pass_over_pairs, sharded=True).parts().values()) + 1e6
+    room = sum(parts_of(replace(pass_over_pairs, sharded=True)).values()) + 1e6
     assert smallest_change(pass_over_pairs, room) == "FSDP over 8"
     for one in (whole, cut):
         for gigabytes in (3, 4, 6, 8):
             for words in smallest_change(one, gigabytes * 1e9).split(" or "):
-                found = [dict(group)[words] for group in one.changes() if words in dict(group)]
-                assert not found or sum(found[0].parts().values()) <= gigabytes * 1e9
+                found = [dict(group)[words] for group in options_to_fit(one) if words in dict(group)]
+                assert not found or sum(parts_of(found[0]).values()) <= gigabytes * 1e9
 
 
 def test_all_parts_are_named():
     shape = model_shape(LLAMA_1B)
-    assert tuple(need(shape).parts()) == tuple(Reading(shape, "cuda", 2, 512, 100).parts()) == PARTS
+    assert tuple(parts_of(need(shape))) == tuple(parts_of(FrozenMemory(shape, "cuda", 2, 512, 100))) == PARTS
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "rwkv", "falcon_mamba", "gemma4_text", "xlstm", "jamba"])

@@ -6,14 +6,16 @@ from collections import Counter
 
 import pytest
 
+from sepo.api import run_recipe
 from sepo.cli import main
 from sepo.evaluate import generate
 from sepo.forward import scoring as passes
 from sepo.models.config import load_shape
-from sepo.planning import plan
+from sepo.planning.plan import Planner, plan_stages, throughputs_of
+from sepo.planning.sizes import method_sizes
 from sepo.recipe.reading import load_recipe
-from sepo.runs.pipeline import run_recipe
-from sepo.stages.stage import Cost
+from sepo.runs.method import Method
+from sepo.stages.cost import Cost
 from sepo.training import trainer
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -63,21 +65,30 @@ def counted(monkeypatch):
     return done
 
 
+def planned(recipe, folder) -> tuple[Method, dict[str, Cost]]:
+    """The method of a recipe, and what each of its stages costs, without training."""
+    planner = Planner(folder)
+    method = Method(recipe, planner)
+    plan_stages(method, None)
+    sizes = method_sizes(method, "cpu")
+    return method, {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
+
+
 def planned_work(costs: dict[str, Cost]) -> Counter:
     total: Counter = Counter()
     for cost in costs.values():
-        for work in cost.work or ():
+        for part in cost.estimates or ():
             for name in ("tokens", "targets", "updates", "steps"):
-                total[work.kind, name] += getattr(work, name)
+                total[part.kind, name] += getattr(part, name)
     return total
 
 
 def test_the_work_that_is_counted_is_the_work_of_the_run(workplace, tmp_path, counted):
     """Tokens read and sent through the LM head, optimizer steps, decoding steps."""
     recipe = load_recipe(workplace / "recipe.yaml", [f"output_dir={tmp_path / 'run'}"])
-    sizes, _ = plan.measure_sizes(recipe, progress=False)
+    _, costs = planned(recipe, tmp_path / "planned")
     counted.clear()
-    expected = planned_work(plan.stage_costs(recipe, sizes))
+    expected = planned_work(costs)
     run_recipe(recipe)
     steps = [json.loads((tmp_path / "run" / name / "trainer_state.json").read_text())["global_step"]
              for name in ("oracle", "policy")]  # fmt: skip
@@ -100,10 +111,10 @@ def test_times_are_measured_where_the_model_is_here_and_say_where_not(workplace,
     for words in ("loading", "a scored row", "a training row", "decoding steps"):
         assert f"measuring {words} of model" in shown.err
     loaded = load_recipe(recipe, [f"output_dir={tmp_path / 'new'}"])
-    sizes, paces = plan.measure_sizes(loaded, progress=False)
-    paces.measure = False
-    costs = plan.stage_costs(loaded, sizes)
-    assert all(not paces.pace(work).measured for work in costs["oracle"].work)
+    method, costs = planned(loaded, tmp_path / "planned")
+    throughputs = throughputs_of(method)
+    throughputs.measure = False
+    assert all(not throughputs.of(part).measured for part in costs["oracle"].estimates)
 
 
 @pytest.fixture
@@ -138,8 +149,8 @@ def test_a_policy_of_which_only_the_config_is_here_is_planned_and_not_run(workpl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--processes", "2"], "are what a --dry-run plans for"),
-        (["--device-memory", "80"], "are what a --dry-run plans for"),
+        (["--processes", "2"], "are for a --dry-run"),
+        (["--device-memory", "80"], "are for a --dry-run"),
         (["--dry-run", "--processes", "0"], "expected the number of devices"),
         (["--dry-run", "--device-memory", "-1"], "expected gigabytes"),
         (["--dry-run", "--device-memory", "nan"], "expected gigabytes"),

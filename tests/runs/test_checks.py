@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from pairs import some_pairs
+from sepo.api import plan_run, run_recipe
 from sepo.credit.rewards import token_rewards
 from sepo.data.tables import make_table, provenance_of, read_table, write_table
 from sepo.errors import UserError
@@ -17,11 +18,10 @@ from sepo.forward.scoring import dataset_logps
 from sepo.models.names import check_model
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
-from sepo.planning.plan import plan_run
 from sepo.recipe.reading import parse_override, parse_recipe, set_key
 from sepo.recipe.settings import Recipe
 from sepo.runs import pipeline
-from sepo.runs.pipeline import check_inputs, check_pairs, run_recipe
+from sepo.runs.pipeline import check_inputs, check_pairs
 from sepo.stages import data, reference
 from sepo.stages.score import score_pairs
 from sepo.stages.select import select
@@ -253,5 +253,5 @@ def test_a_fine_tuned_reference_depends_on_the_content_of_its_rows(tmp_path, mod
     seen = []
     for text in ("a", "b", "a"):
         rows.write_text(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n")
-        seen.append(dict(reference.stage(recipe, reference.start(recipe)).depends))
+        seen.append(dict(reference.stage(recipe, reference.hash_model(recipe.reference.model)).depends))
     assert seen[0] == seen[2] != seen[1]

@@ -7,7 +7,7 @@ import pytest
 from sepo.cli import main
 from sepo.data.tables import read_table
 from sepo.errors import UserError
-from sepo.recipe.settings import EMBEDDED_DATA, DataSettings
+from sepo.recipe.settings import EMBEDDED_DATA, DataSettings, Recipe
 from sepo.stages import data, score
 from sepo.stages.stage import StageResult
 from tiny_models import tiny_model, tiny_tokenizer
@@ -61,7 +61,7 @@ def test_an_embedded_task_that_does_not_exist_is_refused_with_those_that_do(work
 
 def test_the_data_stage_knows_one_embedded_task_from_the_other(workplace):
     stages = [
-        data.stage(DataSettings(**{"source": "embedded:plain", key: source}), tiny_tokenizer(), 0)
+        data.stage(Recipe(data={"source": "embedded:plain", key: source}), tiny_tokenizer())
         for key in ("source", "held_out_source")
         for source in EMBEDDED_DATA
     ]

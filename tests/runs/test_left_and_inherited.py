@@ -72,11 +72,11 @@ def test_a_fine_tuned_reference_depends_on_the_template_that_writes_its_rows(tmp
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     settings = {"model": str(tmp_path / "model"), "sft": {"source": str(tmp_path / "rows.jsonl")}}
     recipe = parse_recipe({"reference": settings}, "test")
-    before = reference.stage(recipe, reference.start(recipe)).depends
-    assert reference.stage(recipe, reference.start(recipe)).depends == before
+    before = reference.stage(recipe, reference.hash_model(recipe.reference.model)).depends
+    assert reference.stage(recipe, reference.hash_model(recipe.reference.model)).depends == before
     with open(tmp_path / "model" / "chat_template.jinja", "a") as file:
         file.write("!")
-    after = reference.stage(recipe, reference.start(recipe)).depends
+    after = reference.stage(recipe, reference.hash_model(recipe.reference.model)).depends
     assert {key for key in before if before[key] != after[key]} == {"model"}
 
 

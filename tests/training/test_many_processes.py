@@ -18,8 +18,9 @@ from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import table_pairs
 from sepo.models.config import model_shape
-from sepo.planning.memory import Training
+from sepo.planning.memory import parts_of
 from sepo.recipe.settings import TrainingSettings
+from sepo.stages.cost import TrainingMemory
 from tiny_models import tiny_model
 
 DEEPSPEED = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",
@@ -76,7 +77,9 @@ def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_pa
     objective = "simpo" if sharded and number == 3 else "dpo"
     results = launch(number, tmp_path, objective, sizes, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
     shape = model_shape(tiny_model("llama"))
-    plan = Training(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded).parts()
+    plan = parts_of(
+        TrainingMemory(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded)
+    )
     assert results.keys() == alone[objective].keys()
     for size, one in alone[objective].items():
         assert results[size]["losses"] == pytest.approx(one["losses"], abs=2e-5), f"{size} pairs"

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import replace
+from inspect import signature
+from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,18 +19,11 @@ from sepo.forward.packing import CHOSEN, REJECTED, Pair, pack
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import dataset_logps
 from sepo.forward.token_kl import token_logps_and_kl
-from sepo.recipe import settings as recipe
+from sepo.recipe.objectives import OBJECTIVES, markdown_table
 from sepo.recipe.reading import parse_recipe
+from sepo.recipe.settings import PolicySettings
 from sepo.training import objectives
-from sepo.training.objectives import (
-    OBJECTIVES,
-    REWARDED,
-    WITH_LABEL_SMOOTHING,
-    PairSums,
-    below_mean_probability,
-    pair_losses,
-    selective_marks,
-)
+from sepo.training.objectives import LOSSES, PairSums, below_mean_probability, pair_losses, selective_marks
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -70,7 +64,7 @@ def published_loss(
     total = lambda rows: sum(row[0] for row in rows)  # noqa: E731
     ratio = lambda rows: sum(row[0] - row[1] for row in rows)  # noqa: E731
     smooth = lambda x: -(1 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x)  # noqa: E731
-    alpha = objectives.ALPHA.get(objective) if alpha is None else alpha
+    alpha = OBJECTIVES[objective].alpha if alpha is None else alpha
     if objective == "sepo":
         up = sum(a * row[0] for a, row in zip(w, chosen, strict=True)) / sum(w)
         down = sum(a * row[0] for a, row in zip(v, rejected, strict=True)) / sum(v)
@@ -183,13 +177,13 @@ CASES = [(name, None, 0.0) for name in OBJECTIVES] + [
 @pytest.mark.parametrize(("objective", "alpha", "smoothing"), CASES)
 def test_a_training_step_is_the_published_formula_written_out(objective, alpha, smoothing):
     """Loss and gradient over one-token responses, equal responses, shared prompts, some tokens, uneven weights."""
-    pairs = with_rewards(awkward_pairs()) if objective in REWARDED else awkward_pairs()
+    pairs = with_rewards(awkward_pairs()) if OBJECTIVES[objective].reads_token_rewards else awkward_pairs()
     check_a_step(pairs, objective, alpha, smoothing)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_pair_weight_scales_the_loss_of_its_pair_and_no_other(objective):
-    pairs = with_rewards(awkward_pairs()) if objective in REWARDED else awkward_pairs()
+    pairs = with_rewards(awkward_pairs()) if OBJECTIVES[objective].reads_token_rewards else awkward_pairs()
     weights = np.random.default_rng(2).uniform(0, 1, len(pairs)).round(3)
     weights[1] = 0
     check_a_step([replace(pair, weight=float(w)) for pair, w in zip(pairs, weights, strict=True)], objective)
@@ -238,11 +232,29 @@ def test_pair_weights_that_cannot_be_are_refused_before_the_training(objective, 
         PreferenceTrainer(tiny_model("llama"), config, train_dataset=table)
 
 
-def test_the_recipe_offers_the_objectives_that_exist():
-    assert get_args(recipe.Objective) == OBJECTIVES
+def test_the_recipe_offers_the_objectives_that_have_a_formula():
+    assert OBJECTIVES.keys() == LOSSES.keys()
+    schema = PolicySettings.model_json_schema()["properties"]["objective"]
+    assert schema["enum"] == list(OBJECTIVES)
+    with pytest.raises(UserError, match=r"policy\.objective is 'dpoo': input should be 'sepo', 'dpo'"):
+        parse_recipe({"policy": {"objective": "dpoo"}}, "here")
 
 
-@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - set(WITH_LABEL_SMOOTHING)))
+def test_the_defaults_of_the_formulas_are_those_of_the_table():
+    functions = {**{name: getattr(objectives, name, None) for name in OBJECTIVES}, "tgdpo": objectives.guided_weights}
+    functions["selective_dpo"] = selective_marks
+    for name, objective in OBJECTIVES.items():
+        defaults = {key: item.default for key, item in signature(functions[name]).parameters.items()}
+        assert (defaults.get("alpha"), defaults.get("rate")) == (objective.alpha, objective.rate), name
+
+
+def test_the_documentation_has_the_table_of_the_objectives():
+    """To renew it: python -c "from sepo.recipe.objectives import markdown_table; print(markdown_table())"."""
+    text = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert f"\n\n{markdown_table()}\n\n" in text
+
+
+@pytest.mark.parametrize("objective", [name for name, row in OBJECTIVES.items() if not row.label_smoothing])
 def test_label_smoothing_is_refused_where_it_is_not_defined(objective):
     with pytest.raises(UserError, match=f"label_smoothing is not defined for {objective}"):
         PreferenceConfig("unused", objective=objective, label_smoothing=0.1, use_cpu=True, report_to="none")
@@ -296,7 +308,7 @@ def without_targets(pair):
     return Pair(pair.pair_id, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
 
 
-@pytest.mark.parametrize("objective", REWARDED)
+@pytest.mark.parametrize("objective", [name for name, row in OBJECTIVES.items() if row.reads_token_rewards])
 def test_an_objective_on_rewards_refuses_a_table_without_the_reward_of_every_token(objective):
     config = PreferenceConfig("unused", objective=objective, use_cpu=True, report_to="none")
     for table in (pairs_table(awkward_pairs()), weighted_table(awkward_pairs())):
@@ -305,7 +317,7 @@ def test_an_objective_on_rewards_refuses_a_table_without_the_reward_of_every_tok
 
 
 def test_rate_is_refused_for_objectives_that_do_not_read_it():
-    with pytest.raises(UserError, match="rate is of objective selective_dpo, not of dpo"):
+    with pytest.raises(UserError, match="rate is a setting of selective_dpo, not of dpo"):
         parse_recipe({"policy": {"objective": "dpo", "rate": 0.3}}, "here")
 
 

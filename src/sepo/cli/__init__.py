@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = True
     try:
         with _terminated_as_interrupted():
-            arguments = parse_arguments(argv)
-            code = arguments.work(arguments) or 0
+            command = parse_arguments(argv)
+            code = command.module.run(command.arguments) or 0
         failed = False
         return code
     except UserError as error:

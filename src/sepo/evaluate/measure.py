@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,12 +27,18 @@ from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import digest, write_json
 from sepo.forward.scoring import dataset_logps, numerics, read_like, summed_logps
-from sepo.judging.in_run import judge_responses
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.sharding import is_sharded
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import EvalSettings
+
+# A judge of the policy's answers: (questions, answers of the base, of the policy, number of each prompt, device) ->
+# metrics, columns for the table of generations, annotations.
+Judge = Callable[
+    [Sequence[str], Sequence[str], Sequence[str], Sequence[int], str],
+    tuple[dict[str, float], dict[str, list[Any]], list[dict[str, Any]]],
+]
 
 
 def evaluate_run(
@@ -50,6 +56,7 @@ def evaluate_run(
     device: str = "auto",
     dtype: str = "auto",
     tokens_per_row: int | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, float]:
     """Measure a policy against the model it started from, on held-out pairs and prompts.
 
@@ -68,6 +75,7 @@ def evaluate_run(
         base_logps: the base's stored log-probabilities of `held_out`; computed when None, and where they were read in
             other types or on another kind of device than the policy is.
         tokens_per_row: token budget of a packed row when reading; a default for the device if None.
+        judge: compares the answers of policy and base.
 
     Returns:
         flat metrics, floats by name.
@@ -78,8 +86,8 @@ def evaluate_run(
         stored = None if base_logps is None else read_table(base_logps, "logps")
         return read_models(policy, base, held_out, settings, load, stored, seed, tokens_per_row, out)
 
-    def judge(readings: Readings | None) -> dict[str, float]:
-        return {} if readings is None else _metrics_of_models(readings, policy, held_out, out, settings, device)
+    def measure(readings: Readings | None) -> dict[str, float]:
+        return {} if readings is None else _metrics_of_models(readings, policy, held_out, out, settings, device, judge)
 
     def metrics_of_tables() -> dict[str, float]:
         return _metrics_of_tables(policy, held_out, settings, scores, scores_held_out, selection)
@@ -87,9 +95,9 @@ def evaluate_run(
     metrics = processes.on_main(metrics_of_tables)
     if processes.read_sharded():
         readings = read()
-        metrics |= processes.on_main(lambda: judge(readings))
+        metrics |= processes.on_main(lambda: measure(readings))
     else:
-        metrics |= processes.on_main(lambda: judge(read()))
+        metrics |= processes.on_main(lambda: measure(read()))
     if not metrics.get("judge/unanswered"):  # else the judge is asked again, about these answers
         processes.on_main(lambda: _forget_finished(out))
     return metrics
@@ -199,7 +207,13 @@ def _metrics_of_tables(
 
 
 def _metrics_of_models(
-    readings: Readings, policy: str, held_out: Path, out: Path, settings: EvalSettings, device: str
+    readings: Readings,
+    policy: str,
+    held_out: Path,
+    out: Path,
+    settings: EvalSettings,
+    device: str,
+    judge: Judge | None,
 ) -> dict[str, float]:
     """What follows from what was read of the models; writes the responses to `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -212,9 +226,8 @@ def _metrics_of_models(
         generations = {"base": readings.base, "policy": readings.policy}
         found, table = judge_generations(generations, readings.kl, tokenizer, prompts, settings)
         metrics |= found
-        if settings.judge is not None:
-            found, verdicts, rows = judge_responses(
-                settings.judge,
+        if judge is not None:
+            found, verdicts, rows = judge(
                 [words_of_prompt(prompts[one.prompt_index], tokenizer) for one in readings.policy],
                 table["base"].to_pylist(),
                 table["policy"].to_pylist(),

@@ -21,8 +21,8 @@ from sepo.models.folders import is_adapter
 from sepo.recipe.settings import EMBEDDED_DATA, Recipe
 from sepo.report.numbers import number
 from sepo.report.run_summary import RunSummary, cautions, short_name, summary_of_folder, task_scores
+from sepo.runs.folder import CARD
 
-CARD = "README.md"
 # A card without this line is somebody's own text, and is left alone.
 MARK = "<!-- Written by sepo from the run. Without this line it is kept as it is. -->"
 PAPER = "[SePO](https://arxiv.org/abs/2408.13518) (Yang et al., EMNLP 2025)"

@@ -1,14 +1,15 @@
-"""Dry runs: what a recipe or a grid would do, how long it would take here, and whether it fits; nothing is trained.
+"""Dry runs: what a run would do, how long it would take here, and whether it fits. Nothing is trained.
 
-The data are read and tokenised for the counts. Times are those of a piece of the work, done here and now (`pace.py`).
-Memory follows from the models' configs alone (`planning/memory.py`), so it can be planned for devices, and for models,
-that are not here.
+The data are read and tokenised for the counts. Every other stage is planned (`Planner`): its cost is added up, and it
+answers with an empty result. Seconds are those of a piece of the work, done here and now (`throughput.py`). Memory is
+computed from the models' configs (`memory.py`), so a plan needs neither the devices nor the weights.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,61 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sepo.data.tables import read_table
+from sepo.files import digest
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
-from sepo.planning.memory import PARTS, Reading, Training, smallest_change
-from sepo.planning.sizes import SHARED, models_of, prompts_of, sizes_of, stage_costs
+from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
-from sepo.runs.pipeline import check_inputs, check_pairs
-from sepo.stages import data, evaluate, logps, oracle, train, transfer
-from sepo.stages.stage import Cost, Sizes, Work
-from sepo.study.comparison import can_tell, check_grid, check_prompts, check_same_pairs, oracle_key
-from sepo.study.grid import Grid, Setting, number_of_runs
-from sepo.training.fit import epochs
-from sepo.training.objectives import WITH_REFERENCE
+from sepo.runs.method import Method
+from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
+from sepo.stages.cost import Cost, FrozenMemory, TrainingMemory
+from sepo.stages.stage import Model, Stage, StageResult
+
+# Kinds of compute that the processes of a launch share.
+SHARED = ("score", "train")
+
+
+class Planner:
+    """Walks the stages of a method without doing them; only the pairs are made, for their counts.
+
+    Args:
+        folder: for the pairs.
+        done: results that exist already, by role.
+
+    Attributes:
+        stages: every planned stage, by role.
+        by_key: every distinct stage, by the digest of what it depends on.
+    """
+
+    def __init__(self, folder: Path | None = None, done: Mapping[str, StageResult] | None = None):
+        self.folder, self.done = folder, dict(done or {})
+        self.stages: dict[str, Stage] = {}
+        self.by_key: dict[str, Stage] = {}
+        self._made: dict[str, StageResult] = {}
+
+    def model(self, name: str, revision: str | None = None) -> Model:
+        """A model by its name: its files, which may not be here, are not read."""
+        place = os.path.realpath(name) if os.path.exists(name) else name
+        return Model(name, f"{place}@{revision}")
+
+    def do(self, stage: Stage, role: str) -> StageResult:
+        key = digest(stage.key())
+        self.stages[role] = self.by_key[key] = stage
+        if role in self.done:
+            return self.done[role]
+        if key not in self._made:
+            result = StageResult(Path(role), key)
+            if role in ("data", "policy_pairs") and self.folder is not None:
+                place = self.folder / key
+                result = StageResult(place, key, stage.run(place) or {})
+            self._made[key] = result
+        return self._made[key]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Devices that a run is planned for: their number, and bytes of each; None for those of this machine."""
+    """Devices that a run is planned for: their number, and bytes of each (None: as on this machine)."""
 
     processes: int = 1
     memory: float | None = None
@@ -42,222 +80,139 @@ class Target:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A dry run's tables: `stages` with counts and times, and `memory` (empty unless it was asked for)."""
+    """A dry run's tables: `stages` with counts and times, and `memory` (empty unless a target asks for it)."""
 
     stages: list[dict[str, str]]
     memory: list[dict[str, str]]
 
 
-def plan_run(recipe: Recipe, target: Target | None = None) -> RunPlan:
-    """Say what a run would do, how long it takes here, and for a `target` what each stage needs of a device."""
+def plan_run(recipe: Recipe, extension: Extension | None = None, target: Target | None = None) -> RunPlan:
+    """Plan a run: its stages, how long they take here, and for a `target` the memory that each needs of a device."""
     target = target or Target()
     elsewhere = target.memory is not None
-    check_inputs(recipe, elsewhere)
-    sizes, paces = measure_sizes(recipe, target)
-    costs = stage_costs(recipe, sizes)
-    seconds = {name: _seconds(cost, paces, target) for name, cost in costs.items()}
-    rows = [_row(name, cost, seconds[name], paces) for name, cost in costs.items()]
+    check_inputs(recipe, extension, elsewhere)
+    with tempfile.TemporaryDirectory() as folder:
+        planner = Planner(Path(folder))
+        method = Method(recipe, planner, judge=extension and extension.judge)
+        check_method_pairs(method)
+        plan_stages(method, extension)
+        sizes = method_sizes(method, device_kind(recipe, target), target.processes)
+        throughputs = throughputs_of(method, target)
+    costs = {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
+    seconds = {role: _seconds(cost, throughputs, target) for role, cost in costs.items()}
+    rows = [_row(role, cost, seconds[role], throughputs) for role, cost in costs.items()]
     total = sum(value for value in seconds.values() if value is not None)
-    rows.append(dict.fromkeys(rows[0], "") | {"stage": "total", "time": _duration(total)})
+    rows.append(dict.fromkeys(rows[0], "") | {"stage": "total", "time": duration(total)})
     memory = []
     if elsewhere or target.processes > 1:
-        memory = [row for name, cost in costs.items() for row in _memory_rows(name, cost, target)]
+        memory = [row for role, cost in costs.items() for row in _memory_rows(role, cost, target)]
     return RunPlan(rows, memory)
 
 
-def measure_sizes(recipe: Recipe, target: Target | None = None, progress: bool = True) -> tuple[Sizes, Throughputs]:
-    """Tokenise the data of a recipe, and lay out its models without memory for their weights."""
-    target = target or Target()
-    kind = _kind(recipe, target)
-    tokenizer = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
-    with tempfile.TemporaryDirectory() as folder:
-        read, own = Path(folder) / "pairs", Path(folder) / "policy"
-        data.prepare_data(recipe.data, tokenizer, read, recipe.seed, progress=progress)
-        with_transfer = transfer.needed(recipe)
-        found = transfer.prepare_pairs(recipe, read, own, progress=progress) if with_transfer else {}
-        check_pairs(recipe, read, policy_folder=own if with_transfer else None)
-        # Times are of this machine; on another kind of device they would say nothing.
-        here = target.memory is None or kind == choose_device("auto").type
-        sizes, paces = _read_sizes(recipe, read, tokenizer, kind, target, here)
-        if with_transfer:
-            both = transfer.tokenizers(recipe)
-            of_policy, its_paces = _read_sizes(recipe, own, both[1], kind, target, here)
-            sizes = replace(sizes, policy=of_policy, transfer=_cuts(found["train_transfer"]))
-            paces.others[sizes.large.name] = its_paces
-    return sizes, paces
+def plan_stages(method: Method, extension: Extension | None, until: str | None = None) -> None:
+    """Ask a method for everything that a run would."""
+    if until is not None:
+        method.until(until)
+        return
+    _ = method.evaluation
+    if extension is not None:
+        extension.do_stages(method)
 
 
-def _cuts(figures: dict[str, float]) -> str:
-    """How two tokenizers cut the same responses, for a plan's row."""
-    dropped = f", {figures['dropped']:,.0f} pairs dropped" if figures["dropped"] else ""
-    return (
-        f"again, as the policy reads them: {figures['one_to_one_share']:.0%} of the tokens one of both, "
-        f"{figures['bytes_per_group']:.1f} bytes a group{dropped}"
-    )
+def throughputs_of(method: Method, target: Target | None = None) -> Throughputs:
+    """Throughputs of a method's models on its own pairs."""
+    target, recipe = target or Target(), method.recipe
+    kind = device_kind(recipe, target)
+    # Seconds are of this machine; they say nothing about another kind of device.
+    here = target.memory is None or kind == choose_device("auto").type
+
+    def of_pairs(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Throughputs:
+        pairs, held_out = (read_table(folder / part, "pairs") for part in ("train", "held_out"))
+        step = max(1, len(pairs) // 256)
+        some = pairs.take(pa.array(range(0, len(pairs), step)))
+        return Throughputs(recipe.device, kind, some, prompts_of(held_out) or [(0,)], tokenizer, measure=here)
+
+    reference, policy = recipe.reference, recipe.policy
+    found = of_pairs(method.pairs.folder, load_tokenizer(reference.model, revision=reference.revision))
+    if method.transfers:
+        name = str(policy.model)
+        tokenizer = load_tokenizer(name, revision=policy.revision)
+        found.others[name] = of_pairs(method.policy_pairs.folder, tokenizer)
+    return found
 
 
-def _read_sizes(
-    recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str, target: Target, here: bool
-) -> tuple[Sizes, Throughputs]:
-    """Counts of the pairs in a folder, and paces of models that read them."""
-    sizes = sizes_of(recipe, folder, kind, target.processes)
-    pairs, held_out = (read_table(folder / part, "pairs") for part in ("train", "held_out"))
-    prompts = prompts_of(held_out)
-    step = max(1, len(pairs) // 256)
-    some = pairs.take(pa.array(range(0, len(pairs), step)))
-    return sizes, Throughputs(recipe.device, kind, some, prompts or [(0,)], tokenizer, measure=here)
-
-
-def _kind(recipe: Recipe, target: Target) -> str:
-    """The kind of device that is planned for: a GPU, where its memory is given and the recipe does not say."""
+def device_kind(recipe: Recipe, target: Target) -> str:
+    """The kind of device of a plan: a GPU, if its memory is given and the recipe leaves the device open."""
     if target.memory is None:
         return choose_device(recipe.device).type
     return "cuda" if recipe.device == "auto" else recipe.device.split(":")[0]
 
 
-def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, str]]:
-    """Say what a comparison would do: one row a kind of work, with the number of runs and an estimate of time."""
-    check_grid(settings)
-    everything = [setting.recipe for group in settings.values() for setting in group]
-    first = everything[0]
-    sizes, paces = measure_sizes(first, progress=False)
-    known = {_policy_of(first): sizes}
-    for recipe in everything:
-        if (whose := _policy_of(recipe)) not in known:  # a policy of another tokenizer has other counts
-            known[whose] = sizes
-            if transfer.needed(recipe) or sizes.policy is not None:
-                known[whose], more = measure_sizes(recipe, progress=False)
-                paces.others |= more.others
-
-    def own_sizes(recipe: Recipe) -> Sizes:
-        """The same data with the models of a recipe."""
-        small, large = models_of(recipe)
-        found = known[_policy_of(recipe)]
-        own = found.policy and replace(found.policy, small=small, large=large)
-        return replace(found, small=small, large=large, policy=own)
-
-    check_same_pairs(settings, lambda recipe: own_sizes(recipe).of_policy.train.pairs)
-    check_prompts(grid, first, sizes.prompts)
-    rows = [_runs_row("data", first.data.source, 1, None)]
-    selective = [recipe for recipe in everything if train.reads_selection(recipe)]
-    oracles = {oracle_key(recipe): recipe for recipe in selective if recipe.oracle.rewards is None}
-    copies = len(grid.all_seeds) if grid.seeds_vary == "oracle" else 1
-
-    def seconds(work: tuple[Work, ...]) -> float:
-        return sum(map(paces.seconds, work))
-
-    shared = 0.0
-    if oracles:
-        for recipe in oracles.values():
-            own = own_sizes(recipe)
-            one = logps.pass_work(recipe, own, own.small)
-            training = oracle.cost(recipe, own)
-            work = (training.work or ()) if training is not None else ()
-            shared += seconds(one) + copies * (seconds(work) + oracle.readings(recipe.oracle) * seconds(one))
-        number = sum(oracle.readings(recipe.oracle) for recipe in oracles.values())
-        rows.append(_runs_row("oracles", "DPO, then token rewards; shared", number * copies, shared))
-    elif any(recipe.policy.objective in WITH_REFERENCE for recipe in everything):
-        shared = seconds(logps.pass_work(first, sizes.of_policy, sizes.large))
-        rows.append(_runs_row("reference", "log-probabilities; shared", 1, shared))
-    total = 0.0
-    for variant, group in settings.items():
-        runs = number_of_runs(grid, {variant: group})
-        recipe = group[0].recipe
-        own, dtype = own_sizes(recipe).of_policy, logps.scoring_dtype(recipe)
-        measured = seconds(evaluate.measuring_work(recipe, own, dtype) + evaluate.reading_work(recipe, own, dtype))
-        if recipe.eval.gold is None and recipe.eval.judge is None:
-            measured += seconds((Work("score", own.large, own.held_out.scored, own.held_out.responses, dtype=dtype),))
-        spent = runs * (seconds(train.work(recipe, own)) + measured * grid.measurements)
-        total += spent
-        swept = f", sweep of {len(group)}" if len(group) > 1 else ""
-        pairs = epochs(recipe.policy.training, own.train.pairs) * own.train.pairs
-        rows.append(_runs_row(variant, f"{recipe.policy.objective}, {pairs:,.0f} pairs a run{swept}", runs, spent))
-    runs = sum(int(row["runs"]) for row in rows if row["stage"] in settings)
-    answers = min(sizes.prompts, first.eval.prompts) * first.eval.samples
-    what = f"{_checkpoints(grid)}, {answers} responses each"
-    tells = {"stage": "tells", "what": can_tell(grid, first, sizes.prompts), "runs": "", "time": ""}
-    return [*rows, tells, _runs_row("total", what, runs, total + shared)]
-
-
-def _checkpoints(grid: Grid) -> str:
-    """How often a run is measured, for a plan's row."""
-    if not grid.checkpoints_at_kl:
-        return f"{len(grid.shares)} checkpoints a run"
-    targets = ", ".join(f"{kl:g}" for kl in grid.checkpoints_at_kl)
-    return f"a run is measured where it passes KL {targets} and at its end"
-
-
-def _policy_of(recipe: Recipe) -> tuple[str | None, ...]:
-    """Recipes of one grid with the same of this have the same pairs."""
-    return recipe.policy.model, recipe.policy.revision, recipe.reference.model
-
-
-def _seconds(cost: Cost, paces: Throughputs, target: Target) -> float | None:
-    """Seconds of a stage on so many devices like the one here; passes and trainings are shared, generation is not."""
-    if cost.work is None or not paces.measure:
+def _seconds(cost: Cost, throughputs: Throughputs, target: Target) -> float | None:
+    """Seconds of a stage on the target's devices, if they equal the one here; generation is not shared."""
+    if cost.estimates is None or not throughputs.measure:
         return None
-    return sum(paces.seconds(work) / (target.processes if work.kind in SHARED else 1) for work in cost.work)
+    return sum(
+        throughputs.seconds(estimate) / (target.processes if estimate.kind in SHARED else 1)
+        for estimate in cost.estimates
+    )
 
 
-def _row(stage: str, cost: Cost, seconds: float | None, paces: Throughputs) -> dict[str, str]:
+def _row(stage: str, cost: Cost, seconds: float | None, throughputs: Throughputs) -> dict[str, str]:
     def text(value: float | None, form: Callable[[Any], str]) -> str:
         return "" if value is None else form(value)
 
-    parts = _parts(cost.memory)
-    estimated = seconds is not None and not all(paces.pace(work).measured for work in cost.work or ())
+    from sepo.planning.memory import parts_of
+
+    parts = None if cost.memory is None else parts_of(cost.memory)
+    estimated = seconds is not None and not all(throughputs.of(estimate).measured for estimate in cost.estimates or ())
     return {
         "stage": stage,
         "what": cost.what,
         "pairs": text(cost.pairs, lambda n: f"{n:,}"),
         "tokens": text(cost.tokens, lambda n: f"{n:,}"),
-        "time": text(seconds, _duration) + (" (by FLOPs)" if estimated else ""),
+        "time": text(seconds, duration) + (" (by FLOPs)" if estimated else ""),
         "memory": "" if parts is None else f"~{_bytes(sum(parts.values()))}",
     }
 
 
-def _parts(memory: Any) -> dict[str, float] | None:
-    if memory is None:
-        return None
-    return memory.parts() if isinstance(memory, Training | Reading) else dict(memory)
-
-
 def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]:
-    """What a stage needs of each device: with whole weights and, where they can be cut up, with FSDP."""
+    """Memory of a stage on each device: with whole weights and, if they can be sharded, with FSDP."""
     if cost.memory is None:
         return []
+    from sepo.planning.memory import PARTS, parts_of, smallest_change
+
     number, memory = target.processes, cost.memory
-    if isinstance(memory, Reading):
+    if isinstance(memory, FrozenMemory):
         memory = replace(memory, processes=number)
     ways: list[tuple[str, Any]] = [("whole weights" if number > 1 else "one device", memory)]
-    if isinstance(memory, Training | Reading) and number > 1:
+    if isinstance(memory, TrainingMemory | FrozenMemory) and number > 1:
         ways.append((f"FSDP over {number}", replace(memory, sharded=True)))
     rows = []
     for how, need in ways:
-        parts = _parts(need) or {}
+        parts = parts_of(need)
         total = sum(parts.values())
         row = {"stage": stage, "how": how, **{name: _bytes(parts[name]) for name in PARTS}, "total": _bytes(total)}
         if target.memory is not None:
             fits = total <= target.memory
             row["fits"] = "yes" if fits else "no"
             row["to fit"] = (
-                "" if fits or not isinstance(need, Training | Reading) else smallest_change(need, target.memory)
+                ""
+                if fits or not isinstance(need, TrainingMemory | FrozenMemory)
+                else smallest_change(need, target.memory)
             )
         rows.append(row)
     return rows
 
 
-def _runs_row(stage: str, what: str, runs: int, seconds: float | None) -> dict[str, str]:
-    return {"stage": stage, "what": what, "runs": str(runs), "time": "" if seconds is None else _duration(seconds)}
-
-
 def _bytes(number: float) -> str:
-    """A number of bytes in megabytes or gigabytes; "" for none."""
+    """Bytes as MB or GB; "" for 0."""
     if number < 0.5e6:
         return "0" if number else ""
     return f"{number / 1e6:.0f} MB" if number < 1e9 else f"{number / 1e9:,.1f} GB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 120:
         return f"~{seconds:.0f} s"
     return f"~{seconds / 60:.0f} min" if seconds < 7200 else f"~{seconds / 3600:.1f} h"

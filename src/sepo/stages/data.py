@@ -25,20 +25,22 @@ from sepo.models.limits import ModelLimits, check_ids, check_lengths, model_limi
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log
 from sepo.recipe.settings import EMBEDDED_DATA, DataSettings, Recipe
-from sepo.stages.stage import Cost, Sizes, Stage
+from sepo.stages.cost import Cost, Sizes
+from sepo.stages.stage import PARTS, Stage
 
 PAIRS_PER_SHARD = 1000
 
 
 def check(recipe: Recipe) -> None:
-    """Read the source, which finds a missing file, split or column; tokenisation then counts bad rows."""
+    """Read the source: finds a missing file, split or column. Tokenising counts bad rows later."""
     read_split(recipe.data, recipe.data.split)
     if recipe.data.held_out_split or recipe.data.held_out_source:
         read_split(*held_out_data(recipe.data, recipe.data.held_out_split))
 
 
-def stage(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Stage:
-    """Pairs of a source as token ids, in `train` and `held_out`."""
+def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
+    """Tokenised pairs of a source, in `train` and `held_out`."""
+    settings, seed = recipe.data, recipe.seed
     return Stage(
         kind="data",
         what=settings.source,
@@ -52,8 +54,9 @@ def stage(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
                 lambda: settings.held_out_source and source_fingerprint(_place(settings.held_out_source))
             ),
         },
-        outputs=("train", "held_out"),
-        work=lambda folder: processes.on_main(lambda: prepare_data(settings, tokenizer, folder, seed)),
+        outputs=PARTS,
+        run=lambda folder: processes.on_main(lambda: prepare_data(settings, tokenizer, folder, seed)),
+        cost=lambda sizes: cost(recipe, sizes),
     )
 
 
@@ -64,11 +67,7 @@ def cost(recipe: Recipe, sizes: Sizes) -> Cost:
 
 
 def embedded_data(source: str) -> Path:
-    """Return the parquet file of an embedded task (assets/README.md), by its name as a source: `embedded:sentiment`.
-
-    Raises:
-        UserError: there is no such task.
-    """
+    """The parquet file of an embedded task (assets/README.md), such as `embedded:sentiment`. Raises UserError."""
     if source not in EMBEDDED_DATA:
         raise UserError(
             f"there is no '{source}'{nearest(source, EMBEDDED_DATA)}: expected {' or '.join(EMBEDDED_DATA)}"
@@ -90,10 +89,10 @@ def prepare_data(
     """Read, validate, tokenise and split a preference dataset into `out/train` and `out/held_out`.
 
     Returns:
-        counts: `train`, `held_out`; `extremes` of both; and the report of what was dropped and why.
+        counts of the pairs, `train` and `held_out`; `extremes` of both; and the report of dropped rows.
     """
     table, own, reports = read_sources(settings, tokenizer, progress)
-    # Below 1 it is a share, from 1 on a number of pairs.
+    # A value below 1 is a share.
     number = int(settings.held_out) if settings.held_out >= 1 else settings.held_out
     if own is not None:
         held_out = take_pairs(own, int(number), seed=seed) if number >= 1 else own
@@ -105,9 +104,9 @@ def prepare_data(
     log_reports(reports)
     shared = shared_prompts(train, held_out)
     if shared:
-        log(f"  {shared:,} prompts are both trained on and held out: held-out figures are not of unseen prompts alone")
+        log(f"  {shared:,} prompts are both trained on and held out: held-out figures are not all of unseen prompts")
     if settings.held_out and not len(held_out):
-        log(f"  data.held_out {settings.held_out:g} of {len(train):,} pairs is none: nothing will be evaluated")
+        log(f"  data.held_out {settings.held_out:g} of {len(train):,} pairs is no pair: nothing will be evaluated")
     return {
         "train": len(train),
         "held_out": len(held_out),
@@ -120,10 +119,10 @@ def prepare_data(
 def read_sources(
     settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool = True
 ) -> tuple[pa.Table, pa.Table | None, dict[str, DataReport]]:
-    """Tokenise all that a recipe's pairs come from, undivided.
+    """Tokenise the sources of a recipe, before any split.
 
     Returns:
-        pairs, the held-out pairs if they have a split or source of their own, and the reports of both by name.
+        pairs; held-out pairs, if they have a split or source of their own; and the report of each split.
     """
     split, held_out_split = settings.split, settings.held_out_split
     if _is_embedded(settings.source):
@@ -138,7 +137,7 @@ def read_sources(
 
 
 def log_reports(reports: Mapping[str, DataReport]) -> None:
-    """Say what became of the rows of each split."""
+    """Log kept and dropped rows of each split."""
     for name, one in reports.items():
         log(f"  {name}: {one.summary()}")
 
@@ -147,12 +146,12 @@ ROLES = ("reference", "oracle", "policy")
 
 
 def check_limits(recipe: Recipe, tables: Iterable[pa.Table], answers: int = 0, roles: Sequence[str] = ROLES) -> None:
-    """Raise a UserError if a model of the recipe cannot read the pairs; say so where it would have to extrapolate.
+    """Raise a UserError if a model of the recipe cannot read the pairs; log it if a model would extrapolate.
 
     Args:
-        tables: of kind "pairs", or any with their columns.
-        answers: of the prompts alone, with so many tokens generated after each; 0 is of the pairs.
-        roles: the models that read these tables, which share a tokenizer.
+        tables: kind "pairs", or tables with the same columns.
+        answers: check prompts with this many generated tokens; 0: check pairs.
+        roles: models that read these tables; they share a tokenizer.
     """
     tables = [table for table in tables if len(table)]
     _, first, revision = _models(recipe, roles[:1])[0]
@@ -164,7 +163,7 @@ def check_limits(recipe: Recipe, tables: Iterable[pa.Table], answers: int = 0, r
 
 
 def _models(recipe: Recipe, roles: Sequence[str]) -> list[tuple[str, str, str | None]]:
-    """Role, name and revision of models of the recipe."""
+    """Role, name and revision of the recipe's models."""
     first = (recipe.reference.model, recipe.reference.revision)
     named = {
         "reference": first,
@@ -175,14 +174,14 @@ def _models(recipe: Recipe, roles: Sequence[str]) -> list[tuple[str, str, str | 
 
 
 def _limits(recipe: Recipe, roles: Sequence[str] = ROLES) -> list[tuple[str, ModelLimits]]:
-    """Names and limits of models of the recipe, each once."""
+    """Name and limits of each distinct model."""
     models = sorted({(name, revision) for _, name, revision in _models(recipe, roles)}, key=str)
     return [(name, model_limits(load_config(name, revision=revision))) for name, revision in models]
 
 
 def extremes(table: pa.Table) -> dict[str, int]:
-    """What a limit may stand against in a table of pairs: the `largest_id`, tokens of the `longest` prompt with a
-    response, and of the `longest_prompt`; -1 and 0 without a pair.
+    """What model limits are compared with: `largest_id`, and tokens of the `longest` prompt with response and of the
+    `longest_prompt`. An empty table gives -1 and 0.
     """
     columns = [flat(table.column(f"{part}_ids")) for part in ("prompt", *SIDES)]
     (_, prompts), *responses = columns
@@ -194,7 +193,7 @@ def extremes(table: pa.Table) -> dict[str, int]:
 
 
 def within_limits(recipe: Recipe, found: Mapping[str, Mapping[str, int]]) -> bool:
-    """Whether no model of the recipe has a limit that its pairs, or answers to the held-out ones, reach beyond.
+    """Whether pairs, and answers to held-out prompts, are within the limits of every model.
 
     Args:
         found: `extremes` of the parts "train" and "held_out".
@@ -212,9 +211,9 @@ def within_limits(recipe: Recipe, found: Mapping[str, Mapping[str, int]]) -> boo
 def write_pairs(folder: Path, table: pa.Table) -> None:
     """Write a table of kind "pairs" in shards.
 
-    A scoring pass takes a shard at a time and reads a prompt or response that occurs in it several times once. Where
-    there is more than one shard, the pairs of one prompt are therefore brought into the same: for the AlpacaEval pairs
-    (ten a prompt, rows of 2,048) that leaves 55 % of the tokens of a pass over single sequences instead of 68 %.
+    Scoring reads repeated prompts and responses of a shard once. Pairs with the same prompt therefore go into the same
+    shard: AlpacaEval pairs (ten a prompt, rows of 2,048 tokens) then need 55 % of the tokens of single sequences,
+    instead of 68 %.
     """
     if len(table) > PAIRS_PER_SHARD:
         table = group_by_prompt(table)
@@ -222,14 +221,14 @@ def write_pairs(folder: Path, table: pa.Table) -> None:
 
 
 def held_out_data(settings: DataSettings, split: str | None) -> tuple[DataSettings, str]:
-    """Where held-out pairs of their own come from: the settings to read them with, and their split."""
+    """Settings and split of held-out pairs with a source of their own."""
     if settings.held_out_source is None:
         return settings, split or "train"
     return settings.model_copy(update={"source": settings.held_out_source, "config_name": None}), split or "train"
 
 
 def read_pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> pa.Table:
-    """Read and tokenise one split without dividing it: what the stage commands work on."""
+    """Read and tokenise one split; for the single commands."""
     table, report = _tokenize(settings, settings.split, tokenizer, progress)
     log(f"  {settings.split}: {report.summary()}")
     return table
@@ -250,7 +249,7 @@ def _tokenize(
 
 
 def read_split(settings: DataSettings, split: str) -> datasets.Dataset:
-    """Read the rows of one split, columns renamed; raises a UserError for whatever is wrong with the source."""
+    """Read the rows of one split, with columns renamed. Raises UserError."""
     if not _is_embedded(settings.source):
         return load_preferences(
             settings.source,

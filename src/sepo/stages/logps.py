@@ -1,7 +1,7 @@
-"""A pass of a frozen model over all pairs: log-probabilities that are stored once and used many times.
+"""Stage "..._logps": a frozen model scores all pairs; the log-probabilities are stored once and read many times.
 
-The reference's are half of the token rewards *and* the oracle's DPO reference. A pass goes shard by shard, and a shard
-that stands already, made from the same model and pairs, is kept.
+Those of the reference are half of the token reward *and* the reference term of the oracle's DPO. Scoring goes shard by
+shard, and keeps an existing shard of the same model and pairs.
 """
 
 from __future__ import annotations
@@ -30,23 +30,21 @@ from sepo.forward.scoring import dataset_logps, tokens_per_row_for
 from sepo.models.devices import choose_device, choose_dtype
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
-from sepo.planning.memory import Reading
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
-from sepo.stages.stage import Cost, Model, ModelSize, Sizes, Stage, StageResult, Work
-
-PARTS = ("train", "held_out")
+from sepo.stages.cost import Cost, Estimate, FrozenMemory, ModelSize, Sizes
+from sepo.stages.stage import PARTS, Model, Stage, StageResult
 
 
 def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str) -> Stage:
-    """Log-probabilities of the training pairs, and of the held-out ones in `held_out`.
+    """Log-probabilities of the training pairs, and of the held-out pairs in `held_out`.
 
     Args:
-        role: what the model is, for progress bars ("oracle").
+        role: the model's role: "reference", an oracle's name, or "policy_start", which reads the policy's own pairs.
     """
     dtype = scoring_dtype(recipe)
 
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         for part in PARTS:
             logps_pass(
                 model.folder,
@@ -64,21 +62,22 @@ def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str) -> Stage:
         what=f"log-probabilities, {Path(model.folder).name}",
         depends={"model": model.content, "pairs": pairs.content, "dtype": dtype},
         outputs=("part-*.parquet", "held_out/part-*.parquet"),
-        work=work,
+        run=run,
+        cost=lambda sizes: cost(recipe, sizes, role),
         verifies=True,
     )
 
 
 def scoring_dtype(recipe: Recipe) -> str:
-    """The type of weights that score: float32, unless the recipe says otherwise.
+    """The dtype of weights for scoring: float32, unless the recipe sets another.
 
-    Token rewards are small differences: bfloat16 weights would round most of what the oracle learned away.
+    Token rewards are small differences; bfloat16 weights would round most of the oracle's change away.
     """
     return "float32" if recipe.dtype == "auto" else recipe.dtype
 
 
 def part_of(folder: Path, part: str) -> Path:
-    """Where the log-probabilities of the training or the held-out pairs lie."""
+    """The folder with the log-probabilities of one part of the pairs."""
     return folder if part == "train" else folder / part
 
 
@@ -94,8 +93,8 @@ def logps_pass(
 ) -> Path:
     """Store the log-probability of every response token of a pairs table under a frozen model.
 
-    The table is written shard by shard; shards of the same model and pairs that stand already are kept, so that an
-    interrupted pass continues where it stopped.
+    The table is written shard by shard. Existing shards of the same model and pairs are kept, so an interrupted pass
+    continues.
     """
     processes.join(device)
     shards = len(table_paths(pairs, "pairs"))
@@ -108,7 +107,7 @@ def logps_pass(
 
     def kept() -> str:
         number = sum(shard_path(out, index).is_file() for index in range(shards))
-        return f"{number} of {shards} parts of '{out}' are kept; the same command goes on with the next"
+        return f"{number} of {shards} parts of '{out}' are kept; the same command continues with the next"
 
     total = sum(item["pairs"] for item in todo)
     bar = progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
@@ -129,7 +128,7 @@ def logps_pass(
 
 
 def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -> list[dict[str, Any]]:
-    """The shards of a pass that do not stand yet, each with its provenance and number of pairs."""
+    """The shards that are missing or out of date, each with its provenance and number of pairs."""
     chosen = choose_device(device)
     weights = str(choose_dtype(dtype, chosen)).removeprefix("torch.")
     fingerprint = {"model": model_fingerprint(model), "dtype": weights, "device": chosen.type}
@@ -157,7 +156,7 @@ def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -
 
 
 def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
-    """Say why a stored shard cannot be used; None if it is whole and was made from what is expected."""
+    """Why a stored shard cannot be reused; None if it is complete and has the expected provenance."""
     if not path.is_file():
         return "is missing"
     try:
@@ -171,30 +170,39 @@ def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
     return None
 
 
-def pass_work(recipe: Recipe, sizes: Sizes, model: ModelSize) -> tuple[Work, ...]:
-    """A pass over all pairs."""
+def scoring_estimates(recipe: Recipe, sizes: Sizes, model: ModelSize) -> tuple[Estimate, ...]:
+    """A frozen model scores all pairs."""
     dtype = scoring_dtype(recipe)
     parts = (sizes.train, sizes.held_out)
-    reads = [Work("score", model, part.scored, part.responses, dtype=dtype) for part in parts if part.pairs]
-    return (*(Work("load", model, dtype=dtype) for _ in reads), *reads)
+    reads = [Estimate("score", model, part.scored, part.responses, dtype=dtype) for part in parts if part.pairs]
+    return (*(Estimate("load", model, dtype=dtype) for _ in reads), *reads)
 
 
-def cost(recipe: Recipe, sizes: Sizes, model: ModelSize, passes: int = 1) -> Cost:
-    """Passes of models of one shape over all pairs."""
+def cost(recipe: Recipe, sizes: Sizes, role: str) -> Cost:
+    """A model of some role scores all pairs."""
+    model = sizes.small
+    if role == "policy_start":
+        sizes, model = sizes.of_policy, sizes.large
     train, held_out = sizes.train, sizes.held_out
     tokens = recipe.tokens_per_row or tokens_per_row_for(sizes.device, scoring=True)
     longest = min(max(tokens, train.longest), train.scored + held_out.scored)
     share = train.responses / max(train.tokens, 1)
-    width = width_of(scoring_dtype(recipe), sizes.device)
     return Cost(
-        "log-probabilities" + (f", {passes} times" if passes > 1 else ""),
+        "log-probabilities",
         train.pairs + held_out.pairs,
-        passes * (train.scored + held_out.scored),
-        passes * pass_work(recipe, sizes, model),
-        Reading(model.shape, sizes.device, width, longest, math.ceil(share * longest)),
+        train.scored + held_out.scored,
+        scoring_estimates(recipe, sizes, model),
+        FrozenMemory(
+            model.shape,
+            sizes.device,
+            width_of(scoring_dtype(recipe), sizes.device),
+            longest,
+            math.ceil(share * longest),
+            processes=sizes.processes,
+        ),
     )
 
 
 def width_of(dtype: str, device: str) -> int:
-    """Bytes of a weight that is not trained."""
+    """Bytes of a frozen weight."""
     return 4 if dtype == "float32" or (dtype == "auto" and device != "cuda") else 2

@@ -1,4 +1,4 @@
-"""Stage "oracle": the reference trained with DPO on all or a part of the pairs."""
+"""Stage "oracle": the reference, trained with DPO on some or all pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sepo import processes
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import sample_pairs
 from sepo.data.tables import read_table, swap_sides
@@ -17,21 +16,20 @@ from sepo.errors import UserError
 from sepo.models.adapters import check_lora
 from sepo.models.checkpoint import adapter_is_idle
 from sepo.models.devices import check_quantization
-from sepo.models.fingerprint import model_fingerprint
 from sepo.models.folders import adapter_base, is_adapter
 from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log_once
 from sepo.recipe.settings import OracleSettings, Recipe
+from sepo.stages.cost import Cost, Sizes, training_estimates, training_memory
 from sepo.stages.score import check_rewards_file
-from sepo.stages.stage import Cost, Model, Sizes, Stage, StageResult
-from sepo.stages.trained import training_need, training_work
+from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import train_model
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
-    """The model that exists, where one is named, and the settings of a training; `elsewhere` as in `train.check`."""
+    """Check an existing oracle, or the settings of its training; `elsewhere` as in `train.check`."""
     settings = recipe.oracle
     if settings.rewards is not None:
         check_rewards_file(Path(settings.rewards), settings.reward_columns)
@@ -67,24 +65,24 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
 
 
 def _check_existing(recipe: Recipe) -> None:
-    """An oracle that is the reference, or does nothing to it, would give every token the reward 0."""
+    """Refuse an oracle that equals the reference: every token reward would be 0."""
     folder = Path(resolve_model(str(recipe.oracle.model)))
     base = recipe.reference.model
     if is_adapter(folder):
         if adapter_is_idle(folder):
-            raise UserError(f"the oracle '{folder}' is an adapter that does nothing (its B is zero): train it")
+            raise UserError(f"the oracle '{folder}' is an untrained adapter (its B is zero): train it")
         base, _ = adapter_base(folder)
     elif _as_it_is(recipe) and _same(str(recipe.oracle.model), base):
         raise UserError(f"the oracle '{folder}' is the reference: every token reward would be 0; name another model")
     if _as_it_is(recipe) and not _same(base, recipe.reference.model):
         log_once(
-            f"  the oracle is an adapter of '{base}', the reference is '{recipe.reference.model}': the rewards are "
-            "also of the difference between these two"
+            f"  the oracle is an adapter of '{base}', the reference is '{recipe.reference.model}': the rewards "
+            "also include the difference between these two"
         )
 
 
 def _as_it_is(recipe: Recipe) -> bool:
-    """Is the reference the model that the recipe names, whole and not fine-tuned?"""
+    """Is the reference the whole model that the recipe names, without fine-tuning?"""
     return recipe.reference.sft is None and recipe.reference.layers is None
 
 
@@ -92,28 +90,19 @@ def _same(one: str, other: str) -> bool:
     return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
-def existing(settings: OracleSettings, reference: Model) -> Model | None:
-    """The oracle that the recipe names; None if one is to be trained.
-
-    Raises:
-        UserError: it is the reference.
-    """
-    if settings.model is None:
-        return None
-    folder = resolve_model(settings.model)
-    content = processes.on_main(lambda: model_fingerprint(folder))
-    if content == reference.content:
+def check_differs(settings: OracleSettings, oracle: Model, reference: Model) -> None:
+    """Raise a UserError if an existing oracle has the reference's weights."""
+    if oracle.content == reference.content:
         raise UserError(f"the oracle '{settings.model}' has the weights of the reference: every reward would be 0")
-    return Model(folder, content)
 
 
 def stage(
     recipe: Recipe, reference: Model, pairs: StageResult, reference_logps: StageResult, seed: int, swapped: bool = False
 ) -> Stage:
-    """One oracle, or its opposite on the `swapped` pairs; `seed` draws its pairs and their order (`seeds`)."""
+    """One oracle, or its opposite on `swapped` pairs; `seed` draws its pairs and their order (`seeds`)."""
     settings = recipe.oracle
 
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         return train_oracle(
             reference.folder,
             pairs.folder / "train",
@@ -129,48 +118,39 @@ def stage(
         kind="oracle",
         what=f"DPO on {settings.sample:.0%} of the pairs{', swapped' * swapped}, beta {settings.beta:g}, seed {seed}",
         depends={
-            # One of several is the oracle that its seed alone would make.
-            "oracle": settings.what_is_trained(),
+            "oracle": settings.cache_key(),
             "pairs": pairs.content,
             "reference": reference.content,
             "reference_logps": reference_logps.content,
             "seed": seed,
-            **({"swapped": True} if swapped else {}),
+            "swapped": swapped,
         },
         outputs=(".",),
-        work=work,
+        run=run,
+        cost=lambda sizes: cost(recipe, sizes),
         verifies=True,
     )
 
 
-def names(settings: OracleSettings) -> list[str]:
-    """Folders of what a run trains: oracle, oracle-2, ..., of contrastive ones with oracle-reversed, ...
-
-    None where the recipe names an oracle that exists, or its rewards.
-    """
-    return [name for name, _, _ in members(settings)]
-
-
 def members(settings: OracleSettings, seed: int = 0) -> list[tuple[str, int, bool]]:
-    """What a run trains, as (folder, seed, on the swapped pairs?); a contrastive oracle stands before its opposite."""
+    """The oracles that a run trains, as (name, seed, trained on swapped pairs?): oracle, oracle-2, ...
+
+    With `contrastive` each oracle is followed by its opposite (oracle-reversed). Empty if the recipe names an existing
+    oracle or given rewards.
+    """
     if settings.model is not None or settings.rewards is not None:
         return []
-    own = ["oracle", *(f"oracle-{number}" for number in range(2, settings.count + 1))]
+    names = ["oracle", *(f"oracle-{number}" for number in range(2, settings.count + 1))]
     kinds = (False, True) if settings.contrastive else (False,)
     return [
-        (f"{name}-reversed" if swapped else name, one, swapped)
-        for name, one in zip(own, seeds(seed, settings.count), strict=True)
+        (f"{name}-reversed" if swapped else name, its_seed, swapped)
+        for name, its_seed in zip(names, seeds(seed, settings.count), strict=True)
         for swapped in kinds
     ]
 
 
-def readings(settings: OracleSettings) -> int:
-    """Models beside the reference that read all pairs, for the rewards."""
-    return 0 if settings.rewards is not None else len(members(settings)) or 1
-
-
 def seeds(seed: int, count: int) -> list[int]:
-    """A seed for each of several oracles of a run, the run's own first; runs at neighbouring seeds share none."""
+    """The seed of each oracle of a run, the run's own first; runs at neighbouring seeds share no oracle seed."""
     return [seed + 1000 * member for member in range(count)]
 
 
@@ -188,14 +168,14 @@ def train_oracle(
     """Train one oracle: DPO on the reference, over `settings.sample` of the pairs.
 
     Args:
-        reference: the model that it starts from.
+        reference: the starting model.
         pairs, reference_logps: all training pairs, and their stored log-probabilities under the reference.
-        out: its model folder.
-        seed: of the draw of pairs and of their order; one for each oracle (`seeds`).
-        swapped: chosen and rejected change places: the opposite of a contrastive oracle.
+        out: the oracle's folder.
+        seed: draws the pairs and their order.
+        swapped: exchange chosen and rejected, for the opposite of a contrastive oracle.
 
     Returns:
-        the number of `pairs`, and what `train_model` returns.
+        the number of `pairs`, and the results of `train_model`.
     """
     table, logps = read_table(pairs, "pairs"), read_table(reference_logps, "logps")
     sample = sample_pairs(table, settings.sample, seed=seed)
@@ -220,18 +200,13 @@ def train_oracle(
     return {"pairs": len(sample), **results}
 
 
-def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
-    """The trainings; None for an oracle, or rewards, that exist."""
-    settings = recipe.oracle
-    times = len(members(settings))
-    if not times:
-        return None
-    pairs = sizes.train
-    work = training_work(settings, sizes.small, pairs, pairs.responses, share=settings.sample)
+def cost(recipe: Recipe, sizes: Sizes) -> Cost:
+    """One training."""
+    settings, pairs = recipe.oracle, sizes.train
     return Cost(
-        "DPO" + (f", {times} times" if times > 1 else ""),
+        "DPO",
         round(pairs.pairs * settings.sample),
         round(pairs.tokens * settings.sample),
-        times * work,
-        training_need(settings, sizes, sizes.small, pairs.responses),
+        training_estimates(settings, sizes.small, pairs, pairs.responses, share=settings.sample),
+        training_memory(settings, sizes, sizes.small, pairs.responses),
     )

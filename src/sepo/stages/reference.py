@@ -1,4 +1,4 @@
-"""Stage "reference": the small model that the oracle starts from, as it is or after supervised fine-tuning."""
+"""Stage "reference": the small model that the oracle starts from; fewer layers or fine-tuned if a recipe says so."""
 
 from __future__ import annotations
 
@@ -14,55 +14,59 @@ from sepo.errors import UserError
 from sepo.models.config import load_config
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, resolve_model
-from sepo.models.shrink import cut_config, shrink_model
-from sepo.planning.memory import fine_tuning_parts
 from sepo.recipe.settings import Recipe
-from sepo.stages.stage import Cost, Model, Sizes, Stage
-from sepo.training.sft import check_sft, train_reference
+from sepo.stages.cost import Cost, FineTuningMemory, Sizes
+from sepo.stages.stage import Model, Stage
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
-    """The model and, where it is cut or fine-tuned, layers, data, settings and the library that does it; `elsewhere` as
-    in `train.check`.
-    """
+    """Check the model, its layers, and data and settings of fine-tuning; `elsewhere` as in `train.check`."""
     check_model(recipe.reference.model, revision=recipe.reference.revision, weights=not elsewhere)
     if recipe.reference.layers is not None:
         config(recipe)
         if recipe.policy.model is None:
-            raise UserError("reference.layers leaves a model that cannot write: name policy.model, the model to align")
+            raise UserError(
+                "reference.layers leaves a model that cannot write text: set policy.model, the model to align"
+            )
     if recipe.reference.sft is not None:
+        from sepo.training.sft import check_sft
+
         check_sft(recipe.reference.sft, recipe.device)
 
 
 def config(recipe: Recipe) -> PreTrainedConfig:
     """The config of the model that oracle and reference start from."""
     whole = load_config(recipe.reference.model, revision=recipe.reference.revision)
-    return whole if recipe.reference.layers is None else cut_config(whole, recipe.reference.layers)
+    if recipe.reference.layers is None:
+        return whole
+    from sepo.models.shrink import cut_config
+
+    return cut_config(whole, recipe.reference.layers)
 
 
-def start(recipe: Recipe) -> Model:
-    """The model that the recipe names, in a local folder."""
-    return model_in(resolve_model(recipe.reference.model, revision=recipe.reference.revision))
-
-
-def model_in(folder: str) -> Model:
-    """A model that no stage of this run wrote."""
+def hash_model(name: str, revision: str | None = None) -> Model:
+    """A model by its name, in a local folder, with the digests of its files."""
+    folder = resolve_model(name, revision=revision)
     content, usage = processes.on_main(lambda: [model_fingerprint(folder), usage_fingerprint(folder)])
     return Model(folder, content, usage)
 
 
 def stage(recipe: Recipe, model: Model) -> Stage | None:
-    """`model` with some of its layers, fine-tuned, or both; None if the recipe takes it as it is."""
+    """Keep some layers of `model`, fine-tune it, or both; None if the recipe uses the model unchanged."""
     layers, sft = recipe.reference.layers, recipe.reference.sft
     if layers is None and sft is None:
         return None
 
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         source, cut = model.folder, folder.with_name(f"{folder.name}-cut")
         if layers is not None:
+            from sepo.models.shrink import shrink_model
+
             source = str(cut if sft is not None else folder)
             processes.on_main(lambda: shrink_model(model.folder, layers, source))
         if sft is not None:
+            from sepo.training.sft import train_reference
+
             train_reference(source, sft, folder, seed=recipe.seed, device=recipe.device)
             processes.on_main(lambda: shutil.rmtree(cut, ignore_errors=True))
         return {}
@@ -77,7 +81,8 @@ def stage(recipe: Recipe, model: Model) -> Stage | None:
             "seed": recipe.seed,
         },
         outputs=(".",),
-        work=work,
+        run=run,
+        cost=lambda sizes: cost(recipe, sizes),
         verifies=sft is not None,
     )
 
@@ -89,9 +94,9 @@ def _what(recipe: Recipe) -> str:
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
-    """Its time is not estimated: the length of the data is known only when they are read."""
+    """Memory of the fine-tuning. Its time is not estimated: the length of its data is unknown until they are read."""
     what, sft = _what(recipe), recipe.reference.sft
     if sft is None:
         return Cost(what) if what else None
-    parts = fine_tuning_parts(sizes.small.shape, sft.training, sizes.device, sft.max_length, sizes.processes)
-    return Cost(what, memory=parts)
+    need = FineTuningMemory(sizes.small.shape, sft.training, sizes.device, sft.max_length, sizes.processes)
+    return Cost(what, memory=need)

@@ -1,4 +1,4 @@
-"""Stage "score": the reward of every response token, and how far the oracle's labels can be trusted."""
+"""Stage "score": the reward of every response token, and the oracle's accuracy on held-out pairs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from sepo.credit.rewards import combine_scores, given_rewards, require_rewards, 
 from sepo.data.tables import arrow_file, clear_shards, read_shard, read_table, table_digest, table_paths, write_shard
 from sepo.errors import UserError, one_line
 from sepo.evaluate.accuracy import oracle_accuracy
-from sepo.evaluate.fidelity import fidelity
-from sepo.evaluate.gold import gold_reward
 from sepo.processes import log
-from sepo.recipe.settings import OracleSettings, Recipe
-from sepo.stages.logps import PARTS, part_of
-from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Sizes, Stage, StageResult
+from sepo.recipe.settings import OracleSettings
+from sepo.stages.cost import Cost, Sizes
+from sepo.stages.logps import part_of
+from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
 
 _TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
 
 
 class Words(NamedTuple):
-    """By what words rewards are judged: the tokenizer they are read with, the gold reward (by name) they carry."""
+    """Words that carry a gold reward, for judging token rewards: the tokenizer, and the name of the gold reward."""
 
     tokenizer: PreTrainedTokenizerBase
     gold: str
@@ -42,8 +41,8 @@ def stage(
     """Token rewards of all pairs, the mean over oracles, in `scores` and `scores_held_out`.
 
     Args:
-        reference_logps: of the reference; or one for each oracle, its opposite on the swapped pairs.
-        words: to judge the rewards by the words of a gold reward as well.
+        reference_logps: those of the reference, or of each oracle's opposite.
+        words: also judge the rewards by the words of a gold reward.
     """
 
     one = isinstance(reference_logps, StageResult)
@@ -51,7 +50,7 @@ def stage(
         [reference_logps] * len(oracle_logps) if isinstance(reference_logps, StageResult) else list(reference_logps)
     )
 
-    def work(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> dict[str, Any]:
         for part in PARTS:
             oracles = [part_of(logps.folder, part) for logps in oracle_logps]
             bases = [part_of(logps.folder, part) for logps in references]
@@ -69,16 +68,17 @@ def stage(
             "words": words is not None and words.gold,
         },
         outputs=(SCORES, SCORES_HELD_OUT),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        run=lambda folder: processes.on_main(lambda: write(folder)),
+        cost=cost,
     )
 
 
 def given_stage(settings: OracleSettings, pairs: StageResult, words: Words | None = None) -> Stage:
-    """Token rewards that were made elsewhere, in `scores` and `scores_held_out` (the pairs of these that it has)."""
+    """Given token rewards, in `scores` and `scores_held_out` (the held-out pairs that have rewards)."""
     source, names = Path(str(settings.rewards)), settings.reward_columns
     given = processes.on_main(lambda: check_rewards_file(source, names))
 
-    def work(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> dict[str, Any]:
         rewards = read_rewards(source, names)
         for part in PARTS:
             shards = table_paths(pairs.folder / part, "pairs")
@@ -99,27 +99,31 @@ def given_stage(settings: OracleSettings, pairs: StageResult, words: Words | Non
             "words": words is not None and words.gold,
         },
         outputs=(SCORES, SCORES_HELD_OUT),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        run=lambda folder: processes.on_main(lambda: write(folder)),
+        cost=cost,
     )
 
 
 def _judged(folder: Path, words: Words | None) -> dict[str, Any]:
-    """Held-out accuracy of the rewards, and how they follow the words of a gold reward where one is given."""
+    """Held-out accuracy of the rewards and, with `words`, their AUC for the words of the gold reward."""
     held_out = read_table(folder / SCORES_HELD_OUT, "scores")
     results: dict[str, Any] = oracle_accuracy(held_out) if len(held_out) else {}
     return results | words_found(folder / SCORES, words)
 
 
 def words_found(scores: Path, words: Words | None) -> dict[str, float]:
-    """How far token rewards find the words that carry a gold reward; nothing where none is given."""
+    """AUC of token rewards for the words that carry a gold reward; nothing without one."""
     if words is None:
         return {}
+    from sepo.evaluate.fidelity import fidelity
+    from sepo.evaluate.gold import gold_reward
+
     judged = fidelity(words.tokenizer, read_table(scores, "scores"), valence=gold_reward(words.gold).valence)
     return {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
 
 
 def read_rewards(source: Path, columns: tuple[str, str]) -> pa.Table:
-    """The table of a parquet file, or of a folder of them, with pair_id and two columns of lists of numbers."""
+    """Read pair_id and two columns of number lists from a parquet file or a folder of them."""
     paths = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
     wanted = ["pair_id", *columns]
     try:
@@ -138,20 +142,20 @@ def read_rewards(source: Path, columns: tuple[str, str]) -> pa.Table:
 
 
 def check_rewards_file(source: Path, columns: tuple[str, str]) -> str:
-    """Raise a UserError unless the file has the columns; returns the digest of what it holds."""
+    """Raise a UserError unless the file has the columns without nulls; returns the digest of its content."""
     table = read_rewards(source, columns)
     for name in table.column_names:
         column = table.column(name)
         if column.null_count or (name != "pair_id" and pc.list_flatten(column).null_count):
-            raise UserError(f"oracle.rewards: '{source}', column '{name}', holds nulls; expected a value everywhere")
+            raise UserError(f"oracle.rewards: '{source}', column '{name}', holds nulls; expected a value in every row")
     return table_digest(table)
 
 
 def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path | Sequence[Path], out: Path) -> Path:
-    """Join stored log-probabilities into a scores table, shard by shard; several oracles' rewards are averaged.
+    """Subtract stored log-probabilities into a scores table, shard by shard; rewards of several oracles are averaged.
 
     Args:
-        reference_logps: of all oracles, or of each its own.
+        reference_logps: one store for all oracles, or one for each.
     """
     bases = [reference_logps] * len(oracle_logps) if isinstance(reference_logps, Path) else list(reference_logps)
     kinds = ((pairs, "pairs"), *((store, "logps") for store in (*bases, *oracle_logps)))
@@ -184,6 +188,6 @@ def _log_if_swapped(accuracy: dict[str, float]) -> None:
         )
 
 
-def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Differences of what the passes stored: seconds at most."""
+def cost(sizes: Sizes) -> Cost:
+    """Differences of stored log-probabilities: seconds."""
     return Cost("token rewards", sizes.train.pairs + sizes.held_out.pairs, sizes.train.tokens + sizes.held_out.tokens)

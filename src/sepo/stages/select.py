@@ -14,31 +14,32 @@ from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tok
 from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import PAIR_WEIGHT, clear_shards, read_shard, read_table, table_paths, write_shard
 from sepo.errors import UserError
+from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe, SelectSettings
-from sepo.stages.stage import SCORES, Cost, Sizes, Stage, StageResult
+from sepo.stages.cost import Cost, Sizes
+from sepo.stages.stage import SCORES, Stage, StageResult
 
 
 def check(recipe: Recipe) -> None:
-    """The rule and its settings."""
+    """Check the rule and its settings."""
     check_rule(**recipe.select.model_dump())
 
 
 def settings_of(recipe: Recipe) -> SelectSettings:
-    """The rule of a recipe; for objectives that read the reward of every token, these and no choice of tokens."""
-    from sepo.training.objectives import REWARDED  # PyTorch, which the selection itself does without
-
-    if recipe.policy.objective not in REWARDED:
+    """The selection of a recipe. For objectives that read the reward of every token: all tokens, with their rewards."""
+    if not OBJECTIVES[recipe.policy.objective].reads_token_rewards:
         return recipe.select
     confidence = recipe.select.confidence
     return SelectSettings(k_chosen=1, k_rejected=1, include_end=True, credit="reward", confidence=confidence)
 
 
-def stage(settings: SelectSettings, scores: StageResult, seed: int) -> Stage:
-    """The selection of a score table; only a random one depends on the seed."""
-    rule = settings.what_is_selected()
+def stage(recipe: Recipe, scores: StageResult, seed: int) -> Stage:
+    """The key tokens of a score table. Only rule "random" depends on the seed."""
+    settings = settings_of(recipe)
+    rule = settings.model_dump(mode="json")
     rules = rule["rule_chosen"], rule["rule_rejected"]
 
-    def work(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> dict[str, Any]:
         table = read_table(select(scores.folder / SCORES, folder, **rule, seed=seed), "selection")
         key_tokens = sum(int(flat(table.column(f"{side}_positions"))[1].sum()) for side in SIDES)
         return {"key_tokens": key_tokens, **pair_weights(table)}
@@ -49,21 +50,22 @@ def stage(settings: SelectSettings, scores: StageResult, seed: int) -> Stage:
         + (", pairs by confidence" if settings.confidence else ""),
         depends={"scores": scores.content, "select": rule, "seed": seed if "random" in rules else None},
         outputs=(".",),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        run=lambda folder: processes.on_main(lambda: write(folder)),
+        cost=lambda sizes: cost(recipe, sizes.of_policy),
     )
 
 
 def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0.3, **rule: Any) -> Path:
-    """Write the key tokens of a scores table, shard by shard; `rule` are keywords of `select_key_tokens`."""
+    """Write the key tokens of a scores table, shard by shard; `rule` holds keywords of `select_key_tokens`."""
     check_rule(k_chosen, k_rejected, **rule)
     paths = table_paths(scores, "scores")
     for path in paths:
         if path.parent.resolve() == out.resolve():
             raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
-        read_shard(path, "scores")  # all of it is sound before the old selection goes
+        read_shard(path, "scores")  # check every shard before the old selection is deleted
     require_rewards(read_shard(path, "scores") for path in paths)
     statistics = label_statistics(read_shard(path, "scores") for path in paths) if rule.get("label_log_odds") else None
-    # A rule over the whole dataset is a threshold for each shard.
+    # A rule over the whole dataset becomes a threshold for each shard.
     shards = (read_shard(path, "scores") for path in paths)
     settings = dataset_thresholds(shards, k_chosen, k_rejected, statistics=statistics, **rule)
     clear_shards(out)
@@ -74,7 +76,7 @@ def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0
 
 
 def pair_weights(selection: pa.Table) -> dict[str, float]:
-    """What `confidence` makes of the pairs of a selection: how many have no weight, and the mean; empty without it."""
+    """How many pairs have weight 0, and the mean weight; empty without `confidence`."""
     if PAIR_WEIGHT not in selection.column_names:
         return {}
     weights = selection.column(PAIR_WEIGHT).to_numpy()
@@ -82,13 +84,12 @@ def pair_weights(selection: pa.Table) -> dict[str, float]:
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Sorting: seconds at most."""
-    from sepo.training.objectives import REWARDED, SELECTIVE
-
-    if recipe.policy.objective in REWARDED:
+    """Sorting: seconds."""
+    objective = OBJECTIVES[recipe.policy.objective]
+    if objective.reads_token_rewards:
         return Cost(f"the reward of every token, which {recipe.policy.objective} reads", sizes.train.pairs)
     kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
-    if recipe.policy.objective not in SELECTIVE:
+    if not objective.reads_selection:
         pairs_alone = ", which reads the weights of pairs alone" if recipe.select.confidence else ""
         kept += f" (not read by {recipe.policy.objective}{pairs_alone})"
     return Cost(kept, sizes.train.pairs)

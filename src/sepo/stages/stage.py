@@ -1,60 +1,65 @@
-"""What a stage is: what it depends on, what it writes, how it is done, and what it costs.
+"""What a stage is, and what it leaves.
 
-Each file of this folder is one stage of the method and says four things about it:
+Each module of this folder defines one stage of the method:
 
-    check(recipe)            what can be known to be wrong before anything expensive starts
-    stage(...) -> Stage      its content-based dependencies, its outputs and its work
-    cost(recipe, sizes)      its work and the memory it needs, for the plan of a dry run
-    and the function that does it, which may be called alone
+    check(recipe)            find bad input before anything expensive starts
+    stage(...) -> Stage      what the stage reads, writes, runs and costs
+    cost(recipe, sizes)      its compute and memory, for a dry run and for the ETA
+    a function that does it  and that can be called without a run
 
-A run (`runs.pipeline`), a comparison (`runs.compare`) and the single commands do the same stages: they differ only in
-where the outputs lie and in what they keep a record of.
+`runs.method` says which stage reads which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from sepo.models.config import Shape
-    from sepo.planning.memory import Reading, Training
-    from sepo.recipe.settings import LoraSettings, TrainingSettings
+    from sepo.stages.cost import Cost, Sizes
 
-# Where the token rewards of the training pairs and of the held-out ones lie, for the stages that read them.
+# Tables of token rewards in the folder of the stages "score" and "transfer": training pairs and held-out pairs.
 SCORES, SCORES_HELD_OUT = "scores", "scores_held_out"
+# Parts of the pairs. Each is a table.
+PARTS = ("train", "held_out")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that is to be done.
+    """A stage that has not run yet.
 
     Attributes:
-        kind: which one ("oracle").
-        what: it in words, for tables.
-        depends: all that its output depends on: settings, and the *content* of what it reads.
-        outputs: the files and folders that it writes, as patterns in its folder ("." is the folder itself).
-        work: writes them into the folder that it is given and returns results for the record. All processes of a
-            launch call it.
-        verifies: the work checks by checksums of its own what it finds of an earlier attempt; otherwise an output that
-            was altered since, or was made from something else, is removed before the stage is done again.
-        missing: what its results lack that doing it again may get (replies of a server), in words; None for nothing.
+        kind: its name ("oracle").
+        what: one line for tables.
+        depends: everything that its output depends on: settings, and digests of what it reads. A value that is a
+            function is called when the stage runs, not when it is planned: digests of large files.
+        outputs: files and folders that it writes, as patterns in its folder ("." is the folder itself).
+        run: writes the outputs into a folder and returns results for the manifest. Every rank of a launch calls it.
+        cost: its compute and memory.
+        verifies: `run` checks by itself which outputs of an earlier attempt it can keep. Otherwise a changed or stale
+            output is deleted first.
+        missing: one line about results that a second attempt may get, such as replies of a server; None for none.
     """
 
     kind: str
     what: str
     depends: Mapping[str, Any]
     outputs: tuple[str, ...]
-    work: Callable[[Path], dict[str, Any] | None]
+    run: Callable[[Path], dict[str, Any] | None]
+    cost: Callable[[Sizes], Cost | None] = lambda sizes: None
     verifies: bool = False
     missing: Callable[[Mapping[str, Any]], str | None] = lambda results: None
+
+    def key(self) -> dict[str, Any]:
+        """What the stage depends on, without the values that only a run can compute: equal keys, equal outputs."""
+        return {"stage": self.kind, **{name: value for name, value in self.depends.items() if not callable(value)}}
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """The output of a stage: where it lies, the digest of its content, the results, seconds and GB of its work."""
+    """What a stage left: its folder, the digest of its content, results, seconds, and peak memory in GB."""
 
     folder: Path
     content: str
@@ -64,11 +69,11 @@ class StageResult:
 
 
 class Model(NamedTuple):
-    """A model as a stage reads it.
+    """A model that a stage reads.
 
     Attributes:
-        folder: where it lies.
-        content: digest of what it computes (of all of its files, if a stage wrote it).
+        folder: where it is, or its name where it is only planned.
+        content: digest of its weights and config (of all its files, if a stage wrote it).
         usage: digest of its tokenizer, chat template and generation config, where `content` leaves them out.
     """
 
@@ -77,139 +82,10 @@ class Model(NamedTuple):
     usage: str = ""
 
     def inherited(self) -> dict[str, str]:
-        """What a stage depends on that trains from this model or lets it speak, by names that a message can show."""
+        """What a stage that trains or samples from this model depends on, under names for messages."""
         return {"weights": self.content, "tokenizer and generation config": self.usage}
 
     @classmethod
-    def of(cls, made: StageResult) -> Model:
+    def of(cls, result: StageResult) -> Model:
         """The model that a stage wrote."""
-        return cls(str(made.folder), made.content)
-
-
-class ModelSize(NamedTuple):
-    """A model of a recipe, by name, its shape, and how many of its layers are taken (None: all)."""
-
-    name: str
-    revision: str | None
-    shape: Shape
-    layers: int | None = None
-
-
-@dataclass(frozen=True)
-class PairSizes:
-    """Counts of one part of the pairs.
-
-    Attributes:
-        pairs: their number.
-        tokens: of prompts and responses, each prompt once a pair.
-        scored: that a scoring pass reads: prompts and responses that occur several times once.
-        chosen, rejected: of the responses.
-        longest: that a row needs for the longest pair.
-    """
-
-    pairs: int = 0
-    tokens: int = 0
-    scored: int = 0
-    chosen: int = 0
-    rejected: int = 0
-    longest: int = 0
-
-    @property
-    def responses(self) -> int:
-        """Tokens of all responses."""
-        return self.chosen + self.rejected
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What costs are computed from.
-
-    Attributes:
-        train, held_out: the pairs.
-        prompts: distinct held-out prompts.
-        prompt_tokens, longest_prompt: tokens of all of those, and of the longest.
-        small, large: the reference and the policy.
-        device: kind of device that everything runs on ("cpu", "cuda", "mps").
-        processes: devices that share the work.
-        policy: the same under the policy's tokenizer, where that is another.
-        transfer: how both tokenizers cut the responses then, in words.
-    """
-
-    train: PairSizes
-    held_out: PairSizes
-    prompts: int
-    prompt_tokens: int
-    longest_prompt: int
-    small: ModelSize
-    large: ModelSize
-    device: str
-    processes: int = 1
-    policy: Sizes | None = None
-    transfer: str = ""
-
-    @property
-    def of_policy(self) -> Sizes:
-        """What the policy reads."""
-        return self.policy or self
-
-
-@dataclass(frozen=True)
-class Work:
-    """A part of a stage that takes time, as it is counted; `runs.pace` says how long it takes here.
-
-    Attributes:
-        kind: "load" a model, "score" rows, "train" on rows, or "generate".
-        model: that does it.
-        tokens, targets: read, and sent through the LM head.
-        updates: optimizer steps.
-        steps, width: decoding steps, each of `width` responses.
-        training, lora, quantization: how it is trained.
-        dtype: of the weights, where they are not trained.
-    """
-
-    kind: str
-    model: ModelSize
-    tokens: float = 0
-    targets: float = 0
-    updates: float = 0
-    steps: float = 0
-    width: int = 0
-    training: TrainingSettings | None = None
-    lora: LoraSettings | None = None
-    quantization: str | None = None
-    dtype: str = "auto"
-
-    @property
-    def flops(self) -> float:
-        """2 for each weight of the backbone and token, and of the LM head and target; 6 where it trains, or with LoRA
-        2 and 2 more for those that its gradients go through.
-        """
-        shape = self.model.shape
-        if self.kind == "generate":
-            return 2.0 * self.steps * self.width * (shape.linear + shape.head)
-        forward = 2.0 * (self.tokens * shape.linear + self.targets * shape.head)
-        if self.kind != "train":
-            return forward
-        if self.lora is None:
-            return 3 * forward
-        return forward + 2.0 * (self.tokens * shape.reached(self.lora) + self.targets * shape.head)
-
-    def times(self, number: float) -> Work:
-        """The same work a number of times."""
-        return replace(
-            self, tokens=self.tokens * number, targets=self.targets * number, updates=self.updates * number,
-            steps=self.steps * number,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a stage is expected to do: pairs and tokens, the work that takes time, and the memory that it needs; None
-    where it is not known or does not matter.
-    """
-
-    what: str
-    pairs: int | None = None
-    tokens: int | None = None
-    work: tuple[Work, ...] | None = None
-    memory: Training | Reading | Mapping[str, float] | None = None
+        return cls(str(result.folder), result.content)

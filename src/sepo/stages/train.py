@@ -10,23 +10,23 @@ from sepo.data.tables import read_table
 from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization
 from sepo.models.folders import is_outline
-from sepo.models.names import check_model, resolve_model
+from sepo.models.names import check_model
 from sepo.models.tokenizer import has_tokenizer
+from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe
 from sepo.stages import select, transfer
-from sepo.stages.reference import model_in
-from sepo.stages.stage import Cost, Model, Sizes, Stage, StageResult, Work
-from sepo.stages.trained import training_need, training_work
+from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training_memory
+from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import objective_settings, train_model
-from sepo.training.objectives import SELECTIVE, WITH_REFERENCE, check_objective, kl_direction
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
-    """The model, its tokenizer, the objective and the settings of the training.
+    """Check the model, its tokenizer, the objective and the settings of the training.
 
     Args:
-        elsewhere: only planned, for other machines: the model's config is enough, and bitsandbytes need not be here.
+        elsewhere: the run is only planned, for other machines. A config is then enough for a model, and bitsandbytes
+            need not be installed.
     """
     policy = recipe.policy
     check_quantization(policy.quantization, train=True, lora=policy.lora is not None, installed=not elsewhere)
@@ -45,33 +45,26 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
 
 
-def start(recipe: Recipe, reference: Model) -> Model:
-    """The model that the policy starts from: the recipe's, or the reference."""
-    if recipe.policy.model is None:
-        return reference
-    return model_in(resolve_model(recipe.policy.model, revision=recipe.policy.revision))
-
-
 def reads_selection(recipe: Recipe) -> bool:
-    """Is the policy trained on the key tokens of a selection, or with its weights of pairs?"""
-    return recipe.policy.objective in SELECTIVE or recipe.select.confidence > 0
+    """Does training read the key tokens or the pair weights of a selection?"""
+    return OBJECTIVES[recipe.policy.objective].reads_selection or recipe.select.confidence > 0
 
 
 def needs_reference(recipe: Recipe) -> bool:
-    """Does the objective contrast the policy with the model that it starts from?"""
-    return recipe.policy.objective in WITH_REFERENCE
+    """Does the objective compare the policy with its start?"""
+    return OBJECTIVES[recipe.policy.objective].reads_reference
 
 
 def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResult | None, seed: int) -> Stage:
     """The policy, trained on a selection table.
 
     Args:
-        model: from `start`.
-        selection: a selection table; objectives over all tokens read its pairs alone.
-        logps: of `model` over the pairs, for objectives with a reference.
+        model: the start of the policy.
+        selection: a selection table; objectives on all tokens read only its pairs.
+        logps: log-probabilities under `model`, for objectives with a reference.
     """
 
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         return train_model(
             model.folder,
             read_table(selection.folder, "selection"),
@@ -89,37 +82,39 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
         kind="train",
         what=f"{recipe.policy.objective} objective",
         depends={
-            "policy": recipe.policy.what_is_trained(),
+            "policy": recipe.policy.model_dump(mode="json"),
             "start": model.inherited(),
             "selection": selection.content,
             "logps": None if logps is None else logps.content,
             "seed": seed,
         },
         outputs=(".",),
-        work=work,
+        run=run,
+        cost=lambda sizes: cost(recipe, sizes.of_policy),
         verifies=True,
     )
 
 
 def targets(recipe: Recipe, sizes: Sizes) -> float:
-    """Tokens of all pairs that the policy is trained on."""
+    """Number of target tokens of all pairs."""
     pairs, rule = sizes.train, select.settings_of(recipe)
-    if recipe.policy.objective not in SELECTIVE:
+    if not OBJECTIVES[recipe.policy.objective].reads_selection:
         return pairs.responses
     return rule.k_chosen * pairs.chosen + rule.k_rejected * pairs.rejected
 
 
-def work(recipe: Recipe, sizes: Sizes) -> tuple[Work, ...]:
-    """The training, and the reference that some objectives read beside the policy."""
-    own = training_work(recipe.policy, sizes.large, sizes.train, targets(recipe, sizes))
-    if not kl_direction(recipe.policy.objective, recipe.policy.alpha):
-        return own
-    return (*own, Work("score", sizes.large, own[1].tokens, own[1].targets, dtype="float32"))
+def estimates(recipe: Recipe, sizes: Sizes) -> tuple[Estimate, ...]:
+    """The training, and the frozen reference that some objectives read at every step."""
+    training = training_estimates(recipe.policy, sizes.large, sizes.train, targets(recipe, sizes))
+    if not OBJECTIVES[recipe.policy.objective].kl_direction(recipe.policy.alpha):
+        return training
+    frozen = Estimate("score", sizes.large, training[1].tokens, training[1].targets, dtype="float32")
+    return (*training, frozen)
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """The training of the policy."""
     policy = recipe.policy
-    beside = bool(kl_direction(policy.objective, policy.alpha))
-    need = training_need(policy, sizes, sizes.large, targets(recipe, sizes), beside)
-    return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, work(recipe, sizes), need)
+    frozen_copy = bool(OBJECTIVES[policy.objective].kl_direction(policy.alpha))
+    need = training_memory(policy, sizes, sizes.large, targets(recipe, sizes), frozen_copy)
+    return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, estimates(recipe, sizes), need)

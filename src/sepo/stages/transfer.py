@@ -1,11 +1,11 @@
-"""Stage "transfer": where the policy has another tokenizer, its pairs, and the token rewards under them.
+"""Stages "policy_pairs" and "transfer", for a policy with another tokenizer: its pairs, and their token rewards.
 
     source ----> pairs under the oracle's tokenizer ---> scores ----.
        \\-------> pairs under the policy's tokenizer ----------------+--> scores under the policy's tokenizer
 
-Two stages: `pairs_stage` reads the source again with the policy's tokenizer and chat template, and keeps the pairs
-whose responses are the same texts; `stage` carries the rewards over to them (`credit.transfer`). The policy is
-trained, and everything about it measured, on the second tables alone.
+`pairs_stage` tokenises the source with the policy's tokenizer and chat template, and keeps the pairs whose responses
+are the same texts. `stage` carries the rewards over to them (`credit.transfer`). The policy is trained and measured on
+these tables.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.credit.transfer import TransferReport, carry
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.tables import (
     clear_shards,
@@ -32,7 +31,6 @@ from sepo.data.tables import (
     with_provenance,
     write_shard,
 )
-from sepo.data.vocabulary import TokenBytes, token_bytes
 from sepo.errors import UserError
 from sepo.models.folders import is_outline
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
@@ -40,9 +38,13 @@ from sepo.processes import log
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import Recipe, TransferSettings
 from sepo.stages import data
-from sepo.stages.logps import PARTS
+from sepo.stages.cost import Cost, Sizes
 from sepo.stages.score import Words, words_found
-from sepo.stages.stage import SCORES, SCORES_HELD_OUT, Cost, Sizes, Stage, StageResult
+from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
+
+if TYPE_CHECKING:
+    from sepo.credit.transfer import TransferReport
+    from sepo.data.vocabulary import TokenBytes
 
 
 def needed(recipe: Recipe) -> bool:
@@ -56,7 +58,7 @@ def needed(recipe: Recipe) -> bool:
 
 
 def tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The tokenizers of the reference and of the policy."""
+    """The tokenizers of reference and policy."""
     policy, reference = recipe.policy, recipe.reference
     return (
         load_tokenizer(reference.model, revision=reference.revision),
@@ -65,7 +67,7 @@ def tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedToken
 
 
 def check(recipe: Recipe) -> None:
-    """Both tokenizers can be mapped to bytes, where the policy has its own."""
+    """Check that both tokenizers can be mapped to bytes, if the policy has its own."""
     if needed(recipe):
         _readers(tokenizers(recipe), (recipe.reference.model, str(recipe.policy.model)))
 
@@ -73,19 +75,22 @@ def check(recipe: Recipe) -> None:
 def _readers(
     both: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], names: tuple[str, str]
 ) -> tuple[TokenBytes, TokenBytes]:
+    from sepo.data.vocabulary import token_bytes
+
     return token_bytes(both[0], names[0]), token_bytes(both[1], names[1])
 
 
 def pairs_stage(recipe: Recipe, pairs: StageResult) -> Stage:
-    """The pairs under the policy's tokenizer, in `train` and `held_out`, those of `pairs` that can be carried over."""
+    """Pairs under the policy's tokenizer, in `train` and `held_out`; those of `pairs` that have the same texts."""
     both = tokenizers(recipe)
-    own = data.stage(recipe.data, both[1], recipe.seed)
+    own = data.stage(recipe, both[1])
     return Stage(
         kind="policy_pairs",
-        what=f"pairs as {Path(str(recipe.policy.model)).name} reads them",
+        what=f"pairs under the tokenizer of {Path(str(recipe.policy.model)).name}",
         depends={**own.depends, "pairs": pairs.content, "from": tokenizer_fingerprint(both[0])},
         outputs=PARTS,
-        work=lambda folder: processes.on_main(lambda: prepare_pairs(recipe, pairs.folder, folder)),
+        run=lambda folder: processes.on_main(lambda: prepare_pairs(recipe, pairs.folder, folder)),
+        cost=pairs_cost,
     )
 
 
@@ -93,7 +98,7 @@ def prepare_pairs(recipe: Recipe, pairs: Path, out: Path, progress: bool = True)
     """Write the pairs of `pairs/train` and `pairs/held_out` under the policy's tokenizer.
 
     Returns:
-        counts `train` and `held_out`, the report of what tokenising dropped, and the figures of `TransferReport` as
+        counts `train` and `held_out`, the report of dropped rows, and the figures of `TransferReport` as
         `train_transfer` and `held_out_transfer`.
     """
     both = tokenizers(recipe)
@@ -116,13 +121,13 @@ def stage(
     """Token rewards under the policy's tokenizer, in `scores` and `scores_held_out`.
 
     Args:
-        scores: under the oracle's tokenizer, of `pairs`.
-        policy_pairs: of `pairs_stage`.
-        words: with the policy's tokenizer, to judge the rewards by the words of a gold reward.
+        scores: token rewards of `pairs`, under the oracle's tokenizer.
+        policy_pairs: result of `pairs_stage`.
+        words: also judge the rewards by the words of a gold reward, with the policy's tokenizer.
     """
     settings: TransferSettings = recipe.transfer
 
-    def work(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> dict[str, Any]:
         names = recipe.reference.model, str(recipe.policy.model)
         readers = _readers(tokenizers(recipe), names)
         results: dict[str, Any] = {}
@@ -147,19 +152,20 @@ def stage(
             "words": words is not None and words.gold,
         },
         outputs=(SCORES, SCORES_HELD_OUT),
-        work=lambda folder: processes.on_main(lambda: work(folder)),
+        run=lambda folder: processes.on_main(lambda: write(folder)),
+        cost=lambda sizes: cost(recipe, sizes),
     )
 
 
 def tokenizer_of_table(table: Path, given: str | None = None) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer that a score table was made with, and what to call it.
+    """Find the tokenizer of a score table; returns it and its name.
 
     Args:
         table: a folder, or a file in one.
-        given: a model; by default it is looked for where `sepo score` and `sepo run` leave it.
+        given: a model; default: the places where `sepo score` and `sepo run` put the tokenizer.
 
     Raises:
-        UserError: none is there, or the one that was given is another.
+        UserError: there is none, or the given one differs.
     """
     made_with = provenance_of(read_schema(table_paths(table, "scores")[0])).get("tokenizer")
     folder = table if table.is_dir() else table.parent
@@ -192,14 +198,16 @@ def carry_table(
     Args:
         source: the table's folder.
         kind: "pairs" or "scores".
-        targets: for each shard of `source` a table of kind "pairs" that holds its pairs under the other tokenizer.
-        readers: of the table's tokenizer and of the other.
-        out: folder of the new table, whose provenance names the old one in `transferred_from`.
-        names: of the two models, for messages.
+        targets: for each shard of `source`, a table of kind "pairs" with its pairs under the other tokenizer.
+        readers: byte readers of the table's tokenizer and of the other tokenizer.
+        out: folder of the new table; its provenance names the old table in `transferred_from`.
+        names: the two models, for messages.
 
     Raises:
-        UserError: no pair is left, and why.
+        UserError: no pair is left.
     """
+    from sepo.credit.transfer import TransferReport, carry
+
     paths = table_paths(source, kind)
     if source.resolve() == out.resolve():
         raise UserError(f"'{out}' holds the table itself: choose another folder for what is carried over")
@@ -223,18 +231,18 @@ def carry_table(
 
 
 def _digest(paths: list[Path], kind: str) -> str:
-    """What a whole table is, by its shards' own digests where they have one."""
+    """Digest of a whole table, from its shards' stored digests if they have them."""
     recorded = [provenance_of(read_schema(path)).get("digest") for path in paths]
     found = [one or table_digest(read_shard(path, kind)) for one, path in zip(recorded, paths, strict=True)]
     return short_digest(" ".join(map(str, found)))
 
 
-def pairs_cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Reading the source again: seconds at most."""
+def pairs_cost(sizes: Sizes) -> Cost:
+    """Reading the source again: seconds."""
     own = sizes.of_policy
     return Cost(sizes.transfer, own.train.pairs + own.held_out.pairs, own.train.tokens + own.held_out.tokens)
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Arithmetic on tokens: seconds at most."""
+    """Arithmetic on tokens: seconds."""
     return Cost(f"to the policy's tokens, by {recipe.transfer.allocation}", sizes.of_policy.train.pairs)

@@ -1,12 +1,10 @@
-"""`sepo compare`: every method of a grid on one dataset, every pass that can be shared done once.
+"""`sepo compare`: train every method of a grid on one dataset; stages with equal inputs run once.
 
-    data -> reference -> [reference log-probabilities -> oracle -> scores -> selection] -> runs -> table and pictures
-              shared by all      shared by those with equal settings                one a setting and seed
-
-The work folder is a run folder (`folder.Run`): each pass and each run is a stage of `sepo.stages`, in a folder named by
-its fingerprint, so an interrupted comparison goes on where it stopped, a variant added later costs its own runs only,
-and grids with the same work folder share what they have in common. Policies are measured while they are trained, at
-several points of the reward-KL frontier, and not kept unless asked for.
+The work folder is a run folder (`folder.Run`). The stages that a run reads (`runs.method`) go to `shared/`, its
+training to `runs/`, each in a folder named by the digest of what it depends on. So an interrupted comparison
+continues, a variant that is added later costs only its own runs, and grids with the same work folder share stages.
+Policies are measured while they train, at several points of the reward-KL frontier, and are deleted unless the grid
+keeps them.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.evaluate.statistics import StdComponents
 from sepo.files import check_writable, digest, write_json
+from sepo.judging import stages as judging_stages
 from sepo.judging.in_run import judge_in_words
 from sepo.judging.judge import scorer_of
 from sepo.judging.scorers import Scorer
@@ -34,10 +32,12 @@ from sepo.models.weights import load_model
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
 from sepo.runs.folder import Run, environment, open_run
-from sepo.runs.pipeline import check_inputs, check_pairs
-from sepo.stages import data, logps, oracle, reference, score, select, train, transfer
+from sepo.runs.method import Method, Walker
+from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
+from sepo.stages import train
+from sepo.stages.reference import hash_model
 from sepo.stages.stage import Model, Stage, StageResult
-from sepo.study import stages as measured
+from sepo.study import stages
 from sepo.study.grid import Assumed, Grid, Setting
 from sepo.study.results import (
     best_setting,
@@ -49,18 +49,22 @@ from sepo.study.results import (
 )
 from sepo.training.fit import pairs_to_see
 
+# Recipes of a comparison may have a judge, which measures policies while they train, but no stages after the
+# evaluation.
+EXTENSION = Extension(judging_stages.check, None, lambda method: {})
+
 
 def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
-    """Run a grid, reusing what stands, and write `compare.json`, `compare.md` and the pictures into its folder.
+    """Run a grid, reusing results that are up to date, and write `compare.json`, `compare.md` and pictures.
 
-    The results are written after every run, so a comparison can be read while it goes on.
+    The results are written after every run, so an unfinished comparison can be read.
 
     Returns:
-        what `compare.json` holds: name, kl, gold, rows (`report.comparison.summarise_runs`), differences, runs with
-        all their checkpoints, shared passes, environment.
+        the content of `compare.json`: name, kl, gold, rows (`results.summarise_runs`), differences, runs with their
+        checkpoints, shared stages, environment.
 
     Raises:
-        UserError: anything about the grid or its recipes that can be known before a model is loaded.
+        UserError: bad input, before any model is loaded.
     """
     check_grid(settings)
     check_results_folder(grid)
@@ -69,12 +73,12 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         grid.results_folder.mkdir(parents=True, exist_ok=True)
         write_json(grid.results_folder / "grid.json", grid.model_dump(mode="json"))
         work = _Comparison(run, grid, first)
-        shared = work.data()
-        check_same_pairs(settings, lambda recipe: work.pairs(recipe, shared).results["train"])
-        prompts = len(set(map(tuple, read_table(shared.folder / "held_out", "pairs").column("prompt_ids").to_pylist())))
+        check_same_pairs(settings, lambda recipe: work.method(recipe, recipe.seed).policy_pairs.results["train"])
+        held_out = read_table(work.pairs.folder / "held_out", "pairs")
+        prompts = len(set(map(tuple, held_out.column("prompt_ids").to_pylist())))
         check_prompts(grid, first, prompts)
         log(f"  {can_tell(grid, first, prompts)}")
-        for setting, seed, reported in work.schedule(settings):
+        for setting, seed, reported in schedule(grid, settings, work.choose):
             work.add(setting, seed, reported)
         results = work.results()
         for note in reading_notes(results["rows"], grid.kl):
@@ -87,7 +91,7 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
 
 
 def check_grid(settings: dict[str, list[Setting]]) -> None:
-    """Check every recipe of a grid before anything expensive; see `pipeline.check_inputs`."""
+    """Check every recipe of a grid before any model is loaded. Raises UserError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare runs in one process: start it without torchrun or accelerate")
     first = next(iter(settings.values()))[0].recipe.reference
@@ -99,7 +103,7 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
             raise UserError("compare measures on held-out prompts: set eval.prompts and data.held_out above 0")
         if recipe.eval.tasks or recipe.eval.benchmarks:
             raise UserError("compare runs no tasks and no benchmarks: leave eval.tasks and eval.benchmarks out")
-        check_inputs(recipe)
+        check_inputs(recipe, EXTENSION)
         if recipe.reference.model != first.model:
             # The pairs are tokenised once, for all variants.
             check_same_tokenizer(
@@ -111,10 +115,10 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
 
 
 def check_same_pairs(settings: dict[str, list[Setting]], pairs: Callable[[Recipe], int]) -> None:
-    """Raise a UserError unless all runs see as many pairs; a last batch that is not full counts what it holds.
+    """Raise a UserError unless all runs see the same number of pairs; a last batch counts the pairs that it holds.
 
     Args:
-        pairs: in one epoch, of a recipe's policy.
+        pairs: gives the pairs of one epoch of a recipe's policy.
     """
     everything = [setting for group in settings.values() for setting in group]
     counts = [pairs_to_see(setting.recipe.policy.training, pairs(setting.recipe)) for setting in everything]
@@ -128,19 +132,19 @@ def check_same_pairs(settings: dict[str, list[Setting]], pairs: Callable[[Recipe
 
 
 def check_prompts(grid: Grid, recipe: Recipe, prompts: int) -> None:
-    """Raise a UserError if a sweep cannot be decided on prompts of its own.
+    """Raise a UserError if there are too few prompts to decide a sweep on prompts of its own.
 
     Args:
-        prompts: distinct ones that are held out.
+        prompts: number of distinct held-out prompts.
     """
     if not grid.sweep_prompts:
         return
     if grid.sweep_seed is None:
         raise UserError(
-            "sweep_prompts are those that a sweep is decided on: set sweep_seed, or leave sweep_prompts out"
+            "sweep_prompts are the prompts that a sweep is decided on: set sweep_seed, or leave sweep_prompts out"
         )
     if recipe.eval.gold is None:
-        raise UserError("sweep_prompts needs eval.gold: the accuracy is of all held-out pairs")
+        raise UserError("sweep_prompts needs eval.gold: without it a sweep is decided on all held-out pairs")
     if recipe.eval.prompts + grid.sweep_prompts > prompts:
         raise UserError(
             f"eval.prompts {recipe.eval.prompts} and sweep_prompts {grid.sweep_prompts} are more than the {prompts} "
@@ -149,13 +153,13 @@ def check_prompts(grid: Grid, recipe: Recipe, prompts: int) -> None:
 
 
 def can_tell(grid: Grid, recipe: Recipe, prompts: int) -> str:
-    """What differences a grid can tell apart, in one line: by its `assume`, an earlier result's spread, or the default.
+    """The minimum detectable difference of a grid, in one line: by `assume`, an earlier result, or the default.
 
     Args:
-        prompts: distinct ones that are held out.
+        prompts: number of distinct held-out prompts.
     """
     earlier = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # nothing there yet, or of an earlier release
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no result yet, or of an earlier release
         stored = json.loads((grid.results_folder / "compare.json").read_text(encoding="utf-8"))
         earlier = typical_std(stored["differences"])
     if grid.assume is None and earlier is not None:
@@ -168,7 +172,7 @@ def can_tell(grid: Grid, recipe: Recipe, prompts: int) -> str:
 
 
 def check_results_folder(grid: Grid) -> None:
-    """Refuse a folder of results, apart from the work folder (`open_run` looks at that), which holds something else."""
+    """Refuse a folder of results that holds other things; `open_run` checks the work folder."""
     folder = grid.results_folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file: set output_dir to a new folder")
@@ -179,159 +183,144 @@ def check_results_folder(grid: Grid) -> None:
         raise UserError(f"'{folder}' is not empty and holds no comparison: set output_dir to a new folder")
 
 
-def oracle_key(recipe: Recipe) -> str:
-    """Recipes with one key train the same oracles."""
-    return digest([recipe.oracle.model_dump(mode="json"), recipe.reference.model_dump(mode="json")])
+class Passes:
+    """Walks the stages of all runs; stages with equal inputs share a folder in `shared/`, named by their digest.
+
+    Attributes:
+        listed: each stage with its results, seconds and memory.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.listed: dict[str, dict[str, Any]] = {}
+        self._done: dict[str, StageResult] = {}
+
+    def model(self, name: str, revision: str | None = None) -> Model:
+        return hash_model(name, revision)
+
+    def do(self, stage: Stage, role: str) -> StageResult:
+        name = f"{stage.kind}-{digest(stage.key())[:10]}"
+        if name in self._done:
+            return self._done[name]
+        done = self.run.do(stage, self.run.path("shared", name), name=name, title=name)
+        figures = {
+            key: value for key, value in done.results.items() if value is None or isinstance(value, int | float | str)
+        }
+        what = stage.what
+        if "oracle/accuracy" in figures:
+            what += f": held-out accuracy {_text(figures, 'oracle/accuracy')}" + (
+                f", fidelity AUC {_text(figures, 'fidelity/auc')}" if "fidelity/auc" in figures else ""
+            )
+        row = {"stage": name, "what": what, "seconds": done.seconds, **figures}
+        if done.memory_gb is not None:
+            row["memory_gb"] = done.memory_gb
+        self.listed[name], self._done[name] = row, done
+        return done
+
+
+class Bases:
+    """The models that policies start from; each stays in memory after its first use."""
+
+    def __init__(self) -> None:
+        self._models: dict[tuple, torch.nn.Module] = {}
+
+    def load(self, recipe: Recipe, start: Model) -> torch.nn.Module:
+        types = stages.training_types(recipe, start)
+        key = (start.content, *types.values())
+        if key not in self._models:
+            self._models[key] = load_model(start.folder, device=recipe.device, **types)
+        return self._models[key]
+
+
+def method_of(recipe: Recipe, walker: Walker, grid: Grid, seed: int, pairs: StageResult | None = None) -> Method:
+    """The method of one run of a grid."""
+    oracle_seed = seed if grid.seeds_vary == "oracle" else recipe.seed
+    return Method(recipe, walker, seed=seed, oracle_seed=oracle_seed, pairs=pairs)
+
+
+def run_stage(
+    method: Method,
+    grid: Grid,
+    reported: bool,
+    bases: Bases | None = None,
+    scorer: Callable[[], Scorer | None] | None = None,
+) -> Stage:
+    """The training of one run; the stages that it reads are done first.
+
+    Args:
+        reported: False for a run of a sweep, which may be measured on other prompts.
+    """
+    recipe, start = method.recipe, method.policy_start
+    measured = stages.Measured(
+        grid=grid,
+        seed=method.seed,
+        choosing=0 if reported else grid.sweep_prompts,
+        base=lambda: (bases or Bases()).load(recipe, start),
+        scorer=scorer,
+    )
+    unjudged = recipe.eval.gold is None and recipe.eval.judge is None
+    reference = train.needs_reference(recipe)
+    start_logps = method.policy_start_logps if reference or unjudged else None
+    return stages.run_stage(
+        recipe,
+        start,
+        method.selection if train.reads_selection(recipe) else None,
+        start_logps if reference else None,
+        method.policy_pairs,
+        method.walker.do(stages.start_stage(recipe, start, method.policy_pairs, measured), "start"),
+        start_logps if unjudged else None,
+        measured,
+    )
+
+
+def schedule(
+    grid: Grid, settings: dict[str, list[Setting]], choose: Callable[[str, list[Setting]], Setting]
+) -> Iterator[tuple[Setting, int, bool]]:
+    """Yield the runs in order: setting, seed, and whether the run is reported.
+
+    Args:
+        choose: picks the reported setting of a variant after its sweep.
+    """
+    chosen: dict[str, Setting] = {}
+    for variant, group in settings.items():
+        if grid.sweep_seed is None or len(group) == 1:
+            continue
+        for setting in group:
+            yield setting, grid.sweep_seed, False
+        chosen[variant] = choose(variant, group)
+    # Seed by seed, so an unfinished comparison has all methods at some seeds.
+    for seed in grid.seeds:
+        for variant, group in settings.items():
+            for setting in [chosen[variant]] if variant in chosen else group:
+                yield setting, seed, True
 
 
 class _Comparison:
-    """The stages of a comparison in its work folder, and the results so far."""
+    """The runs of a comparison and their results."""
 
     def __init__(self, run: Run, grid: Grid, recipe: Recipe):
         self.run, self.grid, self.recipe = run, grid, recipe
+        self.passes, self.bases = Passes(run), Bases()
+        self.pairs = Method(recipe, self.passes).pairs  # all variants share them
         self.runs: list[dict[str, Any]] = []
-        self.shared: dict[str, dict[str, Any]] = {}
-        self._bases: dict[tuple, torch.nn.Module] = {}
         self._judge: Scorer | None = None
-        self._transfers: dict[str, bool] = {}
-        self._pairs: dict[str, StageResult] = {}
 
-    def schedule(self, settings: dict[str, list[Setting]]) -> Iterator[tuple[Setting, int, bool]]:
-        """Yield the runs in order; the best setting of a sweep is known only when its runs are done."""
-        grid = self.grid
-        chosen: dict[str, Setting] = {}
-        for variant, group in settings.items():
-            if grid.sweep_seed is None or len(group) == 1:
-                continue
-            for setting in group:
-                yield setting, grid.sweep_seed, False
-            rows = summarise_runs([one for one in self.runs if one["variant"] == variant], grid.kl)
-            label = best_setting(rows, variant)
-            chosen[variant] = next(setting for setting in group if setting.label == label)
-            log(f"[{variant}] best of {len(group)} settings: {label}")
-        # Seed by seed, so that an unfinished comparison has all methods at some seeds.
-        for seed in grid.seeds:
-            for variant, group in settings.items():
-                for setting in [chosen[variant]] if variant in chosen else group:
-                    yield setting, seed, True
+    def method(self, recipe: Recipe, seed: int) -> Method:
+        return method_of(recipe, self.passes, self.grid, seed, self.pairs)
 
-    # --- shared passes ----------------------------------------------------------------------------------------------
-
-    def _share(self, stage: Stage, what: str | None = None) -> StageResult:
-        """Do a stage in a folder named by its fingerprint, and list it among the shared passes."""
-        name = f"{stage.kind}-{digest({'stage': stage.kind, **stage.depends})[:10]}"
-        made = self.run.do(stage, self.run.path("shared", name), name=name, title=name)
-        figures = {
-            key: value for key, value in made.results.items() if value is None or isinstance(value, int | float | str)
-        }
-        self.shared[name] = {"stage": name, "what": what or stage.what, "seconds": made.seconds, **figures}
-        if made.memory_gb is not None:
-            self.shared[name]["memory_gb"] = made.memory_gb
-        return made
-
-    def data(self) -> StageResult:
-        recipe = self.recipe
-        return self._share(data.stage(recipe.data, load_tokenizer(reference.start(recipe).folder), recipe.seed))
-
-    def transfers(self, recipe: Recipe) -> bool:
-        """Does the policy have another tokenizer than the oracle?"""
-        key = digest([recipe.policy.model, recipe.policy.revision, recipe.reference.model_dump(mode="json")])
-        if key not in self._transfers:
-            self._transfers[key] = transfer.needed(recipe)
-        return self._transfers[key]
-
-    def pairs(self, recipe: Recipe, shared: StageResult) -> StageResult:
-        """The pairs that the policy reads: `shared`, or their own where it has another tokenizer."""
-        if not self.transfers(recipe):
-            return shared
-        key = digest([recipe.policy.model, recipe.policy.revision])
-        if key not in self._pairs:
-            self._pairs[key] = self._share(transfer.pairs_stage(recipe, shared))
-        return self._pairs[key]
-
-    def reference(self, recipe: Recipe) -> Model:
-        start = reference.start(recipe)
-        tuning = reference.stage(recipe, start)
-        return start if tuning is None else Model.of(self._share(tuning))
-
-    def logps(self, recipe: Recipe, model: Model, pairs: StageResult, role: str) -> StageResult:
-        return self._share(logps.stage(recipe, model, pairs, role))
-
-    def oracle(self, recipe: Recipe, seed: int, pairs: StageResult, swapped: bool = False) -> Model:
-        """One oracle, or its opposite; where `count` asks for several, the one of this seed among them."""
-        model = self.reference(recipe)
-        if (existing := oracle.existing(recipe.oracle, model)) is not None:
-            return existing
-        stored = self.logps(recipe, model, pairs, "reference")
-        return Model.of(self._share(oracle.stage(recipe, model, pairs, stored, seed, swapped)))
-
-    def scores(self, recipe: Recipe, seed: int, pairs: StageResult) -> StageResult:
-        small = self.reference(recipe)
-        gold = recipe.eval.gold
-        words = None if gold is None else score.Words(load_tokenizer(small.folder), gold)
-        if recipe.oracle.rewards is not None:
-            return self._share(score.given_stage(recipe.oracle, pairs, words))
-        seeds = oracle.seeds(seed, recipe.oracle.count)
-        oracles = [self.oracle(recipe, one, pairs) for one in seeds]
-        read = [self.logps(recipe, model, pairs, "oracle") for model in oracles]
-        base: StageResult | list[StageResult]
-        if recipe.oracle.contrastive:
-            opposites = [self.oracle(recipe, one, pairs, swapped=True) for one in seeds]
-            base = [self.logps(recipe, model, pairs, "opposite") for model in opposites]
-        else:
-            base = self.logps(recipe, small, pairs, "reference")
-        made = self._share(score.stage(pairs, read, base, words))
-        row = self.shared[made.folder.name]
-        names = ", ".join(Path(model.folder).name for model in oracles)
-        whose = f"the mean of {names}" if len(oracles) > 1 else names
-        row["what"] = f"token rewards of {whose}: held-out accuracy {_text(row, 'oracle/accuracy')}" + (
-            f", fidelity AUC {_text(row, 'fidelity/auc')}" if words else ""
-        )
-        return made
-
-    def selection(self, recipe: Recipe, seed: int, pairs: StageResult) -> StageResult:
-        scores = self.scores(recipe, seed if self.grid.seeds_vary == "oracle" else recipe.seed, pairs)
-        if self.transfers(recipe):
-            gold = recipe.eval.gold
-            words = None if gold is None else score.Words(transfer.tokenizers(recipe)[1], gold)
-            scores = self._share(transfer.stage(recipe, scores, pairs, self.pairs(recipe, pairs), words))
-        return self._share(select.stage(select.settings_of(recipe), scores, seed))
-
-    # --- runs -------------------------------------------------------------------------------------------------------
+    def choose(self, variant: str, group: list[Setting]) -> Setting:
+        """The best setting of a finished sweep."""
+        rows = summarise_runs([one for one in self.runs if one["variant"] == variant], self.grid.kl)
+        label = best_setting(rows, variant)
+        log(f"[{variant}] best of {len(group)} settings: {label}")
+        return next(setting for setting in group if setting.label == label)
 
     def add(self, setting: Setting, seed: int, reported: bool) -> None:
-        """Train and measure one setting at one seed unless that stands, and write the results so far."""
-        recipe = setting.recipe
-        shared = self.data()
-        pairs = self.pairs(recipe, shared)
-        check_pairs(recipe, shared.folder, policy_folder=pairs.folder if self.transfers(recipe) else None)
-        start = train.start(recipe, self.reference(recipe))
-
-        def base() -> torch.nn.Module:
-            return self._base(recipe, start)
-
-        unjudged = recipe.eval.gold is None and recipe.eval.judge is None
-        choosing = 0 if reported else self.grid.sweep_prompts
-        stored = None
-        if train.needs_reference(recipe) or unjudged:
-            stored = self.logps(recipe, start, pairs, "start")
-        stage = measured.run_stage(
-            recipe,
-            start,
-            self.selection(recipe, seed, shared) if train.reads_selection(recipe) else None,
-            stored if train.needs_reference(recipe) else None,
-            pairs,
-            self._share(measured.start_stage(recipe, start, pairs, seed, base, choosing)),
-            stored if unjudged else None,
-            self.grid.shares,
-            self.grid.checkpoints_at_kl,
-            seed,
-            base,
-            self.grid.keep_models,
-            choosing,
-            self._scorer,
-        )
-        key = f"run-{digest(stage.depends)[:10]}"
+        """Train and measure one setting at one seed, unless its result is up to date; then write all results."""
+        method = self.method(setting.recipe, seed)
+        check_method_pairs(method)
+        stage = run_stage(method, self.grid, reported, self.bases, self._scorer)
+        key = f"run-{digest({name: value for name, value in stage.key().items() if name != 'stage'})[:10]}"
         name = " ".join(part for part in (setting.variant, setting.label, f"seed={seed}") if part)
         made = self.run.do(stage, self.run.path("runs", key), name=key, title=f"run {name}")
         self.runs.append(
@@ -340,32 +329,23 @@ class _Comparison:
                 "label": setting.label,
                 "seed": seed,
                 "reported": reported,
-                "objective": recipe.policy.objective,
+                "objective": setting.recipe.policy.objective,
                 "folder": str(made.folder.relative_to(self.run.folder)),
                 **made.results,
-                "points": json.loads((made.folder / measured.POINTS).read_text(encoding="utf-8")),
+                "points": json.loads((made.folder / stages.POINTS).read_text(encoding="utf-8")),
             }
         )
         self.results()
 
-    def _base(self, recipe: Recipe, start: Model) -> torch.nn.Module:
-        types = measured.training_types(recipe, start)
-        key = (start.content, *types.values())
-        if key not in self._bases:
-            self._bases[key] = load_model(start.folder, device=recipe.device, **types)
-        return self._bases[key]
-
     def _scorer(self) -> Scorer | None:
-        """The one judge of all runs, in memory from its first verdict on; None for one behind a server, or none."""
+        """The judge of all runs; it stays in memory. None without a judge, or for a judge behind a server."""
         judge = self.recipe.eval.judge
         if self._judge is None and judge is not None and judge.server is None:
             self._judge = scorer_of(judge, self.recipe.device)
         return self._judge
 
-    # --- results ----------------------------------------------------------------------------------------------------
-
     def results(self) -> dict[str, Any]:
-        """Write table, JSON and pictures of the runs so far; returns the JSON's content."""
+        """Write table, JSON and pictures of the finished runs; returns the content of the JSON."""
         head = {
             "name": self.grid.name,
             "kl": self.grid.kl,
@@ -374,7 +354,7 @@ class _Comparison:
             **({} if self.recipe.eval.judge is None else {"judge": judge_in_words(self.recipe.eval.judge)}),
             "environment": environment(),
         }
-        return write_comparison(head, self.runs, list(self.shared.values()), self.grid.results_folder)
+        return write_comparison(head, self.runs, list(self.passes.listed.values()), self.grid.results_folder)
 
 
 def _text(record: dict[str, Any], name: str) -> str:

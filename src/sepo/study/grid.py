@@ -1,4 +1,4 @@
-"""The grid of `sepo compare`: one base recipe, variants of it, and the training runs that follow.
+"""The grid of `sepo compare`: a base recipe, its variants, and the runs of each.
 
     name: objectives
     base: ../quickstart.yaml               # relative to this file; all defaults without it
@@ -14,9 +14,8 @@
         set: {policy.objective: dpo}
         sweep: {policy.beta: [0.01, 0.05, 0.1]}
 
-`set` and `sweep` name settings of a recipe, with dots as on the command line or nested as in a recipe. A sweep is the
-product of its lists.
-Without `sweep_seed` every setting runs at every seed.
+`set` and `sweep` name settings of a recipe, with dots or nested. A sweep runs every combination of its lists. Without
+`sweep_seed` every setting runs at every seed.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 def _shares(points: Any) -> Any:
-    """Shares of a run, ascending and with its end, from a list of them or their number."""
+    """Shares of a run in ascending order, with its end, from a list or a number."""
     if isinstance(points, int) and not isinstance(points, bool) and points >= 1:
         return [(index + 1) / points for index in range(points)]
     if isinstance(points, list) and points and all(isinstance(share, int | float) for share in points):
@@ -54,20 +53,20 @@ def _ascending(values: list[float]) -> list[float]:
 
 
 class Variant(Settings):
-    """One method: what it changes, and what it sweeps over."""
+    """One method: the settings that it changes, and those that it sweeps over."""
 
     set: dict[str, Any] = Field(default_factory=dict, description="settings that make the variant")
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        default_factory=dict, description="settings to try, each with its values; the product of all is run"
+        default_factory=dict, description="settings to sweep over, each with its values; every combination is run"
     )
 
 
 class Assumed(Settings):
-    """Standard deviations of the difference between two methods, from which a plan says what it can tell apart."""
+    """Standard deviations of the difference between two methods, for the minimum detectable difference of a plan."""
 
-    seed: float = Field(0.03, ge=0, description="of a seed's mean over prompts: another oracle, another order")
+    seed: float = Field(0.03, ge=0, description="of a seed's mean over prompts (another oracle, another order)")
     prompt: float = Field(0.1, ge=0, description="of a prompt's mean over seeds")
-    rest: float = Field(0.4, gt=0, description="of one answer to one prompt at one seed, beyond these two")
+    rest: float = Field(0.4, gt=0, description="of one answer to one prompt at one seed, beyond seed and prompt")
 
 
 class Grid(Settings):
@@ -77,34 +76,36 @@ class Grid(Settings):
     output_dir: PathText | None = Field(None, description="folder of the results; default: runs/NAME")
     work_dir: PathText | None = Field(
         None,
-        description="folder of the shared passes and the runs; grids with the same one share what they have in common; "
+        description="folder of the shared stages and the runs; grids with the same folder share stages; "
         "default: output_dir",
     )
-    base: PathText | None = Field(None, description="the recipe that variants start from, relative to the grid file")
-    set: dict[str, Any] = Field(default_factory=dict, description="settings for all variants, on top of the base")
-    seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="seeds of the runs that are reported")
+    base: PathText | None = Field(None, description="recipe that the variants start from, relative to the grid file")
+    set: dict[str, Any] = Field(default_factory=dict, description="settings of all variants, on top of the base")
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="seeds of the reported runs")
     sweep_seed: Seed | None = Field(
         None, description="sweep at this seed, and run only the best setting of each variant at `seeds`"
     )
     seeds_vary: Literal["policy", "oracle"] = Field(
         "oracle",
-        description="what a seed changes: the oracle's training too, or the policy's training and samples alone",
+        description="what a seed changes: oracle, policy and samples, or only policy and samples",
     )
     sweep_prompts: int = Field(
         0,
         ge=0,
-        description="held-out prompts on which a sweep is decided, apart from the eval.prompts that are reported; 0 "
-        "decides on the same prompts",
+        description="number of held-out prompts on which a sweep is decided, apart from the reported "
+        "eval.prompts; 0: the "
+        "reported prompts",
     )
     checkpoints: Annotated[list[Share], BeforeValidator(_shares)] = Field(
         4,
         validate_default=True,
-        description="measurements a run: a number, evenly spaced with the last at its end, or a list of shares of the "
-        "run, such as [0.25, 1.0]",
+        description="when a run is measured: a number of evenly spaced checkpoints, or a list of shares of the "
+        "run, such as "
+        "[0.25, 1.0]",
     )
     checkpoints_at_kl: Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_ascending)] = Field(
         default_factory=list,
-        description="measure where a run passes these KLs (in nats a response) and at its end, in place of checkpoints",
+        description="measure where a run passes these KLs (nats a response) and at its end, instead of checkpoints",
     )
     kl: float | None = Field(None, gt=0, description="compare at this KL; default: at the end of each run")
     also_at: list[Annotated[float, Field(gt=0)]] = Field(
@@ -112,22 +113,23 @@ class Grid(Settings):
     )
     assume: Assumed | None = Field(
         None,
-        description="what the plan takes differences to vary by; default: an earlier result's, or seed 0.03, "
-        "prompt 0.1, rest 0.4",
+        description="standard deviations of differences for the plan; default: from an earlier result, or seed "
+        "0.03, prompt "
+        "0.1, rest 0.4",
     )
-    keep_models: bool = Field(False, description="keep the trained policies, not only what was measured")
+    keep_models: bool = Field(False, description="keep the trained policies")
     variants: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Variant], Field(min_length=1)] = Field(
         description="the methods to compare, by name"
     )
 
     @property
     def shares(self) -> list[float]:
-        """Shares of a run after which it is measured, whatever its KL."""
+        """Shares of a run after which it is measured."""
         return [1.0] if self.checkpoints_at_kl else self.checkpoints
 
     @property
     def measurements(self) -> int:
-        """The most that a run is measured."""
+        """Largest number of measurements of a run."""
         return len(self.shares) + len(self.checkpoints_at_kl)
 
     @property
@@ -145,7 +147,7 @@ class Grid(Settings):
 
 @dataclass(frozen=True)
 class Setting:
-    """One variant with one choice of its sweep; `label` names the choice ("policy.beta=0.1"), "" without a sweep."""
+    """One variant at one point of its sweep; `label` names the point ("policy.beta=0.1"), "" without a sweep."""
 
     variant: str
     label: str
@@ -153,16 +155,16 @@ class Setting:
 
 
 def grid_values(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What a grid file says, with the overrides that name settings of the grid itself; and the overrides that are left.
+    """Values of a grid file, with the overrides of the grid itself; and the overrides of its recipes.
 
-    `name` and `output_dir` are of the grid, as its runs have folders of their own in it.
+    `name` and `output_dir` belong to the grid.
     """
     values = read_settings(path, "grid")
     values.setdefault("name", path.stem)
     left = []
     for override in overrides:
         key, value = parse_override(override)
-        # A base is read from where the grid file lies, which a shell does not know.
+        # `base` is relative to the grid file, so it cannot be set from a shell.
         if key.split(".")[0] in set(Grid.model_fields) - {"base"}:
             set_key(values, key, value, f"override '{override}'")
         else:
@@ -171,14 +173,13 @@ def grid_values(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
 
 
 def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Grid, dict[str, list[Setting]]]:
-    """Read a grid file; returns it with the settings of each variant, all of them checked.
+    """Read a grid file; returns the grid and the checked settings of each variant.
 
     Args:
-        overrides: `key=value` for settings of the grid (`seeds=[1,2]`, `output_dir=DIR`), and for recipe settings of
-            all variants.
+        overrides: `key=value` for settings of the grid (`seeds=[1,2]`), or for recipe settings of all variants.
 
     Raises:
-        UserError: as `load_recipe`; or two variants are trained on different data or for different numbers of pairs.
+        UserError: as in `load_recipe`, or two variants train on different data or different numbers of pairs.
     """
     path = find_file(path, "grid")
     values, overrides = grid_values(path, overrides)
@@ -189,7 +190,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Grid, di
     except TypeError:
         raise UserError(f"{path}: keys must be words, found {sorted(map(str, values))}") from None
     if len(set(grid.seeds)) < len(grid.seeds):
-        raise UserError(f"{path}: seeds are {grid.seeds}: the same seed twice is the same run twice")
+        raise UserError(f"{path}: seeds are {grid.seeds}: the same seed twice gives the same run twice")
     if grid.checkpoints_at_kl and "checkpoints" in values:
         raise UserError(f"{path}: checkpoints are shares of a run and checkpoints_at_kl are KLs: leave one of them out")
     base = None if grid.base is None else path.parent / grid.base
@@ -200,7 +201,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Grid, di
         _merge(start, key, value, f"{path}, set")
     for override in overrides:
         set_key(start, *parse_override(override), f"override '{override}'")
-    # A folder that several grids share is named after itself.
+    # A work folder that several grids share has its own name.
     where = {"name": grid.name if grid.work_dir is None else grid.work_folder.name, "output_dir": str(grid.work_folder)}
     settings = {
         name: [
@@ -231,7 +232,7 @@ def _choices(start: dict[str, Any], name: str, variant: Variant, path: Path) -> 
 
 
 def _merge(values: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set a setting; a group of settings (`policy: {gamma: 1}`) changes those it names and leaves the others."""
+    """Set a setting; a group (`policy: {gamma: 1}`) changes only the settings that it names."""
     if isinstance(value, dict) and value:
         for name, item in value.items():
             _merge(values, f"{key}.{name}", item, where)
@@ -244,9 +245,9 @@ def _short(value: Any) -> str:
 
 
 def check_same_budget(settings: list[Setting]) -> None:
-    """Raise a UserError if runs do not see the same pairs, or a different number of epochs of them.
+    """Raise a UserError if variants read different pairs or train for different numbers of epochs.
 
-    What else can be known only with the number of pairs is checked there (`runs.compare.check_same_pairs`).
+    `comparison.check_same_pairs` checks the rest, once the number of pairs is known.
     """
 
     def epochs(recipe: Recipe) -> float | None:
@@ -255,6 +256,8 @@ def check_same_budget(settings: list[Setting]) -> None:
 
     first = settings[0]
     for other in settings[1:]:
+        if other.recipe.seed != first.recipe.seed:
+            raise UserError(f"variant {other.variant} sets seed: the seeds of a comparison are those of its grid")
         if other.recipe.data != first.recipe.data or other.recipe.eval != first.recipe.eval:
             raise UserError(
                 f"variants {first.variant} and {other.variant} have different data or eval settings: "
@@ -266,14 +269,3 @@ def check_same_budget(settings: list[Setting]) -> None:
                 f"variants {first.variant} and {other.variant} see different numbers of pairs "
                 f"({counts[0]:g} and {counts[1]:g} epochs): a comparison needs one budget"
             )
-
-
-def number_of_runs(grid: Grid, settings: dict[str, list[Setting]]) -> int:
-    """Training runs that a grid makes, a run of the sweep that is reported again counted once."""
-    if grid.sweep_seed is None:
-        return len(grid.seeds) * sum(map(len, settings.values()))
-    swept = sum(len(group) for group in settings.values() if len(group) > 1)
-    again = sum(len(group) > 1 for group in settings.values()) if grid.sweep_seed in grid.seeds else 0
-    if grid.sweep_prompts:  # a run of the sweep is measured on other prompts than one that is reported
-        again = 0
-    return swept + len(grid.seeds) * len(settings) - again

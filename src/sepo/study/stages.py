@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ from sepo.judging.scorers import Scorer
 from sepo.models.devices import choose_device, choose_dtype
 from sepo.models.folders import is_adapter
 from sepo.models.tokenizer import load_tokenizer
+from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe
+from sepo.stages import train
+from sepo.stages.cost import Cost, Estimate, Sizes
+from sepo.stages.evaluate import kl_estimates, sampling_estimates
+from sepo.stages.logps import scoring_dtype
 from sepo.stages.stage import Model, Stage, StageResult
+from sepo.study.grid import Grid
 from sepo.study.kl_probe import PROBES, Passing, Probe
 from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, start_of
 from sepo.training.batches import whole_responses
 from sepo.training.checkpoints import STATE_FILE
-from sepo.training.fit import objective_settings, train_model
+from sepo.training.fit import epochs, objective_settings, train_model
 from sepo.training.logs import carry_logs
-from sepo.training.objectives import MATCHED, SELECTIVE
 
 POINTS, SAMPLES = "points.json", "start.json"
 
@@ -48,6 +54,25 @@ def training_types(recipe: Recipe, start: Model) -> dict[str, Any]:
     return {"dtype": str(dtype).removeprefix("torch."), "quantization": policy.quantization}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """How the runs of a comparison are measured.
+
+    Attributes:
+        grid: the comparison: when to measure, and whether to keep the policies.
+        seed: of training and samples.
+        choosing: number of prompts on which a sweep is decided, apart from the reported ones; 0: the reported prompts.
+        base: gives the starting model in memory, in the `training_types`.
+        scorer: as in `PolicyEvaluator`.
+    """
+
+    grid: Grid
+    seed: int
+    choosing: int
+    base: Callable[[], nn.Module]
+    scorer: Callable[[], Scorer | None] | None = None
+
+
 def prompts_to_answer(recipe: Recipe, held_out: pa.Table, choosing: int) -> list[list[int]]:
     """The prompts that are reported, or the `choosing` others on which a sweep is decided."""
     if choosing:
@@ -55,19 +80,13 @@ def prompts_to_answer(recipe: Recipe, held_out: pa.Table, choosing: int) -> list
     return sample_prompts(held_out, recipe.eval.prompts)
 
 
-def start_stage(
-    recipe: Recipe, start: Model, pairs: StageResult, seed: int, base: Callable[[], nn.Module], choosing: int = 0
-) -> Stage:
-    """Samples of the starting model, which every policy of that seed is paired with, in `start.json`.
+def start_stage(recipe: Recipe, start: Model, pairs: StageResult, measured: Measured) -> Stage:
+    """Samples of the starting model, which every policy of that seed is paired with, in `start.json`."""
+    seed, choosing = measured.seed, measured.choosing
 
-    Args:
-        base: gives `start` in memory, in the `training_types`.
-        choosing: as for `prompts_to_answer`.
-    """
-
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         prompts = prompts_to_answer(recipe, read_table(pairs.folder / "held_out", "pairs"), choosing)
-        samples = start_of(base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
+        samples = start_of(measured.base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
         write_json(folder / SAMPLES, samples, indent=None)
         return {name: float(np.mean(values)) for name, values in samples.items() if name != "texts"}
 
@@ -77,13 +96,14 @@ def start_stage(
         depends={
             "start": start.inherited(),
             "pairs": pairs.content,
-            "eval": recipe.eval.what_is_measured(),
+            "eval": recipe.eval.cache_key(),
             "seed": seed,
-            **({"choosing": choosing} if choosing else {}),
+            "choosing": choosing,
             **training_types(recipe, start),
         },
         outputs=(SAMPLES,),
-        work=work,
+        run=run,
+        cost=lambda sizes: start_cost(recipe, sizes.of_policy),
     )
 
 
@@ -95,39 +115,31 @@ def run_stage(
     pairs: StageResult,
     samples: StageResult,
     held_out_logps: StageResult | None,
-    checkpoints: list[float],
-    at_kl: list[float],
-    seed: int,
-    base: Callable[[], nn.Module],
-    keep_model: bool = False,
-    choosing: int = 0,
-    scorer: Callable[[], Scorer | None] | None = None,
+    measured: Measured,
 ) -> Stage:
-    """One setting at one seed: a policy trained, measured at `checkpoints` (shares of the run) into `points.json`.
+    """One setting at one seed: a policy is trained, and measured on its way into `points.json`.
 
-    Where there is `at_kl`, it is also measured where it passes these KLs, and what it was seen by is in `probes.json`.
+    Where the grid measures at KLs, `probes.json` holds the KL estimates by which they were found.
 
     Args:
         targets: a selection table; None trains on every response token of `pairs`.
-        logps: of `start` over the pairs, for objectives with a reference.
-        samples: from `start_stage`.
-        held_out_logps: of `start`, where there is neither a gold reward nor a judge.
-        base: gives `start` in memory, in the `training_types`.
-        choosing: as for `prompts_to_answer`.
-        scorer: as in `frontier.Judge`.
+        logps: log-probabilities under `start`, for objectives with a reference.
+        samples: result of `start_stage`.
+        held_out_logps: log-probabilities under `start`, if there is neither a gold reward nor a judge.
     """
-    policy, chosen = recipe.policy, recipe.eval.judge
+    policy, chosen, grid, seed = recipe.policy, recipe.eval.judge, measured.grid, measured.seed
+    at_kl, choosing = grid.checkpoints_at_kl, measured.choosing
 
-    def work(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         if targets is None:
             table = read_table(pairs.folder / "train", "pairs")
         else:
             table = read_table(targets.folder, "selection")
-            if policy.objective not in SELECTIVE:
+            if not OBJECTIVES[policy.objective].reads_selection:
                 table = whole_responses(table)
         held_out = read_table(pairs.folder / "held_out", "pairs")
-        judge = PolicyEvaluator(
-            base(),
+        evaluator = PolicyEvaluator(
+            measured.base(),
             load_tokenizer(start.folder),
             prompts_to_answer(recipe, held_out, choosing),
             recipe.eval,
@@ -136,16 +148,16 @@ def run_stage(
             held_out,
             None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
             recipe.tokens_per_row,
-            scorer,
+            measured.scorer,
         )
         if not (folder / POINTS).exists() and not (folder / "policy" / "checkpoints").exists():
             # A finished policy, whose checkpoints can no longer be measured on the way.
             shutil.rmtree(folder / "policy", ignore_errors=True)
         passing = None
         if at_kl:
-            probe = Probe(judge.base, judge.tokenizer, judge.prompts, recipe.eval, seed)
+            probe = Probe(evaluator.base, evaluator.tokenizer, evaluator.prompts, recipe.eval, seed)
             passing = Passing(at_kl, probe, folder / PROBES)
-        watch = Checkpoints(judge, checkpoints, folder / POINTS, len(table), passing)
+        watch = Checkpoints(evaluator, grid.shares, folder / POINTS, len(table), passing)
         train_model(
             start.folder,
             table,
@@ -159,44 +171,62 @@ def run_stage(
             callbacks=[watch],
             **objective_settings(policy),
         )
-        if not keep_model:
+        if not grid.keep_models:
             os.replace(folder / "policy" / STATE_FILE, folder / STATE_FILE)
             carry_logs(folder / "policy", folder)
             shutil.rmtree(folder / "policy")
-        epochs = watch.points[-1]["pairs_seen"] / len(table)
+        passes = watch.points[-1]["pairs_seen"] / len(table)
         read = sum(read_length(pair) for pair in table_pairs(table))
         return {
-            "target_tokens": round(epochs * target_tokens(table, policy.objective)),
-            "read_tokens": round(epochs * read),
+            "target_tokens": round(passes * target_tokens(table, policy.objective)),
+            "read_tokens": round(passes * read),
         }
 
     return Stage(
         kind="run",
         what=f"{policy.objective}, seed {seed}",
         depends={
-            "policy": policy.what_is_trained(),
+            "policy": policy.model_dump(mode="json"),
             "start": start.inherited(),
             "targets": pairs.content if targets is None else targets.content,
             "logps": None if logps is None else logps.content,
             "pairs": pairs.content,
             "samples": samples.content,
-            "eval": recipe.eval.what_is_measured(),
-            **({} if chosen is None else {"judge": judge_content(chosen)}),
-            "checkpoints": checkpoints,
-            **({"at_kl": at_kl} if at_kl else {}),
+            "eval": recipe.eval.cache_key(),
+            **({} if chosen is None else {"judge": lambda: judge_content(chosen)}),
+            "checkpoints": grid.shares,
+            "at_kl": at_kl,
             "seed": seed,
-            **({"choosing": choosing} if choosing else {}),
+            "choosing": choosing,
             **training_types(recipe, start),
         },
         outputs=(POINTS, PROBES) if at_kl else (POINTS,),
-        work=work,
+        run=run,
+        cost=lambda sizes: run_cost(recipe, sizes.of_policy, grid),
     )
+
+
+def start_cost(recipe: Recipe, sizes: Sizes) -> Cost:
+    """The start answers the held-out prompts."""
+    return Cost("samples of the start", estimates=sampling_estimates(recipe, sizes, scoring_dtype(recipe)))
+
+
+def run_cost(recipe: Recipe, sizes: Sizes, grid: Grid) -> Cost:
+    """The training, and every measurement on its way."""
+    dtype = scoring_dtype(recipe)
+    measuring = (*sampling_estimates(recipe, sizes, dtype), *kl_estimates(recipe, sizes, dtype))
+    if recipe.eval.gold is None and recipe.eval.judge is None:
+        held_out = sizes.held_out
+        measuring += (Estimate("score", sizes.large, held_out.scored, held_out.responses, dtype=dtype),)
+    pairs = epochs(recipe.policy.training, sizes.train.pairs) * sizes.train.pairs
+    estimates = (*train.estimates(recipe, sizes), *grid.measurements * measuring)
+    return Cost(f"{recipe.policy.objective}, {pairs:,.0f} pairs a run", estimates=estimates)
 
 
 def target_tokens(table: pa.Table, objective: str) -> int:
     """Tokens that a table trains on: key tokens of a selection, every response token, or those that can be matched."""
     column = "positions" if "chosen_positions" in table.column_names else "ids"
     numbers = [flat(table.column(f"{side}_{column}"))[1] for side in SIDES]
-    if objective in MATCHED:
+    if OBJECTIVES[objective].targets == "matched":
         return 2 * int(np.minimum(*numbers).sum())
     return sum(int(number.sum()) for number in numbers)

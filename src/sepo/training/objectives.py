@@ -5,43 +5,21 @@ over the targets: all response tokens, or the selected ones, each times its weig
 methods; this is where each is its formula. Nothing is added to it: not the auxiliary losses of the routers of
 mixture-of-experts models, which TRL adds where the config has `output_router_logits`.
 
-    with a reference        dpo  ipo  tdpo1  tdpo2  tis_dpo  tgdpo  wspo  selective_dpo  tbpo
-    without                 sepo  simpo  confpo  cpo  orpo  rrhf
-    on selected tokens      sepo  tis_dpo  (the table says which and with what weight)
-                            confpo  selective_dpo  (the policy says which)
-    on token rewards        tgdpo  wspo  (the table's weights are the rewards: credit "reward")
-
-`pair_losses` is the one door the trainer goes through.
+The table `sepo.recipe.objectives.OBJECTIVES` says what each objective reads; `LOSSES` has its formula by name, and
+`pair_losses` is what the trainer calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sepo.errors import UserError, check_number, nearest
-from sepo.recipe.settings import Objective
-
-OBJECTIVES: tuple[str, ...] = get_args(Objective)
-# Trained on the tokens and weights of a selection table; the others take every response token.
-SELECTIVE = ("sepo", "tis_dpo", "tgdpo", "wspo")
-# Of these, the ones that read the reward of every token, which is what the table's weights have to be.
-REWARDED = ("tgdpo", "wspo")
-WITH_REFERENCE = ("dpo", "ipo", "tdpo1", "tdpo2", "tis_dpo", "tgdpo", "wspo", "selective_dpo", "tbpo")
-# Read a number of each token beside its log-probability, which stands where the others have a weight (`baselines`).
-WITH_BASELINES = ("wspo", "selective_dpo", "tbpo")
-# Compare the responses token by token, so both end with the shorter one.
-MATCHED = ("tbpo",)
-WITH_LABEL_SMOOTHING = ("sepo", "dpo", "simpo", "cpo", "confpo", "selective_dpo", "tbpo")
-# The weight of a method's second term, where it has one, if none is given.
-ALPHA = {"cpo": 1.0, "orpo": 0.1, "rrhf": 1.0, "tdpo2": 0.5, "tis_dpo": 0.0, "tgdpo": 0.5, "tbpo": 0.0}
-# Share of each response's tokens that selective_dpo trains on, if none is given.
-RATE = 0.4
+from sepo.recipe.objectives import OBJECTIVES, Objective
 
 
 def sepo(
@@ -332,7 +310,7 @@ def wspo(chosen_errors: Tensor, chosen_counts: Tensor) -> Tensor:
 
 
 def selective_marks(
-    logps: Tensor, reference_logps: Tensor, segments: Tensor, num_segments: int, rate: float = RATE
+    logps: Tensor, reference_logps: Tensor, segments: Tensor, num_segments: int, rate: float = 0.4
 ) -> Tensor:
     """Mark the tokens that Selective-DPO trains on (arXiv 2507.07725): DPO over these is its loss.
 
@@ -427,13 +405,66 @@ class PairSums:
     chosen_errors: Tensor | None = None
     matched: Tensor | None = None
 
+    @property
+    def policy(self) -> tuple[Tensor, Tensor]:
+        return self.chosen, self.rejected
 
-def kl_direction(objective: str, alpha: float | None = None) -> str | None:
-    """Which KL an objective reads: "forward" is KL(reference || policy), "reverse" the other way; None for neither."""
-    if objective in ("tdpo1", "tdpo2", "tbpo"):
-        return "forward"
-    weight = ALPHA["tis_dpo"] if alpha is None else alpha
-    return "reverse" if objective == "tis_dpo" and weight else None
+    @property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        return self.chosen_counts, self.rejected_counts
+
+    @property
+    def reference(self) -> tuple[Tensor, Tensor]:
+        return (
+            _given(self.reference_chosen, "log-probabilities under the reference"),
+            _given(self.reference_rejected, "log-probabilities under the reference"),
+        )
+
+    @property
+    def kls(self) -> tuple[Tensor, Tensor]:
+        name = "the KL between policy and reference at every target"
+        return _given(self.chosen_kls, name), _given(self.rejected_kls, name)
+
+
+def _given(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"the objective needs {name}")
+    return value
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings of an objective; `alpha` is the weight of its second term."""
+
+    beta: float
+    gamma: float
+    margin: float
+    alpha: float
+    label_smoothing: float
+
+
+def _tis_dpo(sums: PairSums, s: LossSettings) -> Tensor:
+    kls: tuple[Tensor | float, Tensor | float] = (0.0, 0.0) if sums.chosen_kls is None else sums.kls
+    return tis_dpo(*sums.policy, *sums.reference, *kls, s.beta, s.alpha)
+
+
+LOSSES: dict[str, Callable[[PairSums, LossSettings], Tensor]] = {
+    "sepo": lambda sums, s: sepo(*sums.policy, *sums.counts, s.gamma, s.margin, s.label_smoothing),
+    "dpo": lambda sums, s: dpo(*sums.policy, *sums.reference, s.beta, s.label_smoothing),
+    "ipo": lambda sums, s: ipo(*sums.policy, *sums.counts, *sums.reference, s.beta),
+    "simpo": lambda sums, s: simpo(*sums.policy, *sums.counts, s.gamma, s.margin, s.label_smoothing),
+    "cpo": lambda sums, s: cpo(*sums.policy, sums.chosen_counts, s.beta, s.alpha, s.label_smoothing),
+    "orpo": lambda sums, s: orpo(*sums.policy, *sums.counts, s.alpha),
+    "rrhf": lambda sums, s: rrhf(*sums.policy, *sums.counts, s.alpha),
+    "tdpo1": lambda sums, s: tdpo1(*sums.policy, *sums.reference, *sums.kls, s.beta),
+    "tdpo2": lambda sums, s: tdpo2(*sums.policy, *sums.reference, *sums.kls, s.beta, s.alpha),
+    "confpo": lambda sums, s: confpo(*sums.policy, *sums.counts, s.gamma, s.margin, s.label_smoothing),
+    "tis_dpo": _tis_dpo,
+    "tgdpo": lambda sums, s: tgdpo(*sums.policy, *sums.reference, s.beta),
+    "wspo": lambda sums, s: wspo(_given(sums.chosen_errors, "the squared errors of chosen tokens"), sums.chosen_counts),
+    "selective_dpo": lambda sums, s: dpo(*sums.policy, *sums.reference, s.beta, s.label_smoothing),
+    "tbpo": lambda sums, s: _given(sums.matched, "the losses of the matched tokens"),
+}
 
 
 def pair_losses(
@@ -448,70 +479,26 @@ def pair_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and implicit rewards (chosen, rejected) of an objective by name, each `[pairs]`.
 
-    The implicit reward is what the loss contrasts: the scaled log-ratio to the reference, or the scaled (mean)
-    log-probability without one.
-
     Args:
-        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; `ALPHA` when None. Those of tgdpo and
-            tbpo are in the sums.
+        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; the objective's default when None. The
+            sums of tgdpo and tbpo include it already.
     """
-    weight = ALPHA.get(objective, 0.0) if alpha is None else alpha
-    policy = (sums.chosen, sums.rejected)
-    counts = (sums.chosen_counts, sums.rejected_counts)
-    if objective in ("sepo", "simpo", "confpo"):
-        function = {"sepo": sepo, "simpo": simpo, "confpo": confpo}[objective]
-        losses = function(*policy, *counts, gamma, margin, label_smoothing)
-        chosen, rejected = (
-            gamma * total / number.clamp(min=1e-6) for total, number in zip(policy, counts, strict=True)
-        )
-        return losses, chosen, rejected
-    if objective == "cpo":
-        losses = cpo(*policy, sums.chosen_counts, beta, weight, label_smoothing)
-        return losses, beta * sums.chosen, beta * sums.rejected
-    if objective in ("orpo", "rrhf"):
-        losses = {"orpo": orpo, "rrhf": rrhf}[objective](*policy, *counts, weight)
-        return losses, sums.chosen / sums.chosen_counts, sums.rejected / sums.rejected_counts
-    if sums.reference_chosen is None or sums.reference_rejected is None:
-        raise ValueError(f"{objective} needs log-probabilities under the reference")
-    reference = (sums.reference_chosen, sums.reference_rejected)
-    rewards = (beta * (sums.chosen - reference[0]), beta * (sums.rejected - reference[1]))
-    if objective in ("dpo", "selective_dpo"):
-        return dpo(*policy, *reference, beta, label_smoothing), *rewards
-    if objective == "tgdpo":
-        return tgdpo(*policy, *reference, beta), *rewards
-    if objective == "wspo":
-        if sums.chosen_errors is None:
-            raise ValueError("wspo needs the squared errors of the chosen tokens")
-        return wspo(sums.chosen_errors, sums.chosen_counts), *rewards
-    if objective == "tbpo":
-        if sums.matched is None:
-            raise ValueError("tbpo needs the losses of the matched tokens")
-        return sums.matched, *rewards
-    if objective == "ipo":
-        return ipo(*policy, *counts, *reference, beta), *rewards
-    if objective == "tis_dpo" and sums.chosen_kls is None:
-        return tis_dpo(*policy, *reference, beta=beta), *rewards
-    if sums.chosen_kls is None or sums.rejected_kls is None:
-        raise ValueError(f"{objective} needs the KL between policy and reference at every target")
-    kls = (sums.chosen_kls, sums.rejected_kls)
-    if objective == "tdpo1":
-        return tdpo1(*policy, *reference, *kls, beta), *rewards
-    if objective == "tdpo2":
-        return tdpo2(*policy, *reference, *kls, beta, weight), *rewards
-    if objective == "tis_dpo":
-        return tis_dpo(*policy, *reference, *kls, beta, weight), *rewards
-    raise ValueError(f"no objective '{objective}': expected one of {', '.join(OBJECTIVES)}")
+    row = OBJECTIVES[objective]
+    settings = LossSettings(beta, gamma, margin, row.alpha_or_default(alpha), label_smoothing)
+    return LOSSES[objective](sums, settings), *_implicit_rewards(row, sums, settings)
 
 
-def check_objective(objective: str, label_smoothing: float = 0.0) -> None:
-    """Raise a UserError for an objective that does not exist, or label smoothing that it does not define."""
-    if objective not in OBJECTIVES:
-        raise UserError(
-            f"objective is '{objective}'{nearest(str(objective), OBJECTIVES)}: expected one of {', '.join(OBJECTIVES)}"
-        )
-    check_number("label_smoothing", label_smoothing, least=0, below=0.5)
-    if label_smoothing and objective not in WITH_LABEL_SMOOTHING:
-        raise UserError(f"label_smoothing is not defined for {objective}: leave it at 0")
+def _implicit_rewards(objective: Objective, sums: PairSums, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    """What the loss contrasts: the scaled log-ratio to the reference, or the scaled (mean) log-probability."""
+    if objective.reads_reference:
+        reference = sums.reference
+        return settings.beta * (sums.chosen - reference[0]), settings.beta * (sums.rejected - reference[1])
+    if "gamma" in objective.settings:
+        chosen_counts, rejected_counts = (count.clamp(min=1e-6) for count in sums.counts)
+        return settings.gamma * sums.chosen / chosen_counts, settings.gamma * sums.rejected / rejected_counts
+    if "beta" in objective.settings:
+        return settings.beta * sums.chosen, settings.beta * sums.rejected
+    return sums.chosen / sums.chosen_counts, sums.rejected / sums.rejected_counts
 
 
 def accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:

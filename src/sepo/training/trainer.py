@@ -39,6 +39,7 @@ from sepo.forward.scoring import dataset_logps, read_like, require_readable, tok
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import gather_by_block, sharded_twin
+from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.training import objectives
 from sepo.training.batches import (
     PairCollator,
@@ -54,16 +55,9 @@ from sepo.training.batches import (
 from sepo.training.dropout import adapter_modules, as_configured, disable_dropout, noisy_parts, train_quietly
 from sepo.training.logs import reporters
 from sepo.training.objectives import (
-    OBJECTIVES,
-    REWARDED,
-    SELECTIVE,
-    WITH_BASELINES,
-    WITH_REFERENCE,
     PairSums,
     below_mean_probability,
-    check_objective,
     guided_weights,
-    kl_direction,
     pair_losses,
     selective_marks,
 )
@@ -80,9 +74,8 @@ class PreferenceConfig(TrainingArguments):
         beta: KL strength of the objectives with a reference; reward scale of cpo.
         gamma: reward scale of sepo, simpo and confpo.
         margin: target margin of the same.
-        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo, of the token rewards of tgdpo; the
-            paper's (`objectives.ALPHA`) if None.
-        rate: share of each response's tokens that selective_dpo trains on; the authors' (`objectives.RATE`) if None.
+        alpha: weight of the objective's second term; the default of `sepo.recipe.objectives.OBJECTIVES` if None.
+        rate: share of each response's tokens that selective_dpo trains on; the default of the same table if None.
         label_smoothing: probability that a label is flipped, for sepo, simpo, confpo, cpo, dpo, selective_dpo and tbpo.
         tokens_per_row: token budget of a packed row, which bounds the memory of a step; a default for the device
             when None. `per_device_train_batch_size` counts pairs and may need many rows.
@@ -217,7 +210,7 @@ class PreferenceTrainer(Trainer):
         self._adapters_draw = any(isinstance(one, nn.Dropout) and one.p > 0 for one in adapters)
         _require_quiet(model, [*self._noisy_parts, *adapters])
         # The KL needs every logit of the reference, which cannot be stored: the model as it is given stays beside.
-        self.kl_direction = kl_direction(args.objective, args.alpha)
+        self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
         self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
         _bind_packed_forward(model)
         # Running sums of METRICS and the number of pairs since the last log, on the device.
@@ -263,20 +256,21 @@ class PreferenceTrainer(Trainer):
                 chat_template_kwargs=args.chat_template_kwargs,
             )
             processes.log(report.summary())
+        objective = OBJECTIVES[args.objective]
         # A table of scores has the columns of pairs too, but whoever trains on key tokens has forgotten to select them.
-        kinds = ("selection",) if "chosen_rewards" in data.column_names and args.objective in SELECTIVE else ("pairs",)
+        kinds = ("selection",) if "chosen_rewards" in data.column_names and objective.reads_selection else ("pairs",)
         data = require_table(f"{part}_dataset", data, *kinds)
         if not len(data):
             raise UserError(f"{part}_dataset holds no pair: expected at least one")
         require_readable(model, data)
         require_pair_weights(f"{part}_dataset", data)
-        if args.objective not in SELECTIVE:
+        if not objective.reads_selection:
             data = whole_responses(data)
         if args.objective == "sepo":
             require_means(f"{part}_dataset", data)
-        if args.objective in REWARDED:
+        if objective.reads_token_rewards:
             require_every_reward(f"{part}_dataset", data, args.objective)
-        if args.objective not in WITH_REFERENCE:
+        if not objective.reads_reference:
             return PairDataset(data)
         if reference_logps is not None:
             require_table("reference_logps" if part == "train" else "eval_reference_logps", reference_logps, "logps")
@@ -287,10 +281,10 @@ class PreferenceTrainer(Trainer):
                 reference_logps = dataset_logps(reader, data, tokens_per_row=args.tokens_per_row, over_processes=True)
             del reader
         if args.objective == "tgdpo":
-            alpha = objectives.ALPHA["tgdpo"] if args.alpha is None else args.alpha
+            alpha = objective.alpha_or_default(args.alpha)
             data = reweighted(data, lambda rewards, sign: guided_weights(rewards, sign, alpha, args.beta))
-        if args.objective in WITH_BASELINES:
-            measured = with_baselines(data, reference_logps, args.beta, args.objective in objectives.MATCHED)
+        if objective.baselines:
+            measured = with_baselines(data, reference_logps, args.beta, objective.targets == "matched")
             return PairDataset(measured, reference_logps, True)
         return PairDataset(data, reference_logps)
 
@@ -309,18 +303,19 @@ class PreferenceTrainer(Trainer):
             marked = below_mean_probability(logps, batch.segments, 2 * batch.num_pairs)
             batch = replace(batch, weights=marked.to(batch.weights.dtype))
         errors = matched = None
-        if args.objective in WITH_BASELINES:
+        if OBJECTIVES[args.objective].baselines:
             baselines, weights = batch.weights, torch.ones_like(batch.weights)
             if args.objective == "wspo":
                 errors = segment_sums((args.beta * (logps - baselines)) ** 2, batch)[0]
             elif args.objective == "tbpo":
-                power = objectives.ALPHA["tbpo"] if args.alpha is None else args.alpha
+                power = OBJECTIVES["tbpo"].alpha_or_default(args.alpha)
                 advantages = logps - baselines + token_kls
                 matched = objectives.tbpo(
                     advantages, batch.segments, batch.num_pairs, args.beta, power, args.label_smoothing
                 )
             else:
-                rate = objectives.RATE if args.rate is None else args.rate
+                rate = OBJECTIVES[args.objective].rate if args.rate is None else args.rate
+                assert rate is not None
                 marked = selective_marks(logps, baselines, batch.segments, 2 * batch.num_pairs, rate)
                 weights = marked.to(weights.dtype)
             batch = replace(batch, weights=weights)
@@ -552,7 +547,7 @@ class PreferenceTrainer(Trainer):
         """Mean loss, implicit rewards and accuracy over the evaluation pairs."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is not None and not isinstance(dataset, PairDataset):
-            if self.args.objective in WITH_REFERENCE:
+            if OBJECTIVES[self.args.objective].reads_reference:
                 # Computed now, the reference would be the model as it is after training.
                 raise UserError(
                     f"evaluating {self.args.objective} needs the reference: pass eval_dataset when the trainer is made"

@@ -1,0 +1,89 @@
+"""What Python users and the command line call: the method together with what a recipe asks for beyond it.
+
+The method (`sepo.runs`) never imports judging, comparisons, planning, cards or the report. This module does, when a
+recipe needs them:
+
+>>> from sepo import load_recipe, run_recipe
+>>> metrics = run_recipe(load_recipe("quickstart"))  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from sepo import processes
+from sepo.errors import named_error, wrong_type
+from sepo.files import defined, write_text
+from sepo.processes import log
+from sepo.recipe.settings import Recipe
+
+if TYPE_CHECKING:
+    from sepo.planning.plan import RunPlan, Target
+    from sepo.runs.folder import ProgressLine, Run
+    from sepo.runs.method import Method
+    from sepo.runs.pipeline import Extension
+
+
+def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
+    """Run the stages of a recipe, reusing results that are up to date.
+
+    Args:
+        until: stop after this stage: data, reference, oracle, score, select, train or eval. Default: run all of them,
+            then write metrics, report and model card.
+
+    Returns:
+        the metrics that `metrics.json` holds; with `until` none.
+
+    Raises:
+        UserError: bad input.
+    """
+    if not isinstance(recipe, Recipe):
+        raise wrong_type("recipe", recipe, "a Recipe: load_recipe reads one from a file")
+    from sepo.runs import pipeline
+
+    extension = extension_of(recipe)
+
+    @contextlib.contextmanager
+    def progress(method: Method) -> Iterator[ProgressLine | None]:
+        from sepo.planning.eta import eta_of, one_line
+
+        with one_line(eta_of(method, extension, until) if processes.is_main() else None) as line:
+            yield line
+
+    return pipeline.run(recipe, extension, until, progress, _write_pages)
+
+
+def plan_run(recipe: Recipe, target: Target | None = None) -> RunPlan:
+    """Plan a run without training: its stages with counts, time and, for a `target`, memory."""
+    from sepo.planning import plan
+
+    return plan.plan_run(recipe, extension_of(recipe), target)
+
+
+def extension_of(recipe: Recipe) -> Extension | None:
+    """Judge, benchmarks and tasks of a recipe; None if it has none of them."""
+    settings = recipe.eval
+    if settings.judge is None and not settings.benchmarks and not settings.tasks:
+        return None
+    from sepo.judging import stages
+    from sepo.runs.pipeline import Extension
+
+    judge = None if settings.judge is None else stages.run_judge(settings.judge)
+    return Extension(stages.check, judge, stages.do_stages)
+
+
+def _write_pages(run: Run, metrics: dict[str, Any]) -> None:
+    """Write the table of metrics, the report, and the model card; a run does not fail for its card."""
+    from sepo.hub.card import write_policy_card
+    from sepo.report.build import build_report
+    from sepo.report.numbers import metrics_table
+
+    write_text(run.path("metrics.md"), metrics_table(run.recipe.name, metrics))
+    build_report(run.folder, out=run.path("report.html"))
+    try:
+        if write_policy_card(run.folder, run.recipe, defined(metrics)) is None:
+            log("policy/README.md was not written by sepo: kept")
+    except Exception as error:
+        log(f"no model card was written ({named_error(error)})")

@@ -1,0 +1,129 @@
+"""`sepo run`: all stages of a recipe, up to one of them, or only the plan."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from sepo.command import freeze_libraries, join, path, print_metrics, print_plan, quiet_libraries
+from sepo.errors import UserError
+
+if TYPE_CHECKING:
+    from sepo.report.run_summary import RunSummary
+
+HELP = "run all stages of a recipe; results that are up to date are reused"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=path, help="YAML file, or a name from `sepo recipe --list`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. oracle.beta=0.2")
+    parser.add_argument(
+        "--until",
+        metavar="STAGE",
+        help="stop after this stage: data, reference, oracle, score, select, train or eval; the same command without "
+        "it does the rest",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
+    parser.add_argument("--verbose", action="store_true", help="at the end, print every metric of metrics.md")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: plan for N devices")
+    parser.add_argument(
+        "--device-memory", type=float, metavar="GB", help="with --dry-run: check what fits on devices of this memory"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from sepo.recipe.reading import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    devices, memory = _target_of(arguments)
+    quiet_libraries()
+    import sepo.runs.pipeline  # noqa: F401  the libraries of training are frozen with the others
+    from sepo.api import plan_run, run_recipe
+
+    freeze_libraries()
+    if arguments.dry_run:
+        from sepo.planning.plan import RunPlan, Target
+
+        processes = join("cpu")
+        plan = RunPlan(**processes.on_main(lambda: vars(plan_run(recipe, Target(devices, memory)))))
+        if processes.is_main():
+            print_plan(f"plan of {recipe.name}", plan.stages)
+            if plan.memory:
+                print_plan("memory of each device", plan.memory, wide=True)
+        return
+    metrics = run_recipe(recipe, arguments.until)
+    if not join(recipe.device).is_main():
+        return
+    if arguments.until is not None:
+        print(f"{recipe.run_folder}: done up to '{arguments.until}'; the same command without --until does the rest")
+        return
+    from sepo.report.run_summary import summarise_run
+
+    if arguments.verbose:
+        print_metrics(f"{recipe.name}: {recipe.run_folder}", metrics)
+    print_summary(summarise_run(recipe, metrics))
+
+
+def _target_of(arguments: argparse.Namespace) -> tuple[int, float | None]:
+    """Number of devices that a dry run plans for, and bytes of each."""
+    number, memory = arguments.processes, arguments.device_memory
+    if (number is not None or memory is not None) and not arguments.dry_run:
+        raise UserError("--processes and --device-memory are for a --dry-run: add it, or leave them out")
+    if number is not None and number < 1:
+        raise UserError(f"--processes {number}: expected the number of devices, 1 or more")
+    if memory is not None and not 0 < memory < 1e6:
+        raise UserError(f"--device-memory {memory:g}: expected gigabytes of one device, such as 80")
+    return number or 1, None if memory is None else 1e9 * memory
+
+
+def print_summary(story: RunSummary) -> None:
+    """Print what a run did: sentences, examples side by side, figures, cautions, and what may come next."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+
+    def head(text: str, rest: str = "") -> None:
+        console.print()
+        console.print(Text.assemble((text, "bold"), (f" {rest}" if rest else "", "dim")))
+
+    def beside(rows: list[tuple[str, str]]) -> None:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for name, text in rows:
+            table.add_row(Text(name), Text(text))
+        console.print(Padding(table, (0, 0, 0, 2)))
+
+    console.print(Text(story.title, "bold"))
+    beside(story.trained)
+    if story.examples:
+        head("Before and after", story.examples_title)
+        judged = any(example.gold is not None for example in story.examples)
+        table = Table(show_edge=False, pad_edge=False, show_lines=True)
+        for name, ratio in (("prompt", 2), ("before", 4), ("after", 4)):
+            table.add_column(name, ratio=ratio, overflow="fold")
+        if judged:
+            table.add_column("gold", justify="right", no_wrap=True)
+        for example in story.examples:
+            cells = [Text(text or "(empty)") for text in example[:3]]
+            gold = [] if example.gold is None else [Text("{:+.2f} → {:+.2f}".format(*example.gold))]
+            table.add_row(*cells, *gold)
+        console.print(table)
+    if story.moved:
+        head("What moved", story.moved_title)
+        table = Table(show_edge=False, pad_edge=False, box=None)
+        for name in ("", "before", "after", "change"):
+            table.add_column(name, justify="left" if not name else "right")
+        for row in story.moved:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    head("Be careful")
+    for sentence in story.cautions:
+        console.print(Padding(Text(f"• {sentence}"), (0, 0, 0, 2)))
+    head("Look at")
+    beside(story.files)
+    head("Go on")
+    beside(story.following)

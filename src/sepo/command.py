@@ -1,0 +1,246 @@
+"""What the modules of the commands share: options, the folder that a command writes to, tables in the terminal.
+
+Every command is a module with `HELP`, `add_options(parser)` and `run(arguments)`; `cli.arguments` lists them. Libraries
+are imported inside functions, so that `--help` and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sepo.errors import UserError, one_line
+from sepo.files import expand_home
+
+if TYPE_CHECKING:
+    from sepo.recipe.settings import Recipe
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def path(text: str) -> str:
+    """A path, or a name that may be one. The shell leaves `~` in `--out=~/x` as it is."""
+    return expand_home(text)
+
+
+def named_path(text: str) -> str:
+    """`[NAME=]PATH`."""
+    name, equals, place = text.partition("=")
+    return f"{name}={path(place)}" if equals else path(text)
+
+
+def data_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that read preference pairs."""
+    parser.add_argument(
+        "--data", type=path, required=True, metavar="SOURCE", help="hub id, folder or file of preference pairs"
+    )
+    parser.add_argument("--split", default="train", help="split to read (default train)")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="ours=theirs",
+        help="name of a column that differs, e.g. chosen=preferred; also for system, input, history, tools; repeatable",
+    )
+    parser.add_argument(
+        "--pairs-from",
+        metavar="NAME",
+        help="make pairs from the labels or scores of a public dataset (docs/data.md)",
+    )
+    parser.add_argument("--as-chat", action="store_true", help="wrap plain-text prompts as one user turn")
+    parser.add_argument(
+        "--chat-template",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="keyword for the chat template, e.g. enable_thinking=false; repeatable",
+    )
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and response (default 2048)")
+
+
+def out_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """The folder that a command writes."""
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help=text)
+
+
+def device_options(parser: argparse.ArgumentParser) -> None:
+    """Device and seed."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0, mps (default auto)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random draw (default 0)")
+
+
+def training_options(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that train."""
+    device_options(parser)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train LoRA adapters of this rank")
+    parser.add_argument(
+        "training",
+        nargs="*",
+        metavar="key=value",
+        help="training settings as in a recipe: learning_rate=5e-6 batch_size=64 num_train_epochs=1 ...",
+    )
+
+
+def oracle_judge_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a judge that is a DPO oracle."""
+    group = parser.add_argument_group("oracle as judge", "needed only if the oracle's folder has no training metadata")
+    group.add_argument("--judge-reference", type=path, metavar="MODEL", help="the model that the oracle started from")
+    group.add_argument("--judge-beta", type=float, metavar="BETA", help="beta of the oracle's DPO")
+
+
+def recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
+    """The recipe that the options of a single command amount to, with a recipe's checks. Unset options are left out."""
+    from sepo.recipe.reading import parse_override, parse_recipe
+
+    values = {key: value for key, value in sections.items() if value is not None}
+    for name in ("seed", "device"):
+        if hasattr(arguments, name):
+            values[name] = getattr(arguments, name)
+    if hasattr(arguments, "data"):
+        columns: dict[str, str] = {}
+        for item in arguments.column:
+            ours, equals, theirs = item.partition("=")
+            if not equals or not ours or not theirs:
+                raise UserError(f"--column {item}: expected ours=theirs, such as chosen=preferred")
+            columns[ours] = theirs
+        data = {
+            "source": arguments.data,
+            "split": arguments.split,
+            "columns": columns,
+            "pairs_from": arguments.pairs_from,
+            "as_chat": arguments.as_chat,
+            "chat_template_kwargs": dict(parse_override(item) for item in arguments.chat_template),
+            "max_length": arguments.max_length,
+            "held_out": 0,
+        }
+        values["data"] = {key: value for key, value in data.items() if value is not None}
+    return parse_recipe(values, "command line")
+
+
+def training_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Section "oracle" or "policy" of a recipe, from options and `key=value` training settings."""
+    from sepo.recipe.reading import parse_override, set_key
+
+    values: dict[str, Any] = {}
+    for item in arguments.training:
+        key, value = parse_override(item)
+        set_key(values, f"training.{key}", value, f"override '{item}'")
+    for name in ("objective", "beta", "gamma", "margin", "alpha", "rate", "label_smoothing"):
+        if getattr(arguments, name, None) is not None:
+            values[name] = getattr(arguments, name)
+    if arguments.lora is not None:
+        values["lora"] = {"r": arguments.lora}
+    return values
+
+
+def oracle_judge_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Reference and beta of a judge that is an oracle, where given, under their names in a recipe."""
+    given = {"reference": arguments.judge_reference, "beta": arguments.judge_beta}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not (arguments.judge or "").startswith("oracle:"):
+        raise UserError(f"--judge-{next(iter(given))} is for a judge that is an oracle: leave it out")
+    return given
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing_to(arguments: argparse.Namespace, check: Callable[[Path], None] = lambda out: None) -> Iterator[Path]:
+    """Hold the lock of the folder `--out`; `check` refuses a folder that holds other things."""
+    out = Path(arguments.out)
+    processes = join(getattr(arguments, "device", "cpu"))
+    processes.on_main(lambda: check(out))
+    with processes.alone_in(out):
+        processes.require_shared(out)
+        yield out
+
+
+def join(device: str) -> Any:
+    """Meet the other processes of a launch (torchrun, accelerate launch); returns the module `processes`."""
+    from sepo import processes
+
+    processes.join(device)
+    return processes
+
+
+def quiet_libraries() -> None:
+    """Import the heavy libraries, without their progress bars and notices."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Users cannot act on deprecations inside the libraries.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    freeze_libraries()
+
+
+def freeze_libraries() -> None:
+    """Exempt every object that exists now from garbage collection.
+
+    Importing PyTorch, Transformers and TRL makes a million objects, and every collection would visit them: more than
+    half of the CPU time of a small run. They are thawed at exit, because nanobind reports frozen objects as leaks.
+    """
+    import atexit
+
+    gc.collect()
+    gc.freeze()
+    atexit.unregister(gc.unfreeze)
+    atexit.register(gc.unfreeze)
+
+
+# --- tables in the terminal -----------------------------------------------------------------------------------------
+
+
+def print_metrics(title: str, metrics: dict[str, Any]) -> None:
+    """Print metrics as a table, grouped by the part of the name before the slash; `X_se` joins `X`."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from sepo import processes
+    from sepo.report.numbers import number
+
+    if not processes.is_main():
+        return
+    table = Table(title=Text(one_line(title)), title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("± s.e.", justify="right")
+    previous = None
+    for name, value in metrics.items():
+        if name.endswith("_se") and name.removesuffix("_se") in metrics:
+            continue
+        group = name.split("/")[0]
+        if previous is not None and group != previous:
+            table.add_section()
+        previous = group
+        error = metrics.get(f"{name}_se")
+        table.add_row(Text(name), number(value), "" if error is None else number(error))
+    Console().print(table)
+
+
+def print_plan(title: str, rows: list[dict[str, str]], wide: bool = False) -> None:
+    """Print rows as a table. Rows are not folded in a pipe, nor in a terminal if the table is wide."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", show_edge=False, pad_edge=False)
+    for name in rows[0]:
+        right = name not in ("stage", "what", "name", "how", "fits", "to fit")
+        table.add_column(name, justify="right" if right else "left")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row.values()))
+    console = Console()
+    (Console(width=max(console.width, 200)) if wide or not console.is_terminal else console).print(table)

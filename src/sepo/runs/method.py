@@ -1,0 +1,224 @@
+"""The method: which stages there are, and what each one reads.
+
+    pairs        tokenised preference pairs
+    reference    the small model, fine-tuned or taken as given
+    oracles      the reference trained with DPO on the pairs
+    scores       token rewards: log-probabilities under the oracle minus those under the reference
+    selection    the key tokens of each response
+    policy       the model to align, trained on the key tokens
+    evaluation   the policy against the model it started from
+
+Asking a `Method` for a result does the stage, after the stages that it reads. A walker says what "doing" is: a run does
+a stage in its folder unless the result is up to date, a comparison shares results between variants, a dry run only adds
+up costs. Nothing else in the package says in which order the stages come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from sepo import processes
+from sepo.models.tokenizer import load_tokenizer
+from sepo.recipe.settings import PolicySettings, Recipe, ReferenceSettings
+from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
+from sepo.stages.evaluate import RunJudge
+from sepo.stages.stage import Model, Stage, StageResult
+
+# What `sepo run --until` takes: a stage of the method, and the result of a `Method` that ends with it.
+UNTIL = {
+    "data": "pairs",
+    "reference": "reference_logps",
+    "oracle": "oracles",
+    "score": "policy_scores",
+    "select": "selection",
+    "train": "policy",
+    "eval": "evaluation",
+}
+
+
+class Walker(Protocol):
+    """Who walks the stages."""
+
+    def model(self, name: str, revision: str | None = None) -> Model:
+        """A model that no stage writes."""
+
+    def do(self, stage: Stage, role: str) -> StageResult:
+        """Do a stage; its record in the manifest has the name `role`."""
+
+
+class Method:
+    """The stages of one recipe.
+
+    Args:
+        walker: does the stages.
+        seed: of selection and policy; default: the recipe's.
+        oracle_seed: of the oracles; default: the recipe's.
+        judge: compares answers in the evaluation.
+        pairs: tokenised pairs that exist already, such as those that the variants of a comparison share.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        walker: Walker,
+        *,
+        seed: int | None = None,
+        oracle_seed: int | None = None,
+        judge: RunJudge | None = None,
+        pairs: StageResult | None = None,
+    ):
+        if pairs is not None:
+            self.pairs = pairs
+        self.recipe, self.walker, self.judge = recipe, walker, judge
+        self.seed = recipe.seed if seed is None else seed
+        self.oracle_seed = recipe.seed if oracle_seed is None else oracle_seed
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def start(self) -> Model:
+        """The small model that the recipe names."""
+        return self.walker.model(self.recipe.reference.model, self.recipe.reference.revision)
+
+    @cached_property
+    def pairs(self) -> StageResult:
+        """Pairs under the reference's tokenizer."""
+        return self.walker.do(data.stage(self.recipe, self._tokenizer(self.recipe.reference)), "data")
+
+    @cached_property
+    def transfers(self) -> bool:
+        """Does the policy have another tokenizer than the oracle?"""
+        return processes.on_main(lambda: transfer.needed(self.recipe))
+
+    @cached_property
+    def policy_pairs(self) -> StageResult:
+        """Pairs under the policy's tokenizer."""
+        if not self.transfers:
+            return self.pairs
+        return self.walker.do(transfer.pairs_stage(self.recipe, self.pairs), "policy_pairs")
+
+    # --- reference, oracles -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def reference(self) -> Model:
+        """The model that the oracles start from."""
+        stage = reference.stage(self.recipe, self.start)
+        return self.start if stage is None else Model.of(self.walker.do(stage, "reference"))
+
+    @cached_property
+    def reference_logps(self) -> StageResult:
+        """Log-probabilities under the reference: DPO's reference term, and half of the token reward."""
+        return self._logps(self.reference, self.pairs, "reference")
+
+    @cached_property
+    def oracles(self) -> dict[str, Model]:
+        """The oracles by name, an existing one or those that are trained, and their opposites (`oracle.members`)."""
+        settings = self.recipe.oracle
+        if settings.rewards is not None:
+            return {}
+        if settings.model is not None:
+            existing = self.walker.model(settings.model)
+            oracle.check_differs(settings, existing, self.reference)
+            return {"oracle": existing}
+        return {
+            name: Model.of(
+                self.walker.do(
+                    oracle.stage(self.recipe, self.reference, self.pairs, self.reference_logps, seed, swapped), name
+                )
+            )
+            for name, seed, swapped in oracle.members(settings, self.oracle_seed)
+        }
+
+    # --- token rewards, key tokens ----------------------------------------------------------------------------------
+
+    @cached_property
+    def scores(self) -> StageResult:
+        """Token rewards under the oracle's tokenizer."""
+        settings = self.recipe.oracle
+        if settings.rewards is not None:
+            return self.walker.do(score.given_stage(settings, self.pairs, self._words(self.recipe.reference)), "score")
+        base = self.reference_logps
+        logps_of = {name: self._logps(model, self.pairs, name) for name, model in self.oracles.items()}
+        opposites = [logps_of.pop(name) for name, _, swapped in oracle.members(settings) if swapped]
+        words = self._words(self.recipe.reference)
+        return self.walker.do(score.stage(self.pairs, list(logps_of.values()), opposites or base, words), "score")
+
+    @cached_property
+    def policy_scores(self) -> StageResult:
+        """Token rewards under the policy's tokenizer."""
+        if not self.transfers:
+            return self.scores
+        words = self._words(self.recipe.policy)
+        return self.walker.do(
+            transfer.stage(self.recipe, self.scores, self.pairs, self.policy_pairs, words), "transfer"
+        )
+
+    @cached_property
+    def selection(self) -> StageResult:
+        """Key tokens and their weights."""
+        return self.walker.do(select.stage(self.recipe, self.policy_scores, self.seed), "select")
+
+    # --- policy -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def policy_start(self) -> Model:
+        """The model that the policy starts from."""
+        policy = self.recipe.policy
+        return self.reference if policy.model is None else self.walker.model(policy.model, policy.revision)
+
+    @cached_property
+    def policy_start_logps(self) -> StageResult:
+        """Log-probabilities under the policy's start."""
+        if self.starts_from_reference and self.recipe.oracle.rewards is None:
+            return self.reference_logps
+        return self._logps(self.policy_start, self.policy_pairs, "policy_start")
+
+    @cached_property
+    def starts_from_reference(self) -> bool:
+        """Is the policy's start the oracle's reference?"""
+        return not self.transfers and self.policy_start.content == self.reference.content
+
+    @cached_property
+    def policy(self) -> StageResult:
+        """The trained policy."""
+        targets = self.selection
+        start_logps = self.policy_start_logps if train.needs_reference(self.recipe) else None
+        return self.walker.do(train.stage(self.recipe, self.policy_start, targets, start_logps, self.seed), "train")
+
+    @cached_property
+    def evaluation(self) -> StageResult:
+        """Everything that is measured about the policy."""
+        policy = Model.of(self.policy)
+        scored = self.starts_from_reference and self.recipe.oracle.rewards is None
+        start_logps = self.policy_start_logps if scored or train.needs_reference(self.recipe) else None
+        stage = evaluate.stage(
+            self.recipe,
+            policy,
+            self.policy_start,
+            self.policy_pairs,
+            self.policy_scores,
+            self.selection,
+            start_logps,
+            self.judge,
+        )
+        return self.walker.do(stage, "eval")
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def until(self, stage: str) -> StageResult | Model | Mapping[str, Any]:
+        """Do everything up to a stage of `UNTIL`."""
+        return getattr(self, UNTIL[stage])
+
+    def _logps(self, model: Model, pairs: StageResult, role: str) -> StageResult:
+        return self.walker.do(logps.stage(self.recipe, model, pairs, role), f"{role}_logps")
+
+    def _tokenizer(self, settings: ReferenceSettings | PolicySettings) -> PreTrainedTokenizerBase:
+        return load_tokenizer(str(settings.model), revision=settings.revision)
+
+    def _words(self, settings: ReferenceSettings | PolicySettings) -> score.Words | None:
+        gold = self.recipe.eval.gold
+        return None if gold is None else score.Words(self._tokenizer(settings), gold)

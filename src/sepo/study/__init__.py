@@ -1,0 +1,23 @@
+"""Comparisons: many runs at one budget, compared at equal KL. The door is `compare(grid, settings)`.
+
+command.py            `sepo compare`
+grid.py               a grid file: variants, sweeps, seeds
+comparison.py         the runs of a grid; shared stages run once
+stages.py             two stages of its own: samples of the start, and a training that is measured on its way
+policy_evaluator.py   measures a policy while it trains
+kl_probe.py           finds when a policy in training passes a KL
+curves.py             reads gain at a KL off a run's measurements
+results.py            table, JSON and pictures of a comparison
+plan.py               dry run of a grid
+"""
+
+from sepo.lazy import lazy_names
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "compare": "sepo.study.comparison",
+        "load_grid": "sepo.study.grid",
+        "plan_grid": "sepo.study.plan",
+    },
+)

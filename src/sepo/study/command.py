@@ -1,0 +1,38 @@
+"""`sepo compare`: train every method of a grid at one budget and compare them."""
+
+from __future__ import annotations
+
+import argparse
+
+from sepo.command import path, print_plan, quiet_libraries
+
+HELP = "train every method of a grid at one budget and compare them"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("grid", type=path, help="YAML file, or a name from `sepo recipe --list`; see docs/compare.md")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings to change in all variants, or settings of the grid: seeds=[1,2]",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the runs and an estimate of time; train nothing")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from sepo.study.grid import load_grid
+
+    grid, settings = load_grid(arguments.grid, arguments.overrides)
+    quiet_libraries()
+    if arguments.dry_run:
+        from sepo.study.plan import plan_grid
+
+        print_plan(f"plan of {grid.name}", plan_grid(grid, settings))
+        return
+    from sepo.study.comparison import compare
+
+    compare(grid, settings)
+    folder = grid.results_folder
+    print((folder / "compare.md").read_text(encoding="utf-8"))
+    print(f"{folder}/compare.md  compare.json  frontier.png")

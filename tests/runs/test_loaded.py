@@ -1,0 +1,58 @@
+"""A run imports the method and what its recipe asks for, nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tiny_models import tiny_model, tiny_tokenizer
+
+RECIPE = """
+name: small
+device: cpu
+data: {source: "embedded:sentiment", sample: 0.03, held_out: 4, max_length: 80}
+reference: {model: MODEL}
+oracle: {training: {learning_rate: 1.0e-3, batch_size: 8, max_steps: 1}}
+policy: {training: {learning_rate: 1.0e-3, batch_size: 8, max_steps: 1}}
+eval: {prompts: 1, max_new_tokens: 2, examples: 0}
+"""
+# Prints the modules of the package that are loaded at the first backward pass.
+COMMAND = """
+import json, sys
+import torch
+from sepo.cli import main
+
+backward, loaded = torch.Tensor.backward, []
+
+def recorded(self, *arguments, **keywords):
+    if not loaded:
+        loaded.extend(name for name in sys.modules if name.split(".")[0] == "sepo")
+    return backward(self, *arguments, **keywords)
+
+torch.Tensor.backward = recorded
+assert main(["run", *sys.argv[1:]]) == 0
+print("LOADED", json.dumps(loaded))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loaded")
+    tiny_model("llama", initializer_range=0.02).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(folder / "model")))
+    command = [sys.executable, "-c", COMMAND, str(folder / "recipe.yaml"), f"output_dir={folder / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOADED ")]
+    return json.loads(line.removeprefix("LOADED "))
+
+
+def test_at_most_a_hundred_files_are_loaded_before_the_first_training_step(loaded):
+    assert len(loaded) <= 100, sorted(loaded)
+
+
+@pytest.mark.parametrize("wing", ["judging", "study", "hub", "analyse", "report"])
+def test_a_run_that_needs_no_wing_loads_none(loaded, wing):
+    assert not [name for name in loaded if name.startswith(f"sepo.{wing}")]

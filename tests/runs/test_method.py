@@ -1,0 +1,126 @@
+"""One graph of the stages: a dry run plans exactly the stages that a run records."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sepo.api import extension_of, run_recipe
+from sepo.planning.plan import Planner, plan_stages
+from sepo.recipe.objectives import OBJECTIVES
+from sepo.recipe.reading import load_recipe
+from sepo.runs.method import UNTIL, Method
+from sepo.runs.pipeline import folder_of
+from tiny_models import tiny_model
+from tiny_tokenizers import tiny_tokenizer_of
+
+RECIPE = """
+name: graph
+device: cpu
+data: {source: FOLDER/prefs.jsonl, held_out: 2}
+reference: {model: FOLDER/model}
+oracle: {training: {learning_rate: 1.0e-2, batch_size: 8, max_steps: 1}}
+policy: {training: {learning_rate: 1.0e-3, batch_size: 8, max_steps: 1}}
+eval: {prompts: 1, max_new_tokens: 2, examples: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graph")
+    for name, seed, kind in (("model", 0, "gpt2"), ("other", 1, "gpt2"), ("foreign", 2, "llama2")):
+        tokenizer = tiny_tokenizer_of(kind)
+        model = tiny_model("llama", seed=seed, initializer_range=0.02, vocab_size=len(tokenizer), num_hidden_layers=3)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = []
+    for index in range(8):
+        good, bad = ([{"role": "assistant", "content": text}] for text in (f"Yes, thanks {index}!", f"no {index}"))
+        rows.append({"prompt": [{"role": "user", "content": f"Is it {index}?"}], "chosen": good, "rejected": bad})
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "judge.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
+    (folder / "questions.json").write_text(json.dumps([{"instruction": "Name a fruit."}]))
+    rows = [{"prompt": f"q{i}", "completion": f" a{i}"} for i in range(8)]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(RECIPE.replace("FOLDER", str(folder)))
+    run_recipe(recipe_of(folder, "given"))
+    return folder
+
+
+def recipe_of(workplace, name: str, *overrides: str):
+    folder = workplace / "runs" / name
+    return load_recipe(workplace / "recipe.yaml", [f"output_dir={folder}", f"name={name}", *overrides])
+
+
+KINDS = {
+    "plain": [],
+    "existing oracle": ["oracle.model=WORKPLACE/runs/given/oracle"],
+    "given rewards": ["oracle.rewards=WORKPLACE/runs/given/scores"],
+    "given rewards, with a reference": ["oracle.rewards=WORKPLACE/runs/given/scores", "policy.objective=dpo"],
+    "several oracles": ["oracle.count=2"],
+    "contrastive": ["oracle.contrastive=true"],
+    "several contrastive oracles": ["oracle.count=2", "oracle.contrastive=true"],
+    "part of the layers": ["reference.layers=2", "policy.model=WORKPLACE/other"],
+    "fine-tuned reference": [
+        "reference.sft={source: WORKPLACE/sft.jsonl, max_length: 32, training: {batch_size: 4, max_steps: 1}}",
+    ],
+    "another policy": ["policy.model=WORKPLACE/other"],
+    "another policy, with a reference": ["policy.model=WORKPLACE/other", "policy.objective=ipo"],
+    "the reference by name as policy, with a reference": ["policy.model=WORKPLACE/model", "policy.objective=dpo"],
+    "second tokenizer": ["policy.model=WORKPLACE/foreign"],
+    "second tokenizer, with a reference": ["policy.model=WORKPLACE/foreign", "policy.objective=dpo"],
+    "gold reward": ["eval.gold=vader"],
+    "judge": ["eval.judge=function:judge:length"],
+    "benchmark": ["eval.benchmarks={own: WORKPLACE/questions.json}", "eval.benchmark_max_new_tokens=2"],
+    "judged benchmark": [
+        "eval.benchmarks={own: WORKPLACE/questions.json}",
+        "eval.benchmark_max_new_tokens=2",
+        "eval.judge=function:judge:length",
+    ],
+    "no evaluation": ["eval.prompts=0", "data.held_out=0"],
+    **{f"objective {name}": [f"policy.objective={name}"] for name in OBJECTIVES},
+}
+
+
+def planned_stages(recipe, folder: Path) -> list[str]:
+    planner = Planner(folder)
+    extension = extension_of(recipe)
+    plan_stages(Method(recipe, planner, judge=extension and extension.judge), extension)
+    return list(planner.stages)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_has_exactly_the_stages_of_the_run(workplace, tmp_path, monkeypatch, kind):
+    monkeypatch.syspath_prepend(str(workplace))
+    overrides = [item.replace("WORKPLACE", str(workplace)) for item in KINDS[kind]]
+    recipe = recipe_of(workplace, kind.replace(",", "").replace(" ", "-"), *overrides)
+    planned = planned_stages(recipe, tmp_path)
+    run_recipe(recipe)
+    stages = json.loads((recipe.run_folder / "manifest.json").read_text())["stages"]
+    assert sorted(planned) == sorted(stages)
+    for name in stages:
+        assert recipe.run_folder.joinpath(*folder_of(name)).is_dir(), name
+
+
+@pytest.mark.parametrize("stage", UNTIL)
+def test_a_run_until_a_stage_ends_there_and_the_whole_run_continues_it(workplace, capsys, stage):
+    recipe = recipe_of(workplace, f"until-{stage}")
+    assert run_recipe(recipe, until=stage) == {}
+    done = json.loads((recipe.run_folder / "manifest.json").read_text())["stages"]
+    order = ["data", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval"]
+    last = {"reference": "reference_logps"}.get(stage, stage)
+    assert list(done) == order[: order.index(last) + 1]
+    assert not (recipe.run_folder / "metrics.json").exists()
+    capsys.readouterr()
+    run_recipe(recipe)
+    said = capsys.readouterr().err
+    assert all(f"[{name}] unchanged, reused" in said for name in done)
+
+
+def test_a_stage_that_does_not_exist_is_refused_before_anything_starts(workplace, capsys):
+    from sepo.cli import main
+
+    folder = workplace / "runs" / "wrong"
+    assert main(["run", str(workplace / "recipe.yaml"), f"output_dir={folder}", "--until", "scores"]) == 2
+    assert "there is no stage 'scores' (did you mean 'score'?)" in capsys.readouterr().err
+    assert not folder.exists()
