@@ -77,9 +77,7 @@ def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_pa
     objective = "simpo" if sharded and number == 3 else "dpo"
     results = launch(number, tmp_path, objective, sizes, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
     shape = model_shape(tiny_model("llama"))
-    plan = parts_of(
-        TrainingMemory(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded)
-    )
+    plan = parts_of(TrainingMemory(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded))
     assert results.keys() == alone[objective].keys()
     for size, one in alone[objective].items():
         assert results[size]["losses"] == pytest.approx(one["losses"], abs=2e-5), f"{size} pairs"
