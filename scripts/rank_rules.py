@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sepo.analyse.analyse import check_same_pairs, rank_inputs
+from sepo.analyse.analysis import check_same_pairs, rank_inputs
 from sepo.analyse.measures import token_classes
 from sepo.analyse.page import ranking_markdown, save_ranking_figure
 from sepo.analyse.ranking import Rule, ScoredOracle, default_rules, rank_rules, rules_of

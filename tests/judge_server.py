@@ -1,4 +1,4 @@
-"""A small chat-completions server in the test process, which answers as a test tells it to, or misbehaves."""
+"""A small chat-completions server in the test process, which answers or misbehaves as a test defines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest import mock
 
 
 def completion(text: Any, top: dict[str, float] | None = None, tokens: tuple[int, int] = (11, 3)) -> dict[str, Any]:
@@ -23,13 +24,14 @@ def completion(text: Any, top: dict[str, float] | None = None, tokens: tuple[int
 
 @dataclass
 class Server:
-    """What a test sees of the server.
+    """The server as a test sees it.
 
     Attributes:
-        answer: from the body of a request and the number of times that it was sent before, what to send: a JSON value,
-            raw bytes, a status, or (status, headers, body); None hangs up, a float holds the line for so many seconds.
-        asked: bodies, in the order in which they came.
-        headers: of these.
+        answer: from the body of a request and the number of earlier requests with the same body, the reply: a JSON
+            value, raw bytes, a status, or (status, headers, body). None closes the connection; a float keeps it open
+            for that many seconds.
+        asked: the bodies, in the order of their arrival.
+        headers: of these requests.
     """
 
     answer: Callable[[dict, int], Any]
@@ -42,7 +44,7 @@ class Server:
 
     def take(self, body: dict, headers: dict) -> Any:
         with self._lock:
-            before = sum(body == one for one in self.asked)
+            before = self.asked.count(body)
             self.asked.append(body)
             self.headers.append(headers)
             self._at_once += 1
@@ -56,14 +58,15 @@ class Server:
 
 @contextlib.contextmanager
 def serving(answer: Callable[[dict, int], Any]) -> Iterator[Server]:
-    """Run a server for a while."""
+    """Run a server, without the pauses that the client makes for real servers."""
     server = Server(answer)
     closing = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            said = server.take(body, {"path": self.path, **self.headers})
+            headers = {name.title(): value for name, value in self.headers.items()}
+            said = server.take(body, {"path": self.path, **headers})
             status, headers, content = said if isinstance(said, tuple) else (200, {}, said)
             if isinstance(content, float):
                 deadline = time.monotonic() + content
@@ -71,7 +74,7 @@ def serving(answer: Callable[[dict, int], Any]) -> Iterator[Server]:
                 self.end_headers()
                 with contextlib.suppress(OSError):
                     while time.monotonic() < deadline and not closing.wait(0.05):
-                        self.wfile.write(b" ")  # a byte now and then, so that no wait for one ends
+                        self.wfile.write(b" ")  # each byte restarts a timeout for the next one
                         self.wfile.flush()
                 return
             if content is None:
@@ -102,7 +105,8 @@ def serving(answer: Callable[[dict, int], Any]) -> Iterator[Server]:
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield server
+        with mock.patch("openai._base_client.INITIAL_RETRY_DELAY", 0.01):
+            yield server
     finally:
         closing.set()
         httpd.shutdown()

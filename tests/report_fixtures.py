@@ -15,7 +15,7 @@ _CORPUS = [f"Question {i}: what is the answer? The answer is {i}, and that is al
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte, so that every character beyond ASCII is split over tokens."""
+    """One token per byte, so that every character beyond ASCII is split over tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -41,9 +41,9 @@ def word_tokenizer() -> Tokenizer:
 def score_table(
     tokenizer: Tokenizer, subset: Sequence[str] | None = None, texts: Sequence[str] | None = None
 ) -> pa.Table:
-    """Score six pairs of plain sentences, or one pair a text of `texts`, with rewards that tie often.
+    """Score six pairs of plain sentences, or one pair per text of `texts`, with rewards that tie often.
 
-    Pair ids have gaps; prompts share their first and last line, as chat templates make them do.
+    Pair ids have gaps; prompts share their first and last line, as under a chat template.
     """
     rng = np.random.default_rng(0)
     chosen = list(texts) if texts else [f"The answer is {i}, and that is all.{END}" * (1 + i % 3) for i in range(6)]

@@ -1,4 +1,4 @@
-"""Figures of a score table against the same figures worked out by hand, and the command on a run folder."""
+"""Measures of a score table against values computed by hand, and the command on a run folder."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from sepo.analyse import analyse as whole
+from sepo.analyse import analysis
 from sepo.analyse import measures as a
 from sepo.cli import main
 from sepo.credit.selection import select_key_tokens
@@ -23,7 +23,7 @@ REJECTED = ["bad day 7", "so sad", "ok, a horrible thing"]
 
 
 def scores(chosen=None, rejected=None, seed=0, provenance=None):
-    """A score table over the texts above, one token a character; rewards are random where none are given."""
+    """A score table over the texts above, one token per character; rewards are random if none are given."""
     tokenizer = tiny_tokenizer()
     rng = np.random.default_rng(seed)
     ids = {side: [tokenizer(text)["input_ids"] for text in texts] for side, texts in (("c", CHOSEN), ("r", REJECTED))}
@@ -203,7 +203,7 @@ def test_fidelity_ranks_the_truth_above_its_baselines():
     assert abs(found["random"]["correlation"]) < 0.5
 
 
-def test_fidelity_to_words_of_one_sign_that_one_side_lacks_is_undefined_there_alone():
+def test_fidelity_is_undefined_on_a_side_without_words_of_the_right_sign():
     from sepo.evaluate.gold import plain_valence
 
     table = scores(*by_letters(plain_valence))  # "horrible", in a rejected response, is the only long word
@@ -244,7 +244,7 @@ def test_rank_correlation_is_that_of_mean_ranks():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """What `sepo analyse` reads of a run folder."""
+    """The parts of a run folder that `sepo analyse` reads."""
     folder = tmp_path_factory.mktemp("analyse") / "run"
     tiny_model("llama").save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
@@ -265,7 +265,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_a_run_is_analysed_into_a_page_numbers_and_pictures(run, capsys):
+def test_a_run_is_analysed_into_a_page_numbers_and_figures(run, capsys):
     assert main(["analyse", str(run)]) == 0
     page = capsys.readouterr().out
     for title in ("How few tokens", "Length", "Position", "Token classes", "Fidelity"):
@@ -315,7 +315,7 @@ def test_several_tables_are_compared_with_the_last(run, tmp_path, capsys):
         (["analyse", "--table", "{tmp}/one", "--out", "{tmp}/o", "--gold", "vader"], "needs --tokenizer"),
         (
             ["analyse", "--table", "{tmp}/one", "--table", "a={tmp}/two", "--out", "{tmp}/o"],
-            "not one of the same pairs",
+            "has other pairs than the first",
         ),
         (["analyse", "--table", "{tmp}/one", "--table", "one={tmp}/two", "--out", "{tmp}/o"], "used twice"),
         (["analyse", "--table", "{tmp}/empty", "--out", "{tmp}/o"], "holds no pair"),
@@ -337,5 +337,5 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, command, message):
 
 
 def test_tables_of_other_pairs_are_not_compared():
-    with pytest.raises(UserError, match="not one of the same pairs"):
-        whole.check_same_pairs(scores().slice(1), scores(), "b")
+    with pytest.raises(UserError, match="has other pairs than the first"):
+        analysis.check_same_pairs(scores().slice(1), scores(), "b")

@@ -1,4 +1,4 @@
-"""Rules ranked on a few tokens by hand, what the measures must not depend on, and the command."""
+"""Rankings of a few tokens against values computed by hand, invariances of the measures, and the command."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def selection(one, **settings):
     return select_key_tokens(one.scores, **{"k_chosen": 0.4, "k_rejected": 0.4, **settings})
 
 
-def test_the_measures_are_those_worked_out_by_hand():
+def test_the_measures_equal_those_computed_by_hand():
     texts = {"chosen": "ab cd xy", "rejected": "ab ef xy"}
     one = oracle([5.0, 0, 0, 4, 0, 0, 3, 0], [-2.0, 0, 0, -5, -4, 0, -3, 0], texts)
     # Three of eight are kept: chosen a, c, x (one right, one wrong, one other); rejected e, f, x (two right).
@@ -63,7 +63,7 @@ def test_the_measures_are_those_worked_out_by_hand():
     assert found["auc"] == pytest.approx((good_chosen + bad_chosen + good_rejected + bad_rejected) / 4)
 
 
-def test_weights_count_where_they_are_soft():
+def test_soft_weights_count():
     one = oracle([0.0] * 5, [0.0] * 5)
     columns = {name: selection(one, k_chosen=1, k_rejected=1).column(name) for name in SCHEMAS["selection"].names}
     columns["chosen_weights"], columns["rejected_weights"] = [[4.0, 0, 0, 1, 0]], [[0.0, 0, 0, 2, 3]]
@@ -182,7 +182,7 @@ def runs(tmp_path_factory):
     return folders
 
 
-def test_rules_are_ranked_on_runs_into_a_page_numbers_and_a_picture(runs, tmp_path, capsys):
+def test_rules_are_ranked_on_runs_into_a_page_numbers_and_a_figure(runs, tmp_path, capsys):
     assert main(["analyse", *map(str, runs), "--out", str(tmp_path), "--rules"]) == 0
     page = capsys.readouterr().out
     assert "# Rules on 2 oracles" in page

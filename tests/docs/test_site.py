@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, asks nothing of the network, and names tests that exist."""
+"""The documentation builds without a warning, fetches nothing, and names files and tests that exist."""
 
 import re
 import subprocess
@@ -25,10 +25,46 @@ def site(tmp_path_factory):
 
 def test_every_page_is_there_and_nothing_of_the_build_is(site):
     for page in ("index", "data", "settings", "known-failures", "how-to/your-data", "tutorials/01-your-data",
-                 "api/training", "results/index", "results/gpu"):  # fmt: skip
+                 "api/training", "results/index", "results/gpu", "contributing"):  # fmt: skip
         assert (site / f"{page}.html").is_file(), page
     assert (site / "results" / "objectives" / "frontier.png").is_file()
     assert not (site / "hooks.py").exists()
+
+
+def test_the_readme_is_the_home_page(site):
+    page = (site / "index.html").read_text(encoding="utf-8")
+    assert "Selective preference optimization: align a language model" in page
+    assert 'src="images/report.png"' in page
+    assert (site / "images" / "report.png").is_file()
+    assert 'href="install.html"' in page
+    assert 'href="results/index.html"' in page
+
+
+def test_llms_txt_has_a_line_for_each_page_and_the_markdown_lies_beside_its_html(site):
+    lines = (site / "llms.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# sepo"
+    assert lines[2].startswith("> Selective preference optimization")
+    headings = [line for line in lines if line.startswith("## ")]
+    assert headings == ["## " + name for name in (
+        "Start", "Guide", "Compare and judge", "Scale", "Reference", "Development"
+    )]  # fmt: skip
+    named = [match[1] for line in lines if (match := re.fullmatch(r"- \[.+\]\((\S+\.md)\)", line))]
+    pages = [path.relative_to(site) for path in site.rglob("*.html") if path.name != "404.html"]
+    beside = {str(path.with_suffix(".md")).replace("results/index.md", "results/README.md") for path in pages}
+    assert len(named) == len(set(named))
+    assert set(named) == beside
+    links = re.compile(r"\]\(([^)\s:#]+\.md)")
+    for name in named:
+        for link in links.findall((site / name).read_text(encoding="utf-8")):
+            assert (site / name).parent.joinpath(link).resolve().is_file(), f"{name}: {link}"
+
+
+def test_the_markdown_of_the_reference_has_the_docstrings(site):
+    page = (site / "api" / "training.md").read_text(encoding="utf-8")
+    assert "\n:::" not in page
+    assert "## sepo.training.objectives" in page
+    assert "def dpo(" in page
+    assert "strength of the KL constraint" in page
 
 
 def test_the_reference_describes_what_it_names(site):
@@ -61,6 +97,11 @@ def test_links_out_of_docs_lead_to_the_page_or_become_text():
     assert site_links("[a](01-your-data.ipynb)", "tutorials/02-reading-the-tokens.md") == "[a](01-your-data.md)"
     assert site_links("[recipes/](../recipes)", "recipes.md") == "`recipes`"
     assert site_links("[the grids](../recipes/experiments)", "a.md") == "the grids (`recipes/experiments`)"
+    assert site_links("[a](docs/recipes.md)", "index.md") == "[a](recipes.md)"
+    assert site_links("![](docs/images/report.png)", "index.md") == "![](images/report.png)"
+    assert site_links("[a](../README.md)", "install.md") == "[a](index.md)"
+    assert site_links("[a](../../CONTRIBUTING.md)", "how-to/a.md") == "[a](../contributing.md)"
+    assert site_links("[a](../results/README.md)", "data.md") == "[a](results/README.md)"
     for untouched in ("[a](gone.md)", "[a](../../outside.md)", "[a](https://arxiv.org)", "[a](#here)"):
         assert site_links(untouched, "recipes.md") == untouched
 
@@ -86,3 +127,21 @@ def test_files_that_the_documentation_names_exist():
     for page in [*sorted(DOCS.rglob("*.md")), ROOT / "mkdocs.yml"]:
         for name in re.findall(r"`((?:src|tests|results|benchmarks|scripts|docs)/[\w./-]+)`", page.read_text("utf-8")):
             assert (ROOT / name).exists(), f"{page.name}: no {name}"
+
+
+def test_the_file_tree_of_the_architecture_names_every_file_once():
+    """Folders and files of src/sepo, as `docs/architecture.md` lists them."""
+    text = (DOCS / "architecture.md").read_text("utf-8")
+    named, folders = [], []
+    for line in text.split("```text\nsepo/\n")[1].split("```")[0].splitlines():
+        indent, name = re.match(r"( +)(\S+) ", line).groups()
+        folders = folders[: len(indent) // 2 - 1]
+        if name.endswith(".py"):
+            named.append("".join(folders) + name)
+        folders.append(name)
+    package = ROOT / "src" / "sepo"
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    files -= {name for name in files if name.endswith("/__init__.py")}
+    assert len(named) == len(set(named))
+    assert not files - set(named), f"without a line in architecture.md: {sorted(files - set(named))}"
+    assert not set(named) - files, f"in architecture.md, not in src/sepo: {sorted(set(named) - files)}"

@@ -57,8 +57,9 @@ def test_the_moments_are_those_of_a_table_worked_out_by_hand():
         crossed_mean(np.zeros((2, 5)))
 
 
-def test_the_line_of_a_grid_says_what_its_spread_gives():
+def test_the_power_line_gives_the_minimum_detectable_difference():
     spread = StdComponents(0.02, 0.1, 0.3)
     told = smallest_difference(*spread.error(5, 100))
-    assert f"this grid can tell {told:.2g} apart (80 % power, 5 seeds x 100 prompts" in power_line(5, 100, spread, "x")
+    line = power_line(5, 100, spread, "x")
+    assert f"minimum detectable difference: {told:.2g} (80 % power, 5 seeds x 100 prompts" in line
     assert smallest_difference(*spread.error(10, 400)) < told / 1.5

@@ -1,4 +1,4 @@
-"""A run on the hub: its card is true and harmless, what is uploaded is whole, and the run stays what it was."""
+"""Uploads to the hub: cards are correct and escaped, uploads are complete, the run folder is unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WILD = "<script>alert(1)</script> | [x](http://evil.example) ![i](//e.example/p)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a finished run, whose prompts are as bad as Markdown can have them."""
+    """A folder with a finished run, whose prompts are full of markup."""
     folder = tmp_path_factory.mktemp("hub")
     tiny_model("llama").save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
@@ -55,7 +55,7 @@ def specified():
 
 @pytest.fixture
 def hub(monkeypatch, specified):
-    """huggingface_hub's API with nothing behind it: its signatures are kept, its calls recorded."""
+    """A stub of huggingface_hub's API that checks signatures and records calls."""
     api = specified
     api.reset_mock(side_effect=True, return_value=True)
     api.create_repo.return_value = "https://huggingface.co/me/mine"
@@ -66,7 +66,7 @@ def hub(monkeypatch, specified):
     def commit(repo_id, operations, **kwargs):
         for one in operations:
             if isinstance(one, CommitOperationAdd):
-                with one.as_file() as file:  # temporary ones are gone afterwards
+                with one.as_file() as file:  # temporary files are deleted afterwards
                     api.files[one.path_in_repo] = file.read()
             else:
                 assert isinstance(one, CommitOperationDelete)
@@ -93,7 +93,7 @@ def test_the_card_is_beside_the_policy_and_no_text_of_the_data_is_markup_in_it(f
     assert head["license"] == "mit"
     assert "base_model" not in head  # it was a folder of this machine
     assert "AutoPeftModelForCausalLM" in text
-    body = text.split("## Before and after")[1].split("## Settings")[0]
+    body = text.split("## Examples")[1].split("## Settings")[0]
     assert "alert" in body  # the prompt is shown, ...
     for markup in ("<script", "[x]", "http://", "www.", "@all", "`c`"):
         assert markup not in body, markup  # ... as text
@@ -119,7 +119,7 @@ def test_a_card_changes_nothing_that_stages_depend_on(finished, tmp_path, capsys
     assert main(recipe) == 0
     assert stages_done(capsys) == []
     assert card.read_text() == "My own words."
-    # A manifest that is lost looks at every stage again: what stands is recorded again, the same.
+    # Without its entry in the manifest a stage is checked again, and the same result is recorded.
     manifest = finished / "run" / "manifest.json"
     before = json.loads(manifest.read_text())["stages"]["train"]
     assert "policy/README.md" not in before["files"]
@@ -141,7 +141,7 @@ def test_a_card_that_cannot_be_written_fails_no_run(finished, capsys, monkeypatc
     assert "no model card was written (ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_a_dry_run_shows_what_would_be_uploaded_and_asks_nobody(finished, hub, capsys):
+def test_a_dry_run_lists_the_upload_and_sends_no_request(finished, hub, capsys):
     run = str(finished / "run")
     assert main(["push", run, "--to", "me/mine", "--base", "org/base", "--dry-run"]) == 0
     shown = capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_a_policy_goes_up_with_its_card_and_a_base_that_others_have(finished, hu
     assert hub.create_repo.call_args.kwargs == {"repo_type": "model", "private": True, "exist_ok": True}
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
     assert hub.files["adapter_model.safetensors"] == (finished / "run/policy/adapter_model.safetensors").read_bytes()
-    # of an earlier upload of a whole model, which would be read instead; not what somebody else put there
+    # Files of an earlier upload of a whole model would be loaded instead. Files of other people stay.
     assert {name for name, content in hub.files.items() if content is None} == {"model.safetensors", "config.json"}
     text = hub.files["README.md"].decode()
     head = front_matter(text)
@@ -187,7 +187,7 @@ def test_token_rewards_go_up_as_a_dataset_that_others_can_read(finished, hub, tm
     for name, content in hub.files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    # read as a stranger would: by the card alone
+    # load with the card's settings only
     data = load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
     found = {split: (len(data[split]), [data[split][0], data[split][1]]) for split in data}
     assert {split: rows for split, (rows, _) in found.items()} == {"train": 15, "held_out": 5}
@@ -221,7 +221,7 @@ def answered(code):
         (["--to", "me/mine", "--what", "oracle", "--base", "b"], "expected ORG/NAME"),
     ],
 )
-def test_what_cannot_be_uploaded_ends_in_one_line_before_anybody_is_asked(arguments, says, finished, hub, capsys):
+def test_bad_input_ends_in_one_line_before_any_request(arguments, says, finished, hub, capsys):
     assert main(["push", str(finished / "run"), *arguments]) == 2
     error = capsys.readouterr().err
     assert says in error

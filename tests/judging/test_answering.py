@@ -1,4 +1,4 @@
-"""Answers to benchmarks' questions: their forms, resumption, batches, turns, adapters, servers."""
+"""Answers to benchmarks' questions: formats, resumption, batches, turns, adapters, servers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def written(out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("benchmark", QUESTIONS)
-def test_answers_have_the_form_of_their_benchmark_and_are_read_back(benchmark, model_dir, tmp_path):
+def test_answers_have_the_format_of_their_benchmark_and_are_read_back(benchmark, model_dir, tmp_path):
     out = tmp_path / "out"
     assert generate(model_dir, question_file(tmp_path, benchmark), out, "--device", "cpu", "--name", "org/mine") == 0
     rows = written(out)
@@ -177,7 +177,7 @@ def test_a_finished_folder_answers_at_once_and_another_setting_is_refused(model_
     assert generate(model_dir, prompts, out, "--device", "cpu", "--limit", "3") == 0
     assert len(written(out)) == 3
     first = written(out)
-    assert generate(model_dir, prompts, out, "--device", "cpu") == 0  # goes on with the rest
+    assert generate(model_dir, prompts, out, "--device", "cpu") == 0  # continues with the rest
     assert written(out)[:3] == first
     assert len(written(out)) == 7
 
@@ -211,7 +211,7 @@ def test_an_adapter_answers_as_itself(model_dir, tmp_path):
     assert texts[0] != texts[1]
 
 
-def test_answers_come_from_a_server_and_what_has_none_remains(tmp_path, capsys):
+def test_a_server_answers_and_questions_without_an_answer_remain(tmp_path, capsys):
     prompts = question_file(tmp_path, "mt_bench")
     trouble = {"on": True}
 
@@ -223,8 +223,7 @@ def test_answers_come_from_a_server_and_what_has_none_remains(tmp_path, capsys):
             return 429
         return completion(f"heard {len(body['messages'])}: {last}" if last != "And then 3" else "", tokens=(5, 4))
 
-    with serving(answer) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sepo.judging.endpoint._LONGEST_PAUSE", 0.02)
+    with serving(answer) as server:
         options = ["--server", server.url, "--retries", "1", "--cache", str(tmp_path / "cache")]
         assert generate("a-model", prompts, tmp_path / "out", *options) == 1
         assert "1 of 5 questions have no answer" in capsys.readouterr().err
@@ -232,16 +231,16 @@ def test_answers_come_from_a_server_and_what_has_none_remains(tmp_path, capsys):
         calls = len(server.asked)
         trouble["on"] = False
         assert generate("a-model", prompts, tmp_path / "out", *options) == 0
-        assert len(server.asked) - calls == 2  # both turns of the one that was missing
+        assert len(server.asked) - calls == 2  # both turns of the missing question
         assert server.asked[0].keys() == {"model", "messages", "temperature", "max_tokens", "seed"}
         assert {body["temperature"] for body in server.asked} == {0.7, 0.0, 0.1}
         assert len({body["seed"] for body in server.asked}) == 10
-        # In another folder everything is there already.
+        # In another folder all replies come from the cache.
         assert generate("a-model", prompts, tmp_path / "again", *options) == 0
         assert len(server.asked) - calls == 2
     rows = written(tmp_path / "out")
     assert rows[0]["choices"][0]["turns"] == ["heard 1: Ask 0", "heard 3: And then 0"]
-    assert rows[3]["choices"][0]["turns"][1] == ""  # it had nothing to say
+    assert rows[3]["choices"][0]["turns"][1] == ""  # an empty reply is an answer
     for row in rows + (again := written(tmp_path / "again")):
         row.pop("tstamp")
     assert rows == again
@@ -298,7 +297,7 @@ def test_a_file_without_questions_is_refused_in_one_line(content, says, model_di
     assert error.count("\n") == 1
 
 
-def test_questions_that_are_not_here_are_named_with_where_they_are():
+def test_the_message_about_missing_questions_names_their_source():
     with pytest.raises(UserError, match="tatsu-lab/alpaca_eval and give its path"):
         find_questions("alpaca_eval")
     with pytest.raises(UserError, match="no prompts at 'nowhere'"):
@@ -327,13 +326,13 @@ def test_control_tokens_in_a_question_stay_text(model_dir, tmp_path):
     from sepo.data.prompts import encode_prompts
 
     (ids,) = encode_prompts([[{"role": "user", "content": "a</s><|assistant|>b"}]], tiny_tokenizer())
-    assert ids.count(2) == 1  # the end of the user's turn alone
+    assert ids.count(2) == 1  # only the end of the user's turn
     assert ids.count(5) == 1
 
 
 @pytest.mark.slow
 def test_a_real_server_answers_and_judges(model_dir, tmp_path):
-    """`transformers serve` on the tiny model, where what it needs is installed."""
+    """`transformers serve` on the tiny model, if its packages are installed."""
     for name in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(name, reason="transformers[serving] is not installed")
     with socket.socket() as probe:
@@ -360,7 +359,7 @@ def test_a_real_server_answers_and_judges(model_dir, tmp_path):
         file = str(tmp_path / "out" / "model_outputs.json")
         arguments = ["--answers", file, "--against", file, "--judge", f"server:{url}", "--model-name", str(model_dir)]
         arguments += ["--prompt", str(words), "--out", str(tmp_path / "judged"), "--cache", str(tmp_path / "cache")]
-        # A random model says nothing of use: every reply is there, and none is a verdict.
+        # A random model gives replies, but no verdict.
         assert main(["judge", *arguments]) in (0, 2)
         assert len(list((tmp_path / "cache").rglob("*.json"))) == 14
     finally:
@@ -370,7 +369,7 @@ def test_a_real_server_answers_and_judges(model_dir, tmp_path):
 
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma2"])
-def test_layers_are_fast_while_writing_and_the_model_s_own_before_and_after(name, prepared):
+def test_layers_are_replaced_only_while_generating(name, prepared):
     model, tokenizer = tiny_model(name), tiny_tokenizer()
     plain = tiny_model(name)
     if prepared:

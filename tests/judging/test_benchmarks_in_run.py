@@ -1,4 +1,4 @@
-"""Benchmarks in a recipe: answered in their own form by both models, judged, and done again where they changed."""
+"""Benchmarks in a recipe: both models answer in the benchmark's format, and are judged; only changes are redone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def run(workplace, monkeypatch, capsys):
-    """Do the recipe with some overrides: the stages that were done, and the metrics."""
+    """Run the recipe with overrides; returns the stages that were done, and the metrics."""
     monkeypatch.chdir(workplace)
 
     def do(*overrides):
@@ -53,7 +53,7 @@ def run(workplace, monkeypatch, capsys):
     return do
 
 
-def test_both_models_answer_in_the_benchmark_s_form_and_only_what_changed_is_done_again(run, workplace, capsys):
+def test_both_models_answer_in_the_benchmark_s_format_and_only_changes_are_redone(run, workplace, capsys):
     _, metrics = run()
     here = workplace / "run" / "benchmarks"
     for role in ("base", "policy"):
@@ -78,7 +78,7 @@ def test_both_models_answer_in_the_benchmark_s_form_and_only_what_changed_is_don
     assert other["benchmarks/alpaca_eval/win_rate"] == pytest.approx(1 - metrics["benchmarks/alpaca_eval/win_rate"])
     assert (here / "alpaca_eval" / "policy" / "model_outputs.json").stat().st_mtime_ns == stamps
 
-    # Another file, and what an interrupted attempt with other settings left.
+    # Another file, then other settings.
     (workplace / "mt.jsonl").write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["A", "B"]}) + "\n")
     done, other = run("eval.judge=function:bench_judges:short")
     assert done == ["benchmark-mt_bench", "benchmark-mt_bench_judge"]
@@ -94,5 +94,5 @@ def test_both_models_answer_in_the_benchmark_s_form_and_only_what_changed_is_don
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_without_benchmarks_the_evaluation_is_what_it_was():
+def test_the_cache_key_of_the_evaluation_leaves_benchmarks_out():
     assert not {name for name in parse_recipe({}, "test").eval.cache_key() if name.startswith("benchmark")}

@@ -1,4 +1,4 @@
-"""A judge in a recipe: checked before anything starts, in metrics and report, done again where it changed."""
+"""A judge in a recipe: checked before the run starts, shown in metrics and report, asked again after a change."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def metrics_of(folder) -> dict:
     return json.loads((folder / "run" / "metrics.json").read_text())
 
 
-def test_a_run_is_judged_and_judged_again_where_the_judge_changed(workplace, capsys):
+def test_a_run_is_judged_and_judged_again_after_a_change_of_the_judge(workplace, capsys):
     assert main(["run", "recipe.yaml"]) == 0
     metrics = metrics_of(workplace)
     assert metrics["judge/judged"] == 8
@@ -98,7 +98,7 @@ def test_a_run_is_judged_and_judged_again_where_the_judge_changed(workplace, cap
         asked = len(server.asked)
         stages_done(capsys)
         assert main(["run", "recipe.yaml", judge.replace("}", ", concurrency: 2}")]) == 0
-        assert stages_done(capsys) == []  # how it is asked changes nothing
+        assert stages_done(capsys) == []  # concurrency is not part of the cache key
         assert len(server.asked) == asked
 
 
@@ -116,7 +116,7 @@ def test_a_run_is_judged_and_judged_again_where_the_judge_changed(workplace, cap
         ("{reward_model: a, function: 'b:c'}", "name one of"),
     ],
 )
-def test_a_judge_that_cannot_be_had_ends_the_run_before_it_starts(judge, says, workplace, capsys):
+def test_an_unusable_judge_ends_the_run_before_it_starts(judge, says, workplace, capsys):
     assert main(["run", "recipe.yaml", f"eval.judge={judge}"]) == 2
     error = capsys.readouterr().err
     assert says in error or "is no address" in error

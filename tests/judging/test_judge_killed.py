@@ -1,4 +1,4 @@
-"""A run that is killed while it answers and while it is judged: what was finished or paid for is not done again."""
+"""A run that is killed while it generates and while it is judged repeats no finished response and no paid request."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ oracle: {training: {learning_rate: 0.002, batch_size: 8}}
 policy: {training: {learning_rate: 0.001, batch_size: 8}}
 eval: {prompts: 4, samples: 2, max_new_tokens: 8, batch_size: 2, examples: 2}
 """
-# For each number n that it reads: `sepo run` in a fork, so that libraries are imported once. The run prints when it
-# keeps a batch of answers, and dies before it keeps the n-th.
+# For each number n on stdin: fork `sepo run`, so that libraries are imported once. The run reports each stored batch of
+# responses, and kills itself before it stores the n-th.
 WATCHED = """
 import os, signal, sys
 import faults
@@ -64,7 +64,7 @@ def judged_by(server: Server, cache: str) -> str:
 
 
 def verdict(body: dict) -> dict:
-    """Of a judge who likes what holds an "a"."""
+    """The reply of a judge that prefers the answer with more letters "a"."""
     first, second = body["messages"][-1]["content"].split(" m: ")[1].split(" M: ")
     return completion("m" if first.count("a") >= second.count("a") else "M")
 
@@ -73,9 +73,9 @@ def questions(server: Server) -> Counter[str]:
     return Counter(json.dumps(body, sort_keys=True) for body in server.asked)
 
 
-def test_a_killed_run_repeats_no_finished_answer_and_no_paid_call(workplace):
+def test_a_killed_run_repeats_no_finished_response_and_no_paid_request(workplace):
     children: list[int] = []
-    deadly = 3  # the question at which the run is killed; it gets no reply
+    deadly = 3  # the run is killed at this question, which gets no reply
 
     def answer(body, before):
         if len(served.asked) == deadly:
@@ -94,7 +94,7 @@ def test_a_killed_run_repeats_no_finished_answer_and_no_paid_call(workplace):
             )  # fmt: skip
 
         def start(batches: int) -> tuple[int, int]:
-            """Run until it is killed or done; its exit code, and the batches of answers that it kept."""
+            """Run until killed or done; returns the exit code and the number of stored batches."""
             print(batches, file=runs.stdin, flush=True)
             kept = 0
             for line in runs.stdout:
@@ -105,7 +105,7 @@ def test_a_killed_run_repeats_no_finished_answer_and_no_paid_call(workplace):
                     return int(line.split()[1]), kept
             raise AssertionError(Path("run.log").read_text())
 
-        whole = 2 * (4 + 1)  # policy and base: eight answers and two examples each, two in a batch
+        whole = 2 * (4 + 1)  # policy and base: 8 responses and 2 examples each, 2 in a batch
         assert start(3) == (-signal.SIGKILL, 3)
         assert not served.asked
         assert start(99) == (-signal.SIGKILL, whole - 3)
@@ -133,12 +133,12 @@ def test_a_killed_run_repeats_no_finished_answer_and_no_paid_call(workplace):
 
 
 def hard(body: dict) -> bool:
-    """Of the two orders of a pair of different answers, one."""
+    """True for one of the two orders of a pair of different answers."""
     first, second = body["messages"][-1]["content"].split(" m: ")[1].split(" M: ")
     return first < second
 
 
-def test_what_a_judge_did_not_answer_is_asked_again_and_nothing_else(workplace, capsys, monkeypatch):
+def test_only_questions_without_a_reply_are_asked_again(workplace, capsys, monkeypatch):
     kept = []
     add = FinishedResponses.add
     monkeypatch.setattr(FinishedResponses, "add", lambda self, batch: (kept.append(batch), add(self, batch))[1])
@@ -148,7 +148,7 @@ def test_what_a_judge_did_not_answer_is_asked_again_and_nothing_else(workplace, 
     with serving(lambda body, before: 500 if not healed and hard(body) else verdict(body)) as served:
 
         def run(*overrides: str) -> tuple[list[bool], str]:
-            """Whether each question that is asked is hard, and what the run says."""
+            """For each question whether it is hard; and the log of the run."""
             before = len(served.asked)
             assert main(["run", "recipe.yaml", "output_dir=run", judged_by(served, "cache"), *overrides]) == 0
             return [hard(body) for body in served.asked[before:]], capsys.readouterr().err

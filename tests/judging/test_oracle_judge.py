@@ -1,4 +1,4 @@
-"""An oracle as a judge: its reward is the formula's and `sepo score`'s; what is no oracle is refused in one line."""
+"""An oracle as judge: its reward equals the formula's and `sepo score`'s; other models are refused in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from sepo.cli import main
 from sepo.credit.rewards import response_sums
 from sepo.data.tables import read_table
-from sepo.judging import judge as compare
+from sepo.judging.judge import scorer_of
 from sepo.judging.oracle_judge import find_oracle, oracle_scorer
 from sepo.recipe.settings import JudgeSettings
 from tiny_models import tiny_model, tiny_tokenizer
@@ -37,7 +37,7 @@ eval: {prompts: 0, pairs: 0}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with a model, an oracle of all weights in a run, and one that is an adapter, made by `sepo oracle`."""
+    """A folder with a model, a run with a full oracle, and an oracle adapter made by `sepo oracle`."""
     place = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -58,7 +58,7 @@ def here(trained, tmp_path, monkeypatch):
 
 
 def summed_exactly(model: torch.nn.Module, prompt: str, answer: str) -> float:
-    """Log-probability of an answer with its end of turn, by the library alone in float64, one text a forward."""
+    """Log-probability of an answer with its end of turn: by the library alone, in float64, one text per forward."""
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     tokenizer = tiny_tokenizer()
     asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -89,16 +89,16 @@ def test_an_oracles_reward_is_that_of_the_formula_in_float64(folder):
     asked = [("Is it red?", "Yes, red!"), ("Is it so", "no " * 30), ("Is it red?", ""), ("Q", "maybe"), ("Q", "a</s>b")]
     score = oracle_scorer(find_oracle(JudgeSettings(oracle=folder)), device="cpu", progress=False)
     found = score([((prompt,), answer) for prompt, answer in asked])
-    exact = [reward_exactly(folder, *one) for one in asked[:-1]]  # control tokens that are typed: text here
+    exact = [reward_exactly(folder, *one) for one in asked[:-1]]  # the last answer has control tokens as text
     np.testing.assert_allclose(found[:-1], exact, atol=2e-4)
     assert np.ptp(found[:-1]) > 0.02
     assert np.isfinite(found[-1])
     assert abs(found[-1] - reward_exactly(folder, *asked[-1])) > 1e-3
-    assert np.array_equal(score([((prompt,), answer) for prompt, answer in asked]), found)  # the adapter is back on
+    assert np.array_equal(score([((prompt,), answer) for prompt, answer in asked]), found)  # the adapter is on again
 
 
 @pytest.mark.parametrize("folder", ["made/oracle", "adapter"])
-def test_it_is_beta_times_the_token_rewards_of_sepo_score(folder, tmp_path):
+def test_the_reward_is_beta_times_the_token_rewards_of_sepo_score(folder, tmp_path):
     arguments = ["--oracle", folder, "--reference", "model", "--data", "prefs.jsonl", "--as-chat", "--device", "cpu"]
     assert main(["score", *arguments, "--out", str(tmp_path / "scores")]) == 0
     sums = response_sums(read_table(tmp_path / "scores", "scores"), "rewards")
@@ -109,7 +109,7 @@ def test_it_is_beta_times_the_token_rewards_of_sepo_score(folder, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["made/oracle", "adapter"])
-def test_a_preference_is_bradley_terrys_and_turns_with_the_sides(folder, tmp_path):
+def test_a_preference_is_bradley_terry_s_and_reverses_with_the_sides(folder, tmp_path):
     ours = outputs(tmp_path / "ours.json", "mine", ["Yes, red!", "same", "z" * 600, "no"])
     theirs = outputs(tmp_path / "theirs.json", "base", ["no red", "same", "short", "Yes, indeed"])
     rows = []
@@ -119,7 +119,7 @@ def test_a_preference_is_bradley_terrys_and_turns_with_the_sides(folder, tmp_pat
         assert main(["judge", *arguments, "--out", str(out)]) == 0
         rows.append(json.loads((out / "annotations.json").read_text()))
         result = json.loads((out / "scores.json").read_text())
-        assert (result["n_total"], result["n_unusable"]) == (3, 1)  # 600 letters are more than the model reads
+        assert (result["n_total"], result["n_unusable"]) == (3, 1)  # 600 letters exceed the model's context
     for one, other in zip(*rows, strict=True):
         if one["preference"] is None:
             assert other["preference"] is None
@@ -140,23 +140,23 @@ def test_without_another_answer_the_mean_reward_is_the_grade(tmp_path):
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["score"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_an_oracle_of_others_judges_with_what_is_given(tmp_path):
-    """Nothing in its folder says what it was trained from, nor how."""
+def test_an_oracle_without_a_record_judges_with_the_given_reference_and_beta(tmp_path):
+    """Its folder records neither reference nor beta."""
     other = tmp_path / "other"
     shutil.copytree("made/oracle", other)
     (other / "trainer_state.json").unlink()
     given = JudgeSettings(oracle=str(other), reference="model", beta=BETA)
     asked = [(("Is it red?",), "Yes"), (("Is it red?",), "no")]
-    own = compare.scorer_of(JudgeSettings(oracle="made/oracle"), "cpu")(asked)
-    assert np.array_equal(compare.scorer_of(given, "cpu")(asked), own)
-    twice = compare.scorer_of(given.model_copy(update={"beta": 2 * BETA}), "cpu")(asked)
+    own = scorer_of(JudgeSettings(oracle="made/oracle"), "cpu")(asked)
+    assert np.array_equal(scorer_of(given, "cpu")(asked), own)
+    twice = scorer_of(given.model_copy(update={"beta": 2 * BETA}), "cpu")(asked)
     np.testing.assert_allclose(twice, 2 * own)
 
 
 @pytest.fixture
 def unfit(tmp_path) -> Path:
-    """A folder of what is no oracle."""
-    shutil.copytree("made/oracle", tmp_path / "unbatched")  # its run is not around it
+    """A folder of models that are no oracle."""
+    shutil.copytree("made/oracle", tmp_path / "alone")  # outside of its run
     shutil.copytree("made/oracle", tmp_path / "unknown")
     (tmp_path / "unknown" / "trainer_state.json").unlink()
     shutil.copytree("made/oracle", tmp_path / "others-words")
@@ -173,11 +173,11 @@ def unfit(tmp_path) -> Path:
     [
         (["oracle:nowhere"], "no oracle at 'nowhere'"),
         (["oracle:made/policy"], "trained with the objective sepo"),
-        (["oracle:model"], "does not say with which beta"),
+        (["oracle:model"], "has no record of the beta"),
         (["oracle:model", "--judge-beta", "0.1"], "name it (--judge-reference"),
         (["oracle:model", "--judge-beta", "0.1", "--judge-reference", "model"], "every reward would be 0"),
         (["oracle:UNFIT/alone"], "name it (--judge-reference"),
-        (["oracle:UNFIT/unknown", "--judge-reference", "model"], "does not say with which beta"),
+        (["oracle:UNFIT/unknown", "--judge-reference", "model"], "has no record of the beta"),
         (["oracle:adapter", "--judge-beta", "0.1"], "trained with beta 0.3, not 0.1"),
         (["oracle:adapter", "--judge-reference", "UNFIT/another"], "was not trained from"),
         (["oracle:UNFIT/others-words", "--judge-reference", "model"], "have different tokenizers"),
@@ -186,7 +186,7 @@ def unfit(tmp_path) -> Path:
         (["function:json:dumps", "--judge-beta", "0.1"], "--judge-beta is for a judge that is an oracle"),
     ],
 )
-def test_what_is_no_oracle_is_refused_in_one_line(options, says, unfit, capsys):
+def test_a_model_that_is_no_oracle_is_refused_in_one_line(options, says, unfit, capsys):
     ours = outputs(unfit / "ours.json", "mine", ["a"])
     options = [one.replace("UNFIT", str(unfit)) for one in options]
     arguments = ["judge", "--answers", ours, "--against", ours, "--out", str(unfit / "out")]
@@ -198,7 +198,7 @@ def test_what_is_no_oracle_is_refused_in_one_line(options, says, unfit, capsys):
     assert not (unfit / "out").exists()
 
 
-def test_an_oracle_judges_a_run_which_says_who_judged_and_how_well(trained, tmp_path, capsys):
+def test_a_run_names_its_oracle_judge_and_the_judge_s_accuracy(trained, tmp_path, capsys):
     recipe = tmp_path / "judged.yaml"
     recipe.write_text(f"output_dir: {tmp_path}/run" + RUN.replace("prompts: 0", "prompts: 4, max_new_tokens: 8"))
     judge = "eval.judge=oracle:made/oracle"
@@ -219,7 +219,7 @@ def test_an_oracle_judges_a_run_which_says_who_judged_and_how_well(trained, tmp_
     assert "The judge is a DPO oracle" in card
     assert f"its accuracy on held-out pairs is {accuracy}" in card
     told = " ".join(capsys.readouterr().out.split())
-    assert "the judge, a DPO oracle, prefers it" in told
+    assert "win rate, DPO oracle as judge" in told
     assert main(["run", str(recipe), "seed=1", judge]) == 0
     assert "[eval] unchanged" in capsys.readouterr().err
     assert main(["run", str(recipe), "seed=1", "eval.judge=oracle:adapter"]) == 0
@@ -230,11 +230,11 @@ def test_an_oracle_judges_a_run_which_says_who_judged_and_how_well(trained, tmp_
     assert json.loads((tmp_path / "measured" / "metrics.json").read_text())["judge/judged"] == 3
 
 
-def test_the_oracle_that_a_policy_learns_from_is_no_judge_of_it(tmp_path, capsys):
+def test_the_policy_s_own_oracle_is_refused_as_judge(tmp_path, capsys):
     recipe = tmp_path / "own.yaml"
     recipe.write_text(f"output_dir: {tmp_path}/run" + RUN)
     assert main(["run", str(recipe), "oracle.model=made/oracle", "eval.judge=oracle:./made/oracle"]) == 2
-    assert "the oracle that the policy learns from" in capsys.readouterr().err
+    assert "is the policy's own oracle" in capsys.readouterr().err
 
 
 def test_a_comparison_reads_its_judge_once(tmp_path, monkeypatch):

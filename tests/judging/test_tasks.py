@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: differences over the same documents, and a run with a task of its own."""
+"""Tasks of lm-evaluation-harness: paired differences, and a run with its own task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WITH_HARNESS = importlib.util.find_spec("lm_eval") is not None
 
 
 def found(scores, task="sums", **extra):
-    """Results as the harness gives them, of documents with these accuracies."""
+    """Results in the harness's format, for documents with these accuracies."""
     scores = np.asarray(scores, float)
     error = scores.std(ddof=1) / math.sqrt(len(scores))
     return {
@@ -33,7 +33,7 @@ def found(scores, task="sums", **extra):
 BEFORE, AFTER = [1, 1, 0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 1, 0, 1, 0]
 
 
-def test_the_error_of_a_difference_is_that_of_the_same_documents():
+def test_the_error_of_a_difference_is_paired_by_document():
     metrics = task_metrics(found(BEFORE), found(AFTER), ["sums"])
     differences = np.subtract(AFTER, BEFORE)
     assert metrics["sums/acc/difference"] == pytest.approx(differences.mean())
@@ -43,8 +43,8 @@ def test_the_error_of_a_difference_is_that_of_the_same_documents():
     assert metrics["sums/documents"] == 8
 
 
-def test_where_documents_do_not_say_the_figures_count_as_independent():
-    """A perplexity is no mean over documents, a group has none of its own, another order is no pairing."""
+def test_without_scores_of_documents_the_figures_count_as_independent():
+    """A perplexity is no mean over documents, a group has no documents, and other documents cannot be paired."""
     extra = {"ppl,none": 12.0, "ppl_stderr,none": 3.0, "f1,strict": 0.5, "f1_stderr,strict": "N/A"}
     before, after = found(BEFORE, **extra), found(AFTER, **extra | {"ppl,none": 10.0, "ppl_stderr,none": 4.0})
     for sample in [*before["samples"]["sums"], *after["samples"]["sums"]]:
@@ -60,7 +60,7 @@ def test_where_documents_do_not_say_the_figures_count_as_independent():
     assert task_metrics(before, after, ["sums"])["sums/acc/difference_se"] == pytest.approx(math.hypot(one, other))
 
 
-def test_a_group_stands_for_itself_and_a_tag_for_its_tasks():
+def test_a_group_has_its_own_result_and_a_tag_those_of_its_tasks():
     one, two, three = (found(BEFORE, task=name)["results"] for name in ("one", "two", "three"))
     group = {"group": {"acc,none": 0.6, "acc_stderr,none": 0.1}}
     results = {"results": {**group, **one, **two, **three}, "group_subtasks": {"group": ["one"]}}
@@ -73,7 +73,7 @@ def test_a_group_stands_for_itself_and_a_tag_for_its_tasks():
     assert tasks("group", "tag") == {"group", "two", "three"}
 
 
-def test_what_was_forgotten_is_told_and_warned_of():
+def test_a_summary_shows_and_warns_of_forgetting():
     recipe = parse_recipe({"name": "mine"}, "test")
     metrics = {f"tasks/{name}": value for name, value in task_metrics(found(BEFORE), found(AFTER), ["sums"]).items()}
     row = next(row for row in summary_of(recipe, metrics, None, []).moved if row.what == "sums (acc)")
@@ -83,7 +83,7 @@ def test_what_was_forgotten_is_told_and_warned_of():
     assert any("sums (acc) fell by 0.250" in sentence for sentence in cautions(recipe, metrics))
 
 
-def test_without_tasks_a_run_is_what_it_was():
+def test_the_cache_key_of_the_evaluation_leaves_tasks_out():
     assert "tasks" not in parse_recipe({}, "test").eval.cache_key()
     check_tasks([])
 
@@ -116,7 +116,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not WITH_HARNESS, reason="needs lm_eval")
-def test_a_run_says_what_its_policy_forgot(tmp_path, capsys, monkeypatch):
+def test_a_run_reports_what_its_policy_forgot(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

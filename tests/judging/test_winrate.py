@@ -1,4 +1,4 @@
-"""Win rates: published rows reproduced, length control against scikit-learn, and files as people leave them."""
+"""Win rates: published rows reproduced, length control compared with scikit-learn, and imperfect files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from scipy.special import expit
 
 from sepo.cli import main
 from sepo.errors import UserError
 from sepo.judging import judgements, winrate
 from sepo.judging.benchmark_scores import arena_games, arena_scores, mt_bench_pair_scores, mt_bench_scores
-from sepo.judging.logistic import fit_cross_validated, fit_logistic, sigmoid
+from sepo.judging.logistic import fit_cross_validated, fit_logistic
 from sepo.judging.winrate import judgement_of, preference_of, summarise
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "alpaca_eval"
@@ -31,10 +32,10 @@ def annotation(i: int, preference, ours: str = "b" * 90, theirs: str = "a" * 100
 
 
 def made_up(number: int = 200, seed: int = 0) -> list[dict]:
-    """Judgements of a judge who likes length, of answers of all lengths."""
+    """Judgements by a judge that prefers long answers, on answers of all lengths."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(20, 400, (number, 2))
-    chance = sigmoid(-0.4 + 0.01 * (lengths[:, 1] - lengths[:, 0]) + rng.normal(0, 1, number))
+    chance = expit(-0.4 + 0.01 * (lengths[:, 1] - lengths[:, 0]) + rng.normal(0, 1, number))
     return [
         annotation(i, 1 + round(float(p), 6), ours="b" * int(n), theirs="a" * int(m))
         for i, (p, (m, n)) in enumerate(zip(chance, lengths, strict=True))
@@ -47,7 +48,7 @@ def write(path: Path, rows) -> Path:
 
 
 def scored(tmp_path, rows, *options: str) -> dict:
-    """What `sepo winrate` writes about an annotations file."""
+    """The output of `sepo winrate` for an annotations file."""
     out = tmp_path / "out.json"
     assert main(["winrate", str(write(tmp_path / "annotations.json", rows)), "--json", str(out), *options]) == 0
     return json.loads(out.read_text())
@@ -97,7 +98,7 @@ def row_of(published: dict, model: str) -> float:
 
 
 @needs_data
-def test_a_constant_answer_wins_and_is_called_what_it_is(reproduced):
+def test_a_constant_answer_wins_and_a_warning_names_it(reproduced):
     null = reproduced["NullModel"]
     assert null["win_rate"] > 75
     assert null["length_controlled_winrate"] > 80
@@ -121,7 +122,7 @@ def test_length_control_is_what_scikit_learn_fits_to_the_same_rows(model):
     )
     labels = np.repeat([1, 0], len(rows))
     theirs.fit(np.vstack([features, features]), labels, sample_weight=np.concatenate([targets, 1 - targets]))
-    assert result["length_controlled_winrate"] == pytest.approx(100 * float(sigmoid(theirs.coef_[0, 1])), abs=1e-3)
+    assert result["length_controlled_winrate"] == pytest.approx(100 * float(expit(theirs.coef_[0, 1])), abs=1e-3)
 
 
 # --- the fit --------------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def test_length_control_is_what_scikit_learn_fits_to_the_same_rows(model):
 def problem():
     rng = np.random.default_rng(7)
     features = np.column_stack([np.tanh(rng.normal(size=120)), rng.normal(size=120), np.ones(120)])
-    targets = sigmoid(features @ [0.8, -0.5, 0.3] + rng.normal(size=120)).round(6)
+    targets = expit(features @ [0.8, -0.5, 0.3] + rng.normal(size=120)).round(6)
     return features, targets, np.where(np.arange(120) % 3, 1.0, 0.1)
 
 
@@ -147,7 +148,7 @@ SKLEARN = {"C": 21.54434690031882, "coefficients": [0.4393331, -0.45551455, 0.18
 
 
 @pytest.mark.parametrize("strength", [1e-4, 0.05, 1.0, 100.0, None])
-def test_no_coefficients_near_by_cost_less(strength):
+def test_no_nearby_coefficients_cost_less(strength):
     features, targets, weights = problem()
     found = fit_logistic(features, targets, weights, strength)
 
@@ -165,14 +166,14 @@ def test_no_coefficients_near_by_cost_less(strength):
 
 def test_a_fit_without_a_maximum_ends_at_probabilities_of_one():
     found = fit_logistic(np.ones((30, 1)), np.ones(30))
-    assert sigmoid(found)[0] > 1 - 1e-6
+    assert expit(found)[0] > 1 - 1e-6
 
 
 # --- the two official files -----------------------------------------------------------------------------------------
 
 
 def official_files(folder: Path, monkeypatch, change: str = "") -> Path:
-    """Files of the official form, made up, whose digests are taken for the published ones."""
+    """Invented files in the official format; their digests replace the published ones."""
     folder.mkdir()
     rng = np.random.default_rng(3)
     lines = ["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
@@ -212,7 +213,7 @@ def test_a_file_that_is_not_the_published_one_is_refused(name, tmp_path, monkeyp
     assert "not the published file" in capsys.readouterr().err
     (data / name).unlink()
     assert main(["winrate", str(rows), "--glm-data", str(data)]) == 2
-    assert "is not there" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_rows_without_a_number_of_the_benchmark_are_refused_for_the_full_model(tmp_path, monkeypatch, capsys):
@@ -246,7 +247,7 @@ def test_unusable_judgements_are_counted_and_left_out(tmp_path):
     assert any("8 of 13 judgements" in line for line in result["warnings"])
 
 
-def test_answers_that_are_missing_do_not_end_the_count(tmp_path):
+def test_missing_answers_do_not_end_the_count(tmp_path):
     rows = made_up(60)
     rows[0]["output_2"] = None
     rows[1]["output_1"] = 17
@@ -259,14 +260,14 @@ def test_answers_that_are_missing_do_not_end_the_count(tmp_path):
     assert math.isfinite(result["length_controlled_winrate"])
 
 
-def test_two_judgements_of_one_prompt_are_one_prompt_in_the_error(tmp_path):
+def test_two_judgements_of_a_prompt_count_as_one_prompt_in_the_error(tmp_path):
     once = [annotation(i, p) for i, p in enumerate([1.2, 1.9, 1.4, 2.0, 1.0, 1.7])]
     twice = scored(tmp_path, once + once)
     assert twice["n_total"] == 12
     assert twice["standard_error"] == pytest.approx(scored(tmp_path, once)["standard_error"])
 
 
-def test_a_judge_who_only_likes_length_is_seen_through(tmp_path):
+def test_length_control_corrects_a_judge_that_only_prefers_length(tmp_path):
     result = scored(
         tmp_path, [annotation(i, 1 + (n > 100), ours="b" * n) for i, n in enumerate([150, 160, 170, 40] * 30)]
     )
@@ -287,7 +288,7 @@ def test_one_judgement_has_no_error_and_few_no_length_control(tmp_path):
     assert result["length_controlled_winrate"] is None
 
 
-def test_several_models_stand_by_their_names(tmp_path):
+def test_results_of_several_models_have_their_names(tmp_path):
     rows = made_up(30) + [annotation(i, 1.9, generator_2="other") for i in range(8)]
     result = scored(tmp_path, rows)
     assert result.keys() == {"model", "other"}
@@ -311,15 +312,15 @@ def test_judges_and_baselines_are_not_mixed(tmp_path):
         ("a.json", "[{", "cannot be read"),
         ("a.json", "[" * 100_000, "cannot be read"),
         ("a.json", '[{"preference": null}]', "no judgement"),
-        ("a.json", '[{"text": "hello"}]', "no judgements that are known"),
+        ("a.json", '[{"text": "hello"}]', "no known judgements"),
         ("a.jsonl", '{"preference": 1}\n{"pref', "line 2"),
         ("a.parquet", "not parquet", "cannot be read"),
-        ("a.txt", "hello", "of no kind"),
+        ("a.txt", "hello", "has an unknown format"),
         ("a.json", "\udcff\udcfe", "cannot be read"),
-        ("missing.json", None, "is not there"),
+        ("missing.json", None, "does not exist"),
     ],
 )
-def test_what_is_no_file_of_judgements_is_refused_in_one_line(name, content, says, tmp_path, capsys):
+def test_a_file_without_judgements_is_refused_in_one_line(name, content, says, tmp_path, capsys):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -332,7 +333,7 @@ def test_what_is_no_file_of_judgements_is_refused_in_one_line(name, content, say
 # --- MT-Bench -------------------------------------------------------------------------------------------------------
 
 
-def test_a_grade_that_failed_is_counted_and_not_a_zero(tmp_path):
+def test_a_missing_grade_is_counted_and_not_a_zero(tmp_path):
     rows = [
         {"question_id": 81 + i // 2, "model": "m", "turn": 1 + i % 2, "score": score}
         for i, score in enumerate([8, 6, 9, -1, 7, None, "5", 11])
@@ -371,7 +372,7 @@ def arena_row(i: int, first: str | None, second: str | None, model: str = "m", c
     return {"uid": f"u{i}", "model": model, "category": category, "games": [{"score": first}, {"score": second}]}
 
 
-def test_games_are_counted_from_the_model_that_stands_in_second_then_first_place():
+def test_the_model_comes_second_in_the_first_game_and_first_in_the_second():
     assert arena_games(arena_row(0, "B>A", "A>B")) == [1, 1]
     assert arena_games(arena_row(0, "A>>B", "A=B")) == [0.5, 0, 0, 0]
     assert arena_games(arena_row(0, "A<<B", "B<A")) == [1, 1, 1, 1]
@@ -389,8 +390,8 @@ def test_arena_scores_are_the_share_of_games_with_failures_counted():
     assert result["standard_error"] == pytest.approx(100 * np.std([1] * 30 + [0] * 10, ddof=1) / np.sqrt(40))
 
 
-def test_style_control_takes_away_what_length_explains(tmp_path):
-    """Two equal models of which one writes three times as much for a judge who only looks at length."""
+def test_style_control_removes_the_effect_of_length(tmp_path):
+    """Two equal models, one of which writes twice as much, and a judge that only looks at length."""
     rng = np.random.default_rng(0)
     rows, styles = {"long": [], "short": []}, {"long": {}, "short": {}, "base": {}}
     for i in range(150):
@@ -398,7 +399,7 @@ def test_style_control_takes_away_what_length_explains(tmp_path):
         for model, scale in (("long", 1.6), ("short", 0.9)):
             styles[model][f"u{i}"] = [float(rng.integers(60, 140) * scale), float(rng.integers(3)), 0.0, 1.0]
             ours, theirs = styles[model][f"u{i}"][0], styles["base"][f"u{i}"][0]
-            wins = rng.random() < sigmoid(4 * (ours - theirs) / (ours + theirs))
+            wins = rng.random() < expit(4 * (ours - theirs) / (ours + theirs))
             rows[model].append(arena_row(i, *(("B>A", "A>B") if wins else ("A>B", "B>A")), model=model))
     result = arena_scores(rows, styles, "base")
     raw = result["long"]["score"] - result["short"]["score"]
@@ -433,6 +434,6 @@ def test_arena_files_are_scored_with_their_answers(tmp_path, capsys):
     assert "answers of its baseline" in capsys.readouterr().err
 
 
-def test_an_unreadable_row_is_a_user_error_of_the_function_too(tmp_path):
-    with pytest.raises(UserError, match="is not there"):
+def test_a_missing_file_is_a_user_error_of_the_function_too(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
         judgements.read_rows(tmp_path / "nothing.json")

@@ -94,9 +94,9 @@ def unmarked(shown: str) -> str:
     return shown.replace(MARK_ON, "").replace(MARK_OFF, "")
 
 
-def pieces_for(tokenizer: Tokenizer, ids: list[int]) -> list:
+def token_texts_for(tokenizer: Tokenizer, ids: list[int]) -> list:
     table = TokenTexts(load_vocabulary(tokenizer))
-    return [table.pieces[number] for number in table.encode(np.array(ids, dtype=np.int32), np.array([len(ids)]))]
+    return [table.texts[number] for number in table.encode(np.array(ids, dtype=np.int32), np.array([len(ids)]))]
 
 
 # ---------------------------------------------------------------- the data block
@@ -126,21 +126,21 @@ def test_numbers_that_json_cannot_hold_become_text() -> None:
 
 @examples(60)
 @given(text=st.text(max_size=40))
-def test_the_text_of_the_pieces_is_the_text_that_was_tokenised(text: str) -> None:
+def test_the_token_texts_join_to_the_tokenised_text(text: str) -> None:
     for tokenizer in (BYTES, WORDS):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         if ids:
-            assert "".join(piece.text for piece in pieces_for(tokenizer, ids)) == text
+            assert "".join(token.text for token in token_texts_for(tokenizer, ids)) == text
 
 
 @examples(60)
 @given(ids=st.lists(st.integers(0, 255), min_size=1, max_size=30))
 def test_any_bytes_at_all_are_shown_and_decode_as_the_tokenizer_decodes_them(ids: list[int]) -> None:
-    pieces = pieces_for(BYTES, ids)
-    assert all(unmarked(piece.shown) for piece in pieces)
+    tokens = token_texts_for(BYTES, ids)
+    assert all(unmarked(token.shown) for token in tokens)
     raw = b"".join(load_vocabulary(BYTES).pieces[i] or b"" for i in ids)
     # Bytes that never make a character are shown as numbers, and add no text but a replacement character.
-    text = "".join(piece.text for piece in pieces).replace("\ufffd", "")
+    text = "".join(token.text for token in tokens).replace("\ufffd", "")
     assert text == raw.decode("utf-8", "ignore").replace("\ufffd", "")
 
 
@@ -169,9 +169,9 @@ def test_white_space_is_marked_where_it_could_be_missed() -> None:
 
 
 def test_a_character_split_over_tokens_is_shown_by_the_last_of_them() -> None:
-    pieces = pieces_for(BYTES, BYTES.encode("a世b").ids)
-    assert [unmarked(piece.shown) for piece in pieces] == ["a", "⟨0xE4⟩", "⟨0xB8⟩", "世", "b"]
-    assert [piece.label for piece in pieces] == ["a", "⟨0xE4⟩", "⟨0xB8⟩", "⟨0x96⟩", "b"]
+    tokens = token_texts_for(BYTES, BYTES.encode("a世b").ids)
+    assert [unmarked(token.shown) for token in tokens] == ["a", "⟨0xE4⟩", "⟨0xB8⟩", "世", "b"]
+    assert [token.label for token in tokens] == ["a", "⟨0xE4⟩", "⟨0xB8⟩", "⟨0x96⟩", "b"]
 
 
 def test_a_real_tokenizer_reads_back_text_of_every_script(smollm2_dir: str) -> None:
@@ -179,48 +179,48 @@ def test_a_real_tokenizer_reads_back_text_of_every_script(smollm2_dir: str) -> N
     tokenizer = Tokenizer.from_file(f"{smollm2_dir}/tokenizer.json")
     ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids)
     table = TokenTexts(load_vocabulary(smollm2_dir))
-    pieces = [table.pieces[number] for number in table.encode(ids, np.array([len(ids)]))]
-    assert "".join(piece.text for piece in pieces) == text
-    assert "你好，世界" in re.sub(f"{MARK_ON}[^{MARK_OFF}]*{MARK_OFF}", "", "".join(piece.shown for piece in pieces))
+    tokens = [table.texts[number] for number in table.encode(ids, np.array([len(ids)]))]
+    assert "".join(token.text for token in tokens) == text
+    assert "你好，世界" in re.sub(f"{MARK_ON}[^{MARK_OFF}]*{MARK_OFF}", "", "".join(token.shown for token in tokens))
 
 
 def test_bytes_of_a_character_that_never_completes_are_shown_once() -> None:
-    encode = {piece: i for i, piece in enumerate(load_vocabulary(BYTES).pieces)}
+    encode = {token: i for i, token in enumerate(load_vocabulary(BYTES).pieces)}
     ids = [encode[bytes([byte])] for byte in b"\xe4\xb8a\x96\xf0"]
-    shown = [unmarked(piece.shown) for piece in pieces_for(BYTES, ids)]
+    shown = [unmarked(token.shown) for token in token_texts_for(BYTES, ids)]
     assert shown == ["⟨0xE4⟩", "⟨0xB8⟩", "a", "⟨0x96⟩", "⟨0xF0⟩"]
 
 
 def test_a_control_token_differs_from_the_same_text_written_out() -> None:
     special = WORDS.token_to_id(END)
-    assert [piece.shown for piece in pieces_for(WORDS, [special])] == [f"{MARK_ON}{END}{MARK_OFF}"]
+    assert [token.shown for token in token_texts_for(WORDS, [special])] == [f"{MARK_ON}{END}{MARK_OFF}"]
     spelled = BYTES.encode(END).ids
-    assert "".join(piece.shown for piece in pieces_for(BYTES, spelled)) == END
+    assert "".join(token.shown for token in token_texts_for(BYTES, spelled)) == END
 
 
 def test_sentencepiece_bytes_and_spaces_are_understood() -> None:
     vocab = {"<unk>": 0, "<0xE4>": 1, "<0xB8>": 2, "<0x96>": 3, "▁hello": 4, "▁": 5, "x": 6}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    pieces = pieces_for(tokenizer, [4, 1, 2, 3, 5, 6])
-    assert [unmarked(piece.shown) for piece in pieces] == [" hello", "⟨0xE4⟩", "⟨0xB8⟩", "世", "·", "x"]
-    assert "".join(piece.text for piece in pieces) == tokenizer.decode([4, 1, 2, 3, 5, 6])
+    tokens = token_texts_for(tokenizer, [4, 1, 2, 3, 5, 6])
+    assert [unmarked(token.shown) for token in tokens] == [" hello", "⟨0xE4⟩", "⟨0xB8⟩", "世", "·", "x"]
+    assert "".join(token.text for token in tokens) == tokenizer.decode([4, 1, 2, 3, 5, 6])
 
 
 def test_unigram_and_wordpiece_vocabularies_are_understood() -> None:
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("se", -2.0)], unk_id=0))
     unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    assert [piece.text for piece in pieces_for(unigram, [1, 2])] == [" the", "se"]
+    assert [token.text for token in token_texts_for(unigram, [1, 2])] == [" the", "se"]
     wordpiece = Tokenizer(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2}, unk_token="[UNK]"))
     wordpiece.decoder = decoders.WordPiece()
-    assert [piece.text for piece in pieces_for(wordpiece, [1, 2])] == [" play", "ing"]
+    assert [token.text for token in token_texts_for(wordpiece, [1, 2])] == [" play", "ing"]
 
 
 def test_added_tokens_that_are_no_control_tokens_are_plain_text() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("naïve word", special=False)])
-    (piece,) = pieces_for(tokenizer, [tokenizer.token_to_id("naïve word")])
-    assert piece.shown == "naïve word"
+    (token,) = token_texts_for(tokenizer, [tokenizer.token_to_id("naïve word")])
+    assert token.shown == "naïve word"
 
 
 def test_a_token_that_the_tokenizer_lacks_is_refused_by_number(words: Path, tmp_path: Path) -> None:
@@ -559,6 +559,12 @@ def test_a_broken_json_file_is_named(run: Path) -> None:
 # ---------------------------------------------------------------- notebooks and papers
 
 
+def framed(view: str) -> str:
+    """The page in the frame of a notebook's output."""
+    (source,) = re.findall(r'<iframe srcdoc="([^"]*)"', view)
+    return html.unescape(source)
+
+
 def test_a_pair_in_a_notebook_is_escaped_and_marks_its_key_tokens(raw_bytes: Path) -> None:
     tokenizer = Tokenizer.from_file(str(raw_bytes / "tokenizer.json"))
     table = score_table(tokenizer, texts=[HOSTILE])
@@ -566,9 +572,46 @@ def test_a_pair_in_a_notebook_is_escaped_and_marks_its_key_tokens(raw_bytes: Pat
     assert "<script" not in view
     assert "<img" not in view
     assert "\u202e" not in view
-    chosen, rejected = view.split("<b>Rejected</b>")
-    assert chosen.count("box-shadow") == keep_counts(np.array([len(table["chosen_ids"][0])]), 0.25)[0]
-    assert rejected.count("box-shadow") == len(table["rejected_ids"][0])
+    assert view.count("<") == 2  # the frame and its end
+    page = framed(view)
+    assert len(re.findall(r"<script", page)) == 2
+    assert "pwned=1</script>" not in page
+    assert "\u202e" not in page
+    header, arrays = unpack(re.search(r'id="data">([^<]*)</script>', page)[1])  # type: ignore[index]
+    assert header["k"] == {"chosen": 0.25, "rejected": 1.0}  # the script marks key tokens at these rates
+    assert header["single_pair"] is True
+    for side in ("chosen", "rejected"):
+        assert arrays[f"{side}_rewards"].tolist() == table[f"{side}_rewards"][0].as_py()
+        assert arrays[f"{side}_ended"].tolist() == [0]
+
+
+def test_the_token_that_ends_a_response_is_no_key_token_in_a_notebook(words: Path) -> None:
+    row = score_table(word_tokenizer()).to_pylist()[0]
+    view = display({**row, "end_ids": [row["chosen_ids"][-1]]}, tokenizer=words).html
+    _, arrays = unpack(re.search(r'id="data">([^<]*)</script>', framed(view))[1])  # type: ignore[index]
+    assert arrays["chosen_ended"].tolist() == [1]
+
+
+def test_a_notebook_s_page_allows_its_own_script_and_style_and_nothing_else(run: Path) -> None:
+    policies = [
+        re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]  # type: ignore[index]
+        for page in (framed(display(run).html), build_report(run, out=run / "report.html").read_text("utf-8"))
+    ]
+    assert policies[0] == policies[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"chosen_rewards": [0.1]}, "1 chosen rewards for"),
+        ({"chosen_rewards": [], "chosen_ids": []}, "0 chosen rewards for 0 tokens"),
+        ({"chosen_rewards": [float("nan")], "chosen_ids": [5]}, "not finite"),
+    ],
+)
+def test_a_pair_that_cannot_be_ranked_is_refused(run: Path, changed: dict, problem: str) -> None:
+    row = tables.read_table(run / "scores", "scores").slice(0, 1).to_pylist()[0]
+    with pytest.raises(UserError, match=problem):
+        display({**row, **changed})
 
 
 def test_a_run_folder_a_table_and_a_row_show_the_same_pair(run: Path, words: Path) -> None:

@@ -1,4 +1,4 @@
-"""Answers before and after in the report: of the budgeted size, filterable, and never markup."""
+"""Answers before and after training in the report: within the size budget, filterable, never markup."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from report_fixtures import score_table, word_tokenizer
 from sepo.data import tables
 from sepo.errors import UserError
 from sepo.report import build_report
-from sepo.report.answers import read_answers
 from sepo.report.payload import unpack
+from sepo.report.reading import read_answers
 
 HOSTILE = "</script><img src=x onerror='window.pwned = 1'>{{data}}"
 
@@ -49,19 +49,19 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_page_holds_the_answers_as_data_and_nothing_of_them_as_markup(run):
+def test_the_page_holds_answers_as_data_and_never_as_markup(run):
     page = (run / "report.html").read_text()
     assert "window.pwned" not in page
     block = re.search(r'id="data">([^<]*)</script>', page)
     assert block is not None
     answers = unpack(block[1])[0]["answers"]
     assert answers["total"] == 6
-    assert answers["prompt"][1] == f"Question 1 {HOSTILE} 1"  # without what the template writes
+    assert answers["prompt"][1] == f"Question 1 {HOSTILE} 1"  # without what the chat template writes
     assert answers["preference"] == [1.9, 1.1, 1.5, None, 1.9, 1.1]
     assert answers["policy_gold"][3] == -0.3
 
 
-def test_a_run_without_answers_or_without_a_judge_has_none(tmp_path):
+def test_a_run_without_answers_or_without_a_judge_lacks_them(tmp_path):
     assert read_answers(tmp_path / "generations.parquet") is None
     assert "preference" not in read_answers(write_answers(tmp_path / "g.parquet", judged=False))
     (tmp_path / "g.parquet").write_bytes(b"no parquet")
@@ -69,7 +69,7 @@ def test_a_run_without_answers_or_without_a_judge_has_none(tmp_path):
         read_answers(tmp_path / "g.parquet")
 
 
-def test_the_size_is_limited_and_rows_are_spread_over_the_run(tmp_path):
+def test_the_size_is_limited_and_rows_are_evenly_spaced_over_the_run(tmp_path):
     path = write_answers(tmp_path / "g.parquet", 300)
     whole = read_answers(path)
     part = read_answers(path, 10_000)

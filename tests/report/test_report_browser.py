@@ -15,7 +15,7 @@ import pytest
 from report_fixtures import byte_tokenizer, score_table, word_tokenizer
 from sepo.credit.selection import select_key_tokens
 from sepo.data import tables
-from sepo.report import build_report
+from sepo.report import build_report, display
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need the package playwright")
 
@@ -60,7 +60,8 @@ def page(browser: sync_api.Browser) -> Iterator[sync_api.Page]:
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda r: problems.append(r.url) if not r.url.startswith(("file:", "blob:")) else None)
+    local = ("file:", "blob:", "about:srcdoc")
+    page.on("request", lambda request: None if request.url.startswith(local) else problems.append(request.url))
     yield page
     context.close()
     assert problems == []
@@ -170,6 +171,20 @@ def test_a_run_opens_with_the_tokens_that_the_policy_was_trained_on(page: sync_a
     assert len(marked(page, trained[0]["pair_id"], "chosen")) == len(trained[0]["chosen_ids"])
     page.check("#stored")
     sync_api.expect(page.locator("#pair-1 .side.chosen .key")).to_have_count(len(trained[0]["chosen_positions"]))
+
+
+def test_a_notebook_shows_one_pair_with_the_key_tokens_of_the_selection_stage(
+    page: sync_api.Page, run: Path, scores: pa.Table, tmp_path: Path
+) -> None:
+    view = display(run, 1, k_chosen=0.4, k_rejected=0.2)
+    (tmp_path / "notebook.html").write_text(f"<!doctype html>{view.html}", encoding="utf-8")
+    page.goto((tmp_path / "notebook.html").as_uri())
+    expected = select_key_tokens(scores, 0.4, 0.2).to_pylist()[1]
+    frame = page.frame_locator("iframe")
+    for side in SIDES:
+        sync_api.expect(frame.locator(f".side.{side} .key")).to_have_count(len(expected[f"{side}_positions"]))
+    sync_api.expect(frame.locator(".masthead")).to_be_hidden()
+    sync_api.expect(frame.locator("#k-chosen")).to_be_visible()
 
 
 def test_filters_keep_the_pairs_that_they_name(page: sync_api.Page, run: Path, scores: pa.Table) -> None:

@@ -1,12 +1,11 @@
-"""What a run says at its end: it is true, it warns, and a text of the data cannot draw on the terminal."""
+"""The summary at the end of a run: true, with its limitations, and safe against control sequences in the data."""
 
 from __future__ import annotations
 
 import pytest
 
-from sepo.cli.output import print_summary
 from sepo.recipe.reading import parse_recipe
-from sepo.report.run_summary import cautions, summary_of
+from sepo.report.run_summary import cautions, print_summary, summary_of
 
 METRICS = {
     "oracle/accuracy": 0.71, "oracle/accuracy_se": 0.04, "oracle/length_baseline": 0.52, "fidelity/auc": 0.66,
@@ -20,25 +19,25 @@ RECIPE = {"name": "mine", "eval": {"gold": "vader", "samples": 2}, "reference": 
           "policy": {"model": "org/Large-7B"}}  # fmt: skip
 
 
-def story(examples=(), **changed):
+def summary(examples=(), **changed):
     return summary_of(parse_recipe(RECIPE, "test"), METRICS | changed, 0.3, list(examples))
 
 
-def printed(capsys, told, monkeypatch, width=100) -> str:
+def printed(capsys, summary, monkeypatch, width=100) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
-    print_summary(told)
+    print_summary(summary)
     return capsys.readouterr().out
 
 
-def test_it_says_what_was_trained_on_what_what_moved_and_where_to_go_on(capsys, monkeypatch):
+def test_it_names_models_data_changes_files_and_next_steps(capsys, monkeypatch):
     example = {"prompt": "How was it?", "base": "Bad.", "policy": "Good.", "base_gold": -0.5, "policy_gold": 0.4}
-    text = printed(capsys, story([example]), monkeypatch)
+    text = printed(capsys, summary([example]), monkeypatch)
     flat = " ".join(text.split())
     for part in (
         "15 layers of SmolLM2-135M-Instruct, trained with DPO on 1,240 pairs (1 min 15 s)",
-        "ranks 71% of held-out pairs right; the longer response is right in 52%",
+        "ranks 71% of held-out pairs right; choosing the longer response: 52%",
         "30% of all response tokens",
-        "Large-7B, trained on the key tokens alone (2 min 10 s)",
+        "Large-7B, trained on the key tokens only (2 min 10 s)",
         "84 held-out prompts, 2 responses each at temperature 1",
         "+0.250 ± 0.050 (5.0 s.e.)",
         "6.50 ± 0.40",
@@ -53,7 +52,7 @@ def test_it_says_what_was_trained_on_what_what_moved_and_where_to_go_on(capsys, 
 @pytest.mark.parametrize(
     ("changed", "word"),
     [
-        ({"gold_reward/difference": 0.1}, "too little to tell from luck"),
+        ({"gold_reward/difference": 0.1}, "Inconclusive"),
         ({"gold_reward/difference": -0.4}, "got worse"),
         ({"length/policy": 40.0}, "67% longer"),
         ({"length/policy": 12.0}, "50% shorter"),
@@ -64,7 +63,7 @@ def test_it_says_what_was_trained_on_what_what_moved_and_where_to_go_on(capsys, 
         ({"oracle/length_baseline": 0.7}, "may be noise"),
     ],
 )
-def test_what_a_reader_should_be_careful_of_is_said_only_where_it_is_so(changed, word):
+def test_a_limitation_is_printed_only_where_it_applies(changed, word):
     recipe = parse_recipe(RECIPE, "test")
     assert any(word in sentence for sentence in cautions(recipe, METRICS | changed))
     assert not any(word in sentence for sentence in cautions(recipe, METRICS))
@@ -78,25 +77,25 @@ def test_an_oracle_that_finds_the_words_is_not_called_noise_for_ranking_few_pair
         assert any("may be noise" in sentence for sentence in found) is noise
 
 
-def test_a_run_without_a_judge_says_that_nothing_judged_it():
+def test_a_run_without_a_judge_says_so():
     metrics = {name: value for name, value in METRICS.items() if not name.startswith(("gold", "fidelity"))}
     recipe = parse_recipe({"name": "mine"}, "test")
     assert any("Nothing judged" in sentence for sentence in cautions(recipe, metrics))
 
 
-def test_a_judge_s_word_stands_among_what_moved(capsys, monkeypatch):
-    told = story(**{"judge/win_rate": 0.61, "judge/win_rate_se": 0.04, "judge/length_controlled": 0.57})
-    assert "61% ± 4% 57% at equal length" in " ".join(printed(capsys, told, monkeypatch).split())
+def test_a_judge_s_win_rate_is_among_the_changes(capsys, monkeypatch):
+    shown = summary(**{"judge/win_rate": 0.61, "judge/win_rate_se": 0.04, "judge/length_controlled": 0.57})
+    assert "61% ± 4% 57% at equal length" in " ".join(printed(capsys, shown, monkeypatch).split())
 
 
-def test_a_run_that_measured_nothing_is_told_too(capsys, monkeypatch):
-    told = summary_of(parse_recipe({"name": "mine", "eval": {"prompts": 0}}, "test"), {"pairs/train": 3}, None, [])
-    assert "mine" in printed(capsys, told, monkeypatch)
+def test_a_run_that_measured_nothing_has_a_summary(capsys, monkeypatch):
+    shown = summary_of(parse_recipe({"name": "mine", "eval": {"prompts": 0}}, "test"), {"pairs/train": 3}, None, [])
+    assert "mine" in printed(capsys, shown, monkeypatch)
 
 
 def test_texts_of_the_data_cannot_draw_on_the_terminal(capsys, monkeypatch):
     evil = "[bold red]\x1b[2J\x1b]0;title\x07 [link=http://x]y[/link]\n\n\r\u202e end"
-    text = printed(capsys, story([{"prompt": evil, "base": evil, "policy": "  "}]), monkeypatch, width=200)
+    text = printed(capsys, summary([{"prompt": evil, "base": evil, "policy": "  "}]), monkeypatch, width=200)
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "[bold red]" in text
@@ -104,14 +103,14 @@ def test_texts_of_the_data_cannot_draw_on_the_terminal(capsys, monkeypatch):
     assert "(empty)" in text
 
 
-def test_a_figure_that_is_not_defined_is_no_reason_to_fail(capsys, monkeypatch):
-    told = story(**{"gold_reward/difference_se": 0.0, "length/base": 0.0, "fidelity/auc": None})
-    assert "+0.250 ± 0.000" in printed(capsys, told, monkeypatch)
+def test_an_undefined_metric_does_not_fail(capsys, monkeypatch):
+    shown = summary(**{"gold_reward/difference_se": 0.0, "length/base": 0.0, "fidelity/auc": None})
+    assert "+0.250 ± 0.000" in printed(capsys, shown, monkeypatch)
 
 
-def test_figures_that_are_not_defined_are_left_out_and_stop_nothing():
+def test_undefined_metrics_are_left_out():
     errors = {name: None for name in METRICS if name.endswith("_se")}
-    rows = {row.what: row for row in story(**errors).moved}
+    rows = {row.what: row for row in summary(**errors).moved}
     assert rows["KL from the start"].after == "6.50"
     assert rows["gold reward (vader)"].change == "+0.250"
-    assert story(**{"kl": None, "gold_reward/difference": float("nan"), "policy/accuracy": None}).moved
+    assert summary(**{"kl": None, "gold_reward/difference": float("nan"), "policy/accuracy": None}).moved

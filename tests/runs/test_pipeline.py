@@ -13,7 +13,7 @@ from sepo.data.ragged import flat
 from sepo.data.tables import make_table, read_shard, read_table, table_paths
 from sepo.errors import UserError
 from sepo.recipe.settings import SftSettings, SftTrainingSettings
-from sepo.report.build import read_training
+from sepo.report.reading import read_training
 from sepo.stages import data
 from sepo.training.checkpoints import last_checkpoint, seal_checkpoint
 from sepo.training.sft import train_reference

@@ -20,8 +20,9 @@ from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import evaluate_run
 from sepo.evaluate.statistics import crossed_mean, over_seeds
 from sepo.study import comparison
+from sepo.study.curves import at_kl
 from sepo.study.grid import load_grid
-from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, at_kl
+from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator
 from sepo.study.results import (
     _name,
     best_setting,
@@ -327,7 +328,7 @@ def test_a_dry_run_counts_the_runs_and_writes_nothing(workplace, capsys):
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
     assert "4" in rows["sepo"]
     assert "10" in rows["total"]
-    assert "2 seeds cannot tell how seeds differ: for a comparison set three or more" in output
+    assert "minimum detectable difference: not known with 2 seeds; set three or more" in output
     assert not (workplace / "dry-out").exists()
 
 
@@ -508,7 +509,7 @@ def test_checkpoints_can_be_where_a_run_passes_given_kls(passing, workplace, cap
     folder, results = passing
     assert main(["compare", str(folder / "passing.yaml"), *FASTER, "--dry-run"]) == 0
     assert "a run is measured where it passes KL 0.2, 0.5, 90 and at its end" in capsys.readouterr().out
-    assert "KL 90 was not reached: the run got to" in (folder / "said").read_text()
+    assert "KL 90 was not reached; the highest measured KL is" in (folder / "said").read_text()
     (run,) = results["runs"]
     *on_the_way, last = run["points"]
     assert last["step"] == 32
@@ -630,7 +631,7 @@ def test_methods_on_one_curve_are_equal_wherever_their_checkpoints_lie(checkpoin
         assert at_kl(on_it, kl) == (pytest.approx(0.1 * math.sqrt(kl)), True)
 
 
-def test_values_that_were_not_measured_are_marked_and_said(many):
+def test_values_that_were_not_measured_are_marked_and_noted(many):
     runs = [
         run("fast", "", 0, points((4.0, 0.4), (9.0, 0.6))),
         run("fast", "", 1, points((0.5, 0.1), (9.0, 0.6))),
@@ -641,7 +642,7 @@ def test_values_that_were_not_measured_are_marked_and_said(many):
     assert [(row["unmeasured"], row["reached"]) for row in rows] == [(1, 2), (0, 0), (0, 1)]
     early, short = reading_notes(rows, 1.0)
     assert "below KL 1" in early and "1 of fast;" in early  # noqa: PT018
-    assert "as far as KL 1" in short and short.endswith(": 1 of slow")  # noqa: PT018
+    assert "did not reach KL 1" in short and short.endswith(": 1 of slow")  # noqa: PT018
     assert reading_notes(summarise_runs(runs, None), None) == []
     page = comparison_markdown(
         {"name": "t", "kl": 1.0, "gold": "vader", "rows": rows, "runs": runs, "differences": [], "shared": [],
@@ -714,7 +715,7 @@ def test_methods_are_compared_by_the_seeds_that_both_have():
     (only,) = differences(runs, 1.0)
     assert (only["name"], only["against"], only["seeds"]) == ("b beta=0.1", "a", 3)
     assert only["difference"] == pytest.approx(0.2)
-    assert (only["prompts"], only["spread"]) == (0, None)
+    assert (only["prompts"], only["std"]) == (0, None)
     # Differences 0.1, 0.2, 0.3: standard error 0.1 / sqrt(3), and Student's t is 4.303 at two degrees of freedom.
     assert only["low"] == pytest.approx(0.2 - stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))
     assert only["high"] == pytest.approx(0.2 + stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3))

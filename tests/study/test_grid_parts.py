@@ -1,4 +1,4 @@
-"""A grid dealt out to several processes: every seed once, and the results joined as those of one comparison."""
+"""A grid split over several processes: every seed once, and the results joined into one comparison."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ def grid_in(folder, text=GRID):
     return folder / "grid.yaml"
 
 
-def test_every_part_is_the_grid_with_seeds_and_a_folder_of_its_own(tmp_path):
+def test_every_part_is_the_grid_with_its_seeds_and_folder(tmp_path):
     whole, expected = load_grid(grid_in(tmp_path), ["eval.prompts=5"])
     files = grid_parts.split(tmp_path / "grid.yaml", tmp_path / "out", 2, ["eval.prompts=5"])
     parts = [load_grid(file) for file in files]
@@ -62,11 +62,11 @@ def test_overrides_of_the_grid_itself_and_of_all_variants(tmp_path):
     assert {part.name for part in parts} == {"other"}
     with pytest.raises(UserError, match="seed"):
         load_grid(path, ["seedz=[1]"])
-    # An override goes to one of the two: what both have is the folder and its name, which are the grid's.
+    # An override goes to the grid or to the recipes. The fields that both have, name and folder, are the grid's.
     assert set(Grid.model_fields) & set(Recipe.model_fields) == {"name", "output_dir"}
 
 
-def test_a_sweep_that_one_seed_decides_is_not_dealt_out(tmp_path):
+def test_a_sweep_that_one_seed_decides_is_not_split(tmp_path):
     path = grid_in(tmp_path, GRID + "sweep_seed: 0\n")
     with pytest.raises(UserError, match="leave sweep_seed out"):
         grid_parts.split(path, tmp_path / "out", 2, [])
@@ -81,7 +81,7 @@ def run(variant, seed, gain):
     }  # fmt: skip
 
 
-def test_joined_parts_are_one_comparison_also_where_one_was_stopped(tmp_path):
+def test_joined_parts_are_one_comparison_even_if_one_part_was_interrupted(tmp_path):
     with pytest.raises(UserError, match="no part"):
         grid_parts.join(tmp_path)
     data = {"stage": "data-1", "seconds": 1.0, "what": "pairs"}

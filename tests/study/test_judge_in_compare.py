@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sepo.cli import main
-from sepo.study.policy_evaluator import at_kl, quality
+from sepo.study.curves import at_kl, quality
 from tiny_run import prepare
 
 BASE = """

@@ -1,9 +1,9 @@
-"""What the token rewards of a score table look like, and how far they can be trusted.
+"""Measures of the token rewards in a score table, and of how far to trust them.
 
-From score tables alone: how few tokens carry the reward, where they stand, what kind they are, and what length does.
-From several tables of the same pairs: whether oracles agree, and how much of the selection changes with the oracle's
-data. Where word values are known (those of a gold reward): whether the rewards find the words that matter, beside
-baselines that need no oracle. All are pure functions of flat rewards and lengths; nothing runs a model.
+From one score table: how few tokens carry the reward, their positions, their classes, and the effect of length. From
+several tables of the same pairs: agreement between oracles, and how much of the selection changes with the oracle's
+data. With the word values of a gold reward: whether the rewards find the words that matter, beside baselines without an
+oracle. All are pure functions of flat rewards and lengths; no function runs a model.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ CLASSES = ("word", "continuation", "number", "punctuation", "space", "special")
 
 
 def concentration(scores: pa.Table, points: int = 101) -> dict[str, Any]:
-    """How few tokens carry the reward: shares of it against shares of tokens, largest first, mean over responses.
+    """Share of the reward carried by a share of the tokens, largest first, mean over responses.
 
-    `magnitude` is the share of the sum of |s|; `mass` that of max(v, 0), the reward that speaks for the label (v = s
-    in chosen, -s in rejected responses). `share_for_80` is the share of tokens that holds 80 % of it, both sides
-    together; the paper reports 35 to 40 % for the reward difference.
+    `magnitude` is the share of the sum of |s|; `mass` the share of the sum of max(v, 0), the reward in favour of the
+    label (v = s in chosen, -s in rejected responses). `share_for_80` is the share of tokens that carries 80 % of the
+    reward, both sides together; the paper reports 35 to 40 % for the reward difference.
     """
     shares = np.linspace(0, 1, points)
     result: dict[str, Any] = {"share": shares.tolist()}
@@ -55,7 +55,7 @@ def concentration(scores: pa.Table, points: int = 101) -> dict[str, Any]:
 
 
 def by_position(scores: pa.Table, selection: pa.Table) -> dict[str, Any]:
-    """Rewards and key tokens by tenth of the response: mean s and share of tokens that are key tokens, each side."""
+    """Mean s and share of key tokens in each tenth of the response, by side."""
     result = {}
     for side, _ in SIGNED_SIDES:
         rewards, lengths = flat(scores.column(f"{side}_rewards"))
@@ -72,11 +72,11 @@ def by_position(scores: pa.Table, selection: pa.Table) -> dict[str, Any]:
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Class of each token, as an index into `CLASSES`: a word's first token, its continuation, number, and so on.
+    """Class of each token, as an index into `CLASSES`.
 
     Args:
         ids: `[tokens]`.
-        first: `[tokens]` bool, the first token of a response: it starts a word though no space is before it.
+        first: `[tokens]` bool, the first token of a response, which starts a word without a space before it.
     """
     unique, inverse = np.unique(ids, return_inverse=True)
     special = set(tokenizer.all_special_ids)
@@ -101,7 +101,7 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, first: np
 
 
 def by_class(scores: pa.Table, selection: pa.Table, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """For each side and token class: share of all tokens, of key tokens and of the sum of |s|, and mean s."""
+    """By side and token class: share of all tokens, of key tokens and of the sum of |s|, and mean s."""
     result: dict[str, Any] = {}
     for side, _ in SIGNED_SIDES:
         ids, lengths = flat(scores.column(f"{side}_ids"))
@@ -128,11 +128,11 @@ def by_class(scores: pa.Table, selection: pa.Table, tokenizer: PreTrainedTokeniz
 
 
 def length_effects(scores: pa.Table) -> dict[str, Any]:
-    """What length does to a response's summed and mean reward.
+    """The effect of length on a response's summed and mean reward.
 
-    For each of the two: preference accuracy (all pairs, and where the chosen response is not the longer one, where
-    length cannot help), and rank correlation of reward and length over responses, each side. `length_baseline` is the
-    accuracy of preferring the longer response.
+    For both: preference accuracy (over all pairs, and over pairs whose chosen response is not the longer one, where
+    length cannot help), and the rank correlation of reward and length over responses, by side. `length_baseline` is
+    the accuracy of preferring the longer response.
     """
     lengths = {side: flat(scores.column(f"{side}_ids"))[1] for side, _ in SIGNED_SIDES}
     sums = dict(zip(("chosen", "rejected"), response_sums(scores, "rewards"), strict=True))
@@ -155,19 +155,19 @@ def length_effects(scores: pa.Table) -> dict[str, Any]:
 
 
 def agreement(tables: Mapping[str, pa.Table], k: float) -> dict[str, Any]:
-    """How far oracles of the same pairs agree, every pair of tables, and what each changes against the last.
+    """Agreement between the oracles of every two tables, and the change of the selection against the last table.
 
-    `correlation` is Pearson's over all tokens of a side, averaged over sides; `same_sign` the share of tokens with
-    rewards of one sign; `overlap` the share of key tokens at rate k in common. `chance` is the overlap of two random
-    selections. `changed` is 1 - overlap with the last table: the share of the selection that more oracle data would
-    change.
+    `correlation` is Pearson's over all tokens of a side, averaged over sides; `same_sign` the share of tokens whose
+    rewards have the same sign; `overlap` the share of common key tokens at rate k. `chance` is the overlap of two
+    random selections. `changed` is 1 - overlap with the last table: the share of the selection that more oracle data
+    would change.
     """
     names = list(tables)
     rewards = {name: [flat(tables[name].column(f"{side}_rewards"))[0] for side, _ in SIGNED_SIDES] for name in names}
     lengths = [flat(tables[names[0]].column(f"{side}_ids"))[1] for side, _ in SIGNED_SIDES]
-    chosen = {name: select_key_tokens(tables[name], k, k) for name in names}
+    selections = {name: select_key_tokens(tables[name], k, k) for name in names}
     masks = {
-        name: [key_mask(chosen[name], side, lengths[index]) for index, (side, _) in enumerate(SIGNED_SIDES)]
+        name: [key_mask(selections[name], side, lengths[index]) for index, (side, _) in enumerate(SIGNED_SIDES)]
         for name in names
     }
     last = masks[names[-1]]
@@ -197,17 +197,17 @@ def truth(
     reference: pa.Table | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Token rewards against what a gold reward says of each word (`valence`), beside baselines that need no oracle.
+    """Compare token rewards with the values of words (`valence`) in a gold reward, beside baselines without an oracle.
 
-    Baselines put the same tokens first on both sides: `random`; `position`, early tokens; `surprisal`, tokens that the
-    reference finds improbable.
+    Baselines rank the same tokens first on both sides: `random`; `position`, early tokens; `surprisal`, tokens that
+    are improbable under the reference.
 
     Returns:
-        for each table and baseline: `auc`, `auc_se` (sign-aware, `evaluate.fidelity`), `auc_unsigned` (|s| of words
-        that carry the gold reward against other words), `correlation` and `rank_correlation` of s with the word's
-        value over word tokens (mean of the sides), and of the key tokens at rate k `precision_chosen` (in positive
-        words), `precision_rejected` (in negative words), with `lift_chosen` and `lift_rejected`, the ratio to all
-        tokens.
+        By table and baseline: `auc` and `auc_se` (sign-aware, see `evaluate.fidelity`); `auc_unsigned` (|s| of words
+        with a value against |s| of other words); `correlation` and `rank_correlation` of s with the word's value over
+        word tokens (mean of the sides); the share of key tokens at rate k in positive words of chosen responses
+        (`precision_chosen`) and in negative words of rejected responses (`precision_rejected`), and the ratios of
+        these shares to those of all tokens (`lift_chosen`, `lift_rejected`).
     """
     first = next(iter(scores.values()))
     values = {
@@ -220,7 +220,7 @@ def truth(
     result = {}
     for name, table in candidates.items():
         judged = fidelity(tokenizer, table, select_key_tokens(table, k, k), valence=valence, seed=seed)
-        found = {key: judged[key] for key in ("auc", "auc_se", "precision_chosen", "precision_rejected")}
+        row = {key: judged[key] for key in ("auc", "auc_se", "precision_chosen", "precision_rejected")}
         unsigned, linear, ranked = [], [], []
         for side, _ in SIGNED_SIDES:
             rewards = flat(table.column(f"{side}_rewards"))[0].astype(np.float64)
@@ -230,15 +230,15 @@ def truth(
             linear.append(correlation(rewards[word], values[side][word]))
             ranked.append(rank_correlation(rewards[word], values[side][word]))
             base = judged[f"base_rate_{side}"]
-            found[f"lift_{side}"] = judged[f"precision_{side}"] / base if base else float("nan")
-        found["auc_unsigned"] = combine(unsigned)
-        found["correlation"], found["rank_correlation"] = float(np.mean(linear)), float(np.mean(ranked))
-        result[name] = found
+            row[f"lift_{side}"] = judged[f"precision_{side}"] / base if base else float("nan")
+        row["auc_unsigned"] = combine(unsigned)
+        row["correlation"], row["rank_correlation"] = float(np.mean(linear)), float(np.mean(ranked))
+        result[name] = row
     return result
 
 
 def baseline_tables(scores: pa.Table, reference_logps: pa.Table | None, seed: int) -> dict[str, pa.Table]:
-    """Score tables of baselines that need no oracle: random, position and (with log-probabilities) surprisal."""
+    """Score tables of the baselines: random, position and (with log-probabilities) surprisal."""
     rng = np.random.default_rng(seed)
     columns: dict[str, dict[str, object]] = {name: {} for name in ("random", "position", "surprisal")}
     for side, sign in SIGNED_SIDES:
@@ -251,11 +251,11 @@ def baseline_tables(scores: pa.Table, reference_logps: pa.Table | None, seed: in
             columns[name][f"{side}_rewards"] = ragged((sign * values).astype(np.float32), lengths)
     keys = {name: scores.column(name) for name in ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")}
     provenance = {key: value for key, value in provenance_of(scores).items() if key not in ("format", "version")}
-    return {name: make_table("scores", {**keys, **found}, provenance) for name, found in columns.items() if found}
+    return {name: make_table("scores", {**keys, **rewards}, provenance) for name, rewards in columns.items() if rewards}
 
 
 def overview(scores: pa.Table) -> dict[str, Any]:
-    """Counts, spread of the rewards (a start for the temperature of soft credit), and the share of rewarded ends."""
+    """Counts, mean and standard deviation of the rewards (a first temperature for soft credit), and rewards of ends."""
     ends = provenance_of(scores).get("end_ids", [])
     result: dict[str, Any] = {"pairs": len(scores)}
     for side, sign in SIGNED_SIDES:

@@ -1,4 +1,4 @@
-"""The analysis as a Markdown page and pictures."""
+"""The analysis and the ranking as Markdown pages and figures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from sepo.analyse.measures import POSITION_BINS
-from sepo.report.figures import make_figure, write_png
-from sepo.report.style import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES
+from sepo.data.ragged import SIDES
+from sepo.numbers import number, share, with_error
+from sepo.report.figures import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES, make_figure, write_png
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -19,151 +20,174 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "–" if value is None or value != value else f"{value:{form}}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{100 * value:.1f} %"
-
-
 def analysis_markdown(result: Mapping[str, Any]) -> str:
-    """The analysis as a Markdown page; docs/compare.md says how to read it."""
-    sides = ("chosen", "rejected")
-    seen, few, length = result["overview"], result["concentration"], result["length"]
-    lines = [f"# Token rewards of {result['table']}", ""]
-    lines += _table(
-        ("", *sides),
-        [
-            ("tokens", *(f"{seen[side]['tokens']:,}" for side in sides)),
-            ("tokens a response", *(_number(seen[side]["mean_length"], ".1f") for side in sides)),
-            ("mean reward s", *(_number(seen[side]["mean"], "+.4f") for side in sides)),
-            ("standard deviation of s", *(_number(seen[side]["sd"], ".4f") for side in sides)),
-            ("mean s of the end of a response", *(_number(seen[side]["mean_end"], "+.4f") for side in sides)),
-            ("effective share of tokens", *(_percent(seen[side]["effective_share"]) for side in sides)),
-        ],
-    )
-    lines += [f"{seen['pairs']:,} pairs.", "", "## How few tokens carry the reward", ""]
-    lines += [
-        f"80 % of Σ\\|s\\| lie in {_percent(few['magnitude']['share_for_80'])} of the tokens, 80 % of the reward that "
-        f"speaks for the label in {_percent(few['mass']['share_for_80'])} (paper: 35–40 % for the reward difference).",
-        "",
-        "![](share.png)",
-        "",
-        "## Length",
-        "",
-    ]
-    lines += _table(
-        ("reward of a response", "accuracy", "chosen not longer", "rank correlation with length, chosen / rejected"),
-        [
-            (
-                name,
-                f"{_number(length[name]['accuracy'])} ± {_number(length[name]['accuracy_se'])}",
-                f"{_number(length[name]['accuracy_not_longer'])} ± {_number(length[name]['accuracy_not_longer_se'])}",
-                " / ".join(_number(length[name][f"length_correlation_{side}"], "+.2f") for side in sides),
-            )
-            for name in ("sum", "mean")
-        ],
-    )
-    lines += [
-        f"Preferring the longer response: {_number(length['length_baseline'])}; {length['pairs_not_longer']:,} pairs "
-        "have a chosen response that is not the longer one.",
-        "",
-        "## Position",
-        "",
-        "![](position.png)",
-        "",
-    ]
+    """The analysis as a Markdown page; docs/compare.md explains it."""
+    lines = [f"# Token rewards of {result['table']}", "", *_overview(result), *_length(result["length"])]
+    lines += ["## Position", "", "![](position.png)", ""]
     if "classes" in result:
-        lines += ["## Token classes", ""]
-        for side in sides:
-            lines += _table(
-                (side, "share of tokens", f"share of key tokens (k = {result['k']:g})", "share of Σ\\|s\\|", "mean s"),
-                [
-                    (
-                        name,
-                        _percent(row["share"]),
-                        _percent(row["key_share"]),
-                        _percent(row["magnitude_share"]),
-                        _number(row["mean"], "+.4f"),
-                    )
-                    for name, row in result["classes"][side].items()
-                    if row["tokens"]
-                ],
-            )
+        lines += _classes(result)
     if "agreement" in result:
-        found = result["agreement"]
-        lines += ["## Agreement between oracles", ""]
-        lines += _table(
-            ("oracles", "correlation of s", "same sign", f"key tokens in common (k = {result['k']:g})"),
-            [
-                (
-                    f"{row['a']}, {row['b']}",
-                    _number(row["correlation"]),
-                    _percent(row["same_sign"]),
-                    _percent(row["overlap"]),
-                )
-                for row in found["between"]
-            ],
-        )
-        lines += [f"Two random selections have {_percent(found['chance'])} in common.", "", "![](agreement.png)", ""]
+        lines += _agreement(result)
     if "fidelity" in result:
-        lines += ["## Fidelity: do rewards find the words that carry the gold reward?", ""]
-        lines += _table(
-            (
-                "reward",
-                "AUC, sign-aware",
-                "AUC of \\|s\\|",
-                "correlation",
-                "precision chosen (lift)",
-                "rejected (lift)",
-            ),
-            [
-                (
-                    name,
-                    f"{_number(row['auc'])} ± {_number(row['auc_se'])}",
-                    _number(row["auc_unsigned"]),
-                    _number(row["correlation"], "+.3f"),
-                    *(
-                        f"{_percent(row[f'precision_{side}'])} ({_number(row[f'lift_{side}'], '.2f')})"
-                        for side in sides
-                    ),
-                )
-                for name, row in result["fidelity"].items()
-            ],
-        )
-        lines += ["![](fidelity.png)", ""]
+        lines += _fidelity(result["fidelity"])
     return "\n".join(lines)
 
 
+def _overview(result: Mapping[str, Any]) -> list[str]:
+    sides, carried = result["overview"], result["concentration"]
+
+    def row(title: str, key: str, form: str) -> tuple[str, ...]:
+        return title, *(number(sides[side][key], form) for side in SIDES)
+
+    return [
+        *_table(
+            ("", *SIDES),
+            [
+                row("tokens", "tokens", ",d"),
+                row("tokens per response", "mean_length", ".1f"),
+                row("mean reward s", "mean", "+.4f"),
+                row("standard deviation of s", "sd", ".4f"),
+                row("mean s of end tokens", "mean_end", "+.4f"),
+                ("effective share of tokens", *(share(sides[side]["effective_share"]) for side in SIDES)),
+            ],
+        ),
+        f"{sides['pairs']:,} pairs.",
+        "",
+        "## How few tokens carry the reward",
+        "",
+        f"{share(carried['magnitude']['share_for_80'])} of the tokens carry 80 % of Σ\\|s\\|; "
+        f"{share(carried['mass']['share_for_80'])} carry 80 % of the reward in favour of the label (paper: 35–40 % "
+        "for the reward difference).",
+        "",
+        "![](share.png)",
+        "",
+    ]
+
+
+def _length(length: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (
+            name,
+            with_error(length[name]["accuracy"], length[name]["accuracy_se"], ".3f"),
+            with_error(length[name]["accuracy_not_longer"], length[name]["accuracy_not_longer_se"], ".3f"),
+            " / ".join(number(length[name][f"length_correlation_{side}"], "+.2f") for side in SIDES),
+        )
+        for name in ("sum", "mean")
+    ]
+    correlation = "rank correlation with length, chosen / rejected"
+    return [
+        "## Length",
+        "",
+        *_table(("reward of a response", "accuracy", "chosen not longer", correlation), rows),
+        f"Accuracy of preferring the longer response: {number(length['length_baseline'], '.3f')}. In "
+        f"{length['pairs_not_longer']:,} pairs the chosen response is not the longer one.",
+        "",
+    ]
+
+
+def _classes(result: Mapping[str, Any]) -> list[str]:
+    lines = ["## Token classes", ""]
+    for side in SIDES:
+        lines += _table(
+            (side, "share of tokens", f"share of key tokens (k = {result['k']:g})", "share of Σ\\|s\\|", "mean s"),
+            [
+                (
+                    name,
+                    *(share(row[key]) for key in ("share", "key_share", "magnitude_share")),
+                    number(row["mean"], "+.4f"),
+                )
+                for name, row in result["classes"][side].items()
+                if row["tokens"]
+            ],
+        )
+    return lines
+
+
+def _agreement(result: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (
+            f"{row['a']}, {row['b']}",
+            number(row["correlation"], ".3f"),
+            share(row["same_sign"]),
+            share(row["overlap"]),
+        )
+        for row in result["agreement"]["between"]
+    ]
+    return [
+        "## Agreement between oracles",
+        "",
+        *_table(("oracles", "correlation of s", "same sign", f"key tokens in common (k = {result['k']:g})"), rows),
+        f"Two random selections share {share(result['agreement']['chance'])} of their key tokens.",
+        "",
+        "![](agreement.png)",
+        "",
+    ]
+
+
+def _fidelity(fidelity: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (
+            name,
+            with_error(row["auc"], row["auc_se"], ".3f"),
+            number(row["auc_unsigned"], ".3f"),
+            number(row["correlation"], "+.3f"),
+            *(f"{share(row[f'precision_{side}'])} ({number(row[f'lift_{side}'], '.2f')})" for side in SIDES),
+        )
+        for name, row in fidelity.items()
+    ]
+    header = (
+        "reward",
+        "AUC, sign-aware",
+        "AUC of \\|s\\|",
+        "correlation",
+        "precision chosen (lift)",
+        "rejected (lift)",
+    )
+    return [
+        "## Fidelity: do the rewards find the words of the gold reward?",
+        "",
+        *_table(header, rows),
+        "![](fidelity.png)",
+        "",
+    ]
+
+
 def ranking_markdown(result: Mapping[str, Any]) -> str:
-    """A ranking of rules as a Markdown page, best first; docs/selection.md says how to read it."""
+    """A ranking of rules as a Markdown page, best first; docs/selection.md explains it."""
     names = ("auc", "cosine", "weight_right", "weight_wrong", "lift", "mass", "effective")
-    titles = ("AUC", "cosine", "weight on right tokens", "on wrong ones", "lift", "reward kept", "spread of the weight")
-    number = len(result["oracles"])
+    titles = (
+        "AUC",
+        "cosine",
+        "weight on right tokens",
+        "on wrong tokens",
+        "lift",
+        "reward kept",
+        "effective share of tokens",
+    )
+    count = len(result["oracles"])
     ranked = ranked_rules(result)
 
     def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         shares = ("weight_right", "weight_wrong", "mass", "effective")
         return tuple(
-            _percent(row[name]["mean"])
+            share(row[name]["mean"])
             if name in shares
-            else _number(row[name]["mean"], ".2f" if name == "lift" else ".3f")
+            else number(row[name]["mean"], ".2f" if name == "lift" else ".3f")
             for name in names
         )
 
     def difference(row: Mapping[str, Any], name: str) -> str:
         gap, scale = row[name]["difference"], 100 if name == "weight_right" else 1
         form = "+.1f" if scale == 100 else "+.3f"
-        mean, low, high = (_number(gap[key] * scale, form) for key in ("mean", "low", "high"))
+        mean, low, high = (number(gap[key] * scale, form) for key in ("mean", "low", "high"))
         return f"{mean} ({low} to {high})"
 
-    oracles = f"{number} oracles" if number > 1 else "one oracle"
+    oracles = f"{count} oracles" if count > 1 else "one oracle"
     lines = [f"# Rules on {oracles}", ""]
     lines += _table(("rule", *titles), [(rule, *cells(row)) for rule, row in ranked])
     lines += ["![](ranking.png)", ""]
-    if number > 1:
-        lines += [f"Against *{result['baseline']}*, oracle by oracle, with intervals of 95 % by Student's t:", ""]
+    if count > 1:
+        lines += [f"Against *{result['baseline']}*, paired by oracle, with 95 % intervals (Student's t):", ""]
         lines += _table(
             ("rule", "AUC", "cosine", "weight on right tokens, points"),
             [
@@ -176,12 +200,12 @@ def ranking_markdown(result: Mapping[str, Any]) -> str:
 
 
 def ranked_rules(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Rules and their figures, the highest cosine first."""
+    """Rules and their measures, the highest cosine first."""
     return sorted(result["rules"].items(), key=lambda item: np.nan_to_num(-item[1]["cosine"]["mean"], nan=np.inf))
 
 
 def save_ranking_figure(result: Mapping[str, Any], folder: Path) -> Path:
-    """Draw ranking.png: the cosine of each rule, a dot an oracle."""
+    """Draw ranking.png: the cosine of each rule, one dot per oracle."""
 
     def draw(axes: Axes) -> None:
         ranked = ranked_rules(result)
@@ -198,13 +222,13 @@ def save_ranking_figure(result: Mapping[str, Any], folder: Path) -> Path:
 
 
 def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw share.png, position.png and, where they were computed, agreement.png and fidelity.png."""
+    """Draw share.png, position.png and, if the results have them, agreement.png and fidelity.png."""
 
-    def share(axes: Axes) -> None:
+    def carried(axes: Axes) -> None:
         for kind, style in (("magnitude", "-"), ("mass", SIDE_LINES["rejected"])):
             for side in SIDE_COLOURS:
                 if side in result["concentration"][kind]:
-                    label = f"{side}, {'Σ|s|' if kind == 'magnitude' else 'for the label'}"
+                    label = f"{side}, {'Σ|s|' if kind == 'magnitude' else 'in favour of the label'}"
                     axes.plot(
                         result["concentration"]["share"],
                         result["concentration"][kind][side],
@@ -223,27 +247,27 @@ def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]
         axes.axhline(0, color=GREY, linewidth=0.8)
 
     def changed(axes: Axes) -> None:
-        found = result["agreement"]["changed"]
-        axes.barh(range(len(found)), list(found.values()), color=PLAIN, height=0.6)
+        shares = result["agreement"]["changed"]
+        axes.barh(range(len(shares)), list(shares.values()), color=PLAIN, height=0.6)
         axes.axvline(1 - result["agreement"]["chance"], color=GREY, linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(found)), list(found))
+        axes.set_yticks(range(len(shares)), list(shares))
         axes.invert_yaxis()
 
     def fidelities(axes: Axes) -> None:
-        found = result["fidelity"]
-        errors = [1.96 * row["auc_se"] for row in found.values()]
-        values = [row["auc"] for row in found.values()]
-        axes.errorbar(values, range(len(found)), xerr=errors, fmt="o", color=PLAIN, capsize=3)
+        rows = result["fidelity"]
+        errors = [1.96 * row["auc_se"] for row in rows.values()]
+        values = [row["auc"] for row in rows.values()]
+        axes.errorbar(values, range(len(rows)), xerr=errors, fmt="o", color=PLAIN, capsize=3)
         axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(found)), list(found))
+        axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
 
     figures = {
-        "share": make_figure(share, "Share of tokens, largest first", "Share of the reward"),
+        "share": make_figure(carried, "Share of tokens, largest first", "Share of the reward"),
         "position": make_figure(position, "Place in the response", "Mean reward s"),
     }
     if "agreement" in result and result["agreement"]["chance"] is not None:
-        figures["agreement"] = make_figure(changed, "Share of key tokens that are not the last oracle's", "")
+        figures["agreement"] = make_figure(changed, "Share of key tokens that the last oracle does not select", "")
     if "fidelity" in result:
-        figures["fidelity"] = make_figure(fidelities, "AUC for the words that carry the gold reward, sign-aware", "")
+        figures["fidelity"] = make_figure(fidelities, "AUC for the words of the gold reward, sign-aware", "")
     return [write_png(figure, folder / f"{stem}.png") for stem, figure in figures.items()]

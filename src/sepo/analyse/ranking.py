@@ -1,23 +1,22 @@
-"""Selection rules ranked by where they put their weight, before any policy is trained on it.
+"""Rank selection rules by where they put their weight, before any policy is trained.
 
-Where a gold reward says which words carry it, each token of a response is *right* (its word speaks for the side's
-label: good words in chosen, bad ones in rejected responses), *wrong* (it speaks against it) or neither. A rule is as
-good as the weight that it gives to right tokens and keeps from wrong ones. Of each selection:
+A gold reward says which words carry it. Each token of a response is then *right* (its word supports the side's label:
+good words in chosen, bad words in rejected responses), *wrong* (its word contradicts the label) or neither. A good rule
+gives weight to right tokens and none to wrong tokens. Measures of a selection, u = ± weight, 0 if not kept:
 
-    auc            P(u of a right or wrong token's word is on its side of another word's u), u = ± weight, 0 if not
-                   kept; ties count one half; 0.5 is chance (as `evaluate.fidelity` compares rewards)
-    lift           right tokens among those kept, over as many drawn at random of each side
-    mass           share of the gold reward of all right tokens that lies in kept ones
-    weight_right   share of the weight on right tokens; weight_wrong on wrong ones
-    cosine         between the weights, ± and a share of their response's, and the words' gold rewards, over all tokens:
-                   if tokens pull in directions of their own, the gain for a small step of given length, the root of
-                   the KL
-    effective      (sum of w)^2 / sum of w^2 / tokens, mean over responses: the share of tokens that the weight
-                   spreads over
+    auc            P(u of a right or wrong token's word is on its side of another word's u); ties count one half,
+                   0.5 is chance (`evaluate.fidelity` compares rewards the same way)
+    lift           number of right tokens kept, divided by the expected number in a random selection of each side
+    mass           share of the gold reward of all right tokens that lies in kept tokens
+    weight_right   share of the weight on right tokens; weight_wrong on wrong tokens
+    cosine         cosine over all tokens between the signed weights, each as a share of its response's weight, and
+                   the gold rewards of words. If the gradients of tokens are orthogonal, this is the gain of a small
+                   step of fixed length, the root of the KL
+    effective      (sum of w)^2 / sum of w^2 / tokens, mean over responses: the share of tokens that carry the weight
 
-Several oracles give each figure a mean and an interval, and each rule a paired difference to the first: an oracle is a
-draw, and what holds for one need not hold for the next. Nothing runs a model; all is linear in the tokens but for a
-sort.
+Several oracles give each measure a mean and an interval, and each rule a paired difference to the baseline, the first
+rule. An oracle is a random draw, so a result for one oracle need not hold for the next. No function runs a model; the
+cost is linear in the tokens, except for a sort.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ MEASURES = (
 
 
 class ScoredOracle(NamedTuple):
-    """What a rule may read of one oracle.
+    """The inputs of a rule from one oracle.
 
     Attributes:
         scores: kind "scores".
-        tokenizer: of its ids.
-        reference_logps: kind "logps", of the same pairs under the reference; None where they are not stored.
+        tokenizer: tokenizer of the score table.
+        reference_logps: kind "logps", the same pairs under the reference; None if they are not stored.
     """
 
     scores: pa.Table
@@ -55,11 +54,11 @@ class ScoredOracle(NamedTuple):
     reference_logps: pa.Table | None = None
 
 
-Rule = Callable[[ScoredOracle], pa.Table]  # to a table of kind "selection"
+Rule = Callable[[ScoredOracle], pa.Table]  # returns a table of kind "selection"
 
 
 def default_rules(k: float) -> dict[str, dict[str, Any]]:
-    """Settings of section `select` by name: what comes along, the method itself first, controls last."""
+    """The built-in rules, as settings of section `select` by name: the method itself first, controls last."""
 
     def both(rule: str, rate: float = k, **settings: Any) -> dict[str, Any]:
         return {"rule_chosen": rule, "rule_rejected": rule, "k_chosen": rate, "k_rejected": rate, **settings}
@@ -87,7 +86,7 @@ def default_rules(k: float) -> dict[str, dict[str, Any]]:
 
 
 def rules_of(settings: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[str, Rule]:
-    """The rules that settings of section `select` describe; `seed` is that of random ones."""
+    """Rules from settings of section `select`; `seed` is for random rules."""
 
     def rule(keywords: Mapping[str, Any]) -> Rule:
         return lambda oracle: select_key_tokens(oracle.scores, **{**keywords, "seed": seed})
@@ -96,7 +95,7 @@ def rules_of(settings: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[s
 
 
 def token_truth(oracle: ScoredOracle, valence: Callable[[str], float]) -> dict[str, np.ndarray]:
-    """The gold reward of each token's word, of each side `[tokens]` float64: 0 in other words, NaN outside words."""
+    """The gold reward of each token's word by side, `[tokens]` float64: 0 in words without value, NaN outside words."""
     return {
         side: np.concatenate(
             [
@@ -112,16 +111,16 @@ def token_truth(oracle: ScoredOracle, valence: Callable[[str], float]) -> dict[s
 
 
 def token_weights(selection: pa.Table, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of one side of a selection: weights `[tokens]` float64, 0 where not kept; which are kept, bool; lengths.
+    """One side of a selection: weights `[tokens]` float64 (0 if not kept), kept `[tokens]` bool, and lengths.
 
     Raises:
-        UserError: a weight is negative; the share of a weight that pulls both ways says nothing.
+        UserError: a weight is negative; shares of weights with both signs have no meaning.
     """
     _, lengths = flat(selection.column(f"{side}_ids"))
     positions, counts = flat(selection.column(f"{side}_positions"))
     given, _ = flat(selection.column(f"{side}_weights"))
     if (given < 0).any():
-        raise UserError(f"rules are ranked by weights of at least 0, and a {side} token has {given.min():g}")
+        raise UserError(f"a {side} token has {given.min():g} as weight: rules are ranked by weights of 0 or more")
     at = np.repeat(np.cumsum(lengths) - lengths, counts) + positions
     weights, kept = np.zeros(int(lengths.sum())), np.zeros(int(lengths.sum()), bool)
     weights[at], kept[at] = given, True
@@ -129,68 +128,66 @@ def token_weights(selection: pa.Table, side: str) -> tuple[np.ndarray, np.ndarra
 
 
 def measure_selection(selection: pa.Table, truth: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The `MEASURES` of one selection; one to which nothing contributes is NaN.
+    """The `MEASURES` of one selection; NaN for a measure without data.
 
     Args:
         selection: kind "selection".
-        truth: from `token_truth`, of the same pairs.
+        truth: from `token_truth` for the same pairs.
     """
     cells: list[tuple[float, float]] = []
     kept_right = expected = mass = mass_kept = weight = right_weight = wrong_weight = 0.0
     inner, squares, gold_squares = 0.0, 0.0, 0.0
-    spread: list[np.ndarray] = []
-    found: dict[str, float] = {}
+    effective: list[np.ndarray] = []
+    lifts: dict[str, float] = {}
     for side, sign in SIGNED_SIDES:
         weights, kept, lengths = token_weights(selection, side)
         values = truth[side]
-        right, wrong, other = sign * values > 0, sign * values < 0, values == 0  # all false outside words
-        cells += _auc_cells(sign * weights, values > 0, values < 0, other)
+        right, wrong, neutral = sign * values > 0, sign * values < 0, values == 0  # all false outside words
+        cells += _auc_cells(sign * weights, values > 0, values < 0, neutral)
         base = right.mean() if len(right) else 0.0
         hits = float((kept & right).sum())
-        found[f"lift_{side}"] = _ratio(hits, base * kept.sum())
+        lifts[f"lift_{side}"] = _ratio(hits, base * kept.sum())
         kept_right, expected = kept_right + hits, expected + base * kept.sum()
         mass += float(np.abs(values[right]).sum())
         mass_kept += float(np.abs(values[right & kept]).sum())
         weight += float(weights.sum())
-        right_weight, wrong_weight = (
-            right_weight + float(weights[right].sum()),
-            wrong_weight + float(weights[wrong].sum()),
-        )
+        right_weight += float(weights[right].sum())
+        wrong_weight += float(weights[wrong].sum())
         shares = weights / np.repeat(np.maximum(segment_sums(weights, lengths), 1e-30), lengths)
         gold = np.nan_to_num(values)
         inner += float(sign * shares @ gold)
         squares, gold_squares = squares + float(shares @ shares), gold_squares + float(gold @ gold)
-        spread.append(effective_number(weights, lengths) / np.maximum(lengths, 1))
+        effective.append(effective_number(weights, lengths) / np.maximum(lengths, 1))
     number = sum(count for _, count in cells)
     return {
         "auc": _ratio(sum(value * count for value, count in cells), number),
         "lift": _ratio(kept_right, expected),
-        **found,
+        **lifts,
         "mass": _ratio(mass_kept, mass),
         "weight_right": _ratio(right_weight, weight),
         "weight_wrong": _ratio(wrong_weight, weight),
         "cosine": _ratio(inner, float(np.sqrt(squares * gold_squares))),
-        "effective": float(np.concatenate(spread).mean()) if sum(map(len, spread)) else float("nan"),
+        "effective": float(np.concatenate(effective).mean()) if sum(map(len, effective)) else float("nan"),
     }
 
 
 def rank_rules(
     oracles: Mapping[str, ScoredOracle], rules: Mapping[str, Rule], valence: Callable[[str], float]
 ) -> dict[str, Any]:
-    """Every rule on every oracle: the `MEASURES`, their means, and differences to the first rule, oracle by oracle.
+    """The `MEASURES` of every rule on every oracle, their means, and paired differences to the first rule.
 
     Args:
-        oracles: by name, of the same pairs or others.
-        rules: by name, the one to compare with first.
-        valence: a word's gold reward, 0 for a word that carries none; it may have one sign only.
+        oracles: by name; their pairs may differ.
+        rules: by name, the baseline first.
+        valence: a word's gold reward, 0 for a word without one; it may have one sign only.
 
     Returns:
         `oracles`, `baseline`, and `rules`: for each rule and measure `mean`, `low` and `high` (Student's t over
-        oracles, 95 %), `values` (one an oracle), and the same of the `difference` to the baseline. A figure that
-        nothing contributes to is NaN.
+        oracles, 95 %), `values` (one per oracle), and the same of the `difference` to the baseline. NaN for a measure
+        without data.
 
     Raises:
-        UserError: there is no oracle, or no word of any response carries the gold reward.
+        UserError: there is no oracle or no rule, or no word of a response carries the gold reward.
     """
     if not oracles or not rules:
         raise UserError("there is nothing to rank: expected a score table and a rule, at least one of each")
@@ -204,11 +201,11 @@ def rank_rules(
     baseline = next(iter(rules))
 
     def summary(measure: str, rule: str) -> dict[str, Any]:
-        own, other = ([one[measure] for one in values[name]] for name in (rule, baseline))
+        by_oracle, of_baseline = ([measures[measure] for measures in values[name]] for name in (rule, baseline))
         return {
-            **_over_oracles(own),
-            "values": own,
-            "difference": _over_oracles([a - b for a, b in zip(own, other, strict=True)]),
+            **_over_oracles(by_oracle),
+            "values": by_oracle,
+            "difference": _over_oracles([a - b for a, b in zip(by_oracle, of_baseline, strict=True)]),
         }
 
     return {
@@ -219,20 +216,20 @@ def rank_rules(
 
 
 def _auc_cells(
-    signed: np.ndarray, positive: np.ndarray, negative: np.ndarray, other: np.ndarray
+    signed: np.ndarray, positive: np.ndarray, negative: np.ndarray, neutral: np.ndarray
 ) -> Iterable[tuple[float, float]]:
-    """(AUC, number of target tokens) of good words, which should lie above others, and of bad ones, below; if any."""
+    """(AUC, number of tokens) of good words against neutral words, which should be lower, and of bad words, if any."""
     codes = np.unique(signed, return_inverse=True)[1]
     for targets, below in ((positive, False), (negative, True)):
         value = (
-            weighted_auc(codes, targets.astype(np.float64), other.astype(np.float64)) if len(codes) else float("nan")
+            weighted_auc(codes, targets.astype(np.float64), neutral.astype(np.float64)) if len(codes) else float("nan")
         )
         if not np.isnan(value):
             yield (1 - value if below else value), float(targets.sum())
 
 
 def _over_oracles(values: Sequence[float]) -> dict[str, float]:
-    """Mean of the defined values and its interval of 95 %."""
+    """Mean of the defined values and its 95 % interval."""
     defined = [value for value in values if not np.isnan(value)]
     mean, error = over_seeds(defined)
     low, high = interval(mean, error, len(defined))

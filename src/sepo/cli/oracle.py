@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 
 from sepo.command import (
     data_options,
@@ -29,28 +30,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    recipe = recipe_of(arguments, reference={"model": arguments.reference}, oracle=training_of(arguments))
+    recipe = recipe_of(
+        arguments, reference={"model": arguments.reference}, oracle=training_of(arguments), eval={"prompts": 0}
+    )
     quiet_libraries()
-    from sepo.models.names import resolve_model
-    from sepo.models.tokenizer import load_tokenizer
+    from sepo.cli.walker import CommandWalker
+    from sepo.runs.method import Method
+    from sepo.runs.pipeline import check_method_pairs
     from sepo.stages import data, oracle, reference
     from sepo.training.checkpoints import check_model_folder
-    from sepo.training.fit import train_model
 
     with writing_to(arguments, check_model_folder) as out:
-        join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
-        model = resolve_model(arguments.reference)
-        pairs = data.read_pairs(recipe.data, load_tokenizer(model))
-        data.check_limits(recipe, [pairs])
-        results = train_model(
-            model,
-            pairs,
-            out,
-            recipe.oracle.training,
-            lora=recipe.oracle.lora,
-            seed=recipe.seed,
-            device=recipe.device,
-            objective="dpo",
-            beta=recipe.oracle.beta,
-        )
-    print_metrics(f"oracle: {arguments.out}", {"pairs": len(pairs), **results})
+        processes = join(arguments.device)
+        processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
+        work = out.with_name(f".{out.name}-work")  # kept by an interrupted command, for the next one
+        folders = {"data": work / "pairs", "reference_logps": work / "logps", "oracle": out}
+        walker = CommandWalker(folders)
+        method = Method(recipe, walker)
+        check_method_pairs(method)
+        method.until("oracle")
+        processes.on_main(lambda: shutil.rmtree(work, ignore_errors=True))
+    print_metrics(f"oracle: {arguments.out}", walker.results["oracle"].results)

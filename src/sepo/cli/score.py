@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shutil
 
 from sepo.command import (
     data_options,
@@ -34,42 +34,36 @@ def run(arguments: argparse.Namespace) -> None:
         arguments,
         reference={"model": arguments.reference},
         oracle={"model": arguments.oracle},
+        eval={"prompts": 0},
         tokens_per_row=arguments.tokens_per_row,
     )
     quiet_libraries()
-    from sepo.data.tables import read_table
+    from sepo.cli.walker import CommandWalker
+    from sepo.data.tables import clear_shards, read_table, table_paths
     from sepo.evaluate.accuracy import oracle_accuracy
-    from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
+    from sepo.runs.method import Method
+    from sepo.runs.pipeline import check_method_pairs
     from sepo.stages import data, oracle, reference
-    from sepo.stages.logps import logps_pass, scoring_dtype
-    from sepo.stages.score import score_pairs
+    from sepo.stages.stage import SCORES
 
     with writing_to(arguments) as out:
         processes = join(arguments.device)
         processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
-        models = {"reference": resolve_model(arguments.reference), "oracle": resolve_model(arguments.oracle)}
+        folders = {"data": out / "pairs", "score": out / "table"}
+        folders |= {f"{role}_logps": out / "logps" / role for role in ("reference", "oracle")}
+        method = Method(recipe, CommandWalker(folders))
+        check_method_pairs(method)
+        table = method.scores.folder
 
-        def write_pairs() -> int:
-            pairs = data.read_pairs(recipe.data, load_tokenizer(models["reference"]))
-            data.check_limits(recipe, [pairs])
-            data.write_pairs(out / "pairs", pairs)
-            return len(pairs)
+        def publish() -> None:
+            """The table is the folder itself, with its tokenizer for `sepo transfer` and `sepo report`."""
+            clear_shards(out)
+            for path in table_paths(table / SCORES, "scores"):
+                path.replace(out / path.name)
+            shutil.rmtree(table)
+            load_tokenizer(arguments.reference).save_pretrained(out / "tokenizer")
 
-        def log_probabilities(role: str) -> Path:
-            return logps_pass(
-                models[role],
-                out / "pairs",
-                out / "logps" / role,
-                device=recipe.device,
-                dtype=scoring_dtype(recipe),
-                tokens_per_row=recipe.tokens_per_row,
-                description=role,
-            )
-
-        pairs = processes.on_main(write_pairs)
-        stores = {role: log_probabilities(role) for role in models}
-        processes.on_main(lambda: str(score_pairs(out / "pairs", [stores["oracle"]], stores["reference"], out)))
-        # `sepo transfer` and `sepo report` find the tokenizer here.
-        processes.on_main(lambda: str(load_tokenizer(models["reference"]).save_pretrained(out / "tokenizer")))
-    print_metrics(f"scores: {out}", {"pairs": pairs, **oracle_accuracy(read_table(out, "scores"))})
+        processes.on_main(publish)
+    scores = read_table(out, "scores")
+    print_metrics(f"scores: {out}", {"pairs": len(scores), **oracle_accuracy(scores)})

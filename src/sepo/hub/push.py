@@ -1,15 +1,16 @@
-"""A finished run on the hub: the policy or the oracle as a model, the token rewards as a dataset, each with its card.
+"""Upload a finished run to the hub: the policy or the oracle as a model, the token rewards as a dataset, with a card.
 
-`plan` says what would be uploaded and writes nothing anywhere; `upload` makes the repository and one commit. The token
-is huggingface_hub's own affair: `$HF_TOKEN`, or what `hf auth login` stored.
+`plan` lists the files and writes nothing; `upload` creates the repository and one commit. huggingface_hub finds the
+token: `$HF_TOKEN`, or the token that `hf auth login` stored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,22 +27,23 @@ from sepo.errors import UserError, named_error
 from sepo.hub import card
 from sepo.models.folders import is_adapter, read_json_object, weight_files
 from sepo.models.tokenizer import load_tokenizer
+from sepo.numbers import size
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import Recipe
-from sepo.report.build import find_tokenizer, has_transfer, read_selection
+from sepo.report.reading import find_tokenizer, has_transfer, read_selection
 
 What = Literal["policy", "oracle", "scores"]
-# What of a model's folder is the model: no checkpoints, no event files, and not the history of its training, which
-# names folders of this machine.
+# The files of a model folder to upload: no checkpoints, no event files, and not the training history, which names
+# folders of this machine.
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
-_NOT_THE_MODEL = {"trainer_state.json"}
+_EXCLUDED = {"trainer_state.json"}
 _CACHED = re.compile(r".*/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]+)/?")
-# Files of an earlier upload that would be read beside a new one.
+# Files of an earlier upload that would be loaded together with the new ones.
 _STALE = re.compile(r"[^/]*\.safetensors(\.index\.json)?|(adapter_)?config\.json|data/[^/]*\.parquet")
 
 
 class File(NamedTuple):
-    """A file to upload: its place there, and its content or where it lies."""
+    """A file to upload: its path in the repository, and its content or its local path."""
 
     name: str
     content: bytes | Path
@@ -54,73 +56,67 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What is to be uploaded.
+    """The content of an upload.
 
     Attributes:
         repo_type: "model" or "dataset".
-        files: that are there already.
-        tables: score tables that become parquet files: the split, the folder, and the selection of its key tokens.
-        tokenizer: of the tables.
-        base: hub id of the model that a model was trained from.
+        files: files that exist already.
+        tables: score tables to write as parquet files: split, folder, and folder of the selection.
+        tokenizer: tokenizer of the tables.
     """
 
     repo_type: Literal["model", "dataset"]
     files: list[File]
     tables: list[tuple[str, Path, Path | None]]
     tokenizer: str | None = None
-    base: str | None = None
 
     def lines(self) -> list[dict[str, str]]:
-        """What is uploaded, a line each: name and size."""
-        found = [{"name": file.name, "size": _size(file.size)} for file in self.files]
+        """Name and size of every file."""
+        rows = [{"name": file.name, "size": size(file.size)} for file in self.files]
         for split, folder, _ in self.tables:
-            paths = table_paths(folder, "scores")
-            rows = sum(number_of_rows(path) for path in paths)
-            found += [{"name": f"data/{split}-*.parquet", "size": f"{rows:,} pairs"}]
-        return found
+            rows.append({"name": f"data/{split}-*.parquet", "size": f"{_pairs(folder):,} pairs"})
+        return rows
 
 
 def plan(run: Path, what: What, *, base: str | None = None, license: str | None = None) -> PushPlan:
-    """What of a run would be uploaded.
+    """List what of a run to upload.
 
     Args:
-        base: hub id of the model that the policy or the oracle was trained from; needed where that is a folder here
-            and only an adapter was saved.
-        license: identifier of the hub, for the card.
+        base: hub id of the base model; needed if the base is a local folder and only an adapter was saved.
+        license: the hub's identifier of the licence, for the card.
 
     Raises:
-        UserError: it is no finished run, or it lacks what is asked for; an adapter whose base nobody else has.
+        UserError: the folder is no finished run or lacks `what`, or the adapter's base is not on the hub.
     """
     if not (run / "recipe.yaml").is_file() or not (run / "metrics.json").is_file():
-        raise UserError(f"'{run}' is no finished run (recipe.yaml and metrics.json): expected a folder of `sepo run`")
+        raise UserError(f"'{run}' is no finished run (recipe.yaml, metrics.json): expected a folder of `sepo run`")
     recipe = load_recipe(run / "recipe.yaml")
     metrics = read_json_object(run / "metrics.json")
     if what == "scores":
         return _plan_scores(run, recipe, license)
     folder = run / what
     if not folder.is_dir() or not weight_files(folder):
-        named = recipe.oracle.model if what == "oracle" else None
-        why = f": the run took '{named}' as it was" if named else ""
-        raise UserError(f"'{run}' holds no {what} of its own{why}; expected {what}/*.safetensors")
+        given = recipe.oracle.model if what == "oracle" else None
+        why = f": the run used '{given}' without training it" if given else ""
+        raise UserError(f"'{run}' trained no {what}{why}; expected {what}/*.safetensors")
     start = (recipe.policy.model if what == "policy" else None) or recipe.reference.model
     trained_first = what == "oracle" or recipe.policy.model is None
     if trained_first and (recipe.reference.sft is not None or recipe.reference.layers is not None):
-        start_id = base  # what it was trained from is in the run's own folder only
+        start_id = base  # the base exists only in the run folder
     else:
         start_id = base or card.hub_id(start)
     files = {path.name: File(path.name, path) for path in _model_files(folder)}
     if is_adapter(folder):
-        config, start_id = _adapter_config(folder, start_id if base is not None else None, start_id)
+        config, start_id = _adapter_config(folder, base, start_id)
         files["adapter_config.json"] = File("adapter_config.json", config)
     license = license or card.license_beside(start)
-    own = folder / card.CARD
-    if what == "policy" and not card.may_write(own):
-        text = own.read_text(encoding="utf-8")
+    if what == "policy" and not card.may_write(folder / card.CARD):
+        text = (folder / card.CARD).read_text(encoding="utf-8")
     elif what == "policy":
         text = card.policy_card_of_run(run, recipe, metrics, base=start_id, license=license)
     else:
         text = card.oracle_card(recipe, metrics, base=start_id, adapter=is_adapter(folder), license=license)
-    return PushPlan("model", [File(card.CARD, text.encode()), *files.values()], [], base=start_id)
+    return PushPlan("model", [File(card.CARD, text.encode()), *files.values()], [])
 
 
 def _plan_scores(run: Path, recipe: Recipe, license: str | None) -> PushPlan:
@@ -131,33 +127,34 @@ def _plan_scores(run: Path, recipe: Recipe, license: str | None) -> PushPlan:
     if tokenizer is None:
         raise UserError(f"'{run}' holds no tokenizer: expected policy/tokenizer.json")
     selection = run / "selection"
-    found = [("train", folder / "scores", selection if selection.is_dir() else None)]
-    if (folder / "scores_held_out").is_dir() and _rows(folder / "scores_held_out"):
-        found.append(("held_out", folder / "scores_held_out", None))
+    splits = [("train", folder / "scores", selection if selection.is_dir() else None)]
+    if (folder / "scores_held_out").is_dir() and _pairs(folder / "scores_held_out"):
+        splits.append(("held_out", folder / "scores_held_out", None))
     model = recipe.policy.model if has_transfer(run) else recipe.reference.model
-    text = card.table_card(recipe, {name: _rows(table) for name, table, _ in found}, str(model), license)
-    return PushPlan("dataset", [File(card.CARD, text.encode())], found, str(tokenizer))
+    text = card.table_card(recipe, {name: _pairs(table) for name, table, _ in splits}, str(model), license)
+    return PushPlan("dataset", [File(card.CARD, text.encode())], splits, str(tokenizer))
 
 
 def upload(plan: PushPlan, to: str, private: bool | None, api: HfApi | None = None) -> str:
-    """Make the repository and upload everything in one commit; returns its address.
+    """Create the repository and upload everything in one commit; returns the repository's address.
 
     Raises:
-        UserError: the name is none of a repository, there is no token or it may not write there, or the hub cannot be
-            reached; a repository that is public already where a private one was asked for.
+        UserError: `to` is no repository name, there is no token or it has no write access, the hub cannot be reached,
+            or `private` is set and a public repository of this name exists.
     """
     check_name(to)
     api = api or HfApi()
-    with tempfile.TemporaryDirectory(prefix="sepo-push-") as place:
-        files = [_addressed(file, to) for file in plan.files]
+    with tempfile.TemporaryDirectory(prefix="sepo-push-") as temporary:
+        files = [_named_in_card(file, to) for file in plan.files]
         for split, folder, selection in plan.tables:
             assert plan.tokenizer is not None
-            files += write_shared(folder, selection, plan.tokenizer, split, Path(place))
-        return _asking(to, lambda: _commit(api, plan, files, to, private))
+            files += write_shared(folder, selection, plan.tokenizer, split, Path(temporary))
+        with _one_line_errors(to):
+            return _commit(api, plan, files, to, private)
 
 
 def check_name(to: str) -> None:
-    """Raise a UserError unless a text is ORG/NAME."""
+    """Raise a UserError unless `to` is ORG/NAME."""
     try:
         validate_repo_id(to)
     except HFValidationError:
@@ -171,7 +168,7 @@ def check_name(to: str) -> None:
 def _commit(api: HfApi, plan: PushPlan, files: list[File], to: str, private: bool | None) -> str:
     url = api.create_repo(to, repo_type=plan.repo_type, private=private, exist_ok=True)
     if private and not api.repo_info(to, repo_type=plan.repo_type).private:
-        raise UserError(f"'{to}' is there already, and public: nothing was uploaded; choose another name")
+        raise UserError(f"'{to}' exists and is public: nothing was uploaded; choose another name")
     new = {file.name for file in files}
     stale = [
         name
@@ -184,61 +181,66 @@ def _commit(api: HfApi, plan: PushPlan, files: list[File], to: str, private: boo
     return str(url)
 
 
-def _asking(to: str, work: Callable[[], str]) -> str:
-    """Do something at the hub; what it answers to bad input ends in one line."""
+@contextlib.contextmanager
+def _one_line_errors(to: str) -> Iterator[None]:
+    """Turn errors of the hub into a UserError of one line."""
     try:
-        return work()
+        yield
     except LocalTokenNotFoundError:
-        raise UserError("no token of the hub: run `hf auth login`, or set HF_TOKEN") from None
+        raise UserError("no token for the hub: run `hf auth login`, or set HF_TOKEN") from None
     except OfflineModeIsEnabled:
         raise UserError("the hub is switched off (HF_HUB_OFFLINE): unset it to upload") from None
     except HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else None
         if code == 401:
-            raise UserError("the hub knows no such token: run `hf auth login`, or set HF_TOKEN") from None
+            raise UserError("the hub rejects the token: run `hf auth login`, or set HF_TOKEN") from None
         if code == 403:
             raise UserError(f"the token may not write to '{to}': give it write access, or another name") from None
         raise UserError(f"the hub refused the upload to '{to}' ({named_error(error)}); run the command again") from None
-    except (OSError, RuntimeError) as error:  # all the ways of having no network
+    except (OSError, RuntimeError) as error:  # no network raises either
         raise UserError(f"the upload to '{to}' failed ({named_error(error)}); run the command again") from None
 
 
-def _addressed(file: File, to: str) -> File:
-    """A card with the name of its repository in what one is to type."""
-    if file.name != card.CARD or not isinstance(file.content, bytes) or card.MARK.encode() not in file.content:
+def _named_in_card(file: File, to: str) -> File:
+    """A generated card with the repository's name in its code; other files unchanged."""
+    if file.name != card.CARD or not isinstance(file.content, bytes) or not card.is_generated(file.content.decode()):
         return file
     return File(file.name, file.content.replace(b'"ORG/NAME"', f'"{to}"'.encode()))
 
 
 def _model_files(folder: Path) -> list[Path]:
-    found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.name not in _NOT_THE_MODEL and not path.name.startswith("."))
+    files = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in files if path.name not in _EXCLUDED and not path.name.startswith("."))
 
 
-def _adapter_config(folder: Path, given: str | None, known: str | None) -> tuple[bytes, str]:
-    """The config of an adapter, naming its base as others can find it, and that name."""
+def _adapter_config(folder: Path, base: str | None, start_id: str | None) -> tuple[bytes, str]:
+    """An adapter's config with the hub id of its base, and that id.
+
+    Args:
+        base: the hub id that the user gave.
+        start_id: the hub id that the run records.
+    """
     config = read_json_object(folder / "adapter_config.json")
     named = str(config.get("base_model_name_or_path") or "")
-    if given is not None:
-        config |= {"base_model_name_or_path": given, "revision": None}
+    if base is not None:
+        config["revision"] = None
     elif cached := _CACHED.fullmatch(named):
-        given = f"{cached['owner']}/{cached['name']}"
-        config |= {"base_model_name_or_path": given, "revision": cached["commit"]}
-    elif (given := known if known is not None else card.hub_id(named)) is not None:
-        config |= {"base_model_name_or_path": given}
-    else:
+        base = f"{cached['owner']}/{cached['name']}"
+        config["revision"] = cached["commit"]
+    elif (base := start_id if start_id is not None else card.hub_id(named)) is None:
         raise UserError(
-            f"the adapter in '{folder}' names its base by a place on this machine ('{named}'): give its hub id with "
+            f"the adapter in '{folder}' names its base by a path on this machine ('{named}'): give its hub id with "
             "--base ORG/NAME, or merge the adapter into its base (docs/recipes.md)"
         )
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), str(given)
+    config["base_model_name_or_path"] = base
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), base
 
 
-# --- the table of token rewards, for others to read ------------------------------------------------------------------
+# --- token rewards as a dataset ------------------------------------------------------------------------------------
 
 
 def write_shared(folder: Path, selection: Path | None, tokenizer: str, split: str, out: Path) -> list[File]:
-    """Write a score table as ordinary parquet files, with texts, tokens and weights: a file for each of its shards."""
+    """Write a score table as plain parquet files with texts, tokens and weights, one per shard."""
     loaded = load_tokenizer(tokenizer)
     paths = table_paths(folder, "scores")
     files = []
@@ -250,15 +252,15 @@ def write_shared(folder: Path, selection: Path | None, tokenizer: str, split: st
 
 
 def with_texts(scores: pa.Table, selection: Path | None, tokenizer: Any) -> pa.Table:
-    """A score table with what its ids stand for, and the weight of every token.
+    """Add texts, tokens and weights to a score table.
 
     Args:
         scores: a table of kind "scores".
-        selection: a selection table of these pairs; without it, and of pairs that it lacks, weights are null.
-        tokenizer: of the table.
+        selection: a selection table of these pairs; weights of pairs that it lacks are null.
+        tokenizer: the tokenizer of the table.
 
     Returns:
-        the columns that the card describes (`report.card.table_card`), rows in the same order.
+        The columns in `table_card.md`, rows in the same order.
     """
 
     def texts(column: str) -> pa.Array:
@@ -273,16 +275,8 @@ def with_texts(scores: pa.Table, selection: Path | None, tokenizer: Any) -> pa.T
         "prompt_ids": scores["prompt_ids"],
     }
     weights = None if selection is None else read_selection(selection, scores)
-    trained = np.zeros(len(scores), bool)
-    of_pairs = np.zeros(len(scores), np.float32)
-    if selection is not None:
-        known: dict[int, float] = {}
-        for table in iter_tables(selection, "selection"):
-            own = table[PAIR_WEIGHT].to_pylist() if PAIR_WEIGHT in table.column_names else [1.0] * len(table)
-            known.update(zip(table["pair_id"].to_pylist(), own, strict=True))
-        trained = np.array([pair in known for pair in scores["pair_id"].to_pylist()], bool)
-        of_pairs = np.array([known.get(pair, 0.0) for pair in scores["pair_id"].to_pylist()], np.float32)
-    columns[PAIR_WEIGHT] = pa.array(of_pairs, mask=~trained)
+    trained, pair_weights = _pair_weights(scores, selection)
+    columns[PAIR_WEIGHT] = pa.array(pair_weights, mask=~trained)
     for side in SIDES:
         ids, lengths = flat(scores[f"{side}_ids"])
         columns[f"{side}_ids"] = scores[f"{side}_ids"]
@@ -295,15 +289,16 @@ def with_texts(scores: pa.Table, selection: Path | None, tokenizer: Any) -> pa.T
     return pa.table(columns)
 
 
-def _rows(folder: Path) -> int:
+def _pair_weights(scores: pa.Table, selection: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Which pairs the selection has, and the weight of each pair (0 for the others)."""
+    known: dict[int, float] = {}
+    for table in iter_tables(selection, "selection") if selection is not None else ():
+        weights = table[PAIR_WEIGHT].to_pylist() if PAIR_WEIGHT in table.column_names else [1.0] * len(table)
+        known.update(zip(table["pair_id"].to_pylist(), weights, strict=True))
+    pair_ids = scores["pair_id"].to_pylist()
+    trained = np.array([pair_id in known for pair_id in pair_ids], bool)
+    return trained, np.array([known.get(pair_id, 0.0) for pair_id in pair_ids], np.float32)
+
+
+def _pairs(folder: Path) -> int:
     return sum(number_of_rows(path) for path in table_paths(folder, "scores"))
-
-
-def _size(number: int) -> str:
-    """Bytes as people read them.
-
-    >>> [_size(number) for number in (900, 1_500_000)]
-    ['0.9 kB', '1.5 MB']
-    """
-    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if number >= unit), (1e3, "kB"))
-    return f"{number / unit:.1f} {name}"

@@ -1,13 +1,11 @@
-"""Answers to a file of questions, by a model here, by vLLM or behind a server: resumable, in the benchmark's own form.
+"""Answers to a file of questions, by a local model, by vLLM or by a server: resumable, in the benchmark's own format.
 
-Every finished turn is a line of `finished.jsonl`, written and flushed when it is there, so that a command that is
-killed goes on where it stopped; a line that was cut off is written again. What answers depend on stands beside it
-(`generate.json`), and a folder with answers of other settings is refused. When nothing remains, the answers are written
-in the form that the benchmark's own tools read.
+Every finished turn is a line of `finished.jsonl`, flushed at once, so a killed command continues after the last whole
+line. `generate.json` records the settings, and a folder with answers for other settings is refused. The finished
+answers are written in a format that the benchmark's own tools read.
 
-The questions of a conversation are asked turn by turn. With Transformers each prompt has random numbers of its own
-(`generate.py`), so neither the batch nor where a run was interrupted changes an answer, up to the rounding of the
-model's sums.
+The questions of a conversation are asked turn by turn. With Transformers each prompt has its own random numbers
+(`generate.py`), so neither batching nor an interruption changes an answer, up to floating-point rounding.
 """
 
 from __future__ import annotations
@@ -16,22 +14,30 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sepo.bars import progress_bar
 from sepo.errors import UserError, one_line
 from sepo.files import append_line, digest, grown_lines, write_json, write_text
-from sepo.judging.endpoint import Endpoint, Reply, Spent
+from sepo.judging.endpoint import Endpoint
 from sepo.judging.questions import Question, answer_row, temperature_of
+from sepo.judging.replies import Reply, Spent
 
 FINISHED, RECORD = "finished.jsonl", "generate.json"
-_AT_ONCE = 512  # prompts that vLLM is given at once: it batches by itself, and hands them over when all are done
+_AT_ONCE = 512  # prompts of one vLLM call, which batches them by itself and returns when all are answered
 
 
 class Turn(NamedTuple):
-    """An answer to one turn: its text, its length in tokens, whether the model ended it itself (None: not known)."""
+    """The answer to one turn.
+
+    Attributes:
+        text: of the answer.
+        tokens: its length.
+        finished: the model ended it, rather than the length limit; None if unknown.
+    """
 
     text: str
     tokens: int
@@ -39,7 +45,14 @@ class Turn(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A turn that is to be answered: of which question, its number from 0, the conversation so far, how to sample."""
+    """A turn to answer.
+
+    Attributes:
+        key: of the question.
+        turn: number of the turn, from 0.
+        messages: the conversation so far.
+        temperature: of sampling.
+    """
 
     key: str
     turn: int
@@ -47,18 +60,18 @@ class Job(NamedTuple):
     temperature: float
 
 
-# An engine answers jobs and hands on each answer as it comes; what it cannot answer it leaves out.
+# An engine answers jobs and passes each answer on as it comes. It skips a job that it cannot answer.
 Done = Callable[[Job, Turn], None]
 Engine = Callable[[Sequence[Job], Done], None]
 
 
 @dataclass
 class AnswerLog:
-    """The turns that are answered, in a file that grows by lines.
+    """The finished turns, in a file that grows by lines.
 
     Attributes:
         path: of the file.
-        turns: by question and turn.
+        turns: by key of the question and number of the turn.
     """
 
     path: Path
@@ -66,27 +79,27 @@ class AnswerLog:
 
     @classmethod
     def read(cls, path: Path) -> AnswerLog:
-        """What an earlier run left."""
-        found = cls(path)
+        """Read the turns of an earlier run."""
+        log = cls(path)
         for row in grown_lines(path):
             try:
                 turn = Turn(str(row["text"]), int(row["tokens"]), row["finished"])
-                found.turns[(str(row["key"]), int(row["turn"]))] = turn
+                log.turns[(str(row["key"]), int(row["turn"]))] = turn
             except (ValueError, KeyError, TypeError):
-                continue  # a damaged line is a turn that is answered again
-        return found
+                continue  # the turn of a damaged line is answered again
+        return log
 
     def add(self, job: Job, turn: Turn) -> None:
-        """Keep an answer: it is on the disk when this returns."""
+        """Store an answer on disk."""
         self.turns[(job.key, job.turn)] = turn
         append_line(self.path, {"key": job.key, "turn": job.turn, **turn._asdict()})
 
 
-def settle(folder: Path, record: Mapping[str, Any]) -> None:
-    """See that what lies in a folder was made with these settings, and write them down.
+def claim_folder(folder: Path, record: Mapping[str, Any]) -> None:
+    """Record the settings of the answers in a folder, or check that they are the recorded ones.
 
     Raises:
-        UserError: it holds answers of others, by the name of the first setting that differs.
+        UserError: the folder has answers with other settings; names the first setting that differs.
     """
     path = folder / RECORD
     if path.is_file():
@@ -97,9 +110,9 @@ def settle(folder: Path, record: Mapping[str, Any]) -> None:
         wanted = json.loads(json.dumps(record))
         for name in wanted:
             if earlier.get(name) != wanted[name]:
-                what = f"with {name} {earlier.get(name)!r}, not {wanted[name]!r}"
-                what = {"model": "of another model", "prompts": "to other questions"}.get(name, what)
-                raise UserError(f"'{folder}' holds answers {one_line(what, 150)}: choose another --out, or remove it")
+                kind = f"with {name} {earlier.get(name)!r}, not {wanted[name]!r}"
+                kind = {"model": "of another model", "prompts": "to other questions"}.get(name, kind)
+                raise UserError(f"'{folder}' holds answers {one_line(kind, 150)}: choose another --out, or remove it")
     elif (folder / FINISHED).is_file():
         raise UserError(f"'{folder}' holds {FINISHED} without {RECORD}: choose another --out")
     else:
@@ -108,14 +121,18 @@ def settle(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def questions_digest(questions: Sequence[Question]) -> str:
-    """Fingerprint of what is asked."""
+    """Fingerprint of the questions."""
     return digest([[question.key, question.turns] for question in questions])
 
 
 def answer_all(
     questions: Sequence[Question], benchmark: str, finished: AnswerLog, engine: Engine, temperature: float | None
 ) -> int:
-    """Answer what is not answered yet, turn by turn; returns how many questions remain without a whole answer."""
+    """Answer the open questions turn by turn; returns the number of questions still without a whole answer.
+
+    Args:
+        temperature: of sampling; None for the benchmark's.
+    """
     longest = max(len(question.turns) for question in questions)
     total = sum(len(question.turns) for question in questions)
     with progress_bar(True, total=total, initial=len(finished.turns), desc="answer", unit="turn") as bar:
@@ -129,16 +146,16 @@ def answer_all(
             for question in questions:
                 done = [finished.turns.get((question.key, earlier)) for earlier in range(turn)]
                 if turn < len(question.turns) and (question.key, turn) not in finished.turns and None not in done:
-                    messages = _conversation(question, [one.text for one in done if one is not None])
-                    heat = temperature_of(question, benchmark, temperature)
-                    jobs.append(Job(question.key, turn, messages, heat))
+                    messages = _conversation(question, [answer.text for answer in done if answer is not None])
+                    own_temperature = temperature_of(question, benchmark, temperature)
+                    jobs.append(Job(question.key, turn, messages, own_temperature))
             if jobs:
                 engine(jobs, take)
     return sum(not is_whole(question, finished) for question in questions)
 
 
 def is_whole(question: Question, finished: AnswerLog) -> bool:
-    """Are all turns of a question answered?"""
+    """Whether all turns of a question are answered."""
     return all((question.key, turn) in finished.turns for turn in range(len(question.turns)))
 
 
@@ -152,7 +169,7 @@ def _conversation(question: Question, answers: Sequence[str]) -> tuple[Mapping[s
 
 
 def write_answers(folder: Path, questions: Sequence[Question], benchmark: str, finished: AnswerLog, model: str) -> Path:
-    """Write the whole answers in the benchmark's form; returns the file."""
+    """Write the whole answers in the benchmark's format; returns the file."""
     rows = []
     for question in questions:
         if is_whole(question, finished):
@@ -174,7 +191,12 @@ def write_answers(folder: Path, questions: Sequence[Question], benchmark: str, f
 def transformers_engine(
     model: Any, tokenizer: Any, *, max_new_tokens: int, seed: int, batch_size: int | None = None, options: Mapping = {}
 ) -> Engine:
-    """A model in memory. Prompts are sorted by length and answered in batches of a token budget (`generate.py`)."""
+    """An engine that is a model in memory. Prompts are sorted by length and batched within a token budget.
+
+    Args:
+        batch_size: None for the budget of `generate.py`.
+        options: keywords for the chat template.
+    """
     from sepo.data.prompts import encode_prompts
     from sepo.evaluate.generate import generate_responses, responses_at_once
     from sepo.models.limits import model_limits
@@ -191,7 +213,7 @@ def transformers_engine(
             while order:
                 number = batch_size or responses_at_once(len(ids[order[0]]) + max_new_tokens, device)
                 batch, order = order[:number], order[number:]
-                found = generate_responses(
+                responses = generate_responses(
                     model,
                     tokenizer,
                     [ids[i] for i in batch],
@@ -201,15 +223,16 @@ def transformers_engine(
                     batch_size=len(batch),
                     progress=False,
                 )
-                for i, one in zip(batch, found, strict=True):
-                    text = str(tokenizer.decode(one.response_ids, skip_special_tokens=True)).strip()
-                    done(jobs[i], Turn(text, len(one.response_ids), one.finished))
+                for i, response in zip(batch, responses, strict=True):
+                    response_ids = response.response_ids
+                    text = str(tokenizer.decode(response_ids, skip_special_tokens=True)).strip()
+                    done(jobs[i], Turn(text, len(response_ids), response.finished))
 
     return run
 
 
 def check_fits(prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: Any) -> None:
-    """Raise a UserError for prompts to which a model with a table of positions, or with fewer ids, cannot answer."""
+    """Raise a UserError for prompts beyond a model's table of positions, or with ids beyond its vocabulary."""
     longest = max(map(len, prompts))
     if limits.positions is not None and limits.firm and longest + max_new_tokens > limits.positions:
         raise UserError(
@@ -221,18 +244,25 @@ def check_fits(prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: An
 
 
 def server_engine(endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: list[Spent]) -> Engine:
-    """A server of the OpenAI kind. What was answered once comes from the cache of replies."""
+    """An engine that is an OpenAI-compatible server, through the cache of replies.
+
+    Args:
+        spent: gets the cost of each call.
+    """
 
     def run(jobs: Sequence[Job], done: Done) -> None:
         requests = [
             endpoint.request(
-                job.messages, temperature=job.temperature, max_tokens=max_new_tokens, seed=own_seed(seed, job.messages)
+                job.messages,
+                temperature=job.temperature,
+                max_tokens=max_new_tokens,
+                seed=prompt_seed(seed, job.messages),
             )
             for job in jobs
         ]
 
         def take(number: int, reply: Reply) -> None:
-            # A model may have nothing to say.
+            # An empty answer is an answer too.
             if reply.failure is None or reply.failure == "empty reply":
                 done(jobs[number], Turn(reply.text.strip(), reply.usage[1]))
 
@@ -245,10 +275,11 @@ def server_engine(endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: 
 def vllm_engine(
     folder: str, tokenizer: Any, *, max_new_tokens: int, seed: int, options: Mapping = {}, adapter: str | None = None
 ) -> Engine:
-    """A model in vLLM, which batches by itself. Its prompts are the same ids that Transformers would be given.
+    """An engine that is vLLM, which batches by itself. Its prompts have the same ids as with Transformers.
 
     Args:
-        folder: of the model; of the adapter's base, where there is an adapter.
+        folder: of the model, or of the adapter's base.
+        options: keywords for the chat template.
         adapter: folder of a LoRA adapter.
 
     Raises:
@@ -263,15 +294,14 @@ def vllm_engine(
     from sepo.data.prompts import encode_prompts
     from sepo.data.templates import stop_ids
 
-    class _Ends:
-        config = AutoConfig.from_pretrained(folder)
-        generation_config: Any = None
-
-    if os.path.isfile(os.path.join(folder, "generation_config.json")):
-        _Ends.generation_config = GenerationConfig.from_pretrained(folder)
-    stops = stop_ids(_Ends, tokenizer)
+    saved = os.path.isfile(os.path.join(folder, "generation_config.json"))
+    configs = SimpleNamespace(
+        config=AutoConfig.from_pretrained(folder),
+        generation_config=GenerationConfig.from_pretrained(folder) if saved else None,
+    )
+    stops = stop_ids(configs, tokenizer)
     lora: dict[str, Any] = {} if adapter is None else {"enable_lora": True, "max_lora_rank": _rank(adapter)}
-    # The saved sampling settings are put aside here too.
+    # "vllm": as with Transformers, the sampling settings in the model's folder are ignored.
     llm = LLM(model=folder, seed=seed, generation_config="vllm", **lora)
     request: dict[str, Any] = {}
     if adapter is not None:
@@ -285,7 +315,7 @@ def vllm_engine(
             SamplingParams(
                 temperature=job.temperature,
                 max_tokens=max_new_tokens,
-                seed=own_seed(seed, list(prompt)),
+                seed=prompt_seed(seed, list(prompt)),
                 stop_token_ids=stops,
             )
             for job, prompt in zip(jobs, ids, strict=True)
@@ -293,17 +323,16 @@ def vllm_engine(
         for start in range(0, len(jobs), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             prompts = [{"prompt_token_ids": list(prompt)} for prompt in ids[part]]
-            found = llm.generate(prompts, settings[part], **request)
-            for job, output in zip(jobs[part], found, strict=True):
-                one = output.outputs[0]
-                text = str(tokenizer.decode(list(one.token_ids), skip_special_tokens=True)).strip()
-                done(job, Turn(text, len(one.token_ids), one.finish_reason == "stop"))
+            for job, output in zip(jobs[part], llm.generate(prompts, settings[part], **request), strict=True):
+                answer = output.outputs[0]
+                text = str(tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)).strip()
+                done(job, Turn(text, len(answer.token_ids), answer.finish_reason == "stop"))
 
     return run
 
 
-def own_seed(seed: int, prompt: Any) -> int:
-    """A seed of 31 bits that belongs to a prompt: with one for all, a server draws the same numbers for each."""
+def prompt_seed(seed: int, prompt: Any) -> int:
+    """A seed of 31 bits for a prompt. With a common seed a server would draw the same numbers for every prompt."""
     return int(digest([seed, prompt]), 16) % 2**31
 
 
@@ -312,9 +341,3 @@ def _rank(adapter: str) -> int:
         return max(8, int(json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))["r"]))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"the adapter '{adapter}' is no LoRA that vLLM can load: merge it into its base") from None
-
-
-def total_spent(parts: Sequence[Spent]) -> Spent:
-    """All of it together."""
-    sums = {name: sum(asdict(part)[name] for part in parts) for name in asdict(Spent())}
-    return Spent(**sums)

@@ -1,9 +1,9 @@
-"""Scores of MT-Bench and Arena-Hard from their judgements, as the benchmarks define them; failed parses are counted.
+"""Scores of MT-Bench and Arena-Hard as the benchmarks define them. Replies without a verdict are counted.
 
 MT-Bench (Zheng et al. 2023, arXiv 2306.05685): a judge grades each turn from 1 to 10; the score is the mean over turns.
 Arena-Hard (Li et al. 2024, arXiv 2406.11939): a judge compares each answer with a baseline's twice, in both orders; the
-score is the share of games won, `A>>B` counting three times; style control reads the strength of a model in a
-Bradley-Terry regression beside the differences in length and Markdown.
+score is the share of games won, in which `A>>B` counts three times. Style control is the strength of a model in a
+Bradley-Terry regression that also has the differences in length and Markdown.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from sepo.evaluate.statistics import mean_and_se
-from sepo.judging.logistic import fit_logistic, sigmoid
+from sepo.judging.logistic import fit_logistic
 from sepo.judging.winrate import number_of
 
-# What a verdict means for the answer called A, and how many games it counts as.
+# The outcome of a verdict for the answer called A, once for each game that the verdict counts as.
 _DECISIVE = 3
 VERDICTS = {
     "A>>B": [1.0] * _DECISIVE, "A>B": [1.0], "A=B": [0.5], "A<B": [0.0], "A<<B": [0.0] * _DECISIVE,
     "B>>A": [0.0] * _DECISIVE, "B>A": [0.0], "B=A": [0.5], "B<A": [1.0], "B<<A": [1.0] * _DECISIVE,
 }  # fmt: skip
-# Whose answers the games of a category are against.
+# The opponent of a category's games.
 BASELINES = {
     "hard_prompt": "o3-mini-2025-01-31",
     "coding": "o3-mini-2025-01-31",
@@ -37,9 +38,9 @@ _ROUNDS = 100
 
 
 def mt_bench_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean grade of all turns of one model, with its standard error by question.
+    """Mean grade over all turns of one model, with its standard error clustered by question.
 
-    A grade that the judge did not give (−1 in FastChat's files, or none) is left out and counted, never read as 0.
+    A missing grade (−1 in FastChat's files, or none) is left out and counted, never read as 0.
 
     Args:
         rows: of a FastChat judgement file: question_id, score, turn.
@@ -64,8 +65,9 @@ def _grade(value: Any) -> float:
 
 
 def mt_bench_pair_scores(rows: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:
-    """Win rate of a model in FastChat's pairwise judgements, in per cent; a pair counts if both orders agree, else it
-    is a tie; one with a failed verdict is left out and counted.
+    """Win rate of a model in FastChat's pairwise judgements, in per cent.
+
+    A pair whose two orders disagree is a tie. A pair without a verdict is left out and counted.
     """
     values, groups = [], []
     failed = 0
@@ -86,16 +88,12 @@ def mt_bench_pair_scores(rows: Sequence[Mapping[str, Any]], model: str) -> dict[
 
 
 def arena_games(row: Mapping[str, Any]) -> list[float]:
-    """Outcomes for the model of one question's two games; none if a verdict is missing, as the benchmark has it.
+    """The model's outcomes in the two games of one question; none if a verdict is missing, as in the benchmark.
 
-    In the first game the baseline is A, in the second the model is.
+    The baseline is A in the first game, the model in the second.
     """
     games = row.get("games")
-    if (
-        not isinstance(games, list | tuple)
-        or len(games) < 2
-        or not all(isinstance(game, Mapping) for game in games[:2])
-    ):
+    if not isinstance(games, list | tuple) or len(games) < 2 or not all(isinstance(g, Mapping) for g in games[:2]):
         return []
     verdicts = [game.get("score") for game in games[:2]]
     if not all(isinstance(verdict, str) and verdict.strip() in VERDICTS for verdict in verdicts):
@@ -115,11 +113,11 @@ def arena_scores(
     Args:
         rows: judgements by model: uid (or question_id) and games.
         styles: for style control, by model and question: tokens, headers, lists, bold (`style_of`).
-        baseline: whose style answers are compared with.
+        baseline: the opponent, whose style is subtracted.
 
     Returns:
-        by model: score, standard_error (by question), lower, upper, n_total questions, n_failed; with styles also
-        style_controlled, style_lower, style_upper.
+        by model: score, standard_error (clustered by question), lower, upper, n_total questions, n_failed; with styles
+        also style_controlled, style_lower, style_upper.
     """
     rng = np.random.default_rng(seed)
     results: dict[str, dict[str, Any]] = {}
@@ -127,10 +125,10 @@ def arena_scores(
     for model, judged in rows.items():
         games = {_question(row): arena_games(row) for row in judged}
         failed = sum(not outcomes for outcomes in games.values())
-        own = [(model, question, outcome) for question, outcomes in games.items() for outcome in outcomes]
-        battles += own
-        values = np.array([outcome for *_, outcome in own])
-        mean, error = mean_and_se(values, [question for _, question, _ in own])
+        played = [(model, question, outcome) for question, outcomes in games.items() for outcome in outcomes]
+        battles += played
+        values = np.array([outcome for *_, outcome in played])
+        mean, error = mean_and_se(values, [question for _, question, _ in played])
         rounds = [rng.choice(values, len(values)).mean() for _ in range(_ROUNDS)] if len(values) else [math.nan]
         warned = [f"{failed} of {len(games)} questions lack a verdict and are left out"] if failed else []
         results[model] = {
@@ -155,44 +153,44 @@ def _add_style_control(results: dict, battles: list, styles: Mapping, baseline: 
     for model in results:
         if model not in models:
             results[model]["warnings"].append(
-                f"no style control: no answers of it and '{baseline}' to the same questions"
+                f"no style control: it and '{baseline}' have no answers to the same questions"
             )
     if not models:
         return
     difference = np.array([style_difference(styles[model][q], base[q]) for model, q, _ in kept])
-    spread = difference.std(axis=0, ddof=1) if len(kept) > 1 else np.zeros(difference.shape[1])
-    normal = (difference - difference.mean(axis=0)) / np.where(spread > 0, spread, 1)
-    own = np.array([[float(model == other) for other in models] for model, *_ in kept])
-    features, outcomes = np.hstack([own, normal]), np.array([outcome for *_, outcome in kept])
+    std = difference.std(axis=0, ddof=1) if len(kept) > 1 else np.zeros(difference.shape[1])
+    normal = (difference - difference.mean(axis=0)) / np.where(std > 0, std, 1)
+    is_model = np.array([[float(model == column) for column in models] for model, *_ in kept])
+    features, outcomes = np.hstack([is_model, normal]), np.array([outcome for *_, outcome in kept])
     counts = rng.multinomial(len(kept), np.full(len(kept), 1 / len(kept)), _ROUNDS)
     strengths = np.array([fit_logistic(features, outcomes, drawn)[: len(models)] for drawn in counts])
     for i, model in enumerate(models):
-        points = 100 * np.quantile(sigmoid(strengths[:, i]), [0.5, 0.05, 0.95])
+        points = 100 * np.quantile(expit(strengths[:, i]), [0.5, 0.05, 0.95])
         results[model] |= dict(zip(("style_controlled", "style_lower", "style_upper"), map(float, points), strict=True))
-        if missing := sum(one == model for one, _ in without):
+        if missing := sum(name == model for name, _ in without):
             results[model]["warnings"].append(f"{missing} questions without both answers are not in the style control")
         if len(models) == 1:
-            # The benchmark centres the features over all games, which of one model are its own.
+            # The benchmark centres the features over all games, here those of one model.
             results[model]["warnings"].append(
-                "style control centres features over the games of all models: of one model alone it does little"
+                "style control centres features over the games of all models: with one model alone it does little"
             )
 
 
 def style_of(metadata: Mapping[str, Any]) -> list[float] | None:
-    """Tokens, headers, list items and bold passages of an answer's `metadata`; None if they are not all there."""
-    found = []
+    """Tokens, headers, list items and bold passages in an answer's `metadata`; None if one of them is missing."""
+    style = []
     for name in ("token_len", "header_count", "list_count", "bold_count"):
         value = metadata.get(name)
         parts = list(value.values()) if isinstance(value, Mapping) else [value]
         numbers = [number_of(part) for part in parts]
         if not numbers or not all(map(math.isfinite, numbers)):
             return None
-        found.append(sum(numbers))
-    return found
+        style.append(sum(numbers))
+    return style
 
 
 def style_difference(model: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Relative difference in length, and of the densities of headers, lists and bold a token.
+    """Relative difference in length, and the differences in headers, lists and bold passages per token.
 
     >>> style_difference([300, 3, 0, 0], [100, 0, 0, 0])
     [0.5, 0.009900990099009901, 0.0, 0.0]

@@ -1,6 +1,6 @@
-"""A benchmark's questions in a run: answers of the policy and of its start in the benchmark's own form, and verdicts.
+"""A benchmark in a run: answers of the policy and of its start in the benchmark's own format, and verdicts on them.
 
-The same parts as `sepo generate` and `sepo judge`, one after the other for both models.
+It runs the same functions as `sepo generate` and `sepo judge`, for one model after the other.
 """
 
 from __future__ import annotations
@@ -16,8 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo.errors import UserError
 from sepo.files import write_json
-from sepo.judging import answering, in_run
-from sepo.judging import judge as compare
+from sepo.judging.answering import (
+    FINISHED,
+    AnswerLog,
+    answer_all,
+    claim_folder,
+    is_whole,
+    transformers_engine,
+    write_answers,
+)
+from sepo.judging.in_run import log_spent, rate_of
+from sepo.judging.judge import annotation_rows, judge_pairs, match_answers, prepare_judge
 from sepo.judging.questions import BENCHMARKS, Question, find_questions, read_answers, read_questions
 from sepo.recipe.settings import JudgeSettings
 
@@ -25,19 +34,19 @@ ROLES = ("base", "policy")
 
 
 def questions_of(name: str, file: str, limit: int | None = None) -> tuple[list[Question], str]:
-    """The questions that `eval.benchmarks` names, and the benchmark whose form they have.
+    """The questions of an entry of `eval.benchmarks`, and the benchmark whose format they have.
 
     Args:
-        name: as the recipe calls it; that of a benchmark says which form the rows have.
+        name: of the entry; the name of a benchmark defines the format.
         file: path, or a name that `sepo generate --prompts` takes.
 
     Raises:
-        UserError: there is no such file, a row is no question, or the form cannot hold it.
+        UserError: there is no such file, a row is no question, or the format does not allow its turns.
     """
     path, known = find_questions(file)
     questions, benchmark = read_questions(path, known or (name if name in BENCHMARKS else ""))
     if benchmark == "alpaca_eval" and any(len(question.turns) > 1 for question in questions):
-        raise UserError(f"'{path}' has questions of several turns, which AlpacaEval's form cannot hold")
+        raise UserError(f"'{path}' has questions of several turns, which AlpacaEval's format does not allow")
     return questions[:limit], benchmark
 
 
@@ -55,13 +64,13 @@ def answer_benchmark(
     batch_size: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> dict[str, float]:
-    """Answer questions with both models; interrupted, it goes on where it stopped.
+    """Answer questions with both models. After an interruption the answers so far are reused.
 
     Args:
         models: a folder for each of `ROLES`.
-        load: a folder -> the model on its device.
-        out: folder; the answers of each role lie in a folder of that name.
-        settings: what answers depend on; unfinished ones of others are removed.
+        load: loads the model in a folder onto its device.
+        out: the answers of each role are in a subfolder of that name.
+        settings: cache key of the answers; unfinished answers with other settings are removed.
 
     Returns:
         `questions`, and for each role `tokens/ROLE`, the mean length of its answers over all turns.
@@ -70,19 +79,19 @@ def answer_benchmark(
     for role in ROLES:
         folder = out / role
         try:
-            answering.settle(folder, settings)
+            claim_folder(folder, settings)
         except UserError:
             shutil.rmtree(folder)
-            answering.settle(folder, settings)
-        finished = answering.AnswerLog.read(folder / answering.FINISHED)
-        if not all(answering.is_whole(question, finished) for question in questions):
-            engine = answering.transformers_engine(
+            claim_folder(folder, settings)
+        finished = AnswerLog.read(folder / FINISHED)
+        if not all(is_whole(question, finished) for question in questions):
+            engine = transformers_engine(
                 load(models[role]), tokenizer, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
                 options=options,
             )  # fmt: skip
-            answering.answer_all(questions, benchmark, finished, engine, None)
-            del engine  # one model is in memory at a time
-        answering.write_answers(folder, questions, benchmark, finished, role)
+            answer_all(questions, benchmark, finished, engine, None)
+            del engine  # frees the model before the next one is loaded
+        write_answers(folder, questions, benchmark, finished, role)
         results[f"tokens/{role}"] = float(np.mean([turn.tokens for turn in finished.turns.values()]))
     return results
 
@@ -100,16 +109,16 @@ def judge_benchmark(
         `win_rate` of the policy in [0, 1] with its `_se`, `length_controlled`, `judged`, `failed`, `unanswered`.
     """
     read = {role: read_answers(_file_of(answers / role)) for role in ROLES}
-    matches, _ = compare.match(read["policy"], read["base"], questions)
-    contests = [one.contest for one in matches]
-    prepared = compare.prepare(judge, contests)
-    verdicts, extra, spent = compare.judge_pairs(prepared, contests, device)
-    lacking = in_run.log_spent(prepared, spent)
-    rows = compare.annotation_rows(matches, verdicts, extra, judge.name)
+    matches, _ = match_answers(read["policy"], read["base"], questions)
+    contests = [match.contest for match in matches]
+    prepared = prepare_judge(judge, contests)
+    verdicts, columns, spent = judge_pairs(prepared, contests, device)
+    unanswered = log_spent(prepared, spent)
+    rows = annotation_rows(matches, verdicts, columns, judge.name)
     write_json(out, rows, indent=1)
-    return in_run.rate_of(rows, [one.number for one in matches]) | lacking
+    return rate_of(rows, [match.number for match in matches]) | unanswered
 
 
 def _file_of(folder: Path) -> Path:
-    """The file of answers that `write_answers` wrote."""
+    """The file written by `write_answers`."""
     return next(path for pattern in ("model_outputs.json", "model_answer/*.jsonl") for path in folder.glob(pattern))

@@ -1,4 +1,4 @@
-"""A judge in a run: the policy's answers to the held-out prompts against the base's."""
+"""A judge in a run compares the policy's answers to the held-out prompts with the base's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import numpy as np
 from sepo.errors import UserError
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import digest, file_digest
-from sepo.judging import judge as compare
-from sepo.judging import oracle_judge as oracle
-from sepo.judging import scorers as scores
-from sepo.judging import server_judge as server
-from sepo.judging.endpoint import Spent
-from sepo.judging.server_judge import Contest, spent_text
+from sepo.judging.judge import Prepared, judge_pairs, prepare_judge
+from sepo.judging.oracle_judge import find_oracle, held_out_accuracy
+from sepo.judging.replies import Spent
+from sepo.judging.scorers import Scorer, source_file, user_function
+from sepo.judging.server_judge import Contest, ServerJudge
 from sepo.judging.winrate import FEW, judgement_of, length_controlled
 from sepo.models.checkpoint import load_classifier
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
@@ -29,14 +28,13 @@ from sepo.recipe.settings import JudgeSettings
 
 
 def check_judge(settings: JudgeSettings) -> None:
-    """Raise a UserError for a judge that cannot be had, before a model is trained for it; nobody is asked."""
+    """Raise a UserError for an unusable judge, before a model is trained. A server is not asked."""
     if settings.function is not None:
-        scores.user_function(settings.function)
+        user_function(settings.function)
     elif settings.oracle is not None:
-        oracle.find_oracle(settings)
+        find_oracle(settings)
     elif settings.server is not None:
-        contest = Contest(("question",), ("one",), ("other",))
-        server.pair_requests(settings, server.endpoint_of(settings), server.read_prompts(settings), [contest])
+        ServerJudge.of(settings).pair_requests([Contest(("question",), ("one",), ("other",))])
     else:
         name = str(settings.reward_model)
         folder = Path(name)
@@ -52,25 +50,25 @@ def check_judge(settings: JudgeSettings) -> None:
 
 
 def judge_content(settings: JudgeSettings) -> str:
-    """Digest of what verdicts depend on beside the settings: weights, the function's file, the prompt's file."""
+    """Digest of the judge's weights, of its function's source file, or of its prompt file."""
     if settings.function is not None:
-        source = scores.source_file(settings.function)
+        source = source_file(settings.function)
         return "" if source is None else file_digest(source)
     if settings.server is not None:
         return file_digest(Path(str(settings.prompt)))
     if settings.oracle is not None:
-        found = oracle.find_oracle(settings)
-        models = (found.folder, found.reference)
-        return digest([found.beta, *map(model_fingerprint, models), usage_fingerprint(found.folder)])
+        oracle = find_oracle(settings)
+        models = (oracle.folder, oracle.reference)
+        return digest([oracle.beta, *map(model_fingerprint, models), usage_fingerprint(oracle.folder)])
     return model_fingerprint(str(settings.reward_model), revision=settings.revision)
 
 
 def judge_in_words(settings: JudgeSettings) -> str:
-    """What a judge is called, and for an oracle how well it judges, if that is known."""
-    found = {} if settings.oracle is None else oracle.held_out_accuracy(Path(settings.oracle))
-    if not found:
+    """The judge's name, and an oracle's accuracy on held-out pairs if known."""
+    known = {} if settings.oracle is None else held_out_accuracy(Path(settings.oracle))
+    if not known:
         return settings.name
-    return f"{settings.name} (held-out accuracy {found['oracle_accuracy']:.2f} ± {found['oracle_accuracy_se']:.2f})"
+    return f"{settings.name} (held-out accuracy {known['oracle_accuracy']:.2f} ± {known['oracle_accuracy_se']:.2f})"
 
 
 def judge_responses(
@@ -80,87 +78,89 @@ def judge_responses(
     policy: Sequence[str],
     groups: Sequence[int],
     device: str = "auto",
-    scorer: scores.Scorer | None = None,
+    scorer: Scorer | None = None,
 ) -> tuple[dict[str, float], dict[str, list[Any]], list[dict[str, Any]]]:
     """Compare responses to the same prompts.
 
     Args:
         questions, base, policy: texts of each prompt and sample.
-        groups: the prompt of each, for the errors.
-        scorer: of the judge, where it is in memory already (`compare.scorer_of`).
+        groups: the prompt of each sample, for the errors.
+        scorer: of this judge, if its models are in memory already (`scorer_of`).
 
     Returns:
-        metrics (`win_rate` of the policy in [0, 1], ties a half; with `_se`; `length_controlled`; `judged`, `failed`;
-        of a server `unanswered`, calls without a reply; of another judge `score/base`, `score/policy`,
-        `score/difference`; of an oracle that a run made its `oracle_accuracy` on held-out pairs, with `_se`), columns
-        for the table of generations, and annotations that `sepo winrate` reads.
+        metrics, columns for the table of generations, and annotations that `sepo winrate` reads. The metrics are the
+        policy's `win_rate` in [0, 1] with `_se` (a tie counts a half), `length_controlled`, `judged` and `failed`; for
+        a server `unanswered`, the calls without a reply; for another judge `score/base`, `score/policy` and
+        `score/difference`; for an oracle made by a run its `oracle_accuracy` on held-out pairs with `_se`.
     """
     contests = [
-        Contest((question,), (one,), (other,)) for question, one, other in zip(questions, base, policy, strict=True)
+        Contest((question,), (before,), (after,))
+        for question, before, after in zip(questions, base, policy, strict=True)
     ]
-    prepared = compare.prepare(settings, contests)
-    verdicts, extra, spent = compare.judge_pairs(prepared, contests, device, scorer)
-    lacking = log_spent(prepared, spent)
+    prepared = prepare_judge(settings, contests)
+    verdicts, columns, spent = judge_pairs(prepared, contests, device, scorer)
+    unanswered = log_spent(prepared, spent)
     rows = [
         {
-            "instruction": question,
-            "output_1": one,
+            "instruction": contest.questions[0],
+            "output_1": contest.baseline[0],
             "generator_1": "base",
-            "output_2": other,
+            "output_2": contest.model[0],
             "generator_2": "policy",
             "index": group,
             "annotator": settings.name,
             "preference": verdict.preference,
             "failure": verdict.failure,
-            **columns,
+            **more,
         }
-        for question, one, other, group, verdict, columns in zip(
-            questions, base, policy, groups, verdicts, extra, strict=True
-        )
+        for contest, group, verdict, more in zip(contests, groups, verdicts, columns, strict=True)
     ]
-    metrics = rate_of(rows, groups) | lacking
+    metrics = rate_of(rows, groups) | unanswered
     if settings.oracle is not None:
-        metrics |= oracle.held_out_accuracy(Path(settings.oracle))
-    preferences = np.array([np.nan if one.preference is None else one.preference for one in verdicts], np.float64)
-    table: dict[str, list[Any]] = {"preference": preferences.tolist()}
+        metrics |= held_out_accuracy(Path(settings.oracle))
+    table: dict[str, list[Any]] = {"preference": _preferences(rows).tolist()}
     if settings.server is None:
-        numbers = {side: np.array([one[f"score_{i}"] for one in extra]) for i, side in ((1, "base"), (2, "policy"))}
-        both = np.isfinite(numbers["base"]) & np.isfinite(numbers["policy"])
+        scores = {side: np.array([more[f"score_{i}"] for more in columns]) for i, side in ((1, "base"), (2, "policy"))}
+        both = np.isfinite(scores["base"]) & np.isfinite(scores["policy"])
         kept = [group for group, good in zip(groups, both, strict=True) if good]
-        for side, values in numbers.items():
+        for side, values in scores.items():
             metrics[f"score/{side}"], metrics[f"score/{side}_se"] = mean_and_se(values[both], kept)
             table[f"{side}_score"] = values.tolist()
         metrics["score/difference"], metrics["score/difference_se"] = paired_difference(
-            numbers["policy"][both], numbers["base"][both], kept
+            scores["policy"][both], scores["base"][both], kept
         )
     return {f"judge/{name}": value for name, value in metrics.items()}, table, rows
 
 
-def log_spent(prepared: compare.Prepared, spent: Mapping[str, Any]) -> dict[str, float]:
-    """Say what was asked of a server; returns how many calls it left `unanswered`, nothing for other judges."""
+def _preferences(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array([np.nan if row["preference"] is None else row["preference"] for row in rows], np.float64)
+
+
+def log_spent(prepared: Prepared, spent: Mapping[str, Any]) -> dict[str, float]:
+    """Log the cost of a server; returns its number of `unanswered` calls, and nothing for other judges."""
     if prepared.endpoint is None:
         return {}
-    log(f"judge: {spent_text(Spent(**spent), None)}")
+    log(f"judge: {Spent(**spent).in_words()}")
     return {"unanswered": float(spent["unanswered"])}
 
 
 def rate_of(rows: Sequence[Mapping[str, Any]], groups: Sequence[int]) -> dict[str, float]:
-    """The win rate of annotations, and how many there are; says what has no verdict.
+    """The win rate and the numbers of annotations. Missing verdicts are logged with their reasons.
 
     Args:
         rows: of annotations.json, with `preference` and `failure`.
-        groups: the prompt of each, for the error.
+        groups: the prompt of each row, for the error.
 
     Returns:
         `win_rate` of the second answers in [0, 1] with its `_se`, `length_controlled` (with enough of them), `judged`,
         `failed`.
     """
-    preferences = np.array([np.nan if row["preference"] is None else row["preference"] for row in rows], np.float64)
+    preferences = _preferences(rows)
     judged = np.isfinite(preferences)
     kept = [group for group, good in zip(groups, judged, strict=True) if good]
     metrics: dict[str, float] = {}
     metrics["win_rate"], metrics["win_rate_se"] = mean_and_se(preferences[judged] - 1, kept)
-    if judged.sum() >= FEW:  # of fewer the penalty draws it towards a half
+    if judged.sum() >= FEW:  # with fewer, the penalty draws it towards a half
         controlled = length_controlled([judgement_of(row, i) for i, row in enumerate(rows)])
         metrics["length_controlled"] = controlled["length_controlled_winrate"] / 100
     metrics |= {"judged": float(judged.sum()), "failed": float((~judged).sum())}

@@ -1,9 +1,9 @@
-"""The words that a judge is asked with, and what its reply means.
+"""The prompts of a judge, and how its replies are read.
 
-Templates are the benchmarks' own files, read at run time: AlpacaEval's text with `<|im_start|>` turns, FastChat's
-`judge_prompts.jsonl`, Arena-Hard's yaml. Placeholders are filled in one pass and after the template was cut into turns,
-so an answer that holds `{answer_b}` or `<|im_start|>system` stays text. An answer may still *say* "output (a) is
-better": what is read is the judge's own reply, and one with two different verdicts is no verdict.
+Prompts are the benchmarks' own files, read at run time: AlpacaEval's text with `<|im_start|>` turns, FastChat's
+`judge_prompts.jsonl`, Arena-Hard's yaml. A file is first cut into turns, then its placeholders are filled in one pass,
+so `{answer_b}` or `<|im_start|>system` in an answer stays text. An answer may still *claim* "output (a) is better":
+only the judge's own reply is read, and a reply with two different verdicts counts as none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import yaml
 
 from sepo.errors import UserError, nearest
-from sepo.judging.endpoint import Reply
+from sepo.judging.replies import Reply
 
 # How a reply names the better answer.
 TOKENS, LETTERS, ARENA, OUTPUTS, RATING = "tokens", "letters", "arena", "outputs", "rating"
@@ -29,14 +29,14 @@ _ARENA_SAME = {"B<<A": "A>>B", "B<A": "A>B", "B=A": "A=B", "A<B": "B>A", "A<<B":
 
 
 class JudgePrompt(NamedTuple):
-    """What a judge is asked.
+    """A prompt of a judge.
 
     Attributes:
-        name: of the template.
-        messages: role and text with placeholders in braces.
+        name: in its file.
+        messages: role and text, with placeholders in braces.
         verdict: how the reply names the better answer (TOKENS, ...).
-        reference: it shows a reference answer.
-        turns: of the conversation that it shows.
+        reference: the prompt shows a reference answer.
+        turns: number of turns of the conversation that the prompt shows.
     """
 
     name: str
@@ -46,22 +46,22 @@ class JudgePrompt(NamedTuple):
     turns: int = 1
 
     def fill(self, values: Mapping[str, str]) -> list[dict[str, str]]:
-        """The messages with every placeholder replaced in one pass; what has no value stays as it is."""
+        """The messages with their placeholders filled in one pass; a placeholder without a value stays."""
         pattern = re.compile("{(" + "|".join(map(re.escape, values)) + ")}")
         return [
             {"role": role, "content": pattern.sub(lambda match: values[match[1]], text)} for role, text in self.messages
         ]
 
 
-def values_of(
+def prompt_values(
     questions: Sequence[str], first: Sequence[str], second: Sequence[str] = (), reference: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Values of all names that the benchmarks' templates have, for a conversation of as many turns as `questions`.
+    """Values of the placeholders of all benchmarks, for a conversation with as many turns as `questions`.
 
     Args:
         questions: of the user.
-        first, second: the answers to them, of one model (for a grade) or of two.
-        reference: answers that are right.
+        first, second: the answers of one model (for a grade) or of two.
+        reference: right answers.
     """
     values = {f"question_{i}": text for i, text in enumerate(questions, 1)}
     values |= {f"answer_{i}": text for i, text in enumerate(first, 1)}
@@ -77,53 +77,45 @@ def values_of(
     return values
 
 
-def read_templates(path: Path) -> dict[str, JudgePrompt]:
-    """Templates of a file by name: a jsonl of FastChat, a yaml of Arena-Hard, or one text.
+def read_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
+    """Prompts of a file by name: a jsonl of FastChat, a yaml of Arena-Hard, or one text.
 
     Raises:
-        UserError: the file is missing, or shows no answers.
+        UserError: the file is missing or cannot be read, or one of its prompts shows no answer.
     """
     if not path.is_file():
         raise UserError(f"no judge prompt at '{path}': expected the benchmark's txt, jsonl or yaml file")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            found = [_of_fastchat(json.loads(line)) for line in text.split("\n") if line.strip()]
+            prompts = [_of_fastchat(json.loads(line)) for line in text.split("\n") if line.strip()]
         elif path.suffix in (".yaml", ".yml"):
-            found = [_of_arena(yaml.safe_load(text), path.stem)]
+            prompts = [_of_arena(yaml.safe_load(text), path.stem)]
         else:
-            found = [_of_text(text, path.stem)]
+            prompts = [_of_text(text, path.stem)]
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"the judge prompt '{path}' cannot be read ({type(error).__name__} {error})") from None
-    for template in found:
-        shown = "".join(text for _, text in template.messages)
-        if not _SHOWS_ANSWERS.search(shown):
+    for prompt in prompts:
+        if not any(_SHOWS_ANSWERS.search(text) for _, text in prompt.messages):
             raise UserError(
                 f"the judge prompt '{path}' shows no answer: expected {{output_1}}, {{answer_a}} or {{answer}}"
             )
-    return {template.name: template for template in found}
+    return {prompt.name: prompt for prompt in prompts}
 
 
 def _of_fastchat(row: Mapping) -> JudgePrompt:
-    verdict = {"[[A]]": LETTERS, "[[rating]]": RATING}.get(row["output_format"])
-    if verdict is None:
-        verdict = "scores"  # [[rating_a,rating_b]]: of no use here, and in the same file
-    prompt = str(row["prompt_template"])
-    turns = 2 if "question_2" in prompt else 1
-    return JudgePrompt(
-        str(row["name"]),
-        (("system", str(row["system_prompt"])), ("user", prompt)),
-        verdict,
-        "ref_answer" in prompt,
-        turns,
-    )
+    # "scores" ([[rating_a,rating_b]]) is not used here, but it is in the same file.
+    verdict = {"[[A]]": LETTERS, "[[rating]]": RATING}.get(row["output_format"], "scores")
+    text = str(row["prompt_template"])
+    messages = (("system", str(row["system_prompt"])), ("user", text))
+    return JudgePrompt(str(row["name"]), messages, verdict, "ref_answer" in text, 2 if "question_2" in text else 1)
 
 
 def _of_arena(settings: Mapping, name: str) -> JudgePrompt:
-    prompt = settings["prompt_template"]
-    prompts = [prompt] if isinstance(prompt, str) else [str(one) for one in prompt]
+    texts = settings["prompt_template"]
+    texts = [texts] if isinstance(texts, str) else [str(text) for text in texts]
     system = settings.get("system_prompt")
-    messages = ([("system", str(system))] if system else []) + [("user", one) for one in prompts]
+    messages = ([("system", str(system))] if system else []) + [("user", text) for text in texts]
     return JudgePrompt(name, tuple(messages), ARENA)
 
 
@@ -143,38 +135,36 @@ def _of_text(text: str, name: str) -> JudgePrompt:
     return JudgePrompt(name, tuple(turns), verdict)
 
 
-def choose(
-    templates: Mapping[str, JudgePrompt], name: str | None, verdicts: Sequence[str], turns: int, reference: bool
+def choose_prompt(
+    prompts: Mapping[str, JudgePrompt], name: str | None, verdicts: Sequence[str], turns: int, reference: bool
 ) -> JudgePrompt:
-    """The template of that name, or the first that fits what is to be judged.
+    """The prompt of that name, or the first that fits.
 
     Args:
-        verdicts: the kinds that will do.
-        turns: of the conversation.
-        reference: there is a reference answer; a template that shows one is then preferred.
+        verdicts: the kinds of verdict that are allowed.
+        turns: number of turns of the conversation.
+        reference: there is a reference answer; a prompt that shows one is then preferred.
 
     Raises:
-        UserError: there is none.
+        UserError: no prompt fits.
     """
-    fitting = {key: one for key, one in templates.items() if one.verdict in verdicts and one.turns == turns}
-    if name is not None and name not in templates:
-        raise UserError(f"no judge prompt '{name}'{nearest(name, templates)}: there are {', '.join(templates)}")
+    fitting = {key: prompt for key, prompt in prompts.items() if prompt.verdict in verdicts and prompt.turns == turns}
+    if name is not None and name not in prompts:
+        raise UserError(f"no judge prompt '{name}'{nearest(name, prompts)}: there are {', '.join(prompts)}")
     if name is not None and turns == 1:
         if name not in fitting:
             raise UserError(f"the judge prompt '{name}' does not fit: expected one of {', '.join(fitting) or 'none'}")
         return fitting[name]
     for wanted in (reference, False):
-        found = [one for one in fitting.values() if one.reference == wanted]
-        if found:
-            return found[0]
-    kinds = "a grade [[rating]]" if RATING in verdicts else "a comparison"
-    raise UserError(
-        f"the file of judge prompts has none for {kinds} of {turns} turns: there are {', '.join(templates)}"
-    )
+        for prompt in fitting.values():
+            if prompt.reference == wanted:
+                return prompt
+    kind = "a grade [[rating]]" if RATING in verdicts else "a comparison"
+    raise UserError(f"the file of judge prompts has none for {kind} of {turns} turns: there are {', '.join(prompts)}")
 
 
-def preference(template: JudgePrompt, reply: Reply) -> tuple[float | None, str | None]:
-    """What a reply says of two answers: 1 the first is better, 2 the second, between how sure; or why it says nothing.
+def read_preference(prompt: JudgePrompt, reply: Reply) -> tuple[float | None, str | None]:
+    """The preference in a reply: 1 for the first answer, 2 for the second, in between by confidence; or None and why.
 
     TOKENS: `m` is the first and `M` the second; with log-probabilities 1 + P(M) / (P(m) + P(M)), as AlpacaEval's.
     LETTERS: [[A]], [[B]], [[C]] for a tie. OUTPUTS: "Output (a)" at the start of a line. ARENA: [[A>>B]] to [[B>>A]],
@@ -182,28 +172,28 @@ def preference(template: JudgePrompt, reply: Reply) -> tuple[float | None, str |
     """
     if reply.failure is not None:
         return None, reply.failure
-    if template.verdict == TOKENS:
+    if prompt.verdict == TOKENS:
         return _token_preference(reply)
-    if template.verdict == LETTERS:
-        found = set(re.findall(r"\[\[(A|B|C)\]\]", reply.text))
-        return _one_of(found, {"A": 1.0, "B": 2.0, "C": 1.5})
-    if template.verdict == ARENA:
-        named = {name.strip() for name in re.findall(r"\[\[([AB<>=]+)\]\]", reply.text)}
-        return _one_of({_ARENA_SAME.get(name, name) for name in named}, _ARENA_SCALE)
-    found = {match.lower() for match in re.findall(r"(?:^|\n)\s*Output \(([ab])\)", reply.text, re.IGNORECASE)}
-    return _one_of(found, {"a": 1.0, "b": 2.0})
+    if prompt.verdict == LETTERS:
+        verdicts = set(re.findall(r"\[\[(A|B|C)\]\]", reply.text))
+        return _single_verdict(verdicts, {"A": 1.0, "B": 2.0, "C": 1.5})
+    if prompt.verdict == ARENA:
+        verdicts = {name.strip() for name in re.findall(r"\[\[([AB<>=]+)\]\]", reply.text)}
+        return _single_verdict({_ARENA_SAME.get(name, name) for name in verdicts}, _ARENA_SCALE)
+    verdicts = {match.lower() for match in re.findall(r"(?:^|\n)\s*Output \(([ab])\)", reply.text, re.IGNORECASE)}
+    return _single_verdict(verdicts, {"a": 1.0, "b": 2.0})
 
 
 def arena_verdict(reply: Reply) -> str | None:
-    """The verdict of a reply in Arena-Hard's own words; None if there is none, or two."""
-    named = set(re.findall(r"\[\[([AB<>=]+)\]\]", reply.text))
-    return named.pop() if len(named) == 1 and named <= {*_ARENA_SCALE, *_ARENA_SAME} else None
+    """The verdict of a reply in Arena-Hard's notation; None if there is none, or two."""
+    verdicts = set(re.findall(r"\[\[([AB<>=]+)\]\]", reply.text))
+    return verdicts.pop() if len(verdicts) == 1 and verdicts <= {*_ARENA_SCALE, *_ARENA_SAME} else None
 
 
-def _one_of(found: set[str], meaning: Mapping[str, float]) -> tuple[float | None, str | None]:
-    if len(found) > 1:
+def _single_verdict(verdicts: set[str], meaning: Mapping[str, float]) -> tuple[float | None, str | None]:
+    if len(verdicts) > 1:
         return None, "contradictory verdicts"
-    known = [meaning[name] for name in found if name in meaning]
+    known = [meaning[name] for name in verdicts if name in meaning]
     return (known[0], None) if known else (None, "no verdict")
 
 
@@ -220,15 +210,15 @@ def _token_preference(reply: Reply) -> tuple[float | None, str | None]:
     return {"m": (1.0, None), "M": (2.0, None)}.get(word, (None, "no verdict"))
 
 
-def grade(reply: Reply) -> tuple[float | None, str | None]:
-    """The grade from 1 to 10 in a reply, `[[7]]` or `[7]`; or why there is none."""
+def read_grade(reply: Reply) -> tuple[float | None, str | None]:
+    """The grade from 1 to 10 in a reply, `[[7]]` or `[7]`; or None and why."""
     if reply.failure is not None:
         return None, reply.failure
     for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]"):
-        found = {float(match) for match in re.findall(pattern, reply.text)}
-        if len(found) > 1:
+        grades = {float(match) for match in re.findall(pattern, reply.text)}
+        if len(grades) > 1:
             return None, "contradictory grades"
-        if found:
-            value = found.pop()
+        if grades:
+            value = grades.pop()
             return (value, None) if 1 <= value <= 10 else (None, "a grade outside 1 to 10")
     return None, "no grade"

@@ -1,7 +1,7 @@
-"""Files of judgements of anyone -> the scores that their benchmark defines.
+"""Files of judgements, by any judge -> the scores that their benchmark defines.
 
-Which benchmark it is, is seen from the rows: `preference` is AlpacaEval's, `games` Arena-Hard's, `g1_winner` MT-Bench's
-pairwise and `score` with `turn` its single grading.
+The columns show the benchmark: `preference` is AlpacaEval's, `games` Arena-Hard's, `g1_winner` MT-Bench's pairwise
+comparison, and `score` with `turn` its grading of single answers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a json (a list), jsonl, parquet or csv file; a row that is no object is an empty one.
+    """Rows of a json (a list), jsonl, parquet or csv file; a row that is no object becomes an empty one.
 
     Raises:
-        UserError: the file is missing, of another kind, damaged, or holds no rows.
+        UserError: the file is missing, has another format, is damaged, or holds no rows.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"'{path}' is not there: expected a file of {', '.join(SUFFIXES)}")
+        raise UserError(f"'{path}' does not exist: expected a file ending in {', '.join(SUFFIXES)}")
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"'{path}' is of no kind that is read: expected {', '.join(SUFFIXES)}")
+        raise UserError(f"'{path}' has an unknown format: expected a file ending in {', '.join(SUFFIXES)}")
     try:
         rows = _readers()[path.suffix.lower()](path)
     except (ValueError, OSError, RecursionError) as error:  # ArrowInvalid and JSON's are ValueErrors
@@ -51,7 +51,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        if text.lstrip().startswith("{"):  # rows by line under the name of a list
+        if text.lstrip().startswith("{"):  # the content is jsonl
             return _rows_by_line(text, path)
         raise
 
@@ -96,16 +96,16 @@ def score_files(
     baseline: str | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of all models in files of judgements, by name; `benchmark` in each says which definition they follow.
+    """Scores of all models in files of judgements, by name; `benchmark` in each is the benchmark that defines them.
 
     Args:
         official: AlpacaEval's two files, for its full length-controlled win rate.
-        answers: Arena-Hard's files of answers, for style control; the baseline's must be among them.
-        baseline: the model that Arena-Hard's games are against, if it is not the category's usual one.
+        answers: Arena-Hard's files of answers, for style control, those of the baseline included.
+        baseline: the opponent in Arena-Hard's games, if it is not the category's usual one.
         seed: of Arena-Hard's bootstrap.
 
     Raises:
-        UserError: a file cannot be read, is of no known kind, or holds no judgement that can be used.
+        UserError: a file cannot be read, has an unknown format, or holds no usable judgement.
     """
     results: dict[str, dict[str, Any]] = {}
     arena: dict[str, dict[str, list[Row]]] = {}
@@ -118,7 +118,17 @@ def score_files(
         else:
             for name, result in _scores_of(rows, path, official).items():
                 results[_free(name, path, results)] = result
-    styles = _styles(answers) if answers else None
+    return results | _arena_results(arena, _styles(answers) if answers else None, baseline, seed)
+
+
+def _arena_results(
+    arena: Mapping[str, Mapping[str, list[Row]]],
+    styles: dict[str, dict[str, list[float]]] | None,
+    baseline: str | None,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Scores of the models of each category of Arena-Hard."""
+    results: dict[str, dict[str, Any]] = {}
     for category, models in arena.items():
         against = baseline or benchmark_scores.BASELINES.get(category)
         if styles is not None and (against is None or against not in styles):
@@ -140,65 +150,59 @@ def _scores_of(rows: Sequence[Row], path: Path, official: OfficialData | None) -
         return _alpaca_scores(rows, path, official)
     if any("g1_winner" in row for row in rows):
         models = dict.fromkeys(name for row in rows for name in (_text(row, "model_1"), _text(row, "model_2")) if name)
-        found = {}
+        results = {}
         for model in models:
             of_model = [row for row in rows if model in (row.get("model_1"), row.get("model_2"))]
-            found[model] = {"benchmark": "mt_bench", **benchmark_scores.mt_bench_pair_scores(of_model, model)}
-        return _usable(found, path, "a verdict model_1, model_2 or tie in both orders")
+            results[model] = {"benchmark": "mt_bench", **benchmark_scores.mt_bench_pair_scores(of_model, model)}
+        return _usable(results, path, "a verdict model_1, model_2 or tie in both orders")
     if any("score" in row and "turn" in row for row in rows):
-        groups = _grouped(rows, lambda row: _text(row, "model") or path.stem)
-        found = {
-            model: {"benchmark": "mt_bench", **benchmark_scores.mt_bench_scores(own)} for model, own in groups.items()
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(_text(row, "model") or path.stem, []).append(row)
+        results = {
+            model: {"benchmark": "mt_bench", **benchmark_scores.mt_bench_scores(group)}
+            for model, group in groups.items()
         }
-        return _usable(found, path, "a score from 0 to 10")
+        return _usable(results, path, "a score from 0 to 10")
     raise UserError(
-        f"'{path}' holds no judgements that are known: expected rows with preference (AlpacaEval), score and turn or "
-        "g1_winner (MT-Bench), or games (Arena-Hard)"
+        f"'{path}' holds no known judgements: expected rows with preference (AlpacaEval), score and turn or g1_winner "
+        "(MT-Bench), or games (Arena-Hard)"
     )
 
 
 def _alpaca_scores(rows: Sequence[Row], path: Path, official: OfficialData | None) -> dict[str, dict[str, Any]]:
-    # A row without a name is a row of the file's one model, baseline or judge, to be counted as such.
+    # A row without a name belongs to the file's only model, baseline or judge.
     names = [_names(rows, columns) for columns in (("generator_2", "model"), ("generator_1",), ("annotator",))]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row, *key in zip(rows, *names, strict=True):
         groups.setdefault((key[0] or path.stem, *key[1:]), []).append(row)
-    found = {}
-    for (model, base, annotator), own in groups.items():
-        # Of one model there may be several baselines or judges: each is a result of its own.
+    results = {}
+    for (model, base, annotator), group in groups.items():
+        # A model with several baselines or judges has a result for each.
         name = model
-        if sum(other[0] == model for other in groups) > 1:
-            name = " ".join(
-                part
-                for part in (model, f"against {base}" if base else "", f"by {annotator}" if annotator else "")
-                if part
-            )
-        summary = summarise([judgement_of(row, i) for i, row in enumerate(own)], official, bool(base) and base == model)
-        who = {"model": model, "baseline": base or None, "annotator": annotator or None}
-        found[name] = {"benchmark": "alpaca_eval", **who, **summary}
-    return _usable(found, path, "a preference in [1, 2]")
+        if sum(key[0] == model for key in groups) > 1:
+            parts = (model, f"against {base}" if base else "", f"by {annotator}" if annotator else "")
+            name = " ".join(filter(None, parts))
+        judgements = [judgement_of(row, i) for i, row in enumerate(group)]
+        head = {"model": model, "baseline": base or None, "annotator": annotator or None}
+        summary = summarise(judgements, official, same_model=bool(base) and base == model)
+        results[name] = {"benchmark": "alpaca_eval", **head, **summary}
+    return _usable(results, path, "a preference in [1, 2]")
 
 
 def _names(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    """The first of these columns that holds a text in each row; the file's only value where a row has none."""
-    found = [next((text for column in columns if (text := _text(row, column))), "") for row in rows]
-    values = {name for name in found if name}
-    only = values.pop() if len(values) == 1 else ""
-    return [name or only for name in found]
+    """The first text in these columns of each row; a row without one gets the file's only name, if it has only one."""
+    names = [next((text for column in columns if (text := _text(row, column))), "") for row in rows]
+    different = set(names) - {""}
+    only = different.pop() if len(different) == 1 else ""
+    return [name or only for name in names]
 
 
-def _usable(found: dict[str, dict[str, Any]], path: Path, expected: str) -> dict[str, dict[str, Any]]:
-    for model, result in found.items():
+def _usable(results: dict[str, dict[str, Any]], path: Path, expected: str) -> dict[str, dict[str, Any]]:
+    for model, result in results.items():
         if not result["n_total"]:
             raise UserError(f"'{path}': no judgement of '{model}' can be used; expected {expected}")
-    return found
-
-
-def _grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
+    return results
 
 
 def _text(row: Row, name: str) -> str:
@@ -207,7 +211,7 @@ def _text(row: Row, name: str) -> str:
 
 
 def _free(name: str, path: Path, taken: Mapping[str, Any]) -> str:
-    """A name that no earlier file's model has."""
+    """A name that no model of an earlier file has."""
     if name not in taken:
         return name
     name = f"{name} ({path})"
@@ -218,7 +222,7 @@ def _free(name: str, path: Path, taken: Mapping[str, Any]) -> str:
 
 
 def _styles(paths: Sequence[str | Path]) -> dict[str, dict[str, list[float]]]:
-    """Style of each answer, by model and question, from files of Arena-Hard's answers."""
+    """The style of each answer in Arena-Hard's files, by model and question."""
     styles: dict[str, dict[str, list[float]]] = {}
     for path in map(Path, paths):
         for row in read_rows(path):

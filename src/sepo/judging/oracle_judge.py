@@ -1,11 +1,11 @@
-"""An oracle as a judge: DPO makes a reward model of a language model (Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
+"""An oracle as judge: DPO makes a language model a reward model (Rafailov et al. 2023, arXiv 2305.18290, eq. 5).
 
     r(x, y) = β · Σ_t (log π_oracle(y_t | x, y_<t) − log π_reference(y_t | x, y_<t)) + a term of the prompt alone
     P(A beats B) = σ(r(x, A) − r(x, B)), in which that term cancels
 
-The sum is that of the token rewards which `sepo score` stores, read by the same pass in the same type (float32). What
-an oracle was trained from, and with which β, is in the folder that its training wrote; both decide what its reward is,
-so nothing else is ever put in their place.
+The sum is over the token rewards that `sepo score` stores, computed by the same pass in the same dtype (float32). The
+oracle's reference and β define its reward. The training that made the oracle recorded both in its folder, and no other
+values are accepted.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from sepo.recipe.reading import read_settings
 from sepo.recipe.settings import JudgeSettings
 from sepo.training.checkpoints import STATE_FILE
 
-# As token rewards are scored: in fewer bits the sum over a response is off by as much as a training moves it.
+# The dtype of token rewards. With fewer bits, a response's rounding error is as large as the effect of training.
 _DTYPE = "float32"
 
 
 class OracleJudge(NamedTuple):
-    """A model trained with DPO, the one that it was trained from (local folders), and the β of its training."""
+    """A model trained with DPO, its reference (both local folders), and the β of its training."""
 
     folder: str
     reference: str
@@ -49,52 +49,51 @@ class OracleJudge(NamedTuple):
 
 
 def find_oracle(settings: JudgeSettings) -> OracleJudge:
-    """The oracle that settings name, with its reference and β.
+    """The oracle named in the settings, with its reference and β.
 
-    A folder that this package trained says what it was trained from by the content of that model; its place is looked
-    for where an adapter or the run around it names one. What is given must be what is recorded.
+    A folder trained by this package records the fingerprint of its reference. The reference's folder is searched where
+    the adapter or the run around the oracle names one. Settings must agree with the record.
 
     Raises:
-        UserError: the folder holds no model, or one that was not trained with DPO, or not on its labels; its reference
-            or β is not known, or another one was given; the two have different tokenizers or equal weights.
+        UserError: the folder holds no model, or one trained without DPO or on swapped pairs; its reference or β is
+            unknown or contradicts the settings; oracle and reference have different tokenizers or equal weights.
     """
     name = str(settings.oracle)
     folder = Path(name)
     if not folder.is_dir():
         raise UserError(f"no oracle at '{name}': expected the folder of a model that was trained with DPO")
     check_model(name)
-    made = _made_with(folder)
-    if made and made.get("objective") != "dpo":
-        how = f"with the objective {made['objective']}" if "objective" in made else "without preferences"
+    training = _training_record(folder)
+    if training and training.get("objective") != "dpo":
+        how = f"with the objective {training['objective']}" if "objective" in training else "without preferences"
         raise UserError(f"'{name}' is no oracle: it was trained {how}; expected a model that was trained with DPO")
     if _stages(folder).get(folder.name, {}).get("depends", {}).get("swapped"):
         raise UserError(f"'{name}' is the opposite of an oracle, trained on swapped pairs: name the oracle itself")
-    beta = _beta(settings, made)
-    reference = _reference(settings, folder, made.get("model"))
-    oracle_tokenizer, its_tokenizer = load_tokenizer(name), load_tokenizer(reference)
-    check_same_tokenizer(f"the oracle '{name}'", oracle_tokenizer, f"its reference '{reference}'", its_tokenizer)
+    beta = _beta(settings, training.get("beta"))
+    reference = _reference(settings, folder, training.get("model"))
+    tokenizers = load_tokenizer(name), load_tokenizer(reference)
+    check_same_tokenizer(f"the oracle '{name}'", tokenizers[0], f"its reference '{reference}'", tokenizers[1])
     idle = is_adapter(folder) and adapter_is_idle(folder)
     if idle or model_fingerprint(folder) == model_fingerprint(reference):
-        raise UserError(f"the oracle '{name}' computes what its reference does: every reward would be 0")
+        raise UserError(f"the oracle '{name}' computes the same as its reference: every reward would be 0")
     return OracleJudge(name, reference, beta)
 
 
-def _made_with(folder: Path) -> Mapping[str, Any]:
-    """What a training of this package wrote down about itself; empty where another made the model."""
+def _training_record(folder: Path) -> Mapping[str, Any]:
+    """The record that a training of this package keeps in its folder; empty for other models."""
     try:
-        made = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["made_with"]
+        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["made_with"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return made if isinstance(made, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
-def _beta(settings: JudgeSettings, made: Mapping[str, Any]) -> float:
-    recorded, given = made.get("beta"), settings.beta
+def _beta(settings: JudgeSettings, recorded: Any) -> float:
+    given = settings.beta
     beta = given if recorded is None else float(recorded)
     if beta is None:
         raise UserError(
-            f"'{settings.oracle}' does not say with which beta it was trained: give beta (--judge-beta, or "
-            "eval.judge.beta)"
+            f"'{settings.oracle}' has no record of the beta of its training: give it (--judge-beta, or eval.judge.beta)"
         )
     if given not in (None, beta):
         raise UserError(f"'{settings.oracle}' was trained with beta {beta:g}, not {given:g}: leave it out")
@@ -102,14 +101,14 @@ def _beta(settings: JudgeSettings, made: Mapping[str, Any]) -> float:
 
 
 def _reference(settings: JudgeSettings, folder: Path, recorded: str | None) -> str:
-    """The folder of the model that an oracle was trained from; `recorded` is that model's fingerprint."""
+    """The folder of an oracle's reference; `recorded` is the reference's fingerprint."""
     if settings.reference is not None:
         check_model(settings.reference)
         given = resolve_model(settings.reference)
         if recorded not in (None, model_fingerprint(given)):
             raise UserError(
-                f"the oracle '{folder}' was not trained from '{settings.reference}': expected the model that it "
-                "started from, or none where its folder says it"
+                f"the oracle '{folder}' was not trained from '{settings.reference}': name the model that it started "
+                "from, or leave the reference out if its folder records it"
             )
         return given
     for name, revision in _places(folder) if recorded is not None else ():
@@ -118,19 +117,19 @@ def _reference(settings: JudgeSettings, folder: Path, recorded: str | None) -> s
             if model_fingerprint(place) == recorded:
                 return place
         except UserError:
-            continue  # a place that is gone
+            continue  # the folder no longer exists
     raise UserError(
-        f"the model that '{folder}' was trained from is not known, or not where it was: name it (--judge-reference, or "
+        f"the model that '{folder}' was trained from is unknown or has moved: name it (--judge-reference, or "
         "eval.judge.reference)"
     )
 
 
 def _places(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Where the model may lie that an oracle was trained from: an adapter's base; in its run; what its recipe names."""
+    """Where an oracle's reference may be: an adapter's base, in the oracle's run, in the run's recipe."""
     if is_adapter(folder):
         yield adapter_base(folder)
     around = Path(folder.absolute()).parent
-    for place in sorted(around.glob("reference*")):  # a comparison's have digests in their names
+    for place in sorted(around.glob("reference*")):  # comparisons add a digest to the name
         if place.is_dir():
             yield str(place), None
     for recipe in (around / "recipe.yaml", around.parent / "recipe.yaml"):
@@ -141,7 +140,7 @@ def _places(folder: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _stages(folder: Path) -> Mapping[str, Any]:
-    """The records of the run that an oracle lies in; empty where it lies in none."""
+    """The stage records of the run that contains an oracle; empty outside of a run."""
     try:
         stages = json.loads((Path(folder.absolute()).parent / "manifest.json").read_text(encoding="utf-8"))["stages"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -150,48 +149,43 @@ def _stages(folder: Path) -> Mapping[str, Any]:
 
 
 def held_out_accuracy(folder: Path) -> dict[str, float]:
-    """How many of its own run's held-out pairs an oracle ranks right, where that is known.
+    """The share of its own run's held-out pairs that an oracle ranks right, if known.
 
     Returns:
-        `oracle_accuracy` and `oracle_accuracy_se`; nothing for an oracle of no run, or one of several whose mean was
-        measured.
+        `oracle_accuracy` and `oracle_accuracy_se`; empty for an oracle outside of a run, and for one of several oracles
+        whose mean was measured.
     """
     stages = _stages(folder)
     trained, read, scored = (stages.get(name, {}) for name in (folder.name, f"{folder.name}_logps", "score"))
     try:
-        alone = scored["depends"]["oracle"] == [read["content"]] and isinstance(scored["depends"]["reference"], str)
-        if not alone or read["depends"]["model"] != trained["content"]:
+        single = scored["depends"]["oracle"] == [read["content"]] and isinstance(scored["depends"]["reference"], str)
+        if not single or read["depends"]["model"] != trained["content"]:
             return {}
-        found = scored["results"]
-        return {f"oracle_{name}": float(found[f"oracle/{name}"]) for name in ("accuracy", "accuracy_se")}
+        return {f"oracle_{name}": float(scored["results"][f"oracle/{name}"]) for name in ("accuracy", "accuracy_se")}
     except (KeyError, TypeError):
         return {}
 
 
 def oracle_scorer(oracle: OracleJudge, *, device: str = "auto", progress: bool = True) -> Scorer:
-    """Scores by an oracle: its DPO reward r(x, y), in nats times β, without the term of the prompt.
+    """A scorer that is an oracle: its DPO reward r(x, y), in nats times β, without the term of the prompt.
 
-    Conversations are written as training pairs are: by the chat template, the end of turn included; without a template
-    prompt and answer stand one after another. An answer that is longer than the models read, or that the template does
-    not write, has NaN. An adapter on its reference is in memory once.
+    Conversations are formatted like training pairs: by the chat template, including the end of turn; without a template
+    the answer follows the prompt directly. An answer scores NaN if it exceeds the models' context or the template
+    refuses it. An adapter whose base is the reference is loaded once.
     """
     model: Any = load_model(oracle.folder, device=device, dtype=_DTYPE)
     shared = is_adapter(Path(oracle.folder)) and _is_base(oracle)
     reference: Any = model if shared else load_model(oracle.reference, device=device, dtype=_DTYPE)
     tokenizer = load_tokenizer(oracle.folder)
-    limits = [model_limits(causal_lm(one)) for one in (model, reference)]
+    limits = [model_limits(causal_lm(loaded)) for loaded in (model, reference)]
 
-    def fits(length: int, largest: int) -> bool:
-        return all(largest < one.vocabulary and length <= (one.positions or length) for one in limits)
+    def fits(ids: list[int]) -> bool:
+        return all(max(ids) < limit.vocabulary and len(ids) <= (limit.positions or len(ids)) for limit in limits)
 
     def score(conversations: Sequence[Conversation]) -> np.ndarray:
         scores = np.full(len(conversations), np.nan)
         encoded = encode_answers(as_messages(conversations), tokenizer) if conversations else []
-        readable = {
-            i: one
-            for i, one in enumerate(encoded)
-            if not isinstance(one, str) and fits(len(one[0]) + len(one[1]), max(max(one[0]), max(one[1])))
-        }
+        readable = {i: row for i, row in enumerate(encoded) if not isinstance(row, str) and fits([*row[0], *row[1]])}
         if not readable:
             return scores
         prompts, answers = zip(*readable.values(), strict=True)
@@ -206,6 +200,6 @@ def oracle_scorer(oracle: OracleJudge, *, device: str = "auto", progress: bool =
 
 
 def _is_base(oracle: OracleJudge) -> bool:
-    """Is the reference of an adapter the very model that the adapter is put on?"""
+    """Is the base of an adapter the oracle's reference?"""
     base, revision = adapter_base(Path(oracle.folder))
     return model_fingerprint(resolve_model(base, revision=revision)) == model_fingerprint(oracle.reference)

@@ -1,7 +1,7 @@
-"""Questions and answers of AlpacaEval, MT-Bench, Arena-Hard and of plain files, in each benchmark's own form.
+"""Questions and answers of AlpacaEval, MT-Bench, Arena-Hard and of plain files, in each benchmark's own format.
 
-None of them ships with this package: a question file is given by path, or found in an installed package or on the hub
-at run time (`find_questions`). What is written is what the benchmark's own tools read.
+No questions ship with this package: their file is named by a path, or found in an installed package or on the hub at
+run time (`find_questions`). The benchmarks' own tools can read the answers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sepo.files import digest
 from sepo.judging.judgements import SUFFIXES, read_rows
 
 BENCHMARKS = ("alpaca_eval", "mt_bench", "arena_hard")
-# Sampling temperature of MT-Bench by category (FastChat's `temperature_config`); 0.7 for any other.
+# MT-Bench's sampling temperature by category (FastChat's `temperature_config`); 0.7 for any other category.
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
     "humanities": 0.1, "arena-hard-200": 0.0,
 }  # fmt: skip
-# Where a benchmark's questions are when no file is named: inside a package, and on the hub.
+# Sources of a benchmark's questions if no file is named: a package, and the hub.
 _IN_PACKAGES = {"mt_bench": ("fastchat", "llm_judge/data/mt_bench/question.jsonl")}
 _ON_HUB = {
     "alpaca_eval": ("tatsu-lab/alpaca_eval", "alpaca_eval.json"),
@@ -37,10 +37,10 @@ class Question(NamedTuple):
     """One prompt of a file.
 
     Attributes:
-        key: what tells it apart: question_id, uid, or the instruction itself.
-        turns: of the user; most have one.
-        category: of the benchmark; empty if it has none.
-        row: as it stands in the file.
+        key: identifies the question: question_id, uid, or the instruction itself.
+        turns: of the user; most questions have one.
+        category: of the benchmark; empty without one.
+        row: the row of the file.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A model's answer to a question, a text for each turn (None where it is missing)."""
+    """A model's answer to a question: a text for each turn (None for a missing one)."""
 
     key: str
     turns: tuple[str, ...]
@@ -61,12 +61,12 @@ class Answer(NamedTuple):
 
 
 def find_questions(name: str) -> tuple[Path, str]:
-    """The file that `--prompts` means and which benchmark it is of ("" for a plain one).
+    """The file named by `--prompts`, and its benchmark ("" for a plain file).
 
-    A name of `BENCHMARKS` is looked for in an installed package, then on the hub; anything else is a path.
+    A name of `BENCHMARKS` is searched in an installed package, then on the hub; anything else is a path.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     if name not in BENCHMARKS:
         path = Path(name)
@@ -88,54 +88,76 @@ def find_questions(name: str) -> tuple[Path, str]:
         return Path(hf_hub_download(repository, file, repo_type="dataset")), name
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"the questions of {name} cannot be had from the hub ({type(error).__name__}): download {file} of the "
-            f"dataset {repository} and give its path as --prompts"
+            f"the questions of {name} cannot be downloaded ({type(error).__name__}): get {file} of the dataset "
+            f"{repository} and give its path as --prompts"
         ) from None
 
 
 def read_questions(path: Path, benchmark: str = "") -> tuple[list[Question], str]:
-    """Questions of a file, and the benchmark whose form they have ("" for plain prompts).
+    """Questions of a file, and the benchmark whose format they have ("" for plain prompts).
 
-    Known are AlpacaEval (`instruction`), MT-Bench and Arena-Hard v0.1 (`question_id`, `turns`), Arena-Hard v2 (`uid`,
-    `prompt`), and plain rows with `prompt`, a text or a list of messages whose user turns are asked one after another.
+    Known formats are AlpacaEval (`instruction`), MT-Bench and Arena-Hard v0.1 (`question_id`, `turns`), Arena-Hard v2
+    (`uid`, `prompt`), and plain rows with `prompt`: a text, or a list of messages whose user turns are asked one after
+    the other.
 
     Raises:
-        UserError: a row has none of these, or two rows one key.
+        UserError: a row has another format, or two rows have the same key.
     """
     questions = []
-    found = benchmark
     for number, row in enumerate(read_rows(path), 1):
-        where = f"'{path}' row {number}"
-        if isinstance(row.get("turns"), list):
-            turns = tuple(turn.get("content") if isinstance(turn, Mapping) else turn for turn in row["turns"])
-            key = str(row.get("question_id", number))
-            arena = any(isinstance(turn, Mapping) for turn in row["turns"]) or "cluster" in row
-            found = found or ("arena_hard" if arena else "mt_bench")
-        elif "uid" in row and isinstance(row.get("prompt"), str):
-            turns, key, found = (row["prompt"],), str(row["uid"]), found or "arena_hard"
-        elif isinstance(row.get("instruction"), str):
-            turns, key, found = (row["instruction"],), row["instruction"], found or "alpaca_eval"
-        elif isinstance(row.get("prompt"), str):
-            turns, key = (row["prompt"],), row["prompt"]
-        elif isinstance(row.get("prompt"), list):
-            users = [m for m in row["prompt"] if isinstance(m, Mapping) and m.get("role") == "user"]
-            turns = tuple(message.get("content") for message in users)
-            key = json.dumps(turns)
-        else:
-            raise UserError(f"{where} holds no prompt: expected instruction, prompt or turns")
-        texts = tuple(turn for turn in turns if isinstance(turn, str) and turn.strip())
-        if not texts or len(texts) < len(turns):
-            raise UserError(f"{where} has an empty turn: expected texts")
+        if (asked := _asked(row, number)) is None:
+            raise UserError(f"'{path}' row {number} holds no prompt: expected instruction, prompt or turns")
+        key, turns, own_benchmark = asked
+        benchmark = benchmark or own_benchmark
+        texts = _texts(turns)
+        if not texts or len(texts) < len(turns) or not all(text.strip() for text in texts):
+            raise UserError(f"'{path}' row {number} has an empty turn: expected texts")
         questions.append(Question(key, texts, str(row.get("category") or ""), row))
-    keys = [question.key for question in questions]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
+    if twice := _repeated(questions):
         raise UserError(f"'{path}' asks {twice[:60]!r} twice: expected each question once")
-    return questions, found
+    return questions, benchmark
+
+
+def _asked(row: Mapping[str, Any], number: int) -> tuple[str, list[Any], str] | None:
+    """The key, the turns and the benchmark of a row of questions; None for a row of another format."""
+    prompt = row.get("prompt")
+    if isinstance(row.get("turns"), list):
+        turns = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in row["turns"]]
+        arena = any(isinstance(turn, Mapping) for turn in row["turns"]) or "cluster" in row
+        return str(row.get("question_id", number)), turns, "arena_hard" if arena else "mt_bench"
+    if "uid" in row and isinstance(prompt, str):
+        return str(row["uid"]), [prompt], "arena_hard"
+    if isinstance(row.get("instruction"), str):
+        return row["instruction"], [row["instruction"]], "alpaca_eval"
+    if isinstance(prompt, str):
+        return prompt, [prompt], ""
+    if isinstance(prompt, list):
+        turns = _contents(prompt, "user")
+        return json.dumps(turns), turns, ""
+    return None
+
+
+def _contents(messages: Sequence[Any], role: str) -> list[Any]:
+    """The contents of the messages of one role."""
+    return [one.get("content") for one in messages if isinstance(one, Mapping) and one.get("role") == role]
+
+
+def _texts(values: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(value for value in values if isinstance(value, str))
+
+
+def _repeated(rows: Sequence[Question] | Sequence[Answer]) -> str | None:
+    """The first key that two rows have."""
+    seen: set[str] = set()
+    for row in rows:
+        if row.key in seen:
+            return row.key
+        seen.add(row.key)
+    return None
 
 
 def temperature_of(question: Question, benchmark: str, given: float | None) -> float:
-    """The temperature that a question is answered at: as given, else as its benchmark has it.
+    """The sampling temperature of a question: the given one, else its benchmark's.
 
     AlpacaEval 0.7, MT-Bench by category, Arena-Hard 0, others 1.
     """
@@ -149,45 +171,33 @@ def temperature_of(question: Question, benchmark: str, given: float | None) -> f
 def answer_row(
     question: Question, answers: Sequence[str], tokens: Sequence[int], model: str, benchmark: str
 ) -> dict[str, Any]:
-    """An answer in the benchmark's own form; `tokens` is the length of each of its turns."""
-    stamp = time.time()
-    if benchmark == "mt_bench" or (benchmark == "arena_hard" and "uid" not in question.row):
-        as_mapping = benchmark == "arena_hard"
-        turns: list[Any] = [{"content": text} if as_mapping else text for text in answers]
-        row = {
-            "question_id": question.row.get("question_id", question.key),
-            "answer_id": digest([model, question.key, list(answers)]),
-            "model_id": model,
-            "choices": [{"index": 0, "turns": turns}],
-            "tstamp": stamp,
-        }
-        return {**row, "conv_metadata": style_counts(answers[-1], tokens[-1])} if as_mapping else row
-    if benchmark == "arena_hard":
-        messages = [
-            {"role": "user", "content": question.turns[0]},
-            {"role": "assistant", "content": {"answer": answers[0]}},
-        ]
-        return {
-            "uid": question.row["uid"],
-            "ans_id": digest([model, question.key, list(answers)]),
-            "model": model,
-            "messages": messages,
-            "tstamp": stamp,
-            "metadata": style_counts(answers[0], tokens[0]),
-        }
+    """The row of an answer in the benchmark's format; `tokens` is the length of each of its turns."""
+    row = question.row
+    answer_id = digest([model, question.key, list(answers)])
+    if benchmark == "arena_hard" and "uid" in row:
+        messages = _messages(question.turns[:1], [{"answer": answers[0]}])
+        head = {"uid": row["uid"], "ans_id": answer_id, "model": model, "messages": messages}
+        return {**head, "tstamp": time.time(), "metadata": style_counts(answers[0], tokens[0])}
+    if benchmark in ("mt_bench", "arena_hard"):
+        turns = [{"content": text} for text in answers] if benchmark == "arena_hard" else list(answers)
+        head = {"question_id": row.get("question_id", question.key), "answer_id": answer_id, "model_id": model}
+        answer = {**head, "choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}
+        if benchmark == "arena_hard":
+            answer["conv_metadata"] = style_counts(answers[-1], tokens[-1])
+        return answer
     if benchmark == "alpaca_eval":
-        return {
-            "instruction": question.turns[0],
-            "output": answers[0],
-            "generator": model,
-            "dataset": question.row.get("dataset", ""),
-        }
-    conversation = [
-        {"role": role, "content": text}
-        for turn, answer in zip(question.turns, answers, strict=True)
-        for role, text in (("user", turn), ("assistant", answer))
+        head = {"instruction": question.turns[0], "output": answers[0], "generator": model}
+        return {**head, "dataset": row.get("dataset", "")}
+    messages = _messages(question.turns, answers)
+    return {"prompt": row["prompt"], "output": answers[-1], "generator": model, "messages": messages}
+
+
+def _messages(turns: Sequence[str], answers: Sequence[Any]) -> list[dict[str, Any]]:
+    return [
+        {"role": role, "content": content}
+        for pair in zip(turns, answers, strict=True)
+        for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
-    return {"prompt": question.row["prompt"], "output": answers[-1], "generator": model, "messages": conversation}
 
 
 def style_counts(text: str, tokens: int) -> dict[str, Any]:
@@ -209,52 +219,61 @@ def style_counts(text: str, tokens: int) -> dict[str, Any]:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Answers of a model, of whichever benchmark: AlpacaEval's model_outputs.json, MT-Bench's or Arena-Hard's
-    jsonl, or plain rows of prompt and output.
+    """Answers of a model in any benchmark's format: AlpacaEval's model_outputs.json, MT-Bench's or Arena-Hard's jsonl,
+    or plain rows of prompt and output.
 
-    An answer that is missing or no text is None, to be counted.
+    A missing answer, or one that is no text, is None; callers count these.
 
     Raises:
-        UserError: no row has a known form, or two rows answer one question.
+        UserError: a row has another format, or two rows answer the same question.
     """
     answers = []
     for number, row in enumerate(read_rows(path), 1):
         if (answer := _answer_of(row, path.stem)) is None:
             raise UserError(f"'{path}' row {number} is no answer: expected output, choices or messages")
         answers.append(answer)
-    keys = [answer.key for answer in answers]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
+    if twice := _repeated(answers):
         raise UserError(f"'{path}' answers {twice[:60]!r} twice: expected one answer to each question")
     return answers
 
 
-def _answer_of(row: Mapping[str, Any], name: str) -> Answer | None:
-    model = next((str(row[key]) for key in ("generator", "model_id", "model") if row.get(key)), name)
-    category, dataset = str(row.get("category") or ""), str(row.get("dataset") or "")
+def _answer_of(row: Mapping[str, Any], file: str) -> Answer | None:
+    """The answer in a row; None for a row of another format. `file` is the model's name if the row has none."""
+    answer: tuple[str, tuple[str, ...], list[Any]] | None = None
     if isinstance(row.get("choices"), list) and row["choices"]:
-        choice = row["choices"][0]
-        turns = choice.get("turns") if isinstance(choice, Mapping) else None
-        texts = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns or [None]]
-        return Answer(str(row.get("question_id", "")), (), tuple(map(_text_or_none, texts)), model, category)
-    if "uid" in row and isinstance(row.get("messages"), list):
-        said = [m.get("content") for m in row["messages"] if isinstance(m, Mapping) and m.get("role") == "assistant"]
-        asked = [m.get("content") for m in row["messages"] if isinstance(m, Mapping) and m.get("role") == "user"]
-        texts = [text.get("answer") if isinstance(text, Mapping) else text for text in said] or [None]
-        users = tuple(text for text in asked if isinstance(text, str))
-        return Answer(str(row["uid"]), users, tuple(map(_text_or_none, texts)), model, category)
-    if "output" not in row:
+        answer = _fastchat_answer(row)
+    elif "uid" in row and isinstance(row.get("messages"), list):
+        answer = _arena_answer(row)
+    elif "output" in row:
+        answer = _plain_answer(row)
+    if answer is None:
         return None
+    key, questions, texts = answer
+    model = next((str(row[name]) for name in ("generator", "model_id", "model") if row.get(name)), file)
+    category, dataset = str(row.get("category") or ""), str(row.get("dataset") or "") if "output" in row else ""
+    answers = tuple(text if isinstance(text, str) else None for text in texts)
+    return Answer(key, questions, answers, model, category, dataset)
+
+
+def _fastchat_answer(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[Any]]:
+    """Key, questions and answers of a row of MT-Bench or Arena-Hard v0.1, which does not repeat its questions."""
+    choice = row["choices"][0]
+    turns = choice.get("turns") if isinstance(choice, Mapping) else None
+    texts = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns or [None]]
+    return str(row.get("question_id", "")), (), texts
+
+
+def _arena_answer(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[Any]]:
+    """Key, questions and answers of a row of Arena-Hard v2."""
+    answers = _contents(row["messages"], "assistant")
+    texts = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
+    return str(row["uid"]), _texts(_contents(row["messages"], "user")), texts or [None]
+
+
+def _plain_answer(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[Any]] | None:
+    """Key, questions and answers of a row of AlpacaEval, or of plain prompts; None without a prompt."""
     prompt = row.get("instruction", row.get("prompt"))
     if isinstance(row.get("messages"), list) and isinstance(prompt, list):
-        asked = [m.get("content") for m in prompt if isinstance(m, Mapping) and m.get("role") == "user"]
-        users = tuple(text for text in asked if isinstance(text, str))
-        said = [m.get("content") for m in row["messages"] if isinstance(m, Mapping) and m.get("role") == "assistant"]
-        return Answer(json.dumps(users), users, tuple(map(_text_or_none, said)), model, category, dataset)
-    if not isinstance(prompt, str):
-        return None
-    return Answer(prompt, (prompt,), (_text_or_none(row["output"]),), model, category, dataset)
-
-
-def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+        questions = _texts(_contents(prompt, "user"))
+        return json.dumps(questions), questions, _contents(row["messages"], "assistant")
+    return (prompt, (prompt,), [row["output"]]) if isinstance(prompt, str) else None

@@ -1,7 +1,7 @@
-"""Judges that give every answer a number: a reward model, or a function of the user's (an oracle: oracle.py).
+"""Judges that score every answer: a reward model, or a Python function of the user (for an oracle: oracle_judge.py).
 
-Two answers are compared by their numbers. A reward model's are logits of a Bradley-Terry model, so the preference is
-1 + σ(reward of the second − reward of the first); a function's only order the answers: 1, 1.5 or 2.
+Two answers are compared by their scores. Those of a reward model are logits of a Bradley-Terry model, so the preference
+is 1 + σ(reward of the second − reward of the first). Those of a function only order the answers: 1, 1.5 or 2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from sepo.errors import UserError, named_error, nearest, one_line
 
-# A conversation up to the last question, as texts in turn (user, assistant, user, ...), and the answer to it.
+# The turns of a conversation up to the last question (user, assistant, user, ...), and the answer to that question.
 Conversation = tuple[tuple[str, ...], str]
 Scorer = Callable[[Sequence[Conversation]], np.ndarray]
 # Tokens of a batch, padding included.
@@ -26,7 +26,7 @@ TOKENS_AT_ONCE = {"cpu": 4_096, "cuda": 32_768, "mps": 8_192}
 
 
 def as_messages(conversations: Sequence[Conversation]) -> list[tuple[list[dict[str, str]], str]]:
-    """Conversations with the role of each turn, and their answers."""
+    """Conversations as messages with roles, and their answers."""
     roles = ("user", "assistant")
     return [
         ([{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)], answer)
@@ -35,10 +35,10 @@ def as_messages(conversations: Sequence[Conversation]) -> list[tuple[list[dict[s
 
 
 def user_function(name: str) -> Callable[..., Any]:
-    """The function MODULE:NAME; modules of the folder that the command is run in are found too.
+    """Import the function MODULE:NAME, also from the current folder.
 
     Raises:
-        UserError: there is none, or its module fails.
+        UserError: there is no such function, or its module fails.
     """
     module_name, _, function_name = name.partition(":")
     here = os.getcwd()
@@ -62,19 +62,20 @@ def user_function(name: str) -> Callable[..., Any]:
 
 
 def source_file(name: str) -> Path | None:
-    """The file that a function of the user's is written in; None if it has none."""
+    """The source file of a user's function; None if it has none."""
     try:
-        found = inspect.getsourcefile(inspect.unwrap(user_function(name)))
+        file = inspect.getsourcefile(inspect.unwrap(user_function(name)))
     except TypeError:
         return None
-    return None if found is None else Path(found)
+    return None if file is None else Path(file)
 
 
 def function_scorer(name: str) -> Scorer:
-    """Scores by the user's function, called once with all prompts and all responses.
+    """A scorer that calls the user's function once, with all prompts and all responses.
 
     Raises:
-        UserError: it cannot be found; and when called: it fails, or returns no number for each response.
+        UserError: the function cannot be found. The scorer raises it if the function fails, or does not return one
+            number for each response.
     """
     function = user_function(name)
 
@@ -103,23 +104,19 @@ def function_scorer(name: str) -> Scorer:
 def reward_scorer(
     name: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto", progress: bool = True
 ) -> Scorer:
-    """Scores by a sequence-classification model with one output, or two (then the second minus the first).
+    """A scorer that is a sequence-classification model with one output, or two (the second minus the first).
 
-    Conversations are written with the tokenizer's chat template; without one, question and answer are a pair of texts.
-    They are sorted by length and read in batches of a token budget. One that is longer than the model reads, or that
-    the template does not write, has NaN.
+    Conversations are formatted by the tokenizer's chat template; without one, question and answer are a pair of texts.
+    They are sorted by length and read in batches with a budget of tokens. A conversation scores NaN if it is longer
+    than the model's context or the template refuses it.
 
     Raises:
-        UserError: no such model, pickled only, a checkpoint without the weights of its head, more than two outputs.
+        UserError: no such model, pickled weights only, a checkpoint without the weights of its head, or more than two
+            outputs.
     """
-    import torch
-
-    from sepo.bars import progress_bar
-    from sepo.data.prompts import encode_answers
     from sepo.models.checkpoint import load_classifier
     from sepo.models.devices import choose_device, choose_dtype
     from sepo.models.folders import check_folder, is_adapter
-    from sepo.models.limits import model_limits
     from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
 
@@ -130,50 +127,66 @@ def reward_scorer(
         raise UserError(f"the reward model '{name}' is an adapter: merge it into its base first")
     model: Any = load_classifier(folder, name, dtype=choose_dtype(dtype, chosen))
     model.to(chosen).eval()
-    tokenizer: Any = load_tokenizer(str(folder))
-    limits = model_limits(model)
-    # A model that names its pad token finds the last token of a text by it. One that names none takes the last of the
-    # row, which in a batch would be padding: a token that no text of the batch holds stands in for it.
-    named = model.config.get_text_config().pad_token_id
+    return _RewardModel(model, load_tokenizer(str(folder)), progress)
 
-    def encode(conversations: Sequence[Conversation]) -> list[list[int] | str]:
-        if tokenizer.chat_template is not None:
-            encoded = encode_answers(as_messages(conversations), tokenizer)
-            return [one if isinstance(one, str) else [*one[0], *one[1]] for one in encoded]
+
+class _RewardModel:
+    """A sequence-classification model that scores conversations."""
+
+    def __init__(self, model: Any, tokenizer: Any, progress: bool):
+        from sepo.models.limits import model_limits
+
+        self.model, self.tokenizer, self.progress = model, tokenizer, progress
+        self.limits = model_limits(model)
+        # A model with a pad token finds the last token of a text by it. A model without one takes the last token of the
+        # row, which in a batch would be padding. A token that no text of the batch contains is its pad token then.
+        self.pad_token = model.config.get_text_config().pad_token_id
+
+    def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
+        import torch
+
+        from sepo.bars import progress_bar
+
+        scores = np.full(len(conversations), np.nan)
+        encoded = {i: ids for i, ids in enumerate(self._encode(conversations)) if self._fits(ids)}
+        waiting = sorted(encoded, key=lambda i: -len(encoded[i]))
+        budget = TOKENS_AT_ONCE.get(self.model.device.type, 4096)
+        with torch.inference_mode(), progress_bar(self.progress, total=len(waiting), desc="judge") as bar:
+            while waiting:
+                number = max(1, budget // len(encoded[waiting[0]]))
+                batch, waiting = waiting[:number], waiting[number:]
+                scores[batch] = self._read([encoded[i] for i in batch])
+                bar.update(len(batch))
+        return scores
+
+    def _encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """The ids of each conversation; none where the template refuses it."""
+        from sepo.data.prompts import encode_answers
+
+        if not conversations:
+            return []
+        if self.tokenizer.chat_template is not None:
+            encoded = encode_answers(as_messages(conversations), self.tokenizer)
+            return [[] if isinstance(row, str) else [*row[0], *row[1]] for row in encoded]
         texts = [("\n\n".join(turns), answer) for turns, answer in conversations]
-        # Control tokens that an answer holds as text are split into characters.
-        return [tokenizer(one, other, split_special_tokens=True)["input_ids"] for one, other in texts]
+        # A control token in an answer is text: it is split into characters.
+        return [self.tokenizer(asked, answer, split_special_tokens=True)["input_ids"] for asked, answer in texts]
 
-    def read(rows: list[list[int]]) -> np.ndarray:
-        longest = max(map(len, rows))
+    def _fits(self, ids: list[int]) -> bool:
+        longest = self.limits.positions or len(ids)
+        return bool(ids) and max(ids) < self.limits.vocabulary and len(ids) <= longest
+
+    def _read(self, rows: list[list[int]]) -> np.ndarray:
+        import torch
+
         used = {token for row in rows for token in row}
-        pad = named if named is not None else next(i for i in range(len(used) + 1) if i not in used)
-        model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad
-        ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+        pad = self.pad_token if self.pad_token is not None else next(i for i in range(len(used) + 1) if i not in used)
+        self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
+        ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
-        logits = model(input_ids=ids.to(chosen), attention_mask=mask.to(chosen)).logits.double().cpu().numpy()
+        device = self.model.device
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.double().cpu().numpy()
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-
-    def score(conversations: Sequence[Conversation]) -> np.ndarray:
-        scores = np.full(len(conversations), np.nan)
-        encoded = encode(conversations) if conversations else []
-        fits = [
-            i for i, ids in enumerate(encoded)
-            if not isinstance(ids, str) and ids
-            and max(ids) < limits.vocabulary and len(ids) <= (limits.positions or len(ids))
-        ]  # fmt: skip
-        fits.sort(key=lambda i: -len(encoded[i]))
-        budget, start = TOKENS_AT_ONCE.get(chosen.type, 4096), 0
-        with torch.inference_mode(), progress_bar(progress, total=len(fits), desc="judge") as bar:
-            while start < len(fits):
-                number = max(1, budget // len(encoded[fits[start]]))
-                batch = fits[start : start + number]
-                scores[batch] = read([encoded[i] for i in batch])  # type: ignore[misc]
-                start += len(batch)
-                bar.update(len(batch))
-        return scores
-
-    return score

@@ -1,8 +1,8 @@
-"""Did it forget? Tasks of lm-evaluation-harness on the policy and on the model that it started from.
+"""Forgetting: tasks of lm-evaluation-harness on the policy and on the model that it started from.
 
-The harness (package lm_eval, extra `tasks`) reads the models through its own Transformers wrapper and decides all about
-a task: prompts, scores, errors. What is added here is the difference, over the same documents where the harness says
-what each scored.
+The harness (package lm_eval, extra `tasks`) runs the models through its own Transformers wrapper and defines everything
+about a task: prompts, scores, errors. This file adds the difference between the two models, paired by document where
+the harness returns a score for each document.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from sepo.files import file_digest, write_json
 
 RESULTS = "results.json"
 _INSTALL = 'pip install "sepo[tasks]"'
-# Rounds of the bootstrap, of scores that are no mean over documents; means have a formula.
+# Rounds of the bootstrap for scores that are no mean over documents; the error of a mean has a formula.
 _BOOTSTRAP = 1000
 _FILES = (".yaml", ".yml")
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Raise a UserError for tasks that cannot be run: no harness, or no such task; nothing is downloaded.
+    """Raise a UserError if the harness or a task is missing. Nothing is downloaded.
 
-    To look a name up the harness reads all of its tasks, which takes it some seconds; a YAML file needs no look.
+    To find a name the harness reads all of its tasks, which takes some seconds; a YAML file is found at once.
     """
     if not names:
         return
@@ -52,7 +52,7 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def tasks_content(names: Sequence[str]) -> dict[str, str]:
-    """What the results of tasks depend on beside the models: the harness's version, and the content of files."""
+    """The cache key of tasks apart from the models: version of the harness, and digests of YAML files."""
     files = {name: file_digest(Path(name)) for name in names if _is_file(name)}
     return {"lm_eval": metadata.version("lm_eval"), **files}
 
@@ -74,52 +74,53 @@ def run_tasks(
     Args:
         names: tasks, groups and tags of the harness, or YAML files of tasks.
         policy, base: model folders.
-        load: a folder -> the model on its device.
-        out: folder for `results.json`, what the harness says of both.
-        limit: documents of each task at most.
+        load: loads the model in a folder onto its device.
+        out: folder for `results.json`, the harness's results of both models.
+        limit: greatest number of documents of each task.
 
     Returns:
         flat metrics, as `task_metrics`.
 
     Raises:
-        UserError: a task cannot be set up, such as one whose data set cannot be had.
+        UserError: a task cannot be set up, for example because its data set cannot be downloaded.
     """
-    found = {}
+    results = {}
     for role, folder in (("base", base), ("policy", policy)):
         processes.log(f"  {len(names)} tasks with {role}")
-        found[role] = _evaluate(names, load(folder), tokenizer, limit, batch_size, seed)
+        results[role] = _evaluate(names, load(folder), tokenizer, limit, batch_size, seed)
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "lm_eval_version")
-    write_json(out / RESULTS, {role: {key: one.get(key) for key in kept} for role, one in found.items()}, indent=1)
-    return task_metrics(found["base"], found["policy"], names)
+    stored = {role: {key: result.get(key) for key in kept} for role, result in results.items()}
+    write_json(out / RESULTS, stored, indent=1)
+    return task_metrics(results["base"], results["policy"], names)
 
 
 def task_metrics(base: Mapping[str, Any], policy: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """What the harness found of two models, as flat metrics.
+    """The harness's results of two models as flat metrics.
 
     Args:
         base, policy: results of `lm_eval.simple_evaluate` with samples, of the same tasks.
-        names: that were asked for: a group stands for itself alone, a tag or a file for the tasks in it.
+        names: tasks of the recipe; a group has one result of its own, a tag or a file has those of its tasks.
 
     Returns:
         for each score of each task `NAME/SCORE/base` and `/policy` with their `_se`, `/difference` (policy − base) with
-        its `_se`, and `NAME/documents`. The error of a difference is that of the paired differences where every
-        document has a score whose mean is the task's, else that of two independent figures, which is larger.
+        its `_se`, and `NAME/documents`. The error of a difference is paired by document if the task's score is the mean
+        of scores of documents; else it assumes independence and is larger.
     """
     metrics: dict[str, float] = {}
     for task in _rows(base, names):
         before, after = base["results"][task], policy["results"].get(task, {})
         for key, value in before.items():
             score, comma, filtered = key.partition(",")
-            other = after.get(key)
-            if not comma or score.endswith("_stderr") or not _is_number(value) or not _is_number(other):
+            value_after = after.get(key)
+            if not comma or score.endswith("_stderr") or not _is_number(value) or not _is_number(value_after):
                 continue
             name = f"{task}/{score}" + ("" if filtered == "none" else f"-{filtered}")
-            errors = [one.get(f"{score}_stderr,{filtered}") for one in (before, after)]
-            for role, figure, error in zip(("base", "policy"), (value, other), errors, strict=True):
+            errors = [scores.get(f"{score}_stderr,{filtered}") for scores in (before, after)]
+            for role, figure, error in zip(("base", "policy"), (value, value_after), errors, strict=True):
                 metrics[f"{name}/{role}"] = float(figure)
                 if _is_number(error):
                     metrics[f"{name}/{role}_se"] = float(error)
-            metrics[f"{name}/difference"] = float(other) - float(value)
+            metrics[f"{name}/difference"] = float(value_after) - float(value)
             paired = _paired_error(base, policy, task, score, filtered)
             if paired is None and all(map(_is_number, errors)):
                 paired = math.hypot(*errors)
@@ -130,16 +131,16 @@ def task_metrics(base: Mapping[str, Any], policy: Mapping[str, Any], names: Sequ
     return metrics
 
 
-def _rows(found: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The tasks to speak of: those asked for by name, and of a tag or a file all that stand in no group asked for."""
-    results = found["results"]
+def _rows(result: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The tasks to report: those with a name in `names`, and those of a tag or a file, except members of a group."""
+    results = result["results"]
     asked = [name for name in names if name in results]
     if len(asked) == len(names):
         return asked
     inside: set[str] = set()
     waiting = list(asked)
     while waiting:
-        children = (found.get("group_subtasks") or {}).get(waiting.pop(), [])
+        children = (result.get("group_subtasks") or {}).get(waiting.pop(), [])
         waiting += [child for child in children if child not in inside]
         inside |= set(children)
     return [*asked, *(name for name in results if name not in asked and name not in inside)]
@@ -148,24 +149,24 @@ def _rows(found: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def _paired_error(
     base: Mapping[str, Any], policy: Mapping[str, Any], task: str, score: str, filtered: str
 ) -> float | None:
-    """Standard error of the mean difference of a score over the documents; None where documents have no such score."""
+    """Standard error of the mean difference of a score over documents; None if documents have no such score."""
     sides = []
-    for found in (base, policy):
-        samples = (found.get("samples") or {}).get(task) or []
+    for result in (base, policy):
+        samples = (result.get("samples") or {}).get(task) or []
         scores = {
             sample["doc_id"]: sample.get(score) for sample in samples if sample.get("filter", "none") == filtered
         }  # fmt: skip
         if len(scores) < 2 or not all(map(_is_number, scores.values())):
             return None
         mean = sum(map(float, scores.values())) / len(scores)
-        if not math.isclose(mean, found["results"][task][f"{score},{filtered}"], rel_tol=1e-6, abs_tol=1e-9):
-            return None  # put together otherwise: an F1, a perplexity
+        if not math.isclose(mean, result["results"][task][f"{score},{filtered}"], rel_tol=1e-6, abs_tol=1e-9):
+            return None  # not a mean over documents: an F1, a perplexity
         sides.append(scores)
     before, after = sides
     if before.keys() != after.keys():
         return None
     documents = list(before)
-    return paired_difference([after[one] for one in documents], [before[one] for one in documents], documents)[1]
+    return paired_difference([after[key] for key in documents], [before[key] for key in documents], documents)[1]
 
 
 def _evaluate(
@@ -176,15 +177,15 @@ def _evaluate(
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """What the harness says of one model."""
+    """The harness's results of one model."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     _quiet()
     manager = _manager(names)
     try:
-        manager.load(list(names))  # data sets are read here
-    except Exception as error:  # whatever data sets and foreign YAML may raise
+        manager.load(list(names))  # reads the data sets
+    except Exception as error:  # data sets and foreign YAML may raise anything
         raise UserError(f"eval.tasks: a task cannot be set up ({named_error(error)})") from None
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     return simple_evaluate(
@@ -194,7 +195,7 @@ def _evaluate(
 
 
 def _manager(names: Sequence[str]) -> Any:
-    """The harness's index of tasks; of files alone it need not read its own."""
+    """The harness's index of tasks. With YAML files only, it does not read its own tasks."""
     from lm_eval.tasks import TaskManager
 
     _quiet()

@@ -1,59 +1,61 @@
 """Win rates of judged answers: raw with its standard error, and length-controlled as AlpacaEval 2 defines it.
 
-A judgement is a preference in [1, 2]: 1, the baseline's answer is better; 2, the model's is; between them how sure the
-judge was; 1.5 a tie, which older files write as 0. The raw win rate is the mean of preference − 1.
+A judgement is a preference in [1, 2]: 1 for the baseline's answer, 2 for the model's, values in between by the judge's
+confidence, and 1.5 for a tie, which older files write as 0. The raw win rate is the mean of preference − 1.
 
-Judges like long answers. The length-controlled win rate (Dubois et al. 2024, arXiv 2404.04475) is what a logistic model
-of the preferences predicts where both answers are equally long:
+Judges prefer long answers. The length-controlled win rate (Dubois et al. 2024, arXiv 2404.04475) is the prediction of a
+logistic model of the preferences for two answers of equal length:
 
     P(win) = σ(w1·tanh(Δ/s) + w2·difficulty + w3·model),   Δ = length of the baseline's answer − the model's, in
                                                            characters, s its standard deviation over the prompts
 
-The official fit needs two files that its authors publish (`GAMED`, `DIFFICULTY`); without them its "minimal" form has
-the first and the last term alone. That form extrapolates where the model's answers are all much shorter or longer.
-Nothing here says that an answer is good: a constant answer that fools a judge wins (docs/judging.md).
+The official fit needs two files that its authors publish (`GAMED`, `DIFFICULTY`). Its "minimal" form does without them
+and has only the first and the last term. It extrapolates where all answers of the model are much shorter or longer.
+A win rate does not measure quality: a constant answer that fools the judge wins (docs/judging.md).
 """
 
 from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import expit
 
 from sepo.errors import UserError, named_error
 from sepo.evaluate.statistics import mean_and_se
 from sepo.files import file_digest
-from sepo.judging.logistic import FOLDS, fit_cross_validated, sigmoid
+from sepo.judging.logistic import FOLDS, fit_cross_validated
 
-# The files of the dataset tatsu-lab/alpaca_eval that the official length-controlled win rate is computed with.
+# The files of the dataset tatsu-lab/alpaca_eval that the official length-controlled win rate needs.
 GAMED, DIFFICULTY = "df_gamed.csv", "instruction_difficulty.csv"
 OFFICIAL_SHA256 = {
     GAMED: "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d",
     DIFFICULTY: "e28d875bb334f75e17acd1e4ed659b261860e3db379cf5de29060301bed0a18b",
 }
-# Weight of the rows that were written to game the judge; there are two such models.
+# Weight of the rows of the two models that were written to game the judge.
 _GAMED_WEIGHT = 0.2 / 2
-# Mean length of the model's answers over the baseline's within which the minimal form was within a point of the
-# published value for all of the models that were tried.
+# Range of the mean length of the model's answers over the baseline's in which the minimal form was within one point of
+# the published value, for all models that were tried.
 SAFE_LENGTHS = (0.75, 1.34)
 FEW = 100
-_SAME_ANSWER = 0.5  # a share of equal answers that no model reaches which reads the prompt
+_SAME_ANSWER = 0.5  # no model that reads the prompt gives this share of equal answers
 
 
 class Judgement(NamedTuple):
     """A judged pair of answers to one prompt.
 
     Attributes:
-        prompt: what tells prompts apart; judgements of one prompt are not independent.
-        preference: in [1, 2], NaN where there is none that can be used.
-        baseline_length, model_length: of the answers, in characters; NaN where they are not known.
+        prompt: identifies the prompt; judgements of the same prompt are not independent.
+        preference: in [1, 2]; NaN if unusable.
+        baseline_length, model_length: characters of the answers; NaN if unknown.
         number: of the prompt in the benchmark, for its difficulty.
-        answer: the model's answer, or what stands for it, to see whether it is always the same.
+        answer: the model's answer, or its length, to detect a constant answer.
     """
 
     prompt: Hashable
@@ -66,13 +68,13 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True)
 class OfficialData:
-    """What the full length-controlled win rate needs beside the judgements.
+    """The data that the full length-controlled win rate needs beside the judgements.
 
     Attributes:
         features: `[rows, 3]` of the gamed baselines: tanh of the length difference, difficulty, 0.
-        targets: `[rows]` their preferences in [0, 1].
+        targets: `[rows]`, their preferences in [0, 1].
         weights: `[rows]`.
-        difficulty: of each prompt, by its number.
+        difficulty: of each prompt, by its number in the benchmark.
     """
 
     features: np.ndarray
@@ -82,7 +84,7 @@ class OfficialData:
 
 
 def preference_of(value: Any) -> float:
-    """A preference as files hold it -> a number in [1, 2], NaN for what is none.
+    """A preference in a file -> a number in [1, 2]; NaN for anything else.
 
     >>> preference_of("1.25"), preference_of(0), preference_of(None), preference_of(3)
     (1.25, 1.5, nan, nan)
@@ -94,7 +96,7 @@ def preference_of(value: Any) -> float:
 
 
 def number_of(value: Any) -> float:
-    """A number, or a text of one, as a float; NaN for anything else, true and false among them."""
+    """A number, or its text, as a float; NaN for anything else, including true and false."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
     try:
@@ -104,7 +106,7 @@ def number_of(value: Any) -> float:
 
 
 def judgement_of(row: Mapping[str, Any], number: int) -> Judgement:
-    """A row of an annotations file: AlpacaEval's columns, or lengths in place of outputs; any may be missing."""
+    """The judgement in a row of AlpacaEval's columns, or with lengths instead of outputs; any column may be missing."""
     texts = [row.get(f"output_{side}") for side in (1, 2)]
     lengths = [
         float(len(text)) if isinstance(text, str) else _length(row.get(f"length_{side}"))
@@ -127,18 +129,18 @@ def _length(value: Any) -> float:
 
 
 def win_rate(judgements: Sequence[Judgement]) -> dict[str, float | int]:
-    """The raw win rate, as AlpacaEval's `get_winrate`, in per cent.
+    """The raw win rate in per cent, as AlpacaEval's `get_winrate`.
 
     Returns:
-        win_rate, and its standard_error clustered by prompt (where each prompt is judged once that is s/√n, as
-        published); discrete_win_rate, where a preference counts as the side it leans to; n_wins, n_wins_base, n_draws;
-        n_total judgements that could be used and n_unusable that could not; avg_length of the model's answers in
-        characters; length_ratio, that over the baseline's.
+        win_rate, and its standard_error clustered by prompt (s/√n, as published, if each prompt is judged once);
+        discrete_win_rate, in which each preference counts fully for the side it favours; n_wins, n_wins_base, n_draws;
+        n_total usable judgements and n_unusable others; avg_length of the model's answers in characters;
+        length_ratio of avg_length to the baseline's.
     """
-    values = np.array([one.preference for one in judgements], np.float64)
+    values = np.array([judgement.preference for judgement in judgements], np.float64)
     usable = np.isfinite(values)
     wins = values[usable] - 1
-    groups = [one.prompt for one, good in zip(judgements, usable, strict=True) if good]
+    groups = [judgement.prompt for judgement, good in zip(judgements, usable, strict=True) if good]
     rate, error = mean_and_se(wins, groups)
     lengths = np.array([(one.baseline_length, one.model_length) for one in judgements]).reshape(-1, 2)
     known = np.isfinite(lengths).all(axis=1)
@@ -167,13 +169,13 @@ def length_controlled(
         same_model: the model is the baseline, whose win rate against itself is 50 by definition.
 
     Returns:
-        length_controlled_winrate; lc_standard_error, as published: the error of the mean of the predictions, which
-        leaves out that the fit is uncertain (0 in the minimal form, so left out there); lc_model, "minimal" or
-        "full"; lc_strength, the C that cross-validation chose; n_without_length, usable judgements left out for an
-        unknown length. The win rate is NaN where fewer than five judgements are left.
+        length_controlled_winrate; lc_standard_error, as published: the error of the mean prediction, which ignores the
+        uncertainty of the fit (0 in the minimal form, so omitted there); lc_model, "minimal" or "full"; lc_strength,
+        the C chosen by cross-validation; n_without_length, usable judgements left out for an unknown length. The win
+        rate is NaN if fewer than five judgements are left.
 
     Raises:
-        UserError: full, and a judgement has no number or one that the benchmark does not have.
+        UserError: full, and a judgement has no number of the benchmark.
     """
     known = [one for one in judgements if math.isfinite(one.baseline_length) and math.isfinite(one.model_length)]
     missing = sum(math.isfinite(one.preference) for one in judgements) - sum(
@@ -191,78 +193,68 @@ def length_controlled(
     if usable.sum() < FOLDS:
         return result
     difference = np.array([one.baseline_length - one.model_length for one in known])
-    spread = difference.std(ddof=1)
-    length = np.tanh(difference / spread) if spread > 0 else np.zeros(len(known))
+    std = difference.std(ddof=1)
+    length = np.tanh(difference / std) if std > 0 else np.zeros(len(known))
     ones = np.ones(len(known))
     if official is None:
         features = np.column_stack([length, ones])
-        found, strength = fit_cross_validated(features[usable], values[usable], ones[usable])
-        return {**result, "length_controlled_winrate": 100 * float(sigmoid(found[1])), "lc_strength": strength}
+        coefficients, strength = fit_cross_validated(features[usable], values[usable], ones[usable])
+        return {**result, "length_controlled_winrate": 100 * float(expit(coefficients[1])), "lc_strength": strength}
     difficulty = np.array([_difficulty(one, official) for one in known])
     rows = np.column_stack([length, difficulty, ones])[usable]
     features = np.concatenate([official.features, rows])
     targets = np.concatenate([official.targets, values[usable]])
     weights = np.concatenate([official.weights, ones[usable]])
-    found, strength = fit_cross_validated(features, targets, weights)
-    predicted = sigmoid(found[1] * difficulty + found[2])
+    coefficients, strength = fit_cross_validated(features, targets, weights)
+    predicted = expit(coefficients[1] * difficulty + coefficients[2])
     mean, error = mean_and_se(predicted)
     return {
         **result, "length_controlled_winrate": 100 * mean, "lc_standard_error": 100 * error, "lc_strength": strength,
     }  # fmt: skip
 
 
-def _difficulty(one: Judgement, official: OfficialData) -> float:
-    if one.number is None or one.number not in official.difficulty:
+def _difficulty(judgement: Judgement, official: OfficialData) -> float:
+    number = judgement.number
+    if number is None or number not in official.difficulty:
         raise UserError(
-            f"the full length-controlled win rate needs each row's `index` in AlpacaEval's set, found {one.number}: "
+            f"the full length-controlled win rate needs each row's `index` in AlpacaEval's set, found {number}: "
             "leave --glm-data out for the minimal one"
         )
-    return official.difficulty[one.number]
+    return official.difficulty[number]
 
 
 def warnings_of(judgements: Sequence[Judgement], result: Mapping[str, Any]) -> list[str]:
-    """What a reader of these figures should know, one line each."""
-    found = []
-    if result["n_unusable"]:
-        total = result["n_unusable"] + result["n_total"]
-        found.append(f"{result['n_unusable']} of {total} judgements have no preference in [1, 2] and are left out")
-    if result["lc_model"] == "minimal" and FOLDS <= result["n_total"] < FEW:
-        found.append(f"of {result['n_total']} judgements the penalised length-controlled fit is drawn towards 50")
-    if result["n_without_length"]:
-        found.append(
-            f"{result['n_without_length']} judgements without both lengths are not in the length-controlled fit"
-        )
+    """Reasons to distrust these figures, one line each."""
+    warnings = []
+    total, unusable, without_length = result["n_total"], result["n_unusable"], result["n_without_length"]
     raw, controlled, ratio = result["win_rate"], result["length_controlled_winrate"], result["length_ratio"]
+    minimal = result["lc_model"] == "minimal"
+    if unusable:
+        warnings.append(f"{unusable} of {unusable + total} judgements have no preference in [1, 2] and are left out")
+    if minimal and FOLDS <= total < FEW:
+        warnings.append(f"with {total} judgements the penalised length-controlled fit is drawn towards 50")
+    if without_length:
+        warnings.append(f"{without_length} judgements without both lengths are not in the length-controlled fit")
     low, high = SAFE_LENGTHS
-    if result["lc_model"] == "minimal" and math.isfinite(ratio) and not low <= ratio <= high:
-        found.append(
+    if minimal and math.isfinite(ratio) and not low <= ratio <= high:
+        warnings.append(
             f"mean length is {ratio:.2f} of the baseline's: outside {low} to {high} the minimal length-controlled win "
             "rate extrapolates and was off by 4 to 9 points on average; the official files (--glm-data) do better"
         )
-    small = controlled < min(raw - raw / 4, raw - 10)
-    large = controlled > max(raw + (100 - raw) / 4, raw + 10)
-    if small or large:
-        found.append(f"length control takes {raw:.1f} to {controlled:.1f}: the fit may have failed")
-    answers = [one.answer for one in judgements if one.answer is not None]
-    if len(answers) >= 20:
-        most = max(_counts(answers).values())
-        if most > _SAME_ANSWER * len(answers):
-            what = "answers are the same text" if isinstance(answers[0], str) else "answers have the same length"
-            found.append(f"{most} of {len(answers)} {what}: it is written for the judge, not for the prompt")
-    return found
-
-
-def _counts(values: Sequence[Hashable]) -> dict[Hashable, int]:
-    counts: dict[Hashable, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return counts
+    if controlled < min(raw - raw / 4, raw - 10) or controlled > max(raw + (100 - raw) / 4, raw + 10):
+        warnings.append(f"length control takes {raw:.1f} to {controlled:.1f}: the fit may have failed")
+    answers = [judgement.answer for judgement in judgements if judgement.answer is not None]
+    most = max(Counter(answers).values(), default=0)
+    if len(answers) >= 20 and most > _SAME_ANSWER * len(answers):
+        kind = "answers are the same text" if isinstance(answers[0], str) else "answers have the same length"
+        warnings.append(f"{most} of {len(answers)} {kind}: it is written for the judge, not for the prompt")
+    return warnings
 
 
 def summarise(
     judgements: Sequence[Judgement], official: OfficialData | None = None, same_model: bool = False
 ) -> dict[str, Any]:
-    """All of it: `win_rate`, `length_controlled` and `warnings`."""
+    """The figures of `win_rate` and `length_controlled`, and `warnings`."""
     result: dict[str, Any] = {**win_rate(judgements), **length_controlled(judgements, official, same_model)}
     return {**result, "warnings": warnings_of(judgements, result)}
 
@@ -271,14 +263,14 @@ def read_official(folder: Path) -> OfficialData:
     """Read the two files of the dataset `tatsu-lab/alpaca_eval` from a folder.
 
     Raises:
-        UserError: one is missing, is not the published file (by SHA-256), or lacks a column.
+        UserError: a file is missing, is not the published one (by SHA-256), or lacks a column.
     """
     for name, expected in OFFICIAL_SHA256.items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"'{path}' is not there: expected {name} of the dataset tatsu-lab/alpaca_eval")
-        if (found := file_digest(path)) != expected:
-            raise UserError(f"'{path}' is not the published file: its SHA-256 is {found[:12]}…, not {expected[:12]}…")
+            raise UserError(f"'{path}' does not exist: expected {name} of the dataset tatsu-lab/alpaca_eval")
+        if (digest := file_digest(path)) != expected:
+            raise UserError(f"'{path}' is not the published file: its SHA-256 is {digest[:12]}…, not {expected[:12]}…")
     path = folder / GAMED
     features, targets, weights = [], [], []
     difficulty: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""The report's figures as files for a paper: PNG, SVG or PDF, drawn by matplotlib from the same numbers."""
+"""The report's figures as files for a paper (PNG, SVG or PDF), and the style of every figure that sepo draws."""
 
 from __future__ import annotations
 
@@ -17,19 +17,27 @@ from matplotlib.ticker import FuncFormatter
 from sepo.data.ragged import SIDES
 from sepo.errors import UserError, wrong_type
 from sepo.files import expand_home, write_bytes
-from sepo.report.build import read_scores, read_training
-from sepo.report.style import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES
+from sepo.report.reading import read_scores, read_training
 from sepo.report.summary import summarise
 
 FORMATS = ("png", "svg", "pdf")
+# report.css has the same colours.
+CHOSEN, REJECTED = "#00756a", "#96307a"
+SIDE_COLOURS = {"chosen": CHOSEN, "rejected": REJECTED}
+SIDE_LINES = {"chosen": "-", "rejected": (0, (4, 2))}
+PLAIN = "#1d5ca8"
+GREY = "#5f6168"
+# Colours and markers of methods in one figure.
+SERIES = (CHOSEN, REJECTED, PLAIN, "#b3541e", GREY, "#7a7a00", "#c0392b", "#2c7fb8", "#4d9221", "#8c6bb1")
+MARKERS = "osD^vP*Xhp"
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
 _NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def make_figure(draw: Callable[[Axes], None], x_label: str, y_label: str, legend_beside: bool = False) -> Figure:
-    """Make a figure of one panel in the report's style; a legend appears where several things carry a label.
+    """Make a figure of one panel in the report's style, with a legend if there are several labels.
 
-    `legend_beside` puts it beside the panel, where lines may run anywhere.
+    `legend_beside` puts the legend beside the panel, where it covers no line.
     """
     figure = Figure(figsize=(4.8, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -141,12 +149,12 @@ def save_figures(
 
     Args:
         run: a run folder, or a score table (folder or parquet file).
-        folder: where the files go; made if it is missing.
+        folder: the folder of the files; created if it is missing.
         formats: any of "png" (300 dots per inch), "svg" and "pdf".
 
     Returns:
         The files written: `cumulative-share`, `token-rewards`, `reward-by-position`, `pair-margins`, and for
-        a run one figure a training curve, such as `oracle-loss`.
+        a run one figure per training curve, such as `oracle-loss`.
 
     Raises:
         UserError: there is no score table, or a format is not known.
@@ -162,9 +170,9 @@ def save_figures(
     summary = summarise(scores.rewards, scores.prompts)
     written = []
     for name in formats:
-        # Drawn anew for each format: a layout depends on what was drawn before.
+        # Each format needs new figures: saving a figure changes its layout.
         figures = _table_figures(summary) | (_training_figures(run) if is_run else {})
-        # Without a date and with a fixed salt for element ids, the same numbers give the same file.
+        # No date and a fixed salt for element ids: the same numbers give the same file.
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(name)
         for stem, figure in sorted(figures.items()):
             buffer = io.BytesIO()

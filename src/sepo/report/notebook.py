@@ -1,6 +1,7 @@
-"""One pair in a notebook: both responses with every token coloured by its reward.
+"""One pair in a notebook: the report's own page in a frame, with both responses coloured token by token.
 
-Plain HTML without a script, so it also shows where notebooks are only rendered (a repository, an export).
+The frame holds everything it needs, so it also works offline and in a notebook exported to HTML. Viewers that remove
+frames or scripts (GitHub) show an empty output.
 """
 
 from __future__ import annotations
@@ -14,20 +15,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sepo.credit.selection import check_rate, keep_counts, selection_order
+from sepo.credit.selection import check_rate
 from sepo.data import tables
-from sepo.data.ragged import SIDES
+from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import require_table
 from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
-from sepo.report.build import find_tokenizer
-from sepo.report.style import NEGATIVE, POSITIVE
-from sepo.report.token_texts import MARK_OFF, MARK_ON, TokenText, TokenTexts
+from sepo.report.build import page, payload_of
+from sepo.report.reading import Scores, find_tokenizer
+from sepo.report.summary import summarise
+from sepo.report.token_texts import TokenTexts
 
-# Blue for positive rewards, orange for negative ones, laid over whatever background the notebook has.
-_COLOURS = {True: POSITIVE, False: NEGATIVE}
-_STRONGEST = 0.75
+_HEIGHT = 480  # pixels; longer pairs scroll
 
 
 @dataclass(frozen=True)
@@ -38,63 +38,6 @@ class PairView:
 
     def _repr_html_(self) -> str:
         return self.html
-
-
-def _token_html(piece: TokenText, reward: float, place: str, limit: float, key: bool) -> str:
-    strength = _STRONGEST * min(1.0, abs(reward) / limit) ** 0.75
-    style = f"background:rgba({_COLOURS[reward > 0]},{strength:.2f});border-radius:3px;padding:2px 0;"
-    if key:
-        style += "box-shadow:inset 0 -2.5px 0 currentColor;"
-    title = f"{piece.label} | id {piece.token_id} | reward {reward:+.4f} | rank {place}"
-    # The space before a word stands outside the coloured box, so that boxes read as words.
-    spaced = len(piece.shown) > 1 and piece.shown.startswith(" ")
-    shown = html.escape(piece.shown[spaced:])
-    shown = shown.replace(MARK_ON, '<span dir="ltr" style="opacity:.7;font-size:.85em">').replace(MARK_OFF, "</span>")
-    tooltip = html.escape(title + (" | key token" if key else ""))
-    return f'{" " if spaced else ""}<span style="{style}" title="{tooltip}">{shown}</span>'
-
-
-def _side_html(row: Mapping, side: str, pieces: TokenTexts, k: float, limit: float) -> str:
-    rewards = np.asarray(row[f"{side}_rewards"], dtype=np.float32)
-    ids = np.asarray(row[f"{side}_ids"], dtype=np.int32)
-    count = len(ids)
-    if len(rewards) != count:
-        raise UserError(f"the pair has {len(rewards)} {side} rewards for {count} tokens: expected one a token")
-    numbers = pieces.encode(ids, np.array([count]))
-    rank = np.empty(count, dtype=np.int64)
-    ended = count > 0 and int(ids[-1]) in row.get("end_ids", ())
-    rank[selection_order(rewards, side, ended)] = np.arange(count)
-    keys = min(max(1, count - ended), int(keep_counts(np.array([count]), k)[0]))
-    tokens = "".join(
-        _token_html(pieces.pieces[number], float(reward), f"{place + 1} of {count}", limit, bool(place < keys))
-        for number, reward, place in zip(numbers, rewards, rank, strict=True)
-    )
-    heading = f"<b>{side.capitalize()}</b> · {count} tokens · {keys} key · sum {float(rewards.sum()):+.2f}"
-    text_style = "white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext;line-height:1.9"
-    return (
-        '<div style="flex:1 1 320px;min-width:0">'
-        f'<div style="font-size:.85em;opacity:.75;margin-bottom:4px">{heading}</div>'
-        f'<div dir="auto" style="{text_style}">{tokens}</div></div>'
-    )
-
-
-def _row(source: Mapping | pa.Table | str | os.PathLike, index: int) -> Mapping:
-    if isinstance(source, Mapping):
-        missing = [f"{side}_{part}" for side in SIDES for part in ("ids", "rewards") if f"{side}_{part}" not in source]
-        if missing:
-            raise UserError(f"the pair has no '{missing[0]}': expected a row of a score table")
-        return source
-    if not isinstance(source, pa.Table | Path):
-        raise wrong_type("pair_or_table", source, "a row of a score table, the table, or its path")
-    if not isinstance(source, pa.Table):
-        path = Path(source)
-        source = tables.read_table(path / "scores" if (path / "scores").is_dir() else path, "scores")
-    require_table("pair_or_table", source, "scores")
-    check_number("index", index, whole=True)
-    if not -len(source) <= index < len(source):
-        raise UserError(f"no pair at row {index}: the score table has {len(source)} rows")
-    end_ids = tables.provenance_of(source).get("end_ids", [])
-    return {**source.slice(index % len(source), 1).to_pylist()[0], "end_ids": end_ids}
 
 
 def display(
@@ -108,12 +51,12 @@ def display(
     """Show one scored pair in a notebook.
 
     Args:
-        pair_or_table: a row of a score table as a mapping (with `end_ids` if the token that ends a response is no
-            key token), a score table, its path, or a run folder.
-        index: which row of the table; a single pair ignores it.
+        pair_or_table: a row of a score table as a mapping (with `end_ids` if the token that ends a response cannot be
+            a key token), a score table, its path, or a run folder.
+        index: the row of the table; ignored for a single pair.
         tokenizer: a folder with a `tokenizer.json`, or a loaded fast tokenizer; by default that of the run
-            folder. Without one, tokens are shown by id.
-        k_chosen, k_rejected: selection rates for the underlined key tokens.
+            folder. Without a tokenizer, tokens are shown by id.
+        k_chosen, k_rejected: selection rates at which the sliders start; key tokens are underlined.
 
     Returns:
         An object that a notebook shows as HTML (`_repr_html_`).
@@ -124,17 +67,51 @@ def display(
     if isinstance(pair_or_table, str | os.PathLike):
         pair_or_table = Path(expand_home(pair_or_table, "the score table"))
         tokenizer = find_tokenizer(pair_or_table) if tokenizer is None else tokenizer
-    row = _row(pair_or_table, index)
-    pieces = TokenTexts(None if tokenizer is None else load_vocabulary(tokenizer))
+    scores = _scores_of(pair_or_table, index)
+    token_texts = TokenTexts(None if tokenizer is None else load_vocabulary(tokenizer))
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
         check_rate(name, rate)
-    magnitude = np.abs(np.concatenate([np.asarray(row[f"{side}_rewards"], dtype=np.float32) for side in SIDES]))
-    limit = float(np.quantile(magnitude, 0.98)) if len(magnitude) else 0.0
-    sides = "".join(
-        _side_html(row, side, pieces, k, limit or 1.0) for side, k in zip(SIDES, (k_chosen, k_rejected), strict=True)
-    )
-    caption = "Blue: more likely under the oracle than under the reference; orange: less. Underlined: key tokens."
-    return PairView(
-        f'<div style="display:flex;flex-wrap:wrap;gap:32px">{sides}</div>'
-        f'<div style="font-size:.8em;opacity:.7;margin-top:8px">{caption}</div>'
-    )
+    title = f"Pair {scores.rows['pair_id'][0]}"
+    header = {
+        "title": title,
+        "k": {"chosen": float(k_chosen), "rejected": float(k_rejected)},
+        "summary": summarise(scores.rewards, scores.prompts),
+        "single_pair": True,
+    }
+    source = html.escape(page(title, payload_of(scores, token_texts, header)))
+    style = "width:100%;border:0"
+    return PairView(f'<iframe srcdoc="{source}" title="{title}" height="{_HEIGHT}" style="{style}"></iframe>')
+
+
+def _scores_of(source: Mapping | pa.Table | str | os.PathLike, index: int) -> Scores:
+    """The pair to show as a score table of one row."""
+    row, end_ids = _row(source, index)
+    columns = {name: [row[name]] for name in tables.SCHEMAS["scores"].names}
+    table = tables.make_table("scores", columns)
+    rewards = {side: flat(table[f"{side}_rewards"]) for side in SIDES}
+    for side, (values, lengths) in rewards.items():
+        count = len(table[f"{side}_ids"][0])
+        if lengths[0] != count or not count:
+            raise UserError(f"the pair has {lengths[0]} {side} rewards for {count} tokens: expected one per token")
+        if not np.isfinite(values).all():
+            raise UserError(f"the pair has a {side} reward that is not finite")
+    return Scores(table, rewards, np.zeros(1, np.int64), {"end_ids": end_ids})
+
+
+def _row(source: Mapping | pa.Table | str | os.PathLike, index: int) -> tuple[Mapping, list[int]]:
+    """The row to show and the ids that end a response."""
+    if isinstance(source, Mapping):
+        missing = [f"{side}_{part}" for side in SIDES for part in ("ids", "rewards") if f"{side}_{part}" not in source]
+        if missing:
+            raise UserError(f"the pair has no '{missing[0]}': expected a row of a score table")
+        return {"pair_id": 0, "prompt_ids": [], **source}, list(source.get("end_ids", ()))
+    if not isinstance(source, pa.Table | Path):
+        raise wrong_type("pair_or_table", source, "a row of a score table, the table, or its path")
+    if not isinstance(source, pa.Table):
+        path = Path(source)
+        source = tables.read_table(path / "scores" if (path / "scores").is_dir() else path, "scores")
+    require_table("pair_or_table", source, "scores")
+    check_number("index", index, whole=True)
+    if not -len(source) <= index < len(source):
+        raise UserError(f"no pair at row {index}: the score table has {len(source)} rows")
+    return source.slice(index % len(source), 1).to_pylist()[0], tables.provenance_of(source).get("end_ids", [])

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Numbers and metrics as readable text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def metrics_table(title: str, metrics: Mapping[str, Any]) -> str:
-    """All figures as a table in Markdown; `X_se` stands beside `X`."""
-    lines = [f"# {title}", "", "| figure | value | ± s.e. |", "|---|---:|---:|"]
+    """All metrics as a Markdown table; `X_se` is in the row of `X`."""
+    lines = [f"# {title}", "", "| metric | value | ± s.e. |", "|---|---:|---:|"]
     for name, value in metrics.items():
         if name.endswith("_se") and name.removesuffix("_se") in metrics:
             continue
@@ -18,7 +18,7 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> str:
 
 
 def number(value: Any) -> str:
-    """A figure in four digits.
+    """A number in four digits.
 
     >>> [number(value) for value in (None, 0.12345, 1234.5, 12.0)]
     ['–', '0.1235', '1,234', '12']

@@ -4,9 +4,9 @@ Layout before compression (gzip, then base64 for the page):
 
     uint32 length of the header | header, JSON in UTF-8 | arrays
 
-The header's `arrays` names each array's type, place and length. The bytes of an array are stored plane by
-plane (all first bytes, all second bytes, ...): the high bytes of similar numbers compress well once they
-stand together. Base64 has no `<`, so no text of a dataset can end the element that holds the block.
+The header's `arrays` names each array's type, offset and length. The bytes of an array are stored plane by
+plane (all first bytes, all second bytes, ...), because the high bytes of similar numbers compress well together.
+Base64 has no `<`, so no text of a dataset can close the HTML element around the block.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TYPES = {"u1": "uint8", "u2": "uint16", "u4": "uint32", "f4": "float32", "f8": 
 
 
 def jsonable(value: object) -> object:
-    """Return `value` with what JSON cannot hold made text: NaN, infinities, dates, paths.
+    """Turn values that JSON lacks into text: NaN, infinities, dates, paths.
 
     >>> jsonable({"loss": float("nan"), 1: (2, None)})
     {'loss': 'nan', '1': [2, None]}
@@ -38,7 +38,7 @@ def jsonable(value: object) -> object:
 
 
 def smallest_unsigned(values: np.ndarray) -> np.ndarray:
-    """Return non-negative integers in the narrowest of uint8, uint16 and uint32 that holds them."""
+    """Cast non-negative integers to the narrowest of uint8, uint16 and uint32."""
     highest = int(values.max(initial=0))
     return values.astype(np.uint8 if highest < 2**8 else np.uint16 if highest < 2**16 else np.uint32)
 
@@ -61,7 +61,7 @@ def pack(header: Mapping[str, object], arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def unpack(block: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """Read a block back: the inverse of `pack`."""
+    """The inverse of `pack`."""
     raw = gzip.decompress(base64.b64decode(block))
     size = int.from_bytes(raw[:4], "little")
     header = json.loads(raw[4 : 4 + size])

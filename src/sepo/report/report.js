@@ -1,4 +1,4 @@
-// Draws the report from the data block in this file. Text reaches the page through textContent only.
+// Draws the report from the data block of this file. Every text is set as textContent, never as HTML.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -6,7 +6,7 @@ const SIDES = ["chosen", "rejected"];
 
 // ---------------------------------------------------------------- data
 
-/** Undo payload.py: base64, gzip, a JSON header, and arrays stored byte plane by byte plane. */
+/** Read the block that payload.py writes: base64, gzip, a JSON header, and arrays stored byte plane by byte plane. */
 async function readData() {
   const text = atob($("data").textContent);
   const bytes = new Uint8Array(text.length);
@@ -36,12 +36,12 @@ const starts = (lengths) => {
   return out;
 };
 
-/** floor(k n), at least one token, at most all that may be key: the rule of selection.py, which forgives the rounding
- *  of k n. A token that ends its response (`ended` 1) may not be, unless it is all there is. */
+/** The number of key tokens, as in selection.py: floor(k n) with tolerance for rounding, at least 1. A token that ends
+ *  its response (`ended` 1) is no key token, unless it is the only token. */
 const keyCount = (k, n, ended) => Math.min(Math.max(1, n - ended), Math.max(1, Math.floor(k * n + 1e-9)));
 
-/** The place of each token in the order of selection: highest reward first in the chosen response, lowest first
- *  in the rejected one, the earlier position first among equals; an `ended` response's last token comes last. */
+/** The rank of each token in the order of selection: highest reward first in the chosen response, lowest first in the
+ *  rejected response, earlier positions first among equals. The token that ends an `ended` response is last. */
 function ranks(rewards, side, ended) {
   const order = Uint32Array.from(rewards, (_, i) => i);
   const sign = side === "chosen" ? -1 : 1;
@@ -54,8 +54,8 @@ function ranks(rewards, side, ended) {
 
 // ---------------------------------------------------------------- text and elements
 
-/** Control and format characters of text that comes from outside, made visible. Newlines, tabs and the joiners
- *  inside written characters (emoji sequences, Persian words) stay. */
+/** Make control and format characters of foreign text visible. Newlines, tabs and the joiners inside written
+ *  characters (emoji sequences, Persian words) stay. */
 const plain = (text) => String(text).replace(
   /(?!(?<=[\p{L}\p{M}\p{S}])[\u200c\u200d](?=[\p{L}\p{S}]))[\p{Cc}\p{Cf}\u2028\u2029]/gu,
   (c) => (c === "\n" || c === "\t" ? c : `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`));
@@ -104,7 +104,7 @@ function fillShown(element, shown) {
     if (part === "") return;
     if (i % 2 === 0) element.append(part);
     else {
-      // A direction of its own, so that the letters of ⟨0xD7⟩ do not decide the direction of the text around.
+      // A direction is set, so that the letters of ⟨0xD7⟩ do not decide the direction of the surrounding text.
       element.append(h("i", { dir: "ltr", className: part.startsWith("⟨0x") ? "bytes" : "" }, part));
     }
   });
@@ -126,7 +126,7 @@ function pairsView(data) {
     ? slice(side, "weights", pair)[position] > 0
     : rank < keyCount(state.k[side], length(side, pair), arrays[`${side}_ended`][pair]);
 
-  // Colour: ten steps a side. Rewards are heavy-tailed, so small ones get more of the scale than a linear one gives.
+  // Ten colour steps per sign. Rewards are heavy-tailed, so the scale gives small rewards more room than a linear scale.
   const level = (reward) => Math.round(10 * Math.min(1, Math.abs(reward) / summary.colour_limit) ** 0.75);
   const shade = (reward) => {
     const step = level(reward);
@@ -145,10 +145,10 @@ function pairsView(data) {
   };
   const haystack = (pair) => (searchText[pair] ??= ["prompt", ...SIDES].map((name) => joined(name, pair)));
 
-  /** Which tokens of a response touch a match of the query. */
+  /** The positions of the tokens that overlap a match of the query. */
   function hits(side, pair) {
-    const found = new Set();
-    if (!state.query) return found;
+    const positions = new Set();
+    if (!state.query) return positions;
     const ends = [];
     let text = "";
     for (const piece of slice(side, "pieces", pair)) {
@@ -158,12 +158,12 @@ function pairsView(data) {
     let token = 0;
     for (let at = text.indexOf(state.query); at >= 0; at = text.indexOf(state.query, at + 1)) {
       while (ends[token] <= at) token++;
-      for (let i = token; i < ends.length && (i === 0 ? 0 : ends[i - 1]) < at + state.query.length; i++) found.add(i);
+      for (let i = token; i < ends.length && (i === 0 ? 0 : ends[i - 1]) < at + state.query.length; i++) positions.add(i);
     }
-    return found;
+    return positions;
   }
 
-  // ------------------------------------------------ cards, filled only near the screen
+  // ------------------------------------------------ cards, filled only near the viewport
 
   const cards = data.pair_ids.map((id, pair) => h("article", {
     className: "pair", id: `pair-${id}`, tabIndex: 0, "aria-label": `Pair ${id}`, "data-pair": pair, "aria-setsize": count,
@@ -185,9 +185,9 @@ function pairsView(data) {
     const numbers = slice("prompt", "pieces", pair);
     const first = arrays.prompt_starts[pair];
     const last = arrays.prompt_ends[pair];
-    const own = numbers.length > first + last ? numbers.subarray(first, numbers.length - last) : numbers;
+    const unshared = numbers.length > first + last ? numbers.subarray(first, numbers.length - last) : numbers;
     let text = "";
-    for (let i = 0; i < own.length && text.length < 300; i++) text += textOf(own[i]);
+    for (let i = 0; i < unshared.length && text.length < 300; i++) text += textOf(unshared[i]);
     return text.replace(/\s+/g, " ").trim();
   }
 
@@ -200,7 +200,7 @@ function pairsView(data) {
       body.textContent = plain(Array.from(slice("prompt", "pieces", pair), textOf).join(""));
     };
     details.addEventListener("toggle", fill);
-    // A pair that is listed for its prompt alone shows it.
+    // A pair that matches the search only in its prompt shows the prompt.
     const [inPrompt, ...inResponses] = state.query ? haystack(pair).map((text) => text.includes(state.query)) : [];
     if (inPrompt && !inResponses.includes(true)) {
       fill();
@@ -212,7 +212,7 @@ function pairsView(data) {
   function responseOf(pair, side, entry) {
     const rewards = slice(side, "rewards", pair);
     const numbers = slice(side, "pieces", pair);
-    const found = hits(side, pair);
+    const matches = hits(side, pair);
     const spans = [];
     const nodes = [];
     entry.ranks[side] = ranks(rewards, side, arrays[`${side}_ended`][pair]);
@@ -221,8 +221,8 @@ function pairsView(data) {
       span.className = shade(reward);
       span.tabIndex = -1;
       span.dataset.i = i;
-      if (found.has(i)) span.classList.add("hit");
-      // The space before a word stands outside the coloured box: boxes read as words, and none hangs over a line's end.
+      if (matches.has(i)) span.classList.add("hit");
+      // The space before a word is outside the coloured box: boxes read as words, and no box extends past a line's end.
       const shown = pieces.shown[numbers[i]];
       const spaced = shown.length > 1 && shown[0] === " ";
       fillShown(span, spaced ? shown.slice(1) : shown);
@@ -238,12 +238,12 @@ function pairsView(data) {
     return h("section", { className: `side ${side}` }, entry.titles[side], tokens, data.other ? otherOf(pair, side) : null);
   }
 
-  // The same response as the oracle's tokenizer cuts it, where the policy has another.
+  // The same response under the oracle's tokenizer, where the policy has another tokenizer.
   const otherOffsets = data.other && Object.fromEntries(SIDES.map((side) => [side, starts(arrays[`other_${side}_lengths`])]));
 
   function otherOf(pair, side) {
     const [from, to] = [otherOffsets[side][pair], otherOffsets[side][pair + 1]];
-    const label = `${side} response as the oracle reads it, ${to - from} tokens`;
+    const label = `${side} response in the oracle's tokens, ${to - from} tokens`;
     const tokens = h("div", { className: "tokens", dir: "auto", role: "group", "aria-label": label });
     let sum = 0;
     for (let i = from; i < to; i++) {
@@ -318,16 +318,16 @@ function pairsView(data) {
     let keys = 0;
     let tokens = 0;
     SIDES.forEach((side, s) => {
-      let own = 0;
+      let sideTokens = 0;
       let selected = 0;
       arrays[`${side}_lengths`].forEach((n, pair) => {
-        own += n;
+        sideTokens += n;
         selected += keyCount(state.k[side], n, arrays[`${side}_ended`][pair]);
       });
       if (state.stored) selected = stored[s];
       keys += selected;
-      tokens += own;
-      const share = state.stored ? selected / Math.max(1, own) : state.k[side];
+      tokens += sideTokens;
+      const share = state.stored ? selected / Math.max(1, sideTokens) : state.k[side];
       $(`k-${side}-value`).textContent = percent(share, Math.abs(share * 100 - Math.round(share * 100)) < 1e-6 ? 0 : 1);
     });
     $("key-count").replaceChildren(`${integer(keys)} `, h("span", { className: "token key" }, "key tokens"), ` · ${percent(keys / Math.max(1, tokens), 1)}`);
@@ -403,7 +403,7 @@ function pairsView(data) {
     state.query = query;
     state.order = matching().sort(comparisons[$("sort").value]);
     observer.disconnect();
-    if (changed) { // matches are outlined, so filled cards are drawn again
+    if (changed) { // redraw filled cards, because matches are outlined
       live.clear();
       cards.forEach((card) => card.replaceChildren());
     }
@@ -415,7 +415,7 @@ function pairsView(data) {
       if (!live.has(pair)) reserve(pair);
     });
     feed.replaceChildren(...state.order.map((pair) => cards[pair]));
-    state.order.slice(0, 3).forEach(fill); // at once, so that the first picture is not blank
+    state.order.slice(0, 3).forEach(fill); // immediately, so that the first frame is not blank
     state.order.forEach((pair) => observer.observe(cards[pair]));
     const shown = count < summary.pairs ? ` shown here, of ${integer(summary.pairs)} in the table` : "";
     $("count").textContent = state.order.length === count
@@ -444,7 +444,7 @@ function pairsView(data) {
   function place(span) {
     const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
     tooltip.hidden = false;
-    tooltip.style.left = "0px"; // so that its width is its own, not what the last place left
+    tooltip.style.left = "0px"; // measure its natural width, not the width that its last position left
     const { width, height } = tooltip.getBoundingClientRect();
     const right = document.documentElement.clientWidth;
     const below = box.bottom + 8 + height <= innerHeight || box.top < height + 8;
@@ -556,7 +556,7 @@ function pairsView(data) {
   $("legend").append(scale, h("div", { className: "ticks" },
     h("span", {}, `${tick(-limit)} less likely`), h("span", {}, "0"), h("span", {}, `more likely ${tick(limit)}`)));
   $("legend").setAttribute("aria-label",
-    `Colour of a token: its reward, from orange (${tick(-limit)} and less: under the oracle less likely than under the reference) ` +
+    `A token's colour is its reward, from orange (${tick(-limit)} and less: less likely under the oracle than under the reference) ` +
     `to blue (${tick(limit)} and more: more likely). Key tokens are underlined.`);
 
   // ------------------------------------------------ start
@@ -575,18 +575,18 @@ function pairsView(data) {
 
 // ---------------------------------------------------------------- charts
 
-/** A colour of the theme as the browser computes it; `scheme` asks for one theme whatever the page shows. */
+/** The computed colours of the page's theme, or of the theme `scheme`. */
 function colours(scheme) {
   const probe = h("span");
   if (scheme) probe.style.colorScheme = scheme;
   document.body.append(probe);
-  const found = {};
+  const computed = {};
   for (const name of ["paper", "ink", "muted", "rule", "accent", "chosen", "rejected", "positive", "negative"]) {
     probe.style.color = `var(--${name})`;
-    found[name] = getComputedStyle(probe).color;
+    computed[name] = getComputedStyle(probe).color;
   }
   probe.remove();
-  return found;
+  return computed;
 }
 
 function svg(tag, attributes = {}, ...children) {
@@ -606,8 +606,8 @@ function niceTicks(low, high, wanted) {
 }
 
 /**
- * Geometry of a chart at a width: scales, ticks, and the SVG itself with every colour written out, so that the
- * same drawing serves the page and the exported file.
+ * Draw a chart at a width: scales, ticks and the SVG. Every colour is written out, so that the page and the exported
+ * file share one drawing.
  *
  * spec: { title, xLabel, yLabel, x: {log2, format, read, low, high}, y: {log10, format, read, low, high}, guides: [{x|y, label}],
  *         series: [{name, colour, dash, x, y, low, high, edges}] }
@@ -732,7 +732,7 @@ async function pngFile(spec) {
 
 const redraws = new Set();
 
-/** A figure: heading, drawing, a line that reads the values under the pointer (or arrow keys), caption, exports. */
+/** A figure: heading, caption, the values under the pointer (or arrow keys), drawing, export buttons. */
 function figure(spec) {
   const plot = h("div", { className: "plot" });
   const readout = h("output", { className: "readout muted" });
@@ -798,7 +798,7 @@ function figuresView(data) {
     const { share, share_for_80: for80 } = summary.cumulative;
     charts.push(figure({
       title: "Cumulative share of reward", file: "cumulative-share",
-      caption: `Tokens of a response by size of reward, largest first; share of Σ|s| they carry, averaged over responses. 80\u00a0% is reached with ${percent(for80)} of the tokens.`,
+      caption: `Share of Σ|s| carried by the tokens with the largest |s|, averaged over responses. ${percent(for80)} of the tokens carry 80\u00a0%.`,
       xLabel: "Share of tokens", yLabel: "Share of Σ|s|",
       x: { low: 0, high: 1, format: whole }, y: { low: 0, high: 1, format: whole, read: (y) => percent(y, 1) },
       guides: [{ y: 0.8 }, { x: for80 }],
@@ -814,7 +814,7 @@ function figuresView(data) {
   }));
   charts.push(figure({
     title: "Reward by position", file: "reward-by-position",
-    caption: "Mean token reward by place in the response (1 is the first token), with the 95 % interval of the mean, clustered by prompt.",
+    caption: "Mean token reward by position in the response (1 is the first token), with the 95 % interval of the mean, clustered by prompt.",
     xLabel: "Position", yLabel: "Mean reward s", x: { log2: true, format: short, read: (x) => integer(x) }, y: { format: short },
     series: SIDES.map((side) => ({
       name: side, ...SIDE_STYLE[side], x: summary.positions.position, y: summary.positions[side].mean, low: summary.positions[side].low, high: summary.positions[side].high,
@@ -829,7 +829,7 @@ function figuresView(data) {
   }));
   $("figures").append(h("section", { className: "group" },
     h("h2", {}, "Token rewards"),
-    h("p", { className: "muted" }, `All ${integer(summary.pairs)} pairs of the table. The reward of a token is s = log p(oracle) − log p(reference).`),
+    h("p", { className: "muted" }, `All ${integer(summary.pairs)} pairs of the table. A token's reward is s = log p(oracle) − log p(reference).`),
     h("div", { className: "charts" }, charts)));
 
   const seriesStyle = (name) => ({
@@ -889,7 +889,7 @@ const row = (head, ...cells) => h("tr", {}, h("th", { scope: "row" }, head), cel
 const table = (columns, rows) => h("div", { className: "scroll" }, h("table", {},
   columns.length ? h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", className: name === "Key" ? "raw" : "" }, name)))) : null, h("tbody", {}, rows)));
 
-/** Any JSON value as a table: records of records have a row each and a column a key, all else is key and value. */
+/** Any JSON value as a table: records of records get a row per record and a column per key, others key and value. */
 function describeValue(key, value) {
   if (isSimple(value)) return h("p", {}, simple(key, value));
   const entries = Array.isArray(value) ? value.map((item, i) => [String(i + 1), item]) : Object.entries(value);
@@ -904,10 +904,10 @@ function describeValue(key, value) {
   return table([], entries.map(([word, item]) => row(name(word), isSimple(item) ? cell(word, item) : h("td", {}, describeValue(word, item)))));
 }
 
-/** Measures with readable labels; a standard error (`_se`) stands beside its value. */
+/** Metrics with readable labels; a standard error (`_se`) is beside its value. */
 function metricsTable(metrics) {
   const entries = Object.entries(metrics).filter(([key]) => !(key.endsWith("_se") && key.slice(0, -3) in metrics));
-  return table(["Measure", "Value", "Key"], entries.map(([key, value]) => {
+  return table(["Metric", "Value", "Key"], entries.map(([key, value]) => {
     const error = metrics[`${key}_se`];
     return row(words(key), h("td", { className: "number" }, scalar(key, value), error === undefined ? null : h("small", {}, ` ± ${scalar(key, error)}`)),
       h("td", { className: "raw" }, key));
@@ -934,7 +934,7 @@ function runView({ documents }) {
 
 // ---------------------------------------------------------------- answers before and after
 
-/** What the run's two models wrote to the held-out prompts, with what gold reward and judge made of it. */
+/** The answers of the run's two models to the held-out prompts, with gold rewards and verdicts of the judge. */
 function answersView({ answers }) {
   if (!answers) return;
   $("tab-answers").hidden = false;
@@ -948,13 +948,13 @@ function answersView({ answers }) {
   const sides = [["", "any"], ["after", "after"], ["before", "before"], ["tie", "neither"], ["none", "no verdict"]];
   const orders = [["original", "original order"]];
   if (has("policy_gold")) orders.push(["gold-down", "largest gain of gold reward"], ["gold-up", "largest loss of gold reward"]);
-  if (has("preference")) orders.push(["judge-down", "the judge's clearest yes"], ["judge-up", "the judge's clearest no"]);
-  if (has("policy_kl")) orders.push(["kl-down", "farthest from the start"]);
+  if (has("preference")) orders.push(["judge-down", "judge's preference: after first"], ["judge-up", "judge's preference: before first"]);
+  if (has("policy_kl")) orders.push(["kl-down", "largest KL from the start"]);
   const search = h("input", { type: "search", id: "answers-search", placeholder: "in prompts and answers", autocomplete: "off" });
   const fields = h("div", { className: "fields" },
     h("label", { className: "field wide" }, "Search", search),
-    has("policy_gold") ? field("answers-gold", "Gold reward is higher", sides) : null,
-    has("preference") ? field("answers-judge", "The judge prefers", sides) : null,
+    has("policy_gold") ? field("answers-gold", "Higher gold reward", sides) : null,
+    has("preference") ? field("answers-judge", "Judge prefers", sides) : null,
     field("answers-sort", "Sort by", orders));
   const count = h("output", { id: "answers-count" });
   const list = h("div", { id: "answers-list" });
@@ -969,15 +969,15 @@ function answersView({ answers }) {
   };
   const cards = answers.prompt.map((prompt, i) => {
     const judged = verdict(lean(i));
-    const says = !has("preference") ? null : { after: "judge: after", before: "judge: before", tie: "judge: neither", none: "judge: no verdict" }[judged];
+    const tag = !has("preference") ? null : { after: "judge: after", before: "judge: before", tie: "judge: neither", none: "judge: no verdict" }[judged];
     return h("article", { className: "pair answer", "data-row": i },
-      h("header", {}, h("h3", {}, `Answer ${i + 1}`), says ? h("span", { className: judged === "before" ? "wrong" : "tag" }, says) : null),
+      h("header", {}, h("h3", {}, `Answer ${i + 1}`), tag ? h("span", { className: judged === "before" ? "wrong" : "tag" }, tag) : null),
       h("div", { className: "asked", dir: "auto" }, prompt),
       h("div", { className: "sides" }, side("base", "Before", i), side("policy", "After", i)));
   });
   const texts = answers.prompt.map((prompt, i) => [prompt, answers.base[i], answers.policy[i]].join("\n").toLowerCase());
 
-  // Rows without a figure come last, whichever way they are sorted.
+  // Rows without a value come last in either order.
   const by = (value, sign) => (a, b) => {
     const [x, y] = [value(a), value(b)];
     return (x === null) - (y === null) || sign * ((x ?? 0) - (y ?? 0)) || a - b;
@@ -1007,10 +1007,10 @@ function answersView({ answers }) {
 function tabs() {
   const all = [...document.querySelectorAll("[role=tab]")];
   const select = (tab) => {
-    for (const other of all) {
-      other.setAttribute("aria-selected", other === tab);
-      other.tabIndex = other === tab ? 0 : -1;
-      $(other.getAttribute("aria-controls")).hidden = other !== tab;
+    for (const each of all) {
+      each.setAttribute("aria-selected", each === tab);
+      each.tabIndex = each === tab ? 0 : -1;
+      $(each.getAttribute("aria-controls")).hidden = each !== tab;
     }
   };
   all.forEach((tab) => {
@@ -1018,8 +1018,8 @@ function tabs() {
     tab.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!step) return;
-      const there = all.filter((other) => !other.hidden);
-      const next = there[(there.indexOf(tab) + step + there.length) % there.length];
+      const visible = all.filter((each) => !each.hidden);
+      const next = visible[(visible.indexOf(tab) + step + visible.length) % visible.length];
       select(next);
       next.focus();
       event.preventDefault();
@@ -1061,15 +1061,18 @@ async function main() {
   try {
     data = await readData();
   } catch (error) {
-    $("loading").textContent = `The data in this file cannot be read (${error.message}); it may be cut short, or the browser is older than 2024.`;
+    $("loading").textContent = `The data in this file cannot be read (${error.message}); the file may be truncated, or the browser is older than 2024.`;
     return;
   }
   $("title").textContent = plain(data.title);
-  facts(data);
   pairsView(data);
-  answersView(data);
-  figuresView(data);
-  runView(data);
+  if (data.single_pair) document.documentElement.dataset.singlePair = "true"; // in a notebook: the style hides the rest
+  else {
+    facts(data);
+    answersView(data);
+    figuresView(data);
+    runView(data);
+  }
   theme();
   $("loading").remove();
   document.documentElement.dataset.ready = "true";

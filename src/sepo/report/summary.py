@@ -1,7 +1,7 @@
-"""What a score table says as a whole: the numbers behind the report's figures.
+"""The numbers behind the report's figures, over a whole score table.
 
-Pure functions of flat rewards and segment lengths. A figure is a plain dict of lists, which the page and
-matplotlib draw alike.
+Pure functions of flat rewards and response lengths. A figure is a plain dict of lists; the page and matplotlib draw
+the same numbers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _cumulative_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> di
 
 
 def _histogram(groups: Mapping[str, np.ndarray], bins: int) -> dict:
-    """Shares of each group in common bins over the central 99 % of all values; the rest is left out."""
+    """Shares of each group in common bins over the central 99 % of all values; values outside are not counted."""
     everything = np.concatenate(list(groups.values())).astype(np.float64)
     low, high = np.quantile(everything, [0.005, 0.995])
     if low == high:
@@ -78,7 +78,7 @@ def _histogram(groups: Mapping[str, np.ndarray], bins: int) -> dict:
 
 
 def _position_edges(longest: int) -> np.ndarray:
-    """Bucket edges 0, 1, 2, ... that widen by about a tenth: single tokens first, then ranges."""
+    """Bucket edges: single tokens first, then ranges that widen by 12 %."""
     edges = [0]
     while edges[-1] < longest:
         edges.append(max(edges[-1] + 1, int(edges[-1] * 1.12)))
@@ -88,8 +88,8 @@ def _position_edges(longest: int) -> np.ndarray:
 def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts: np.ndarray) -> dict:
     """Mean reward by position in the response, with a 95 % interval of the mean (1.96 standard errors).
 
-    The errors are clustered by prompt, as those of `mean_and_se`: tokens of one response depend on each other, and so
-    do responses to one prompt. Where a single prompt has tokens the interval is the mean itself.
+    The errors are clustered by prompt, as in `mean_and_se`: tokens of one response depend on each other, and so do
+    responses to one prompt. With a single prompt the interval is the mean itself.
     """
     lengths = np.concatenate([lengths for _, lengths in sides.values()])
     edges = _position_edges(max(1, int(np.quantile(lengths, 0.95))))
@@ -106,11 +106,11 @@ def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts
         filled = np.maximum(n, 1)
         mean = np.bincount(bucket, values, buckets) / filled
         cells, cell = np.unique(np.repeat(prompts, counts)[inside] * buckets + bucket, return_inverse=True)
-        residuals = np.bincount(cell, values - mean[bucket])  # of one prompt in one bucket
+        residuals = np.bincount(cell, values - mean[bucket])  # summed per prompt and bucket
         clusters = np.bincount(cells % buckets, minlength=buckets)
-        spread = np.bincount(cells % buckets, residuals**2, buckets)
+        squares = np.bincount(cells % buckets, residuals**2, buckets)
         correction = np.where(clusters > 1, clusters / np.maximum(clusters - 1, 1), 0)
-        error = 1.96 * np.sqrt(correction * spread) / filled
+        error = 1.96 * np.sqrt(correction * squares) / filled
         empty = n == 0
         figure[side] = {
             name: [None if skip else float(value) for value, skip in zip(np.round(line, 6), empty, strict=True)]
@@ -163,8 +163,8 @@ _FIRST_CURVES = [
 def training_curves(log_history: Sequence[Mapping]) -> list[dict]:
     """Sort a Trainer's `log_history` into charts.
 
-    A chart holds one quantity; its evaluation, and the values of the chosen and the rejected side, are
-    series of the same chart. The closing entry (run time, throughput) is left out.
+    A chart holds one quantity. Training and evaluation, chosen and rejected side are series of one chart. The last
+    entry of a log (run time, throughput) is left out.
 
     >>> training_curves([{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}, {"step": 2, "eval_loss": 0.65}])
     [{'name': 'loss', 'series': [{'name': 'training', 'step': [1, 2], 'value': [0.7, 0.6]}, \

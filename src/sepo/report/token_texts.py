@@ -1,17 +1,16 @@
-"""Token ids as text a person can read, whatever the tokenizer and whatever the text.
+"""Readable text for token ids, whatever the tokenizer and whatever the text.
 
-A token is a string of bytes, often not of characters: a space in front of a word, half an emoji, a
-newline, a control character. Each position of a response becomes a *piece*:
+A token is a string of bytes, often not of whole characters: a space and a word, half an emoji, a newline, a control
+character. Each token of a response gets a `TokenText`:
 
-    text     what it adds to the response (what search looks through)
-    shown    what the page prints, where `MARK_ON…MARK_OFF` encloses what stands for something that
-             cannot be seen: · (space), ↵ (newline), ⟨0xE4⟩ (a byte), ⟨U+202E⟩ (a control character)
-    label    the token by itself, for the hover
+    text     what the token adds to the response; search looks through it
+    shown    what the page prints; `MARK_ON…MARK_OFF` encloses a stand-in for something invisible:
+             · (space), ↵ (newline), ⟨0xE4⟩ (a byte), ⟨U+202E⟩ (a control character)
+    label    the token by itself, for the tooltip
 
-A character split over tokens is printed by the token that completes it, and the tokens before show
-their bytes: ⟨0xE4⟩⟨0xB8⟩世. Nothing invisible and no bidirectional control survives in `shown`, so
-the text can neither hide nor reorder what is around it. Equal pieces are stored once: 974,000 tokens of
-AlpacaEval responses are 29,000 pieces.
+The token that completes a character prints it; the tokens before show their bytes: ⟨0xE4⟩⟨0xB8⟩世. `shown` has no
+invisible character and no bidirectional control, so a token can neither hide nor reorder its surroundings. Equal token
+texts are stored once: 974,000 tokens of AlpacaEval responses have 29,000 of them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from sepo.errors import UserError
 
 MARK_ON, MARK_OFF = "\x01", "\x02"
 _SPACE_MARK, _WIDE_SPACE_MARK, _NEWLINE_MARK, _TAB_MARK = "·", "␣", "↵", "⇥"
-# Characters that print nothing though Unicode does not call them controls or formats.
+# Characters that print nothing, though Unicode does not class them as controls or formats.
 _BLANK = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
 _JOINERS = {0x200C, 0x200D}
 _UNMARK = str.maketrans("", "", MARK_ON + MARK_OFF)
@@ -37,7 +36,7 @@ _LABEL = str.maketrans(" ", _SPACE_MARK, MARK_ON + MARK_OFF + "\n\t")
 
 
 class TokenText(NamedTuple):
-    """One way a token is printed."""
+    """How a token is printed."""
 
     token_id: int
     text: str
@@ -59,7 +58,7 @@ def _is_selector(code: int) -> bool:
 
 def _visible_character(character: str, after_visible: bool) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as `surrogateescape` decodes it
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8; `surrogateescape` decodes it so
         return _hex(bytes([code - 0xDC00]))
     if (code in _JOINERS or _is_selector(code)) and after_visible:
         return character  # part of a written character: an emoji sequence, a Persian word
@@ -72,9 +71,9 @@ def _visible_character(character: str, after_visible: bool) -> str:
 
 
 def visible(text: str) -> str:
-    """Return `text` with everything that cannot be seen, or that would move its surroundings, marked.
+    """Mark every character that is invisible or would move its surroundings.
 
-    One space between words stays a space; spaces alone, in runs or at an end become marks. A newline is
+    A single space between words stays a space; spaces alone, in runs or at an end become marks. A newline is
     marked and kept, so lines still break.
 
     >>> visible(" the").replace(MARK_ON, "[").replace(MARK_OFF, "]")
@@ -99,8 +98,8 @@ def visible(text: str) -> str:
     return "".join(out)
 
 
-def _whole_piece(token_id: int, data: bytes, special: bool) -> TokenText | None:
-    """The piece of a token that stands by itself, or None if it holds part of a character."""
+def _whole_token(token_id: int, data: bytes, special: bool) -> TokenText | None:
+    """The text of a token of whole characters; None if it holds part of a character."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -111,53 +110,53 @@ def _whole_piece(token_id: int, data: bytes, special: bool) -> TokenText | None:
     return TokenText(token_id, text, shown, shown.translate(_LABEL))
 
 
-def _split_pieces(ids: Iterable[int], vocabulary: Vocabulary) -> list[TokenText]:
-    """Pieces of a response in which some tokens hold parts of characters."""
+def _split_tokens(ids: Iterable[int], vocabulary: Vocabulary) -> list[TokenText]:
+    """The token texts of a response in which some tokens hold parts of characters."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    pieces = []
+    texts = []
     for token_id in ids:
         data = vocabulary.pieces[token_id] or b""
         carried = len(decoder.getstate()[0])
         text = decoder.decode(data)
         pending = decoder.getstate()[0]
-        # Bytes that earlier tokens carried over and that came to nothing were shown there already.
+        # Earlier tokens showed the bytes that they carried over, so bytes that never complete are not shown again.
         broken = 0
         while broken < carried and text[broken : broken + 1] and 0xDC80 <= ord(text[broken]) <= 0xDCFF:
             broken += 1
         text = text[broken:]
         whole = None
         if carried == 0 or broken == carried or token_id in vocabulary.special:
-            whole = _whole_piece(token_id, data, token_id in vocabulary.special)
+            whole = _whole_token(token_id, data, token_id in vocabulary.special)
         if whole is not None:
-            pieces.append(whole)
+            texts.append(whole)
             continue
-        own = pending[max(0, len(pending) - len(data)) :]
+        unfinished = pending[max(0, len(pending) - len(data)) :]
         searched = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         label = "".join(f"⟨0x{byte:02X}⟩" for byte in data)
-        pieces.append(TokenText(token_id, searched, visible(text) + _hex(own), label))
-    return pieces
+        texts.append(TokenText(token_id, searched, visible(text) + _hex(unfinished), label))
+    return texts
 
 
 @dataclass
 class TokenTexts:
-    """Pieces stored once, in the order of first use.
+    """Token texts, each stored once, in the order of first use.
 
-    `encode` maps token ids to piece numbers; without a vocabulary a token is printed as its id.
+    `encode` maps token ids to numbers in `texts`; without a vocabulary a token is printed as its id.
     """
 
     vocabulary: Vocabulary | None
-    pieces: list[TokenText] = field(default_factory=list)
+    texts: list[TokenText] = field(default_factory=list)
     _number: dict[TokenText, int] = field(default_factory=dict)
     _whole: dict[int, int] = field(default_factory=dict)
 
-    def _intern(self, piece: TokenText) -> int:
-        number = self._number.setdefault(piece, len(self.pieces))
-        if number == len(self.pieces):
-            self.pieces.append(piece)
+    def _intern(self, text: TokenText) -> int:
+        number = self._number.setdefault(text, len(self.texts))
+        if number == len(self.texts):
+            self.texts.append(text)
         return number
 
     def _number_of_whole(self, token_id: int) -> int:
-        """The piece number of a token that stands by itself, or -1."""
+        """The number of the text of a token of whole characters; -1 for part of a character."""
         if token_id not in self._whole:
             self._whole[token_id] = self._look_up(token_id)
         return self._whole[token_id]
@@ -170,11 +169,11 @@ class TokenTexts:
                 f"the tokenizer has no token {token_id}, which the score table holds: "
                 "give the folder of the tokenizer that the table was made with"
             )
-        piece = _whole_piece(token_id, self.vocabulary.pieces[token_id] or b"", token_id in self.vocabulary.special)
-        return -1 if piece is None else self._intern(piece)
+        text = _whole_token(token_id, self.vocabulary.pieces[token_id] or b"", token_id in self.vocabulary.special)
+        return -1 if text is None else self._intern(text)
 
     def encode(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Map a flat array of token ids `[tokens]` in segments of `lengths` to piece numbers `[tokens]`.
+        """Map token ids `[tokens]`, in responses of `lengths` tokens, to numbers of their texts `[tokens]`.
 
         Raises:
             UserError: an id is not in the vocabulary.
@@ -189,7 +188,7 @@ class TokenTexts:
         ends = np.cumsum(lengths)
         partial = np.unique(np.searchsorted(ends, np.flatnonzero(out < 0), side="right"))
         for row in partial:
-            assert self.vocabulary is not None  # without one, every piece is whole
+            assert self.vocabulary is not None  # without a vocabulary no token is partial
             segment = slice(ends[row] - lengths[row], ends[row])
-            out[segment] = [self._intern(piece) for piece in _split_pieces(ids[segment].tolist(), self.vocabulary)]
+            out[segment] = [self._intern(text) for text in _split_tokens(ids[segment].tolist(), self.vocabulary)]
         return out

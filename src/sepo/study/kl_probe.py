@@ -1,13 +1,13 @@
-"""At which step does a policy pass a given KL from its start? A probe that is cheap enough to ask while it is trained.
+"""Find the training step at which a policy passes a given KL from its start, with a cheap probe.
 
-The KL of a measurement is that on the policy's own answers, which have to be written first: far dearer than a step. The
-probe writes nothing. It reads a few answers of the *start*, drawn once, and adds up the KL between the two models'
-next-token distributions over the whole vocabulary along them: KL(policy || start) on the start's prefixes. For small
-moves both are the same; further out the policy's own answers lead elsewhere, and the two part by a factor that depends
-on method and model. So every measurement also sets the scale of the probe for the targets that are left.
+The KL of a measurement is taken on the policy's own answers. Sampling them costs far more than a training step. The
+probe samples nothing: it reads a few answers of the *start*, sampled once, and sums the KL between the next-token
+distributions of both models over the whole vocabulary, KL(policy || start) on the start's prefixes. For small moves
+both KLs are equal. Further from the start the policy's own answers differ, and the ratio of the two KLs depends on
+method and model. Every measurement therefore rescales the probe for the remaining targets.
 
-The start's side is read once. The steps to look at are chosen so that a run takes a dozen or two probes, however long
-it is: the root of the KL grows about in proportion to the steps, so a line through the last two says where to look.
+The start's hidden states are computed once. A run needs one or two dozen probes, however long it is: sqrt(KL) grows
+about linearly in the steps, so a line through the last two probes predicts the step of the next one.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from sepo.forward.token_kl import token_logps_and_kl
 from sepo.recipe.settings import EvalSettings
 
 PROBES = "probes.json"
-# Answers of the start that a probe reads: about as many tokens as one batch of pairs.
+# Answers of the start that a probe reads; about as many tokens as one batch of pairs.
 RESPONSES = 16
-# A measured KL is an estimate: a scale beyond this factor, to either side, is taken for chance.
+# A measured KL is an estimate; the ratio to the probed KL is limited to this factor in both directions.
 _LARGEST_SCALE = 3.0
 
 
 class Probe:
-    """KL(policy || start) along a few answers of the start, in nats a response, from a forward pass each.
+    """KL(policy || start) along a few answers of the start, in nats per response, from one forward pass per batch.
 
     Args:
         base: the start, on its device, in the types of the policies in training.
-        prompts: the first `RESPONSES` are answered by the start, as `settings` and `seed` say.
+        prompts: the start answers the first `RESPONSES` of them, under `settings` and `seed`.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class Probe:
         settings: EvalSettings,
         seed: int,
     ):
-        some = list(prompts[:RESPONSES])
-        answers = sample(base, tokenizer, some, settings.model_copy(update={"samples": 1}), seed)
+        first = list(prompts[:RESPONSES])
+        answers = sample(base, tokenizer, first, settings.model_copy(update={"samples": 1}), seed)
         self.base, self.number = base, len(answers)
-        asked = [some[one.prompt_index] for one in answers]
-        self.pairs = table_pairs(single_responses(asked, [list(one.response_ids) for one in answers]))
+        answered = [first[answer.prompt_index] for answer in answers]
+        self.pairs = table_pairs(single_responses(answered, [list(answer.response_ids) for answer in answers]))
         self.hidden: list[torch.Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, policy: nn.Module) -> float:
-        """Mean over the answers of the KL summed over their tokens."""
+        """The KL summed over an answer's tokens, mean over the answers."""
         device = next(policy.parameters()).device
         budget = tokens_per_row_for(device, scoring=True)
         training = policy.training
         policy.eval()
         try:
-            for one in (self.base, policy):  # of one architecture, so of one layout
-                layout = prepare_model(one, longest=self.pairs.longest, tokens_per_row=budget)
+            for model in (self.base, policy):  # one architecture, so the layout is the same
+                layout = prepare_model(model, longest=self.pairs.longest, tokens_per_row=budget)
             batches = [batch.to(device) for batch in make_batches(self.pairs, layout, budget)]
             if self.hidden is None:
                 self.hidden = [read_hidden(self.base, batch) for batch in batches]
@@ -84,12 +84,12 @@ class Probe:
 
 
 class Passing:
-    """Notices when a policy in training passes given KLs; what it saw is kept in a JSON file, so that a run that was
-    interrupted looks at the same steps.
+    """Detects when a policy in training passes given KLs. A JSON file keeps the probes, so that a resumed run probes at
+    the same steps.
 
     Args:
-        targets: KLs in nats a response, ascending.
-        path: the JSON file of probes, a list of [step, KL].
+        targets: KLs in nats per response, ascending.
+        path: the JSON file, a list of [step, KL].
     """
 
     def __init__(self, targets: Sequence[float], probe: Probe, path: Path):
@@ -97,17 +97,18 @@ class Passing:
         self.probes: list[tuple[int, float]] = []
 
     def begin(self, step: int) -> None:
-        """Go on after a step with what was seen up to there."""
-        self.probes = [one for one in _read_probes(self.path) if one[0] <= step]
+        """Continue after `step` with the probes up to it."""
+        self.probes = [probe for probe in _read_probes(self.path) if probe[0] <= step]
 
     def passed(self, step: int, policy: nn.Module, points: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """Look at the policy if it is time to.
+        """Probe the policy if a probe is due.
 
         Args:
-            points: what was measured so far; those before `step` count.
+            points: the measurements so far; those before `step` count.
 
         Returns:
-            `passed`, the targets passed since the last measurement, and `probe`; empty where there is none.
+            `passed`, the targets passed since the last measurement, and `probe`, the probed KL. Empty if no probe is
+            due or no target was passed.
         """
         before = [point for point in points if point["step"] < step and "probe" in point]
         furthest = max((max(point["kl"], *point["passed"]) for point in before), default=0.0)
@@ -125,21 +126,21 @@ class Passing:
 
 
 def scale_of(points: Sequence[Mapping[str, Any]]) -> float:
-    """Measured KL over probed KL at the last point that has both; 1 before there is one.
+    """Measured KL over probed KL at the last point that has both; 1 without such a point.
 
     >>> scale_of([{"kl": 1.5, "probe": 1.0}, {"kl": 4.0, "probe": 2.0}])
     2.0
     """
-    found = [point["kl"] / point["probe"] for point in points if point["kl"] > 0]
-    return min(max(found[-1], 1 / _LARGEST_SCALE), _LARGEST_SCALE) if found else 1.0
+    ratios = [point["kl"] / point["probe"] for point in points if point["kl"] > 0]
+    return min(max(ratios[-1], 1 / _LARGEST_SCALE), _LARGEST_SCALE) if ratios else 1.0
 
 
 def next_look(probes: Sequence[tuple[int, float]], threshold: float) -> int:
-    """The step to look at next: where a line through the last two probes, straight in the root of the KL, gets to the
-    threshold; at most half as far again from the start (a warm-up makes it steeper), at least a twelfth.
+    """The next step to probe: where a line through the last two probes in sqrt(KL) reaches the threshold. The step
+    grows by at most 1/2 (after a warm-up the KL grows faster than the line) and at least 1/12.
 
     Args:
-        probes: (step, KL) so far, in order of steps; every run starts at (0, 0).
+        probes: (step, KL) in order of steps; every run starts at (0, 0).
 
     >>> next_look([], 1.0), next_look([(10, 0.25)], 1.0), next_look([(10, 0.25), (15, 0.7225)], 1.0)
     (1, 15, 18)
@@ -154,7 +155,7 @@ def next_look(probes: Sequence[tuple[int, float]], threshold: float) -> int:
 
 
 def _read_probes(path: Path) -> list[tuple[int, float]]:
-    """What an interrupted run saw; nothing if that is no list of probes."""
+    """The probes of an interrupted run; empty if the file is no list of probes."""
     try:
         return [(int(step), float(kl)) for step, kl in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""A comparison as a table and two pictures: what each method gained, at which KL, at what cost."""
+"""The results of a comparison as JSON, a Markdown page and two figures: gain, KL and cost of each method."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from matplotlib.axes import Axes
 
 from sepo.evaluate.statistics import StdComponents, crossed_mean, interval, over_seeds, smallest_difference
 from sepo.files import write_json, write_text
-from sepo.report.figures import make_figure, write_png
-from sepo.report.style import GREY, MARKERS, SERIES
-from sepo.study.policy_evaluator import at_kl, at_kl_by_prompt, before_first_checkpoint, quality
+from sepo.numbers import number, with_error
+from sepo.report.figures import GREY, MARKERS, SERIES, make_figure, write_png
+from sepo.study.curves import at_kl, at_kl_by_prompt, before_first_checkpoint, quality
 
-_LEADING = re.compile(r"^[^=]*\.(?=[^.=]*=)")  # of policy.training.learning_rate=3e-05, all before learning_rate
+# The sections of a setting: policy.training. of policy.training.learning_rate=3e-05.
+_SECTIONS = re.compile(r"^[^=]*\.(?=[^.=]*=)")
 
 
 def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dict[str, Any]]:
-    """One row a setting: means and standard errors over its seeds, in the order of the runs.
+    """One row per setting: means and standard errors over its seeds, in the order of the runs.
 
     Args:
-        runs: each with variant, label, seed, reported, points and costs, as `compare.json` holds them.
+        runs: each with variant, label, seed, reported, points and costs, as in `compare.json`.
         kl: where curves are compared; None for the end of the runs.
 
     Returns:
-        rows with variant, label, reported, seeds, and `X` and `X_se` for value (at `kl`, see `frontier.at_kl`), reached
-        (number of runs that got as far as `kl`), unmeasured (number of runs whose checkpoints all lie beyond `kl`),
-        final, final_kl, win_rate, length, train_seconds, memory_gb (the training's most, measurements apart),
-        target_tokens, read_tokens, pairs_seen.
+        Rows with variant, label, reported, seeds, reached (number of runs that reached `kl`), unmeasured (number of
+        runs whose checkpoints are all beyond `kl`), and `X` and `X_se` for value (at `kl`, see `curves.at_kl`), final,
+        final_kl, win_rate, length, train_seconds, memory_gb (peak of the training without measurements),
+        target_tokens, read_tokens and pairs_seen.
     """
     groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -40,38 +41,39 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
     rows = []
     for (variant, label, reported), members in groups.items():
         row: dict[str, Any] = {"variant": variant, "label": label, "reported": reported, "seeds": len(members)}
-        found = [at_kl(run["points"], kl) for run in members]
-        row["reached"] = sum(reached for _, reached in found)
+        values = [at_kl(run["points"], kl) for run in members]
+        row["reached"] = sum(reached for _, reached in values)
         row["unmeasured"] = sum(before_first_checkpoint(run["points"], kl) for run in members)
-        columns: dict[str, list[float]] = {"value": [value for value, _ in found]}
-        columns["final"] = [quality(run["points"][-1]) for run in members]
-        columns["final_kl"] = [run["points"][-1]["kl"] for run in members]
-        columns["win_rate"] = [rate for run in members if (rate := _win_rate(run["points"][-1])) is not None]
-        columns["length"] = [run["points"][-1]["length"] for run in members if "length" in run["points"][-1]]
-        columns["memory_gb"] = [most for run in members if (most := run["points"][-1].get("memory_gb")) is not None]
+        last = [run["points"][-1] for run in members]
+        columns: dict[str, list[float]] = {"value": [value for value, _ in values]}
+        columns["final"] = [quality(point) for point in last]
+        columns["final_kl"] = [point["kl"] for point in last]
+        columns["win_rate"] = [rate for point in last if (rate := _win_rate(point)) is not None]
+        columns["length"] = [point["length"] for point in last if "length" in point]
+        columns["memory_gb"] = [peak for point in last if (peak := point.get("memory_gb")) is not None]
         for name in ("train_seconds", "pairs_seen"):
-            columns[name] = [run["points"][-1][name] for run in members]
+            columns[name] = [point[name] for point in last]
         for name in ("target_tokens", "read_tokens"):
             columns[name] = [run[name] for run in members]
-        for name, values in columns.items():
-            row[name], row[f"{name}_se"] = over_seeds(values)
+        for name, column in columns.items():
+            row[name], row[f"{name}_se"] = over_seeds(column)
         rows.append(row)
     return rows
 
 
 def differences(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dict[str, Any]]:
-    """Every reported setting against the first, by the seeds and prompts that both have: they share random states.
+    """Paired differences of every reported setting to the first, over the seeds and prompts that both have.
 
-    With three seeds or more and the values of every prompt, over seeds x prompts (`statistics.crossed_mean`): the
-    interval is of other seeds and other prompts. Otherwise over the seeds' means, on these prompts.
+    With three seeds or more and values by prompt, the interval covers other seeds and other prompts
+    (`statistics.crossed_mean`). Otherwise it covers other seeds, on these prompts.
 
     Args:
         runs, kl: as for `summarise_runs`.
 
     Returns:
-        rows with name, against, seeds (at least 2), prompts (0 where only seeds are counted), difference of the values
-        at `kl`, low and high (the interval of 95 %), detectable (the difference that would have been told from 0 with
-        a probability of 80 %), and spread, the standard deviations by seed, prompt and the rest (with prompts).
+        Rows with name, against, seeds (at least 2), prompts (0 if only seeds are counted), difference of the values at
+        `kl`, low and high (95 % interval), detectable (the minimum detectable difference at 80 % power), and std, the
+        standard deviations by seed, prompt and rest (None without prompts).
     """
     points: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
     for run in runs:
@@ -89,81 +91,80 @@ def differences(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dic
 
 
 def _win_rate(point: Mapping[str, Any]) -> float | None:
-    """How often the policy's answer is better than the start's: by the judge, else by the gold reward."""
+    """Win rate against the start, by the judge, else by the gold reward."""
     return point.get("judge_win_rate", point.get("win_rate"))
 
 
 def _gain(comparison: Mapping[str, Any]) -> tuple[str, str]:
-    """What curves show (`frontier.quality`), in short and in full."""
+    """The gain (`curves.quality`) in short and in full."""
     if judge := comparison.get("judge"):
-        return "gain of the judge's win rate", f"win rate against the start above one half, by the judge {judge}"
+        return "gain of the judge's win rate", f"win rate against the start minus one half, by the judge {judge}"
     if comparison["gold"]:
-        return "gold gain", "mean gold reward above the start"
-    return "accuracy gain", "held-out accuracy above one half"
+        return "gold gain", "mean gold reward minus that of the start"
+    return "accuracy gain", "held-out accuracy minus one half"
 
 
 def _difference(
     both: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]], kl: float | None
 ) -> dict[str, Any]:
-    """The difference of two settings from their checkpoints at each seed."""
-    pairs = [(at_kl_by_prompt(one, kl), at_kl_by_prompt(other, kl)) for one, other in both]
-    apart = [one - other for one, other in pairs if one is not None and other is not None and one.shape == other.shape]
-    if len(apart) == len(both) >= 3 and len({len(one) for one in apart}) == 1 and len(apart[0]) > 1:
-        found = crossed_mean(apart)
-        figures: dict[str, Any] = {
-            "prompts": len(apart[0]),
-            "difference": found.mean,
-            "low": found.low,
-            "high": found.high,
-        }
-        figures |= {"spread": asdict(found.spread)}
-        error, freedom = found.error, found.freedom
+    """The difference of two settings, from their checkpoints at each seed."""
+    by_prompt = [(at_kl_by_prompt(points, kl), at_kl_by_prompt(against, kl)) for points, against in both]
+    gaps = [a - b for a, b in by_prompt if a is not None and b is not None and a.shape == b.shape]
+    if len(gaps) == len(both) >= 3 and len({len(gap) for gap in gaps}) == 1 and len(gaps[0]) > 1:
+        crossed = crossed_mean(gaps)
+        error, freedom = crossed.error, crossed.freedom
+        row: dict[str, Any] = {
+            "prompts": len(gaps[0]), "difference": crossed.mean, "low": crossed.low, "high": crossed.high,
+            "std": asdict(crossed.spread),
+        }  # fmt: skip
     else:
-        values = [at_kl(one, kl)[0] - at_kl(other, kl)[0] for one, other in both]
+        values = [at_kl(points, kl)[0] - at_kl(against, kl)[0] for points, against in both]
         mean, error = over_seeds(values)
         low, high = interval(mean, error, len(values))
         freedom = len(values) - 1
-        figures = {"prompts": 0, "difference": mean, "low": low, "high": high, "spread": None}
-    return {**figures, "detectable": smallest_difference(error, freedom) if error > 0 else 0.0}
+        row = {"prompts": 0, "difference": mean, "low": low, "high": high, "std": None}
+    return {**row, "detectable": smallest_difference(error, freedom) if error > 0 else 0.0}
 
 
 def typical_std(differences: Iterable[Mapping[str, Any]]) -> StdComponents | None:
-    """Root mean squares of the spreads of some differences; None if no row has one."""
-    found = [row["spread"] for row in differences if row.get("spread")]
-    if not found:
+    """Root mean squares of the standard deviations of several differences; None if no row has them."""
+    rows = [row["std"] for row in differences if row.get("std")]
+    if not rows:
         return None
     return StdComponents(
-        *(math.sqrt(float(np.mean([one[name] ** 2 for one in found]))) for name in ("seed", "prompt", "rest"))
+        *(math.sqrt(float(np.mean([std[name] ** 2 for std in rows]))) for name in ("seed", "prompt", "rest"))
     )
 
 
-def power_line(seeds: int, prompts: int, spread: StdComponents, source: str) -> str:
-    """What a grid of so many seeds and prompts can tell apart, in one line.
+def power_line(seeds: int, prompts: int, std: StdComponents, source: str) -> str:
+    """The minimum detectable difference of a grid, in one line.
 
-    >>> print(power_line(3, 84, Spread(0.03, 0.1, 0.3), "assumed"))
-    this grid can tell 0.12 apart (80 % power, 3 seeds x 84 prompts; spread assumed: seed 0.03, prompt 0.1, rest 0.3)
+    >>> print(power_line(3, 84, StdComponents(0.03, 0.1, 0.3), "assumed").replace("; ", ";\\n"))
+    minimum detectable difference: 0.12 (80 % power, 3 seeds x 84 prompts;
+    standard deviations assumed: seed 0.03, prompt 0.1, rest 0.3)
     """
-    parts = f"spread {source}: seed {spread.seed:.2g}, prompt {spread.prompt:.2g}, rest {spread.rest:.2g}"
     if seeds < 3:
-        return f"{seeds} seed{'s' * (seeds > 1)} cannot tell how seeds differ: for a comparison set three or more"
-    told = smallest_difference(*spread.error(seeds, prompts))
-    return f"this grid can tell {told:.2g} apart (80 % power, {seeds} seeds x {prompts} prompts; {parts})"
+        return f"minimum detectable difference: not known with {seeds} seed{'s' * (seeds > 1)}; set three or more"
+    detectable = smallest_difference(*std.error(seeds, prompts))
+    parts = f"seed {std.seed:.2g}, prompt {std.prompt:.2g}, rest {std.rest:.2g}"
+    design = f"80 % power, {seeds} seeds x {prompts} prompts"
+    return f"minimum detectable difference: {detectable:.2g} ({design}; standard deviations {source}: {parts})"
 
 
 def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
-    """Label of the variant's setting with the highest value at the comparison's KL; the first of equals."""
+    """Label of the variant's setting with the highest value at the comparison's KL, the first among equals."""
     return max((row for row in rows if row["variant"] == variant), key=lambda row: row["value"])["label"]
 
 
 def write_comparison(
     head: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], shared: Sequence[Mapping[str, Any]], folder: Path
 ) -> dict[str, Any]:
-    """Write `compare.md`, the pictures and `compare.json` of some runs into a folder; returns the JSON's content.
+    """Write `compare.md`, the figures and `compare.json` into a folder; returns the content of the JSON.
 
     Args:
         head: name, kl, also_at, gold, judge (if there is one) and environment.
         runs: as for `summarise_runs`.
-        shared: passes that runs have in common, each with stage, seconds and what.
+        shared: stages that the runs share, each with stage, seconds and what.
     """
     kl = head["kl"]
     tables = {"rows": summarise_runs(runs, kl), "differences": differences(runs, kl)}
@@ -175,76 +176,90 @@ def write_comparison(
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
-    """The results as a Markdown page: reported settings, the sweep, what the shared passes cost."""
+    """The results as a Markdown page: reported settings, sweep, differences, cost of the shared stages."""
     kl, (short, full) = comparison["kl"], _gain(comparison)
     value = f"{short} at KL {kl:g}" if kl else "gain at the end"
-    lines = [f"# {comparison['name']}", ""]
-    lines.append(
-        f"Gain: {full}; KL in nats a response; ± standard error over seeds (– for one seed)."
-        + (
-            " Curves are straight in the root of the KL. A value marked * has runs that did not get as far as the "
-            "comparison's KL and count with their furthest point; one marked † has runs whose first checkpoint lies "
-            "beyond it and which were not measured below."
-            if kl
-            else ""
+    intro = f"Gain: {full}; KL in nats per response; ± standard error over seeds (– for one seed)."
+    if kl:
+        intro += (
+            " Curves are interpolated linearly in sqrt(KL). * marks values with runs that did not reach the KL of the "
+            "comparison and count with their furthest point; † marks values with runs whose first checkpoint is beyond "
+            "it."
         )
-    )
+    lines = [f"# {comparison['name']}", "", intro]
     reported = [row for row in comparison["rows"] if row["reported"]]
     swept = [row for row in comparison["rows"] if not row["reported"]]
     for title, rows in (("Reported", reported), ("Sweep (one seed, used to choose)", swept)):
-        if not rows:
-            continue
-        lines += ["", f"## {title}", ""]
-        compared = f" {value} |" if kl else ""
-        lines.append(
-            f"| method | setting | seeds |{compared} gain at the end | KL at the end | win rate | tokens a response "
-            "| pairs seen | target tokens | tokens read | training, s | peak, GB |"
-        )
-        lines.append("|---|---|" + "---:|" * (11 if kl else 10))
-        for row in sorted(rows, key=lambda row: -row["value"]):
-            marks = ("*" if row["reached"] < row["seeds"] else "") + ("†" if row["unmeasured"] else "")
-            cells = [
-                row["variant"],
-                row["label"] or "–",
-                str(row["seeds"]),
-                *([_pm(row, "value", "+.3f") + marks] if kl else []),
-                _pm(row, "final", "+.3f"),
-                _pm(row, "final_kl", ".2f"),
-                _pm(row, "win_rate", ".3f"),
-                _pm(row, "length", ".1f"),
-                *(f"{row[name]:,.0f}" for name in ("pairs_seen", "target_tokens", "read_tokens", "train_seconds")),
-                "–" if math.isnan(row["memory_gb"]) else f"{row['memory_gb']:.2f}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    if found := comparison["differences"]:
-        more = {f"gain at KL {one:g}": differences(comparison["runs"], one) for one in comparison.get("also_at", [])}
-        tables = {value: found} | more | ({"gain at the end": differences(comparison["runs"], None)} if kl else {})
-        lines += ["", f"## Against {found[0]['against']}, seed by seed", ""]
-        counted = (
-            f"over seeds and {found[0]['prompts']} prompts" if found[0]["prompts"] else "over seeds, on these prompts"
-        )
-        lines += [f"Intervals are {counted}; *told* is what this design tells from 0 in four of five cases.", ""]
-        headers = [f"difference of {name} | 95 % interval | told" for name in tables]
-        lines += [f"| method | seeds | {' | '.join(headers)} |", "|---|---:|" + "---:|---:|---:|" * len(tables)]
-        for method in zip(*tables.values(), strict=True):
-            cells = [
-                f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} | {row['detectable']:.3f}"
-                for row in method
-            ]
-            lines.append(f"| {method[0]['name']} | {method[0]['seeds']} | {' | '.join(cells)} |")
+        if rows:
+            lines += ["", f"## {title}", "", *_settings_table(rows, value if kl else None)]
+    if comparison["differences"]:
+        lines += _differences_section(comparison, value)
     if comparison["shared"]:
-        lines += ["", "## Shared passes", "", "| pass | seconds | peak, GB | what |", "|---|---:|---:|---|"]
+        lines += ["", "## Shared stages", "", "| stage | seconds | peak, GB | content |", "|---|---:|---:|---|"]
         for item in comparison["shared"]:
-            held = "–" if item.get("memory_gb") is None else f"{item['memory_gb']:.2f}"
-            lines.append(f"| {item['stage']} | {item['seconds']:,.0f} | {held} | {item['what']} |")
+            peak = number(item.get("memory_gb"), ".2f")
+            lines.append(f"| {item['stage']} | {item['seconds']:,.0f} | {peak} | {item['what']} |")
     environment = comparison["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     lines += ["", f"{environment['device']}; {packages}.", ""]
     return "\n".join(lines)
 
 
+def _settings_table(rows: Sequence[Mapping[str, Any]], value: str | None) -> list[str]:
+    """The rows of `summarise_runs`, best first; `value` heads the column of the values at the comparison's KL."""
+    compared = f" {value} |" if value else ""
+    lines = [
+        f"| method | setting | seeds |{compared} gain at the end | KL at the end | win rate | tokens per response "
+        "| pairs seen | target tokens | tokens read | training, s | peak, GB |",
+        "|---|---|" + "---:|" * (11 if value else 10),
+    ]
+    for row in sorted(rows, key=lambda row: -row["value"]):
+        marks = ("*" if row["reached"] < row["seeds"] else "") + ("†" if row["unmeasured"] else "")
+        cells = [
+            row["variant"],
+            row["label"] or "–",
+            str(row["seeds"]),
+            *([with_error(row["value"], row["value_se"], "+.3f") + marks] if value else []),
+            with_error(row["final"], row["final_se"], "+.3f"),
+            with_error(row["final_kl"], row["final_kl_se"], ".2f"),
+            with_error(row["win_rate"], row["win_rate_se"], ".3f"),
+            with_error(row["length"], row["length_se"], ".1f"),
+            *(f"{row[name]:,.0f}" for name in ("pairs_seen", "target_tokens", "read_tokens", "train_seconds")),
+            number(row["memory_gb"], ".2f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _differences_section(comparison: Mapping[str, Any], value: str) -> list[str]:
+    """Differences to the first setting at the comparison's KL, at those of `also_at`, and at the end."""
+    rows, runs = comparison["differences"], comparison["runs"]
+    tables = {value: rows}
+    tables |= {f"gain at KL {kl:g}": differences(runs, kl) for kl in comparison.get("also_at", [])}
+    if comparison["kl"]:
+        tables["gain at the end"] = differences(runs, None)
+    covers = (
+        f"other seeds and prompts ({rows[0]['prompts']} prompts)"
+        if rows[0]["prompts"]
+        else "other seeds, on these prompts"
+    )
+    lines = ["", f"## Against {rows[0]['against']}, paired by seed", ""]
+    inconclusive = "A difference is *inconclusive* if its interval contains 0."
+    detectable = "*Detectable* is the minimum detectable difference at 80 % power."
+    lines += [f"Intervals cover {covers}. {inconclusive} {detectable}", ""]
+    headers = [f"difference of {name} | 95 % interval | detectable" for name in tables]
+    lines += [f"| method | seeds | {' | '.join(headers)} |", "|---|---:|" + "---:|---:|---:|" * len(tables)]
+    for method in zip(*tables.values(), strict=True):
+        cells = [
+            f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} | {row['detectable']:.3f}"
+            for row in method
+        ]
+        lines.append(f"| {method[0]['name']} | {method[0]['seeds']} | {' | '.join(cells)} |")
+    return lines
+
+
 def reading_notes(rows: Sequence[Mapping[str, Any]], kl: float | None) -> list[str]:
-    """What weakens the values at `kl` of the reported settings, a line each; none without a KL to compare at."""
+    """Limitations of the reported settings' values at `kl`, a line each; empty without a KL."""
 
     def settings(counts: Iterable[int]) -> str:
         named = zip(reported, counts, strict=True)
@@ -253,91 +268,86 @@ def reading_notes(rows: Sequence[Mapping[str, Any]], kl: float | None) -> list[s
     reported = [row for row in rows if row["reported"]]
     notes = []
     if early := settings(row["unmeasured"] for row in reported):
-        notes.append(
-            f"not measured below KL {kl:g}, so read off the shape of the curve: {early}; add earlier checkpoints"
-        )
+        notes.append(f"not measured below KL {kl:g}, so interpolated from the start: {early}; add earlier checkpoints")
     if kl is not None and (short := settings(row["seeds"] - row["reached"] for row in reported)):
-        notes.append(f"did not get as far as KL {kl:g} and count with their furthest point: {short}")
+        notes.append(f"did not reach KL {kl:g} and count with their furthest point: {short}")
     return notes
 
 
-def _pm(row: Mapping[str, Any], name: str, form: str) -> str:
-    if math.isnan(row[name]):
-        return "–"
-    error = row[f"{name}_se"]
-    return f"{row[name]:{form}}" + ("" if math.isnan(error) else f" ± {error:{form.lstrip('+')}}")
-
-
 def mean_curve(runs: Sequence[Mapping[str, Any]], steps: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """KLs up to the one that all runs got to, and the mean of their gains there, as tables read them (`at_kl`)."""
+    """KLs up to the highest KL that all runs reached, and the mean gain of the runs at these KLs (`at_kl`)."""
     reached = max(min(max(point["kl"] for point in run["points"]) for run in runs), 0.0)
     kls = np.linspace(0, math.sqrt(reached), steps) ** 2
     return kls, np.array([np.mean([at_kl(run["points"], kl)[0] for run in runs]) for kl in kls])
 
 
 def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw `frontier.png`, gain against KL of every reported run, and `win-rate.png` (with a judge or gold reward).
-
-    Of three runs of a setting and more the mean is drawn bold, up to the KL that all got to, and their mean end with
-    its standard errors; the runs themselves stay behind it, faint.
-    """
+    """Draw `frontier.png`, gain against KL of every reported run, and `win-rate.png` (with a judge or gold reward)."""
     runs = [run for run in comparison["runs"] if run["reported"]] or list(comparison["runs"])
-    names = list(dict.fromkeys(_name(run) for run in runs))
-    style: dict[str, dict[str, Any]] = {
-        name: {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(_name(run), []).append(run)
+    styles: dict[str, dict[str, Any]] = {
+        name: {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(groups)
     }
 
     def frontier(axes: Axes) -> None:
-        for name in names:
-            members = [run for run in runs if _name(run) == name]
-            several = len(members) > 2
-            for index, run in enumerate(members):
-                at = [0.0, *(max(point["kl"], 0.0) for point in run["points"])]
-                gained = [0.0, *(quality(point) for point in run["points"])]
-                label = name if index == 0 and not several else None
-                alpha, width, size = (0.25, 0.7, 2.5) if several else (0.8, 1, 4)
-                axes.plot(at, gained, **style[name], label=label, alpha=alpha, linewidth=width, markersize=size)
-            if several:
-                axes.plot(*mean_curve(members), color=style[name]["color"], linewidth=2)
-                ends = [(max(run["points"][-1]["kl"], 0.0), quality(run["points"][-1])) for run in members]
-                (kl, kl_error), (gain, gain_error) = (over_seeds(values) for values in zip(*ends, strict=True))
-                axes.errorbar(
-                    kl, gain, xerr=kl_error, yerr=gain_error, fmt=style[name]["marker"], color=style[name]["color"],
-                    label=name, markersize=6, elinewidth=1,
-                )  # fmt: skip
+        for name, members in groups.items():
+            _draw_curves(axes, name, members, styles[name])
         if comparison["kl"]:
             axes.axvline(comparison["kl"], color=GREY, linewidth=0.8, linestyle=":")
         axes.axhline(0, color=GREY, linewidth=0.8)
-        # As curves are read (`at_kl`): what is straight between two checkpoints is what is read between them.
+        # `at_kl` interpolates linearly in sqrt(KL), so its lines are straight on this axis.
         axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
         axes.set_xlim(left=0)
 
     def win_rates(axes: Axes) -> None:
-        for place, name in enumerate(names):
-            last = [run["points"][-1] for run in runs if _name(run) == name]
-            values = [rate for point in last if (rate := _win_rate(point)) is not None]
+        for place, (name, members) in enumerate(groups.items()):
+            values = [rate for run in members if (rate := _win_rate(run["points"][-1])) is not None]
             mean, error = over_seeds(values)
             axes.errorbar(
-                mean, place, xerr=None if math.isnan(error) else error, fmt=style[name]["marker"],
-                color=style[name]["color"], capsize=3,
+                mean, place, xerr=None if math.isnan(error) else error, fmt=styles[name]["marker"],
+                color=styles[name]["color"], capsize=3,
             )  # fmt: skip
-            axes.plot(values, [place] * len(values), "|", color=style[name]["color"], alpha=0.6)
+            axes.plot(values, [place] * len(values), "|", color=styles[name]["color"], alpha=0.6)
         axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(groups)), list(groups))
         axes.invert_yaxis()
 
     gain = "Gold reward above the start" if comparison["gold"] else "Held-out accuracy above one half"
     if comparison.get("judge"):
-        gain = "The judge's win rate above one half"
-    figures = {"frontier": make_figure(frontier, "KL from the start, nats a response", gain, legend_beside=True)}
+        gain = "Judge's win rate above one half"
+    figures = {"frontier": make_figure(frontier, "KL from the start, nats per response", gain, legend_beside=True)}
     if comparison["gold"] or comparison.get("judge"):
         figures["win-rate"] = make_figure(win_rates, "Win rate against the start", "")
     for stem, figure in figures.items():
         width, height = (8.0, 4.0) if stem == "frontier" else (6.4, 3.0)
-        figure.set_size_inches(width, max(0.28 * len(names) + 1, height))
+        figure.set_size_inches(width, max(0.28 * len(groups) + 1, height))
     return [write_png(figure, folder / f"{stem}.png") for stem, figure in figures.items()]
 
 
+def _draw_curves(axes: Axes, name: str, runs: Sequence[Mapping[str, Any]], style: Mapping[str, Any]) -> None:
+    """Draw the curves of a setting's runs. From three runs on the runs are faint, and their mean curve is bold, up to
+    the KL that all reached, with their mean end and its standard errors.
+    """
+    several = len(runs) > 2
+    alpha, width, size = (0.25, 0.7, 2.5) if several else (0.8, 1, 4)
+    for index, run in enumerate(runs):
+        kls = [0.0, *(max(point["kl"], 0.0) for point in run["points"])]
+        gains = [0.0, *(quality(point) for point in run["points"])]
+        label = name if index == 0 and not several else None
+        axes.plot(kls, gains, **style, label=label, alpha=alpha, linewidth=width, markersize=size)
+    if several:
+        axes.plot(*mean_curve(runs), color=style["color"], linewidth=2)
+        ends = [(max(run["points"][-1]["kl"], 0.0), quality(run["points"][-1])) for run in runs]
+        (kl, kl_error), (gain, gain_error) = (over_seeds(values) for values in zip(*ends, strict=True))
+        axes.errorbar(
+            kl, gain, xerr=kl_error, yerr=gain_error, fmt=style["marker"], color=style["color"], label=name,
+            markersize=6, elinewidth=1,
+        )  # fmt: skip
+
+
 def _name(run: Mapping[str, Any]) -> str:
-    short = " ".join(_LEADING.sub("", part) for part in run["label"].split(" "))
+    """A setting's name in tables and figures: the variant, and its swept settings without their sections."""
+    short = " ".join(_SECTIONS.sub("", part) for part in run["label"].split(" "))
     return f"{run['variant']} {short}".strip()

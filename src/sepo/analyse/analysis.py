@@ -1,4 +1,4 @@
-"""`sepo analyse`: what it reads, and all of it at once."""
+"""The inputs of `sepo analyse`, the whole analysis, and the ranking of rules."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from sepo.recipe.settings import Recipe
 
 @dataclass(frozen=True)
 class Inputs:
-    """What there is to analyse.
+    """The inputs of an analysis.
 
     Attributes:
-        tables: score tables of the same pairs by name, the oracle that knows most last.
-        tokenizer: of the tables' ids; None leaves out token classes and fidelity.
-        reference_logps: kind "logps" of the pairs under the reference; None leaves out the surprisal baseline.
-        gold: the gold reward whose word values are the truth; None leaves out fidelity.
+        tables: score tables of the same pairs by name, the oracle with most data last.
+        tokenizer: the tables' tokenizer; without one, the analysis has no token classes and no fidelity.
+        reference_logps: kind "logps", the pairs under the reference; without them there is no surprisal baseline.
+        gold: the gold reward whose word values are the truth; without one there is no fidelity.
     """
 
     tables: dict[str, pa.Table]
@@ -49,10 +49,10 @@ def run_inputs(
     reference_logps: str | None = None,
     gold: str | None = None,
 ) -> Inputs:
-    """Read what `sepo analyse` was given: a run folder, score tables `[NAME=]DIR`, or both.
+    """Read the inputs of `sepo analyse`: a run folder, score tables `[NAME=]DIR`, or both.
 
     Raises:
-        UserError: a table is missing or not one of the same pairs, a name is used twice, or the tokenizer is another.
+        UserError: a table is missing or has other pairs, a name is used twice, or the tokenizer is not the tables'.
     """
     named = _named(tables)
     if run is not None:
@@ -69,7 +69,7 @@ def run_inputs(
     if gold is not None:
         gold_reward(gold)
         if tokenizer is None:
-            raise UserError("--gold needs --tokenizer MODEL: the words of a response are read off its tokens")
+            raise UserError("--gold needs --tokenizer MODEL, to find the words of a response")
     loaded = None
     if tokenizer is not None:
         loaded = load_tokenizer(tokenizer)
@@ -93,40 +93,38 @@ def _named(tables: Sequence[str]) -> dict[str, Path]:
 
 def _recipe_of_scored(run: Path) -> Recipe:
     if not (run / "scores").is_dir():
-        raise UserError(f"'{run}' holds no scores/: expected a run folder in which the score stage is done")
+        raise UserError(f"'{run}' holds no scores/: expected a run folder with a finished score stage")
     return load_recipe(run / "recipe.yaml")
 
 
 def rank_inputs(
     runs: Sequence[Path], tables: Sequence[str] = (), *, tokenizer: str | None = None, gold: str | None = None
 ) -> tuple[dict[str, ScoredOracle], str]:
-    """Read the oracles that `sepo analyse --rules` was given, of the same pairs or others, and the gold reward's name.
+    """Read the oracles of `sepo analyse --rules`, whose pairs may differ, and the name of the gold reward.
 
     Raises:
-        UserError: a table or what it needs is missing, a name is used twice, or runs have different gold rewards.
+        UserError: a table or its tokenizer is missing, a name is used twice, or the runs have different gold rewards.
     """
-    found: dict[str, tuple[Path, str | None]] = {name: (path, tokenizer) for name, path in _named(tables).items()}
+    sources: dict[str, tuple[Path, str | None]] = {name: (path, tokenizer) for name, path in _named(tables).items()}
     golds = {gold} if gold else set()
     for run in runs:
         recipe = _recipe_of_scored(run)
-        name = run.name if run.name and run.name not in found else str(run)
-        if run / "scores" in {path for path, _ in found.values()}:
+        name = run.name if run.name and run.name not in sources else str(run)
+        if run / "scores" in {path for path, _ in sources.values()}:
             raise UserError(f"'{run}' is named twice: expected every oracle once")
-        found[name] = (run / "scores", tokenizer or recipe.reference.model)
+        sources[name] = (run / "scores", tokenizer or recipe.reference.model)
         if not gold and recipe.eval.gold:
             golds.add(recipe.eval.gold)
     if len(golds) != 1:
-        seen = ", ".join(sorted(golds)) or "none"
-        raise UserError(
-            f"--rules needs one gold reward with values of words as the truth, found {seen}: name it by --gold"
-        )
+        named = ", ".join(sorted(golds)) or "none"
+        raise UserError(f"--rules needs one gold reward whose word values are the truth, found {named}: use --gold")
     (truth,) = golds
     gold_reward(truth)
     loaded: dict[str, PreTrainedTokenizerBase] = {}
     oracles = {}
-    for name, (path, model) in found.items():
+    for name, (path, model) in sources.items():
         if model is None:
-            raise UserError("--rules needs --tokenizer MODEL: the words of a response are read off its tokens")
+            raise UserError("--rules needs --tokenizer MODEL, to find the words of a response")
         table = read_table(path, "scores")
         if model not in loaded:
             loaded[model] = load_tokenizer(model)
@@ -136,7 +134,7 @@ def rank_inputs(
 
 
 def read_rules(file: Path | None, k: float) -> dict[str, dict[str, Any]]:
-    """Rules by name, each with its settings of section `select`: of a YAML file, or those that come along.
+    """Rules by name with their settings of section `select`, from a YAML file or built in.
 
     Raises:
         UserError: the file is missing or no mapping of names to settings, or a setting is impossible.
@@ -145,7 +143,7 @@ def read_rules(file: Path | None, k: float) -> dict[str, dict[str, Any]]:
         return default_rules(k)
     if not file.is_file():
         raise UserError(
-            f"--rules {file}: expected a YAML file, NAME: {{settings of select}}; without a file, write it last"
+            f"--rules {file}: expected a YAML file, NAME: {{settings of select}}; put --rules without a file last"
         )
     rules = {}
     for name, settings in read_settings(file, "rules").items():
@@ -162,15 +160,15 @@ def read_rules(file: Path | None, k: float) -> dict[str, dict[str, Any]]:
 def rank(
     oracles: Mapping[str, ScoredOracle], rules: Mapping[str, Mapping[str, Any]], gold: str, out: Path, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Rank rules on oracles, and write `ranking.json`, `ranking.md` and `ranking.png` into `out`; no policy is trained.
+    """Rank rules on oracles and write `ranking.json`, `ranking.md` and `ranking.png` into `out`. Trains no policy.
 
     Args:
-        rules: settings of section `select` by name, the one to compare with first.
+        rules: settings of section `select` by name, the baseline first.
         gold: the gold reward whose word values are the truth.
-        seed: of random rules.
+        seed: seed of random rules.
 
     Returns:
-        what `ranking.json` holds: that of `rank_rules`, and the `settings`.
+        The content of `ranking.json`: the result of `rank_rules` and the settings.
     """
     ranked = rank_rules(oracles, rules_of(rules, seed), gold_reward(gold).valence)
     result = {**ranked, "gold": gold, "settings": dict(rules), "seed": seed}
@@ -186,20 +184,20 @@ def check_same_pairs(table: pa.Table, other: pa.Table, name: str) -> None:
         raise UserError(f"score table '{name}' holds no pair: expected at least one row")
     for column in ("pair_id", "chosen_ids", "rejected_ids"):
         if table.column(column).combine_chunks() != other.column(column).combine_chunks():
-            raise UserError(f"score table '{name}' is not one of the same pairs: score the same data with each oracle")
+            raise UserError(f"score table '{name}' has other pairs than the first: use the same data for each oracle")
 
 
 def analyse(inputs: Inputs, out: Path, *, k: float = 0.3, seed: int = 0) -> dict[str, Any]:
-    """Compute everything the inputs allow, and write `analysis.json`, `analysis.md` and pictures into `out`.
+    """Compute all measures that the inputs allow, and write `analysis.json`, `analysis.md` and figures into `out`.
 
-    Single-table figures are those of the last table.
+    Measures of a single table are those of the last table.
 
     Args:
-        k: share of key tokens to look at, both sides.
-        seed: of the random baseline and of bootstrap errors.
+        k: share of key tokens on both sides.
+        seed: seed of the random baseline and of the bootstrap.
 
     Returns:
-        what `analysis.json` holds.
+        The content of `analysis.json`.
     """
     name, scores = list(inputs.tables.items())[-1]
     selection = select_key_tokens(scores, k, k)

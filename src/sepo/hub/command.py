@@ -1,0 +1,40 @@
+"""`sepo push`: upload a run's policy, oracle or token rewards to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sepo.command import path, print_plan, quiet_libraries
+
+HELP = "upload a run's policy, oracle or token rewards to the hub"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path, metavar="RUN", help="run folder")
+    parser.add_argument("--to", required=True, metavar="ORG/NAME", help="the repository; created if it is missing")
+    parser.add_argument(
+        "--what",
+        choices=["policy", "oracle", "scores"],
+        default="policy",
+        help="scores: a dataset of all pairs with texts, token rewards and weights (default policy)",
+    )
+    parser.add_argument("--private", action="store_true", help="a private repository (default: ORG's setting)")
+    parser.add_argument("--base", metavar="ORG/NAME", help="hub id of the base model, if the run used a local folder")
+    parser.add_argument(
+        "--license", metavar="NAME", help="licence for the card, in the hub's spelling: apache-2.0, mit"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list the files to upload; upload nothing")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    quiet_libraries()
+    from sepo.hub import push
+
+    for name in filter(None, (arguments.to, arguments.base)):
+        push.check_name(name)
+    plan = push.plan(Path(arguments.run), arguments.what, base=arguments.base, license=arguments.license)
+    print_plan(f"{arguments.what} of {arguments.run} -> {plan.repo_type} {arguments.to}", plan.lines())
+    if arguments.dry_run:
+        return
+    print(push.upload(plan, arguments.to, private=arguments.private or None))

@@ -1,0 +1,1 @@
+"""The commands `sepo generate`, `sepo judge` and `sepo winrate`."""

@@ -1,0 +1,180 @@
+"""`sepo generate`: answers of a model to the questions of a file or a benchmark."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sepo.command import device_options, out_option, path, quiet_libraries, writing_to
+from sepo.errors import UserError, check_number, log_kept_on_interrupt
+
+if TYPE_CHECKING:
+    from sepo.judging.answering import Engine
+    from sepo.judging.endpoint import Endpoint
+    from sepo.judging.replies import Spent
+
+HELP = "answer the questions of a file or a benchmark, in the benchmark's format"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=path, required=True, metavar="MODEL", help="the model that answers; with --server its name"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=path,
+        required=True,
+        metavar="FILE",
+        help="questions: a file, or alpaca_eval, mt_bench, arena_hard",
+    )
+    out_option(parser, "folder for the answers; after an interruption the same command continues")
+    parser.add_argument("--name", help="name of the model in the answers (default: the last part of MODEL)")
+    parser.add_argument("--max-new-tokens", type=int, default=2048, help="length limit of an answer (default 2048)")
+    parser.add_argument(
+        "--temperature", type=float, help="sampling temperature; 0 for greedy (default: the benchmark's)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="answer only the first N questions")
+    parser.add_argument(
+        "--chat-template", action="append", default=[], metavar="key=value", help="a keyword for the chat template"
+    )
+    parser.add_argument(
+        "--engine", choices=["transformers", "vllm"], help="library that runs the model (default transformers)"
+    )
+    parser.add_argument("--batch-size", type=int, help="answers at a time (default: fits the device)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="dtype of the weights")
+    device_options(parser)
+    server = parser.add_argument_group("a model behind a server")
+    server.add_argument("--server", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
+    server_options(server)
+
+
+def server_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options for requests to a server."""
+    group.add_argument(
+        "--key-variable", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)"
+    )
+    group.add_argument("--concurrency", type=int, help="simultaneous requests (default 8)")
+    group.add_argument("--timeout", type=float, help="total seconds of a request (default 300)")
+    group.add_argument("--retries", type=int, help="how often a question without a reply is asked again (default 6)")
+    group.add_argument("--cache", type=path, metavar="DIR", help="folder of replies (default: sepo's cache)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sepo.judging.answering import (
+        FINISHED,
+        AnswerLog,
+        answer_all,
+        claim_folder,
+        is_whole,
+        questions_digest,
+        write_answers,
+    )
+    from sepo.judging.questions import find_questions, read_questions
+    from sepo.judging.replies import Spent
+    from sepo.processes import log
+    from sepo.recipe.reading import parse_override
+
+    _check_numbers(arguments)
+    options = dict(parse_override(item) for item in arguments.chat_template)
+    questions, benchmark = read_questions(*find_questions(arguments.prompts))
+    digest = questions_digest(questions)  # of all questions: the folder stays valid with a higher --limit
+    questions = questions[: arguments.limit]
+    if benchmark == "alpaca_eval" and any(len(question.turns) > 1 for question in questions):
+        raise UserError(
+            f"'{arguments.prompts}' has questions of several turns, which AlpacaEval's format does not allow"
+        )
+    endpoint = None if arguments.server is None else _endpoint(arguments)
+    record = _record(arguments, digest, benchmark, options)
+    spent: list[Spent] = []
+    with writing_to(arguments) as out:
+        claim_folder(out, record)
+        finished = AnswerLog.read(out / FINISHED)
+
+        def open_questions() -> int:
+            return sum(not is_whole(question, finished) for question in questions)
+
+        def kept() -> str:
+            done = len(questions) - open_questions()
+            return f"{done} of {len(questions)} questions are answered; the same command does the rest"
+
+        log(f"{len(questions)} questions, {open_questions()} to be answered")
+        if open_questions():
+            with log_kept_on_interrupt(kept):
+                engine = _engine(arguments, options, endpoint, spent)
+                answer_all(questions, benchmark, finished, engine, arguments.temperature)
+        name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
+        file = write_answers(out, questions, benchmark, finished, name)
+        remaining = open_questions()
+    if spent:
+        log(sum(spent, Spent()).in_words())
+    print(file)
+    if remaining:
+        log(f"{remaining} of {len(questions)} questions have no answer: the same command asks again")
+    return 1 if remaining else 0
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.server is not None and arguments.engine is not None:
+        raise UserError("--engine is for a local model: leave it out with --server")
+    check_number("--max-new-tokens", arguments.max_new_tokens, whole=True, least=1)
+    check_number("--seed", arguments.seed, whole=True, least=0, below=2**32)
+    if arguments.temperature is not None:
+        check_number("--temperature", arguments.temperature, least=0)
+    if arguments.batch_size is not None:
+        check_number("--batch-size", arguments.batch_size, whole=True, least=1)
+    if arguments.limit is not None:
+        check_number("--limit", arguments.limit, whole=True, least=1)
+
+
+def _endpoint(arguments: argparse.Namespace) -> Endpoint:
+    from sepo.judging.endpoint import Endpoint
+
+    given = {name: getattr(arguments, name) for name in ("key_variable", "concurrency", "timeout", "retries", "cache")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Endpoint(arguments.server, arguments.model, **given)
+
+
+def _record(arguments: argparse.Namespace, digest: str, benchmark: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the answers depend on."""
+    record: dict[str, Any] = {
+        "engine": arguments.engine or ("server" if arguments.server else "transformers"),
+        "prompts": digest,
+        "benchmark": benchmark,
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "seed": arguments.seed,
+        "chat_template_kwargs": options,
+    }
+    if arguments.server is not None:
+        return {**record, "server": arguments.server, "model": arguments.model}
+    quiet_libraries()
+    from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
+
+    return {**record, "model": [model_fingerprint(arguments.model), usage_fingerprint(arguments.model)]}
+
+
+def _engine(
+    arguments: argparse.Namespace, options: Mapping[str, Any], endpoint: Endpoint | None, spent: list[Spent]
+) -> Engine:
+    """Load the model, or use the server."""
+    from sepo.judging.answering import server_engine, transformers_engine, vllm_engine
+
+    settings = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
+    if endpoint is not None:
+        return server_engine(endpoint, **settings, spent=spent)
+    from sepo.models.folders import adapter_base, is_adapter
+    from sepo.models.names import resolve_model
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.models.weights import load_model
+
+    tokenizer = load_tokenizer(arguments.model)
+    if arguments.engine == "vllm":
+        folder, adapter = resolve_model(arguments.model), None
+        if is_adapter(Path(folder)):
+            base, revision = adapter_base(Path(folder))
+            folder, adapter = resolve_model(base, revision=revision), folder
+        return vllm_engine(folder, tokenizer, options=options, adapter=adapter, **settings)
+    model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    return transformers_engine(model, tokenizer, batch_size=arguments.batch_size, options=options, **settings)

@@ -1,0 +1,291 @@
+"""Everything the report reads from disk: score table, selection, log-probabilities, answers and the run's records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sepo.data import tables
+from sepo.data.previews import common_starts
+from sepo.data.ragged import SIDES, flat
+from sepo.data.splits import prompt_numbers
+from sepo.errors import UserError, named_error
+from sepo.report.summary import training_curves
+
+MODELS = ("reference", "oracle", "policy")
+# Most characters of prompts and answers in a page: about a megabyte of its file.
+BUDGET = 3_000_000
+_TEXTS = ("prompt", "base", "policy")
+_NUMBERS = ("base_gold", "policy_gold", "preference", "base_score", "policy_score", "policy_kl")
+_FACET_VALUES = 40
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A score table read for the report.
+
+    Attributes:
+        rows: the pairs to show.
+        rewards: for each side, the rewards of *all* pairs of the table and their lengths.
+        prompts: the prompt number of *all* pairs.
+        provenance: the metadata of the table.
+    """
+
+    rows: pa.Table
+    rewards: dict[str, tuple[np.ndarray, np.ndarray]]
+    prompts: np.ndarray
+    provenance: dict
+
+
+def read_scores(path: Path, max_pairs: int) -> Scores:
+    """Read the rewards of every pair of a score table, and all columns of at most `max_pairs` evenly spaced pairs.
+
+    Raises:
+        UserError: the table is missing, empty, or holds rewards that are not finite or not aligned with the tokens.
+    """
+    paths = tables.table_paths(path, "scores")
+    total = sum(tables.number_of_rows(shard) for shard in paths)
+    if total == 0:
+        raise UserError(f"'{path}' holds no pair: expected a score table with at least one row")
+    picked = np.unique(np.linspace(0, total - 1, min(max_pairs, total)).round().astype(np.int64))
+    shown, rewards, lengths = [], {side: [] for side in SIDES}, {side: [] for side in SIDES}  # type: ignore[var-annotated]
+    prompt_ids: list[pa.Array] = []
+    start = 0
+    for shard in paths:
+        table = tables.read_shard(shard, "scores")
+        prompt_ids += table["prompt_ids"].chunks
+        for side in SIDES:
+            values, counts = flat(table[f"{side}_rewards"])
+            rewards[side].append(values)
+            lengths[side].append(counts)
+        inside = picked[(picked >= start) & (picked < start + len(table))] - start
+        shown.append(table.take(pa.array(inside)))
+        start += len(table)
+    joined = {side: (np.concatenate(rewards[side]), np.concatenate(lengths[side])) for side in SIDES}
+    if not any(len(values) for values, _ in joined.values()):
+        raise UserError(f"'{path}' holds no response token: expected responses of at least one token")
+    prompts = prompt_numbers(pa.chunked_array(prompt_ids))
+    return Scores(pa.concat_tables(shown), joined, prompts, tables.provenance_of(shown[0]))
+
+
+def _by_token(
+    path: Path,
+    kind: str,
+    rows: pa.Table,
+    fill: float,
+    place: Callable[[np.ndarray, pa.Table, int, str, slice], None],
+) -> dict[str, np.ndarray]:
+    """Align a table with the tokens of `rows` by `pair_id`: `[tokens]` float32 for each side.
+
+    `place(out, table, row, side, segment)` writes row `row` of `table` into `out[segment]`. Tokens of pairs that the
+    table lacks keep `fill`.
+    """
+    where = {pair_id: i for i, pair_id in enumerate(rows["pair_id"].to_pylist())}
+    lengths = {side: flat(rows[f"{side}_ids"])[1] for side in SIDES}
+    starts = {side: np.cumsum(counts) - counts for side, counts in lengths.items()}
+    out = {side: np.full(int(counts.sum()), fill, dtype=np.float32) for side, counts in lengths.items()}
+    for table in tables.iter_tables(path, kind):
+        for row, pair_id in enumerate(table["pair_id"].to_pylist()):
+            if (i := where.get(pair_id)) is not None:
+                for side in SIDES:
+                    segment = slice(starts[side][i], starts[side][i] + lengths[side][i])
+                    place(out[side], table, row, side, segment)
+    return out
+
+
+def read_selection(path: Path, rows: pa.Table) -> dict[str, np.ndarray]:
+    """Read the weight of every token of `rows` by side, 0 for tokens that are no key tokens.
+
+    Raises:
+        UserError: the selection does not fit the pairs.
+    """
+
+    def place(out: np.ndarray, table: pa.Table, row: int, side: str, segment: slice) -> None:
+        positions = np.asarray(table[f"{side}_positions"][row].as_py(), dtype=np.int64)
+        if len(positions) and positions.max() >= segment.stop - segment.start:
+            raise UserError(
+                f"'{path}', pair {table['pair_id'][row]}: key token {positions.max()} lies beyond the {side} "
+                "response; expected a selection made from this score table"
+            )
+        out[segment.start + positions] = table[f"{side}_weights"][row].as_py()
+
+    return _by_token(path, "selection", rows, 0.0, place)
+
+
+def selection_settings(selection: Path | None) -> dict:
+    """The provenance of a selection table; empty without a table."""
+    if selection is None:
+        return {}
+    return tables.provenance_of(tables.read_schema(tables.table_paths(selection, "selection")[0]))
+
+
+def read_logps(path: Path, rows: pa.Table) -> dict[str, np.ndarray]:
+    """Read the log-probability of every token of `rows` by side, NaN where the table has none."""
+
+    def place(out: np.ndarray, table: pa.Table, row: int, side: str, segment: slice) -> None:
+        values = table[f"{side}_logps"][row].as_py()
+        if len(values) == segment.stop - segment.start:
+            out[segment] = values
+
+    return _by_token(path, "logps", rows, np.nan, place)
+
+
+def facets(rows: pa.Table) -> dict[str, dict]:
+    """Columns beyond the schema with few distinct words, such as `subset`; the page filters by them."""
+    found = {}
+    for name in rows.column_names:
+        column = rows[name]
+        if name in tables.SCHEMAS["scores"].names:
+            continue
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_boolean(column.type):
+            labels = ["" if value is None else str(value) for value in column.to_pylist()]
+            values = sorted(set(labels))
+            if 2 <= len(values) <= _FACET_VALUES:
+                found[name] = {"values": values, "codes": [values.index(label) for label in labels]}
+    return found
+
+
+def rows_of(path: Path, pair_ids: pa.ChunkedArray) -> pa.Table:
+    """The rows of a score table for some pairs, in the order of `pair_ids`.
+
+    Raises:
+        UserError: the table lacks a pair.
+    """
+    wanted = {pair_id: place for place, pair_id in enumerate(pair_ids.to_pylist())}
+    parts, places = [], []
+    for table in tables.iter_tables(path, "scores"):
+        ids = table["pair_id"].to_pylist()
+        rows = [row for row, pair_id in enumerate(ids) if pair_id in wanted]
+        parts.append(table.take(pa.array(rows, type=pa.int64())))
+        places += [wanted[ids[row]] for row in rows]
+    if len(places) < len(wanted):
+        raise UserError(f"'{path}' lacks {len(wanted) - len(places)} of the pairs to show: run its stage again")
+    return pa.concat_tables(parts).take(pa.array(np.argsort(places), type=pa.int64()))
+
+
+# --- the run's records ------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> object | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is not readable JSON ({error}): run the command that wrote it again") from None
+
+
+def _stages(run: Path) -> dict:
+    """The stages in a run's manifest; empty without a manifest."""
+    manifest = _read_json(run / "manifest.json")
+    stages = manifest.get("stages") if isinstance(manifest, dict) else None
+    return stages if isinstance(stages, dict) else {}
+
+
+def read_training(run: Path) -> list[dict]:
+    """Read the training curves of a run: one entry for each model that the run trained."""
+    curves = []
+    # Runs with several oracles have folders oracle-N; folders without a stage are left over from an earlier recipe.
+    more = sorted(stage for stage in _stages(run) if stage.startswith("oracle-"))
+    for model in ("reference", "oracle", *more, "policy"):
+        state = _read_json(run / model / "trainer_state.json")
+        history = state.get("log_history") if isinstance(state, dict) else None
+        if charts := training_curves(history or []):
+            curves.append({"model": model, "charts": charts})
+    return curves
+
+
+def find_tokenizer(run: Path, models: Sequence[str] = MODELS) -> Path | None:
+    """The first model folder of a run that holds a tokenizer."""
+    return next((run / model for model in models if (run / model / "tokenizer.json").exists()), None)
+
+
+def has_transfer(run: Path) -> bool:
+    """Whether the run transferred its token rewards to a policy with another tokenizer."""
+    return "transfer" in _stages(run) and (run / "transfer" / "scores").is_dir()
+
+
+def read_documents(run: Path | None, provenance: Mapping) -> dict:
+    """The run's recipe, manifest, metrics and training curves, and the provenance of the score table."""
+    documents: dict = {"table": provenance}
+    if run is not None:
+        recipe = run / "recipe.yaml"
+        documents["recipe"] = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else None
+        documents["manifest"] = _read_json(run / "manifest.json")
+        documents["metrics"] = _read_json(run / "metrics.json")
+        documents["training"] = read_training(run)
+    return documents
+
+
+# --- answers before and after training --------------------------------------------------------------------------------
+
+
+def read_answers(path: Path, budget: int = BUDGET) -> dict[str, Any] | None:
+    """Read what both models answered to the held-out prompts, and how the answers were judged.
+
+    Args:
+        path: `eval/generations.parquet`.
+        budget: most characters to return; a longer file is thinned to evenly spaced rows, at least one.
+
+    Returns:
+        `total`, the rows of the file, and for the rows returned: `prompt` (without the start and end that all prompts
+        share), `base` and `policy` as texts, and where the run has them `base_gold`, `policy_gold`, `preference` (in
+        [1, 2], above 1.5 the policy is preferred), `base_score`, `policy_score` and `policy_kl`, null where a row has
+        no value. None without a file or without a row.
+
+    Raises:
+        UserError: the file is no table of answers.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with tables.arrow_file(path) as file:
+            table = pq.read_table(file)
+        texts = {name: [str(text or "") for text in table[name].to_pylist()] for name in _TEXTS}
+    except (KeyError, OSError, pa.ArrowException) as error:
+        raise UserError(f"'{path}' is no table of answers ({named_error(error)}): run the evaluation again") from None
+    if not len(table):
+        return None
+    lengths = np.sum([[len(text) for text in column] for column in texts.values()], axis=0)
+    number = len(table) if lengths.sum() <= budget else max(1, int(len(table) * budget / lengths.sum()))
+    shown = np.unique(np.linspace(0, len(table) - 1, number).round().astype(int))
+    while len(shown) > 1 and lengths[shown].sum() > budget:  # the picked rows may be longer than the mean
+        shown = shown[:-1]
+    answers: dict[str, Any] = {"total": len(table)}
+    texts["prompt"] = _without_template(texts["prompt"])
+    for name in _TEXTS:
+        answers[name] = [texts[name][i] for i in shown]
+    for name in _NUMBERS:
+        if name in table.column_names:
+            values = table[name].to_pylist()
+            answers[name] = [_finite(values[i]) for i in shown]
+    return answers
+
+
+def _without_template(prompts: list[str]) -> list[str]:
+    """Prompts without the start and end that most of them share: what the chat template writes."""
+    rows = [[ord(c) for c in prompt] for prompt in prompts]
+
+    def is_boundary(character: int) -> bool:
+        return chr(character) in "\n<>[]|"
+
+    starts = common_starts(rows, is_boundary)
+    ends = common_starts([row[::-1] for row in rows], is_boundary)
+    return [
+        prompt[start : len(prompt) - end].strip() if start + end < len(prompt) else prompt
+        for prompt, start, end in zip(prompts, starts, ends, strict=True)
+    ]
+
+
+def _finite(value: Any) -> float | None:
+    return round(float(value), 5) if isinstance(value, int | float) and math.isfinite(value) else None
