@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from sepo.files import write_json, write_text
-from sepo.forward.speed import matmul_rate
+from sepo.forward.gradients import matmul_rate
 from sepo.planning.plan import Planner, plan_stages
 from sepo.planning.sizes import method_sizes
 from sepo.recipe.reading import load_recipe

@@ -170,8 +170,8 @@ def outcome(tokenizer, row: dict, options: dict | None = None) -> str:
         return f"- {found[1]}" if found else f"! {error}"
     ids = table.to_pylist()[0]
     notes = [note.split(":")[0] for note in report.notes]
-    placed = any("thinking out" in note for note in notes)
-    apart = any("does not see thinking" in note for note in notes)
+    placed = any("leaves out the response" in note for note in notes)
+    apart = any("ignores thinking" in note for note in notes)
     for side in ("chosen", "rejected"):
         text = tokenizer.decode([*ids["prompt_ids"], *ids[f"{side}_ids"]])
         renderings = _written(tokenizer, row, side, options, apart)

@@ -380,7 +380,7 @@ def course(outcome: Outcome) -> str:
     """What a continued run did: stages reused, checkpoints continued from."""
     reused = len(re.findall(r"^\[\w+\] unchanged", outcome.log, flags=re.MULTILINE))
     steps = re.findall(r"continuing from \S*checkpoint-(\d+)", outcome.log)
-    kept = outcome.log.count("stands already")
+    kept = outcome.log.count("data and settings: reused")
     parts = [f"{reused} stages reused"] + [f"from step {step}" for step in steps] + ["finished model kept"] * kept
     return ", ".join(parts)
 

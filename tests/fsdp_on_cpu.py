@@ -1,7 +1,7 @@
-"""FSDP2 between processes on CPUs: Accelerate offers it for GPUs alone, and takes plain DDP without a word otherwise.
+"""FSDP2 on CPUs: Accelerate offers it for GPUs only and silently uses plain DDP otherwise.
 
-PyTorch's own `fully_shard` works over gloo. So the launch is presented to Accelerate as one of GPUs whose device is the
-CPU; what is tested beyond that line is what runs on GPUs.
+PyTorch's `fully_shard` works over gloo. So Accelerate is told that the launch runs on GPUs, with the CPU as the device;
+all further code is the same as on GPUs.
 """
 
 import torch
@@ -16,7 +16,7 @@ ENVIRONMENT = {
 
 
 def enable() -> None:
-    """Let this process of a launch take part; before anything else asks Accelerate where it runs."""
+    """Set up FSDP in this process of a launch; call it before anything else asks Accelerate for the device."""
     dist.init_process_group("gloo")
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 

@@ -1,9 +1,9 @@
-"""A process of a launch: train, evaluate and save on several numbers of pairs; the main one prints what came of it.
+"""One process of a launch: train and evaluate on several numbers of pairs; the main process prints the results.
 
     torchrun --nproc-per-node 2 tests/many_processes.py OUT OBJECTIVE 16,17,20
     python tests/many_processes.py OUT OBJECTIVE 16,17,20 2      the same, in forks of one process that imports once
 
-What fits no multiple of the processes and the batch leaves processes without a pair at the end of an epoch.
+With a number of pairs that is no multiple of the batch, some processes have no pair at the end of an epoch.
 """
 
 import json
@@ -29,7 +29,7 @@ BATCH = 12
 
 
 def watch_gradients(trainer) -> list[bool]:
-    """After each row of a training: is every gradient this process's shard, none a whole one that waits?"""
+    """A list that grows after each row of a training: whether every gradient is a shard (none is still whole)."""
     seen: list[bool] = []
     backward = trainer.accelerator.backward
 
@@ -43,15 +43,15 @@ def watch_gradients(trainer) -> list[bool]:
 
 
 def own_bytes(tensors) -> int:
-    """Bytes of the parts of some tensors that this process holds."""
-    return sum(own_part(one).nbytes for one in tensors)
+    """Bytes of this process's parts of some tensors."""
+    return sum(own_part(tensor).nbytes for tensor in tensors)
 
 
 def run(out: Path, objective: str, sizes: list[int]) -> dict[str, dict]:
-    """Results by number of pairs; all processes of the launch call it."""
+    """Results by number of pairs; all processes of the launch call this."""
     number = processes.size()
     results = {}
-    # From a file: a model that is made while DeepSpeed is set up for ZeRO-3 is in pieces from the start.
+    # From a file: a model created under DeepSpeed's ZeRO-3 setup would be sharded from the start.
     processes.on_main(lambda: tiny_model("llama", initializer_range=0.1).save_pretrained(out / "model"))
     for size in sizes:
         config = PreferenceConfig(

@@ -1,4 +1,4 @@
-"""Random pairs of awkward shapes, what is made of them, and the plain formula that everything fast is held against."""
+"""Random pairs of awkward shapes, inputs made from them, and the plain forward that fast paths are compared with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def random_ids(rng: np.random.Generator, size: int, vocabulary: int = 101) -> tu
 
 
 def awkward_pairs(seed: int = 0) -> list[Pair]:
-    """Pairs of one token, with shared prompts, shared and equal responses, all and some positions as targets."""
+    """Pairs with one-token texts, shared prompts, shared and equal responses, and all or some positions as targets."""
     rng = np.random.default_rng(seed)
     long, short = random_ids(rng, 21), random_ids(rng, 1)
     one, two, three = (random_ids(rng, size) for size in (17, 9, 1))
@@ -37,7 +37,7 @@ def pairs_table(pairs: list[Pair]):
 
 
 def plain_logps(model: PreTrainedModel, pairs: list[Pair]) -> Tensor:
-    """Log-probabilities of the targets, one unpadded sequence a forward, through the model's own logits."""
+    """Log-probabilities of the targets from the model's own logits, one unpadded sequence per forward."""
     parts = []
     for pair in pairs:
         for side in (CHOSEN, REJECTED):
@@ -50,14 +50,14 @@ def plain_logps(model: PreTrainedModel, pairs: list[Pair]) -> Tensor:
 
 
 def some_pairs(number=12, seed=5):
-    """A table of pairs of 1 to 14 tokens a part."""
+    """A table of pairs whose prompts and responses have 1 to 14 tokens."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 15, (number, 3))
     return pairs_table([Pair(i, *(random_ids(rng, int(size)) for size in row)) for i, row in enumerate(sizes)])
 
 
 def many_rows():
-    """Pairs of four rows: awkward ones, long ones, many branches of one prompt, all of these."""
+    """The pairs of four rows: awkward ones, long ones, many branches of one prompt, and the last two together."""
     rng = np.random.default_rng(5)
     few = [Pair(i, random_ids(rng, 1 + 37 * i), random_ids(rng, 1 + 90 * i), random_ids(rng, 70)) for i in range(6)]
     shared = random_ids(rng, 150)

@@ -1,9 +1,9 @@
-"""Models that are cut up over processes by FSDP2, against whole ones: ranks are forked here, gloo between them.
+"""Compare models sharded by FSDP2 with whole ones. This process forks the ranks, which communicate by gloo.
 
     python tests/sharded_reading.py FOLDER [NAME ...]
 
-Everything is imported once, by the process that forks. What 2 and 3 ranks find goes to FOLDER/N.json, and the runs of
-one recipe in one process and in two to FOLDER/whole and FOLDER/sharded. Names of models leave the others out.
+The forking process imports everything once. Results of 2 and 3 ranks go to FOLDER/N.json; the runs of one recipe in one
+and in two processes go to FOLDER/whole and FOLDER/sharded. With names of models, only these are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
-import matplotlib.pyplot  # noqa: F401  here once, not in every rank
+import matplotlib.pyplot  # noqa: F401  once here instead of in every rank
 import numpy as np
 import pyarrow as pa
 import torch
@@ -39,9 +39,9 @@ from sepo.models.sharding import own_part
 from sepo.models.weights import load_model
 from tiny_models import tiny_model, tiny_tokenizer
 
-# An LM head that is shared with the embedding, windows, blocks that Transformers has no plan for.
+# They cover an LM head tied to the embedding, windows, and blocks without a plan in Transformers.
 BASES = ("llama", "llama_tied", "gemma3", "gpt2")
-# The models that are compared in so many processes; "lora" is put on a base that is cut up already, "dora" before.
+# The models to compare, by number of processes. "lora" is added to a sharded base, "dora" before sharding.
 COMPARED = {2: ("llama_tied", "gpt2", "dora"), 3: ("lora",)}
 PROMPTS = [[4, 20, 30, 5], [4, 50, 5], [4, *range(10, 40), 5]]
 RECIPE = """
@@ -57,7 +57,7 @@ eval: {gold: vader, prompts: 3, samples: 1, max_new_tokens: 5}
 
 
 def prepare(folder: Path) -> None:
-    """The models, an adapter of each kind of loading, pairs and the recipes."""
+    """Write the models, an adapter for each way of loading, the pairs and the recipes."""
     for name in BASES:
         deep = {"num_hidden_layers": 6} if name == "llama_tied" else {}
         save_model(tiny_model(name, initializer_range=0.1, **deep), tiny_tokenizer(), folder / name)
@@ -76,13 +76,13 @@ def prepare(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(text)
 
 
-def equal(one: pa.Table, other: pa.Table) -> bool:
-    """Are two tables the same numbers, bit for bit?"""
-    return all(one[name].combine_chunks().equals(other[name].combine_chunks()) for name in one.column_names)
+def equal(first: pa.Table, second: pa.Table) -> bool:
+    """Whether two tables are equal to the last bit."""
+    return all(first[name].combine_chunks().equals(second[name].combine_chunks()) for name in first.column_names)
 
 
 def watch_gathered(model: torch.nn.Module) -> list[int]:
-    """Bytes of weights that are whole in this process, at each call of an MLP from now on."""
+    """A list that grows, at each call of an MLP, by the bytes of weights that this process holds whole."""
     seen: list[int] = []
 
     def look(*_: Any) -> None:
@@ -95,14 +95,14 @@ def watch_gathered(model: torch.nn.Module) -> list[int]:
 
 
 def compare(folder: Path, name: str) -> dict[str, Any]:
-    """A stored model, whole and cut up: log-probabilities of few and many pairs, and responses."""
+    """Compare a stored model, whole and sharded: log-probabilities of few and many pairs, and responses."""
     models = [load_model(folder / name, device="cpu", sharded=sharded) for sharded in (False, True)]
-    whole, own = (sum(own_part(parameter).nbytes for parameter in model.parameters()) for model in models)
+    whole, part = (sum(own_part(parameter).nbytes for parameter in model.parameters()) for model in models)
     gathered = watch_gathered(models[1])
     tables, texts = [], []
-    # One pair: all processes but one have no row.
+    # One pair: only one process has a row.
     tables.append(equal(*(dataset_logps(model, some_pairs(1), tokens_per_row=64) for model in models)))
-    for samples, batch in ((1, None), (3, 2)):  # 3 and 9 responses: shares are not even, batches not as many
+    for samples, batch in ((1, None), (3, 2)):  # 3 and 9 responses: uneven shares, different numbers of batches
         written = [
             generate_responses(
                 model, tiny_tokenizer(), PROMPTS, samples=samples, max_new_tokens=9, batch_size=batch, progress=False
@@ -111,21 +111,21 @@ def compare(folder: Path, name: str) -> dict[str, Any]:
         ]
         for one, other in zip(*written, strict=True):
             texts.append(one[:4] == other[:4] and np.allclose(one.logps, other.logps, atol=1e-5))
-    # After writing, for which weights were gathered that stay.
+    # After generation, whose gathered weights stay.
     tables.append(equal(*(dataset_logps(model, some_pairs(30), tokens_per_row=64) for model in models)))
-    return {"tables": tables, "texts": texts, "share": own / whole, "gathered": max(gathered) / whole}
+    return {"tables": tables, "texts": texts, "share": part / whole, "gathered": max(gathered) / whole}
 
 
 def rank(folder: Path, number: int, names: list[str]) -> int:
-    """What each process of a launch does; returns its exit code."""
+    """The work of one process of a launch; returns its exit code."""
     torch.set_num_threads(1)
     if number == 1:
         return sepo_command(["run", str(folder / "whole.yaml")])
     fsdp_on_cpu.enable()
     processes.join("cpu")
-    found = {name: compare(folder, name) for name in names}
+    results = {name: compare(folder, name) for name in names}
     if processes.is_main():
-        (folder / f"{number}.json").write_text(json.dumps(found))
+        (folder / f"{number}.json").write_text(json.dumps(results))
     if number == 2:
         return sepo_command(["run", str(folder / "sharded.yaml")])
     processes.leave()
@@ -147,7 +147,7 @@ def launch(folder: Path, number: int, names: list[str]) -> list[int]:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    gc.freeze()  # what was imported is not looked at again in every rank
+    gc.freeze()  # keeps the garbage collector of every rank from visiting the imported modules
     assert wait_for([fork(lambda: prepare(place))]) == [0]
     for size in (1, *COMPARED):
         names = [name for name in COMPARED.get(size, ()) if name in sys.argv[2:] or len(sys.argv) == 2]

@@ -1,4 +1,4 @@
-"""What people pass to the public functions by mistake ends in one line that names the argument, not in a raw error."""
+"""A wrong argument of a public function ends in one line that names the argument, not in a traceback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i i
 
 @pytest.fixture(scope="module")
 def have(tmp_path_factory) -> SimpleNamespace:
-    """One of everything that the functions take."""
+    """Valid arguments of every kind."""
     folder = tmp_path_factory.mktemp("arguments")
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     dataset = datasets.Dataset.from_list(ROWS)
@@ -51,7 +51,7 @@ def have(tmp_path_factory) -> SimpleNamespace:
 
 
 Call = Callable[[SimpleNamespace], Any]
-# By function: what the message names -> calls with a wrong argument.
+# By function: beginning of the message -> calls with a wrong argument.
 WRONG: dict[str, dict[str, list[Call]]] = {
     "load_recipe": {
         "the recipe is of type": [
@@ -395,7 +395,7 @@ WRONG: dict[str, dict[str, list[Call]]] = {
         ],
     },
 }
-# Classes that hold what they are given (pydantic and dataclasses check those), and the error itself.
+# Data classes, and the error itself.
 NOT_CALLED = {"UserError", "LoraSettings", "Recipe", "Pair", "PackedBatch"}
 
 
@@ -416,7 +416,7 @@ def test_a_wrong_argument_is_named_in_one_line(function, have, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_right_is_taken_whatever_its_type(have):
+def test_valid_arguments_of_any_type_are_accepted(have):
     """Paths of both kinds, numbers of numpy, rows in memory, devices of PyTorch."""
     assert len(sepo.load_tokenizer(Path(have.name))) == 101
     assert sepo.load_model(Path(have.name), device=torch.device("cpu")).dtype == torch.float32

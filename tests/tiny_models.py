@@ -1,8 +1,8 @@
-"""Tiny random decoders, one for each quirk that the hot path must honour; no files, no downloads.
+"""Tiny random decoders, one for each model feature that the forward path must support; no files, no downloads.
 
-Each has two or three layers and about 100 tokens, so a float64 forward takes milliseconds. Weights are drawn
-wide (and biases and norms moved off their zeros and ones), so that logits are far from flat and a forgotten
-scale, cap, bias, window or position shows up in the third digit instead of the eighth.
+Each has two or three layers and about 100 tokens, so a float64 forward takes milliseconds. Weights have a large
+variance, and biases and norms are not 0 and 1, so that logits are far from flat: a missing scale, cap, bias, window or
+position then changes the third digit instead of the eighth.
 
 >>> model = TINY_MODELS["mistral"](dtype=torch.float64)
 >>> model.config.sliding_window
@@ -54,7 +54,7 @@ _BASE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# Gemma fixes the head width apart from hidden_size / heads: 16 is not 48 / 4.
+# Gemma's head width is independent of hidden_size / heads: 16 is not 48 / 4.
 _GEMMA: dict[str, Any] = {
     **_BASE,
     "head_dim": 16,
@@ -68,13 +68,13 @@ def _no_kv_heads(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    # grouped-query attention, head shared with the embedding / own head
+    # grouped-query attention; LM head separate from the embedding, or tied to it
     "llama": lambda: LlamaConfig(**_BASE, tie_word_embeddings=False),
     "llama_tied": lambda: LlamaConfig(**_BASE, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**_BASE, tie_word_embeddings=True),  # biases in q, k, v
     "qwen3": lambda: Qwen3Config(**_BASE, head_dim=16, tie_word_embeddings=True),  # norms on q and k
     "mistral": lambda: MistralConfig(**_BASE, sliding_window=SLIDING_WINDOW),  # a window in every layer
-    # caps on attention scores and on logits, tight enough to bend both; alternating windows
+    # caps on attention scores and on logits, low enough to change both; alternating windows
     "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=8.0),
     # two rotary bases, one for window layers and one for full layers
     "gemma3": lambda: Gemma3TextConfig(
@@ -128,7 +128,7 @@ def tiny_model(
     Args:
         architecture: a key of `CONFIGS`.
         dtype: dtype of the weights; the same seed draws the same float32 weights for every dtype.
-        seed: of the weights; the global random state is left as it was.
+        seed: of the weights; the global random state does not change.
         config_changes: attributes to set on the config before the weights are drawn.
     """
     config = CONFIGS[architecture]()
@@ -139,7 +139,7 @@ def tiny_model(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim == 1:  # biases and norm weights start at 0 or 1: move them off
+                if parameter.ndim == 1:  # biases and norm weights, which start at 0 or 1
                     parameter.add_(0.2 * torch.randn_like(parameter))
     return model.to(dtype).eval()
 
@@ -148,7 +148,7 @@ TINY_MODELS: dict[str, Callable[..., PreTrainedModel]] = {name: partial(tiny_mod
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer of `VOCAB_SIZE` tokens: one a character of printable ASCII, and a chat template.
+    """Build a tokenizer of `VOCAB_SIZE` tokens, one for each printable ASCII character, with a chat template.
 
     Ids: `<pad>` 0, `<s>` 1 (BOS), `</s>` 2 (EOS and end of turn), `<unk>` 3, `<|user|>` 4, `<|assistant|>` 5,
     then space to `~`.

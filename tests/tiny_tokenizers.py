@@ -1,10 +1,10 @@
-"""Small real tokenizers, one of each kind whose tokens are bytes in another way, and texts that take them apart.
+"""Small real tokenizers, one for each way in which tokens encode bytes, and texts that test them.
 
 gpt2        byte-level BPE
 qwen        byte-level BPE after NFC, other splits
 llama2      "▁" with byte fallback, a space put before every text
-gemma       "▁" with byte fallback, no such space; its template trims
-wordpiece   lower case, no accents, no white space, an unknown token
+gemma       "▁" with byte fallback, no such space; its chat template trims
+wordpiece   lower case, without accents or white space, with an unknown token
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end
 
 
 def tiny_tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
-    """Train the tokenizer of a kind on a few lines; it has a chat template."""
+    """Train a tokenizer of this kind on `CORPUS`; it has a chat template."""
     backend = {"gpt2": _byte_level, "qwen": _byte_level, "wordpiece": _word_piece}.get(kind, _sentence_piece)(kind)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL])
     tokenizer = PreTrainedTokenizerFast(
@@ -83,7 +83,7 @@ def _sentence_piece(kind: str) -> Tokenizer:
 
 
 def _word_piece(kind: str) -> Tokenizer:
-    """With the letters of all `PIECES` but some, alone and within a word."""
+    """A WordPiece tokenizer of the letters of all `PIECES` but `_UNKNOWN`, at the start of a word and within it."""
     normalizer = normalizers.BertNormalizer(lowercase=True)
     known = "".join(map(chr, range(33, 127))) + "".join(piece for piece in PIECES if piece not in _UNKNOWN)
     letters = dict.fromkeys(normalizer.normalize_str(known).replace(" ", ""))
@@ -110,7 +110,7 @@ _UNKNOWN = ("🇩🇪", "①")  # to the WordPiece vocabulary
 
 
 def odd_texts(number: int, seed: int = 0) -> list[str]:
-    """Texts of 1 to 14 pieces, each with a letter at least, so that none is blank."""
+    """Texts of 1 to 14 pieces, each with at least one letter, so that no text is blank."""
     rng = np.random.default_rng(seed)
     texts = []
     for size in rng.integers(1, 15, number):

@@ -1,7 +1,7 @@
-"""Bars of progress: drawn in a terminal and a notebook, written line by line into a log, or told to a run's one line.
+"""Progress bars: redrawn in a terminal or notebook, written as lines into a log, or shown in the bar of a run.
 
-In a log file a bar that redraws itself is a single line of a hundred kilobytes; here it is a line now and then. Within
-a run the bars of its parts are not drawn: they report to the line that the run shows (`show_in`).
+A redrawn bar would fill a log file with one line of a hundred kilobytes, so a log gets a new line every half minute.
+Within a run the bars of its parts are not drawn: they report to the bar of the run (`show_in`).
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from weakref import WeakSet
 
 from tqdm import tqdm
 
-# Seconds between two drawings, and between two lines of a log.
+from sepo.numbers import duration as duration  # planning/eta.py and report/run_summary.py read it from here
+
+# Seconds between two drawings of a bar, and between two lines of a log.
 _DRAWN, _LOGGED = 0.2, 30.0
 _bars: WeakSet[tqdm] = WeakSet()
 _shower: Shower | None = None
 
 
 class Shower(Protocol):
-    """What shows the progress of parts as its own."""
+    """Shows the progress of the current part of a run."""
 
     def show(self, text: str, share: float) -> None:
-        """The part at hand in words, and how much of it is done, from 0 to 1."""
+        """Show a description of the current part and its progress, 0 to 1."""
 
 
 class Bar(Protocol):
-    """What a piece of work needs of its bar."""
+    """The methods of tqdm that callers use."""
 
     n: float
 
@@ -41,19 +43,19 @@ class Bar(Protocol):
 
 
 def redraws(stream: Any = None) -> bool:
-    """Can a line be drawn again where progress is shown: in a terminal, or in a notebook?"""
+    """Is progress shown in a terminal or a notebook, where a line can be redrawn?"""
     stream = sys.stderr if stream is None else stream
     return stream.isatty() or _in_notebook()
 
 
 def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")  # where it runs, it is imported
+    ipython = sys.modules.get("IPython")  # a running IPython is imported
     shell = ipython.get_ipython() if ipython is not None else None
     return hasattr(shell, "kernel")
 
 
 class _Lines(tqdm):
-    """A bar for a log: what it would draw stands on a line of its own, every half minute."""
+    """A bar for a log: it writes its state as a new line every half minute."""
 
     @staticmethod
     def status_printer(file: Any) -> Any:
@@ -65,7 +67,7 @@ class _Lines(tqdm):
         return write
 
     def close(self) -> None:
-        # tqdm ends a bar that stays with an empty line, for one that is being drawn.
+        # tqdm would end the bar with an empty line.
         if not self.disable:  # type: ignore[has-type]
             if self.leave and self.n:
                 self.display()
@@ -74,20 +76,20 @@ class _Lines(tqdm):
 
 
 class _Part:
-    """A bar that is shown in another's line."""
+    """A bar that reports to the bar of a run."""
 
     def __init__(self, shower: Shower, total: float, desc: str = "", initial: float = 0, unit: str = "it", **_: Any):
         self.n, self.total = initial, max(total, 1)
-        self._shower, self._what, self._unit, self._shown = shower, desc.strip(), unit, ""
-        self._tell()
+        self._shower, self._what, self._unit, self._postfix = shower, desc.strip(), unit, ""
+        self._show()
 
     def update(self, n: float = 1) -> None:
         self.n += n
-        self._tell()
+        self._show()
 
     def set_postfix(self, shown: Mapping[str, Any]) -> None:
-        self._shown = "".join(f", {name} {value}" for name, value in shown.items())
-        self._tell()
+        self._postfix = "".join(f", {name} {value}" for name, value in shown.items())
+        self._show()
 
     def close(self) -> None:
         pass
@@ -98,17 +100,17 @@ class _Part:
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def _tell(self) -> None:
-        text = f"{self._what}, {self._unit} {self.n:.0f} of {self.total:.0f}{self._shown}"
+    def _show(self) -> None:
+        text = f"{self._what}, {self._unit} {self.n:.0f} of {self.total:.0f}{self._postfix}"
         self._shower.show(text, min(self.n / self.total, 1.0))
 
 
 def progress_bar(shown: bool, **settings: Any) -> Bar:
-    """A bar of tqdm, or one that a run shows as its own; where it is drawn, tqdm's variables (TQDM_DISABLE) are heeded.
+    """A tqdm bar, or within a run a bar that reports to the bar of the run. Drawn bars obey TQDM_DISABLE.
 
     Args:
-        shown: False makes a bar that is never seen.
-        settings: of tqdm: total, desc, initial, unit...
+        shown: False makes an invisible bar.
+        settings: keywords of tqdm: total, desc, initial, unit...
     """
     if shown and _shower is not None:
         return _Part(_shower, **settings)
@@ -116,11 +118,11 @@ def progress_bar(shown: bool, **settings: Any) -> Bar:
 
 
 def new_bar(**settings: Any) -> tqdm:
-    """A bar of tqdm, as this place can show it."""
+    """A tqdm bar: redrawn, or as lines of a log."""
     if redraws():
         bar = tqdm(**{"mininterval": _DRAWN} | settings)
     else:
-        # With a delay nothing is written before something was done.
+        # The delay avoids a line before any progress.
         bar = _Lines(**{"mininterval": _LOGGED, "miniters": 1, "delay": 1e-3} | settings)
     bar.drawn_at = time.monotonic() if redraws() else float("-inf")
     _bars.add(bar)
@@ -128,7 +130,7 @@ def new_bar(**settings: Any) -> tqdm:
 
 
 def draw(bar: tqdm, force: bool = False) -> None:
-    """Draw a bar again, at most as often as its place allows."""
+    """Redraw a bar, no more often than its `mininterval`."""
     if bar.disable:
         return
     now = time.monotonic()
@@ -139,31 +141,16 @@ def draw(bar: tqdm, force: bool = False) -> None:
 
 @contextmanager
 def show_in(shower: Shower) -> Iterator[None]:
-    """Let `shower` show the progress of all bars that are made meanwhile."""
+    """Let `shower` show the progress of all bars that are created in this context."""
     global _shower
-    before, _shower = _shower, shower
+    previous, _shower = _shower, shower
     try:
         yield
     finally:
-        _shower = before
+        _shower = previous
 
 
 def end_bars() -> None:
-    """Close the bars that an error left open, so that the next line does not stand behind one."""
+    """Close the bars that an error left open, so that the next output starts on a new line."""
     for bar in list(_bars):
         bar.close()
-
-
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    >>> [duration(s) for s in (8, 75, 700, 9000)]
-    ['8 s', '1 min 15 s', '12 min', '2 h 30 min']
-    """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 600:
-        return f"{seconds // 60} min {seconds % 60} s" if seconds % 60 else f"{seconds // 60} min"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

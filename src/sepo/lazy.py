@@ -1,4 +1,4 @@
-"""Names of a package that are imported from their modules when they are first used."""
+"""Names of a package that are imported from their modules on first use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
     """Return the `__getattr__` of a package.
 
     Args:
-        package: its name, for the message.
-        modules: the module that holds each name.
+        package: name of the package, for the message.
+        modules: the module of each name.
     """
 
     def find(name: str) -> Any:

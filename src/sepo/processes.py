@@ -1,13 +1,13 @@
-"""Several processes of one launch: who writes, and how the others learn what came of it.
+"""Several processes of one launch: the main process writes and shares its results with the others.
 
     torchrun --nproc-per-node 2 -m sepo run recipe.yaml          accelerate launch -m sepo.cli run recipe.yaml
 
-All processes run the same stages. The main one (rank 0) decides, reads the manifest and writes; `on_main` hands its
-answer, or its failure, to the others. Messages are JSON, never pickles. Waiting happens in a group of its own over TCP
-(gloo) without a short timeout, because tokenising a dataset may take longer than the ten minutes that NCCL waits.
+All processes run the same stages. The main process (rank 0) decides, reads the manifest and writes; `on_main` sends its
+result, or its failure, to the others. Messages are JSON, never pickles. They use a separate process group over TCP
+(gloo) with a long timeout, because tokenising a dataset may take longer than the ten minutes that NCCL waits.
 
-With one process every function here is a plain call, and PyTorch is not even imported: commands that only sort tables
-answer at once.
+With one process every function here is a plain call and PyTorch is not imported, so commands that only sort tables
+start at once.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from tqdm import tqdm
 from sepo.errors import UserError, cannot_write, one_line
 
 _WAIT = timedelta(days=7)
-# Seconds after which a file that one machine wrote counts as not seen by another: network file systems look it up late.
-_UNSEEN = 10.0
+# Seconds to wait until a file from another machine is visible: network file systems cache look-ups.
+_VISIBLE_WITHIN = 10.0
 _group: Any = None
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 class MainProcessError(RuntimeError):
-    """The main process failed, so this one stops too; the message repeats why."""
+    """The main process failed, so this process stops, too; the message repeats the reason."""
 
 
 def launched() -> int:
-    """Number of processes that the launcher started, 1 without a launcher."""
+    """Number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def sharding() -> str:
-    """How the launcher cuts up a model: "fsdp", "deepspeed" or nothing."""
+    """How the launcher shards a model: "fsdp", "deepspeed" or "" (not at all)."""
     kinds = ("fsdp", "deepspeed")
     return next((k for k in kinds if os.environ.get(f"ACCELERATE_USE_{k.upper()}", "false").lower() == "true"), "")
 
 
 def zero_stage() -> int:
-    """How much DeepSpeed is told to cut up by the launcher (3: the weights too), 0 without it.
+    """ZeRO stage of DeepSpeed in this launch (3 shards the weights, too); 0 without DeepSpeed.
 
     Raises:
-        UserError: its file of settings cannot be read.
+        UserError: DeepSpeed's file of settings cannot be read.
     """
     if sharding() != "deepspeed":
         return 0
@@ -71,18 +71,18 @@ def zero_stage() -> int:
 
 
 def read_sharded() -> bool:
-    """Do the processes of this launch read frozen models together, each keeping a part of the weights?
+    """Does each process of this launch keep one shard of the weights of frozen models?
 
-    Where a launcher has the weights of a training cut up (FSDP, ZeRO-3), the same model would not fit otherwise.
+    Yes where the launcher shards the trained weights (FSDP, ZeRO-3): a frozen model of that size must not be whole.
     """
     return size() > 1 and (sharding() == "fsdp" or zero_stage() == 3)
 
 
 def join(device: str = "auto") -> None:
-    """Meet the other processes of the launch, if there are any; later calls do nothing.
+    """Join the other processes of the launch, if there are any; later calls do nothing.
 
     Raises:
-        UserError: torchrun was told to restart processes in a way in which they never meet again.
+        UserError: torchrun would restart processes in a way in which they can never join again.
     """
     global _group
     if launched() == 1 or _group is not None:
@@ -90,29 +90,29 @@ def join(device: str = "auto") -> None:
     import torch
     import torch.distributed as dist
 
-    # The launcher's own store outlives a restart in PyTorch 2.13, with the addresses of the processes that died in it;
-    # those that come after wait for them for ever.
+    # In PyTorch 2.13 the launcher's store survives a restart with the addresses of the dead processes; the restarted
+    # processes wait for them for ever.
     shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise UserError(
             "restarted processes would wait for those that died: start torchrun --max-restarts with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
         )
-    # Every process checks the model's layout on whole weights before FSDP cuts them up.
+    # Every process checks the model's layout on whole weights before FSDP shards them.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if not dist.is_initialized():
         from accelerate import PartialState
 
-        # Accelerate knows the backends of all devices and launchers; the trainer then finds the group made.
+        # Accelerate knows the backends of all devices and launchers; the trainer reuses this group.
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     _group = dist.new_group(backend="gloo", timeout=_WAIT)
 
 
 def leave(failed: bool = False) -> None:
-    """Part from the other processes at the end of a command, also of one that failed.
+    """Leave the process group at the end of a command, also of a failed one.
 
-    Left to the end of the interpreter, the threads of a group over TCP abort the process now and then. After a failure
-    a group over NCCL stays, because the others might have to be waited for.
+    At interpreter exit the threads of a group over TCP sometimes abort the process. After a failure a group over NCCL
+    stays, because destroying it might wait for the other processes.
     """
     global _group
     if _group is not None:
@@ -125,39 +125,39 @@ def leave(failed: bool = False) -> None:
 
 
 def size() -> int:
-    """Number of processes that have joined."""
+    """Number of processes in the group."""
     return _group.size() if _group is not None else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, from 0."""
     return _group.rank() if _group is not None else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that decides and writes."""
+    """Is this the main process, which decides and writes?"""
     return rank() == 0
 
 
 def log(text: str) -> None:
-    """Print a line of progress to standard error, where it does not disturb results on standard output."""
+    """Print a line of progress to standard error, so that standard output holds results only."""
     if is_main():
-        tqdm.write(text, file=sys.stderr)  # above a bar that is being drawn, not behind it
+        tqdm.write(text, file=sys.stderr)  # above a progress bar, not inside its line
         sys.stderr.flush()
 
 
 def log_once(text: str) -> None:
-    """`say` a line that the same command would otherwise repeat."""
-    if text not in _said:
-        _said.add(text)
+    """`log` a line at most once."""
+    if text not in _logged:
+        _logged.add(text)
         log(text)
 
 
 def on_main(work: Callable[[], Any]) -> Any:
-    """Call `work` in the main process alone; every process gets its JSON-like result.
+    """Call `work` in the main process only; every process gets its JSON-like result.
 
     Raises:
-        whatever `work` raised, in the main process; `MainProcessError` in the others.
+        In the main process the exception of `work`; in the others `MainProcessError`.
     """
     if size() == 1:
         return work()
@@ -191,12 +191,12 @@ def _broadcast(text: str | None) -> str:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, instead: str = "choose another --out") -> Iterator[None]:
-    """Make a folder and hold its lock, so that no second launch writes there at the same time.
+    """Create a folder and hold its lock, so that no second launch writes to the folder at the same time.
 
-    A folder that was made and not written to is removed again.
+    A folder that was created here and stays empty is removed again.
 
     Raises:
-        UserError: another process works in it, or it cannot be written to; `instead` says what to do.
+        UserError: another process uses the folder, or it is not writable; `instead` tells the user what to do.
     """
     lock = FileLock(folder / ".lock")
     made = not folder.exists()
@@ -220,7 +220,7 @@ def _take(lock: FileLock, folder: Path, instead: str) -> None:
 
 
 def add_up(values: np.ndarray) -> np.ndarray:
-    """Sum of an array over the processes. Where all but one hold zeros it is exact."""
+    """Sum of an array over the processes. Exact where at most one process holds a number other than 0."""
     if size() == 1:
         return values
     import torch
@@ -232,7 +232,7 @@ def add_up(values: np.ndarray) -> np.ndarray:
 
 
 def gather(value: Any) -> list[Any]:
-    """A JSON-like value of every process, by rank, in all of them."""
+    """The JSON-like values of all processes, by rank, in every process."""
     if size() == 1:
         return [value]
     content = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -245,7 +245,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def wait() -> None:
-    """Return when every process has come here."""
+    """Return when every process has called this function."""
     if size() > 1:
         import torch.distributed as dist
 
@@ -253,21 +253,21 @@ def wait() -> None:
 
 
 def require_shared(folder: Path) -> None:
-    """See that every process of the launch has `folder` in common with the main one, which alone writes into it.
+    """Check that every process of the launch sees the files that the main process writes into `folder`.
 
     Args:
-        folder: need not exist yet; then its parent is looked at.
+        folder: may not exist yet; then its parent is checked.
 
     Raises:
-        UserError: in the main process, where others do not see what it wrote there; `MainProcessError` in the others.
+        UserError: in the main process, if another process does not see its file; `MainProcessError` in the others.
     """
     if size() == 1:
         return
 
     def write_token() -> str:
-        place = folder if folder.is_dir() else folder.parent
-        place.mkdir(parents=True, exist_ok=True)
-        token = place / f".shared-{uuid.uuid4().hex}.tmp"
+        existing = folder if folder.is_dir() else folder.parent
+        existing.mkdir(parents=True, exist_ok=True)
+        token = existing / f".shared-{uuid.uuid4().hex}.tmp"
         token.touch()
         return str(token)
 
@@ -281,15 +281,15 @@ def require_shared(folder: Path) -> None:
         if unseen.any():
             raise UserError(
                 f"process {', '.join(map(str, np.flatnonzero(unseen)))} of {size()} does not see what the main process "
-                f"writes to '{folder}': start all machines in a folder of one shared file system, or name one with its "
-                "whole path (output_dir, --out)"
+                f"writes to '{folder}': start all machines in a folder of one shared file system, or give the "
+                "whole path of such a folder (output_dir, --out)"
             )
 
     on_main(conclude)
 
 
 def _appears(path: Path) -> bool:
-    deadline = time.monotonic() + _UNSEEN
+    deadline = time.monotonic() + _VISIBLE_WITHIN
     while not path.exists():
         if time.monotonic() > deadline:
             return False

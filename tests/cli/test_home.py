@@ -261,7 +261,7 @@ def test_a_path_in_a_home_folder_that_is_not_known_is_refused_in_one_line(empty,
     ):
         assert main(command) == 2
         (said,) = capsys.readouterr().err.splitlines()
-        assert "there is no home folder to put for ~: set HOME, or write it out" in said
+        assert "there is no home folder to put for ~: set HOME, or write the full path" in said
     for call in (lambda: load_preferences("~/x.jsonl"), lambda: resolve_model("~/m"), lambda: read_table("~", "pairs")):
         with pytest.raises(UserError, match="set HOME"):
             call()

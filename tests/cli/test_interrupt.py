@@ -137,7 +137,7 @@ def test_ctrl_c_again_stops_at_once_and_says_what_there_is(place, tmp_path, inte
     interrupt_at(3, signal.SIGINT, times=2)
     assert give("oracle", place, tmp_path) == 130
     said = capsys.readouterr().err
-    last = "this training has no checkpoint yet; the same command begins it anew, what was finished before is kept"
+    last = "this training has no checkpoint yet: the same command starts it again, and earlier results are kept"
     assert said.endswith(f"sepo: interrupted: {last}\n")
     interrupt_at(3, signal.SIGINT)
     assert give("oracle", place, tmp_path) == 130
@@ -153,7 +153,7 @@ def test_an_interruption_in_the_last_step_keeps_the_model(place, tmp_path, inter
     assert give("train", place, tmp_path) == 130
     assert "sepo: interrupted: the model is trained and kept in" in capsys.readouterr().err.splitlines()[-1]
     assert give("train", place, tmp_path) == 0
-    assert "stands already" in capsys.readouterr().err
+    assert "exists, trained with the same model, data and settings: reused" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_kept_also_where_none_were_asked_for(place, tmp_path, interrupt_at, capsys, monkeypatch):

@@ -180,11 +180,11 @@ NO_TABLES = {
     "few.parquet": "its columns (prompt, chosen, rejected) are those of preference data, which go to --data",
     "parts": "its columns (prompt, chosen, rejected) are those of preference data, which go to --data",
     "data": "it holds train.jsonl, probably preference data, which go to --data",
-    "texts.parquet": "it has no column 'pair_id', but text",
+    "texts.parquet": "it has no column 'pair_id', only text",
     "model": "it is a model",
     "thesis.docx": "it is not a readable parquet file",
     "empty": "it holds no part-*.parquet file",
-    "run": "it holds no table itself, but in '{}/run/scores'",
+    "run": "the table is in '{}/run/scores'",
 }
 READING = {
     "select --table": (["select", "--out", "{1}"], "scores", "`sepo score`"),

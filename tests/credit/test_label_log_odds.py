@@ -1,4 +1,4 @@
-"""Label evidence and shared tokens against the same worked out token by token."""
+"""Label statistics and shared tokens against loops over tokens."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_the_residual_is_that_of_a_table_of_ids_by_sides():
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_evidence_mixes_reward_and_label_counts_in_standard_deviations(share):
+def test_label_statistics_are_mixed_with_rewards_in_standard_deviations(share):
     scores = drawn(0)
     rows = scores.to_pylist()
     every = {side: [i for row in rows for i in row[f"{side}_ids"]] for side in ("chosen", "rejected")}
@@ -65,7 +65,7 @@ def test_evidence_mixes_reward_and_label_counts_in_standard_deviations(share):
         np.testing.assert_allclose(weights, np.exp(sign * mixed), rtol=1e-4)
 
 
-def test_evidence_over_shards_is_that_over_the_whole_table(tmp_path):
+def test_label_statistics_of_shards_equal_those_of_the_whole_table(tmp_path):
     scores = drawn(1)
     write_table(tmp_path / "scores", scores, rows_per_shard=5)
     for rule in ("top", "dataset", "mass"):
@@ -75,7 +75,7 @@ def test_evidence_over_shards_is_that_over_the_whole_table(tmp_path):
         assert found == select_key_tokens(scores, 0.4, 0.4, **settings).to_pylist(), rule
 
 
-def test_without_any_variation_evidence_says_nothing_and_stays_finite():
+def test_label_statistics_without_variation_change_nothing_and_stay_finite():
     one = table([[3, 3]], [[3, 3]])
     statistics = label_statistics([one])
     assert statistics.z[3] == 0
@@ -100,7 +100,7 @@ def test_shared_tokens_are_skipped_by_every_rule_unless_nothing_else_is_left():
         assert set(rows[0]["rejected_positions"]) <= {1, 2}, rule
         assert len(rows[1]["chosen_positions"]) == len(rows[1]["rejected_positions"]) == 1
     rows = select_key_tokens(scores, 1, 1, skip_shared=True, credit="soft").to_pylist()
-    assert [row["chosen_positions"] for row in rows] == [[1, 2], [1]]  # of equals, the best
+    assert [row["chosen_positions"] for row in rows] == [[1, 2], [1]]  # the best token if all are shared
 
 
 def test_a_table_names_the_label_log_odds_that_it_was_made_with():
@@ -115,6 +115,6 @@ def test_a_table_names_the_label_log_odds_that_it_was_made_with():
         ({"label_log_odds": 0.5, "credit": "reward"}, "leave label_log_odds at 0"),
     ],
 )
-def test_impossible_evidence_is_refused(settings, match):
+def test_impossible_label_log_odds_are_refused(settings, match):
     with pytest.raises(UserError, match=match):
         select_key_tokens(drawn(3), **settings)

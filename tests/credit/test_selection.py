@@ -14,6 +14,7 @@ from sepo.credit.selection import RULES, extreme_positions, keep_counts, select_
 from sepo.data.ragged import flat
 from sepo.data.tables import make_table, provenance_of, read_table, with_provenance, write_table
 from sepo.errors import UserError
+from sepo.recipe.settings import SelectSettings
 from sepo.stages.select import select
 
 
@@ -101,7 +102,7 @@ def test_the_end_of_a_response_is_a_key_token_only_if_asked_for():
         rows = select_key_tokens(table, 0.7, 0.7, include_end).to_pylist()
         assert rows[0]["chosen_positions"] == chosen
         assert rows[0]["rejected_positions"] == rejected
-        assert rows[1]["chosen_positions"] == [0]  # a response that is nothing but its end keeps it
+        assert rows[1]["chosen_positions"] == [0]  # a response of an end token only keeps it
 
 
 def test_rewards_are_oracle_minus_reference_for_every_token(tmp_path):
@@ -127,7 +128,7 @@ def test_rewards_are_oracle_minus_reference_for_every_token(tmp_path):
     chosen, rejected = response_sums(table, "rewards")
     assert chosen.tolist() == [-0.5, 1.0]
     assert rejected.tolist() == [0.0, -0.5]
-    with pytest.raises(UserError, match="not those of these pairs"):
+    with pytest.raises(UserError, match="belong to other pairs"):
         token_rewards(pairs, oracle.slice(1), reference)
     write_table(tmp_path / "t", table, rows_per_shard=1)
     assert read_table(tmp_path / "t", "scores").to_pylist() == table.to_pylist()
@@ -212,7 +213,7 @@ def test_every_rule_is_its_text_written_out_token_by_token(responses, rule, k, t
         assert row["rejected_positions"] == kept_by_hand(rule, rewards, -1, k, threshold)
 
 
-def test_sides_take_rules_of_their_own():
+def test_the_two_sides_can_have_different_rules():
     rewards = [[0.1, 0.9, 0.5, 0.4]]
     row = select_key_tokens(scores_table(rewards, rewards), 0.5, 0.25, rule_rejected="last").to_pylist()[0]
     assert row["chosen_positions"] == [1, 2]
@@ -301,6 +302,18 @@ def test_adaptive_rules_leave_the_end_of_a_response_out():
 def test_impossible_rules_are_refused_by_name(setting, match):
     with pytest.raises(UserError, match=match):
         select_key_tokens(scores_table([[1.0]], [[1.0]]), **setting)
+
+
+def test_settings_in_one_object_select_as_keywords_do_and_exclude_them():
+    table = scores_table([[0.1, 0.5, 0.2, 0.4]], [[0.3, 0.1]])
+    keywords = {"k_chosen": 0.5, "rule_rejected": "random", "credit": "soft"}
+    made = select_key_tokens(table, settings=SelectSettings(**keywords), seed=2)
+    assert made.equals(select_key_tokens(table, **keywords, seed=2), check_metadata=True)
+    for doubled in ({"k_chosen": 0.5}, {"credit": "soft"}):
+        with pytest.raises(UserError, match="settings and keywords"):
+            select_key_tokens(table, settings=SelectSettings(), **doubled)
+    with pytest.raises(UserError, match=r"unknown key 'rule'.*valid keys: k_chosen"):
+        select_key_tokens(table, rule="top")
 
 
 def test_target_sums_are_weighted_sums_over_the_kept_tokens():

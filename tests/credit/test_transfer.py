@@ -1,4 +1,4 @@
-"""Token rewards under another tokenizer: against the formula, over texts that take tokenizers apart, at the edges."""
+"""Transfer of token rewards: against the formula, on texts where tokenizers differ, and edge cases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIRS = list(itertools.product(KINDS, KINDS))
 
 
 def rows_of(texts):
-    """A preference of each text over itself after a word."""
+    """Pairs of each text and the same text after a word."""
     return datasets.Dataset.from_list(
         [
             {"prompt": [{"role": "user", "content": "hi"}], **{
@@ -75,7 +75,7 @@ def tables():
 
 
 def group_sums(table, other, kind, other_kind):
-    """Sums between the cuts that two tokenizers have in common, read off F at those cuts alone."""
+    """Sums between the boundaries that two tokenizers share, from F at these boundaries."""
     found = []
     for side in SIDES:
         a, b = (
@@ -90,7 +90,7 @@ def group_sums(table, other, kind, other_kind):
             others = aligned.ends_b[starts_b[row] : starts_b[row] + b.lengths[row]]
             total = np.cumsum(rewards[starts_a[row] : starts_a[row] + a.lengths[row]])
             common = np.intersect1d(ends[ends > 0], others)
-            # Past the tokens without room before a group's end, whose rewards the token after them has.
+            # Skip tokens of no width before the end of a group: the next token has their rewards.
             at = [total[np.flatnonzero(ends == cut)[0 if cut < ends[-1] else -1]] for cut in common]
             found.append(np.diff([0.0, *at]))
     return found
@@ -124,7 +124,7 @@ def test_sums_of_responses_and_of_groups_are_conserved_there_and_back(tables, a,
 
 
 @pytest.mark.parametrize("allocation", ["group", "first"])
-def test_other_spreads_keep_the_same_sums(tables, allocation):
+def test_other_allocations_keep_the_same_sums(tables, allocation):
     source = scored(tables["gpt2"])
     there, _ = carried(source, tables["gemma"], "gpt2", "gemma", allocation)
     kept = only(source, there["pair_id"])
@@ -146,7 +146,7 @@ def test_any_text_keeps_its_sum_or_is_dropped_by_reason(texts, kinds, allocation
     texts = [f"{text}o" for text in texts]
     try:
         source, target = scored(tokenized(a, texts)), tokenized(b, texts)
-    except UserError:  # no row left that both could read
+    except UserError:  # no row that both can read
         return
     there, report = carried(source, target, a, b, allocation)
     assert len(there) + sum(report.dropped.values()) == len(source)
@@ -156,7 +156,7 @@ def test_any_text_keeps_its_sum_or_is_dropped_by_reason(texts, kinds, allocation
 
 
 def test_rewards_are_differences_of_the_interpolated_sum():
-    """R = diff(interp(b, a, cumsum r)), here of one response after the other."""
+    """R = diff(interp(b, a, cumsum r)), response by response."""
     rng = np.random.default_rng(3)
     lengths_a, lengths_b = rng.integers(1, 9, 50), rng.integers(1, 9, 50)
     sizes = rng.integers(9, 40, 50)
@@ -183,7 +183,7 @@ def test_rewards_are_differences_of_the_interpolated_sum():
     ("allocation", "expected"),
     [("bytes", [0.6, 0.6 + 2.0, 4.0]), ("group", [1.6, 1.6, 4.0]), ("first", [3.2, 0.0, 4.0])],
 )
-def test_spreads_by_hand(allocation, expected):
+def test_allocations_by_hand(allocation, expected):
     """intell|igent| x under A; int|elligent| x under B: a group of two tokens each, and one of one."""
     cuts = join_cuts(np.array([6.0, 11, 13]), np.array([3]), np.array([3.0, 11, 13]), np.array([3]))
     found, _ = allocate_rewards(np.array([1.2, 2.0, 4.0]), np.array([3]), cuts, 3, allocation)
@@ -198,7 +198,7 @@ WORD_BYTES = TokenBytes(Vocabulary([*WORDS, b"<end>"], frozenset({END})))
 
 
 def words_table(kind, chosen, rewards=None, pair_id=0):
-    """A pair whose chosen response is some tokens, and whose rejected one is "!" with an end."""
+    """A pair of the given chosen tokens and the rejected response "!" with an end."""
     columns = {"pair_id": [pair_id], "prompt_ids": [[0]], "chosen_ids": [chosen], "rejected_ids": [[5, END]]}
     if kind == "scores":
         columns |= {"chosen_rewards": [rewards or [1.0] * len(chosen)], "rejected_rewards": [[1.0, 1.0]]}
@@ -217,7 +217,7 @@ def test_the_end_of_a_response_maps_to_the_end():
     assert sum(rewards[0]) == pytest.approx(12.0)
 
 
-def test_tokens_that_were_not_scored_are_cut_off_and_never_selectable():
+def test_tokens_that_were_not_scored_are_removed():
     # A was cut after "Hello": " world" and the end were not scored, nor was "lo ", of which A has two bytes of three.
     rewards, ids, report = moved([0], [1.0], [2, 3, 4, END])
     assert ids == [[2]]
@@ -235,7 +235,7 @@ def test_rewards_beyond_the_other_tokenizers_cut_are_lost_and_counted():
 
 
 def test_white_space_at_the_ends_goes_to_the_next_token():
-    """As with a template that trims, or a space before the first word."""
+    """As with a template that trims, or a tokenizer that adds a space before the first word."""
     rewards, _, report = moved([6, 0, 7, END], [1.0, 2.0, 4.0, 8.0], [0, END])
     assert rewards == [[3.0, 12.0]]
     rewards, _, _ = moved([0, END], [3.0, 12.0], [6, 0, 7, END])
@@ -244,7 +244,7 @@ def test_white_space_at_the_ends_goes_to_the_next_token():
 
 
 def test_white_space_after_all_that_was_scored_is_not_selectable():
-    # The end was not scored either; of A, the line's end has no token after it to go to.
+    # The end was not scored either; A's line break has no next token.
     assert moved([0, 7], [1.0, 2.0], [0, END])[:2] == ([[3.0]], [[0]])
     assert moved([7, 0], [1.0, 2.0], [0, 7])[:2] == ([[3.0]], [[0]])
 
@@ -293,7 +293,7 @@ def test_a_response_that_was_cut_within_a_letter_keeps_what_was_scored(tables):
                 assert np.all(kept <= flat(only(whole[kind], found["pair_id"])[f"{side}_ids"])[1])
 
 
-def test_forms_are_what_the_texts_need(tables):
+def test_texts_agree_in_the_first_sufficient_form(tables):
     found = {}
     for text in ("plain text", " trimmed \n", "cafe\u0301 ", "Two words, ÀB"):
         source = scored(tokenized("gpt2", [text]))
@@ -313,7 +313,7 @@ def test_a_carried_table_is_a_score_table_like_any_other(tables):
         assert selection["chosen_ids"] == found["chosen_ids"]
         ends = flat(found["chosen_ids"])[1] - 1
         last = [row[-1] for row in selection["chosen_positions"].to_pylist()]
-        assert not np.any(np.array(last) == ends)  # the end of turn of B is known as such
+        assert not np.any(np.array(last) == ends)  # B's end of turn is no candidate
 
 
 def test_ids_beyond_the_vocabulary_are_refused_in_one_line(tables):
@@ -324,7 +324,7 @@ def test_ids_beyond_the_vocabulary_are_refused_in_one_line(tables):
 
 
 def test_smollm2s_rewards_under_gemmas_tokens_and_back():
-    """The real pair, where scripts/gemma_policy.py has made the model."""
+    """The real models, if scripts/gemma_policy.py was run."""
     try:
         both = [
             load_tokenizer(one)

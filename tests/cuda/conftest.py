@@ -1,4 +1,4 @@
-"""Tests that need a GPU: `make gpu`. Without one they are skipped."""
+"""Tests that need a GPU (`make gpu`); without a GPU they are skipped."""
 
 import os
 
@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _exact_float32():
-    """Matmuls in float32 are float32 here, whatever the environment says."""
+    """Use full float32 matmuls, whatever the environment sets."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -24,7 +24,7 @@ def _exact_float32():
 
 
 def pytest_runtest_logreport(report):
-    """Tell of a failure at once where $OUT is set: a run that is cut short prints no summary."""
+    """Write each failure at once to $OUT, if set: a run that is interrupted prints no summary."""
     if report.failed and os.environ.get("OUT") and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(os.path.join(os.environ["OUT"], "failures.txt"), "a") as file:
             file.write(f"=== {report.nodeid} ({report.when})\n{report.longreprtext[-1500:]}\n")

@@ -65,7 +65,7 @@ def test_lm_head(monkeypatch, dtype, keep_bytes, transform, targets, in_place):
     monkeypatch.setattr(lm_head, "GPU_LIMITS", lm_head.HeadLimits(2**20, 512, keep_bytes))
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 5000, bias=False, device="cuda", dtype=torch.float32)
-    with torch.no_grad():  # of values that half precision holds, so that only the computation differs
+    with torch.no_grad():  # values that half precision represents exactly, so that only the computation differs
         head.weight.copy_((20 * head.weight).bfloat16())
     hidden = torch.randn(targets, 64, device="cuda").bfloat16().to(dtype).requires_grad_()
     ids = torch.randint(0, 5000, (targets,), device="cuda")
@@ -77,7 +77,7 @@ def test_lm_head(monkeypatch, dtype, keep_bytes, transform, targets, in_place):
         fast = lm_head.target_logps(hidden, head, ids, transform)
         fast.backward(upstream)
     assert fast.dtype == torch.float32
-    # Products of bfloat16 numbers are exact in float32: log-probabilities are as good as those of a float32 model.
+    # Products of bfloat16 numbers are exact in float32: log-probabilities are as exact as those of a float32 model.
     assert (fast.double() - plain).abs().max().item() < 2e-4
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert relative(hidden.grad, expected[0]) < tolerance

@@ -21,7 +21,7 @@ from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
 NAMES = ("llama", "llama_tied", "qwen3", "gemma3", "mistral", "gpt2", "phi3", "cohere")
-# Of the largest gradient of each weight, and of a log-probability in nats.
+# Relative error of each weight's gradient, and error of a log-probability in nats.
 TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.12, 0.4)}
 
 
@@ -33,7 +33,7 @@ def gradients(model, logps, weights):
 
 def agree(name, precision, layout="packed", in_place=False, checkpointing=False, **changes):
     pairs = awkward_pairs()
-    # Weights drawn less wide than on a CPU: bfloat16's error grows with them.
+    # The weights' variance is smaller than on a CPU, because bfloat16's error grows with it.
     plain_model = tiny_model(name, dtype=torch.float64, **changes)
     model = tiny_model(name, **changes).cuda()
     assert prepare_model(model, layout) == layout
@@ -79,7 +79,7 @@ def test_a_residual_stream_wide_enough_for_norms_in_half_precision(name, in_plac
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_half_precision_weights(name):
-    """As a scoring pass may hold them; against float64 on the same rounded weights."""
+    """Scoring may use them; compared with float64 on the same rounded weights."""
     pairs = awkward_pairs()
     model = tiny_model(name, dtype=torch.bfloat16, **NARROW).cuda()
     assert prepare_model(model) == "packed"
@@ -104,20 +104,20 @@ def test_an_adapter_gets_its_gradients():
     batch = pack(awkward_pairs()).to("cuda")
     with torch.autocast("cuda", torch.bfloat16), gradients_in_place():
         token_logps(model, batch).sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert len(found) > 4
-    assert all(grad is not None for grad in found.values())
-    assert any(bool(grad.abs().max() > 0) for grad in found.values())
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(grads) > 4
+    assert all(grad is not None for grad in grads.values())
+    assert any(bool(grad.abs().max() > 0) for grad in grads.values())
 
 
-def test_two_streams_of_row_lengths_leave_no_graph_behind():
+def test_rows_of_different_lengths_give_the_same_bits_again():
     model = tiny_model("llama").cuda()
     pairs = awkward_pairs()
     prepare_model(model)
     with torch.autocast("cuda", torch.bfloat16):
-        alone = [token_logps(model, pack(pairs[i : i + 2]).to("cuda")) for i in range(4)]
+        first = [token_logps(model, pack(pairs[i : i + 2]).to("cuda")) for i in range(4)]
         again = [token_logps(model, pack(pairs[i : i + 2]).to("cuda")) for i in range(4)]
-    for one, two in zip(alone, again, strict=True):
+    for one, two in zip(first, again, strict=True):
         assert torch.equal(one, two)
 
 
@@ -162,18 +162,19 @@ def test_dpo_starts_at_ln_2_and_learns(tmp_path, name, bf16):
 
 
 @pytest.mark.parametrize(
-    ("name", "places"),
+    ("name", "with_positions"),
     [("gpt2", True), *((name, given) for name in ("llama", "qwen3", "gemma3") for given in (True, False))],
 )
-def test_a_prepared_model_writes_what_a_cpu_does(monkeypatch, name, places):
-    """Also where a forward that hides its arguments (a wrapper's) is given no places: padding then costs places, which
-    rotary embeddings do not mind."""
+def test_a_prepared_model_generates_the_same_on_a_gpu_and_a_cpu(monkeypatch, name, with_positions):
+    """Also without `position_ids`, which a wrapper with hidden arguments does not get: padding then shifts positions,
+    which does not change rotary attention.
+    """
     prompts = [[1, 9, 12], [1, 40, 41, 42, 43], [1, *range(20, 34)]]
     written = []
     for device in ("cpu", "cuda"):
         model = tiny_model(name).to(device)
         prepare_model(model)
-        if not places:
+        if not with_positions:
             forward = model.forward
             monkeypatch.setattr(model, "forward", lambda *args, forward=forward, **kwargs: forward(*args, **kwargs))
         written.append(
@@ -191,7 +192,7 @@ class Writes(TrainerCallback):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_policy_writes_in_the_middle_of_its_training(tmp_path, bf16):
+def test_a_policy_generates_in_the_middle_of_its_training(tmp_path, bf16):
     model, writes = tiny_model("llama").cuda(), Writes()
     config = PreferenceConfig(str(tmp_path), max_steps=2, report_to="none", save_strategy="no", bf16=bf16)
     PreferenceTrainer(

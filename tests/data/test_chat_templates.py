@@ -1,4 +1,4 @@
-"""Prompt and response are what the model's own chat template writes, for the templates of current models."""
+"""Prompt and response equal the rendering of the chat template, for templates of current models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHATML = (
 
 
 def tokens_of(row: dict, tokenizer, **options) -> tuple[dict[str, str], dict[str, int]]:
-    """Texts of the one pair by column, and the notes."""
+    """Texts of the only pair by column, and the notes."""
     table, report = tokenize_pairs(datasets.Dataset.from_list([row]), tokenizer, progress=False, **options)
     ids = table.to_pylist()[0]
     return {name: tokenizer.decode(ids[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")}, report.notes
@@ -42,7 +42,7 @@ def tokens_of(row: dict, tokenizer, **options) -> tuple[dict[str, str], dict[str
 
 @pytest.mark.parametrize("name", templates())
 def test_every_conversation_is_written_as_the_template_writes_it_or_counted(name):
-    found = results(name)  # asserts equality of both sequences with the template's own rendering
+    found = results(name)  # asserts that both sequences equal the rendering of the template
     assert found["one turn"][0] in "=+"
     assert found["turns"][0] in "=+"
     assert found["prefill"][0] in "=+"
@@ -64,7 +64,7 @@ def test_thinking_goes_on_from_the_thought_that_the_generation_prompt_opened():
     texts, notes = tokens_of(KINDS["both think"], tokenizer_named("deepseek_r1_distill"))
     assert texts["prompt"].endswith("<｜Assistant｜><think>\n")
     assert texts["chosen"].startswith("I add.\n</think>\n\nIt is 4.")
-    assert any("leaves the response's thinking out" in note for note in notes)
+    assert any("leaves out the response's thinking" in note for note in notes)
 
 
 def test_the_empty_thought_that_qwen_3_writes_belongs_to_the_prompt():
@@ -124,7 +124,7 @@ def test_a_template_without_tools_drops_the_row_that_needs_them():
 
 @pytest.mark.parametrize("left_out", ["system", "tool", "assistant"])
 def test_a_message_that_the_template_leaves_out_drops_the_row(left_out):
-    """Also if its text stands there by chance: "Be brief." is what the user says, too."""
+    """Even if its text occurs by chance: the user also says "Be brief."."""
     skip = f"{{% if m.role == '{left_out}' and not loop.last %}}{{% continue %}}{{% endif %}}"
     template = CHATML.replace("{% for m in messages %}", "{% for m in messages %}" + skip)
     row = {
@@ -166,7 +166,7 @@ def test_options_of_a_row_override_those_of_the_recipe():
     assert tokens_of(row, tokenizer, chat_template_kwargs=NOT_THINKING)[0] == thinking
 
 
-def test_one_rule_says_what_ends_a_response():
+def test_the_end_of_a_response_is_the_same_everywhere():
     cohere = tokenizer_named("cohere2")
     texts, _ = tokens_of(KINDS["one turn"], cohere)
     assert texts["chosen"].endswith("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")
@@ -182,14 +182,14 @@ def test_templates_that_take_content_in_parts_are_given_parts():
     assert texts["chosen"].strip().startswith("It is 4.")
 
 
-def test_a_template_that_writes_nothing_is_refused_in_one_line():
+def test_a_template_that_leaves_out_messages_is_refused_in_one_line():
     with pytest.raises(UserError, match="cannot render a user and an assistant turn") as caught:
         tokens_of(KINDS["one turn"], tokenizer_with("{{ bos_token }}"))
     assert "\n" not in str(caught.value)
 
 
-def test_the_own_templates_are_formats_that_models_have():
-    """They must not test themselves: each writes what its model card shows of a conversation."""
+def test_the_test_templates_have_the_formats_of_real_models():
+    """Each template writes a conversation as its model card shows."""
     shown = {
         "llama2": "<bos>[INST] 2+2? [/INST] It is 4. <eos>",
         "mistral": "<bos>[INST] 2+2?[/INST] It is 4.<eos>",

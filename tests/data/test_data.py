@@ -1,4 +1,4 @@
-"""Formats in, token ids out: what every row becomes, where the boundary lies, what is dropped and why."""
+"""Rows of all formats to token ids: texts, boundary, truncation, drops and their reasons."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sepo.data import rows
 from sepo.data.encoding import tokenize_pairs, truncate_pair
 from sepo.data.fingerprints import check_same_tokenizer, dataset_fingerprint, tokenizer_fingerprint
+from sepo.data.formats import read_rows
 from sepo.data.loading import load_preferences
 from sepo.data.rows import DROP_REASONS, DropRow, TextPair, normalise_row
 from sepo.data.splits import group_by_prompt, sample_pairs, sample_prompts, split_pairs
@@ -405,7 +406,7 @@ class TestPlainTokens:
 
     def test_no_dummy_space_is_put_at_the_start_of_a_response(self):
         tokenizer = sentencepiece_like(dummy_prefix=True, template=None)
-        # "▁hello" is one token, so the response must be tokenised apart from the prompt's last space.
+        # "▁hello" is one token, so the response must be tokenised without the prompt's last space.
         assert "▁hello" in tokenizer.get_vocab()
         row = {"prompt": "world ", "chosen": "hello", "rejected": "\nhello"}
         ids = tokens_of(row, tokenizer)
@@ -549,6 +550,16 @@ class TestLoading:
         assert columns_of(loaded) == {**expected, "pair_id": [0, 1]}
         assert loaded.features["pair_id"].dtype == "int64"
 
+    @pytest.mark.parametrize("suffix", [".parquet", ".json", ".jsonl", ".jsonl.gz"])
+    def test_every_file_format_gives_the_same_rows_as_python_values(self, tmp_path, suffix):
+        assert read_rows(write_rows(tmp_path / f"prefs{suffix}")) == ROWS
+
+    def test_rows_keep_the_values_of_the_file(self, tmp_path):
+        (tmp_path / "a.json").write_text('[{"x": 1, "y": {"z": []}}, {"x": "1"}, 5]')
+        assert read_rows(tmp_path / "a.json") == [{"x": 1, "y": {"z": []}}, {"x": "1"}, {}]
+        (tmp_path / "a.csv").write_text("x;y\n1;a, b\n2;\n")
+        assert read_rows(tmp_path / "a.csv") == [{"x": "1", "y": "a, b"}, {"x": "2", "y": ""}]
+
     @pytest.mark.parametrize("suffix", [".parquet", ".json", ".csv"])
     def test_file_and_column_names_may_hold_any_character(self, tmp_path, suffix):
         names = {"prompt": "the prompt/é?", "chosen": "{chosen}*", "rejected": "rej'ected\u202e"}
@@ -685,7 +696,7 @@ class TestLoading:
         with pytest.raises(UserError, match="no column 'question'"):
             load_preferences(path, columns={"chosen": "chosne", "prompt": "question"})
 
-    def test_a_missing_file_is_told_from_a_hub_dataset_out_of_reach(self, tmp_path, monkeypatch):
+    def test_a_missing_file_and_an_unreachable_hub_dataset_have_different_messages(self, tmp_path, monkeypatch):
         write_rows(tmp_path / "prefs.jsonl")
         with pytest.raises(UserError, match=r"no file or folder at .*did you mean 'prefs.jsonl'"):
             load_preferences(tmp_path / "pref.jsonl")
@@ -734,7 +745,7 @@ class TestFingerprints:
         loaded.append(loaded[0].remove_columns("subset").select_columns(["rejected", "pair_id", "prompt", "chosen"]))
         fingerprints = {dataset_fingerprint(one) for one in loaded}
         assert len(fingerprints) == 1
-        # A constant, so that a run in another process or release must agree.
+        # A constant, so that every process and release must agree.
         assert dataset_fingerprint(dataset({"prompt": "é", "chosen": "a", "rejected": "b"})) == "76a4c333848a74cd"
         turned = datasets.Dataset.from_list(ROWS[::-1])
         assert dataset_fingerprint(turned) != dataset_fingerprint(datasets.Dataset.from_list(ROWS))

@@ -1,4 +1,4 @@
-"""Hostile rows: whatever they hold, they end in a pair, a counted drop or one line for the user."""
+"""Hostile rows end in a pair, a counted drop or a message of one line."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_no_text_changes_the_structure_of_a_conversation(tokenizer, conversation
     table, _ = tokenize_pairs(datasets.Dataset.from_list([row]), tokenizer, max_length=100_000, progress=False)
     (ids,) = table.to_pylist()
     start, end = tokenizer.convert_tokens_to_ids(CONTROL)
-    prefill = prompt[-1]["role"] == "assistant"  # the responses go on with it
+    prefill = prompt[-1]["role"] == "assistant"  # the responses continue it
     turns = len(prompt) - prefill
     assert (ids["prompt_ids"].count(start), ids["prompt_ids"].count(end)) == (turns + 1, turns)
     rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=not prefill)

@@ -1,4 +1,4 @@
-"""Messages in every spelling and from every kind of source, and what a row says beside them: used, or counted."""
+"""Messages in every notation and from every kind of source; further content of a row is used or counted."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_datasets_own_csv_is_read(tokenizer, wanted, tmp_path):
 )
 def test_what_looks_like_messages_and_cannot_be_read_is_dropped_or_plainly_text(text):
     if not text.rstrip().endswith(("]", "}")):
-        assert parse_messages(text) is None  # a text that begins like one: mere text
+        assert parse_messages(text) is None  # only begins like messages
         return
     with pytest.raises(DropRow) as caught:
         parse_messages(text)
@@ -285,7 +285,7 @@ def test_an_input_column_follows_the_prompt(tokenizer):
     assert plain[0].endswith("Translate to French.<unk><unk>good morning")
 
 
-def test_an_empty_column_is_not_worth_a_word(tokenizer):
+def test_an_empty_column_gets_no_note(tokenizer):
     _, remarks = texts_of([{**ALPACA, "input": " "}], tokenizer, columns={"prompt": "instruction"}, as_chat=True)
     assert remarks == []
 
@@ -320,7 +320,7 @@ def test_ties_are_dropped_and_contradictions_counted(tokenizer, columns):
     assert [remark for remark in report.remarks() if "is lower than" in remark]
 
 
-# --- what else a row may say ----------------------------------------------------------------------------------------
+# --- scores, repeated prompts, markup, ids -------------------------------------------------------------------------
 
 
 def test_a_prompt_that_the_responses_repeat_is_taken_off(tokenizer):
@@ -346,13 +346,13 @@ def test_turns_that_the_responses_repeat_are_not_written_twice():
 def test_a_prompt_column_that_says_something_else_is_counted(tokenizer):
     row = {"prompt": "Another question", "chosen": CHOSEN, "rejected": REJECTED}
     assert normalise_row(row).notes == (
-        "the prompt column differs from the conversations; the conversations were read",
+        "the prompt column differs from the conversations; the conversations were used",
     )
 
 
 def test_plain_prompts_beside_a_chat_template_get_a_line(tokenizer):
     _, remarks = texts_of([{"prompt": "Q", "chosen": "a", "rejected": "b"}], tokenizer)
-    assert "as_chat would make it a user turn" in remarks[0]
+    assert "as_chat would wrap it as a user turn" in remarks[0]
 
 
 RENDERED = {"prompt": "<s><|user|>Hi</s><|assistant|>", "chosen": "Hello!</s>", "rejected": "Go</s>"}
@@ -390,7 +390,7 @@ def test_all_pairs_of_a_prompt_are_cut_alike(tokenizer):
     assert report.truncated_prompts == 6
 
 
-# --- files that are not what their name says ------------------------------------------------------------------------
+# --- misleading files ------------------------------------------------------------------------
 
 _POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
 

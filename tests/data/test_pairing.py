@@ -1,4 +1,4 @@
-"""Labels, scores and ranks become pairs: the public datasets that people start from, in the schema of their cards."""
+"""Pairs from labels, scores and ranks: public datasets in the schemas of their cards."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def arena_55k(first: int, second: int, tie: int) -> dict:
     }  # fmt: skip
 
 
-# For every preset: rows, and what becomes of each: (prompt, chosen, rejected), or the reason why it is dropped.
+# For every preset: rows, and the result of each: (prompt, chosen, rejected), or the reason of the drop.
 GOOD = ("Q", "good", "bad")
 TURNED = ("Q", "bad", "good")
 CASES: dict[str, tuple[list[dict], list]] = {
@@ -225,11 +225,11 @@ def test_a_dataset_that_has_labels_is_told_its_preset(name):
     rows, _ = CASES[name]
     if {"chosen", "rejected"} <= rows[0].keys():
         return
-    with pytest.raises(UserError, match=f"pairs_from: {name} makes pairs of them"):
+    with pytest.raises(UserError, match=f"set pairs_from: {name}"):
         load_preferences(rows[:1])
 
 
-def test_what_becomes_no_pair_is_counted():
+def test_rows_without_a_pair_are_counted():
     rows, _ = CASES["arena"]
     table, report = tokenize_pairs(load_preferences(rows, pairs_from="arena"), tiny_tokenizer(), progress=False)
     assert len(table) == 3
@@ -254,7 +254,7 @@ def test_all_pairs_of_a_ranking():
         ({"responses": ["a", "b"], "group_by": "p", "label": "l"}, "group_by takes one column"),
     ],
 )
-def test_a_description_that_cannot_be_is_refused(settings, expected):
+def test_an_impossible_description_is_refused(settings, expected):
     with pytest.raises(ValueError, match=expected):
         PairsFrom(**settings)
 
@@ -264,5 +264,5 @@ def test_wrong_names_are_refused_in_one_line():
         load_preferences([{"prompt": "Q"}], pairs_from="nectarr")
     with pytest.raises(UserError, match="names the column 'answers'"):
         load_preferences([{"prompt": "Q", "answer": []}], pairs_from="nectar")
-    with pytest.raises(UserError, match="which pairs_from makes"):
+    with pytest.raises(UserError, match="but pairs_from makes them"):
         load_preferences(CASES["nectar"][0], pairs_from="nectar", columns={"chosen": "answers"})

@@ -1,4 +1,4 @@
-"""What is shown of a prompt."""
+"""Previews of prompts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def test_what_all_prompts_share_is_left_out_and_what_they_say_stays(smollm2_toke
 
     texts = ["How was the soup?", "How was the soup today?", "Describe a walk.", "What is it like?"]
     assert previews(smollm2_tokenizer, [ids(text) for text in texts]) == texts
-    # One alone has nothing that it shares with others.
+    # A single prompt shares no text.
     assert "How was the soup?" in previews(smollm2_tokenizer, [ids(texts[0])])[0]
     assert previews(smollm2_tokenizer, []) == []

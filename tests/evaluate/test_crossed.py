@@ -1,4 +1,4 @@
-"""Differences over seeds x prompts: intervals hold the truth as often as they say, and the power is as announced."""
+"""Differences over seeds x prompts: intervals cover the truth as often as claimed, and the power is as claimed."""
 
 import numpy as np
 import pytest
@@ -16,25 +16,25 @@ DESIGNS = [
 ]
 
 
-def draw(rng, seeds, prompts, spread, effect):
-    """A paired difference with known effect and spread."""
-    by_seed = rng.normal(0, spread.seed, (seeds, 1))
-    return effect + by_seed + rng.normal(0, spread.prompt, prompts) + rng.normal(0, spread.rest, (seeds, prompts))
+def draw(rng, seeds, prompts, std, effect):
+    """A paired difference with known effect and standard deviations."""
+    by_seed = rng.normal(0, std.seed, (seeds, 1))
+    return effect + by_seed + rng.normal(0, std.prompt, prompts) + rng.normal(0, std.rest, (seeds, prompts))
 
 
-@pytest.mark.parametrize(("seeds", "prompts", "spread"), DESIGNS)
-def test_intervals_hold_the_truth_and_the_power_is_as_announced(seeds, prompts, spread):
+@pytest.mark.parametrize(("seeds", "prompts", "std"), DESIGNS)
+def test_intervals_cover_the_truth_and_the_power_is_as_claimed(seeds, prompts, std):
     rng = np.random.default_rng(7)
-    told = smallest_difference(*spread.error(seeds, prompts))
-    found = [crossed_mean(draw(rng, seeds, prompts, spread, told)) for _ in range(1500)]
-    held = np.mean([one.low < told < one.high for one in found])
-    seen = np.mean([one.low > 0 or one.high < 0 for one in found])
-    assert 0.93 <= held <= 0.97
-    assert seen == pytest.approx(0.8, abs=0.05)
+    smallest = smallest_difference(*std.error(seeds, prompts))
+    means = [crossed_mean(draw(rng, seeds, prompts, std, smallest)) for _ in range(1500)]
+    covered = np.mean([mean.low < smallest < mean.high for mean in means])
+    detected = np.mean([mean.low > 0 or mean.high < 0 for mean in means])
+    assert 0.93 <= covered <= 0.97
+    assert detected == pytest.approx(0.8, abs=0.05)
 
 
 def test_an_interval_over_prompts_alone_is_too_narrow_where_seeds_differ():
-    """What the crossed interval is for: the naive one misses the truth far more often than it says."""
+    """Why the crossed interval is needed: the naive one misses the truth far more often than claimed."""
     rng, missed = np.random.default_rng(0), 0
     for _ in range(500):
         values = draw(rng, 5, 84, StdComponents(0.05, 0.1, 0.3), 0.0)
@@ -43,23 +43,22 @@ def test_an_interval_over_prompts_alone_is_too_narrow_where_seeds_differ():
     assert missed / 500 > 0.2
 
 
-def test_the_moments_are_those_of_a_table_worked_out_by_hand():
+def test_the_components_equal_those_worked_out_by_hand():
     found = crossed_mean([[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]])
     # Means of seeds 1.5, 3.5, 7; of prompts 3, 5; of all 4. Squares: 2 (6.25 + 0.25 + 9) / 2 and 3 (1 + 1) / 1.
     rest = (0.5**2 + 0.5**2 + 0.5**2 + 0.5**2 + 1 + 1) / 2
     assert found.mean == 4
-    assert found.spread.rest == pytest.approx(np.sqrt(rest))
-    assert found.spread.seed == pytest.approx(np.sqrt((15.5 - rest) / 2))
-    assert found.spread.prompt == pytest.approx(np.sqrt((6 - rest) / 3))
+    assert found.std.rest == pytest.approx(np.sqrt(rest))
+    assert found.std.seed == pytest.approx(np.sqrt((15.5 - rest) / 2))
+    assert found.std.prompt == pytest.approx(np.sqrt((6 - rest) / 3))
     assert found.error == pytest.approx(np.sqrt((15.5 + 6 - rest) / 6))
     assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, found.freedom) * found.error)
     with pytest.raises(ValueError, match="2 seeds by 5 prompts"):
         crossed_mean(np.zeros((2, 5)))
 
 
-def test_the_power_line_gives_the_minimum_detectable_difference():
-    spread = StdComponents(0.02, 0.1, 0.3)
-    told = smallest_difference(*spread.error(5, 100))
-    line = power_line(5, 100, spread, "x")
-    assert f"minimum detectable difference: {told:.2g} (80 % power, 5 seeds x 100 prompts" in line
-    assert smallest_difference(*spread.error(10, 400)) < told / 1.5
+def test_the_line_of_a_grid_names_its_minimum_detectable_difference():
+    std = StdComponents(0.02, 0.1, 0.3)
+    smallest = smallest_difference(*std.error(5, 100))
+    assert f"difference: {smallest:.2g} (80 % power, 5 seeds x 100 prompts" in power_line(5, 100, std, "x")
+    assert smallest_difference(*std.error(10, 400)) < smallest / 1.5

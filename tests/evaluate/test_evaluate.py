@@ -1,4 +1,4 @@
-"""Measuring functions: gold reward, generation, accuracy with standard errors, fidelity of token rewards."""
+"""Evaluation: gold rewards, generation, accuracy with standard errors, fidelity of token rewards, embedded tasks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_plain_scores_are_the_share_of_words_that_are_not_long():
         "A well-known, 'friendly' café - été!": 1 - 2 / 5,  # a dash is no word
         "Überhaupt schön": 1 / 2,
         "A 1234567 a1b2c3d4": 1,  # figures are neither words nor letters
-        "": 0,  # nothing said is nothing won
+        "": 0,  # an empty response has the lowest reward
         "... !": 0,
     }
     np.testing.assert_allclose(gold.plain_scores(list(texts)), list(texts.values()))
@@ -94,7 +94,7 @@ def test_a_word_has_one_sign_under_plain():
     ]
 
 
-def test_every_gold_reward_can_be_set_and_the_other_way_round():
+def test_the_setting_offers_exactly_the_gold_rewards():
     assert get_args(Gold) == tuple(gold.GOLD_REWARDS)
 
 
@@ -103,7 +103,7 @@ def test_an_unknown_gold_reward_is_refused_with_the_nearest_name():
         gold.gold_reward("vadr")
 
 
-def test_a_missing_vader_package_is_one_line_for_the_user(monkeypatch):
+def test_a_missing_vader_package_gives_a_one_line_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     gold._analyzer.cache_clear()
     with pytest.raises(UserError, match="vaderSentiment") as error:
@@ -132,11 +132,11 @@ def test_samples_follow_the_softmax_of_the_logits_whatever_the_model_was_saved_w
     with torch.no_grad():
         expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double() / temperature, dim=-1).numpy()
     found = np.bincount([item.response_ids[0] for item in got], minlength=101) / count
-    # Expected distance of a sample of this size from its own distribution, and some slack; top-k 3 would be far off.
+    # Expected distance of a sample of this size from its distribution, with some slack; top-k 3 would be far off.
     noise = np.sqrt(2 / np.pi * expected * (1 - expected) / count).sum()
     assert np.abs(found - expected).sum() < 1.5 * noise
     assert np.sort(expected)[-3:].sum() < 0.9
-    assert model.generation_config.top_k == 3  # the saved settings are back
+    assert model.generation_config.top_k == 3  # the saved settings are restored
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
@@ -173,7 +173,7 @@ def test_responses_come_in_prompt_order_and_end_at_their_stop_token():
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 256, 257, 1000])
-def test_a_token_is_drawn_where_the_distribution_function_passes_a_number(vocabulary):
+def test_a_token_is_drawn_by_inverting_the_cumulative_distribution(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     weights = torch.rand(50, vocabulary, generator=generator) ** 8
     weights[torch.rand(50, vocabulary, generator=generator) < 0.5] = 0
@@ -183,13 +183,13 @@ def test_a_token_is_drawn_where_the_distribution_function_passes_a_number(vocabu
     drawn = draw_tokens(weights, uniform).numpy()
     for row, index, number in zip(weights.double().numpy(), drawn, uniform.numpy(), strict=True):
         assert row[index] > 0
-        # Sums of blocks are float32: the border between two tokens may lie a little off.
+        # Sums of blocks are float32: the border between two tokens may be slightly off.
         assert row[:index].sum() / row.sum() <= number + 1e-6
         assert row[: index + 1].sum() / row.sum() >= number - 1e-6
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0, 2.0])
-def test_log_probabilities_kept_while_sampling_are_those_of_reading_the_responses(temperature):
+def test_log_probabilities_of_sampling_equal_those_of_scoring_the_responses(temperature):
     model, tokenizer = tiny_model("llama", torch.float64), tiny_tokenizer()
     prompts = _prompts([3, 12, 7, 1])
     got = generate_responses(model, tokenizer, prompts, samples=9, max_new_tokens=12, temperature=temperature)
@@ -219,7 +219,7 @@ def test_a_model_is_at_no_distance_from_itself_and_at_the_plain_sum_from_another
         assert kl == pytest.approx(expected, abs=1e-4)
 
 
-def test_sampling_is_seeded_and_leaves_no_trace():
+def test_sampling_is_seeded_and_changes_no_global_state():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.train()
     prompts = _prompts([4, 6])
@@ -261,11 +261,11 @@ def test_a_response_is_the_same_in_any_batch_and_beside_any_other_prompts():
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
 def test_a_start_that_prompts_share_is_read_once_and_changes_no_response(architecture, monkeypatch):
-    """Of models that can: windows of attention would count the padding behind it."""
-    # Gemma 2's own softmax is in float32, where the padding of a float64 mask is not finite.
+    """Except in models with windows of attention, which would count the padding behind the start."""
+    # Gemma 2's softmax is in float32, where the padding of a float64 mask is not finite.
     model = tiny_model(architecture, torch.float32 if architecture == "gemma2" else torch.float64)
     tokenizer, start = tiny_tokenizer(), _prompts([12])[0]
-    prompts = [[*start, *own] for own in _prompts([5, 1, 7, 3])]  # no more padding than a window
+    prompts = [[*start, *end] for end in _prompts([5, 1, 7, 3])]  # padding no longer than a window
     read = []
     forward = type(model).forward
 
@@ -278,8 +278,8 @@ def test_a_start_that_prompts_share_is_read_once_and_changes_no_response(archite
     together = _texts(generate_responses(model, tokenizer, prompts, **settings))
     windows = architecture in ("mistral", "gemma2", "gemma3")
     assert model.sepo_reads_start_once is not windows
-    assert ((8, 19) in read) is windows  # as a whole
-    assert ((8, 7) in read) is not windows  # without the start
+    assert ((8, 19) in read) is windows  # whole prompts
+    assert ((8, 7) in read) is not windows  # prompts without the start
     alone = {}
     for number, prompt in enumerate(prompts):
         for (_, sample), ids in _texts(
@@ -290,7 +290,7 @@ def test_a_start_that_prompts_share_is_read_once_and_changes_no_response(archite
 
 
 def test_a_model_that_counts_positions_by_its_cache_reads_prompts_whole(monkeypatch):
-    """Padding within a row would move what follows it, and no config says so."""
+    """Padding within a row would shift the positions after it, and no config key says so."""
     model, tokenizer = tiny_model("llama", torch.float64), tiny_tokenizer()
     forward = type(model).forward
 
@@ -302,7 +302,7 @@ def test_a_model_that_counts_positions_by_its_cache_reads_prompts_whole(monkeypa
 
     monkeypatch.setattr(type(model), "forward", functools.wraps(forward)(by_cache))
     start = _prompts([12])[0]
-    generate_responses(model, tokenizer, [[*start, *own] for own in _prompts([9, 1])], max_new_tokens=3, progress=False)
+    generate_responses(model, tokenizer, [[*start, *end] for end in _prompts([9, 1])], max_new_tokens=3, progress=False)
     assert model.sepo_reads_start_once is False
 
 
@@ -313,16 +313,16 @@ def test_equal_prompts_are_answered_differently():
 
 
 def test_two_models_share_the_random_numbers_of_a_response_to_its_last_token():
-    """With one number a token, a policy that moved a little draws what its start draws wherever both agree."""
+    """With the same number per token, a slightly changed policy draws its base's tokens wherever both agree."""
     base, policy, tokenizer = tiny_model("llama"), tiny_model("llama"), tiny_tokenizer()
     with torch.no_grad():
         policy.lm_head.weight.mul_(1.001)
     prompts = _prompts([3, 12, 7, 20, 5])
-    # Batches of 2: what is drawn in the third must not depend on how long the first two went on.
+    # Batches of 2: the draws of the third must not depend on the lengths of the first two.
     settings = {"samples": 4, "max_new_tokens": 10, "temperature": 1.0, "batch_size": 2, "progress": False}
     one, two = (generate_responses(model, tokenizer, prompts, **settings) for model in (base, policy))
     agree = np.mean([a.response_ids == b.response_ids for a, b in zip(one, two, strict=True)])
-    assert agree > 0.8  # 20 responses; with numbers of their own about none would
+    assert agree > 0.8  # 20 responses; with independent numbers almost none would agree
 
 
 @pytest.mark.parametrize(("lengths", "batches"), [([10], [1]), ([20, 600, 25, 22], [1, 2, 1]), ([5] * 9, [6, 3])])
@@ -368,7 +368,7 @@ def test_every_end_of_the_model_the_tokenizer_and_the_template_stops_a_response(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_not_finite_are_named(value, temperature):
+def test_logits_that_are_not_finite_raise_an_error(value, temperature):
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.fill_(value)
@@ -393,7 +393,7 @@ def test_accuracy_counts_ties_half_and_is_set_beside_length():
     )
     assert result["accuracy"] == (1 + 0 + 0.5 + 1) / 4
     assert result["pairs"] == 4
-    assert result["pairs_not_longer"] == 2  # the equally long one and the shorter one
+    assert result["pairs_not_longer"] == 2  # one of equal length and one shorter
     assert result["accuracy_not_longer"] == 0.75
     assert result["length_baseline"] == (1 + 1 + 0.5 + 0) / 4
     assert result["accuracy_se"] == pytest.approx(np.std([1, 0, 0.5, 1], ddof=1) / 2)
@@ -420,7 +420,7 @@ def test_accuracy_refuses_arrays_of_different_length():
         preference_accuracy([1, 2], [1], [1], [1])
 
 
-def test_mean_and_se_of_single_values_is_the_textbook_one():
+def test_mean_and_se_of_independent_values_is_the_textbook_one():
     values = np.random.default_rng(0).normal(size=50)
     mean, se = mean_and_se(values)
     assert mean == pytest.approx(values.mean())
@@ -476,7 +476,7 @@ def test_token_pieces_put_together_are_the_text(smollm2_tokenizer, text):
     assert "\ufffd" not in "".join(piece for _, piece in pieces)
 
 
-def test_words_follow_the_gold_reward_and_tokens_know_theirs(smollm2_tokenizer):
+def test_words_are_split_as_in_the_gold_reward_and_tokens_belong_to_their_word(smollm2_tokenizer):
     ids = smollm2_tokenizer(TEXTS[1] + "<|im_end|>")["input_ids"]
     words, index = token_words(smollm2_tokenizer, ids)
     assert words == ["the", "user's", "happy", "heart-warming", "café", "naïve", "日本語", "text", "horrible"]
@@ -488,7 +488,7 @@ def test_words_follow_the_gold_reward_and_tokens_know_theirs(smollm2_tokenizer):
 
 
 def test_all_tokens_of_a_long_word_carry_its_valence():
-    tokenizer = tiny_tokenizer()  # one token a character
+    tokenizer = tiny_tokenizer()  # one token per character
     text = "So good, no? bad"
     values = word_valences(
         tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], {"good": 2, "bad": -2}.get
@@ -497,7 +497,7 @@ def test_all_tokens_of_a_long_word_carry_its_valence():
     assert values[3:7].tolist() == [2] * 4
     assert values[-3:].tolist() == [-2] * 3
     assert np.isnan(values[7])  # the comma
-    assert np.isnan(values[2])  # a space of its own
+    assert np.isnan(values[2])  # a space
 
 
 def test_special_tokens_separate_words():
@@ -508,7 +508,7 @@ def test_special_tokens_separate_words():
 
 
 def test_an_end_of_turn_without_a_name_separates_words_too():
-    """Gemma's `<end_of_turn>` is a control token, but none of the tokenizer's named ones."""
+    """Gemma's `<end_of_turn>` is a special token, but not in the tokenizer's `all_special_ids`."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken("<turn>", special=True, normalized=False)])
     end = tokenizer.convert_tokens_to_ids("<turn>")
@@ -565,7 +565,7 @@ def _columns(tokenizer, reward, pairs: int = 60, seed: int = 0) -> dict[str, lis
 
 def test_rewards_made_of_valence_and_noise_are_found_faithful():
     tokenizer = tiny_tokenizer()
-    clean = _columns(tokenizer, lambda v, rng: np.where(np.isnan(v), 99.0, v))  # what is not a word must not matter
+    clean = _columns(tokenizer, lambda v, rng: np.where(np.isnan(v), 99.0, v))  # tokens outside words must not count
     result = fidelity(tokenizer, clean, valence=_valence)
     assert result["auc"] == result["auc_positive"] == result["auc_rejected"] == 1
     assert result["auc_se"] == 0
@@ -587,7 +587,7 @@ def test_rewards_of_pure_noise_are_found_to_be_chance():
         assert result[key] == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_reward_level_that_differs_between_the_sides_is_no_skill():
+def test_a_reward_level_that_differs_between_the_sides_does_not_raise_the_auc():
     tokenizer = tiny_tokenizer()
     columns = _columns(tokenizer, lambda v, rng: np.zeros(len(v)))
     columns["chosen_rewards"] = [row + 5 for row in columns["chosen_rewards"]]
@@ -651,22 +651,22 @@ def test_pairs_of_one_prompt_are_drawn_together():
     columns = _columns(tokenizer, lambda v, rng: np.nan_to_num(v) + rng.normal(size=len(v)) * 3, pairs=40)
     prompts = [[5, number] for number in range(40)]
     one = fidelity(tokenizer, {**columns, "prompt_ids": prompts}, valence=_valence)
-    assert one["auc_se"] == fidelity(tokenizer, columns, valence=_valence)["auc_se"]  # without prompts, each its own
+    assert one["auc_se"] == fidelity(tokenizer, columns, valence=_valence)["auc_se"]  # each pair a prompt
     fourfold = {name: values * 4 for name, values in {**columns, "prompt_ids": prompts}.items()}
     again = fidelity(tokenizer, fourfold, valence=_valence)
     assert again["auc"] == pytest.approx(one["auc"])
-    assert again["auc_se"] == pytest.approx(one["auc_se"])  # the same pairs four times say no more
-    # In the order of a table, not prompt by prompt, and read off one.
+    assert again["auc_se"] == pytest.approx(one["auc_se"])  # the same pairs four times add no information
+    # From a table, in random order instead of prompt by prompt.
     order = np.random.default_rng(0).permutation(160)
     mixed = {name: [values[index] for index in order] for name, values in fourfold.items()}
     table = make_table("scores", {**mixed, "pair_id": list(range(160))})
-    # Other numbers for the prompts, so other draws: 200 of them know the error to 5 %.
+    # Prompts have other numbers, so other draws: 200 draws give the error to 5 %.
     assert fidelity(tokenizer, table, valence=_valence)["auc_se"] == pytest.approx(one["auc_se"], rel=0.2)
     same = fidelity(tokenizer, {**columns, "prompt_ids": [[5]] * 40}, valence=_valence)
     assert np.isnan(same["auc_se"])  # one prompt
 
 
-def test_words_of_one_sign_leave_the_other_undefined_and_the_rest_as_it_is():
+def test_with_words_of_one_sign_only_figures_of_the_other_sign_are_undefined():
     tokenizer = tiny_tokenizer()
 
     def ids(text):
@@ -688,7 +688,7 @@ def test_words_of_one_sign_leave_the_other_undefined_and_the_rest_as_it_is():
     assert (result["precision_rejected"], result["base_rate_rejected"]) == (1 / 2, 8 / 12)
     assert result["base_rate_chosen"] == 0
     assert np.isnan(result["auc_positive"])
-    assert np.isnan(result["precision_chosen"])  # not 0: there was nothing to find
+    assert np.isnan(result["precision_chosen"])  # not 0: there is no such word
 
 
 def test_fidelity_of_no_pairs_is_undefined():
@@ -722,7 +722,7 @@ def test_the_embedded_task_is_scored_by_the_gold_reward_and_leaves_headroom(task
         scores = np.array([row[f"{side}_gold"] for row in task_rows])
         np.testing.assert_allclose(scores, gold.vader_scores(texts), atol=1e-6)
     chosen, rejected = (np.array([row[f"{side}_gold"] for row in task_rows]) for side in ("chosen", "rejected"))
-    assert 0.02 < (chosen < rejected).mean() < 0.3  # labels are noisy, and not noise
+    assert 0.02 < (chosen < rejected).mean() < 0.3  # labels are noisy, but not random
     assert np.abs(np.mean([chosen, rejected])) < 0.5
 
 
@@ -786,7 +786,7 @@ def test_labels_of_the_task_follow_bradley_terry():
     assert script.pair_up([a, b], rng, tau=0.3, min_gap=0.5, most=3) == []
 
 
-def test_the_script_pairs_within_prompts_and_writes_what_it_says(tmp_path, capsys):
+def test_the_script_pairs_within_prompts_and_writes_a_table_with_its_settings(tmp_path, capsys):
     script = _script()
     rng = np.random.default_rng(0)
     responses = [
@@ -813,7 +813,7 @@ def test_the_script_pairs_within_prompts_and_writes_what_it_says(tmp_path, capsy
     assert script.make_rows(args, responses) == rows  # seeded
 
 
-def test_the_script_of_the_plain_task_makes_the_file_that_is_there(monkeypatch, plain_rows):
+def test_the_script_of_the_plain_task_reproduces_the_embedded_file(monkeypatch, plain_rows):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     script = _script("make_plain_task")
     made_with = json.loads(pq.read_schema(ROOT / "src/sepo/assets/plain_pairs.parquet").metadata[b"made_with"])

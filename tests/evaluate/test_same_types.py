@@ -1,4 +1,4 @@
-"""Policy and start are read in the same types: a model is at no distance from itself, to the last bit."""
+"""Policy and base are scored in the same types: a model's KL to itself is 0, to the last bit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_model_does_not_differ_from_itself_whatever_was_stored(folder, dtype, 
     kl = pq.read_table(folder / "eval" / "generations.parquet").column("policy_kl").to_numpy()
     if dtype == "bfloat16":
         assert np.array_equal(kl, np.zeros(12))
-    else:  # what sampling kept, against what reading gives
+    else:  # log-probabilities of sampling against those of scoring
         assert np.abs(kl).max() < 1e-4
 
 
@@ -67,26 +67,26 @@ def test_in_bfloat16_a_policy_reads_its_responses_again(architecture):
     prompts = prompts_of(some_pairs(40))
     own = generate_responses(model, tokenizer, prompts, samples=3, max_new_tokens=9, progress=False)
     kept = np.array([sum(one.logps) for one in own])
-    assert np.abs(kept - response_logps(model, prompts, own)).max() > 0.01  # why it must
+    assert np.abs(kept - response_logps(model, prompts, own)).max() > 0.01  # the reason
     assert np.array_equal(sample_kl(model, model, prompts, own), np.zeros(18))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2"])
-def test_in_float32_what_sampling_kept_is_what_reading_gives(architecture):
+def test_in_float32_log_probabilities_of_sampling_equal_those_of_scoring(architecture):
     model, tokenizer = tiny_model(architecture), tiny_tokenizer()
     prompts = prompts_of(some_pairs(40))
     own = generate_responses(model, tokenizer, prompts, samples=3, max_new_tokens=9, progress=False)
     assert own_logps(model, prompts, own) == pytest.approx(response_logps(model, prompts, own), abs=2e-4)
 
 
-def test_stored_log_probabilities_are_used_where_they_were_read_alike_and_nowhere_else():
+def test_stored_log_probabilities_are_used_only_where_the_numerics_are_equal():
     pairs, model = some_pairs(40), tiny_model("llama")
     logps = dataset_logps(model, pairs)
     assert provenance_of(logps)["dtype"] == "float32"
     assert provenance_of(logps)["device"] == "cpu"
     assert read_like(logps, model)
     assert not read_like(logps, tiny_model("llama", torch.bfloat16))
-    assert not read_like(with_provenance(logps, "logps", {}), model)  # nobody knows
+    assert not read_like(with_provenance(logps, "logps", {}), model)  # unknown numerics
     assert not read_like(with_provenance(logps, "logps", {"dtype": "float32", "device": "cuda"}), model)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = dataset_logps(model, pairs)
@@ -96,7 +96,7 @@ def test_stored_log_probabilities_are_used_where_they_were_read_alike_and_nowher
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_judge_finds_a_policy_that_did_not_move_where_it_started(dtype):
+def test_an_unchanged_policy_has_no_kl_and_an_accuracy_of_one_half(dtype):
     base, policy, tokenizer = tiny_model("llama", dtype), tiny_model("llama", dtype), tiny_tokenizer()
     pairs = some_pairs(40)
     prompts = prompts_of(pairs)
@@ -111,7 +111,7 @@ def test_a_judge_finds_a_policy_that_did_not_move_where_it_started(dtype):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_policy_in_mixed_precision_that_does_not_move_has_no_kl(tmp_path, lora, monkeypatch):
-    """Sampling goes through the wrapped forward in bfloat16, reading past it in float32."""
+    """Sampling uses the wrapped forward in bfloat16; scoring bypasses it, in float32."""
     lengths = GoldReward(lambda texts: np.array([float(len(text)) for text in texts]), lexicon_valence)
     monkeypatch.setitem(GOLD_REWARDS, "vader", lengths)
     base, policy, tokenizer, pairs = tiny_model("llama"), tiny_model("llama"), tiny_tokenizer(), some_pairs(8)
@@ -157,13 +157,13 @@ def test_the_start_of_a_comparison_is_read_in_the_types_that_its_policy_trains_i
         ({"lora": {}}, "bfloat16", None),
         ({"lora": {}, "quantization": "4bit"}, "bfloat16", "4bit"),
     ):
-        for scoring in ("auto", "float32", "bfloat16"):  # how pairs are scored does not matter
+        for scoring in ("auto", "float32", "bfloat16"):  # the types of scoring do not matter
             recipe = parse_recipe({"policy": policy, "dtype": scoring}, "test")
             assert measured.training_types(recipe, start) == {"dtype": dtype, "quantization": quantization}
 
 
 def test_sums_of_stored_and_of_new_log_probabilities_are_equal_to_the_last_bit(folder):
-    """A pass stores what evaluation reads: the same rows, so a tie stays one."""
+    """Stored and new log-probabilities come from the same rows, so a tie stays a tie."""
     logps_pass(str(folder / "model"), folder / "pairs", folder / "logps", device="cpu", dtype="float32")
     table = pq.read_table(folder / "logps" / "part-00000.parquet")
     again = dataset_logps(tiny_model("llama"), some_pairs(40))
@@ -172,7 +172,7 @@ def test_sums_of_stored_and_of_new_log_probabilities_are_equal_to_the_last_bit(f
 
 
 @pytest.mark.parametrize(("number", "read"), [(None, 40), (10, 10), (0, 0)])
-def test_policy_and_base_read_as_many_pairs_as_are_asked_for(folder, monkeypatch, number, read):
+def test_policy_and_base_score_the_set_number_of_pairs(folder, monkeypatch, number, read):
     seen = []
     monkeypatch.setattr(
         measure, "dataset_logps", lambda model, pairs, **_: seen.append(len(pairs)) or dataset_logps(model, pairs)
@@ -184,7 +184,7 @@ def test_policy_and_base_read_as_many_pairs_as_are_asked_for(folder, monkeypatch
         model, model, folder / "pairs", folder / "eval", settings, base_logps=folder / "logps", device="cpu"
     )
     assert metrics.get("policy/pairs", 0) == read
-    assert [count for count in seen if count != 12] == ([read] if read else [])  # 12 are the answers
+    assert [count for count in seen if count != 12] == ([read] if read else [])  # 12 are the responses
 
 
 def test_examples_are_some_of_the_prompts_at_their_own_temperature(folder):
@@ -196,7 +196,7 @@ def test_examples_are_some_of_the_prompts_at_their_own_temperature(folder):
     assert all(row["base"] == row["policy"] and row["base_gold"] == row["policy_gold"] for row in rows)
     tokenizer, prompts = tiny_tokenizer(), prompts_of(some_pairs(40), 40)
     plain = generate_responses(tiny_model("llama"), tokenizer, prompts, max_new_tokens=9, temperature=0, progress=False)
-    assert {row["policy"] for row in rows} <= set(measure.decoded(tokenizer, plain))  # at no temperature: the likeliest
+    assert {row["policy"] for row in rows} <= set(measure.decoded(tokenizer, plain))  # the most likely tokens
     none = SETTINGS.model_copy(update={"examples": 0})
     evaluate_run(model, model, folder / "pairs", folder / "other", none, device="cpu")
     assert not (folder / "other" / "examples.parquet").exists()

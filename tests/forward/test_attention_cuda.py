@@ -1,4 +1,4 @@
-"""What the GPU's attention is given, checked on any machine; tests/cuda holds the kernels themselves."""
+"""The inputs of the GPU's attention kernels, checked on any machine; tests/cuda tests the kernels."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SLOW = pytest.mark.slow
 
 
 def reference_varlen(query, key, value, q_starts, k_starts, max_q, max_k, *, scale, window_size, **kwargs):
-    """The kernel's contract in plain float64: every sequence alone, the mask aligned to the ends of both."""
+    """The kernel in plain float64: one sequence at a time, with the mask aligned to the ends of queries and keys."""
     groups = query.shape[1] // key.shape[1]
     out = torch.empty_like(query)
     for i in range(len(q_starts) - 1):
@@ -50,7 +50,7 @@ def test_the_sequences_given_to_the_flash_kernel_are_the_packed_row_forward_and_
         torch.testing.assert_close(one, other)
 
 
-def test_heads_of_an_odd_width_are_filled_up_for_the_kernel(monkeypatch):
+def test_heads_of_an_odd_width_are_padded_for_the_kernel(monkeypatch):
     monkeypatch.setattr(attention_cuda, "varlen_attn", reference_varlen)
     monkeypatch.setattr(attention_cuda, "_grouped", dict)
     query, key, value, layout = attention_inputs(awkward_pairs(), dim=13)
@@ -92,7 +92,7 @@ def test_tiles_of_the_block_mask_miss_nothing_and_whole_ones_are_whole(row, wind
 
 @pytest.mark.slow
 def test_every_kind_of_flex_call_keeps_its_graph(monkeypatch):
-    """An oracle and a policy of other head counts, with and without gradients, short and long rows: all compiled."""
+    """Different numbers of heads, two types, with and without a window, short and long rows: all are compiled."""
     graphs = []
 
     def counting(graph, inputs):
@@ -114,7 +114,7 @@ def test_every_kind_of_flex_call_keeps_its_graph(monkeypatch):
                         with torch.no_grad():
                             attention_cuda.flex_packed_attention(query, key, value, layout, 0.3, window, 5.0)
                     kinds += 1
-                    assert len(graphs) - before <= 2  # neither the length of a row nor its documents make a graph
+                    assert len(graphs) - before <= 2  # no new graph for a row's length or documents
     assert len(graphs) >= kinds > 8
     attention_cuda._compiled_flex.cache_clear()
     torch._dynamo.reset()

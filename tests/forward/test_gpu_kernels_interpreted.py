@@ -1,6 +1,6 @@
-"""The GPU's Triton kernels on a CPU, through Triton's interpreter: their arithmetic, forward and backward.
+"""The GPU's Triton kernels on a CPU, by Triton's interpreter: their arithmetic, forward and backward.
 
-What only a GPU can show (speed, half-precision matmuls, the kernels as they are compiled) is in tests/cuda.
+tests/cuda tests what needs a GPU: speed, half-precision matmuls, the compiled kernels.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels t
 
 
 def laid_out(x, how):
-    """The same numbers, lying in memory in another way; "broadcast" where a dimension of them is all the same."""
+    """`x` in another memory layout; "broadcast" repeats its first row."""
     if how == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if how == "strided":
@@ -33,8 +33,8 @@ LAYOUTS = ("transposed", "strided", "broadcast")
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("how", ["one for all", *LAYOUTS])
-def test_rotary_embedding_of_angles_however_they_lie(monkeypatch, how, batch, length):
-    """A model that is given no places makes one line of them for a whole batch; a step of writing has one token."""
+def test_rotary_embedding_with_angles_in_any_memory_layout(monkeypatch, how, batch, length):
+    """Without `position_ids` a model makes one row of angles for the whole batch; a generation step has one token."""
     monkeypatch.setattr(layers_cuda, "available", lambda x: True)
     torch.manual_seed(0)
     query, key = torch.randn(batch, 6, length, 24), torch.randn(batch, 2, length, 24)
@@ -46,7 +46,7 @@ def test_rotary_embedding_of_angles_however_they_lie(monkeypatch, how, batch, le
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
-def test_norms_and_gates_of_tensors_however_they_lie(how):
+def test_norms_and_gates_of_tensors_in_any_memory_layout(how):
     torch.manual_seed(0)
     x, up, upstream = (laid_out(x, how) for x in torch.randn(3, 7, 4, 33))
     weight = laid_out(torch.randn(33, 2), how)[:, 0]
@@ -62,7 +62,7 @@ def test_norms_and_gates_of_tensors_however_they_lie(how):
 
 
 @pytest.mark.parametrize("how", LAYOUTS)
-def test_a_block_of_logits_however_it_lies(how):
+def test_a_block_of_logits_in_any_memory_layout(how):
     torch.manual_seed(0)
     raw, targets, upstream = laid_out(torch.randn(5, 300), how), torch.tensor([3, 299, 17, 210, 0]), torch.randn(5)
     if how != "transposed":
@@ -113,7 +113,7 @@ def test_a_block_without_its_target_and_one_of_only_minus_infinity():
     raw = torch.stack([torch.randn(300), torch.full((300,), -torch.inf)])
     target_logits = torch.full((2,), 7.0)
     shift, sums, _ = lm_head_cuda.block_forward(raw, torch.tensor([5, 900]), target_logits, 300, 1.0, None, None)
-    assert target_logits.tolist() == [7.0, 7.0]  # both targets lie in other blocks
+    assert target_logits.tolist() == [7.0, 7.0]  # both targets are in other blocks
     torch.testing.assert_close(sums[0].log() + shift[0], raw[0].logsumexp(0))
     assert sums[1] == 0
 
@@ -146,7 +146,7 @@ def test_gated_activation(activation):
         torch.testing.assert_close(one.double(), other.detach(), atol=1e-5, rtol=0)
 
 
-def test_rotary_embedding_is_the_model_s_own_and_its_backward_the_transpose(monkeypatch):
+def test_the_fused_rotary_embedding_has_the_values_and_gradients_of_the_models(monkeypatch):
     monkeypatch.setattr(layers_cuda, "available", lambda x: True)
     torch.manual_seed(0)
     query = torch.randn(2, 5, 6, 24).transpose(1, 2).requires_grad_()
@@ -158,4 +158,4 @@ def test_rotary_embedding_is_the_model_s_own_and_its_backward_the_transpose(monk
         results.append([*outputs, *torch.autograd.grad([x.sin().sum() for x in outputs], (query, key))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
-    assert outputs[0].transpose(1, 2).is_contiguous()  # as the flash kernel reads it
+    assert outputs[0].transpose(1, 2).is_contiguous()  # the memory layout that the flash kernel reads

@@ -1,4 +1,4 @@
-"""Layers that stand in for a model's own: same values, same gradients, and nothing changes for anyone else."""
+"""Layers that replace a model's own: same values, same gradients, same names and weights."""
 
 import copy
 import os
@@ -15,16 +15,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from pairs import awkward_pairs, plain_logps
 from sepo.forward import gradients, layers
 from sepo.forward.gradients import gradients_in_place, matmul_nt, may_accumulate_in_place
-from sepo.forward.last_block import last_mlp, rows_only
 from sepo.forward.layers import FastEmbedding, FastGatedMLP, FastLinear, FastRMSNorm, use_fast_layers
-from sepo.forward.logps import token_logps
+from sepo.forward.logps import last_mlp, rows_only, token_logps
 from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
 from sepo.models.weights import load_model
 from sepo.recipe.settings import LoraSettings
 from tiny_models import TINY_MODELS, tiny_model
 
-# What takes the place of the model's own on a CPU.
+# The models with a replaced MLP, and with replaced norms, on a CPU.
 GATED = {"llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "olmo2", "cohere", "granite"}
 WITH_RMS_NORM = GATED - {"cohere"} | {"phi3"}
 
@@ -34,7 +33,7 @@ def kinds(model):
 
 
 def backward(model, pairs, in_place, dtype=None):
-    """Gradients of a fixed loss over two packed rows, as an optimizer would find them."""
+    """Gradients of a fixed loss, accumulated over two packed rows."""
     model.zero_grad()
     for row in (pairs[:3], pairs[3:]):
         with gradients_in_place(in_place), torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -93,7 +92,7 @@ def test_norms_agree_in_values_and_gradients(kind, eps):
         norm.weight.add_(torch.randn(24))
     holder = _holder(norm)
     x = torch.randn(3, 7, 24) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
-    x[0, 0] = 0  # a row of zeros divides by eps alone
+    x[0, 0] = 0  # a row of zeros: the divisor is sqrt(eps)
     use_fast_layers(holder)
     assert isinstance(norm, FastRMSNorm)
     plain = _double(kind, norm, eps)
@@ -107,7 +106,7 @@ def test_norms_agree_in_values_and_gradients(kind, eps):
 
 
 def _double(kind, norm, eps):
-    """The formula in float64 (the library's classes compute in float32 whatever they are given)."""
+    """The formula in float64 (the library's classes always compute in float32)."""
 
     class Plain(nn.Module):
         def __init__(self):
@@ -130,7 +129,7 @@ def _holder(module):
 
 
 @pytest.mark.parametrize("frozen", [(), ("first",), ("first", "second")])
-def test_the_output_of_a_norm_is_not_kept_but_formed_anew(frozen):
+def test_the_output_of_a_norm_is_recomputed_and_not_kept(frozen):
     torch.manual_seed(0)
     layer = nn.ModuleDict(
         {"norm": LlamaRMSNorm(24), "first": nn.Linear(24, 16, bias=False), "second": nn.Linear(24, 8)}
@@ -160,7 +159,7 @@ def test_the_output_of_a_norm_is_not_kept_but_formed_anew(frozen):
 
 
 def test_frozen_weights_keep_no_input():
-    """With LoRA most weights are frozen: what they read is of no use to the backward pass."""
+    """With LoRA most weights are frozen: the backward pass does not need their inputs."""
     layer = FastLinear(24, 16).requires_grad_(False)
     x = torch.randn(20, 24, requires_grad=True)
     saved = []
@@ -246,7 +245,7 @@ def test_bfloat16_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
     expected = backward(model, awkward_pairs(), in_place=False, dtype=torch.bfloat16)
     got = backward(model, awkward_pairs(), in_place=True, dtype=torch.bfloat16)
     assert {gradient.dtype for gradient in got.values()} == {torch.float32}
-    # Sums of two rows are rounded once instead of twice, so not to the last digit.
+    # Not to the last digit: the sum of two rows is rounded once instead of twice.
     assert_same_gradients(got, expected, tolerance=0.02)
     error = max(float((got[n] - g).abs().max() / g.abs().max()) for n, g in exact.items())
     assert 1e-4 < error < 0.3
@@ -289,7 +288,7 @@ def test_hooks_on_weights_keep_gradients_in_autograd():
     assert not may_accumulate_in_place(model)
 
 
-def test_a_block_of_rows_alone_is_computed_and_hooks_are_gone():
+def test_rows_only_computes_the_given_rows_and_removes_its_hooks():
     model = tiny_model("llama")
     mlp = last_mlp(model)
     assert mlp is model.model.layers[-1].mlp
@@ -303,7 +302,7 @@ def test_a_block_of_rows_alone_is_computed_and_hooks_are_gone():
     assert gradient[0].any(1).nonzero()[:, 0].tolist() == rows.tolist()
 
 
-def test_every_matmul_agrees_whatever_library_does_it(monkeypatch):
+def test_matmuls_of_either_library_agree_with_float64(monkeypatch):
     torch.manual_seed(0)
     x, w = torch.randn(40, 30), torch.randn(20, 30)
     for has_onednn in (True, False):
@@ -312,7 +311,7 @@ def test_every_matmul_agrees_whatever_library_does_it(monkeypatch):
         for rows in (0, 1, 15, 16, 40):
             expected = x[:rows].double() @ w.double().t()
             torch.testing.assert_close(matmul_nt(x[:rows], w).double(), expected, atol=1e-4, rtol=0)
-        # a transposed view, as the backward pass hands over
+        # a transposed view, as in the backward pass
         torch.testing.assert_close(matmul_nt(x, w.t().contiguous().t()), x @ w.t(), atol=1e-4, rtol=0)
 
 
@@ -331,8 +330,8 @@ def tiny_model_on(model):
     return wide
 
 
-# Alone in a process: what other tests leave in the allocator is not measured. A product is made before the model is
-# prepared, as by whoever uses the library for something else first.
+# In a process of its own, without the memory of other tests. It multiplies once before the model is prepared, as a
+# program would that first uses the library for something else.
 MANY_LENGTHS = """
 import sys
 import numpy as np, psutil, torch
@@ -362,12 +361,12 @@ print(passes(range(120, 620)) - before)
 
 @pytest.mark.slow
 def test_rows_of_many_lengths_leave_no_memory_behind():
-    """oneDNN keeps compiled code by shape; a long pass over rows of every length must not grow with it."""
+    """oneDNN caches compiled code by shape; scoring rows of every length must not use ever more memory."""
     environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     done = subprocess.run([sys.executable, "-c", MANY_LENGTHS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) < 40e6  # 200 MB with oneDNN's own limit of 1,024 shapes
+    assert int(done.stdout) < 40e6  # 200 MB with oneDNN's default limit of 1,024 shapes
 
 
 IN_PLACE = {"norm": LlamaRMSNorm, "mlp": LlamaMLP, "linear": nn.Linear, "embedding": nn.Embedding}

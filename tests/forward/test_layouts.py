@@ -1,4 +1,4 @@
-"""Which layout a model takes, and that what it gives is what its own forward gives for every text alone."""
+"""The layout of each kind of model, and that its results equal those of the model's own forward, text by text."""
 
 import copy
 import itertools
@@ -56,7 +56,7 @@ BASE = {
 }  # fmt: skip
 FOUR = {**BASE, "num_hidden_layers": 4}
 NO_GROUPS = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
-# A window, a chunk, the length of the pre-training.
+# Length of a window, of a chunk, or of the pre-training.
 STEP = 16
 
 
@@ -129,7 +129,7 @@ BEYOND = {
 
 
 def model_of(settings, seed=0):
-    """A random model of a config, in evaluation mode."""
+    """A random model with this config, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(settings).eval()
@@ -140,7 +140,7 @@ def pairs_of(sizes, seed=0):
     return [Pair(i, *(random_ids(rng, size) for size in row)) for i, row in enumerate(sizes)]
 
 
-# Tokens of prompt, chosen and rejected: short ones, and some that are beyond STEP on one side or both.
+# Tokens of prompt, chosen and rejected: short texts, and some longer than STEP on one side or both.
 MIXED = pairs_of([(3, 5, 4), (2, 40, 3), (30, 4, 18), (25, 20, 7), (10, 8, 50), (5, 12, 9), (5, 11, 12), (1, 1, 1)])
 SHORT = pairs_of([(3, 5, 4), (2, 9, 3), (6, 4, 8), (4, 7, 7)] * 8)
 
@@ -150,13 +150,13 @@ def longest(pairs):
 
 
 def logps_in_rows(model, pairs, layout, tokens_per_row):
-    """Log-probabilities as `plain_logps` gives them, from batches of a layout."""
-    found = {}
+    """Log-probabilities in the order of `plain_logps`, from batches of a layout."""
+    logps = {}
     for batch in make_batches(pairs, layout, tokens_per_row):
         values = token_logps(model, batch)
         for index, pair_id in enumerate(batch.pair_ids):
-            found[pair_id] = torch.cat([values[batch.segments == 2 * index + side] for side in (0, 1)])
-    return torch.cat([found[pair.pair_id] for pair in pairs])
+            logps[pair_id] = torch.cat([values[batch.segments == 2 * index + side] for side in (0, 1)])
+    return torch.cat([logps[pair.pair_id] for pair in pairs])
 
 
 @pytest.mark.parametrize("name", BEYOND)
@@ -188,7 +188,7 @@ def test_short_texts_of_the_same_models_are_packed():
 
 
 def test_a_model_that_counts_places_in_a_row_itself_is_padded_where_rows_are_long():
-    """Llama 4 scales queries by where they are in the row, whatever their position in the text is."""
+    """Llama 4 scales queries by their place in the row, not by their position in the text."""
     settings = llama4(attention_chunk_size=4096, floor_scale=64, attn_scale=2.0)
     model = model_of(settings)
     expected = plain_logps(copy.deepcopy(model), SHORT)
@@ -200,7 +200,7 @@ def test_a_model_that_counts_places_in_a_row_itself_is_padded_where_rows_are_lon
 def test_frequencies_of_the_longest_text_so_far_are_refused_beyond_the_original_length():
     model = model_of(dynamic_rope())
     assert prepare_model(model, longest=STEP) == "packed"
-    with pytest.raises(UserError, match=r"depends on what it read before.* lower max_length to 16"):
+    with pytest.raises(UserError, match=r"depend on what it read before.* lower max_length to 16"):
         prepare_model(model, longest=longest(MIXED))
 
 
@@ -213,7 +213,7 @@ def test_a_batch_longer_than_what_was_tried_is_refused():
             token_logps(model, pack(MIXED[:2]))
 
 
-def test_insisting_in_vain_changes_nothing():
+def test_a_required_layout_that_does_not_work_changes_nothing():
     model = without_layout(tiny_model("llama"))
     for _ in range(2):
         with pytest.raises(UserError, match="layout=padded"):
@@ -230,7 +230,7 @@ def test_insisting_in_vain_changes_nothing():
         prepare_model(model, "unbatched")
 
 
-def test_tables_are_scored_by_their_longest_text_whichever_comes_first():
+def test_scoring_takes_the_layout_that_each_table_needs_in_any_order():
     short, mixed = SHORT[:4], MIXED
     for name, tables in (("longrope", (short, mixed, short)), ("window in the mask", (mixed, short, mixed))):
         model = model_of(BEYOND[name][0]())
@@ -258,7 +258,7 @@ def test_a_training_reads_texts_as_long_as_its_data(tmp_path):
         assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
+# --- messages and refusals ------------------------------------------------------------------------------------------
 
 
 def without_layout(model):
@@ -278,7 +278,7 @@ def without_layout(model):
     ],
 )
 def test_a_padded_model_is_named_with_the_reason_once(build, reason, capsys, monkeypatch):
-    monkeypatch.setattr(processes, "_said", set())
+    monkeypatch.setattr(processes, "_logged", set())
     for _ in range(2):
         assert prepare_model(build()) == "padded"
     said = capsys.readouterr().err
@@ -287,7 +287,7 @@ def test_a_padded_model_is_named_with_the_reason_once(build, reason, capsys, mon
 
 
 def test_a_kernel_that_cannot_be_built_is_the_reason_that_is_said(capsys, monkeypatch):
-    monkeypatch.setattr(processes, "_said", set())
+    monkeypatch.setattr(processes, "_logged", set())
 
     def no_compiler(*args, **kwargs):
         raise RuntimeError("Cannot find a working\ntriton installation")
@@ -297,7 +297,7 @@ def test_a_kernel_that_cannot_be_built_is_the_reason_that_is_said(capsys, monkey
     assert "(Cannot find a working triton installation): it is read in padded batches" in capsys.readouterr().err
 
 
-def test_nothing_is_said_of_a_model_that_packs_or_is_asked_to_be_padded(capsys):
+def test_no_message_about_a_model_that_is_packed_or_padded_on_request(capsys):
     prepare_model(tiny_model("llama"))
     prepare_model(tiny_model("llama"), "padded")
     assert capsys.readouterr().err == ""
@@ -307,7 +307,7 @@ def test_nothing_is_said_of_a_model_that_packs_or_is_asked_to_be_padded(capsys):
 def test_weights_that_are_not_finite_are_named_first(parameter, value):
     model = tiny_model("llama")
     with torch.no_grad():
-        model.get_parameter(parameter)[-1] = float(value)  # of the embedding, a line that no short text reads
+        model.get_parameter(parameter)[-1] = float(value)  # in the embedding, a line that the short texts do not read
     with pytest.raises(UserError, match=rf"its weights are not finite \({parameter}\)"):
         prepare_model(model)
 
@@ -348,21 +348,21 @@ def test_a_model_that_cannot_read_is_refused_in_one_line():
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 17])
-def test_a_vocabulary_smaller_than_the_tried_texts_will_do(size):
+def test_a_vocabulary_smaller_than_the_ids_of_the_tried_texts_works(size):
     model = tiny_model("llama", vocab_size=size, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     assert prepare_model(model) == "packed"
 
 
 def test_the_decoder_is_found_whatever_attribute_holds_it():
     model = model_of(llama4(attention_chunk_size=64, floor_scale=4096))
-    assert model.base_model is model  # its class names an attribute that it lacks
+    assert model.base_model is model  # base_model_prefix names an attribute that it does not have
     expected = plain_logps(copy.deepcopy(model), SHORT[:4])
     layout = prepare_model(model, longest=STEP, tokens_per_row=60)
     torch.testing.assert_close(logps_in_rows(model, SHORT[:4], layout, 60), expected, atol=1e-4, rtol=0)
 
 
 def test_a_model_is_where_it_was_after_it_was_tried_elsewhere():
-    model = tiny_model("gemma2")  # head and embedding are one weight
+    model = tiny_model("gemma2")  # head and embedding are tied
     before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
     values = copy.deepcopy(model.state_dict())
     with prepare._moved(model, "meta"):
@@ -374,7 +374,7 @@ def test_a_model_is_where_it_was_after_it_was_tried_elsewhere():
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-# --- noise of training ----------------------------------------------------------------------------------------------
+# --- dropout and other noise in training ----------------------------------------------------------------------------
 
 OFF = {
     "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0, "residual_dropout": 0.0,
@@ -447,7 +447,7 @@ def test_the_dropout_of_an_adapter_is_not_noise():
     assert training_noise(get_peft_model(model, LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))) > 0.01
 
 
-def test_packed_attention_without_dropout_is_the_same_in_training():
+def test_packed_attention_refuses_dropout():
     query, key, value, layout = attention_inputs(awkward_pairs())
     with pytest.raises(NotImplementedError):
         packed_attention_forward(nn.Identity(), query, key, value, None, dropout=0.1, layout=layout)
@@ -466,7 +466,7 @@ def test_padded_batches_keep_to_the_budget_and_hold_every_pair_once(budget):
         assert sorted(pair.pair_id for row in rows for pair in row) == list(range(number))
         tokens = [pad(row).num_tokens for row in rows]
         assert all(size <= budget or len(row) == 1 for size, row in zip(tokens, rows, strict=True))
-        # Nothing is given away: a pair more would not fit.
+        # Rows are full: one more pair would not fit.
         for row, following in itertools.pairwise(rows):
             assert pad([*row, following[0]]).num_tokens > budget
 
@@ -556,7 +556,7 @@ def test_arrays_and_tuples_are_packed_alike():
 def test_the_pair_that_fills_up_is_looked_for_once(tmp_path):
     dataset = PairDataset(pairs_table(MIXED))
     assert dataset.pairs[dataset.shortest].pair_id == 7
-    dataset.pairs = None  # whatever comes now cannot walk over them
+    dataset.pairs = None  # a second search would fail
     assert dataset.shortest == 7
 
 

@@ -1,4 +1,4 @@
-"""The one forward path against a plain float64 forward of one sequence at a time: values and gradients."""
+"""The forward path against a plain float64 forward of one sequence at a time: values and gradients."""
 
 import numpy as np
 import pyarrow as pa
@@ -122,7 +122,7 @@ def test_generation_still_works_on_a_prepared_model():
         assert torch.equal(model.generate(tokens, **options), plain.generate(tokens, **options))
 
 
-def test_an_adapter_that_is_off_gives_the_reference(tmp_path):
+def test_a_disabled_adapter_gives_the_reference(tmp_path):
     folder = tmp_path / "base"
     tiny_model("llama").save_pretrained(folder)
     model = load_model(str(folder), lora=LoraSettings(r=4), train=True)
@@ -165,7 +165,7 @@ def test_segment_sums_and_weights_follow_the_pairs():
 def test_a_prompt_and_a_shared_response_are_stored_once():
     prompt, one, two = (1, 2, 3), (4, 5, 6, 7), (8, 9)
     batch = pack([Pair(0, prompt, one, two), Pair(1, prompt, two, one)])
-    # The last token of a response predicts nothing and is cut.
+    # The last token of a response predicts no target and is cut.
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 8]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 3]]
     assert batch.target_positions.tolist() == [2, 3, 4, 5, 2, 6, 2, 6, 2, 3, 4, 5]
@@ -243,10 +243,10 @@ def test_lm_head_agrees_with_log_softmax_whatever_is_kept(monkeypatch, keep_byte
         torch.testing.assert_close(got, wanted)
 
 
-def peak_bytes(work):
-    """The most bytes that are allocated at once while `work` is done, beyond those before."""
+def peak_bytes(run):
+    """Most bytes allocated at a time while `run` runs, beyond those before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
+        run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).max())
 
@@ -266,17 +266,17 @@ def test_lm_head_holds_a_block_of_logits_and_its_budget_not_all_of_them(monkeypa
     def fast():
         lm_head.target_logps(hidden, head, targets, lm_head.LogitTransform()).sum().backward()
 
-    for work in (plain, fast):
-        work()  # gradients are there from now on
+    for run in (plain, fast):
+        run()  # allocates the gradients
     assert peak_bytes(plain) > 2 * logits
-    # Beside the budget: blocks of logits and their gradients, the head's gradient, and what is `[targets, hidden]`.
+    # Beside the budget: blocks of logits and their gradients, the head's gradient, and `[targets, hidden]` tensors.
     assert peak_bytes(fast) < kept + 3 * block + 2 * weights + 8 * hidden.nbytes < logits / 2
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 2**30])
 @pytest.mark.parametrize("transform", [lm_head.LogitTransform(), lm_head.LogitTransform(softcap=300.0)])
 def test_lm_head_is_exact_where_exponentials_vanish(monkeypatch, keep_bytes, transform):
-    """Logits hundreds apart, a target among the lowest, a block of the vocabulary that is all -inf."""
+    """Logits hundreds apart, a target among the lowest, and a block of the vocabulary with all logits -inf."""
     monkeypatch.setattr(lm_head, "CPU_LIMITS", lm_head.HeadLimits(1, 7, keep_bytes))
     head = torch.nn.Linear(2, 200)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The KL at every target where a vocabulary has tokens that are never given: logits of -inf."""
+"""The KL at every target for a vocabulary with tokens of probability 0 (logits of -inf)."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from sepo.forward.prepare import prepare_model
 from sepo.forward.token_kl import token_logps_and_kl
 from tiny_models import VOCAB_SIZE, tiny_model
 
-GIVEN = 90  # tokens; the rest of the vocabulary is never given
+GIVEN = 90  # tokens of positive probability; the others have probability 0
 
 
 def model_with_a_short_vocabulary(seed):
@@ -25,7 +25,7 @@ def model_with_a_short_vocabulary(seed):
 
 
 def plain(model, reference, pair, side, direction):
-    """By the formula, over the tokens that are given."""
+    """The formula, over the tokens of positive probability."""
     ids = pair.side(side)[0]
     tokens = torch.tensor([[*pair.prompt_ids, *ids]])
     one, other = (

@@ -1,4 +1,4 @@
-"""Adapters of every kind that PEFT has, with weights that do something: computed as PEFT computes them, or refused."""
+"""Adapters of every kind in PEFT, with weights that have an effect: same results as PEFT, or refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sepo.models.weights import load_model
 from sepo.recipe.settings import LoraSettings
 from tiny_models import tiny_model, tiny_tokenizer
 
-# What a kind needs beside its defaults, to fit a tiny Llama.
+# Settings that a kind needs to fit a tiny Llama.
 NEEDS = {
     "ADALORA": {"total_step": 10, "target_modules": ["q_proj", "v_proj"]},
     "BOFT": {"boft_block_size": 4, "target_modules": ["q_proj"]},
@@ -60,7 +60,7 @@ LORA = {
 }
 
 
-# Live outside of the layers, or make a pass of their own.
+# Kinds outside of the layers, or with an additional forward pass.
 NOT_OF_THE_LAYERS = {
     "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING",
     "P_TUNING", "SHADOW", "XLORA",
@@ -86,7 +86,7 @@ def saved_adapter(base: Path, config: peft.PeftConfig, folder: Path) -> None:
 
 
 def own_logps(folder: Path, table) -> torch.Tensor:
-    """Log-probabilities of the responses by PEFT's own forward."""
+    """Log-probabilities of the responses from PEFT's forward."""
     from peft import AutoPeftModelForCausalLM
 
     model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()

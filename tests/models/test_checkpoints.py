@@ -1,4 +1,4 @@
-"""Checkpoints that hold other weights than their model: refused by name, by the dry run and by whoever loads them."""
+"""Checkpoints with other weights than their model: dry run and loading refuse them and name the weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def saved_adapter(folder: Path, base: Path, config: peft.PeftConfig | None = Non
 
 
 def change(folder: Path, file: str, edit) -> None:
-    """Rewrite a file of weights with what `edit` makes of its dictionary."""
+    """Apply `edit` to the dictionary of a file of weights."""
     weights = edit(load_file(folder / file))
     save_file(weights, folder / file, metadata={"format": "pt"})
 

@@ -36,7 +36,7 @@ IDS = torch.arange(3, 43).reshape(2, 20)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch, request):
-    """Every test converts into its own cache, but those that use the shared SmolLM2."""
+    """Every test converts into its own cache, except those that use the shared SmolLM2."""
     if "smollm2_dir" not in request.fixturenames:
         monkeypatch.setenv("SEPO_CACHE", str(tmp_path / "cache"))
 
@@ -228,7 +228,7 @@ def test_a_hub_fingerprint_follows_the_commit_not_the_place(hub_cache):
     before = model_fingerprint("someone/tiny")
     (hub_cache.parents[1] / "refs" / "main").write_text("f" * 40)
     hub_cache.rename(hub_cache.with_name("f" * 40))
-    assert model_fingerprint("someone/tiny") == before  # one commit for the life of the process
+    assert model_fingerprint("someone/tiny") == before  # the process keeps one commit
     hub.hub_snapshot.cache_clear()
     assert model_fingerprint("someone/tiny") != before
 
@@ -318,7 +318,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         resolve_model(tmp_path / "tiny.gguf")
 
 
-def test_a_gguf_that_cannot_be_converted_leaves_nothing_half_made(tmp_path):
+def test_a_failed_gguf_conversion_leaves_no_files(tmp_path):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "no-such-architecture")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
@@ -331,11 +331,11 @@ def test_a_gguf_that_cannot_be_converted_leaves_nothing_half_made(tmp_path):
     assert [p.suffix for p in (tmp_path / "cache" / "gguf").iterdir()] == [".lock"]
 
 
-def test_a_killed_conversion_is_done_again(tmp_path):
+def test_a_killed_conversion_is_repeated(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     folder = Path(resolve_model(tmp_path / "tiny.gguf"))
     half = folder.with_name(f".{folder.name}.new")
-    folder.rename(half)  # what a kill in the middle leaves behind
+    folder.rename(half)  # the state after a kill during the conversion
     (half / "config.json").write_text("half")
     assert resolve_model(tmp_path / "tiny.gguf") == str(folder)
     assert load_config(folder).model_type == "llama"
@@ -459,7 +459,7 @@ def test_with_the_adapter_off_a_model_is_its_own_reference(adapter_dir):
 
 
 def test_a_model_without_adapter_has_no_reference_in_it():
-    with pytest.raises(TypeError, match="load the reference apart"), reference_weights(tiny_model("llama")):
+    with pytest.raises(TypeError, match="load the reference separately"), reference_weights(tiny_model("llama")):
         pass
 
 
@@ -521,7 +521,7 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path, adapter_dir):
         load_model(tmp_path / "gpt2", device="cpu", adapter=adapter_dir)
 
 
-def test_lora_layers_that_the_model_has_not_are_refused(llama_dir):
+def test_lora_layers_that_the_model_does_not_have_are_refused(llama_dir):
     with pytest.raises(UserError, match=r"lora\.target_modules \['c_attn'\] does not fit"):
         load_model(llama_dir, device="cpu", lora=LoraSettings(target_modules=["c_attn"]))
 
@@ -593,7 +593,7 @@ def test_sampling_settings_of_a_published_model_do_not_break_the_save(tmp_path, 
     assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.6, 0.9)
 
 
-# --- what a model is ---
+# --- fingerprints ---
 
 
 def test_a_fingerprint_ignores_place_and_time_but_no_weight(tmp_path, llama_dir):

@@ -1,4 +1,4 @@
-"""Models of some of their layers: what is left, in any architecture and as the reference of a recipe."""
+"""Models with fewer layers, for all architectures and as the reference of a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def saved(folder, kind, **changes):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma3", "phi3", "olmo2", "gpt_neox"])
-def test_what_is_left_are_the_layers_of_the_model_in_their_order(tmp_path, kind):
+def test_the_remaining_layers_keep_their_weights_and_order(tmp_path, kind):
     kinds = {"layer_types": ["full_attention"] * 5} if getattr(CONFIGS[kind](), "layer_types", None) else {}
     whole = saved(tmp_path / "whole", kind, num_hidden_layers=5, **kinds)
     assert shrink_model(whole, 3, tmp_path / "cut") == [0, 2, 4]
@@ -39,7 +39,7 @@ def test_what_is_left_are_the_layers_of_the_model_in_their_order(tmp_path, kind)
         )
     ids = torch.tensor([[1, 4, 40, 50, 2, 5]])
     written = [after.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
-    assert torch.equal(*written)  # each layer keeps its keys and values in a place of its own
+    assert torch.equal(*written)  # each layer has its own entry of the cache
 
 
 def test_layers_of_two_kinds_keep_their_kinds(tmp_path):
@@ -48,7 +48,7 @@ def test_layers_of_two_kinds_keep_their_kinds(tmp_path):
     assert load_config(tmp_path / "cut").layer_types == ["sliding_attention", "sliding_attention"]
 
 
-def test_numbers_that_cannot_be_and_models_without_a_list_are_refused(tmp_path):
+def test_impossible_numbers_and_models_without_a_list_of_layers_are_refused(tmp_path):
     whole = saved(tmp_path / "whole", "llama")
     for layers in (1, 3):
         with pytest.raises(UserError, match=f"reference.layers is {layers}: expected 2 to 2"):

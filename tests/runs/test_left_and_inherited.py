@@ -100,7 +100,7 @@ def test_what_earlier_settings_left_is_named_kept_and_used_again(copy, capsys):
 
     assert main([*command, "oracle.count=2"]) == 0
     text = capsys.readouterr().err
-    assert f"{run / 'oracle-2'} stands already" in text
+    assert f"{run / 'oracle-2'} exists, trained with the same" in text
     assert "not used by these settings, and kept: logps/policy_start (" in text
 
 

@@ -96,7 +96,7 @@ def test_with_a_damaged_manifest_models_and_shards_are_kept(run):
     done, said = again()
     assert "manifest.json is damaged" in said
     assert done == ["data", "oracle", "score", "select", "train", "eval"]
-    assert said.count("stands already") == 2
+    assert said.count("data and settings: reused") == 2
     assert {name: os.stat(folder / name).st_mtime_ns for name in stamps} == stamps
     assert again()[0] == []
 

@@ -1,4 +1,4 @@
-"""Before any training a policy is its own reference: DPO's first loss is ln 2, whatever noise an architecture has."""
+"""Before training, the policy equals its reference: DPO's first loss is ln 2, for every kind of dropout."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ SIZES = {
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3, "init_std": 0.3,
 }  # fmt: skip
-# Decoders that people have aligned or might, each with a noise of its own kind; the others of the library are tried by
-# `python tests/training/test_noise.py`.
+# Common decoders, each with its own kind of dropout. `python tests/training/test_dropout.py` tries all of the library.
 COMMON = [
     "biogpt", "bloom", "codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite",
     "llama", "mixtral", "mpt", "olmo", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
@@ -45,7 +44,7 @@ COMMON = [
 
 
 def noisy(model_type: str) -> PreTrainedModel:
-    """A tiny model of an architecture, all its noise at 0.1."""
+    """A tiny model of an architecture with all dropout at 0.1."""
     cls = CONFIG_MAPPING[model_type]
     known = getattr(cls, "__dataclass_fields__", None) or inspect.signature(cls.__init__).parameters
     made = cls(**{name: value for name, value in SIZES.items() if name in known or name in cls.attribute_map})
@@ -81,10 +80,10 @@ def test_a_reference_of_another_model_is_found_at_the_first_step(tmp_path, capfd
         tiny_model("llama"), config(tmp_path, objective=objective, max_steps=1), table, reference_logps=other
     )
     trainer.train()
-    assert "the reference is another model than the one that is trained" in capfd.readouterr().err
+    assert "the reference is another model than the policy" in capfd.readouterr().err
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
     settings = TrainingSettings(max_steps=1, batch_size=6)
-    with pytest.raises(UserError, match="before any training, the log-probability of a response is off by"):
+    with pytest.raises(UserError, match="before training, the policy's log-probability of a response differs by"):
         train_model(
             str(tmp_path / "m"), table, tmp_path / "out", settings, reference_logps=other, device="cpu",
             objective=objective,
@@ -113,7 +112,7 @@ def test_the_dropout_of_an_adapter_stays(tmp_path):
 
 
 def test_a_reference_read_in_another_type_is_read_again(tmp_path):
-    """Adapters on bfloat16 weights, trained without autocast: float32 log-probabilities are not those of the start."""
+    """Adapters on bfloat16 weights, trained without autocast: stored float32 log-probabilities do not fit."""
     table = some_pairs(6)
     stored = dataset_logps(tiny_model("llama"), table)
     model = new_adapter(tiny_model("llama", torch.bfloat16), LoraSettings(r=4))
@@ -124,7 +123,7 @@ def test_a_reference_read_in_another_type_is_read_again(tmp_path):
 
 
 def test_the_dropout_of_any_adapter_is_the_users(tmp_path):
-    """Seen in training, as its weights are not zero, and no reason to refuse the model."""
+    """The adapter's weights are not zero, so its dropout changes the output; the model is accepted all the same."""
     adapter = peft.VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], vera_dropout=0.5, d_initial=2.0)
     model = peft.get_peft_model(tiny_model("llama"), adapter)
     with torch.no_grad():

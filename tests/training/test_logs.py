@@ -1,4 +1,4 @@
-"""What reporters write into files stays: through checkpoints, restarts, the end of a training and the next one."""
+"""The files of reporters survive checkpoints, restarts, the end of a training and the next training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
-# The reporters themselves are not installed with the tests; these write files where theirs would be, and what is tested
-# is Transformers' use of them and what becomes of the files.
+# Stand-ins for the reporters, which are not installed with the tests. They write files at the same places, so the tests
+# cover how Transformers uses reporters and where the files end up.
 WRITERS = {
     "tensorboardX": """
 import os
@@ -88,7 +88,7 @@ run = ["run", "recipe.yaml"]
 assert main(run) == 0
 results["run"] = steps("run")
 for path in Path("run").rglob("events*"):
-    path.write_text(path.read_text() + "99\\n")  # another reader or writer of logs changes no model
+    path.write_text(path.read_text() + "99\\n")  # changed logs do not change the model
 assert main(run) == 0
 assert main(["compare", "grid.yaml"]) == 0
 results["compare"] = steps("compared")
@@ -98,7 +98,7 @@ print("RESULTS " + json.dumps(results))
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> tuple[dict, str]:
-    """What was found after each command, and what was said."""
+    """The files found after each command, and the log."""
     folder = tmp_path_factory.mktemp("logs")
     tiny_model("llama").save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
@@ -148,7 +148,7 @@ def test_events_of_a_model_that_is_replaced_stay(done):
 
 def test_files_that_other_reporters_write_beside_the_checkpoints_stay_too(done):
     counts = [done[0][name]["emissions"] for name in ("interrupted", "continued", "given again", "trained anew")]
-    assert counts == [1, 1, 1, 2]  # the second attempt found the first one's file, and added to it
+    assert counts == [1, 1, 1, 2]  # the second attempt appended to the file of the first
 
 
 def test_a_folder_of_the_users_own_is_used(done):
@@ -162,7 +162,7 @@ def test_a_run_and_a_comparison_keep_those_of_each_training(done):
         assert [steps for name, steps in results["run"]["events"].items() if name.startswith(f"{model}/logs/")]
     names = [name.split("/")[0] for name in results["compare"]["events"]]
     assert sorted(names) == ["runs", "shared"]
-    # Logs are no part of a model: with theirs altered, nothing was done again.
+    # Logs are not part of a model: after they changed, no stage ran again.
     assert said.count("[oracle] unchanged, reused") == 1
     assert said.count("[train] unchanged, reused") == 1
 

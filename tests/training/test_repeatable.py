@@ -1,4 +1,4 @@
-"""One seed, one result, to the byte: whole models and adapters, undisturbed or stopped and continued."""
+"""A seed determines the result to the byte, for full models and adapters, uninterrupted or resumed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_run_shorter_than_its_logging_has_a_loss_all_the_same(tmp_path):
 
 
 def test_a_finished_training_gives_its_memory_back(tmp_path, monkeypatch):
-    """With the cyclic collector off: nobody waits for it to come by."""
+    """Without waiting for the cyclic garbage collector, which is off here."""
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
     models = []
 
@@ -101,7 +101,7 @@ def test_a_finished_training_gives_its_memory_back(tmp_path, monkeypatch):
 
 
 def test_a_run_of_one_step_takes_it(tmp_path):
-    """Warm-up, a share of the steps rounded up, would leave the only one a learning rate of 0."""
+    """Warm-up, a share of the steps rounded up, would give the only step a learning rate of 0."""
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
     settings = TrainingSettings(batch_size=14, learning_rate=1e-2, save_minutes=0)
     train_model(str(tmp_path / "m"), some_pairs(14), tmp_path / "out", settings, device="cpu", objective="dpo")
@@ -111,7 +111,7 @@ def test_a_run_of_one_step_takes_it(tmp_path):
 
 @pytest.mark.parametrize(("minutes", "written"), [(10.0, 0), (1e-9, 3)])
 def test_the_last_step_writes_no_checkpoint_beside_the_model(tmp_path, monkeypatch, minutes, written):
-    """It would be three times as large as the model that is saved right after it."""
+    """The checkpoint would be three times as large as the model, which is saved right after it."""
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
     saved = []
     save = PreferenceTrainer._save_checkpoint

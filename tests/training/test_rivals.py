@@ -1,7 +1,7 @@
-"""Every objective against its published formula written out token by token, and against TRL where TRL has it."""
+"""Every objective agrees with its published formula, written out token by token, and with TRL if TRL has it."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def log_sigmoid(x):
 
 
 def responses(model, reference, pair):
-    """Per side: log-probabilities, reference log-probabilities, forward and reverse KL of each token, and weights."""
+    """For each side: rows of (logp, reference logp, forward KL, reverse KL), one per token; and the token weights."""
     for side in (CHOSEN, REJECTED):
         ids, positions, weights = pair.side(side)
         tokens = torch.tensor([[*pair.prompt_ids, *ids]])
@@ -56,81 +56,130 @@ def responses(model, reference, pair):
         yield rows, [weight_of.get(t, 0.0) for t in range(len(ids))]
 
 
-def published_loss(
-    objective, model, reference, pair, alpha=None, smoothing=0.0, beta=0.3, gamma=1.7, margin=0.4, rate=0.4
-):
-    (chosen, w), (rejected, v) = responses(model, reference, pair)
-    mean = lambda rows: sum(row[0] for row in rows) / len(rows)  # noqa: E731
-    total = lambda rows: sum(row[0] for row in rows)  # noqa: E731
-    ratio = lambda rows: sum(row[0] - row[1] for row in rows)  # noqa: E731
-    smooth = lambda x: -(1 - smoothing) * log_sigmoid(x) - smoothing * log_sigmoid(-x)  # noqa: E731
+def published_loss(objective, model, reference, pair, alpha=None, smoothing=0.0):
+    (chosen, chosen_weights), (rejected, rejected_weights) = responses(model, reference, pair)
     alpha = OBJECTIVES[objective].alpha if alpha is None else alpha
-    if objective == "sepo":
-        up = sum(a * row[0] for a, row in zip(w, chosen, strict=True)) / sum(w)
-        down = sum(a * row[0] for a, row in zip(v, rejected, strict=True)) / sum(v)
-        return smooth(gamma * up - gamma * down - margin)
-    if objective == "simpo":
-        return smooth(gamma * mean(chosen) - gamma * mean(rejected) - margin)
-    if objective == "confpo":
+    formulas = Formulas(chosen, rejected, chosen_weights, rejected_weights, alpha, smoothing, **SETTINGS)
+    return getattr(formulas, objective)()
+
+
+def total(rows):
+    return sum(row[0] for row in rows)
+
+
+def mean(rows):
+    return total(rows) / len(rows)
+
+
+def log_ratio(rows):
+    return sum(row[0] - row[1] for row in rows)
+
+
+@dataclass
+class Formulas:
+    """The published losses of one pair; rows are those of `responses`."""
+
+    chosen: list
+    rejected: list
+    chosen_weights: list[float]
+    rejected_weights: list[float]
+    alpha: float | None
+    smoothing: float
+    beta: float
+    gamma: float
+    margin: float
+
+    @property
+    def weighted(self):
+        sides = (self.chosen_weights, self.chosen), (self.rejected_weights, self.rejected)
+        return [list(zip(weights, rows, strict=True)) for weights, rows in sides]
+
+    def smooth(self, x):
+        return -(1 - self.smoothing) * log_sigmoid(x) - self.smoothing * log_sigmoid(-x)
+
+    def sepo(self):
+        chosen, rejected = (sum(w * row[0] for w, row in side) for side in self.weighted)
+        difference = self.gamma * chosen / sum(self.chosen_weights) - self.gamma * rejected / sum(self.rejected_weights)
+        return self.smooth(difference - self.margin)
+
+    def simpo(self):
+        return self.smooth(self.gamma * mean(self.chosen) - self.gamma * mean(self.rejected) - self.margin)
+
+    def confpo(self):
         means = []
-        for rows in (chosen, rejected):
+        for rows in (self.chosen, self.rejected):
             threshold = sum(row[0].exp().item() for row in rows) / len(rows)
             below = [row for row in rows if row[0].exp().item() < threshold - 1e-12]
             if not below:
                 return 0 * total(rows)
             means.append(mean(below))
-        return smooth(gamma * means[0] - gamma * means[1] - margin)
-    if objective == "dpo":
-        return smooth(beta * (ratio(chosen) - ratio(rejected)))
-    if objective == "ipo":
-        return (ratio(chosen) / len(chosen) - ratio(rejected) / len(rejected) - 1 / (2 * beta)) ** 2
-    if objective == "cpo":
-        return smooth(beta * (total(chosen) - total(rejected))) - alpha * mean(chosen)
-    if objective == "orpo":
-        p, q = mean(chosen).exp(), mean(rejected).exp()
-        return -p.log() - alpha * log_sigmoid(((p / (1 - p)) / (q / (1 - q))).log())
-    if objective == "rrhf":
-        return max(0 * mean(chosen), mean(rejected) - mean(chosen)) - alpha * mean(chosen)
-    if objective in ("tdpo1", "tdpo2"):
-        kl_w, kl_l = (sum(row[2] for row in rows) for rows in (chosen, rejected))
-        u = beta * (ratio(chosen) - ratio(rejected))
-        if objective == "tdpo1":
-            return -log_sigmoid(u - beta * (kl_l - kl_w))
-        return -log_sigmoid(u - alpha * beta * (kl_l - kl_w.detach()))
-    if objective == "tgdpo":
-        scaled = lambda rows, rewards, sign: sum(  # noqa: E731
-            beta * (1 + sign * alpha * beta * s) * (row[0] - row[1]) for row, s in zip(rows, rewards, strict=True)
+        return self.smooth(self.gamma * means[0] - self.gamma * means[1] - self.margin)
+
+    def dpo(self):
+        return self.smooth(self.beta * (log_ratio(self.chosen) - log_ratio(self.rejected)))
+
+    def ipo(self):
+        chosen, rejected = (log_ratio(rows) / len(rows) for rows in (self.chosen, self.rejected))
+        return (chosen - rejected - 1 / (2 * self.beta)) ** 2
+
+    def cpo(self):
+        contrast = self.smooth(self.beta * (total(self.chosen) - total(self.rejected)))
+        return contrast - self.alpha * mean(self.chosen)
+
+    def orpo(self):
+        p, q = mean(self.chosen).exp(), mean(self.rejected).exp()
+        return -p.log() - self.alpha * log_sigmoid(((p / (1 - p)) / (q / (1 - q))).log())
+
+    def rrhf(self):
+        chosen, rejected = mean(self.chosen), mean(self.rejected)
+        return max(0 * chosen, rejected - chosen) - self.alpha * chosen
+
+    def tdpo1(self):
+        kl_w, kl_l = (sum(row[2] for row in rows) for rows in (self.chosen, self.rejected))
+        return -log_sigmoid(self.beta * (log_ratio(self.chosen) - log_ratio(self.rejected) - (kl_l - kl_w)))
+
+    def tdpo2(self):
+        kl_w, kl_l = (sum(row[2] for row in rows) for rows in (self.chosen, self.rejected))
+        u = self.beta * (log_ratio(self.chosen) - log_ratio(self.rejected))
+        return -log_sigmoid(u - self.alpha * self.beta * (kl_l - kl_w.detach()))
+
+    def tis_dpo(self):
+        u = [sum(w * (row[0] - row[1]) for w, row in side) for side in self.weighted]
+        eta = [sum(w * row[3] for w, row in side) for side in self.weighted]
+        return -log_sigmoid(self.beta * (u[0] - u[1]) - self.alpha * self.beta * (eta[0] - eta[1]))
+
+    def tgdpo(self):
+        chosen, rejected = (
+            sum(self.beta * (1 + sign * self.alpha * self.beta * s) * (row[0] - row[1]) for s, row in side)
+            for sign, side in zip((1, -1), self.weighted, strict=True)
         )
-        return -log_sigmoid(scaled(chosen, w, 1) - scaled(rejected, v, -1))
-    if objective == "wspo":
-        gaps = [beta * (row[0] - row[1]) - s for row, s in zip(chosen, w, strict=True)]
-        return sum(gap**2 for gap in gaps) / len(gaps)
-    if objective == "selective_dpo":
+        return -log_sigmoid(chosen - rejected)
+
+    def wspo(self):
+        errors = [self.beta * (row[0] - row[1]) - s for s, row in self.weighted[0]]
+        return sum(error**2 for error in errors) / len(errors)
+
+    def selective_dpo(self):
         sums = []
-        for rows, sign in ((chosen, 1), (rejected, -1)):
+        for rows, sign in ((self.chosen, 1), (self.rejected, -1)):
             gaps = [sign * (row[1] - row[0]).item() for row in rows]
             threshold = sorted(gaps, reverse=True)[max(1, int(0.4 * len(gaps) + 1e-9)) - 1]
-            sums.append(sum(row[0] - row[1] for row, gap in zip(rows, gaps, strict=True) if gap >= threshold))
-        return smooth(beta * (sums[0] - sums[1]))
-    if objective == "tbpo":  # by the power alpha of its generator, whose limit at 0 is the default
+            sums.append(log_ratio([row for row, gap in zip(rows, gaps, strict=True) if gap >= threshold]))
+        return self.smooth(self.beta * (sums[0] - sums[1]))
+
+    def tbpo(self):
         terms = []
-        for one, other in zip(chosen, rejected, strict=False):
-            z = beta * ((other[0] - other[1] + other[2]) - (one[0] - one[1] + one[2]))
-            for share, value in ((1 - smoothing, z), (smoothing, -z)):
+        for chosen, rejected in zip(self.chosen, self.rejected, strict=False):
+            z = self.beta * ((rejected[0] - rejected[1] + rejected[2]) - (chosen[0] - chosen[1] + chosen[2]))
+            for share, value in ((1 - self.smoothing, z), (self.smoothing, -z)):
                 ratio = value.exp()
-                rest = (1 - ratio**-alpha) / alpha if alpha else ratio.log()
-                terms.append(share * (ratio ** (1 + alpha) / (1 + alpha) + rest) / 4)
-        return sum(terms) / min(len(chosen), len(rejected))
-    assert objective == "tis_dpo"
-    u = sum(a * (row[0] - row[1]) for a, row in zip(w, chosen, strict=True))
-    u = u - sum(a * (row[0] - row[1]) for a, row in zip(v, rejected, strict=True))
-    eta = sum(a * row[3] for a, row in zip(w, chosen, strict=True))
-    eta = eta - sum(a * row[3] for a, row in zip(v, rejected, strict=True))
-    return -log_sigmoid(beta * u - alpha * beta * eta)
+                rest = (1 - ratio**-self.alpha) / self.alpha if self.alpha else ratio.log()
+                terms.append(share * (ratio ** (1 + self.alpha) / (1 + self.alpha) + rest) / 4)
+        return sum(terms) / min(len(self.chosen), len(self.rejected))
 
 
 def with_rewards(pairs):
-    """The same pairs with a reward of every token, which a selection of credit "reward" has as weights."""
+    """The same pairs with a reward of every token as its weight, as in a selection with credit "reward"."""
     rng = np.random.default_rng(3)
     responses = {}
 
@@ -176,7 +225,7 @@ CASES = [(name, None, 0.0) for name in OBJECTIVES] + [
 
 @pytest.mark.parametrize(("objective", "alpha", "smoothing"), CASES)
 def test_a_training_step_is_the_published_formula_written_out(objective, alpha, smoothing):
-    """Loss and gradient over one-token responses, equal responses, shared prompts, some tokens, uneven weights."""
+    """Loss and gradient, with one-token and equal responses, shared prompts, few targets and uneven weights."""
     pairs = with_rewards(awkward_pairs()) if OBJECTIVES[objective].reads_token_rewards else awkward_pairs()
     check_a_step(pairs, objective, alpha, smoothing)
 
@@ -282,7 +331,7 @@ def test_confpo_marks_tokens_below_the_mean_probability_of_their_own_response():
     logps = torch.log(torch.tensor([0.9, 0.1, 0.5, 0.2, 0.3, 0.3, 0.3, 0.7]))
     segments = torch.tensor([0, 0, 0, 1, 2, 2, 2, 4])
     marks = below_mean_probability(logps, segments, 5)
-    # One token, and equal tokens, are not below their own mean.
+    # A single token, or equal ones, are not below their mean.
     assert marks.tolist() == [False, True, False, False, False, False, False, False]
 
 
@@ -291,7 +340,7 @@ def test_selective_dpo_marks_where_the_policy_lags_the_reference_and_keeps_equal
     logps = torch.tensor([-3.0, 1.0, -1.0, -2.0, 5.0, 4.0, -1.0, 0.0, 0.0])
     segments = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
     marks = selective_marks(logps, reference, segments, 4, rate=0.5)
-    # Two of four that it believes in too little, one of three that it believes in too much; equals are all kept.
+    # Two of four tokens with the lowest log-ratio, one of three with the highest; equal ones are all kept.
     assert marks.tolist() == [True, False, False, True, True, False, False, True, True]
 
 
@@ -424,7 +473,7 @@ def test_ipo_step_agrees_with_trl(tmp_path):
 def test_simpo_with_margin_and_cpo_steps_agree_with_trl(tmp_path, theirs, ours):
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    # TRL averages CPO's likelihood term over the tokens of a batch, we over each response's: equal for one pair.
+    # TRL averages CPO's likelihood term over the tokens of a batch, we average over each response: equal for one pair.
     number = 1 if ours["objective"] == "cpo" else 4
     config = CPOConfig(
         str(tmp_path), max_length=256, per_device_train_batch_size=number, report_to="none", use_cpu=True, bf16=False,

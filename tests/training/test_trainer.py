@@ -1,4 +1,4 @@
-"""The trainer over packed pairs: exact means, real learning, checkpoints, and bad numbers."""
+"""The trainer over packed pairs: exact means, learning, checkpoints, and losses that are not finite."""
 
 import datasets
 import numpy as np

@@ -1,7 +1,7 @@
-"""A policy writes in the middle of its training what a copy of it writes afterwards.
+"""A policy generates the same responses during its training as a copy of it does afterwards.
 
-A trainer changes the forward that generation calls (packed batches, autocast), and generation reads that forward's
-signature. Prompts of several lengths, since what goes wrong is where the padding counts.
+The trainer changes the forward that generation calls (packed batches, autocast), and generation reads the signature of
+that forward. The prompts have several lengths, since errors appear with padding.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from sepo.recipe.settings import LoraSettings
 from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
-START = [1, *range(20, 32)]  # long enough to be read once for all
+START = [1, *range(20, 32)]  # long enough that generation reads it once for all prompts
 PROMPTS = {
     "common start": [[*START, 40], [*START, 41, 42, 43, 44, 45, 46], [*START, 47, 48]],
     "apart": [[5], [9, 8, 7, 6, 5, 4]],
@@ -23,8 +23,8 @@ PROMPTS = {
 
 
 def write(model, prompts):
-    found = generate_responses(model, tiny_tokenizer(), prompts, max_new_tokens=5, temperature=0, progress=False)
-    return [list(one.response_ids) for one in found], torch.tensor([sum(one.logps) for one in found])
+    responses = generate_responses(model, tiny_tokenizer(), prompts, max_new_tokens=5, temperature=0, progress=False)
+    return [list(row.response_ids) for row in responses], torch.tensor([sum(row.logps) for row in responses])
 
 
 class Writes(TrainerCallback):

@@ -151,9 +151,9 @@ def read_rules(file: Path | None, k: float) -> dict[str, dict[str, Any]]:
             raise UserError(
                 f"{file}: rule '{name}' is {settings!r}, expected settings of select, such as {{k_chosen: 0.3}}"
             )
-        select = parse_recipe({"select": settings}, f"{file}, rule '{name}'").select.model_dump()
-        check_rule(**select)
-        rules[str(name)] = select
+        select = parse_recipe({"select": settings}, f"{file}, rule '{name}'").select
+        check_rule(select)
+        rules[str(name)] = select.model_dump()
     return rules
 
 

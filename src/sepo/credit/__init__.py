@@ -1,1 +1,1 @@
-"""Credit: the reward of every token, and the key tokens among them."""
+"""Credit: the reward of every token, and the selection of key tokens."""

@@ -1,15 +1,15 @@
-"""The same responses as two tokenizers cut them: where the cuts of both lie on one axis.
+"""Token boundaries of the same responses under two tokenizers, mapped to one axis.
 
-The axis of a response is its text in bytes, and one unit more for the token that ends it. Most often both tokenizers
-write the same bytes, and a cut lies where it lies. Where they do not, the first of these forms in which the two texts
-agree gives the axis, and a cut inside something that a form changes is put in proportion:
+The axis of a response is its text in bytes, plus one unit for the token that ends it. Usually both tokenizers give the
+same bytes, and a boundary is a byte position. Otherwise the first of these forms in which both texts agree is the axis.
+A boundary inside text that a form changes is interpolated.
 
-    same        the bytes as they are
-    ends        without white space at both ends: a template trims it, a "▁" stands before the first word
-    normal      as NFKC writes it, and "▁" as the space it stands for: Qwen normalises (NFC), T5 and XLM-R do (NFKC)
-    letters     as NFKD in lower case without accents and white space: WordPiece, or a "▁" put inside
+    same        the bytes unchanged
+    ends        without white space at both ends: templates trim it, and a "▁" may precede the first word
+    normal      NFKC, with "▁" as a space: Qwen normalises (NFC), T5 and XLM-R (NFKC)
+    letters     NFKD in lower case without accents and white space: WordPiece, or an inserted "▁"
 
-A response that is not ended was cut to a length: the shorter text must be how the longer one begins. Texts that
+A response without an end token was truncated: the shorter text must be the beginning of the longer one. Texts that
 agree in no form are different texts.
 """
 
@@ -26,17 +26,17 @@ from sepo.data.vocabulary import TokenBytes
 
 FORMS = ("same", "ends", "normal", "letters")
 DIFFERENT, UNREADABLE = -1, -2
-_END = 0xFF  # for the token that ends a response; no UTF-8 text holds this byte
+_END = 0xFF  # marks the token that ends a response; UTF-8 never has this byte
 
 
 class Texts(NamedTuple):
-    """Responses as tokens of bytes, one after the other.
+    """The bytes of all responses, concatenated.
 
     Attributes:
         data: `[bytes]` uint8; the token that ends a response is one byte 0xFF.
-        tokens: `[tokens]`, the number of bytes of each.
-        lengths: `[responses]`, the number of tokens of each.
-        readable: `[responses]`, whether all of its tokens stand for known bytes.
+        tokens: `[tokens]`, number of bytes of each token.
+        lengths: `[responses]`, number of tokens of each response.
+        readable: `[responses]`, whether all tokens have known bytes.
     """
 
     data: np.ndarray
@@ -46,14 +46,14 @@ class Texts(NamedTuple):
 
 
 class Alignment(NamedTuple):
-    """The cuts of tokenizers A and B on the common axis of each response.
+    """Token boundaries of tokenizers A and B on the common axis of each response.
 
     Attributes:
-        form: `[responses]`, the number of the form of `FORMS` in which the texts agree, `DIFFERENT` or `UNREADABLE`
-            (a token stands for no bytes); what the others say of such a response means nothing.
-        ends_a: `[tokens of A]` float64, where each token ends, from 0 at the start of the own response.
+        form: `[responses]`, index in `FORMS` of the form in which the texts agree, `DIFFERENT`, or `UNREADABLE` (a
+            token has no known bytes). The other attributes are meaningless for `DIFFERENT` and `UNREADABLE`.
+        ends_a: `[tokens of A]` float64, the end of each token; the response starts at 0.
         ends_b: `[tokens of B]` float64.
-        scored: `[responses]`, the number of tokens of B, from the first, that lie within what A has tokens for.
+        scored: `[responses]`, number of first tokens of B within the text that A's tokens cover.
     """
 
     form: np.ndarray
@@ -63,13 +63,13 @@ class Alignment(NamedTuple):
 
 
 def response_texts(ids: np.ndarray, lengths: np.ndarray, read: TokenBytes, end_ids: list[int]) -> Texts:
-    """Responses as bytes.
+    """The bytes of responses.
 
     Args:
-        ids: `[tokens]`, all responses one after the other.
-        lengths: `[responses]`, tokens of each.
-        read: of the tokenizer.
-        end_ids: tokens that end a response, where they stand last.
+        ids: `[tokens]`, all responses concatenated.
+        lengths: `[responses]`, tokens of each response.
+        read: maps ids of the tokenizer to bytes.
+        end_ids: ids that end a response if they are last.
     """
     data, counts = read(ids)
     known = read.known(ids)
@@ -86,19 +86,19 @@ def response_texts(ids: np.ndarray, lengths: np.ndarray, read: TokenBytes, end_i
 
 
 def align(a: Texts, b: Texts) -> Alignment:
-    """Put the cuts of the same responses under two tokenizers on one axis."""
-    ends_a, sizes_a = _own_ends(a)
-    ends_b, sizes_b = _own_ends(b)
+    """Map the token boundaries of the same responses under two tokenizers to one axis."""
+    ends_a, sizes_a = _byte_ends(a)
+    ends_b, sizes_b = _byte_ends(b)
     form = np.where(a.readable & b.readable, DIFFERENT, UNREADABLE)
-    form[(form == DIFFERENT) & _same_bytes(a.data, sizes_a, b.data, sizes_b)] = FORMS.index("same")
+    form[(form == DIFFERENT) & equal_segments(a.data, sizes_a, b.data, sizes_b)] = FORMS.index("same")
     starts = [np.cumsum(counts) - counts for counts in (sizes_a, a.lengths, sizes_b, b.lengths)]
     for row in np.flatnonzero(form == DIFFERENT):
         byte_a, token_a, byte_b, token_b = (int(start[row]) for start in starts)
-        one = a.data[byte_a : byte_a + sizes_a[row]].tobytes()
-        other = b.data[byte_b : byte_b + sizes_b[row]].tobytes()
-        if (found := _first_form(one, other)) is None:
+        text_a = a.data[byte_a : byte_a + sizes_a[row]].tobytes()
+        text_b = b.data[byte_b : byte_b + sizes_b[row]].tobytes()
+        if (agreement := _first_form(text_a, text_b)) is None:
             continue
-        form[row], map_a, map_b = found
+        form[row], map_a, map_b = agreement
         for ends, start, count, place in (
             (ends_a, token_a, a.lengths[row], map_a), (ends_b, token_b, b.lengths[row], map_b),
         ):  # fmt: skip
@@ -107,59 +107,59 @@ def align(a: Texts, b: Texts) -> Alignment:
     rows = np.repeat(np.arange(len(b.lengths)), b.lengths)
     last = last_of(ends_a, a.lengths)[rows]
     begins = begins_of(ends_b, b.lengths)
-    # A token without room after all that A scored (white space, where the form has none) was not scored either.
+    # A token of no width at the end of A's text (white space that the form removes) was not scored.
     inside = (ends_b <= last) & (begins < last)
     return Alignment(form, ends_a, ends_b, np.bincount(rows[inside], minlength=len(b.lengths)))
 
 
 def last_of(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The last value of each segment `[segments]`; 0 of an empty one."""
+    """The last value of each segment `[segments]`; 0 for an empty segment."""
     last = np.zeros(len(lengths), values.dtype)
     last[lengths > 0] = values[np.cumsum(lengths)[lengths > 0] - 1]
     return last
 
 
 def begins_of(ends: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Where each token begins: where the one before it in its response ends, or at 0: `[tokens]`."""
+    """The beginning of each token: the end of the previous token of its response, or 0: `[tokens]`."""
     begins = np.concatenate([[0.0], ends])[:-1]
     begins[(np.cumsum(lengths) - lengths)[lengths > 0]] = 0.0
     return begins
 
 
-def _own_ends(texts: Texts) -> tuple[np.ndarray, np.ndarray]:
-    """Where each token ends in its own response `[tokens]` float64, and the bytes of each response `[responses]`."""
+def _byte_ends(texts: Texts) -> tuple[np.ndarray, np.ndarray]:
+    """The end of each token in its response `[tokens]` float64, and the bytes of each response `[responses]`."""
     total = np.concatenate([[0], np.cumsum(texts.tokens)])
     last = np.cumsum(texts.lengths)
     before = total[last - texts.lengths]
     return (total[1:] - np.repeat(before, texts.lengths)).astype(np.float64), total[last] - before
 
 
-def _same_bytes(one: np.ndarray, sizes: np.ndarray, other: np.ndarray, other_sizes: np.ndarray) -> np.ndarray:
-    """Which responses have the same bytes `[responses]` bool."""
-    same = sizes == other_sizes
-    rows = np.repeat(np.arange(len(sizes))[same], sizes[same])
-    differ = one[np.repeat(same, sizes)] != other[np.repeat(same, other_sizes)]
-    return same & (np.bincount(rows[differ], minlength=len(sizes)) == 0)
+def equal_segments(a: np.ndarray, lengths_a: np.ndarray, b: np.ndarray, lengths_b: np.ndarray) -> np.ndarray:
+    """Which segments of two flat arrays are equal `[segments]` bool."""
+    same = lengths_a == lengths_b
+    rows = np.repeat(np.arange(len(lengths_a))[same], lengths_a[same])
+    differ = a[np.repeat(same, lengths_a)] != b[np.repeat(same, lengths_b)]
+    return same & (np.bincount(rows[differ], minlength=len(lengths_a)) == 0)
 
 
 class _Form(NamedTuple):
     """A text in one form.
 
     Attributes:
-        text: in bytes.
-        own, axis: knots of the map from places in the bytes as they were to places in `text`, both ascending.
+        text: the bytes in this form.
+        original, axis: knots of the map from positions in the original bytes to positions in `text`, both ascending.
     """
 
     text: bytes
-    own: np.ndarray
+    original: np.ndarray
     axis: np.ndarray
 
 
-def _first_form(one: bytes, other: bytes) -> tuple[int, Callable, Callable] | None:
-    """The first form in which two texts agree, and the maps of the places in each to the axis; None if in none."""
-    bodies = [text.removesuffix(bytes([_END])) for text in (one, other)]
-    ended = [len(body) < len(text) for body, text in zip(bodies, (one, other), strict=True)]
-    for number, form in enumerate((_as_it_is, _without_ends, _normal, _letters)):
+def _first_form(a: bytes, b: bytes) -> tuple[int, Callable, Callable] | None:
+    """The first form in which two texts agree, and the maps from each text to the axis; None if there is none."""
+    bodies = [text.removesuffix(bytes([_END])) for text in (a, b)]
+    ended = [len(body) < len(text) for body, text in zip(bodies, (a, b), strict=True)]
+    for number, form in enumerate((_unchanged, _without_ends, _normal, _letters)):
         x, y = (form(body) for body in bodies)
         if _agree(x.text, ended[0], y.text, ended[1]):
             return number, _map(x, len(bodies[0])), _map(y, len(bodies[1]))
@@ -174,17 +174,17 @@ def _agree(x: bytes, x_ended: bool, y: bytes, y_ended: bool) -> bool:
 
 
 def _map(form: _Form, size: int) -> Callable[[np.ndarray], np.ndarray]:
-    """From places in a text of `size` bytes, and one more for its end, to the axis."""
+    """The map from positions in a text of `size` bytes, plus one for its end, to the axis."""
 
     def place(ends: np.ndarray) -> np.ndarray:
-        return np.where(ends > size, len(form.text) + 1, np.interp(ends, form.own, form.axis))
+        return np.where(ends > size, len(form.text) + 1, np.interp(ends, form.original, form.axis))
 
     return place
 
 
-def _as_it_is(text: bytes) -> _Form:
-    places = np.array([0, len(text)])
-    return _Form(text, places, places)
+def _unchanged(text: bytes) -> _Form:
+    positions = np.array([0, len(text)])
+    return _Form(text, positions, positions)
 
 
 def _without_ends(text: bytes) -> _Form:
@@ -196,7 +196,7 @@ def _without_ends(text: bytes) -> _Form:
 def _normal(text: bytes) -> _Form:
     form = _in_clusters(text, lambda cluster: unicodedata.normalize("NFKC", cluster.replace("▁", " ")))
     kept, start = form.text.strip(), len(form.text) - len(form.text.lstrip())
-    return _Form(kept, form.own, np.clip(form.axis - start, 0, len(kept)))
+    return _Form(kept, form.original, np.clip(form.axis - start, 0, len(kept)))
 
 
 def _letters(text: bytes) -> _Form:
@@ -219,25 +219,25 @@ def _letters_of(cluster: str) -> str:
 
 
 def _in_clusters(text: bytes, change: Callable[[str], str]) -> _Form:
-    """Change a text cluster by cluster: a character with the marks that may be composed with it."""
+    """Change a text cluster by cluster; a cluster is a character with the marks that may compose with it."""
     clusters: list[str] = []
     for character in text.decode("utf-8", "surrogateescape"):
-        if clusters and _goes_on(character):
+        if clusters and _composes(character):
             clusters[-1] += character
         else:
             clusters.append(character)
-    own, parts = [0], []
+    sizes, parts = [0], []
     known: dict[str, bytes] = {}
     for cluster in clusters:
-        own.append(len(cluster.encode("utf-8", "surrogateescape")))
+        sizes.append(len(cluster.encode("utf-8", "surrogateescape")))
         if cluster not in known:
             known[cluster] = change(cluster).encode("utf-8", "surrogateescape")
         parts.append(known[cluster])
-    return _Form(b"".join(parts), np.cumsum(own), np.cumsum([0, *map(len, parts)]))
+    return _Form(b"".join(parts), np.cumsum(sizes), np.cumsum([0, *map(len, parts)]))
 
 
-def _goes_on(character: str) -> bool:
-    """May a character be composed with the one before: a mark, or a vowel or final of Hangul?"""
+def _composes(character: str) -> bool:
+    """May a character compose with the previous one (a mark, or a vowel or final of Hangul)?"""
     if character < "\u0300":
         return False
     return unicodedata.category(character)[0] == "M" or "\u1160" <= character <= "\u11ff"

@@ -1,9 +1,10 @@
-"""Token rewards: how much more the oracle believes in a token than the reference does.
+"""Token rewards: the log-ratio of oracle and reference for each token.
 
     s_i = log pi_oracle(y_i | x, y_<i) - log pi_reference(y_i | x, y_<i)      (arXiv 2408.13518, Theorem 1)
 
 The DPO reward of a token is beta * s_i; beta does not change any ranking and is left out. For an oracle trained with
-DPO the rewards of a response sum to its reward, up to a term of the prompt alone: that sum is what Theorem 1 fixes.
+DPO the token rewards of a response sum to the reward of the response, up to a term that depends on the prompt only.
+Theorem 1 determines this sum.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ def token_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.
     for name, logps in (("oracle", oracle), ("reference", reference)):
         require_table(name, logps, "logps")
         if logps.column("pair_id").to_pylist() != pairs.column("pair_id").to_pylist():
-            raise UserError(f"the {name} log-probabilities are not those of these pairs: score the same data with both")
+            raise UserError(f"the {name} log-probabilities belong to other pairs: score the same data with both models")
     columns: dict[str, object] = {name: pairs.column(name) for name in pairs.column_names}
     for side in SIDES:
         after, lengths = flat(oracle.column(f"{side}_logps"))
         before, before_lengths = flat(reference.column(f"{side}_logps"))
         _, ids_lengths = flat(pairs.column(f"{side}_ids"))
         if not (np.array_equal(lengths, ids_lengths) and np.array_equal(before_lengths, ids_lengths)):
-            raise UserError(f"the {side} log-probabilities are not as long as the responses: score the same data again")
+            raise UserError(f"the {side} log-probabilities and responses differ in length: score the same data again")
         columns[f"{side}_rewards"] = ragged(after - before, lengths)
     provenance = {
-        **{key: value for key, value in provenance_of(pairs).items() if key not in ("format", "version")},
+        **provenance_of(pairs),
         "oracle": provenance_of(oracle).get("model"),
         "reference": provenance_of(reference).get("model"),
     }
@@ -50,29 +51,29 @@ def token_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.
 
 
 def given_rewards(pairs: pa.Table, given: pa.Table, columns: tuple[str, str], missing: bool = False) -> pa.Table:
-    """Rewards (or weights) that were made elsewhere, as a table of kind "scores".
+    """Turn imported rewards or weights into a table of kind "scores".
 
     Args:
         pairs: kind "pairs".
-        given: pair_id, and `columns`, the lists of chosen and rejected responses, a number a token; in any order.
-        missing: pairs that `given` lacks are left out; otherwise they are an error.
+        given: pair_id, and `columns`: lists of chosen and rejected rewards, one number a token. Rows in any order.
+        missing: leave out pairs that `given` lacks, instead of raising an error.
 
     Raises:
-        UserError: a pair is there twice or not at all, or has not a finite number for each of its tokens.
+        UserError: a pair is missing or occurs twice, or lacks a finite number for one of its tokens.
     """
-    wanted, found = pairs.column("pair_id").to_numpy(), given.column("pair_id").to_numpy()
-    if len(np.unique(found)) < len(found):
+    wanted, given_ids = pairs.column("pair_id").to_numpy(), given.column("pair_id").to_numpy()
+    if len(np.unique(given_ids)) < len(given_ids):
         raise UserError("the given rewards hold a pair_id twice: expected one row a pair")
-    known = np.isin(wanted, found)
+    known = np.isin(wanted, given_ids)
     if not known.all() and not missing:
         raise UserError(
             f"the given rewards lack {np.count_nonzero(~known):,} of {len(wanted):,} pairs, the first pair_id "
-            f"{wanted[~known][0]}: expected a row for each (pair_id is the row of the dataset)"
+            f"{wanted[~known][0]}: expected a row for each pair (pair_id is the row of the dataset)"
         )
     pairs = pairs.filter(pa.array(known))
-    order = np.argsort(found, kind="stable")
-    rows = order[np.searchsorted(found, wanted[known], sorter=order)]
-    taken: dict[str, object] = {name: pairs.column(name) for name in pairs.column_names}
+    order = np.argsort(given_ids, kind="stable")
+    rows = order[np.searchsorted(given_ids, wanted[known], sorter=order)]
+    scores: dict[str, object] = {name: pairs.column(name) for name in pairs.column_names}
     for side, name in zip(SIDES, columns, strict=True):
         values, lengths = flat(given.column(name).take(pa.array(rows)).cast(pa.list_(pa.float32())))
         _, tokens = flat(pairs.column(f"{side}_ids"))
@@ -80,20 +81,22 @@ def given_rewards(pairs: pa.Table, given: pa.Table, columns: tuple[str, str], mi
             at = wrong[0]
             raise UserError(
                 f"the given rewards, column '{name}': pair {wanted[known][at]} has {lengths[at]} numbers for a "
-                f"response of {tokens[at]} tokens; expected one a token of the reference's tokenizer (the end included)"
+                f"response of {tokens[at]} tokens; expected one for each token of the reference's tokenizer, the end "
+                "of the response included"
             )
         if not np.isfinite(values).all():
             raise UserError(f"the given rewards, column '{name}', hold numbers that are not finite")
-        taken[f"{side}_rewards"] = ragged(values, lengths)
-    provenance = {key: value for key, value in provenance_of(pairs).items() if key not in ("format", "version")}
-    return make_table("scores", taken, {**provenance, "oracle": None, "reference": None, "given": list(columns)})
+        scores[f"{side}_rewards"] = ragged(values, lengths)
+    return make_table(
+        "scores", scores, {**provenance_of(pairs), "oracle": None, "reference": None, "given": list(columns)}
+    )
 
 
 def require_rewards(tables: Iterable[pa.Table]) -> None:
-    """Raise a UserError if every reward of a dataset is 0: there is nothing to rank tokens by.
+    """Raise a UserError if every reward of a dataset is 0, so that tokens cannot be ranked.
 
     Args:
-        tables: of kind "scores"; without a row there is nothing to complain of.
+        tables: of kind "scores"; tables without rows pass.
     """
     rows = 0
     for table in tables:
@@ -101,7 +104,7 @@ def require_rewards(tables: Iterable[pa.Table]) -> None:
         if any(bool(flat(table.column(f"{side}_rewards"))[0].any()) for side in SIDES):
             return
     if rows:
-        raise UserError("every token reward is 0: oracle and reference compute the same; was the oracle trained?")
+        raise UserError("every token reward is 0: oracle and reference are the same model; was the oracle trained?")
 
 
 def response_sums(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +112,7 @@ def response_sums(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]
 
     Args:
         table: kind "scores" or "logps".
-        column: "rewards" or "logps", the part of the column name after `chosen_` and `rejected_`.
+        column: "rewards" or "logps", the column name without `chosen_` or `rejected_`.
 
     Returns:
         chosen and rejected sums, each `[rows]` float64.
@@ -119,10 +122,10 @@ def response_sums(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def target_sums(table: pa.Table, logps: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Sum log-probabilities over the targets of each response, each times its weight.
+    """Weighted sum of log-probabilities over the target tokens of each response.
 
     Args:
-        table: kind "selection" (its positions and weights are the targets) or "pairs" (every token is one).
+        table: kind "selection" (target tokens are the key tokens) or "pairs" (target tokens are all tokens).
         logps: kind "logps", row for row with `table`.
 
     Returns:
@@ -147,8 +150,8 @@ def combine_scores(tables: Sequence[pa.Table], how: str = "mean") -> pa.Table:
 
     Args:
         tables: kind "scores", the same pairs in the same order.
-        how: "mean", or "min": the pessimistic one, a lower bound of the reward that the most doubtful oracle sets
-            (Theorem 2 has it in expectation for one oracle on part of the data).
+        how: "mean", or "min": the pessimistic minimum, a lower bound of the reward over the oracles (Theorem 2 gives
+            this bound in expectation for one oracle on part of the data).
 
     Raises:
         UserError: the tables do not hold the same pairs, or `how` is neither.
@@ -156,7 +159,7 @@ def combine_scores(tables: Sequence[pa.Table], how: str = "mean") -> pa.Table:
     if how not in ("mean", "min"):
         raise UserError(f"combine is '{how}': expected mean or min")
     if not isinstance(tables, list | tuple) or not tables:
-        raise wrong_type("tables", tables, "a list of score tables, at least one")
+        raise wrong_type("tables", tables, "a list of at least one score table")
     for number, table in enumerate(tables):
         require_table(f"table {number}", table, "scores")
     first = tables[0]
@@ -165,12 +168,11 @@ def combine_scores(tables: Sequence[pa.Table], how: str = "mean") -> pa.Table:
         ids, lengths = flat(first.column(f"{side}_ids"))
         stack = []
         for table in tables:
-            other, other_lengths = flat(table.column(f"{side}_ids"))
-            if not (np.array_equal(other_lengths, lengths) and np.array_equal(other, ids)):
+            table_ids, table_lengths = flat(table.column(f"{side}_ids"))
+            if not (np.array_equal(table_lengths, lengths) and np.array_equal(table_ids, ids)):
                 raise UserError("the score tables do not hold the same pairs: score the same data with each oracle")
             stack.append(flat(table.column(f"{side}_rewards"))[0])
         joined = np.mean(stack, 0) if how == "mean" else np.min(stack, 0)
         columns[f"{side}_rewards"] = ragged(joined.astype(np.float32), lengths)
-    provenance = {key: value for key, value in provenance_of(first).items() if key not in ("format", "version")}
-    provenance |= {"oracle": [provenance_of(table).get("oracle") for table in tables], "combined": how}
-    return make_table("scores", columns, provenance)
+    oracles = [provenance_of(table).get("oracle") for table in tables]
+    return make_table("scores", columns, {**provenance_of(first), "oracle": oracles, "combined": how})

@@ -1,23 +1,23 @@
-"""Token rewards under another tokenizer.
+"""Transfer of token rewards to another tokenizer.
 
-A reward belongs to the bytes of its token. Let a_i be where the tokens of A end in the response, in bytes, and b_j
-where those of B end. With F the line through the points (a_i, r_1 + ... + r_i),
+A reward belongs to the bytes of its token. Let the tokens of A end at bytes a_i of the response, and those of B at b_j.
+With F the piecewise linear function through the points (a_i, r_1 + ... + r_i),
 
     R_j = F(b_j) - F(b_(j-1)) = sum over i of r_i |A_i and B_j| / |A_i|          (allocation "bytes")
 
-so the rewards of a response sum to what they summed to, and so do those of every *group*: the tokens between two
-cuts that A and B have in common. How a group's sum is divided among its tokens of B is a convention:
+This preserves the sum of the rewards over a response, and over every *group*: the tokens between two boundaries that A
+and B share. The allocation of a group's sum to its tokens of B is a convention:
 
-    allocation    a token of B gets                                     of "intell|igent" (1.2 | 0) in "int|elligent"
-    bytes     of each token of A, by the bytes they share           0.6 | 0.6
-    group     an equal part, so that a group is selected as one     0.6 | 0.6
-    first     all, if it is the group's first; else 0               1.2 | 0
+    allocation  reward of a token of B                                  "intell|igent" (1.2 | 0) as "int|elligent"
+    bytes       of each token of A, in proportion to shared bytes       0.6 | 0.6
+    group       an equal part, so that a group is selected together     0.6 | 0.6
+    first       all for the group's first token, 0 for the others       1.2 | 0
 
-Where a group is one token of A and one of B, as most are, all three are the same. Tokens of A without room on the
-axis (`alignment`) add their reward to the next token of the response, or to the last one.
+In a group of one token of A and one of B, the most frequent case, all three are the same. Tokens of A of no width on
+the axis (`alignment`) add their reward to the next token of the response, or to the last one.
 
-What the sum means: the log-ratio of the *canonical* tokenisation under A. Both models of the ratio share it, so
-what other tokenisations of the same text hold of the probability nearly cancels.
+The sum is the log-ratio of the *canonical* tokenisation under A. Both models of the ratio share this tokenisation, so
+the probability of other tokenisations of the same text nearly cancels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
-from sepo.credit.alignment import FORMS, UNREADABLE, Alignment, align, begins_of, last_of, response_texts
+from sepo.credit.alignment import (
+    FORMS,
+    UNREADABLE,
+    Alignment,
+    align,
+    begins_of,
+    equal_segments,
+    last_of,
+    response_texts,
+)
 from sepo.data.ragged import SIDES, flat, ragged
 from sepo.data.tables import make_table, provenance_of, require_table
 from sepo.data.vocabulary import TokenBytes
@@ -37,27 +46,28 @@ from sepo.recipe.settings import Allocation
 
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 DROP_REASONS: dict[str, str] = {
-    "no such pair": "the source, as the other tokenizer and its chat template write it, has no pair of this number",
+    "no such pair": "the other tokenizer and its chat template dropped the row of this pair_id",
     "other text": "the responses under both tokenizers are different texts",
-    "no bytes": "a token of a response stands for no known bytes, such as the unknown token",
-    "nothing scored": "no token of a response lies within what was scored: it was cut off too early",
-    "identical responses": "chosen and rejected are the same under the other tokenizer, as far as they were scored",
+    "no bytes": "a token of a response has no known bytes, such as the unknown token",
+    "nothing scored": "no token of a response lies within the scored text: it was truncated too early",
+    "identical responses": "the scored parts of chosen and rejected are the same under the other tokenizer",
 }
 
 
 @dataclass
 class TransferReport:
-    """What became of the pairs of a table, and how the two tokenizers cut their responses.
+    """Counts of transferred and dropped pairs, and of tokens of both tokenizers.
 
     Attributes:
-        pairs: read.
+        pairs: pairs read.
         dropped: number of dropped pairs by reason (a key of `DROP_REASONS`).
-        forms: responses by the form in which the texts agree (`alignment.FORMS`).
-        cut: responses that go on, under the other tokenizer, beyond what was scored, and are cut there.
-        tokens: response tokens of the other tokenizer, the end of a response included.
-        one_to_one: those of them that are one token of both.
-        groups, bytes: groups, and the bytes in them.
-        mass: sum of |s|; `larger` is in groups of more than one token, `lost` beyond the last token of the other.
+        forms: number of responses by the form in which the texts agree (`alignment.FORMS`).
+        cut: responses that continue beyond the scored text under the other tokenizer and are truncated there.
+        tokens: response tokens of the other tokenizer, including the end of a response.
+        one_to_one: tokens of the other tokenizer that are also one token of the first.
+        groups, bytes: number of groups, and of bytes in them.
+        mass: sum of |s|. `larger`: the part in groups of more than one token. `lost`: the part beyond the last token of
+            the other tokenizer.
     """
 
     pairs: int = 0
@@ -73,13 +83,13 @@ class TransferReport:
     lost: float = 0.0
 
     def __add__(self, other: TransferReport) -> TransferReport:
-        def both(mine: Any, theirs: Any) -> Any:
-            if isinstance(mine, dict):
-                return {key: mine.get(key, 0) + theirs.get(key, 0) for key in dict.fromkeys([*mine, *theirs])}
-            return mine + theirs
+        def added(a: Any, b: Any) -> Any:
+            if isinstance(a, dict):
+                return {key: a.get(key, 0) + b.get(key, 0) for key in dict.fromkeys([*a, *b])}
+            return a + b
 
         return TransferReport(
-            **{item.name: both(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)}
+            **{item.name: added(getattr(self, item.name), getattr(other, item.name)) for item in fields(self)}
         )
 
     @property
@@ -87,29 +97,30 @@ class TransferReport:
         return self.pairs - sum(self.dropped.values())
 
     def reasons(self) -> str:
-        """The drops in one phrase, most frequent first."""
+        """The drops as text, most frequent first."""
         return ", ".join(f"{reason} {n:,}" for reason, n in sorted(self.dropped.items(), key=lambda item: -item[1]))
 
     def summary(self) -> str:
-        """All of it in one line."""
+        """The report in one line."""
         parts = [f"{self.kept:,} of {self.pairs:,} pairs"]
         if self.dropped:
             parts.append(f"dropped: {self.reasons()}")
         if self.tokens:
-            parts.append(f"{self.one_to_one / self.tokens:.1%} of the tokens are one of both tokenizers")
+            parts.append(f"{self.one_to_one / self.tokens:.1%} of the tokens are one token of both tokenizers")
             parts.append(f"{self.bytes / self.groups:.1f} bytes a group")
-        others = ", ".join(f"{name} {n:,}" for name, n in self.forms.items() if n and name != "same")
-        if others:
-            parts.append(f"responses whose texts agree otherwise than byte by byte: {others}")
+        changed = {name: n for name, n in self.forms.items() if n and name != "same"}
+        if changed:
+            by_form = ", ".join(f"{name} {n:,}" for name, n in changed.items())
+            parts.append(f"{sum(changed.values()):,} responses match only after normalising their texts ({by_form})")
         if self.cut:
-            parts.append(f"{self.cut:,} responses cut where the scored ones end")
+            parts.append(f"{self.cut:,} responses truncated to the scored text")
         if self.mass:
-            parts.append(f"{self.larger / self.mass:.1%} of the reward in larger groups")
+            parts.append(f"{self.larger / self.mass:.1%} of the reward in groups of several tokens")
             parts.append(f"{self.lost / self.mass:.1%} lost" if self.lost > 5e-4 * self.mass else "none lost")
         return "; ".join(parts)
 
     def figures(self) -> dict[str, float]:
-        """The same as metrics; a figure that nothing contributes to is NaN."""
+        """The report as metrics; a ratio of an empty total is NaN."""
 
         def share(part: float, whole: float) -> float:
             return part / whole if whole else float("nan")
@@ -125,7 +136,7 @@ class TransferReport:
 
 
 def check_allocation(allocation: str) -> None:
-    """Raise a UserError for an allocation that is not known."""
+    """Raise a UserError for an unknown allocation."""
     if allocation not in ALLOCATIONS:
         raise UserError(
             f"allocation is '{allocation}'{nearest(str(allocation), ALLOCATIONS)}: expected one of "
@@ -135,16 +146,16 @@ def check_allocation(allocation: str) -> None:
 
 @dataclass(frozen=True)
 class Cuts:
-    """The cuts of all responses one after the other, and the groups between those that both tokenizers have.
+    """The token boundaries of all responses, concatenated, and the groups between shared boundaries.
 
-    Tokens without room are in none. Where B's tokens of a response end before A's do, B has a `filler` for the rest.
+    Tokens of no width belong to no group. If B's tokens of a response end before A's, B gets a `filler` for the rest.
 
     Attributes:
-        tokens_a, tokens_b: which tokens have room `[their number]` indices.
-        ends_a, ends_b: where they end, ascending; `ends_b` with the fillers.
+        tokens_a, tokens_b: indices of the tokens with a width.
+        ends_a, ends_b: ends of these tokens, ascending; `ends_b` includes the fillers.
         filler: `[ends_b]` bool.
-        common: the cuts of both, where a group ends each.
-        group_a, group_b: the group of each of `ends_a` and `ends_b`, from 0.
+        common: boundaries of both tokenizers; each ends a group.
+        group_a, group_b: group of each of `ends_a` and `ends_b`, from 0.
     """
 
     tokens_a: np.ndarray
@@ -162,12 +173,11 @@ class Cuts:
 
 
 def join_cuts(ends_a: np.ndarray, lengths_a: np.ndarray, ends_b: np.ndarray, lengths_b: np.ndarray) -> Cuts:
-    """Join the cuts of many responses.
+    """Concatenate the token boundaries of many responses, and group them.
 
     Args:
-        ends_a, ends_b: where each token ends in its own response `[tokens]`, from 0 and not descending; those of B
-            end within those of A.
-        lengths_a, lengths_b: `[responses]`, tokens of each.
+        ends_a, ends_b: end of each token in its response `[tokens]`, from 0, not descending; B's tokens end within A's.
+        lengths_a, lengths_b: tokens of each response `[responses]`.
     """
     sizes = last_of(ends_a, lengths_a)
     base = np.cumsum(sizes) - sizes
@@ -188,24 +198,24 @@ def join_cuts(ends_a: np.ndarray, lengths_a: np.ndarray, ends_b: np.ndarray, len
     return Cuts(tokens_a, tokens_b, all_a, all_b, filler, common, group_a, group_b)
 
 
-def _sorted(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Two ascending arrays as one, in linear time."""
-    return np.sort(np.concatenate([one, other]), kind="stable")
+def _sorted(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Merge two ascending arrays in linear time."""
+    return np.sort(np.concatenate([a, b]), kind="stable")
 
 
 def allocate_rewards(
     rewards: np.ndarray, lengths: np.ndarray, cuts: Cuts, tokens: int, allocation: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Allocation the rewards of A's tokens over B's (see the module's text).
+    """Allocate the rewards of A's tokens to B's tokens (see the module's text).
 
     Args:
         rewards: `[tokens of A]`.
-        lengths: `[responses]`, tokens of A in each; at least one of each has room.
-        cuts: of these responses.
+        lengths: tokens of A in each response `[responses]`; each response has a token with a width.
+        cuts: the boundaries of these responses.
         tokens: number of B's tokens.
 
     Returns:
-        rewards `[tokens]` float64, and those that fell to fillers `[fillers]` float64: beyond B's last token.
+        rewards `[tokens]` float64, and the rewards of the fillers `[fillers]` float64, beyond B's last token.
     """
     values = _forwarded(rewards.astype(np.float64), lengths, cuts.tokens_a)
     if allocation == "bytes":
@@ -226,9 +236,9 @@ def allocate_rewards(
 
 
 def _forwarded(values: np.ndarray, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Rewards of the tokens `kept`, each with those of the tokens before it in its response that are not kept.
+    """Add the values of tokens that are not `kept` to the next kept token of their response.
 
-    What has none after it in its response goes to the last one before.
+    Without a next kept token they are added to the last one before.
     """
     if len(kept) == len(values):
         return values
@@ -241,18 +251,18 @@ def _forwarded(values: np.ndarray, lengths: np.ndarray, kept: np.ndarray) -> np.
 def carry(
     source: pa.Table, target: pa.Table, read_a: TokenBytes, read_b: TokenBytes, allocation: str = "bytes"
 ) -> tuple[pa.Table, TransferReport]:
-    """Carry pairs, or their token rewards, over to another tokenizer.
+    """Transfer pairs, or their token rewards, to another tokenizer.
 
     Args:
         source: kind "pairs" or "scores", under tokenizer A.
-        target: kind "pairs", the same source rows under tokenizer B (and its chat template), in any order; more
-            pairs than `source` has do no harm.
-        read_a, read_b: of the two tokenizers.
+        target: kind "pairs", the same dataset under tokenizer B (and its chat template), in any order. Additional pairs
+            are ignored.
+        read_a, read_b: map ids of the two tokenizers to bytes.
         allocation: one of `ALLOCATIONS`.
 
     Returns:
-        a table of the kind of `source` with the ids of `target`, in `source`'s order, and what became of the pairs.
-        Responses are cut where those of `source` end; a pair that cannot be carried over is dropped and counted.
+        a table of the kind of `source` with the ids of `target`, in the order of `source`, and a report. Responses are
+        truncated where those of `source` end; pairs that cannot be transferred are dropped and counted.
 
     Raises:
         UserError: a table is of another kind, or holds ids that its tokenizer does not have.
@@ -261,22 +271,47 @@ def carry(
     check_allocation(allocation)
     with_rewards = "chosen_rewards" in source.column_names
     report = TransferReport(pairs=len(source))
-
-    def keep(good: np.ndarray, reason: str, *tables: pa.Table) -> list[pa.Table]:
-        if number := int((~good).sum()):
-            report.dropped[reason] = report.dropped.get(reason, 0) + number
-        return [table.filter(pa.array(good)) for table in tables]
-
-    wanted, there = source.column("pair_id").to_numpy(), target.column("pair_id").to_numpy()
-    order = np.argsort(there, kind="stable")
-    at = np.searchsorted(there, wanted, sorter=order)
-    found = at < len(there)
-    found[found] = there[order[at[found]]] == wanted[found]
-    (source,) = keep(found, "no such pair", source)
-    target = target.take(pa.array(order[at[found]], type=pa.int64()))
+    source, target = _matched(source, target, report)
     aligned = {side: _aligned(source, target, side, read_a, read_b) for side in SIDES}
+    good = _transferable(aligned, report)
+    columns: dict[str, Any] = {"pair_id": source.column("pair_id"), "prompt_ids": target.column("prompt_ids")}
+    for side in SIDES:
+        ids, lengths = flat(target.column(f"{side}_ids"))
+        kept = np.where(good, aligned[side].scored, lengths)
+        columns[f"{side}_ids"] = ragged(ids[_first(lengths, kept)], kept)
+    same = good & equal_segments(*flat(columns["chosen_ids"]), *flat(columns["rejected_ids"]))
+    if same.any():
+        report.dropped["identical responses"] = int(same.sum())
+        good &= ~same
+    for side in SIDES:
+        rewards = flat(source.column(f"{side}_rewards"))[0] if with_rewards else None
+        moved = _carry_side(aligned[side], source, target, side, good, rewards, allocation, report)
+        if with_rewards:
+            columns[f"{side}_rewards"] = moved
+    kind = "scores" if with_rewards else "pairs"
+    good_rows = pa.array(good)
+    columns = {
+        name: column if name.endswith("_rewards") else column.filter(good_rows) for name, column in columns.items()
+    }
+    return make_table(kind, columns, {**provenance_of(source), **provenance_of(target)}), report
+
+
+def _matched(source: pa.Table, target: pa.Table, report: TransferReport) -> tuple[pa.Table, pa.Table]:
+    """The rows with the same `pair_id` in both tables, in the order of `source`; counts missing pairs."""
+    wanted, ids = source.column("pair_id").to_numpy(), target.column("pair_id").to_numpy()
+    order = np.argsort(ids, kind="stable")
+    at = np.searchsorted(ids, wanted, sorter=order)
+    exists = at < len(ids)
+    exists[exists] = ids[order[at[exists]]] == wanted[exists]
+    if missing := int((~exists).sum()):
+        report.dropped["no such pair"] = missing
+    return source.filter(pa.array(exists)), target.take(pa.array(order[at[exists]], type=pa.int64()))
+
+
+def _transferable(aligned: dict[str, Alignment], report: TransferReport) -> np.ndarray:
+    """Mark the pairs whose responses are both aligned `[pairs]` bool; counts the others by reason."""
     chosen, rejected = aligned["chosen"], aligned["rejected"]
-    good = np.ones(len(source), bool)
+    good = np.ones(len(chosen.form), bool)
     for reason, bad in (
         ("no bytes", (chosen.form == UNREADABLE) | (rejected.form == UNREADABLE)),
         ("other text", (chosen.form < 0) | (rejected.form < 0)),
@@ -285,28 +320,7 @@ def carry(
         if number := int((good & bad).sum()):
             report.dropped[reason] = number
         good &= ~bad
-    columns: dict[str, Any] = {"pair_id": source.column("pair_id"), "prompt_ids": target.column("prompt_ids")}
-    for side in SIDES:
-        ids, lengths = flat(target.column(f"{side}_ids"))
-        kept = np.where(good, aligned[side].scored, lengths)
-        columns[f"{side}_ids"] = ragged(ids[_first(lengths, kept)], kept)
-    same = good & _equal(*(flat(columns[f"{side}_ids"]) for side in SIDES))
-    if same.any():
-        report.dropped["identical responses"] = int(same.sum())
-        good &= ~same
-    for side in SIDES:
-        rewards = flat(source.column(f"{side}_rewards"))[0] if with_rewards else None
-        made = _carry_side(aligned[side], source, target, side, good, rewards, allocation, report)
-        if with_rewards:
-            columns[f"{side}_rewards"] = made
-    kind = "scores" if with_rewards else "pairs"
-    good_rows = pa.array(good)
-    columns = {
-        name: column if name.endswith("_rewards") else column.filter(good_rows) for name, column in columns.items()
-    }
-    provenance = {**provenance_of(source), **provenance_of(target)}
-    own = {key: value for key, value in provenance.items() if key not in ("format", "version")}
-    return make_table(kind, columns, own), report
+    return good
 
 
 def _aligned(source: pa.Table, target: pa.Table, side: str, read_a: TokenBytes, read_b: TokenBytes) -> Alignment:
@@ -315,15 +329,6 @@ def _aligned(source: pa.Table, target: pa.Table, side: str, read_a: TokenBytes, 
         for table, read in ((source, read_a), (target, read_b))
     ]
     return align(*texts)
-
-
-def _equal(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Which lists of two columns, each as flat values and lengths, are equal `[rows]` bool."""
-    (values, lengths), (others, other_lengths) = one, other
-    same = lengths == other_lengths
-    rows = np.repeat(np.arange(len(lengths))[same], lengths[same])
-    differ = values[np.repeat(same, lengths)] != others[np.repeat(same, other_lengths)]
-    return same & (np.bincount(rows[differ], minlength=len(lengths)) == 0)
 
 
 def _first(lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -342,7 +347,7 @@ def _carry_side(
     allocation: str,
     report: TransferReport,
 ) -> pa.ListArray | None:
-    """Count the cuts of one side's responses, and allocation their rewards."""
+    """Transfer the rewards of one side, if there are any, and count its tokens in the report."""
     lengths_a, lengths_b = (flat(table.column(f"{side}_ids"))[1] for table in (source, target))
     kept = np.where(good, aligned.scored, 0)
     of_a, of_b = np.repeat(good, lengths_a), _first(lengths_b, kept)
@@ -350,24 +355,24 @@ def _carry_side(
     numbers_a = np.bincount(cuts.group_a, minlength=cuts.groups)
     numbers_b = np.bincount(cuts.group_b, minlength=cuts.groups)
     fillers = np.bincount(cuts.group_b[cuts.filler], minlength=cuts.groups)
-    own = numbers_b > fillers  # a group with a token of B
-    single = own & (numbers_a == 1) & (numbers_b == 1)
+    has_b = numbers_b > fillers  # groups with a token of B, not only a filler
+    single = has_b & (numbers_a == 1) & (numbers_b == 1)
     report.forms = {
         name: report.forms.get(name, 0) + int((aligned.form[good] == number).sum()) for number, name in enumerate(FORMS)
     }
     report.cut += int((aligned.scored < lengths_b)[good].sum())
     report.tokens += len(cuts.tokens_b)
     report.one_to_one += int(single.sum())
-    report.groups += int(own.sum())
-    report.bytes += round(float(np.diff(cuts.common, prepend=0.0)[own].sum()))
+    report.groups += int(has_b.sum())
+    report.bytes += round(float(np.diff(cuts.common, prepend=0.0)[has_b].sum()))
     if rewards is None:
         return None
-    made, lost = allocate_rewards(rewards[of_a], lengths_a[good], cuts, int(of_b.sum()), allocation)
+    moved, lost = allocate_rewards(rewards[of_a], lengths_a[good], cuts, int(of_b.sum()), allocation)
     mass = np.bincount(
         cuts.group_a, np.abs(_forwarded(rewards[of_a].astype(np.float64), lengths_a[good], cuts.tokens_a)),
         minlength=cuts.groups,
     )  # fmt: skip
     report.mass += float(mass.sum())
-    report.larger += float(mass[own & ~single].sum())
+    report.larger += float(mass[has_b & ~single].sum())
     report.lost += float(np.abs(lost).sum())
-    return ragged(made.astype(np.float32), kept[good])
+    return ragged(moved.astype(np.float32), kept[good])

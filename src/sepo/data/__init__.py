@@ -1,13 +1,15 @@
 """Preference data: a source -> validated pairs -> token ids -> train and held out -> tables on disk.
 
-loading  formats    any source: hub id, folder, file, rows in memory
+loading  formats    sources: hub id, folder, file, rows in memory; file formats
 pairing             labels, scores and ranks -> chosen and rejected
 messages  rows      any preference format -> prompt, chosen, rejected
-templates  chat     conversations as the model's chat template writes them
-encoding            text -> token ids, with a firm boundary between prompt and response
-splits              train and held out by prompt
+templates  chat     rendering of conversations by the model's chat template
+encoding  prompts   text -> token ids, with a fixed boundary between prompt and response
+vocabulary          token id -> bytes
+splits              train and held-out pairs by prompt
 tables  ragged      parquet tables with provenance; list columns as flat arrays
-fingerprints        what a tokenizer and a dataset are
+fingerprints        hashes of tokenizers and datasets
+previews            prompts without the text that all of them share
 """
 
 from sepo.lazy import lazy_names

@@ -1,14 +1,16 @@
-"""A conversation and two responses -> what the chat template makes of them as text, prompt and responses apart.
+"""A conversation and two responses -> prompt and responses as text, rendered by the chat template.
 
-The rule: prompt + response is what the template writes of the whole conversation, and everything that it writes before
-the response belongs to the prompt. Three things the template may do are dealt with, and counted as notes:
+Prompt + response is the rendering of the whole conversation. All text that the template writes before the response
+belongs to the prompt. Three cases are handled and counted as notes:
 
-- it writes something between its generation prompt and the response (Qwen 3: an empty block of thinking): prompt;
-- its generation prompt opens what the conversation does not hold (R1: a thought): the conversation is followed;
-- it leaves a response's thinking out of what it writes (R1): the response is put after the generation prompt.
+- The template writes text between its generation prompt and the response (Qwen 3: an empty block of thinking). This
+  text becomes part of the prompt.
+- The generation prompt opens a part that the conversation does not have (R1: a thought). The rendering of the
+  conversation is used.
+- The template leaves out the thinking of a response (R1). The response is placed after the generation prompt.
 
-Whatever else differs, or is not written at all, drops the row. Text from a dataset cannot become structure: control
-tokens in it are cut in two by a separator (`Guard`) before the template sees them.
+Any other difference, and any text that the template leaves out, drops the row. Text of a dataset cannot become
+structure: a separator splits every control token in it (`Guard`) before the template is rendered.
 """
 
 from __future__ import annotations
@@ -27,27 +29,27 @@ from sepo.errors import one_line
 
 @dataclass(frozen=True)
 class Guard:
-    """Cuts every control token typed in a text in two, so that it stays ordinary text.
+    """Splits every control token typed in a text, so that it stays ordinary text.
 
     Attributes:
         control: matches every control token.
-        own: matches those of them that a model writes within a response.
-        separator: put between the two parts; no dataset can contain it.
+        in_response: matches the control tokens that a model writes within a response.
+        separator: inserted between the two parts; random, so no dataset contains it.
     """
 
     control: re.Pattern
-    own: re.Pattern
+    in_response: re.Pattern
     separator: str
 
-    def __call__(self, text: str, *, is_own: bool = False) -> str:
+    def __call__(self, text: str, *, is_assistant: bool = False) -> str:
         """
         Args:
-            is_own: an assistant's text, in which the tags of its thinking and its tool calls are no mere text.
+            is_assistant: in an assistant's text, tags of thinking and tool calls stay control tokens.
         """
         pieces, start, position = [], 0, 0
         while match := self.control.search(text, position):
             position = match.start() + 1
-            if is_own and self.own.fullmatch(match[0]):
+            if is_assistant and self.in_response.fullmatch(match[0]):
                 position = match.end()
                 continue
             if len(match[0]) == 1:
@@ -57,16 +59,16 @@ class Guard:
         return self.separator.join([*pieces, text[start:]])
 
     def message(self, message: Message) -> Message:
-        """Guard all that a message holds, but for its role."""
-        is_own = message["role"] == "assistant"
+        """Guard all texts of a message except its role."""
+        is_assistant = message["role"] == "assistant"
         return {
-            key: value if key == "role" else map_text(value, lambda text: self(text, is_own=is_own))
+            key: value if key == "role" else map_text(value, lambda text: self(text, is_assistant=is_assistant))
             for key, value in message.items()
         }
 
 
 class Written(NamedTuple):
-    """A pair as guarded text: `prompt + chosen` is what the chat template writes of the conversation."""
+    """A pair as guarded text: `prompt + chosen` is the rendering of the chosen conversation."""
 
     prompt: str
     chosen: str
@@ -75,7 +77,7 @@ class Written(NamedTuple):
 
 
 class _Response(NamedTuple):
-    """What stands before a response, the response up to its end of turn, and a note."""
+    """The text before a response, the response up to its end of turn, and a note."""
 
     before: str
     text: str
@@ -83,11 +85,11 @@ class _Response(NamedTuple):
 
 
 class _Way(NamedTuple):
-    """How a conversation is handed to the template, beside its messages.
+    """Arguments of the template, and the form of the messages in it.
 
     Attributes:
-        arguments_as_text: of tool calls, as JSON; some templates (DeepSeek) know no other form.
-        empty_as_none: the content of a message that only calls tools; some templates tell calls by it.
+        arguments_as_text: pass arguments of tool calls as JSON text, the only form some templates (DeepSeek) accept.
+        empty_as_none: pass None as content of a message with tool calls only; some templates recognise calls by it.
     """
 
     tools: Sequence[Any]
@@ -102,8 +104,8 @@ class _Way(NamedTuple):
         if self.arguments_as_text:
             functions = [call["function"] for call in calls]
             calls = [
-                {**call, "function": {**one, "arguments": json.dumps(one["arguments"], ensure_ascii=False)}}
-                for call, one in zip(calls, functions, strict=True)
+                {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+                for call, function in zip(calls, functions, strict=True)
             ]
         content = None if self.empty_as_none and not message["content"] else message["content"]
         return {**message, "content": content, "tool_calls": calls}
@@ -111,11 +113,11 @@ class _Way(NamedTuple):
 
 @dataclass
 class ChatWriter:
-    """Writes conversations with a tokenizer's chat template.
+    """Renders conversations with a tokenizer's chat template.
 
     Attributes:
-        template: what probes have shown of the tokenizer's chat template.
-        options: keywords for it.
+        template: properties of the chat template, found by probing.
+        options: keywords for the chat template.
     """
 
     tokenizer: Any
@@ -125,10 +127,10 @@ class ChatWriter:
     _unwritten: dict[tuple, str | None] = field(default_factory=dict)
 
     def write(self, pair: TextPair) -> Written:
-        """Write one pair.
+        """Render one pair.
 
         Raises:
-            DropRow: the template refuses the conversation, leaves a part of it out, or writes two prompts.
+            DropRow: the template rejects the conversation, leaves a part of it out, or writes two prompts.
         """
         assert not isinstance(pair.prompt, str)
         context = [self.guard.message(message) for message in pair.prompt]
@@ -154,18 +156,19 @@ class ChatWriter:
         raise first
 
     def opening(self, pair: TextPair) -> str:
-        """The prompt alone, up to where a response would begin.
+        """Render the prompt with the generation prompt.
 
         Raises:
-            DropRow: the template refuses the conversation.
+            DropRow: the template rejects the conversation.
         """
         assert not isinstance(pair.prompt, str)
         way = _Way([map_text(tool, self.guard) for tool in pair.tools], {**self.options, **pair.options})
         try:
-            return self._render([self.guard.message(one) for one in pair.prompt], way, add_generation_prompt=True)
+            messages = [self.guard.message(message) for message in pair.prompt]
+            return self._render(messages, way, add_generation_prompt=True)
         except DropRow:
             raise
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise any exception
             raise DropRow("refused by the chat template", one_line(error, 100)) from None
 
     def _write(self, context: list[Message], responses: list[Message], prefill: bool, way: _Way) -> Written:
@@ -175,10 +178,10 @@ class ChatWriter:
             else:
                 opened, begun = self._render(context, way, add_generation_prompt=True), ""
             earlier = context[:-1] if prefill else context
-            chosen, rejected = (self._response(earlier, begun, opened, one, way) for one in responses)
+            chosen, rejected = (self._response(earlier, begun, opened, response, way) for response in responses)
         except DropRow:
             raise
-        except Exception as error:  # the template is foreign code: whatever it raises, it refuses this conversation
+        except Exception as error:  # a template may raise any exception
             raise DropRow("refused by the chat template", one_line(error)[:100]) from None
         self._check_all_is_written(context, chosen.before, way)
         chosen, rejected = _with_one_prompt(chosen, rejected, self.template.control)
@@ -186,7 +189,7 @@ class ChatWriter:
             raise DropRow("two prompts")
         if not chosen.text.strip() or not rejected.text.strip():
             raise DropRow("no response")
-        notes = dict.fromkeys(one.note for one in (chosen, rejected) if one.note)
+        notes = dict.fromkeys(response.note for response in (chosen, rejected) if response.note)
         return Written(chosen.before, chosen.text, rejected.text, tuple(notes))
 
     def _render(self, messages: Sequence[Message], way: _Way, add_generation_prompt: bool = False) -> str:
@@ -202,11 +205,11 @@ class ChatWriter:
     def _response(
         self, context: list[Message], begun: str, opened: str | None, message: Message, way: _Way
     ) -> _Response:
-        """Find where a response begins and ends in what the template writes.
+        """Find the beginning and end of a response in the rendered conversation.
 
         Args:
-            begun: what the response goes on with.
-            opened: the conversation with the generation prompt; None where `begun` takes its place.
+            begun: beginning of the assistant's turn (prefill), which the response continues.
+            opened: the rendered context with the generation prompt; None with a prefill.
         """
         content = message["content"]
         full = self._render([*context, {**message, "content": begun + content}], way)
@@ -214,12 +217,12 @@ class ChatWriter:
         plain = message.keys() == {"role", "content"}
         for form in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())) if plain else ():
             if form.strip() and body.endswith(form):
-                found = _from_its_text(body[: len(body) - len(form)], form + end, opened)
-                if not _thinks_twice(found):
-                    return found
-                apart = self._response(context, begun, opened, _with_thinking_apart(message), way)
-                return apart._replace(note=_APART)
-        # The template has rewritten the response, or there is more to it than text.
+                response = _from_its_text(body[: len(body) - len(form)], form + end, opened)
+                if not _thinks_twice(response):
+                    return response
+                response = self._response(context, begun, opened, _with_separate_thinking(message), way)
+                return response._replace(note=_SEPARATE)
+        # The template has rewritten the response, or the response has more than text.
         before = "" if opened is None else _common_start(body, opened, self.template.control)
         if opened is not None and _holds(body[len(before) :], message):
             note = "" if before == opened else _OPENED
@@ -230,16 +233,16 @@ class ChatWriter:
         if leaves_thinking_open(opened + text):
             raise DropRow("left out by the chat template", "the end of the response's thinking")
         placed = _Response(opened, text + self.template.kept_end, _PLACED)
-        if _thinks_twice(placed):  # it was told to write no thought
+        if _thinks_twice(placed):  # the options of the template exclude thinking
             raise DropRow("left out by the chat template", "the response's thinking")
         return placed
 
     def _without_end(self, full: str, message: Message) -> tuple[str, str]:
-        """Split what was written into all up to the response's last word, and the end of turn that a model writes."""
+        """Split a rendered conversation after the response's text; returns the start and the end-of-turn token."""
         turn_end = self.template.turn_end
         if full.endswith(turn_end):
             return full[: len(full) - len(turn_end)], self.template.kept_end
-        # Another end than that of plain text, a tool call's: the control token that is written last.
+        # Not the end of plain text, but of a tool call: the last control token.
         ends = list(self.template.control.finditer(full))
         written = [full.rfind(part) + len(part) for part in _parts(message) if part in full]
         if not ends or not written or ends[-1].start() < max(written) or full[ends[-1].end() :].strip():
@@ -247,14 +250,14 @@ class ChatWriter:
         return full[: ends[-1].start()], ends[-1][0]
 
     def _knows_thinking(self, message: Message) -> bool:
-        """Is there thinking in the response, and does the model have a way to write it?"""
+        """Does the response hold thinking, and do template or vocabulary have tags for it?"""
         if not message.get("reasoning_content") and not THINKING.search(message["content"]):
             return False
         written = str(self.tokenizer.chat_template)
         return THINKING.search(written) is not None or "</think>" in self.tokenizer.get_vocab()
 
     def _check_all_is_written(self, context: list[Message], prompt: str, way: _Way) -> None:
-        """Drop a row of which the template leaves a message, a call or a tool out."""
+        """Drop a row if the template leaves out a message, a tool call or a tool."""
         for message in context:
             for part in _parts(message, thinking=False):
                 if not _is_in(part, prompt):
@@ -263,7 +266,7 @@ class ChatWriter:
             schema = tool.get("function", tool)
             if not all(_is_in(leaf, prompt) for leaf in leaves([schema.get("name"), schema.get("description")])):
                 raise DropRow("left out by the chat template", "tools")
-        # A short text may stand there by chance: the same conversation with words that nothing else holds.
+        # A short text may occur by chance, so the same conversation is rendered with unique words, too.
         kind = tuple((m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ()))) for m in context)
         if kind not in self._unwritten:
             self._unwritten[kind] = self._first_unwritten(context, way)
@@ -271,44 +274,45 @@ class ChatWriter:
             raise DropRow("left out by the chat template", f"{_A[role]} message")
 
     def _first_unwritten(self, context: list[Message], way: _Way) -> str | None:
-        """The role of the first message that the template leaves out, whatever it says."""
+        """The role of the first message that the template leaves out, tested with unique words as contents."""
         marked = [
             {**message, "content": f"sepo{index}probe" if message["content"].strip() else message["content"]}
             for index, message in enumerate(context)
         ]
         try:
             text = self._render(marked, way)
-        except Exception:  # it writes the conversation itself, but refuses these words
+        except Exception:  # the template renders the conversation, but rejects these words
             return None
-        return next((one["role"] for one in marked if one["content"].strip() and one["content"] not in text), None)
+        missing = (m["role"] for m in marked if m["content"].strip() and m["content"] not in text)
+        return next(missing, None)
 
 
-_ADDED = "the chat template writes more than its generation prompt before the response: read as part of the prompt"
+_ADDED = "the chat template writes text between its generation prompt and the response: it became part of the prompt"
 _OPENED = (
-    "the generation prompt of the chat template opens what it does not write of the conversation (thinking?): the "
-    "conversation was followed; data.chat_template_kwargs may choose, for example {enable_thinking: false}"
+    "the generation prompt of the chat template opens a part that the conversation does not have (thinking?): the "
+    "rendered conversation was used; data.chat_template_kwargs can change this, for example {enable_thinking: false}"
 )
-_PLACED = "the chat template leaves the response's thinking out: the response was put after the generation prompt"
-_APART = "the chat template does not see thinking in a response's text: it was given as the message's reasoning_content"
+_PLACED = "the chat template leaves out the response's thinking: the response was placed after the generation prompt"
+_SEPARATE = "the chat template ignores thinking in a response's text: it was passed as the message's reasoning_content"
 _A = {"system": "a system", "user": "a user", "assistant": "an assistant", "tool": "a tool"}
 
 
 def _from_its_text(before: str, text: str, opened: str | None) -> _Response:
-    """A response that the template writes as it is: what comes before it is the prompt."""
+    """A response that the template writes unchanged: the text before it is the prompt."""
     if opened is None or before == opened:
         return _Response(before, text)
-    if opened.startswith(before) and (before + text).startswith(opened):  # it opens what the response begins with
+    if opened.startswith(before) and (before + text).startswith(opened):  # it opens with the start of the response
         return _Response(opened, (before + text)[len(opened) :])
     if before.startswith(opened):
         added = before[len(opened) :]
-        if not added.strip():  # white space a model would write itself: with its first word it may be one token
+        if not added.strip():  # the model writes white space itself: it may share a token with the first word
             return _Response(opened, added + text)
         return _Response(before, text, _ADDED)
     return _Response(before, text, _OPENED)
 
 
 def _thinks_twice(response: _Response) -> bool:
-    """Does a thought end right before a response that begins with another? The template did not see that one."""
+    """Does a thought end right before a response that begins with a thought, which the template ignored?"""
     tags = list(THINKING.finditer(response.before))
     first = THINKING.match(response.text.lstrip())
     if not tags or first is None or closes_thinking(first):
@@ -316,8 +320,8 @@ def _thinks_twice(response: _Response) -> bool:
     return closes_thinking(tags[-1]) and not response.before[tags[-1].end() :].strip()
 
 
-def _with_thinking_apart(message: Message) -> Message:
-    """The message with the thinking at its beginning in a field of its own."""
+def _with_separate_thinking(message: Message) -> Message:
+    """Move the thinking at the beginning of a message's content to `reasoning_content`."""
     content = message["content"].lstrip()
     first = THINKING.match(content)
     last = next((tag for tag in THINKING.finditer(content) if closes_thinking(tag)), None)
@@ -327,24 +331,24 @@ def _with_thinking_apart(message: Message) -> Message:
     return {**message, "content": rest, "reasoning_content": thought}
 
 
-def _common_start(one: str, other: str, control: re.Pattern) -> str:
-    """The text that two texts begin with, up to the end of a control token or a line, or the beginning of a thought."""
-    if other.startswith(one):
-        return one
-    if one.startswith(other):
-        return other
-    same = next(index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    thoughts = {match.start() for match in THINKING.finditer(one)}
-    cuts = {match.end() for match in control.finditer(one) if match.start() not in thoughts}
-    cuts |= thoughts | {index + 1 for index, character in enumerate(one) if character == "\n"}
-    return one[: max((cut for cut in cuts if cut <= same), default=0)]
+def _common_start(a: str, b: str, control: re.Pattern) -> str:
+    """The common start of two texts, up to the end of a control token or a line, or the beginning of a thought."""
+    if b.startswith(a):
+        return a
+    if a.startswith(b):
+        return b
+    same = next(index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    thoughts = {match.start() for match in THINKING.finditer(a)}
+    cuts = {match.end() for match in control.finditer(a) if match.start() not in thoughts}
+    cuts |= thoughts | {index + 1 for index, character in enumerate(a) if character == "\n"}
+    return a[: max((cut for cut in cuts if cut <= same), default=0)]
 
 
 def _parts(message: Message, thinking: bool = True) -> list[str]:
-    """The texts that must be found of a message: its content between the tags of thinking, and all that it calls.
+    """The texts of a message that the template must write: content between the tags of thinking, and tool calls.
 
     Args:
-        thinking: what an assistant has thought, too; templates leave earlier thoughts out on purpose.
+        thinking: include the assistant's thinking; templates leave out earlier thinking on purpose.
     """
     content = message["content"]
     if message["role"] == "assistant":
@@ -366,20 +370,20 @@ def _holds(text: str, message: Message) -> bool:
 
 
 def _is_in(part: str, text: str) -> bool:
-    """Is a text written there: as it is, as JSON, or with other white space?"""
+    """Does a text hold a part, literally, as JSON, or with other white space?"""
     if not part or part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text:
         return True
     return "".join(part.split()) in "".join(text.split())
 
 
 def _folded(message: Message) -> str:
-    """The response with its thinking in it, as models write it."""
+    """The response with its thinking inside the text, as models write it."""
     thought = message.get("reasoning_content")
     return f"<think>\n{thought.strip()}\n</think>\n\n{message['content'].lstrip()}" if thought else message["content"]
 
 
 def _after(opened: str, text: str) -> str:
-    """What is left of a response to write after a generation prompt that may have opened its thinking."""
+    """The rest of a response after a generation prompt, which may have opened the thinking already."""
     if not leaves_thinking_open(opened):
         return text
     tag = THINKING.match(text.lstrip())
@@ -387,9 +391,9 @@ def _after(opened: str, text: str) -> str:
 
 
 def _with_one_prompt(chosen: _Response, rejected: _Response, control: re.Pattern) -> tuple[_Response, ...]:
-    """Give both responses the prompt that they share; what was written after it goes before each response.
+    """Move text that differs between the two prompts into the responses.
 
-    A response with thinking and one without part there: the template writes an empty thought before the second.
+    The prompts differ if only one response has thinking: the template writes an empty thought before the other one.
     """
     before = _common_start(chosen.before, rejected.before, control)
-    return tuple(_Response(before, one.before[len(before) :] + one.text, one.note) for one in (chosen, rejected))
+    return tuple(_Response(before, r.before[len(before) :] + r.text, r.note) for r in (chosen, rejected))

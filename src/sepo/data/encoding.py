@@ -1,20 +1,19 @@
-"""Text pairs -> token ids with a firm prompt boundary.
+"""Text pairs -> token ids with a fixed prompt boundary.
 
     rows (loading.py) --normalise_row--> TextPair --tokenize_pairs--> table of pairs --split_pairs--> train, held out
                                prompt, chosen, rejected           *_ids, int32
 
-The boundary between prompt and response is decided once, here, and never moves again: `prompt_ids` are what
-generation would see, both responses of a pair share them, and a response starts with the first token that the
-model would have to write. A row that cannot be used raises `DropRow` inside and is counted in the
-`DataReport` under one of the fixed `DROP_REASONS`; nothing is dropped silently, and bad data never ends in a
-traceback.
+The boundary between prompt and response is set once, here. `prompt_ids` are the input of generation, both responses
+of a pair share them, and a response starts with the first token that the model would generate. A row that cannot be
+used raises `DropRow` internally and is counted in the `DataReport` under one of the `DROP_REASONS`. No row is dropped
+silently, and bad data never ends in a traceback.
 
-Text from the dataset cannot become structure. A control token typed in a message ("<|im_end|>") is cut in
-two by a separator before the chat template sees it (chat.py). The separator is an extra token of a private copy of the
-tokenizer, so that the whole text is still tokenised in one pass, and its id is removed afterwards.
+Text of a dataset cannot become structure. A separator splits a control token typed in a message ("<|im_end|>") before
+the chat template is rendered (chat.py). The separator is an extra token of a private copy of the tokenizer: the whole
+text is still tokenised in one pass, and the id of the separator is removed afterwards.
 
-Cost: tokenising is three encodings a pair (prompt, prompt + chosen, prompt + rejected), in batches through
-the Rust tokenizer: 4,538 AlpacaEval pairs (2.3 M tokens) take about 4 s on two cores.
+Cost: three encodings a pair (prompt, prompt + chosen, prompt + rejected), in batches through the Rust tokenizer.
+4,538 AlpacaEval pairs (2.3 M tokens) take about 4 s on two cores.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from tokenizers import AddedToken, Tokenizer
 from sepo.bars import progress_bar
 from sepo.data.chat import ChatWriter, Guard
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint, update_digest
-from sepo.data.loading import ROWS_AT_ONCE, note_unread_columns, read_rows, relevant_columns, require_dataset
+from sepo.data.loading import note_unread_columns, read_rows, relevant_columns, require_dataset
 from sepo.data.messages import DropRow
 from sepo.data.ragged import ragged
-from sepo.data.rows import DataReport, TextPair, normalise_row, transcript_text
+from sepo.data.rows import ROWS_AT_ONCE, DataReport, TextPair, normalise_row, transcript_text
 from sepo.data.tables import make_table, with_provenance
 from sepo.data.templates import THINKING, any_of, probe_template, special_tokens
 from sepo.errors import UserError, check_number, wrong_type
@@ -53,21 +52,20 @@ class _Item(NamedTuple):
 
 
 @dataclass
-class _Encoder:
-    """A tokenizer with everything that text -> ids needs, found out once by probing it.
+class Encoder:
+    """A tokenizer with the properties needed to encode pairs, found once by probing.
 
     Attributes:
-        backend: private copy of the fast tokenizer with one more token, the separator.
-        guard: keeps control tokens typed in a text from becoming structure, by the separator. Control tokens are the
-            special ones, and those the chat template writes around a turn.
+        backend: private copy of the fast tokenizer with one extra token, the separator.
+        guard: splits control tokens typed in a text. Control tokens are the special tokens and those that the chat
+            template writes around a turn.
         separator_id: id of the separator.
-        control_ids: ids of the control tokens, without the unknown token's, which ordinary text may produce.
+        control_ids: ids of the control tokens except the unknown token, which ordinary text may produce.
         head: ids that the tokenizer puts before any text (its BOS), usually one or none.
         tail: ids after a plain-text response: the EOS.
-        dummy_prefix: the tokenizer puts a space before text that follows a special token (some
-            SentencePiece).
-        writer: writes conversations (None: no chat template).
-        chat_tail: ids after what the template ends a response with: the EOS where it has no end-of-turn token.
+        dummy_prefix: the tokenizer puts a space before text that follows a special token (some SentencePiece).
+        writer: renders conversations (None: no chat template).
+        chat_tail: ids after a rendered response: the EOS if the template has no end-of-turn token.
     """
 
     tokenizer: Any
@@ -82,7 +80,7 @@ class _Encoder:
     chat_tail: list[int] = field(default_factory=list)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenise guarded texts without adding a BOS or EOS."""
+        """Tokenise guarded texts without BOS and EOS."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [
             [i for i in encoding.ids if i != self.separator_id] if self.guard.separator in text else encoding.ids
@@ -90,7 +88,7 @@ class _Encoder:
         ]
 
     def encode_alone(self, text: str) -> list[int]:
-        """Tokenise a response by itself, without the space some tokenizers put before every text."""
+        """Tokenise a response by itself, without the space that some tokenizers put before every text."""
         (ids,) = self.encode([self.guard.separator + text])
         if not self.dummy_prefix:
             return ids
@@ -101,7 +99,7 @@ class _Encoder:
         return ids[1:] if is_bare_space and not text.startswith(" ") else ids
 
     def item(self, pair: TextPair, report: DataReport) -> _Item:
-        """Write a pair: text of the prompt, and of each response up to its end of turn."""
+        """Write the text of the prompt, and of each response up to its end of turn."""
         if isinstance(pair.prompt, str):
             if self.writer is not None:
                 report.note(PLAIN_TEXT)
@@ -110,7 +108,7 @@ class _Encoder:
             if not pair.transcript:
                 raise UserError(
                     "the dataset holds conversations, but the tokenizer has no chat template: use an "
-                    "instruct model, give the tokenizer a chat template, or use a dataset of plain texts"
+                    "instruct model, add a chat template to the tokenizer, or use a dataset of plain texts"
                 )
             prompt = transcript_text(pair.prompt)
             return _Item(self.guard(prompt), self.guard(" " + pair.chosen), self.guard(" " + pair.rejected), False)
@@ -120,14 +118,14 @@ class _Encoder:
         return _Item(*written[:3], True)
 
     def ids_of(self, item: _Item, prompt: list[int], chosen: list[int], rejected: list[int]) -> list[list[int]]:
-        """Turn tokens of (prompt, prompt + chosen, prompt + rejected) into prompt, chosen, rejected ids."""
+        """Turn the ids of (prompt, prompt + chosen, prompt + rejected) into those of prompt, chosen and rejected."""
         responses = []
         for joint, text in ((chosen, item.chosen), (rejected, item.rejected)):
             keeps_prompt = joint[: len(prompt)] == prompt
             responses.append(joint[len(prompt) :] if keeps_prompt else self.encode_alone(text))
         for ids, text in zip((prompt, *responses), (item.prompt, item.chosen, item.rejected), strict=True):
-            # The promise about typed control tokens, checked on every text: a normaliser might make one.
-            if sum(i in self.control_ids for i in ids) != _count(self.guard.control, text):
+            # Checked on every text, because a normaliser might create a control token.
+            if sum(i in self.control_ids for i in ids) != count_matches(self.guard.control, text):
                 raise DropRow("control token in text")
         if not all(responses):
             raise DropRow("no response")
@@ -144,7 +142,7 @@ class _Encoder:
         raise DropRow("empty prompt")
 
     def kept_head(self, prompt: list[int]) -> int:
-        """Count the leading ids that truncation keeps: the BOS, if the first id is one and no turn marker."""
+        """Number of leading ids that truncation keeps: the BOS, unless it also marks later turns."""
         if not prompt:
             return 0
         if self.head and prompt[: len(self.head)] == self.head:
@@ -152,11 +150,12 @@ class _Encoder:
         return int(prompt[0] == self.tokenizer.bos_token_id and prompt[0] not in prompt[1:])
 
 
-def _count(pattern: re.Pattern, text: str) -> int:
+def count_matches(pattern: re.Pattern, text: str) -> int:
     return sum(1 for _ in pattern.finditer(text))
 
 
-def _make_encoder(tokenizer: Any, options: Mapping[str, Any]) -> _Encoder:
+def make_encoder(tokenizer: Any, options: Mapping[str, Any]) -> Encoder:
+    """Probe a tokenizer; `options` are keywords for its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         if not hasattr(tokenizer, "get_vocab"):
@@ -177,11 +176,11 @@ def _make_encoder(tokenizer: Any, options: Mapping[str, Any]) -> _Encoder:
     template = probe_template(tokenizer, options)
     guard = Guard(
         any_of(special_tokens(tokenizer)) if template is None else template.control,
-        any_of(()) if template is None else template.own,
+        any_of(()) if template is None else template.in_response,
         separator,
     )
     tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoder = _Encoder(
+    encoder = Encoder(
         tokenizer=tokenizer,
         backend=backend,
         guard=guard,
@@ -214,38 +213,39 @@ def tokenize_pairs(
 ) -> tuple[pa.Table, DataReport]:
     """Turn the rows of a preference dataset into a table of token ids.
 
-    Conversations go through the chat template: the prompt ends with its generation prompt, a response with
-    its end-of-turn token. Plain text gets the BOS if the tokenizer puts one by default, and an EOS after each
-    response. HH-RLHF transcripts become conversations, or stay transcripts for a tokenizer without template.
-    A response's ids are the rest of the joint tokenisation of prompt and response where that begins with the
-    prompt's ids, and the response tokenised on its own elsewhere.
+    The chat template renders conversations: the prompt ends with its generation prompt, a response with its
+    end-of-turn token. Plain text gets the BOS if the tokenizer adds it by default, and an EOS after each response.
+    HH-RLHF transcripts become conversations, or stay transcripts for a tokenizer without a chat template.
+
+    Prompt and response are tokenised together. If the result begins with the prompt's ids, the rest are the response's
+    ids; otherwise the response is tokenised by itself.
 
     Args:
-        dataset: rows as `load_preferences` gives them (`pair_id` is the row number if there is none).
+        dataset: rows from `load_preferences`. Without a column `pair_id` the row number is the id.
         tokenizer: a fast Transformers tokenizer.
-        max_length: most tokens of a prompt with one response. What does not fit is cut from the right of the
-            response, at least one token of which stays.
-        max_prompt_length: most tokens of a prompt; longer ones are cut from the left, behind the BOS. None: a
-            prompt is cut only if a pair does not fit, and then to what the longest response to it leaves, but to
-            no less than half of `max_length`; all pairs of a prompt cut it alike.
+        max_length: most tokens of a prompt with one response. Longer responses are cut on the right, to at least one
+            token.
+        max_prompt_length: most tokens of a prompt. Longer prompts are cut on the left, after the BOS. None: a prompt is
+            cut only if a pair does not fit. It is then cut to the length that the longest response to it leaves, but
+            not below half of `max_length`, in all pairs of the prompt alike.
         as_chat: wrap plain-text prompts as one user turn.
         chat_template_kwargs: keywords for the chat template, such as `{"enable_thinking": False}`.
         progress: show a progress bar.
 
     Returns:
-        A table of kind "pairs" whose provenance holds the fingerprints of tokenizer, chat template and
-        dataset and the settings above, and the report of what was dropped and truncated.
+        A table of kind "pairs" and the report of dropped and truncated rows. The provenance of the table holds the
+        settings above and the fingerprints of tokenizer, chat template and dataset.
 
     Raises:
-        UserError: no row is usable; impossible lengths; a tokenizer that has no fast backend; conversations
-            (or `as_chat`) with a tokenizer that has no chat template.
+        UserError: no row is usable; impossible lengths; a tokenizer without a fast backend; conversations (or
+            `as_chat`) with a tokenizer without a chat template.
     """
     dataset = require_dataset("dataset", dataset)
     _check_lengths(max_length, max_prompt_length)
     if not isinstance(chat_template_kwargs, Mapping | None):
         raise wrong_type("chat_template_kwargs", chat_template_kwargs, "keywords, such as {'enable_thinking': False}")
     options = dict(chat_template_kwargs or {})
-    encoder = _make_encoder(tokenizer, options)
+    encoder = make_encoder(tokenizer, options)
     if as_chat and encoder.writer is None:
         raise UserError("`as_chat` needs a chat template, but the tokenizer has none: use an instruct model")
     report = DataReport(rows=len(dataset))
@@ -254,7 +254,7 @@ def tokenize_pairs(
     dataset = relevant_columns(dataset)
     if "pair_id" in dataset.column_names and len(set(ids := dataset["pair_id"][:])) < len(ids):
         dataset = dataset.remove_columns("pair_id")
-        report.note("numbered anew, because ids occur twice (are these several datasets joined?)", len(dataset))
+        report.note("numbered anew, because pair_ids occur twice (were several datasets joined?)", len(dataset))
     encoded: list[_Encoded] = []
     markup = 0
     bar = progress_bar(progress, total=len(dataset), desc="tokenise", unit="row")
@@ -286,16 +286,16 @@ def tokenize_pairs(
         "as_chat": as_chat,
         "end_ids": _end_ids(encoder),
     }
-    if options:  # left out otherwise: tables made before this existed stay what they were
+    if options:  # older tables without options keep their digests
         provenance["chat_template_kwargs"] = options
     return with_provenance(table, "pairs", provenance), report
 
 
 PLAIN_TEXT = (
-    "the prompt is plain text and is read as it is, though the tokenizer has a chat template: as_chat would make it a "
-    "user turn"
+    "the prompt is plain text and stays plain text, though the tokenizer has a chat template: as_chat would wrap it as "
+    "a user turn"
 )
-# The markup of other families' chat templates, which this tokenizer does not know.
+# Markup of chat templates of other model families, unknown to this tokenizer.
 _MARKUP = re.compile(
     r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|begin_of_text|end_of_text|endoftext|user|assistant"
     r"|system|end|start|return)\|>|<(?:start|end)_of_turn>|</?s>|\[/?INST\]|<｜(?:User|Assistant)｜>"
@@ -303,7 +303,7 @@ _MARKUP = re.compile(
 
 
 def _is_rendered(pair: TextPair, control: re.Pattern) -> bool:
-    """Does a pair hold a chat template's markup, where a template would have written it, as text?"""
+    """Does a pair hold markup of a chat template as text, where a template would write it?"""
     prompts = [pair.prompt] if isinstance(pair.prompt, str) else [message["content"] for message in pair.prompt]
     return any(
         _begins_with_markup(text, control) or _ends_with_markup(text, control) for text in prompts if text
@@ -312,8 +312,8 @@ def _is_rendered(pair: TextPair, control: re.Pattern) -> bool:
 
 def _begins_with_markup(text: str, control: re.Pattern) -> bool:
     text = text.lstrip()[:40]
-    found = control.match(text) or _MARKUP.match(text)
-    return found is not None and len(found[0]) > 2 and THINKING.fullmatch(found[0]) is None
+    match = control.match(text) or _MARKUP.match(text)
+    return match is not None and len(match[0]) > 2 and THINKING.fullmatch(match[0]) is None
 
 
 def _ends_with_markup(text: str, control: re.Pattern) -> bool:
@@ -327,19 +327,19 @@ def _ends_with_markup(text: str, control: re.Pattern) -> bool:
 
 def _check_markup(rows: int, report: DataReport) -> None:
     if rows:
-        report.note("a chat template's markup stands in the text, and is read as text (it was rendered before?)", rows)
+        report.note("the text holds markup of a chat template, read as text (was it rendered before?)", rows)
     if rows > _FEW_ROWS and rows > report.rows / 2:
         raise UserError(
             f"{rows:,} of {report.rows:,} rows hold a chat template's markup as text, such as a token that ends a "
-            "turn: a model would learn to type it; give the conversations as messages, as before they were rendered"
+            "turn, and a model would learn to type it: give the conversations as messages, not rendered"
         )
 
 
-_FEW_ROWS = 2  # so few are a trial, or a test of one's own
+_FEW_ROWS = 2  # a dataset this small is a trial, so no error
 
 
 class _Encoded(NamedTuple):
-    """A pair as token ids, whole."""
+    """A pair as token ids, before truncation."""
 
     pair_id: int
     prompt: np.ndarray
@@ -348,8 +348,8 @@ class _Encoded(NamedTuple):
     kept_head: int
 
 
-def _end_ids(encoder: _Encoder) -> list[int]:
-    """Ids that end a response: the EOS, and the end of turn of the chat template."""
+def _end_ids(encoder: Encoder) -> list[int]:
+    """Ids that end a response: the EOS and the chat template's end of turn."""
     ids = {encoder.tokenizer.eos_token_id}
     if encoder.writer is not None:
         ids.update([*encoder.encode([encoder.writer.template.kept_end])[0], *encoder.chat_tail][-1:])
@@ -357,16 +357,14 @@ def _end_ids(encoder: _Encoder) -> list[int]:
 
 
 def _check_lengths(max_length: int, max_prompt_length: int | None) -> None:
-    check_number("max_length", max_length, whole=True)
+    check_number("max_length", max_length, whole=True, least=2)
     if max_prompt_length is not None:
         check_number("max_prompt_length", max_prompt_length, whole=True)
-    if max_length < 2:
-        raise UserError(f"max_length is {max_length}: expected at least 2, one token of prompt and one of response")
-    if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
-        raise UserError(
-            f"max_prompt_length is {max_prompt_length}: expected 1 to {max_length - 1}, so that max_length "
-            f"{max_length} leaves room for a response"
-        )
+        if not 1 <= max_prompt_length < max_length:
+            raise UserError(
+                f"max_prompt_length is {max_prompt_length}: expected 1 to {max_length - 1}, so that max_length "
+                f"{max_length} leaves room for a response"
+            )
 
 
 def _pairs(
@@ -386,7 +384,7 @@ def _pairs(
         yield pair_id, pair
 
 
-def _encode(items: Sequence[tuple[int, _Item]], encoder: _Encoder, report: DataReport) -> Iterable[_Encoded]:
+def _encode(items: Sequence[tuple[int, _Item]], encoder: Encoder, report: DataReport) -> Iterable[_Encoded]:
     texts = [
         text for _, item in items for text in (item.prompt, item.prompt + item.chosen, item.prompt + item.rejected)
     ]
@@ -407,9 +405,9 @@ def _ids(tokens: list[int]) -> np.ndarray:
 
 
 def _fitted(pairs: Sequence[_Encoded], max_length: int, max_prompt_length: int | None, report: DataReport) -> pa.Table:
-    """Cut the pairs to length and make their table.
+    """Truncate the pairs and make their table.
 
-    All pairs of a prompt cut it alike, so that it stays one prompt: what the longest response of any of them leaves.
+    All pairs of a prompt truncate it to the same length, so that it stays one prompt.
     """
     longest: dict[bytes, int] = {}
     for pair in pairs:
@@ -455,8 +453,7 @@ def truncate_pair(
     keep: int = 0,
     longest_response: int | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Cut a pair to `max_length` tokens of prompt and response: the prompt on the left, responses on the
-    right.
+    """Cut a pair to `max_length` tokens of prompt and response: the prompt on the left, responses on the right.
 
     >>> truncate_pair([1, 2, 3, 4], [5, 6, 7], [8], max_length=4, keep=1)
     ([1, 4], [5, 6], [8])
@@ -468,7 +465,7 @@ def truncate_pair(
         max_length: most tokens of the prompt with one response, at least 2.
         max_prompt_length: most tokens of the prompt; None: see `tokenize_pairs`.
         keep: leading ids of the prompt that stay (the BOS).
-        longest_response: tokens of the longest response that any pair has to this prompt; None: of this pair.
+        longest_response: tokens of the longest response to this prompt in any pair; None: in this pair.
     """
     longest = max(len(chosen), len(rejected), longest_response or 0)
     limit = max(max_length // 2, max_length - longest) if max_prompt_length is None else max_prompt_length

@@ -1,4 +1,4 @@
-"""What a tokenizer and a dataset are, in 16 hex digits that are the same on every machine."""
+"""Fingerprints of tokenizers and datasets: 16 hex digits, the same on every machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from sepo.data.loading import ROWS_AT_ONCE, read_rows, relevant_columns
+from sepo.data.loading import read_rows, relevant_columns
+from sepo.data.rows import ROWS_AT_ONCE
 from sepo.data.tables import provenance_of
 from sepo.errors import UserError
 from sepo.processes import log_once
@@ -23,12 +24,11 @@ _PROBE = (
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return 16 hex digits that identify what a tokenizer does: two tokenizers with one fingerprint agree on
-    ids.
+    """Return 16 hex digits of a tokenizer: tokenizers with the same fingerprint give the same ids.
 
-    Made of the vocabulary, the ids of BOS, EOS and the unknown token, and the ids of a fixed text in many
-    scripts (which depend on merges, normaliser and the BOS that is put by default). The padding token and
-    the chat template do not count: neither changes what an id means.
+    Hashes the vocabulary, the ids of BOS, EOS and the unknown token, and the ids of a fixed text in many scripts (which
+    depend on merges, normaliser and the default BOS). Padding token and chat template are left out, because they do not
+    change the meaning of an id.
     """
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
@@ -36,10 +36,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
-    """Return 16 hex digits that identify the prompts, responses and pair ids of a dataset.
+    """Return 16 hex digits of the prompts, responses and pair ids of a dataset.
 
-    It depends on content and order alone: not on the file format, the column order, other columns or the
-    process.
+    The fingerprint depends on content and order only, not on file format, column order, other columns or the process.
     """
     digest = hashlib.sha256()
     dataset = relevant_columns(dataset)
@@ -59,24 +58,24 @@ def short_digest(text: str) -> str:
 
 
 def check_same_tokenizer(role: str, tokenizer: Any, other_role: str, other: Any) -> None:
-    """Raise a UserError unless both tokenizers give the same ids: token rewards are tied to ids.
+    """Raise a UserError unless both tokenizers give the same ids: token rewards belong to ids.
 
-    A line says it if their chat templates differ: pairs are written with the other's (the reference's).
+    Logs a line if the chat templates differ.
     """
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other):
         raise UserError(
-            f"{role} and {other_role} have different tokenizers: token rewards are tied to token ids; "
+            f"{role} and {other_role} have different tokenizers, but token rewards belong to token ids: "
             "choose models that share a tokenizer"
         )
     log_if_templates_differ(role, tokenizer, other_role, other)
 
 
 def log_if_templates_differ(role: str, tokenizer: Any, other_role: str, other: Any) -> None:
-    """A line if two models of one tokenizer have different chat templates: pairs are written with the other's."""
+    """Log a line if two models have different chat templates: the pairs are rendered with the second one's."""
     if tokenizer.chat_template and other.chat_template and tokenizer.chat_template != other.chat_template:
         log_once(
-            f"  {role} and {other_role} have different chat templates: all training is on conversations as that of the "
-            f"{other_role} writes them, and so should be what the model is given later"
+            f"  {role} and {other_role} have different chat templates: training uses the template of the {other_role}; "
+            "use it with the trained model, too"
         )
 
 
@@ -86,5 +85,5 @@ def check_table_tokenizer(table: pa.Table, tokenizer: Any, path: str, model: str
     if made_with is not None and made_with != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"'{path}' was made with another tokenizer than that of '{model}': "
-            "carry the scores over to it (sepo transfer), or score again"
+            "carry the scores over to this tokenizer (sepo transfer), or score again"
         )

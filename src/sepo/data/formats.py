@@ -1,19 +1,20 @@
-"""Data files -> Arrow tables: parquet, json, jsonl, csv, tsv and Arrow files, the text ones compressed or not.
+"""Data files -> Arrow tables or rows: parquet, json, jsonl, csv, tsv and Arrow files; text files may be compressed.
 
-Files are opened here and read in memory: a path given to a library would be searched for globs, URIs and partitions.
-What a cell means is the business of `rows.py`.
+Files are opened here and parsed from memory: libraries interpret a path as a glob, a URI or a partition. `rows.py`
+interprets the cells.
 """
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 SUFFIXES = (*_BINARY, *_TEXT, *(text + packed for packed in _COMPRESSED for text in _TEXT))
 EXPECTED = "a .parquet, .json, .jsonl, .csv, .tsv or .arrow file, the text ones also as .gz, .zst, .bz2 or .xz"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# What compressed files begin with, whatever their names.
+# The first bytes of compressed files; file names are not trusted.
 _UNPACK: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
     (b"\x1f\x8b", gzip.decompress),
     (b"\x28\xb5\x2f\xfd", lambda data: pa.CompressedInputStream(pa.BufferReader(data), "zstd").read()),
@@ -39,41 +40,79 @@ _UNPACK: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
 _DELIMITERS = ",;\t|"
 
 
-def read_file(path: Path, text_columns: Collection[str]) -> pa.Table:
-    """Read a data file whole.
+def read_file(path: Path, text_columns: Collection[str] = ()) -> pa.Table:
+    """Read a data file into a table.
 
     Args:
-        path: the file; its name says the format, its first bytes whether it is compressed.
-        text_columns: columns of a csv in which a cell "NA", "null" or "42" is that text, not a value.
+        path: the suffix tells the format, the first bytes the compression.
+        text_columns: columns of a csv that stay text, even cells such as "NA", "null" or "42".
 
     Raises:
-        UserError: it is no such file, cannot be read, or is a pointer of Git LFS.
+        UserError: the file has another suffix, cannot be read, or is a pointer of Git LFS.
     """
-    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
-    if suffix is None:
-        raise UserError(f"'{path}' is not a dataset file: expected {EXPECTED}")
-    try:
-        data = path.read_bytes()
-        if data.startswith(_LFS_POINTER):
-            raise UserError(
-                f"'{path}' is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull` in its repository"
-            )
-        unpack = next((unpack for start, unpack in _UNPACK if data.startswith(start)), None)
-        if unpack is None and suffix.endswith(_COMPRESSED):
-            raise UserError(f"'{path}' is not a readable {suffix[1:]} file (it is not compressed)")
-        data = data if unpack is None else unpack(data)
+    suffix = _suffix(path)
+    with _readable(path, suffix):
+        data = _content(path, suffix)
         if suffix == ".parquet":
             return pq.read_table(pa.BufferReader(data))
         if suffix in _BINARY:
             return _read_arrow(data)
-        data = _as_utf8(data)
-        return _read_csv(data, path, text_columns) if "sv" in suffix else _read_json(data, path)
-    except (OSError, EOFError, UnicodeDecodeError, MemoryError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        if "sv" in suffix:
+            return _read_csv(data, path, text_columns)
+        return _json_table(_json_rows(data, path), path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a data file into rows whose values are as in the file: JSON values of JSON, texts of a csv.
+
+    A JSON row that is not an object becomes an empty row.
+
+    Raises:
+        UserError: as `read_file`.
+    """
+    suffix = _suffix(path)
+    if suffix in _BINARY:
+        return read_file(path).to_pylist()
+    with _readable(path, suffix):
+        data = _content(path, suffix)
+        if "sv" in suffix:
+            csv.field_size_limit(2**31 - 1)
+            reader = csv.DictReader(io.StringIO(data.decode(), newline=""), delimiter=_delimiter(data))
+            return [{name: cell for name, cell in row.items() if name is not None} for row in reader]
+        return [row if isinstance(row, dict) else {} for row in _json_rows(data, path)]
+
+
+def _suffix(path: Path) -> str:
+    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+    if suffix is None:
+        raise UserError(f"'{path}' is not a dataset file: expected {EXPECTED}")
+    return suffix
+
+
+@contextlib.contextmanager
+def _readable(path: Path, suffix: str) -> Iterator[None]:
+    """Turn errors of the libraries into a UserError."""
+    errors = (OSError, EOFError, UnicodeDecodeError, MemoryError, zlib.error, lzma.LZMAError, csv.Error)
+    try:
+        yield
+    except (*errors, pa.ArrowException) as error:
         raise UserError(f"'{path}' is not a readable {suffix[1:]} file ({one_line(error)})") from error
 
 
+def _content(path: Path, suffix: str) -> bytes:
+    """The content of a file, decompressed; text as UTF-8."""
+    data = path.read_bytes()
+    if data.startswith(_LFS_POINTER):
+        raise UserError(f"'{path}' is a pointer of Git LFS: fetch the file with `git lfs pull` in its repository")
+    unpack = next((unpack for start, unpack in _UNPACK if data.startswith(start)), None)
+    if unpack is None and suffix.endswith(_COMPRESSED):
+        raise UserError(f"'{path}' is not a readable {suffix[1:]} file (it is not compressed)")
+    data = data if unpack is None else unpack(data)
+    return data if suffix in _BINARY else _as_utf8(data)
+
+
 def _as_utf8(data: bytes) -> bytes:
-    """The same text as UTF-8: spreadsheets write UTF-16."""
+    """Convert UTF-16, which spreadsheets write, to UTF-8; remove the byte-order mark."""
     for mark, encoding in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
         if data.startswith(mark):
             return data.decode(encoding).encode()
@@ -92,7 +131,7 @@ def _read_csv(data: bytes, path: Path, text_columns: Collection[str]) -> pa.Tabl
         raise UserError(f"'{path}' is empty: expected a header line and rows")
     return pyarrow.csv.read_csv(
         pa.BufferReader(data),
-        # A block must hold a row whole, and a row may be as long as the file.
+        # A row must fit into one block, and may be as long as the file.
         read_options=pyarrow.csv.ReadOptions(block_size=min(max(len(data) + 1, 1 << 20), (1 << 31) - 1)),
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(data)),
         convert_options=pyarrow.csv.ConvertOptions(
@@ -102,7 +141,7 @@ def _read_csv(data: bytes, path: Path, text_columns: Collection[str]) -> pa.Tabl
 
 
 def _delimiter(data: bytes) -> str:
-    """What separates the names in the header: a comma, or what a spreadsheet may have put in its place."""
+    """The separator of the names in the header: a comma, or a mark that spreadsheets use instead."""
     header = next(csv.reader(io.StringIO(data[: 1 << 16].decode(errors="replace"))), [])
     if len(header) > 1:
         return ","
@@ -112,17 +151,21 @@ def _delimiter(data: bytes) -> str:
     return best if counts[best] else ","
 
 
-def _read_json(data: bytes, path: Path) -> pa.Table:
-    """Read a list of objects, or one object a line. Rows that are no object become rows of nulls."""
-    rows: list[Any] = []
+def _json_rows(data: bytes, path: Path) -> list[Any]:
+    """The values of a JSON list, of one object a line, or of a file with one object (see `_wrapped_rows`)."""
     if data.lstrip().startswith(b"["):
-        rows = _parse_json(data, f"'{path}'")
-    elif (whole := _one_object(data)) is not None:
-        return _of_wrapped_rows(whole)
-    else:
-        for number, line in enumerate(data.split(b"\n"), 1):
-            if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                rows.append(_parse_json(line, f"line {number} of '{path}'"))
+        return _parse_json(data, f"'{path}'")
+    if (value := _one_object(data)) is not None:
+        return _wrapped_rows(value)
+    return [
+        _parse_json(line, f"line {number} of '{path}'")
+        for number, line in enumerate(data.split(b"\n"), 1)
+        if line.strip(b"\xef\xbb\xbf \t\r\n")
+    ]
+
+
+def _json_table(rows: list[Any], path: Path) -> pa.Table:
+    """A table of JSON rows; a row that is not an object becomes a row of nulls."""
     table = table_of([row if isinstance(row, dict) else {} for row in rows])
     if rows and not table.num_columns:
         raise UserError(f"'{path}' holds no object: expected a list of objects, or one object a line")
@@ -130,7 +173,7 @@ def _read_json(data: bytes, path: Path) -> pa.Table:
 
 
 def _one_object(data: bytes) -> dict[str, Any] | None:
-    """The object that fills the file, if it is one over several lines; None otherwise."""
+    """The JSON object that fills the file over several lines; None for other files."""
     if not data.lstrip().startswith(b"{"):
         return None
     first = data.lstrip().split(b"\n", 1)[0]
@@ -147,14 +190,12 @@ def _one_object(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _of_wrapped_rows(value: dict[str, Any]) -> pa.Table:
-    """The rows of a file that holds them in one object, under a name (`data`); or the object as a row."""
-    lists = {key: item for key, item in value.items() if isinstance(item, list)}
-    if len(lists) == 1:
-        (rows,) = lists.values()
-        if all(isinstance(row, dict) for row in rows):
-            return table_of(rows)
-    return table_of([value])
+def _wrapped_rows(value: dict[str, Any]) -> list[Any]:
+    """The rows of an object with one list of objects (such as `data`); otherwise the object as the only row."""
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]):
+        return lists[0]
+    return [value]
 
 
 def _parse_json(text: bytes, where: str) -> Any:
@@ -167,7 +208,7 @@ def _parse_json(text: bytes, where: str) -> Any:
 
 
 def table_of(rows: list[dict[str, Any]]) -> pa.Table:
-    """A table of rows, whatever they hold; see `column_of`."""
+    """A table of rows with values of any type; see `column_of`."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({_safe_name(name): column_of([row.get(name) for row in rows]) for name in names})
 
@@ -177,7 +218,7 @@ def _safe_name(name: str) -> str:
 
 
 def column_of(values: list) -> pa.Array:
-    """Make a column; values that have no common Arrow type are wrapped as structs `{"json": text}`."""
+    """Make a column; values without a common Arrow type are wrapped as structs `{"json": text}`."""
     try:
         column = pa.array(values)
         if not _has_empty_struct(column.type):
@@ -188,7 +229,7 @@ def column_of(values: list) -> pa.Array:
 
 
 def _has_empty_struct(type_: pa.DataType) -> bool:
-    """An Arrow struct without fields cannot be written to parquet, so such a column is wrapped too."""
+    """Does a type contain a struct without fields? Parquet cannot hold it, so such a column is wrapped too."""
     if pa.types.is_struct(type_):
         return type_.num_fields == 0 or any(_has_empty_struct(child.type) for child in type_)
     return pa.types.is_list(type_) and _has_empty_struct(type_.value_type)

@@ -1,7 +1,7 @@
-"""Where preference data come from: a hub id, a folder or a file -> rows with our column names.
+"""Sources of preference data: a hub id, a folder, a file or rows in memory -> rows with our column names.
 
-Local files are opened directly, not through a cache: a changed file is never served stale, and file and column names
-may hold any character. Nothing is executed and no pickle is read. What a row means is the business of `rows.py`.
+Local files are opened directly, not through a cache, so changes are always seen and file and column names may hold any
+character. No code is executed and no pickle is read. `rows.py` interprets the rows.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import pyarrow.compute as pc
 
 from sepo.data.formats import EXPECTED, SUFFIXES, read_file, table_of
 from sepo.data.pairing import make_pairs, preset_of, suggestion
-from sepo.data.rows import EXTRA_COLUMNS, READ_COLUMNS, DataReport
+from sepo.data.rows import EXTRA_COLUMNS, READ_COLUMNS, ROWS_AT_ONCE, DataReport
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, file_digest
 from sepo.recipe.settings import PairsFrom
 
 COLUMNS = ("prompt", "chosen", "rejected")
 _KNOWN_SPLITS = frozenset({"train", "test", "validation", "valid", "val", "dev", "eval"})
-ROWS_AT_ONCE = 1000  # rows read and tokenised at once: enough to keep the Rust tokenizer busy, little memory
 
 
 def load_preferences(
@@ -38,36 +37,35 @@ def load_preferences(
     columns: Mapping[str, str] | None = None,
     pairs_from: str | PairsFrom | None = None,
 ) -> datasets.Dataset:
-    """Load a preference dataset and give its columns the names `prompt`, `chosen` and `rejected`.
+    """Load a preference dataset and rename its columns to `prompt`, `chosen` and `rejected`.
 
-    Local files are read directly, not through a cache, so a changed file is never served stale and a file
-    name may hold any character.
+    Local files are read directly, not through a cache, so changes are always seen and a file name may hold any
+    character.
 
     Args:
-        source: a file (parquet, json, jsonl, csv, tsv, arrow; the text ones also compressed), a folder
-            (`save_to_disk`, or data files named or foldered by split), a dataset id on the Hugging Face Hub; or rows
-            in memory: a `Dataset`, an Arrow table, a pandas data frame.
-        split: a split's name, with an optional slice: `train`, `train_prefs`, `test[:500]`, `train[:10%]`.
-            A file holds one split, `train`.
-        config_name: the configuration of a hub dataset, or the sub-folder of a local one.
-        columns: our name -> the dataset's, for example `{"prompt": "instruction", "chosen": "better"}`.
-            A column that already has one of our names and is not mapped is kept as `source_<name>`. Beside the three,
-            `system`, `input` (which follows the prompt), `history` and `tools` can be mapped.
-        pairs_from: make the pairs of labels, scores or ranks: the name of a preset, or a description
-            (`pairing.PRESETS`).
+        source: a file (parquet, json, jsonl, csv, tsv, arrow; text files also compressed), a folder (from
+            `save_to_disk`, or data files in folders or with names that tell the split), a dataset id of the Hugging
+            Face Hub, or rows in memory (a `Dataset`, an Arrow table, a pandas data frame, a list of dicts).
+        split: name of a split, with an optional slice: `train`, `train_prefs`, `test[:500]`, `train[:10%]`. A file has
+            one split, `train`.
+        config_name: configuration of a hub dataset, or sub-folder of a local dataset.
+        columns: our name -> name in the dataset, for example `{"prompt": "instruction", "chosen": "better"}`. An
+            unmapped column that already has one of our names becomes `source_<name>`. Further names: `system`, `input`
+            (text after the prompt), `history` and `tools`.
+        pairs_from: make pairs from labels, scores or ranks: the name of a preset (`pairing.PRESETS`) or a description.
 
     Returns:
-        The dataset with `chosen`, `rejected`, `prompt` (unless the prompt is implicit), `pair_id` (int64,
-        the row number in the split) and every other column as it was. A column of a JSON file whose values
-        have mixed types holds structs `{"json": <the value as JSON>}`; `normalise_row` reads them.
+        The dataset with `chosen`, `rejected`, `prompt` (unless the prompt is implicit), `pair_id` (int64, the row
+        number in the split) and all other columns unchanged. A JSON column with values of mixed types holds structs
+        `{"json": <the value as JSON>}`, which `normalise_row` reads.
 
     Raises:
-        UserError: the source, split or a column is missing, or the data is empty or cannot be read.
+        UserError: the source, the split or a column is missing, or the data is empty or unreadable.
     """
     preset = preset_of(pairs_from)
     columns = {} if columns is None else columns
     if not isinstance(columns, Mapping) or not all(isinstance(name, str) for pair in columns.items() for name in pair):
-        raise wrong_type("columns", columns, "our names -> the dataset's, such as {'prompt': 'instruction'}")
+        raise wrong_type("columns", columns, "our names -> names in the dataset, such as {'prompt': 'instruction'}")
     wanted = {**preset.columns, **columns}
     _, slice_text = _parse_split(split)
     name = "the dataset" if not isinstance(source, str | os.PathLike) else str(source)
@@ -75,7 +73,9 @@ def load_preferences(
     if preset.pairs_from is not None:
         prompt = wanted.pop("prompt", "prompt" if "prompt" in dataset.column_names else preset.pairs_from.group_by)
         if replaced := {"chosen", "rejected"} & wanted.keys():
-            raise UserError(f"`columns` names {' and '.join(sorted(replaced))}, which pairs_from makes: leave them out")
+            raise UserError(
+                f"`columns` maps {' and '.join(sorted(replaced))}, but pairs_from makes them: leave them out"
+            )
         dataset = make_pairs(dataset, preset.pairs_from, prompt)
     dataset = _rename_columns(dataset, wanted, name)
     dataset = dataset.add_column("pair_id", np.arange(len(dataset), dtype=np.int64))
@@ -83,14 +83,14 @@ def load_preferences(
 
 
 def load_rows(source: str | os.PathLike, *, split: str = "train", config_name: str | None = None) -> datasets.Dataset:
-    """Load a dataset of any columns from the same sources; see `load_preferences` for arguments and errors."""
+    """Load a dataset with any columns; sources, arguments and errors as in `load_preferences`."""
     name, slice_text = _parse_split(split)
     dataset = _load_whole_split(source, split, config_name, set())
     return _take_slice(dataset, split, name) if slice_text else dataset
 
 
 def source_fingerprint(source: str | os.PathLike) -> str:
-    """Return 16 hex digits of the content of a file or folder of data; a hub dataset is known by its name alone."""
+    """Return 16 hex digits of the content of a file or folder; the name of a hub dataset."""
     path = Path(expand_home(source, "the data"))
     try:
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
@@ -116,12 +116,12 @@ def _load_whole_split(
     source = expand_home(source, "the data")
     path = Path(source)
     try:
-        found = path.exists()
+        exists = path.exists()
     except (OSError, ValueError):  # too long, or a null byte: not a path
-        found = False
-    if found and path.is_dir():
+        exists = False
+    if exists and path.is_dir():
         dataset = _load_folder(path, name, config_name, text_columns)
-    elif found:
+    elif exists:
         _check_single_split(path, name, config_name)
         dataset = _from_table(read_file(path, text_columns), path)
     else:
@@ -132,9 +132,9 @@ def _load_whole_split(
 
 
 def _in_memory(source: Any) -> datasets.Dataset:
-    """Rows that the caller holds already."""
+    """The dataset of rows in memory."""
     if isinstance(source, datasets.DatasetDict):
-        raise UserError(f"expected one split of the dataset: dataset['train'], for example; it has {', '.join(source)}")
+        raise UserError(f"expected one split of the dataset, such as dataset['train']; it has {', '.join(source)}")
     if isinstance(source, datasets.Dataset):
         dataset = source
     elif isinstance(source, pa.Table):
@@ -194,7 +194,7 @@ def _load_hub(source: str, split: str, config_name: str | None) -> datasets.Data
         raise UserError(f"no file or folder at '{source}'{where}{near}: expected a dataset file, a folder or a hub id")
     try:
         return datasets.load_dataset(source, config_name, split=split)
-    except Exception as error:  # whatever the hub client meets, the user needs one line
+    except Exception as error:  # the hub client raises many classes of errors
         raise UserError(
             f"'{source}' is no local file or folder, and could not be loaded from the Hugging Face Hub "
             f"({one_line(error)}); check the name, the split '{split}', the network and your access"
@@ -240,7 +240,7 @@ def _load_folder(folder: Path, split: str, config_name: str | None, text_columns
     return _from_table(table, folder)
 
 
-# What lies beside data and is none: descriptions that `datasets`, DVC, hubs and programs leave.
+# Files beside data that hold no data: metadata of `datasets`, DVC, hubs and programs.
 _NO_DATA = frozenset(
     f"{name}.json"
     for name in (
@@ -258,15 +258,15 @@ _NO_DATA = frozenset(
 
 
 def _check_no_copies(files: Iterable[Path]) -> None:
-    """Refuse one name in several formats: that is one dataset twice, and all its rows would count twice."""
+    """Refuse files that differ in format only: they probably hold the same rows, which would count twice."""
     first: dict[Path, Path] = {}
     for path in files:
         plain = path.with_name(_SUFFIX.sub("", path.name))
-        other = first.setdefault(plain, path)
-        if other is not path:
+        earlier = first.setdefault(plain, path)
+        if earlier is not path:
             raise UserError(
-                f"'{other}' and '{path.name}' have one name in two formats, and would be read as two parts: remove "
-                "one, or name the file"
+                f"'{earlier}' and '{path.name}' have one name in two formats and would be read as two parts: remove "
+                "one, or give the path of one file as the source"
             )
 
 
@@ -282,7 +282,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _split_names(path: Path) -> list[str]:
-    """The names a file may give its split by: its folders, and its own without number and suffix.
+    """Names that may tell the split of a file: its folders, and its name without number and suffix.
 
     >>> _split_names(Path("data/test-00000-of-00002.json.gz"))
     ['data', 'test']
@@ -295,21 +295,21 @@ _SUFFIX = re.compile(r"\.(parquet|arrow|feather|jsonl?|csv|tsv)(\.(gz|zst|bz2|xz
 
 
 def _files_of_split(folder: Path, names: Mapping[Path, list[str]], split: str) -> list[Path]:
-    """Pick the files named after the split; all files are `train` if none is named after any split."""
-    words = {name: set(re.split(r"[\W_]+", name.lower())) for found in names.values() for name in found}
-    if not any(split in found for found in names.values()):
-        like = [name for name in words if split in words[name]]
-        if split == "train" and not any(_KNOWN_SPLITS & found for found in words.values()):
+    """The files named after the split; all files belong to `train` if no file is named after a split."""
+    words = {name: set(re.split(r"[\W_]+", name.lower())) for parts in names.values() for name in parts}
+    if not any(split in parts for parts in names.values()):
+        similar = [name for name in words if split in words[name]]
+        if split == "train" and not any(_KNOWN_SPLITS & name_words for name_words in words.values()):
             return list(names)
-        if len(like) != 1:
-            raise UserError(_unknown_split(folder, split, sorted({found[-1] for found in names.values()})))
-        split = like[0]  # the one file or folder with the word in its name: my_train_data.jsonl
-    return [path for path, found in names.items() if split in found]
+        if len(similar) != 1:
+            raise UserError(_unknown_split(folder, split, sorted({parts[-1] for parts in names.values()})))
+        split = similar[0]  # the only file or folder with the word in its name: my_train_data.jsonl
+    return [path for path, parts in names.items() if split in parts]
 
 
-def _unknown_split(source: object, split: str, found: Iterable[str]) -> str:
-    found = list(found)
-    return f"unknown split '{split}'{nearest(split, found)}: '{source}' has {', '.join(found[:8])}"
+def _unknown_split(source: object, split: str, known: Iterable[str]) -> str:
+    known = list(known)
+    return f"unknown split '{split}'{nearest(split, known)}: '{source}' has {', '.join(known[:8])}"
 
 
 def _from_table(table: pa.Table, source: Path | str) -> datasets.Dataset:
@@ -327,59 +327,61 @@ def _rename_columns(dataset: datasets.Dataset, columns: Mapping[str, str], sourc
     for ours in columns:
         if ours not in known:
             raise UserError(f"unknown column key '{ours}'{nearest(ours, known)}: expected {', '.join(known)}")
-    found = list(dataset.column_names)
+    existing = list(dataset.column_names)
     wanted = {ours: columns.get(ours, ours) for ours in COLUMNS}
-    if "prompt" not in columns and "prompt" not in found:
-        del wanted["prompt"]  # implicit: chosen and rejected share it
+    if "prompt" not in columns and "prompt" not in existing:
+        del wanted["prompt"]  # implicit: the common beginning of chosen and rejected
     wanted |= {EXTRA_COLUMNS[ours]: theirs for ours, theirs in columns.items() if ours in EXTRA_COLUMNS}
     for ours, theirs in wanted.items():
-        if theirs not in found:
-            listed = ", ".join(f"'{name}'" for name in found[:20])
-            hint = suggestion(found) or f"; name the column that holds '{ours}' with `columns`"
-            raise UserError(f"'{source}' has no column '{theirs}'{nearest(theirs, found)}: found {listed}{hint}")
+        if theirs not in existing:
+            listed = ", ".join(f"'{name}'" for name in existing[:20])
+            hint = suggestion(existing) or f"; name the column that holds '{ours}' with `columns`"
+            raise UserError(f"'{source}' has no column '{theirs}'{nearest(theirs, existing)}: found {listed}{hint}")
     if len(set(wanted.values())) < len(wanted):
         raise UserError(f"`columns` uses one column of '{source}' twice: {dict(columns)}; expected different columns")
     new_names = {theirs: ours for ours, theirs in wanted.items() if ours != theirs}
     ours_alone = {*COLUMNS, "pair_id", *EXTRA_COLUMNS.values()} - {"tools"}
-    taken = {*found, *COLUMNS, "pair_id", *EXTRA_COLUMNS.values()}
-    for name in found:
+    taken = {*existing, *COLUMNS, "pair_id", *EXTRA_COLUMNS.values()}
+    for name in existing:
         if name in ours_alone and name not in wanted.values():
             new_names[name] = next(
                 option for n in range(len(taken) + 1) if (option := f"source_{name}" + "_" * n) not in taken
             )
             taken.add(new_names[name])
-    if "tools" in wanted and "tools" in found and wanted["tools"] != "tools":
+    if "tools" in wanted and "tools" in existing and wanted["tools"] != "tools":
         new_names["tools"] = "source_tools"
     return dataset.rename_columns(new_names) if new_names else dataset
 
 
-# Columns that change what a good response is, or say which one it is, and are read only where they are named.
-_TELLING = {
+# Columns that influence or tell which response is better, but are read only if the user maps them.
+_INFORMATIVE = {
     "system": "map it with columns: {{system: {0}}}",
     "system_prompt": "map it with columns: {{system: {0}}}",
     "input": "map it with columns: {{input: {0}}}",
     "history": "map it with columns: {{history: {0}}}",
     **dict.fromkeys(
-        ("images", "image", "audio", "audios", "video", "videos", "documents"), "models here are given text alone"
+        ("images", "image", "audio", "audios", "video", "videos", "documents"), "models here read text only"
     ),
     **dict.fromkeys(
         (
             *("better_response_id", "safer_response_id", "preference_strength", "overall_preference", "preference"),
             *("winner", "winner_model_a", "labels", "label", "rank", "ranks"),
         ),
-        "if it says which response is better, data.pairs_from makes pairs of it",
+        "if it tells which response is better, data.pairs_from makes pairs from it",
     ),
 }
 
 
 def note_unread_columns(dataset: datasets.Dataset, report: DataReport) -> None:
-    """Note the columns of well-known names that hold something and are not read, with the number of rows."""
-    names = [name for name in dataset.column_names if name in _TELLING]
+    """Note the non-empty columns with well-known names that are not read, and their number of rows."""
+    names = [name for name in dataset.column_names if name in _INFORMATIVE]
     for name in names:
         values = dataset.with_format("arrow").select_columns([name])
         filled = sum(_filled(batch.column(0)) for batch in values.iter(ROWS_AT_ONCE))
         if filled:
-            report.note(f"the column '{name}' holds something and is not read; {_TELLING[name].format(name)}", filled)
+            report.note(
+                f"the column '{name}' holds something and is not read; {_INFORMATIVE[name].format(name)}", filled
+            )
 
 
 def _filled(column: pa.ChunkedArray) -> int:
@@ -395,21 +397,22 @@ def _filled(column: pa.ChunkedArray) -> int:
 
 
 def require_dataset(what: str, value: object) -> datasets.Dataset:
-    """The dataset that an argument is.
+    """Return the argument `what` if it is a dataset.
 
     Raises:
-        UserError: it is something else; the message names the argument, `what`.
+        UserError: it is not; the message names the argument.
     """
     if isinstance(value, datasets.DatasetDict):
         raise UserError(f"{what} is a DatasetDict: expected one of its splits, {', '.join(map(str, value))}")
     if isinstance(value, datasets.IterableDataset):
         raise UserError(f"{what} is a stream: expected a Dataset, so load it without streaming")
     if not isinstance(value, datasets.Dataset):
-        raise wrong_type(what, value, "a datasets.Dataset (load_preferences makes one of files, lists and data frames)")
+        raise wrong_type(what, value, "a datasets.Dataset (load_preferences reads files, lists and data frames)")
     return value
 
 
 def relevant_columns(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Select the columns that `normalise_row` reads."""
     for name in ("chosen", "rejected"):
         if name not in dataset.column_names:
             found = ", ".join(dataset.column_names)
@@ -421,7 +424,7 @@ def relevant_columns(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def read_rows(dataset: datasets.Dataset, start: int, stop: int) -> list[dict[str, Any] | None]:
-    """Read rows as dicts; None for a row whose text is not UTF-8."""
+    """Read rows as dicts; a row with text that is not UTF-8 is None."""
     try:
         batch = dataset[start:stop]
     except UnicodeDecodeError:

@@ -1,10 +1,9 @@
-"""Messages in every spelling -> one: `[{"role": ..., "content": ...}, ...]`.
+"""Messages in every notation -> `[{"role": ..., "content": ...}, ...]`.
 
-A conversation comes as a list of messages, as the JSON, Python or numpy text of one (what csv files and some parquet
-columns hold), as one message, as a struct of lists, or inside `{"messages": ...}`. All of them give the same messages
-here, whatever file they came from. What cannot be read as such raises `DropRow`; what is read over is named in
-`Messages.ignored`, and what belongs to a message beside its text (tool calls, thinking) stays with it, for the chat
-template to write.
+A conversation may be a list of messages, the JSON, Python or numpy text of such a list (csv files and some parquet
+columns), one message, a struct of lists, or wrapped in `{"messages": ...}`. The same conversation gives the same
+messages in all notations. A cell that cannot be read raises `DropRow`. `Messages.ignored` names the fields that are not
+used. Tool calls and thinking stay in their message, for the chat template.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 
 Message = dict[str, Any]
 
-# Whoever speaks, by the names that datasets give them.
+# Names of roles in datasets -> roles.
 ROLES: dict[str, str] = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
@@ -28,14 +27,14 @@ ROLES: dict[str, str] = {
 }
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 _NOT_TEXT = ("images", "image", "image_url", "audio", "audios", "video", "videos", "files", "documents")
-# What a message may be wrapped in.
+# Keys that wrap a list of messages.
 _WRAPPERS = ("messages", "conversation", "conversations", "turns")
 
 
 class DropRow(Exception):
-    """A row that gives no pair; `reason` is a key of `rows.DROP_REASONS`, `detail` says which kind, if there are more.
+    """A row that gives no pair. `reason` is a key of `rows.DROP_REASONS`, `detail` a more specific reason.
 
-    Counted, never shown to the user as an exception.
+    Drops are counted; users never see the exception.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -44,7 +43,7 @@ class DropRow(Exception):
 
 
 class Messages(list):
-    """A list of messages; `ignored` names the fields that held something and were not used."""
+    """A list of messages; `ignored` names the non-empty fields that are not used."""
 
     def __init__(self, messages: Sequence[Message] = (), ignored: Sequence[str] = ()):
         super().__init__(messages)
@@ -52,7 +51,7 @@ class Messages(list):
 
 
 def read_cell(value: Any) -> str | Messages | None:
-    """Check one cell of a row: plain text, messages in any spelling, or nothing.
+    """Read one cell of a row: plain text, messages in any notation, or None.
 
     >>> read_cell("[{'role': 'user', 'content': 'Hi'}]")
     [{'role': 'user', 'content': 'Hi'}]
@@ -60,9 +59,9 @@ def read_cell(value: Any) -> str | Messages | None:
     [{'role': 'assistant', 'content': 'Hello'}]
 
     Raises:
-        DropRow: it is none of these.
+        DropRow: the cell is none of these.
     """
-    if isinstance(value, Mapping) and set(value) == {"json"}:  # see `formats._column`
+    if isinstance(value, Mapping) and set(value) == {"json"}:  # see `formats.column_of`
         try:
             value = json.loads(value["json"])
         except (ValueError, TypeError, RecursionError):
@@ -93,7 +92,7 @@ def check_text(value: str) -> str:
 
 # --- messages as text -----------------------------------------------------------------------------------------------
 
-# The beginning of a list of messages, or of one, in JSON or in the spelling of Python or numpy.
+# The beginning of a list of messages, or of one message, in the notation of JSON, Python or numpy.
 _LIKE_MESSAGES = re.compile(
     r"""\s*(?:array\()?\s*\[?\s*(?:array\()?\s*\{[^{}]{0,2000}?["'](?:role|from|content|value|messages|conversations?)["']\s*:"""
 )
@@ -101,10 +100,10 @@ _LIKE_JSON_TEXT = re.compile(r'\s*"\s*[\[{]')
 
 
 def parse_messages(text: str) -> Any | None:
-    """The value that a text spells, if that is a list of messages, one message or a wrapper of them; None otherwise.
+    """Parse a text that holds a list of messages, one message or wrapped messages; None for other texts.
 
     Raises:
-        DropRow: the text looks like messages from its beginning to its end and cannot be read.
+        DropRow: the text begins and ends like messages, but cannot be parsed.
     """
     if _LIKE_JSON_TEXT.match(text) and text.rstrip().endswith('"'):  # encoded twice
         try:
@@ -130,7 +129,7 @@ def parse_messages(text: str) -> Any | None:
 
 
 def _are_messages(value: Any) -> bool:
-    """A list of mappings that all have a speaker and something said; a single one must have a speaker we know."""
+    """Is this a list of mappings with a role and content each? A single mapping needs a known role."""
     if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
         return False
     speakers = [message.get("role", message.get("from")) for message in value]
@@ -141,7 +140,7 @@ def _are_messages(value: Any) -> bool:
 
 
 def _numpy_literal(text: str) -> Any:
-    """Read what numpy prints for an array of dicts: no comma between them, perhaps `array(...)` around."""
+    """Parse the printed form of a numpy array of dicts: no commas between them, perhaps inside `array(...)`."""
     text = re.sub(r"\barray\(\s*(?=[\[{])", "", text)
     text = re.sub(r",\s*dtype=object\)", "", text)
     pieces: list[str] = []
@@ -165,7 +164,7 @@ def _numpy_literal(text: str) -> Any:
 
 
 def _unwrapped(value: Mapping[str, Any]) -> Any:
-    """The messages of a wrapper, of a struct of lists (as older releases of `datasets` store them), or one message."""
+    """The messages of a wrapper, of a struct of lists (older releases of `datasets`), or one message as a list."""
     for name in _WRAPPERS:
         inner = value.get(name)
         if isinstance(inner, list | tuple | np.ndarray) and len(inner):
@@ -189,7 +188,7 @@ def _messages(values: Sequence[Any]) -> Messages:
 
 
 def _message(message: Any) -> tuple[Message, list[str]]:
-    """One message, and the names of its fields that hold something and are not used."""
+    """Read one message; returns it and the names of its non-empty fields that are not used."""
     if not isinstance(message, Mapping):
         raise DropRow("wrong type")
     role, content = message.get("role"), message.get("content")
@@ -242,7 +241,7 @@ def _content(content: Any, may_be_missing: bool) -> str:
 
 
 def _part(part: Any) -> str:
-    """One part of a message's content: its text, if that is what it holds."""
+    """The text of one part of a message's content."""
     if isinstance(part, str):
         return check_text(part)
     if not isinstance(part, Mapping):
@@ -256,20 +255,20 @@ def _part(part: Any) -> str:
 
 
 def _tool_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The tool calls of a message in the form that chat templates read, arguments as a mapping."""
-    found = message.get("tool_calls")
-    if isinstance(found, str):
-        found = _json_or_none(found) or found
-    if _is_empty(found):
-        found = [message["function_call"]] if not _is_empty(message.get("function_call")) else []
-    if isinstance(found, Mapping):
-        found = [found]
-    if isinstance(found, np.ndarray):
-        found = found.tolist()
-    if not isinstance(found, list | tuple):
+    """The tool calls of a message in the form of chat templates, arguments as a mapping."""
+    values = message.get("tool_calls")
+    if isinstance(values, str):
+        values = _json_or_none(values) or values
+    if _is_empty(values):
+        values = [message["function_call"]] if not _is_empty(message.get("function_call")) else []
+    if isinstance(values, Mapping):
+        values = [values]
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
         raise DropRow("wrong type")
     calls = []
-    for call in found:
+    for call in values:
         inner = call.get("function", call) if isinstance(call, Mapping) else _json_or_none(call)
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             raise DropRow("wrong type")
@@ -278,14 +277,14 @@ def _tool_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
             arguments = _json_or_none(arguments) if arguments.strip() else {}
         if not isinstance(arguments, Mapping):
             raise DropRow("wrong type")
-        # Arrow fills the fields that another call of the column has with nulls.
+        # Arrow adds nulls for fields of other calls in the column.
         given = {key: value for key, value in arguments.items() if value is not None}
         calls.append({"type": "function", "function": {"name": inner["name"], "arguments": given}})
     return calls
 
 
 def _call_of(text: str) -> dict[str, Any] | None:
-    """A tool call that a turn of its own holds as text (ShareGPT's `function_call`)."""
+    """A tool call that is the text of a separate turn (ShareGPT's `function_call`)."""
     value = _json_or_none(text)
     if not isinstance(value, Mapping) or "name" not in value:
         return None
@@ -301,10 +300,10 @@ def _json_or_none(text: Any) -> Any:
 
 
 def read_tools(value: Any) -> list[Any]:
-    """Tools that a row offers, as chat templates read them: a list of schemas; from JSON text too.
+    """The tools of a row as a list of schemas, also from JSON text.
 
     Raises:
-        DropRow: it holds something else.
+        DropRow: the value is no list of schemas.
     """
     if isinstance(value, Mapping) and set(value) == {"json"}:
         value = _json_or_none(value["json"])
@@ -331,7 +330,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def leaves(value: Any) -> list[str]:
-    """All strings that a nested value holds, keys apart: what a template must have written of a tool call."""
+    """All strings of a nested value except keys: the texts of a tool call that a template must write."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
@@ -342,7 +341,7 @@ def leaves(value: Any) -> list[str]:
 
 
 def map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """The same nested value with every string changed, keys too."""
+    """Apply `change` to every string of a nested value, including keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

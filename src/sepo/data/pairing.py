@@ -1,9 +1,9 @@
-"""Labels, scores and rankings -> pairs: what public preference datasets hold instead of chosen and rejected.
+"""Labels, scores and rankings of public preference datasets -> pairs of chosen and rejected.
 
-Four forms, all described by `PairsFrom` (the recipe's `data.pairs_from`): two responses with a label or a score that
-says which is better; one column with a list of responses and their scores or ranks; rows that share a prompt, with a
-score each; and two conversations in turns. A row that gives no pair keeps its place and carries the reason, so that it
-is counted like every other (`rows.DROP_COLUMN`). `PRESETS` holds the descriptions of public datasets by name.
+`PairsFrom` (the recipe's `data.pairs_from`) describes four forms: two responses with a label or a score for the better
+one; one column with a list of responses and their scores or ranks; several rows with the same prompt and a score each;
+two conversations as lists of turns. A row without a pair stays in the table with the reason in `rows.DROP_COLUMN`, so
+that it is counted with the other drops. `PRESETS` holds the descriptions of public datasets by name.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ import pyarrow as pa
 
 from sepo.data.formats import column_of
 from sepo.data.messages import DropRow, Messages, read_cell
-from sepo.data.rows import DROP_COLUMN
+from sepo.data.rows import DROP_COLUMN, ROWS_AT_ONCE
 from sepo.errors import UserError, nearest, wrong_type
 from sepo.recipe.settings import PairsFrom
-
-ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a public dataset becomes pairs.
+    """Settings for a public dataset.
 
     Attributes:
-        dataset: its name on the hub.
-        pairs_from: how; None: it has the columns chosen and rejected.
+        dataset: name on the hub.
+        pairs_from: description of labels, scores or ranks; None: the dataset has the columns chosen and rejected.
         columns: as `data.columns`.
-        known_by: columns that tell it from others; empty: it is not suggested.
+        known_by: columns by which `suggestion` recognises the dataset; empty: never suggested.
     """
 
     dataset: str
@@ -50,7 +48,7 @@ _ARENA = PairsFrom(
 PRESETS: dict[str, Preset] = {
     "ultrafeedback": Preset(
         "openbmb/UltraFeedback",
-        # The mean of the four aspects; `overall_score` has known errors (10 where the critique says 1).
+        # The mean of the four aspects; `overall_score` has known errors (10 for a critique of 1).
         PairsFrom(responses="completions", text="response", score="fine-grained_score"),
         {"prompt": "instruction"},
         ("instruction", "completions"),
@@ -108,7 +106,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "distilabel-orca": Preset(
         "argilla/distilabel-intel-orca-dpo-pairs",
-        # Rows marked "swapped" were swapped already.
+        # In rows marked "swapped", chosen and rejected are already in the right order.
         PairsFrom(responses=["chosen", "rejected"], label="status", first=["unchanged", "swapped"], second=[]),
         {"system": "system", "prompt": "input"},
         ("system", "input", "chosen", "rejected", "status"),
@@ -120,7 +118,7 @@ PRESETS: dict[str, Preset] = {
         ("instruction", "generations", "ratings"),
     ),
     "unpaired": Preset(
-        "data for KTO: a good and a bad response to one prompt, where it has both",
+        "data for KTO: a good and a bad response to one prompt, if it has both",
         PairsFrom(responses="completion", group_by="prompt", score="label"),
         known_by=("prompt", "completion", "label"),
     ),
@@ -129,10 +127,10 @@ _TIES = {"tie", "tie (bothbad)", "tie (both bad)", "both_bad", "bothbad", "both 
 
 
 def preset_of(pairs_from: str | PairsFrom | None) -> Preset:
-    """The preset of a name; a description of one's own as a preset.
+    """The preset of a name, or a preset from a description.
 
     Raises:
-        UserError: there is no preset of that name.
+        UserError: there is no preset with this name.
     """
     if not isinstance(pairs_from, str | PairsFrom | None):
         raise wrong_type("pairs_from", pairs_from, "the name of a preset, or a sepo.recipe.settings.PairsFrom")
@@ -147,25 +145,25 @@ def preset_of(pairs_from: str | PairsFrom | None) -> Preset:
 
 
 def suggestion(columns: Sequence[str]) -> str:
-    """A hint at the preset that a dataset's columns look like; empty without one."""
-    found = [name for name, preset in PRESETS.items() if preset.known_by and set(preset.known_by) <= set(columns)]
-    if not found:
+    """A hint at the preset whose columns a dataset has; empty if no preset matches."""
+    matches = {name: p for name, p in PRESETS.items() if p.known_by and set(p.known_by) <= set(columns)}
+    if not matches:
         return ""
-    name = max(found, key=lambda one: len(PRESETS[one].known_by))
-    return f"; these look like the columns of {PRESETS[name].dataset}: pairs_from: {name} makes pairs of them"
+    name = max(matches, key=lambda name: len(matches[name].known_by))
+    return f"; these look like the columns of {PRESETS[name].dataset}: set pairs_from: {name}"
 
 
 def make_pairs(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> datasets.Dataset:
-    """Make the rows of a dataset with `prompt`, `chosen` and `rejected` of one with labels, scores or ranks.
+    """Turn a dataset with labels, scores or ranks into one with `prompt`, `chosen` and `rejected`.
 
     Args:
-        dataset: rows as they are stored.
-        how: what its columns mean.
-        prompt: its column that holds the prompt; None: the responses hold it (conversations).
+        dataset: rows as stored.
+        how: meaning of the columns.
+        prompt: name of the prompt column; None: the responses contain the prompt (conversations).
 
     Returns:
-        `prompt` (if there is one), `chosen`, `rejected` and `drop_reason` (null, or why the row gives no pair); every
-        other column, where one row of the source makes one row.
+        `prompt` (if there is one), `chosen`, `rejected` and `drop_reason` (null, or the reason why the row gives no
+        pair). All other columns, too, if each row of the source makes one row.
 
     Raises:
         UserError: a column is missing.
@@ -177,11 +175,11 @@ def make_pairs(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) ->
     for row in rows:
         for name in names:
             columns[name].append(row.get(name))
-    made = datasets.Dataset(pa.table({name: column_of(values) for name, values in columns.items()}))
-    if len(made) == len(dataset) and not how.group_by:
+    pairs = datasets.Dataset(pa.table({name: column_of(values) for name, values in columns.items()}))
+    if len(pairs) == len(dataset) and not how.group_by:
         kept = [name for name in dataset.column_names if name not in names]
-        return datasets.concatenate_datasets([dataset.select_columns(kept), made], axis=1) if kept else made
-    return made
+        return datasets.concatenate_datasets([dataset.select_columns(kept), pairs], axis=1) if kept else pairs
+    return pairs
 
 
 def _check_columns(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> None:
@@ -193,8 +191,8 @@ def _check_columns(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None
         if name is not None and name not in dataset.column_names:
             found = ", ".join(f"'{column}'" for column in dataset.column_names[:20])
             raise UserError(
-                f"pairs_from names the column '{name}'{nearest(name, dataset.column_names)}, which the dataset has "
-                f"not: found {found}"
+                f"pairs_from names the column '{name}'{nearest(name, dataset.column_names)}, which the dataset does "
+                f"not have: found {found}"
             )
 
 
@@ -207,7 +205,7 @@ def _read(dataset: datasets.Dataset, names: Sequence[str | None]) -> Iterator[di
 
 
 def _single(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> Iterator[dict[str, Any]]:
-    """Pairs of rows that hold all responses to a prompt."""
+    """Pairs from rows that each hold all responses to a prompt."""
     responses = [how.responses] if isinstance(how.responses, str) else how.responses
     scores = [how.score] if isinstance(how.score, str) else how.score or []
     names = [*responses, *(name for name in scores if name in dataset.column_names), how.label, prompt]
@@ -219,22 +217,17 @@ def _single(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> It
             yield {**given, DROP_COLUMN: f"{drop.reason}: {drop.detail}" if drop.detail else drop.reason}
             continue
         for chosen, rejected in pairs:
-            yield (
-                _in_turns(given.get("prompt"), chosen, rejected)
-                if how.turns
-                else {
-                    **given,
-                    "chosen": chosen,
-                    "rejected": rejected,
-                }
-            )
+            if how.turns:
+                yield _in_turns(given.get("prompt"), chosen, rejected)
+            else:
+                yield {**given, "chosen": chosen, "rejected": rejected}
 
 
 def _pairs_of_two(row: Mapping[str, Any], how: PairsFrom) -> Iterator[tuple[Any, Any]]:
     first, second = (row[name] for name in how.responses)
     if how.label is not None:
         first_is_better = _by_label(row[how.label], how)
-    elif isinstance(how.score, str):  # negative: the first is better
+    elif isinstance(how.score, str):  # a negative score means that the first is better
         score = _number(row[how.score])
         first_is_better = _better(-score, 0.0, how)
     else:
@@ -305,7 +298,7 @@ def _pairs_of_list(row: Mapping[str, Any], how: PairsFrom) -> Iterator[tuple[Any
 
 
 def _ranked(scored: Sequence[tuple[Any, Any]], how: PairsFrom) -> Iterator[tuple[Any, Any]]:
-    """Pairs of scored responses: the best with the worst, or all with different scores."""
+    """Pairs of scored responses: the best with the worst, or all pairs with different scores."""
     usable = []
     for score, response in scored:
         if response is None or score is None:
@@ -314,7 +307,7 @@ def _ranked(scored: Sequence[tuple[Any, Any]], how: PairsFrom) -> Iterator[tuple
         usable.append((-number if how.lower_is_better else number, response))
     if len(usable) < 2:
         raise DropRow("one response")
-    usable.sort(key=lambda item: -item[0])  # stable: of equal ones, the first
+    usable.sort(key=lambda item: -item[0])  # stable: ties keep their order
     if usable[0][0] == usable[-1][0]:
         raise DropRow("tie")
     if how.pick == "extremes":
@@ -326,11 +319,11 @@ def _ranked(scored: Sequence[tuple[Any, Any]], how: PairsFrom) -> Iterator[tuple
 
 
 def _grouped(dataset: datasets.Dataset, how: PairsFrom, prompt: str) -> Iterator[dict[str, Any]]:
-    """Pairs of rows that share a prompt, in the order of its first row."""
+    """Pairs from several rows with one prompt, in the order of their first rows."""
     assert isinstance(how.responses, str)
     assert isinstance(how.score, str)
-    groups: dict[str, list[tuple[Any, Any]]] = {}
     assert how.group_by is not None
+    groups: dict[str, list[tuple[Any, Any]]] = {}
     prompts: dict[str, Any] = {}
     for row in _read(dataset, [how.group_by, how.responses, how.score, prompt or None]):
         key = json.dumps(row[how.group_by], sort_keys=True, default=str)
@@ -346,21 +339,21 @@ def _grouped(dataset: datasets.Dataset, how: PairsFrom, prompt: str) -> Iterator
 
 
 def _in_turns(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
-    """Conversations of lists of turns: what the user said, and what each side answered."""
+    """Two conversations from lists of turns: the user's, and those of both responses."""
     try:
-        asked, *sides = (_turns(value) for value in (prompt, chosen, rejected))
+        questions, *sides = (_turns(value) for value in (prompt, chosen, rejected))
     except DropRow as drop:
         return {DROP_COLUMN: drop.reason}
-    made: dict[str, Any] = {}
-    for name, said in zip(("chosen", "rejected"), sides, strict=True):
-        if len(said) != len(asked):
+    row: dict[str, Any] = {}
+    for name, answers in zip(("chosen", "rejected"), sides, strict=True):
+        if len(answers) != len(questions):
             return {DROP_COLUMN: "no response"}
-        made[name] = [
+        row[name] = [
             {"role": role, "content": text}
-            for turn in zip(asked, said, strict=True)
+            for turn in zip(questions, answers, strict=True)
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-    return made
+    return row
 
 
 def _turns(value: Any) -> list[str]:

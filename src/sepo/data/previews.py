@@ -1,4 +1,4 @@
-"""What of a prompt people need to see: not the system message and the control tokens that all prompts share."""
+"""Previews of prompts for people, without the system message and the control tokens that all prompts share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def previews(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """The text of each prompt without what it begins and ends with as most do."""
+    """The text of each prompt without the beginning and end that most prompts share."""
     rows = [list(prompt) for prompt in prompts]
     special = set(tokenizer.all_special_ids)
 
@@ -26,19 +26,19 @@ def previews(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]
 
 
 def common_starts(prompts: list[list[int]], is_boundary: Callable[[int], bool]) -> list[int]:
-    """How many tokens at the start of each prompt are what most prompts begin with: a preview leaves them out.
+    """Number of tokens at the start of each prompt that most prompts share.
 
-    Counted to the last boundary (a control token or a newline), so that prompts which merely begin with the
-    same words keep them. A prompt that begins otherwise, such as one cut off at the left, counts 0.
+    The count ends at a boundary (a control token or a newline), so that prompts which merely begin with the same words
+    keep these words. A prompt with another beginning, such as one cut on the left, counts 0.
     """
     distinct = sorted({tuple(prompt) for prompt in prompts})
     if len(distinct) < 2:
         return [0] * len(prompts)
-    # What more than half begin with, the one in the middle of the sorted prompts begins with.
+    # A beginning that more than half share is also that of the middle one of the sorted prompts.
     middle = distinct[len(distinct) // 2]
 
     def shared(prompt: Sequence[int]) -> int:
-        differs = (i for i, (one, other) in enumerate(zip(prompt, middle, strict=False)) if one != other)
+        differs = (i for i, (a, b) in enumerate(zip(prompt, middle, strict=False)) if a != b)
         return next(differs, min(len(prompt), len(middle)))
 
     count = sorted(map(shared, distinct), reverse=True)[len(distinct) // 2]

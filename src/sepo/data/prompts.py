@@ -1,7 +1,7 @@
-"""Conversations outside of a preference dataset -> token ids: what a model is asked, and an answer to be judged.
+"""Conversations outside of a preference dataset -> token ids: prompts to answer, and answers to judge.
 
-By the rules of `encoding.py`: what the chat template writes, and control tokens that are typed in a text stay text, so
-that no answer can end its own turn and begin another.
+As in `encoding.py`, the chat template renders the conversations and control tokens typed in a text stay text. So an
+answer cannot end its own turn and begin another.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sepo.data.encoding import _count, _Encoder, _make_encoder
+from sepo.data.encoding import Encoder, count_matches, make_encoder
 from sepo.data.messages import DropRow
 from sepo.data.rows import DataReport, TextPair
 from sepo.errors import UserError
@@ -20,31 +20,31 @@ Turns = Sequence[Mapping[str, str]]
 def encode_prompts(
     conversations: Sequence[Turns], tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
-    """Ids of conversations that end with a user's turn, up to where the model goes on.
+    """Ids of conversations that end with a user's turn, including the generation prompt.
 
-    Without a chat template the texts stand one after another, with an empty line between them.
+    Without a chat template the texts are joined with an empty line.
 
     Raises:
-        UserError: a conversation that the chat template does not write, or a text that tokenises into control tokens.
+        UserError: the chat template rejects a conversation, or a text tokenises into control tokens.
     """
-    encoder = _make_encoder(tokenizer, dict(chat_template_kwargs or {}))
-    found = []
+    encoder = make_encoder(tokenizer, dict(chat_template_kwargs or {}))
+    prompts = []
     for number, messages in enumerate(conversations, 1):
         try:
-            found.append(_prompt(encoder, messages))
+            prompts.append(_prompt(encoder, messages))
         except DropRow as drop:
             raise UserError(f"prompt {number} cannot be asked: {drop.reason} {drop.detail}".rstrip()) from None
-    return found
+    return prompts
 
 
-def _prompt(encoder: _Encoder, messages: Turns) -> list[int]:
+def _prompt(encoder: Encoder, messages: Turns) -> list[int]:
     if encoder.writer is None:
         text = encoder.guard("\n\n".join(message["content"] for message in messages))
     else:
         pair = TextPair([dict(message) for message in messages], "a", "b")
         text = encoder.writer.opening(pair)
     (ids,) = encoder.encode([text])
-    if sum(i in encoder.control_ids for i in ids) != _count(encoder.guard.control, text):
+    if sum(i in encoder.control_ids for i in ids) != count_matches(encoder.guard.control, text):
         raise DropRow("control token in text")
     return ids if encoder.writer is not None else encoder.plain_prompt(ids)
 
@@ -52,15 +52,15 @@ def _prompt(encoder: _Encoder, messages: Turns) -> list[int]:
 def encode_answers(
     conversations: Sequence[tuple[Turns, str]], tokenizer: Any
 ) -> list[tuple[list[int], list[int]] | str]:
-    """Ids of conversations and of an answer to each, as training pairs have them; or why one cannot be written.
+    """Ids of the prompt and the answer of each conversation, as in a table of pairs; or the reason of a failure.
 
-    Without a chat template the texts stand one after another, as in `encode_prompts`.
+    Without a chat template the texts are joined as in `encode_prompts`.
 
     Args:
-        conversations: messages up to a user's turn, and the answer to it.
+        conversations: messages that end with a user's turn, and the answer.
     """
-    encoder = _make_encoder(tokenizer, {})
-    found: list[tuple[list[int], list[int]] | str] = []
+    encoder = make_encoder(tokenizer, {})
+    results: list[tuple[list[int], list[int]] | str] = []
     for messages, answer in conversations:
         turns = [dict(message) for message in messages]
         plain = "\n\n".join(turn["content"] for turn in turns)
@@ -69,16 +69,16 @@ def encode_answers(
             item = encoder.item(pair, DataReport(rows=1))
             ids = encoder.encode([item.prompt, item.prompt + item.chosen])
             prompt, response, _ = encoder.ids_of(item, ids[0], ids[1], ids[1])
-            found.append((prompt, response))
+            results.append((prompt, response))
         except DropRow as drop:
-            found.append(drop.reason)
-    return found
+            results.append(drop.reason)
+    return results
 
 
 def words_of_prompt(ids: Sequence[int], tokenizer: Any) -> str:
-    """What the user asked in a prompt of one turn: the text without what the chat template writes around it.
+    """The user's text of a prompt with one turn, without the text that the chat template writes around it.
 
-    A conversation of several turns keeps the template's words between them, without its special tokens.
+    A conversation of several turns keeps the template's text between the turns, without special tokens.
     """
     text = str(tokenizer.decode(ids))
     if tokenizer.chat_template is not None:
@@ -87,7 +87,7 @@ def words_of_prompt(ids: Sequence[int], tokenizer: Any) -> str:
             written = tokenizer.apply_chat_template(
                 [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
             )
-        except Exception:  # the template is foreign code
+        except Exception:  # a template may raise any exception
             written = ""
         before, found, after = written.partition(mark)
         if found and text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):

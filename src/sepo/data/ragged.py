@@ -1,6 +1,6 @@
-"""List columns as flat arrays: values of all rows one after the other, and the length of each row.
+"""List columns as flat arrays: the concatenated values of all rows, and the length of each row.
 
-Tables hold one list a response. What works on many responses at once works on the flat values and the lengths.
+Tables hold one list a response. Vectorised code works on the flat values and the lengths.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-# The two responses of a pair, in the order of all that is indexed by side, and how a reward speaks for the label.
+# The two responses of a pair, and the sign with which a reward supports the label.
 SIDES = ("chosen", "rejected")
 SIGNED_SIDES = (("chosen", 1), ("rejected", -1))
 
 
 def ragged(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    """Join a flat array and its segment lengths into a list column (no copy of the values).
+    """Make a list column of a flat array and its segment lengths, without copying the values.
 
     >>> ragged(np.array([1, 2, 3]), np.array([2, 1])).to_pylist()
     [[1, 2], [3]]
@@ -30,14 +30,14 @@ def flat(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         values `[sum of lengths]` and lengths `[rows]` (int64).
     """
-    if isinstance(column, pa.ChunkedArray):  # joining copies, also a single chunk
+    if isinstance(column, pa.ChunkedArray):  # combine_chunks copies even a single chunk
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     lengths = np.diff(column.offsets.to_numpy()).astype(np.int64)
     return column.flatten().to_numpy(zero_copy_only=False), lengths
 
 
 class Ragged:
-    """The rows of a list column as arrays: views of its buffer, in memory once and without an object a row."""
+    """The rows of a list column as arrays, which are views of its buffer."""
 
     def __init__(self, column: pa.Array | pa.ChunkedArray):
         self._values, lengths = flat(column)

@@ -1,8 +1,8 @@
 """Rows of any preference format -> prompt, chosen and rejected as text or messages.
 
-A row that cannot be used raises `DropRow` inside and is counted in the `DataReport` under one of the fixed
-`DROP_REASONS`; nothing is dropped silently, and bad data never ends in a traceback. What a row holds and a pair does
-not is counted too, as a note.
+A row that cannot be used raises `DropRow` internally and is counted in the `DataReport` under one of the
+`DROP_REASONS`. No row is dropped silently, and bad data never ends in a traceback. Notes count content of rows that the
+pairs do not use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DROP_REASONS: dict[str, str] = {
     "missing value": "the prompt, the chosen or the rejected response is null",
     "wrong type": "a value is neither text nor a list of messages, or text and messages are mixed",
     "messages as text": "a text looks like a list of messages, but cannot be read as one",
-    "unknown role": "a message has a role other than system, user, assistant or tool, by any of their names",
+    "unknown role": "a message has a role other than system, user, assistant or tool (under all their known names)",
     "not text": "a message holds an image, a sound or another part that is not text",
     "invalid Unicode": "a text cannot be encoded as UTF-8, for example an unpaired surrogate",
     "no response": "a response is blank, or a conversation does not end with an assistant turn",
@@ -28,16 +28,16 @@ DROP_REASONS: dict[str, str] = {
     "one response": "there are not two responses to one prompt",
     "no shared prompt": "there is no prompt, and chosen and rejected do not share one",
     "empty prompt": "there is no message, or no text and neither a BOS nor an EOS token to start from",
-    "tools": "the tools are not a list of schemas, or stand beside a prompt that is no conversation",
+    "tools": "the tools are not a list of schemas, or the prompt is not a conversation",
     "refused by the chat template": "the chat template cannot render the conversation",
-    "left out by the chat template": "the chat template does not write a message, a tool call or a part of a response",
-    "two prompts": "the chat template writes another prompt before each response",
-    "control token in text": "a control token typed in the text cannot be told apart from a real one",
+    "left out by the chat template": "the chat template leaves out a message, a tool call or a part of a response",
+    "two prompts": "the chat template writes different prompts before the two responses",
+    "control token in text": "a control token typed in the text cannot be distinguished from a real one",
     "identical after truncation": "chosen and rejected differ only beyond the maximum length",
 }
-# Columns of a dataset that a pair may use beside prompt, chosen and rejected: the name in `columns`, and in the rows.
+# Further columns that a pair may use: name in `columns` -> name in the rows.
 EXTRA_COLUMNS = {"system": "prompt_system", "input": "prompt_input", "history": "prompt_history", "tools": "tools"}
-TEMPLATE_OPTIONS = "chat_template_kwargs"  # of a row, as in TRL
+TEMPLATE_OPTIONS = "chat_template_kwargs"  # per row, as in TRL
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -45,13 +45,14 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
-DROP_COLUMN = "drop_reason"  # rows that `pairing` could make no pair of carry their reason in it
+DROP_COLUMN = "drop_reason"  # why `pairing` could not make a pair from a row
 READ_COLUMNS = (
     *("prompt", "chosen", "rejected", "pair_id", DROP_COLUMN, TEMPLATE_OPTIONS),
     *EXTRA_COLUMNS.values(),
     *(name for pair in SCORE_COLUMNS for name in pair),
 )
-# A prompt that both responses begin with is taken to be repeated if it has at least so many characters.
+ROWS_AT_ONCE = 1000  # rows read and tokenised together: enough to keep the Rust tokenizer busy, little memory
+# If both responses begin with a prompt of at least so many characters, they repeat the prompt.
 _REPEATED = 20
 _NOTHING: Mapping[str, Any] = {}
 
@@ -63,13 +64,13 @@ class TextPair(NamedTuple):
         prompt: plain text, or the messages before the response (`[{"role": ..., "content": ...}, ...]`).
         chosen: text of the preferred response (for messages: the content of the assistant's last turn).
         rejected: text of the dispreferred response.
-        transcript: the messages were read from an HH-RLHF transcript, so a model without a chat template
-            can be given the transcript as plain text.
-        prefill: the prompt ends within the assistant's turn, which the responses go on with.
-        extras: what the last turns of chosen and rejected hold beside text: `tool_calls`, `reasoning_content`.
+        transcript: the messages come from an HH-RLHF transcript. Without a chat template the transcript is used as
+            plain text.
+        prefill: the prompt ends within the assistant's turn, which the responses continue.
+        extras: further fields of the last turns of chosen and rejected: `tool_calls`, `reasoning_content`.
         tools: schemas of the tools that the conversation may call.
         options: keywords for the chat template.
-        notes: what the row holds and the pair does not, in words that `DataReport.notes` counts.
+        notes: content of the row that the pair does not use; `DataReport.notes` counts the texts.
     """
 
     prompt: str | list[Message]
@@ -85,18 +86,17 @@ class TextPair(NamedTuple):
 
 @dataclass
 class DataReport:
-    """What became of the rows of a dataset.
+    """Counts of read, dropped and truncated rows of a dataset.
 
     Attributes:
         rows: rows read.
         kept: pairs in the table.
         dropped: number of dropped rows by reason (a key of `DROP_REASONS`).
-        first_dropped: the `pair_id` of the first row dropped for each reason.
-        details: for some reasons, number of rows by what exactly it was: the role, the chat template's own sentence.
+        first_dropped: the `pair_id` of the first dropped row by reason.
+        details: for some reasons, number of rows by more specific reason: the role, the chat template's message.
         truncated_prompts: pairs whose prompt was cut on the left.
-        truncated_responses: responses (not pairs) that were cut on the right, and so end without an end of
-            turn.
-        notes: what was read over or read in a way to know of, in words, with the number of rows.
+        truncated_responses: responses (not pairs) that were cut on the right and so have no end of turn.
+        notes: remarks on ignored or interpreted content -> number of rows.
     """
 
     rows: int = 0
@@ -109,7 +109,7 @@ class DataReport:
     notes: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str, pair_id: int, detail: str = "") -> None:
-        """Count one dropped row; `reason` must be a key of `DROP_REASONS`."""
+        """Count a dropped row; `reason` is a key of `DROP_REASONS`."""
         if reason not in DROP_REASONS:
             raise KeyError(reason)
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -119,29 +119,29 @@ class DataReport:
             detail = detail if detail in counts or len(counts) < _MOST_DETAILS else "other"
             counts[detail] = counts.get(detail, 0) + 1
 
-    def note(self, what: str, rows: int = 1) -> None:
-        """Count rows that something is to be said of."""
-        what = what if what in self.notes or len(self.notes) < _MOST_DETAILS else "other remarks"
-        self.notes[what] = self.notes.get(what, 0) + rows
+    def note(self, remark: str, rows: int = 1) -> None:
+        """Count rows with a remark."""
+        remark = remark if remark in self.notes or len(self.notes) < _MOST_DETAILS else "other remarks"
+        self.notes[remark] = self.notes.get(remark, 0) + rows
 
     def reasons(self) -> str:
-        """Return the drops in one phrase, most frequent first: `no response 3 (first: row 17), ...`."""
+        """The drops as text, most frequent first: `no response 3 (first: row 17), ...`."""
         return ", ".join(
             f"{reason}{self._details(reason)} {count:,} (first: row {self.first_dropped[reason]})"
             for reason, count in _by_count(self.dropped)
         )
 
     def _details(self, reason: str) -> str:
-        found = _by_count(self.details.get(reason, {}))
-        shown = ", ".join(detail if len(found) == 1 else f"{detail} {count:,}" for detail, count in found[:3])
-        return f" [{shown}{', ...' if len(found) > 3 else ''}]" if found else ""
+        details = _by_count(self.details.get(reason, {}))
+        shown = ", ".join(detail if len(details) == 1 else f"{detail} {count:,}" for detail, count in details[:3])
+        return f" [{shown}{', ...' if len(details) > 3 else ''}]" if details else ""
 
     def remarks(self) -> list[str]:
-        """Return the notes as sentences, most frequent first: `12 rows: the column 'system' is not read`."""
-        return [f"{count:,} {'row' if count == 1 else 'rows'}: {what}" for what, count in _by_count(self.notes)]
+        """The notes as sentences, most frequent first: `12 rows: the column 'system' is not read`."""
+        return [f"{count:,} {'row' if count == 1 else 'rows'}: {remark}" for remark, count in _by_count(self.notes)]
 
     def summary(self) -> str:
-        """Return what a person should read: rows, kept, dropped by reason, truncated; then a line for each note."""
+        """The report as text: rows, pairs, drops by reason, truncated rows; then a line for each note."""
         dropped = f"{self.rows - self.kept:,} dropped" + (f": {self.reasons()}" if self.dropped else "")
         first = (
             f"{self.rows:,} rows, {self.kept:,} pairs kept, {dropped}; "
@@ -153,7 +153,7 @@ class DataReport:
         return asdict(self)
 
 
-_MOST_DETAILS = 20  # a dataset may hold a different one in every row
+_MOST_DETAILS = 20  # every row of a dataset may have a different one
 
 
 def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -164,23 +164,23 @@ def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
-# Turns of Nemotron prompts, in which HelpSteer2 holds conversations: text, then these with a speaker each.
+# Separators of turns in Nemotron prompts (HelpSteer2); text before the first one is the user's.
 _NEMOTRON_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
     """Turn one row of any preference format into a `TextPair`.
 
-    Formats: three texts; two texts that share their beginning (the prompt then ends at the last shared
-    whitespace); three message lists; two message lists that share their leading messages; a text prompt with
-    message lists that repeat it (UltraFeedback-binarized); HH-RLHF transcripts, whole or split in prompt and
-    responses. Messages come in any spelling that `messages.py` reads.
+    Formats: three texts; two texts with a common beginning (the prompt ends at the last shared white space); three
+    message lists; two message lists with common leading messages; a text prompt with message lists that repeat it
+    (UltraFeedback-binarized); HH-RLHF transcripts, whole or split into prompt and responses. `messages.py` reads the
+    messages.
 
     >>> normalise_row({"chosen": "The sky is blue.", "rejected": "The sky is green."})[:3]
     ('The sky is', ' blue.', ' green.')
 
     Args:
-        row: values by column name; those of `READ_COLUMNS` are used.
+        row: values by column name; only `READ_COLUMNS` are used.
         as_chat: wrap a plain-text prompt as one user turn.
 
     Raises:
@@ -201,7 +201,7 @@ def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
     else:
         raise DropRow("wrong type", "text and messages mixed")
     pair = _with_columns(pair, row)
-    if not all(_says_something(*side) for side in zip((pair.chosen, pair.rejected), pair.extras, strict=True)):
+    if not all(_has_content(*side) for side in zip((pair.chosen, pair.rejected), pair.extras, strict=True)):
         raise DropRow("no response")
     if pair.chosen == pair.rejected and pair.extras[0] == pair.extras[1]:
         raise DropRow("identical responses")
@@ -210,7 +210,7 @@ def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
     return pair._replace(notes=(*pair.notes, *notes))
 
 
-def _says_something(text: str, extra: Mapping[str, Any]) -> bool:
+def _has_content(text: str, extra: Mapping[str, Any]) -> bool:
     return bool(text.strip() or extra.get("tool_calls"))
 
 
@@ -222,12 +222,12 @@ def _score_notes(row: Mapping[str, Any]) -> list[str]:
             if high == low:
                 raise DropRow("tie")
             if high < low:
-                return [f"'{better}' is lower than '{worse}'; the columns chosen and rejected were followed"]
+                return [f"'{better}' is lower than '{worse}'; the columns chosen and rejected were used"]
     return []
 
 
 def _with_columns(pair: TextPair, row: Mapping[str, Any]) -> TextPair:
-    """Add what mapped columns hold beside the prompt: a system message, an input, a history, tools, options."""
+    """Add the content of further columns to the prompt: system message, input, history, tools, options."""
     system, given = (_text_cell(row.get(EXTRA_COLUMNS[name])) for name in ("system", "input"))
     history, tools = _history(row.get(EXTRA_COLUMNS["history"])), read_tools(row.get("tools"))
     options = row.get(TEMPLATE_OPTIONS)
@@ -262,7 +262,7 @@ def _text_cell(value: Any) -> str:
 
 
 def _history(value: Any) -> list[Message]:
-    """Earlier turns: messages, or pairs of what the user and the assistant said."""
+    """Earlier turns: messages, or pairs of a user's and an assistant's text."""
     if isinstance(value, list | tuple) and value and all(isinstance(turn, list | tuple) for turn in value):
         if not all(len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in value):
             raise DropRow("wrong type", "history")
@@ -287,8 +287,8 @@ def _pair_from_messages(prompt: str | Messages | None, chosen: list[Message], re
     context = list(prompt) if isinstance(prompt, Messages) else []
     chosen, rejected = (_without_repeated(context, side) for side in (chosen, rejected))
     if chosen[:-1] != rejected[:-1]:
-        raise DropRow("no shared prompt")  # a response is one turn; these part earlier
-    # A prompt of its own that ends in the assistant's turn has begun the response (TRL: continue_final_message).
+        raise DropRow("no shared prompt")  # a response is one turn; these differ before their last turns
+    # A prompt column that ends with an assistant turn begins the response (TRL: continue_final_message).
     prefill = bool(context) and context[-1]["role"] == "assistant" and len(chosen) == 1
     context = context + chosen[:-1]
     notes = []
@@ -296,7 +296,7 @@ def _pair_from_messages(prompt: str | Messages | None, chosen: list[Message], re
         if not any(message["role"] == "user" for message in context):
             context = [*context, {"role": "user", "content": prompt}]
         elif not any(_same_text(prompt, message["content"]) for message in context):
-            notes.append("the prompt column differs from the conversations; the conversations were read")
+            notes.append("the prompt column differs from the conversations; the conversations were used")
     if not context:
         raise DropRow("no shared prompt" if prompt is None else "empty prompt")
     extras = tuple({k: v for k, v in side[-1].items() if k not in ("role", "content")} for side in (chosen, rejected))
@@ -311,7 +311,7 @@ def _pair_from_messages(prompt: str | Messages | None, chosen: list[Message], re
 
 
 def _without_repeated(context: list[Message], side: list[Message]) -> list[Message]:
-    """The messages of one side without those at its beginning that the prompt ends with: some datasets repeat them."""
+    """Remove messages at the beginning of one side that repeat the end of the prompt, as in some datasets."""
     for count in range(min(len(context), len(side) - 1), 0, -1):
         if context[-count:] == side[:count]:
             return side[count:]
@@ -344,9 +344,9 @@ def _pair_from_text(
     notes: tuple[str, ...] = ()
     if prompt is None:
         prompt, chosen, rejected = _split_shared_prefix(chosen, rejected)
-    elif len(prompt.strip()) >= _REPEATED and all(_goes_on(prompt, side) for side in (chosen, rejected)):
+    elif len(prompt.strip()) >= _REPEATED and all(_repeats(prompt, side) for side in (chosen, rejected)):
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        notes = ("both responses began with the prompt, which was taken off them",)
+        notes = ("both responses began with the prompt, which was removed from them",)
     if as_chat:
         if not prompt.strip():
             raise DropRow("empty prompt")
@@ -354,12 +354,12 @@ def _pair_from_text(
     return TextPair(prompt, chosen, rejected, notes=notes)
 
 
-def _goes_on(prompt: str, response: str) -> bool:
+def _repeats(prompt: str, response: str) -> bool:
     return response.startswith(prompt) and bool(response[len(prompt) :].strip())
 
 
 def _split_shared_prefix(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Split two texts after their shared beginning, at whitespace, which goes to the responses."""
+    """Split two texts after their common beginning, at white space, which goes to the responses."""
     if chosen == rejected:
         raise DropRow("identical responses")
     shorter = min(len(chosen), len(rejected))
@@ -385,13 +385,13 @@ def _is_transcript(text: str, response: str = "") -> bool:
     first = _TURN.match(text)
     if first is None or first[1] != "Human":
         return False
-    if response:  # a prompt alone: the assistant's turn is opened by the prompt or by the response
+    if response:  # `text` is the prompt only: prompt or response opens the assistant's turn
         return text.rstrip().endswith("\n\nAssistant:") or response.startswith(("\n\nAssistant:", text))
     return "\n\nAssistant:" in text
 
 
 def _turns(transcript: str) -> list[Message]:
-    """Split an HH-RLHF transcript into messages; surrounding whitespace is layout, not content.
+    """Split an HH-RLHF transcript into messages without surrounding white space.
 
     >>> _turns("\\n\\nHuman: Hi\\n\\nAssistant: Hello")
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
@@ -415,7 +415,7 @@ def _pair_from_transcripts(chosen: str, rejected: str) -> TextPair:
 
 def _pair_from_split_transcript(prompt: str, chosen: str, rejected: str) -> TextPair:
     context = _turns(prompt)
-    if context[-1] == {"role": "assistant", "content": ""}:  # the opened turn
+    if context[-1] == {"role": "assistant", "content": ""}:  # the turn of the response
         context.pop()
     chosen, rejected = (
         side.removeprefix(prompt).strip().removeprefix("Assistant:").strip() for side in (chosen, rejected)

@@ -1,4 +1,4 @@
-"""Train and held-out pairs by prompt, and nested random shares: all by hashes, so that nothing depends on order."""
+"""Train and held-out pairs by prompt, and nested random samples; both use hashes and do not depend on row order."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def split_pairs(
 ) -> tuple[pa.Table, pa.Table]:
     """Split a table of pairs by prompt, so that no held-out prompt occurs in training.
 
-    Prompts are ordered by a hash of the seed and their token ids, and held out in that order until the
-    number of pairs is as near to `held_out` as whole prompts allow. The result depends on nothing but table
-    and seed, and a prompt keeps its place in the order when the table grows. Rows keep their order.
+    Prompts are sorted by a hash of the seed and their token ids. The first prompts are held out, as many as bring the
+    number of pairs closest to `held_out`. The result depends only on table and seed. When the table grows, existing
+    prompts keep their order. Rows keep their order, too.
 
     Args:
         table: pairs, or any table with `pair_id` and `prompt_ids`.
-        held_out: number of pairs (int), or their share in [0, 1) (float).
+        held_out: number of pairs (int), or a share of the pairs in [0, 1) (float).
         sample: share of the remaining pairs to train on, in (0, 1].
-        seed: another seed, another split.
+        seed: seed of the hash.
 
     Returns:
         The training pairs and the held-out pairs.
 
     Raises:
-        UserError: a number out of range, or too few prompts for both sides.
+        UserError: a number is out of range, or there are too few prompts for both sides.
     """
     table = require_table("table", table, "pairs")
     check_number("seed", seed, whole=True)
@@ -51,7 +51,7 @@ def split_pairs(
     if number >= len(prompts):
         raise UserError(
             f"cannot hold out {target} of {len(table)} pairs: they share {len(prompts)} prompts, and at "
-            "least one must stay for training; hold out fewer"
+            "least one must stay for training; hold out fewer pairs"
         )
     held = set(prompts[:number])
     mask = np.array([key in held for key in keys], dtype=bool)
@@ -61,10 +61,10 @@ def split_pairs(
 
 
 def sample_prompts(table: pa.Table, limit: int, after: int = 0) -> list[list[int]]:
-    """Token ids of `limit` distinct prompts, drawn by a hash of them, in the order of the table.
+    """Token ids of `limit` distinct prompts, sampled by hash, in the order of the table.
 
     Args:
-        after: of those that follow the first so many drawn: none that `sample_prompts(table, after)` returns.
+        after: skip the first `after` prompts of the sample, which `sample_prompts(table, after)` returns.
     """
     prompts = list(dict.fromkeys(_prompt_keys(table)))
     drawn = set(sorted(prompts, key=lambda key: _order("sample", 0, key))[after : after + limit])
@@ -77,14 +77,14 @@ def shared_prompts(table: pa.Table, other: pa.Table) -> int:
 
 
 def group_by_prompt(table: pa.Table) -> pa.Table:
-    """Bring the pairs of each prompt together, prompts in the order of their first pair; else the order stays."""
+    """Move the pairs of each prompt together, prompts in the order of their first pairs."""
     first: dict[bytes, int] = {}
     order = np.argsort([first.setdefault(key, len(first)) for key in _prompt_keys(table)], kind="stable")
     return table.take(pa.array(order, type=pa.int64()))
 
 
 def prompt_numbers(prompt_ids: pa.Array | pa.ChunkedArray | Sequence[Sequence[int]]) -> np.ndarray:
-    """A number for each pair's prompt, `[pairs]` int64 from 0, equal where the token ids are: what errors cluster by.
+    """Number the distinct prompts of pairs, for clustered standard errors: `[pairs]` int64 from 0.
 
     >>> prompt_numbers([[5, 6], [7], [5, 6]]).tolist()
     [0, 1, 0]
@@ -120,34 +120,31 @@ def _held_out_pairs(held_out: int | float, rows: int) -> int:
 
 def _with_split(table: pa.Table, side: str, settings: Mapping[str, Any]) -> pa.Table:
     provenance = provenance_of(table)
-    provenance.pop("version", None)
-    kind = provenance.pop("format", "pairs")
+    kind = provenance.get("format", "pairs")
     return with_provenance(table, kind, {**provenance, "split": {"side": side, **settings}})
 
 
 def sample_pairs(table: pa.Table, fraction: float, *, seed: int = 0) -> pa.Table:
-    """Return a random share of the pairs, in the table's order: what an oracle on part of the data is
-    trained on.
+    """Return a random share of the pairs, in the order of the table, to train an oracle on part of the data.
 
-    Pairs are picked by a hash of the seed and their `pair_id`, so a smaller share is a part of a larger one.
+    Pairs are sampled by a hash of the seed and their `pair_id`, so a larger sample contains the smaller ones.
 
     Args:
         table: any table with `pair_id`.
         fraction: share in (0, 1]; at least one pair is returned.
-        seed: another seed, another sample.
+        seed: seed of the hash.
 
     Raises:
         UserError: `fraction` is not in (0, 1].
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise UserError(f"the sample fraction is {fraction!r}: expected a number in (0, 1]")
+    check_number("the sample fraction", fraction, above=0, most=1)
     table = require_table("table", table, *SCHEMAS)
     check_number("seed", seed, whole=True)
     return take_pairs(table, max(1, round(fraction * len(table))), seed=seed)
 
 
 def take_pairs(table: pa.Table, number: int, *, seed: int = 0) -> pa.Table:
-    """Return so many pairs, or all there are, drawn as `sample_pairs` does."""
+    """Return `number` pairs, or all if there are fewer, sampled as in `sample_pairs`."""
     number = min(len(table), number)
     ids = table.column("pair_id").to_pylist()
     order = sorted(range(len(ids)), key=lambda row: (_order("sample", seed, str(ids[row]).encode()), row))
@@ -155,5 +152,5 @@ def take_pairs(table: pa.Table, number: int, *, seed: int = 0) -> pa.Table:
 
 
 def _order(purpose: str, seed: int, key: bytes) -> bytes:
-    """A hash to sort by: random in effect, and the same on every platform and release."""
+    """A hash to sort by, the same on every platform and release."""
     return hashlib.sha256(f"{purpose}:{seed}:".encode() + key).digest()

@@ -1,14 +1,12 @@
 """Parquet tables on disk: one schema per kind, provenance in the metadata, atomic writes.
 
-A table is a folder of shards `part-00000.parquet`, `part-00001.parquet`, ... with one row a pair.
-A shard is written under a temporary name and renamed, so a reader never sees half a shard. The
-schema metadata holds one JSON object under the key `sepo`: `format` (the kind of table), `version`
-and the fingerprints of what the table was made from.
+A table is a folder of shards `part-00000.parquet`, `part-00001.parquet`, ... with one row a pair. A shard is written
+under a temporary name and renamed, so a reader never sees an incomplete shard. The schema metadata holds one JSON
+object under the key `sepo`: `format` (the kind of table), `version` and the fingerprints of the table's sources.
 
-What is read is checked, never believed: each shard carries its number, the number of shards and a
-digest of its rows, and the rows must fit each other (one reward a token, positions inside their
-response, finite numbers). A table that fails is refused in one line. The checks take about as long
-as reading does.
+Every table is checked when it is read. Each shard stores its number, the number of shards and a digest of its rows. The
+columns must be consistent: one reward a token, positions inside their response, finite numbers. A table that fails
+raises a UserError. The checks take about as long as reading.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ from sepo.files import expand_home, replacing
 
 FORMAT_VERSION = 1
 _KEY = b"sepo"
-# Which command's --out is a table of each kind.
+# Commands that write a table of a kind with --out.
 _WRITTEN_BY = {"scores": "`sepo score`", "selection": "`sepo select`"}
-# Columns of preference data, by the names that are most common.
+# The most common column names of preference data.
 _PREFERENCES = frozenset({"chosen", "rejected", "prompt", "messages"})
-# Provenance that belongs to one shard on disk, not to what the table was made from.
+# Provenance of one shard on disk, not of the table's sources.
 _SHARD_KEYS = ("shard", "shards", "digest")
 _IDS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -61,7 +59,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
-# Of a selection: the weight of each pair's loss, where pairs do not count alike (`selection.pair_confidence`).
+# Optional column of a selection: weight of each pair's loss (`selection.pair_confidence`).
 PAIR_WEIGHT = "pair_weight"
 _OPTIONAL = {"selection": [pa.field(PAIR_WEIGHT, pa.float32())]}
 
@@ -84,14 +82,14 @@ def make_table(kind: str, columns: Mapping[str, object], provenance: Mapping[str
 
 
 def require_table(what: str, value: object, *kinds: str) -> pa.Table:
-    """The table that an argument is, if it has the columns of one of some kinds.
+    """Return the argument `what` if it is a table with the columns of one of `kinds`.
 
     Raises:
-        UserError: it is something else, or a table of another kind; the message names the argument, `what`.
+        UserError: it is not; the message names the argument.
     """
     wanted = f"a table of kind {' or '.join(kinds)}"
     if not isinstance(value, pa.Table):
-        raise wrong_type(what, value, f"{wanted}, in memory (read_table reads one from a folder)")
+        raise wrong_type(what, value, f"{wanted}, in memory (read_table reads a table from a folder)")
     names = set(value.column_names)
     if not any(names >= set(SCHEMAS[kind].names) for kind in kinds):
         kind = provenance_of(value).get("format")
@@ -102,14 +100,17 @@ def require_table(what: str, value: object, *kinds: str) -> pa.Table:
 
 
 def with_provenance(table: pa.Table, kind: str, provenance: Mapping[str, object]) -> pa.Table:
-    """Return `table` with its format, version and provenance in the schema metadata."""
-    payload = {"format": kind, "version": FORMAT_VERSION, **provenance}
+    """Return `table` with its format, version and provenance in the schema metadata.
+
+    `provenance` may be that of another table, whose format and version are replaced.
+    """
+    payload = {**provenance, "format": kind, "version": FORMAT_VERSION}
     text = json.dumps(payload, sort_keys=True, default=np.generic.item)  # settings may be numbers of numpy
     return table.replace_schema_metadata({_KEY: text.encode()})
 
 
 def provenance_of(schema_or_table: pa.Schema | pa.Table) -> dict:
-    """Return the metadata object of a table: `format`, `version` and fingerprints (empty if it has none)."""
+    """Return the provenance of a table: `format`, `version` and fingerprints; empty without metadata."""
     schema = schema_or_table.schema if isinstance(schema_or_table, pa.Table) else schema_or_table
     raw = (schema.metadata or {}).get(_KEY)
     value = json.loads(raw) if raw else {}
@@ -119,7 +120,7 @@ def provenance_of(schema_or_table: pa.Schema | pa.Table) -> dict:
 
 
 def swap_sides(table: pa.Table) -> pa.Table:
-    """A table in which chosen and rejected have changed places."""
+    """Swap chosen and rejected."""
     other = {"chosen": "rejected", "rejected": "chosen"}
 
     def column(name: str) -> pa.ChunkedArray:
@@ -131,7 +132,7 @@ def swap_sides(table: pa.Table) -> pa.Table:
 
 
 def table_digest(table: pa.Table) -> str:
-    """Fingerprint of the rows of a table, independent of how they are chunked and of its provenance."""
+    """Fingerprint of the rows of a table, independent of chunks and provenance."""
     digest = hashlib.sha256()
     for name in sorted(table.column_names):
         digest.update(name.encode("utf-8", "surrogatepass"))
@@ -162,7 +163,7 @@ def write_shard(folder: str | os.PathLike, index: int, table: pa.Table, shards: 
 
 
 def _shard_digest(table: pa.Table, provenance: Mapping[str, Any]) -> str:
-    """Digest of the rows and of all provenance but the digest itself."""
+    """Digest of the rows and the provenance, except the digest itself."""
     rest = {key: value for key, value in provenance.items() if key != "digest"}
     text = table_digest(table) + json.dumps(rest, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -176,15 +177,16 @@ def write_parquet(path: Path, table: pa.Table) -> Path:
 
 
 def arrow_file(path: str | os.PathLike, mode: str = "rb") -> pa.OSFile:
-    """Open a file for Arrow: never one of Python's, which Arrow's threads may still hold when the interpreter ends.
+    """Open a file for Arrow.
 
-    That aborts the process, now and then. Nor a name alone, which could be taken for a URI or a glob.
+    A Python file object may still be held by Arrow's threads at interpreter exit, which sometimes aborts the process.
+    A file name could be interpreted as a URI or a glob.
     """
     return pa.OSFile(os.fsencode(path), mode)
 
 
 def write_table(folder: str | os.PathLike, table: pa.Table, rows_per_shard: int = 10_000) -> None:
-    """Write a whole table as shards of `rows_per_shard` rows, replacing what the folder held."""
+    """Write a table as shards of `rows_per_shard` rows, replacing the shards in the folder."""
     folder = Path(expand_home(folder, "the folder"))
     clear_shards(folder)
     starts = range(0, max(len(table), 1), rows_per_shard)
@@ -199,11 +201,11 @@ def clear_shards(folder: Path) -> None:
 
 
 def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
-    """Return the shards of a table folder (or a single parquet file), in order; the rows are not read.
+    """Return the shards of a table folder (or a single parquet file) in order, without reading rows.
 
     Raises:
-        UserError: the folder is missing, lacks a shard, or holds another kind or version of table, or shards of
-            different tables; or it is something else, which is named.
+        UserError: the folder is missing, lacks a shard, holds another kind or version of table or shards of different
+            tables, or is no table.
     """
     if kind not in SCHEMAS:
         raise UserError(f"no kind of table is '{kind}'{nearest(str(kind), SCHEMAS)}: expected {', '.join(SCHEMAS)}")
@@ -218,14 +220,14 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
         raise _no_table(path, kind, _what_a_folder_is(path, kind))
     sources = []
     for index, shard in enumerate(paths):
-        found = _read_provenance(shard, kind)
-        number, shards = found.get("shard", index), found.get("shards", len(paths))
+        provenance = _read_provenance(shard, kind)
+        number, shards = provenance.get("shard", index), provenance.get("shards", len(paths))
         if number != index or shards != len(paths):
             raise UserError(
                 f"'{path}' holds {len(paths)} of {shards} shards ('{shard.name}' is number {number}): "
                 "the stage that writes it was interrupted, run it again"
             )
-        sources.append({key: value for key, value in found.items() if key not in (*_SHARD_KEYS, "pairs")})
+        sources.append({key: value for key, value in provenance.items() if key not in (*_SHARD_KEYS, "pairs")})
         if sources[-1] != sources[0]:
             differ = sorted(key for key in {*sources[0], *sources[-1]} if sources[0].get(key) != sources[-1].get(key))
             raise UserError(
@@ -235,16 +237,16 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
     return paths
 
 
-def _no_table(path: Path, kind: str, found: str) -> UserError:
+def _no_table(path: Path, kind: str, reason: str) -> UserError:
     writer = _WRITTEN_BY.get(kind, "`sepo score` or `sepo run`")
-    return UserError(f"'{path}' is no {kind} table: {found}; expected a folder of part-*.parquet that {writer} wrote")
+    return UserError(f"'{path}' is no {kind} table: {reason}; expected a folder of part-*.parquet that {writer} wrote")
 
 
 def _what_a_folder_is(folder: Path, kind: str) -> str:
-    """What somebody may have given for a table, which holds no part-*.parquet file."""
+    """Describe a folder without part-*.parquet files that a user passed as a table."""
     inside = sorted({path.parent for path in folder.glob("*/part-*.parquet")})
     if (folder / kind).is_dir() or inside:
-        return f"it holds no table itself, but in '{folder / kind if (folder / kind).is_dir() else inside[0]}'"
+        return f"the table is in '{folder / kind if (folder / kind).is_dir() else inside[0]}'"
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return "it is a model"
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -261,23 +263,23 @@ def _is_shard(path: Path) -> bool:
 
 
 def read_schema(path: Path) -> pa.Schema:
-    """The schema of a parquet file; its rows are not read."""
+    """Read the schema of a parquet file."""
     with arrow_file(path) as file:
         return pq.read_schema(file)
 
 
 def number_of_rows(path: Path) -> int:
-    """Rows of a parquet file, from its footer."""
+    """Number of rows of a parquet file, from its footer."""
     with arrow_file(path) as file:
         return pq.read_metadata(file).num_rows
 
 
 def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
-    """Check columns and version of one file of a table; returns its provenance."""
+    """Check columns and version of one file of a table; return its provenance."""
     try:
         schema = read_schema(path)
         provenance = provenance_of(schema)
-    except Exception as error:  # a damaged file: whatever the reader meets
+    except Exception as error:  # a damaged file may raise any exception
         raise _unreadable(path, kind, error) from None
     missing = [name for name in SCHEMAS[kind].names if name not in schema.names]
     if missing:
@@ -287,7 +289,7 @@ def _read_provenance(path: Path, kind: str) -> dict[str, Any]:
         names = one_line(", ".join(schema.names), 100)
         if _PREFERENCES & set(schema.names):
             raise _no_table(path, kind, f"its columns ({names}) are those of preference data, which go to --data")
-        raise _no_table(path, kind, f"it has no column '{missing[0]}', but {names or 'none'}")
+        raise _no_table(path, kind, f"it has no column '{missing[0]}', only {names or 'none'}")
     version = provenance.get("version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise UserError(f"'{path}' has format version {version}, this release reads {FORMAT_VERSION}; make it again")
@@ -308,16 +310,16 @@ def _unreadable(path: Path, kind: str, error: Exception) -> UserError:
 
 
 def read_shard(path: Path, kind: str) -> pa.Table:
-    """Read one file of a table and check it: columns, version, digest, and that the rows fit each other.
+    """Read one file of a table and check columns, version, digest and the consistency of the rows.
 
     Raises:
-        UserError: whatever is wrong with it, in one line.
+        UserError: a check fails.
     """
     provenance = _read_provenance(path, kind)
     try:
         with arrow_file(path) as file:
             table = pq.read_table(file)
-    except Exception as error:  # a damaged file: whatever the reader meets
+    except Exception as error:  # a damaged file may raise any exception
         raise _unreadable(path, kind, error) from None
     if "digest" in provenance and provenance["digest"] != _shard_digest(table, provenance):
         raise UserError(f"'{path}' was altered since it was written (its checksum differs): run the stage again")
@@ -329,9 +331,9 @@ def read_shard(path: Path, kind: str) -> pa.Table:
 
 
 def _cast_column(table: pa.Table, field: pa.Field, path: Path, kind: str) -> pa.Table:
-    """Give a column the type that the schema asks for (tables made elsewhere often hold int64 and double)."""
+    """Cast a column to the type of the schema (tables from other tools often hold int64 and double)."""
     if table.schema.names.count(field.name) > 1:
-        raise UserError(f"'{path}' has two columns '{field.name}': expected one, so make the table again")
+        raise UserError(f"'{path}' has two columns '{field.name}': expected one; make the table again")
     index = table.schema.get_field_index(field.name)
     column = table.column(index)
     if column.null_count or (pa.types.is_nested(column.type) and _has_null_items(column)):
@@ -353,16 +355,16 @@ def _has_null_items(column: pa.ChunkedArray) -> bool:
 
 def _flattened(chunk: pa.Array) -> pa.Array:
     values = chunk.flatten()
-    return pa.nulls(0) if isinstance(values, list) else values  # a struct's fields: no list at all, refused by the cast
+    return pa.nulls(0) if isinstance(values, list) else values  # a struct flattens to its fields; the cast rejects it
 
 
 def _check_rows(table: pa.Table, kind: str, path: Path) -> None:
-    """Check that the columns of a table fit each other; vectorised, no loop over rows."""
+    """Check that the columns of a table are consistent; vectorised."""
     check_pairs_differ(table, f"'{path}'")
     pair_ids = table.column("pair_id").to_numpy()
 
     def refuse(bad: np.ndarray, counts: np.ndarray | None, text: str, *numbers: np.ndarray) -> None:
-        """Name the first bad row, or the row of the first bad item if `counts` gives the items of each row."""
+        """Raise for the first bad row, or for the row of the first bad item if `counts` holds the items of each row."""
         if bad.any():
             item = int(np.argmax(bad))
             row = item if counts is None else int(np.searchsorted(np.cumsum(counts), item, side="right"))
@@ -376,15 +378,15 @@ def _check_rows(table: pa.Table, kind: str, path: Path) -> None:
     for name, (values, counts) in columns.items():
         a_number = f"a {name.replace('_', ' ').removesuffix('s')} is {{}}"
         if name.endswith("_ids"):
-            refuse(counts == 0, None, f"{name} is empty, expected a token at least")
+            refuse(counts == 0, None, f"{name} is empty, expected at least one token")
             refuse(values < 0, counts, a_number, values)
         elif values.dtype.kind == "f":
             refuse(~np.isfinite(values), counts, a_number, values)
     for side in ("chosen", "rejected"):
-        for one, other, of in (("rewards", "ids", "tokens"), ("weights", "positions", "key tokens")):
-            if f"{side}_{one}" in columns:
-                got, wanted = columns[f"{side}_{one}"][1], columns[f"{side}_{other}"][1]
-                refuse(got != wanted, None, f"{{}} {side} {one} for {{}} {of}", got, wanted)
+        for values_name, items_name, items in (("rewards", "ids", "tokens"), ("weights", "positions", "key tokens")):
+            if f"{side}_{values_name}" in columns:
+                got, wanted = columns[f"{side}_{values_name}"][1], columns[f"{side}_{items_name}"][1]
+                refuse(got != wanted, None, f"{{}} {side} {values_name} for {{}} {items}", got, wanted)
         if f"{side}_positions" in columns:
             positions, counts = columns[f"{side}_positions"]
             beyond = (positions < 0) | (positions >= np.repeat(columns[f"{side}_ids"][1], counts))
@@ -396,14 +398,14 @@ def _check_rows(table: pa.Table, kind: str, path: Path) -> None:
 
 
 def check_pairs_differ(table: pa.Table, name: str = "the table") -> None:
-    """Raise a UserError if a `pair_id` occurs twice: log-probabilities and rewards go by it."""
+    """Raise a UserError if a `pair_id` occurs twice: it is the key of log-probabilities and rewards."""
     values, counts = np.unique(table.column("pair_id").to_numpy(), return_counts=True)
     if len(values) < len(table):
         raise UserError(f"{name} holds pair {values[counts > 1][0]} twice: expected every pair_id once; make it again")
 
 
 def read_table(folder: str | os.PathLike, kind: str) -> pa.Table:
-    """Read a whole table into memory (see `table_paths` and `read_shard` for the errors)."""
+    """Read a whole table into memory; errors as in `table_paths` and `read_shard`."""
     tables = list(iter_tables(folder, kind))
     try:
         table = pa.concat_tables(tables)
@@ -415,6 +417,6 @@ def read_table(folder: str | os.PathLike, kind: str) -> pa.Table:
 
 
 def iter_tables(folder: str | os.PathLike, kind: str) -> Iterator[pa.Table]:
-    """Read a table shard by shard, so that memory stays flat in the number of pairs."""
+    """Read a table shard by shard, so that memory does not grow with the number of pairs."""
     for path in table_paths(folder, kind):
         yield read_shard(path, kind)

@@ -1,7 +1,7 @@
-"""Chat templates: how they are rendered, and what they write around a response, found out by rendering probes.
+"""Chat templates: rendering, and the text that a template writes around a response, found by rendering probes.
 
-One rule for what ends a turn, and one date: templates that write today's (Llama 3.x, gpt-oss, SmolLM3) are given a
-fixed one, so that the oracle of one day and the scores of the next are of the same prompts.
+Templates that write today's date (Llama 3.x, gpt-oss, SmolLM3) get a fixed date, so that runs on different days have
+the same prompts.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo.errors import UserError, one_line
 
-# The date that Llama 3's own template falls back to.
+# The default date of Llama 3's template.
 FIXED_DATE = datetime(2024, 7, 26)
 _DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBdmyYHMSpjFT"))
-# A macro that takes the place of `strftime_now` (Transformers hands no function on to a template).
+# A macro that replaces `strftime_now`: Transformers cannot pass a function to a template.
 _FIXED_NOW = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f" | replace('{code}', '{FIXED_DATE.strftime(code)}')" for code in _DATE_CODES)
     + " }}{% endmacro %}"
 )
-# What opens and closes a model's thinking, by the names that models give it.
+# Tags that open and close thinking, for all known models.
 THINKING = re.compile(
     r"<(?P<close>/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(?P<close2>/?)THINK\]"
     r"|<\|(?:START|(?P<close3>END))_THINKING\|>|◁(?P<close4>/?)think▷"
@@ -33,12 +33,12 @@ THINKING = re.compile(
 
 
 def closes_thinking(tag: re.Match) -> bool:
-    """Does this match of `THINKING` close it?"""
+    """Is this match of `THINKING` a closing tag?"""
     return any(tag.groups())
 
 
 def leaves_thinking_open(text: str) -> bool:
-    """Does a text end within a model's thinking?"""
+    """Does a text end inside thinking?"""
     tags = list(THINKING.finditer(text))
     return bool(tags) and not closes_thinking(tags[-1])
 
@@ -52,12 +52,12 @@ def render(
     options: Mapping[str, Any] | None = None,
     in_parts: bool = False,
 ) -> str:
-    """What the tokenizer's chat template makes of a conversation, as text.
+    """Render a conversation with the tokenizer's chat template.
 
     Args:
         tools: schemas of the tools that the conversation may call.
         options: keywords for the template (`enable_thinking`).
-        in_parts: give the contents as lists of parts, of which each is one text.
+        in_parts: pass each content as a list with one text part.
 
     Raises:
         Exception: whatever the template raises; it is foreign code.
@@ -65,10 +65,10 @@ def render(
     given = list(tools) or None
     template = tokenizer.get_chat_template(tools=given)
     if "strftime_now" in template:
-        # A newline after a block is not written, so one that the template begins with needs another.
+        # Jinja drops the first newline after a block, so a template that begins with a newline needs another.
         template = _FIXED_NOW + ("\n" if template.startswith("\n") else "") + template
     if in_parts:
-        messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     return str(
         tokenizer.apply_chat_template(
             list(messages),
@@ -82,26 +82,26 @@ def render(
 
 
 def any_of(strings: Iterable[str]) -> re.Pattern:
-    """A pattern that matches any of these strings, the longest first; without strings it matches nothing."""
+    """A pattern that matches any of the strings, longest first; without strings it matches nothing."""
     longest_first = sorted({s for s in strings if s}, key=lambda s: (-len(s), s))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # (?!) never matches
 
 
 @dataclass(frozen=True)
 class Template:
-    """What a chat template writes around the messages it is given.
+    """Properties of a chat template.
 
     Attributes:
-        control: matches every control token: the special ones, and the added ones that the template writes.
-        own: matches those of them that a model writes within a response: tags of its thinking and of its tool calls.
-        turn_end: what it writes after a response.
-        kept_end: the part of it that a model generates: up to the token that ends the turn.
-        end_token: that token; None if the template closes a turn with none.
-        in_parts: it takes the content of a message as a list of parts alone, as models that see do.
+        control: matches every control token: special tokens, and added tokens that the template writes.
+        in_response: matches control tokens that a model writes within a response: tags of thinking and of tool calls.
+        turn_end: text that the template writes after a response.
+        kept_end: the part of `turn_end` that a model generates: up to the token that ends the turn.
+        end_token: the token that ends a turn; None if the template writes none.
+        in_parts: the template accepts contents only as lists of parts, as those of vision models.
     """
 
     control: re.Pattern
-    own: re.Pattern
+    in_response: re.Pattern
     turn_end: str
     kept_end: str
     end_token: str | None
@@ -113,33 +113,33 @@ def special_tokens(tokenizer: Any) -> set[str]:
 
 
 def _added_tokens(tokenizer: Any) -> set[str]:
-    """Tokens added to the vocabulary without being declared special; those of white space are mere text."""
+    """Added tokens that are not special; tokens of white space are ordinary text."""
     tokens = tokenizer.added_tokens_decoder.values()
     return {token.content for token in tokens if not token.special and not token.content.isspace()}
 
 
 def probe_template(tokenizer: Any, options: Mapping[str, Any] | None = None) -> Template | None:
-    """Find out what the tokenizer's chat template writes, by rendering two probes; None if it has no template.
+    """Find the properties of the tokenizer's chat template by rendering two probes; None without a template.
 
     Args:
         options: keywords for the template (`enable_thinking`).
 
     Raises:
-        UserError: the template cannot render a user and an assistant turn, or leaves their content out.
+        UserError: the template cannot render a user and an assistant turn, or leaves out their content.
     """
     if not tokenizer.chat_template:
         return None
     question, answer = "Sepo probe question", "Sepo probe answer"
     user = {"role": "user", "content": question}
 
-    failure = "it does not write the messages it is given"
+    failure = "it leaves out the content of messages"
     for in_parts in (False, True):
         try:
             prompt = render(tokenizer, [user], add_generation_prompt=True, options=options, in_parts=in_parts)
             full = render(
                 tokenizer, [user, {"role": "assistant", "content": answer}], options=options, in_parts=in_parts
             )
-        except Exception as error:  # the template is foreign code
+        except Exception as error:  # a template may raise any exception
             failure = failure if in_parts else one_line(error)
             continue
         if question in prompt and answer in full:
@@ -149,8 +149,8 @@ def probe_template(tokenizer: Any, options: Mapping[str, Any] | None = None) -> 
             f"the tokenizer's chat template cannot render a user and an assistant turn ({failure}): "
             "use another model, or repair the template"
         )
-    # Added tokens that are not declared special are structure nevertheless if the template writes them: around any
-    # turn, or of their own accord within one (tool calls).
+    # Added tokens that are not special are control tokens, too, if the template writes them around or within a turn
+    # (tool calls).
     added = _added_tokens(tokenizer)
     around = {token for token in added if token in prompt.replace(question, "\0")}
     tags = {token for token in added if not token.isalnum() and token in str(tokenizer.chat_template)} - around
@@ -161,7 +161,7 @@ def probe_template(tokenizer: Any, options: Mapping[str, Any] | None = None) -> 
     end = _end_of_turn(turn_end, control, tokenizer.eos_token)
     return Template(
         control=control,
-        own=any_of(tags | thinking),
+        in_response=any_of(tags | thinking),
         turn_end=turn_end,
         kept_end=turn_end[: end.end()] if end else turn_end.rstrip(),
         end_token=end[0] if end else None,
@@ -170,9 +170,9 @@ def probe_template(tokenizer: Any, options: Mapping[str, Any] | None = None) -> 
 
 
 def _end_of_turn(turn_end: str, control: re.Pattern, eos: str | None) -> re.Match | None:
-    """The token that ends a response: the first after it, or the EOS if nothing but control tokens lies between.
+    """The token that ends a response: the first one after it, or the EOS if only control tokens precede it.
 
-    (Phi-3 writes its EOS too, but after a line break that no model generates.)
+    (Phi-3 also writes its EOS, but after a line break that no model generates.)
     """
     first = end = control.search(turn_end)
     while end is not None and end[0] != eos:
@@ -181,7 +181,7 @@ def _end_of_turn(turn_end: str, control: re.Pattern, eos: str | None) -> re.Matc
 
 
 def end_of_turn_id(tokenizer: Any) -> int | None:
-    """The token that the chat template closes a response with, if it does."""
+    """The token with which the chat template ends a response; None if there is none."""
     try:
         template = probe_template(tokenizer)
     except UserError:
@@ -192,16 +192,16 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token id that ends a response: the model's, the tokenizer's and the chat template's, ascending.
+    """Return every token id that ends a response, ascending: from model, tokenizer and chat template.
 
-    The chat template matters because many checkpoints name only the end of text as their end-of-sequence token while
-    their template closes a turn with another one.
+    Many checkpoints name only the end of text as their end-of-sequence token, but their chat template ends a turn with
+    another token.
     """
-    found: set[int] = set()
+    stops: set[int] = set()
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
+        stops.update([ids] if isinstance(ids, int) else ids or [])
     end_of_turn = end_of_turn_id(tokenizer)
     if end_of_turn is not None:
-        found.add(end_of_turn)
-    return sorted(found)
+        stops.add(end_of_turn)
+    return sorted(stops)

@@ -1,8 +1,8 @@
-"""What every token id of a tokenizer stands for: bytes, read off its vocabulary.
+"""The bytes of every token id of a tokenizer, read from its vocabulary.
 
-A token is a string of bytes, often not of characters. Character offsets cannot say which: those of the three tokens
-of "☕" all name the one character. The vocabulary can: byte-level letters (GPT-2, Llama 3, Qwen, SmolLM2), "▁" and
-`<0xHH>` (Llama 2, Mistral, Gemma), "##" (WordPiece), and added tokens, which are the text they are typed as.
+A token is a string of bytes, which may be a part of a character. Character offsets do not tell the bytes: the three
+tokens of "☕" all have the offsets of the one character. The vocabulary does: byte-level letters (GPT-2, Llama 3, Qwen,
+SmolLM2), "▁" and `<0xHH>` (Llama 2, Mistral, Gemma), "##" (WordPiece), and the text of added tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What each token id stands for.
+    """The bytes of each token id.
 
     Attributes:
-        pieces: bytes of every token id; None for an id the tokenizer does not use.
+        pieces: bytes of every token id; None for an unused id.
         special: ids of control tokens such as an end-of-turn mark.
-        unknown: the id that stands for whatever the vocabulary lacks; None where nothing is lacking.
+        unknown: id of the unknown token; None if there is none.
     """
 
     pieces: Sequence[bytes | None]
@@ -39,7 +39,7 @@ class Vocabulary:
 
 
 class TokenBytes:
-    """The bytes of token ids, all of a flat array at once.
+    """Maps a flat array of token ids to bytes.
 
     >>> join = TokenBytes(Vocabulary([b"He", b"llo", None], frozenset()))
     >>> join(np.array([0, 1]))[0].tobytes()
@@ -56,7 +56,7 @@ class TokenBytes:
             self._known[vocabulary.unknown] = False
 
     def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The bytes of `ids` `[tokens]`, one after the other `[bytes]` uint8, and each token's number `[tokens]`.
+        """The concatenated bytes of `ids` `[tokens]`: `[bytes]` uint8, and the number of bytes of each: `[tokens]`.
 
         Raises:
             UserError: an id lies beyond the vocabulary.
@@ -71,12 +71,12 @@ class TokenBytes:
         return self._data[first + np.arange(len(first))], lengths
 
     def known(self, ids: np.ndarray) -> np.ndarray:
-        """Does each id stand for bytes, whatever they are? `[tokens]` bool."""
+        """Which ids have known bytes: `[tokens]` bool."""
         return self._known[ids]
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins that byte-level tokenizers write for the 256 bytes."""
+    """The printable characters that represent the 256 bytes in byte-level tokenizers."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -85,8 +85,8 @@ def byte_alphabet() -> dict[str, int]:
 def component_types(component: object) -> set[str]:
     """All `type` names in a component of tokenizer.json, nested sequences included."""
     if isinstance(component, Mapping):
-        found = {component["type"]} if isinstance(component.get("type"), str) else set()
-        return found.union(*(component_types(value) for value in component.values()))
+        types = {component["type"]} if isinstance(component.get("type"), str) else set()
+        return types.union(*(component_types(value) for value in component.values()))
     if isinstance(component, list):
         return set().union(*(component_types(value) for value in component))
     return set()
@@ -95,9 +95,8 @@ def component_types(component: object) -> set[str]:
 def vocabulary_from_json(spec: Mapping) -> Vocabulary:
     """Read the bytes of every token from the object in a `tokenizer.json`.
 
-    Byte-level (GPT-2, Llama 3, Qwen), SentencePiece-like with byte fallback (Llama 2, Gemma), Unigram and
-    WordPiece vocabularies are understood. A WordPiece word is given a space in front, which the vocabulary does not
-    have.
+    Supports byte-level (GPT-2, Llama 3, Qwen), SentencePiece-like with byte fallback (Llama 2, Gemma), Unigram and
+    WordPiece vocabularies. A WordPiece word gets a space in front, which its vocabulary entry lacks.
     """
     model = spec["model"]
     vocab = model["vocab"]
@@ -124,14 +123,14 @@ def vocabulary_from_json(spec: Mapping) -> Vocabulary:
         pieces[token_id] = encode(piece)
     for token in added:
         content = token["content"]
-        # A run of "▁" that is an added token as well (some Gemmas) is what spaces become; typed as such it is rare.
+        # An added token of "▁" only (some Gemmas) stands for spaces; a typed "▁" is rare.
         spaces = alphabet is None and not token.get("special") and not content.strip("▁")
         pieces[token["id"]] = encode(content) if spaces else content.encode("utf-8", "surrogatepass")
     return Vocabulary(pieces, frozenset(token["id"] for token in added if token.get("special")), _unknown(model, items))
 
 
 def _unknown(model: Mapping, items: Sequence[tuple[str, int]]) -> int | None:
-    """The id of what the vocabulary lacks: by number (Unigram) or by name."""
+    """The id of the unknown token, given by number (Unigram) or by name."""
     if isinstance(model.get("unk_id"), int):
         return model["unk_id"]
     return None if model.get("unk_token") is None else dict(items).get(model["unk_token"])
@@ -164,14 +163,14 @@ _PROBE = "The quick brown fox (it is red) jumps over 12 lazy dogs; they sleep."
 
 
 def token_bytes(tokenizer: Any, name: str) -> TokenBytes:
-    """The bytes of a tokenizer's ids, tried on a sentence.
+    """The bytes of a tokenizer's ids, tested on a sentence.
 
     Args:
         tokenizer: a fast tokenizer in memory.
-        name: what the user calls its model.
+        name: the user's name for its model.
 
     Raises:
-        UserError: its vocabulary is of a kind that is not known: the bytes are not what was tokenised.
+        UserError: the vocabulary is of an unknown kind, so the bytes of the ids differ from the tokenised text.
     """
     try:
         vocabulary = load_vocabulary(tokenizer)
@@ -180,16 +179,16 @@ def token_bytes(tokenizer: Any, name: str) -> TokenBytes:
             f"the tokenizer of '{name}' cannot be mapped to bytes ({type(error).__name__}: {one_line(error, 80)}): "
             "expected a byte-level, SentencePiece-like or WordPiece vocabulary"
         ) from None
-    found = TokenBytes(vocabulary)
+    read = TokenBytes(vocabulary)
     ids = np.array(tokenizer(_PROBE, add_special_tokens=False)["input_ids"], np.int64)
-    read = found(ids)[0].tobytes().decode("utf-8", "replace")
-    # A vocabulary that lacks a word of the probe is one that rows are dropped for.
-    if found.known(ids).all() and _letters(read) != _letters(_PROBE):
+    text = read(ids)[0].tobytes().decode("utf-8", "replace")
+    # If the vocabulary lacks a word of the probe, the test is skipped: rows with unknown tokens are dropped later.
+    if read.known(ids).all() and _letters(text) != _letters(_PROBE):
         raise UserError(
             f"the tokenizer of '{name}' cannot be mapped to bytes (it reads '{one_line(_PROBE, 24)}' as "
-            f"'{one_line(read, 24)}'): expected a byte-level, SentencePiece-like or WordPiece vocabulary"
+            f"'{one_line(text, 24)}'): expected a byte-level, SentencePiece-like or WordPiece vocabulary"
         )
-    return found
+    return read
 
 
 def _letters(text: str) -> str:

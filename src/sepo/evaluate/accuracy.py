@@ -1,7 +1,7 @@
-"""Preference accuracy beside its length-only baseline.
+"""Preference accuracy and its length-only baseline.
 
-The preferred response is the longer one in most preference data (84 % of the pairs of a typical benchmark), so an
-accuracy says little until it is read next to what length alone achieves and on the pairs where length cannot help.
+In most preference data the preferred response is the longer one (in 84 % of the pairs of a typical benchmark). So an
+accuracy is reported with the accuracy of length alone, and on the pairs where length cannot help.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def preference_accuracy(
     *,
     groups: Sequence[Hashable] | None = None,
 ) -> dict[str, float]:
-    """How often the chosen response has the higher score; a tie counts one half.
+    """Share of pairs whose chosen response has the higher score; a tie counts one half.
 
     Args:
         chosen_scores, rejected_scores: `[pairs]`, for example summed token rewards.
         chosen_lengths, rejected_lengths: `[pairs]`, response lengths in tokens.
-        groups: `[pairs]`, the prompt of each pair; standard errors are then clustered by it.
+        groups: `[pairs]`, the prompt of each pair, to cluster standard errors by.
 
     Returns:
         accuracy, accuracy_se: on all pairs.
         accuracy_not_longer, accuracy_not_longer_se: on pairs whose chosen response is not the longer one.
-        pairs, pairs_not_longer: how many these are.
+        pairs, pairs_not_longer: numbers of these pairs.
         length_baseline: accuracy of always preferring the longer response.
-        A figure without a pair (or a standard error without two) is NaN.
+        An accuracy of no pairs, or a standard error of fewer than two, is NaN.
 
     Raises:
         ValueError: the four arrays differ in length.
@@ -64,8 +64,8 @@ def preference_accuracy(
 
 
 def won(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """1 where a value is the higher of the two, one half where they are equal, NaN where one is: `[pairs]`."""
-    # A NaN on either side compares as neither higher nor lower and must not look like a tie.
+    """1 where `values` is higher, 0 where `others` is, one half for ties, NaN where either is NaN: `[pairs]`."""
+    # A NaN is neither higher nor lower and must not count as a tie.
     half = np.where(np.isnan(values - others) & ~(values == others), np.nan, 0.5 * (values == others))
     return (values > others) + half
 
@@ -78,9 +78,9 @@ def oracle_accuracy(scores: pa.Table) -> dict[str, float]:
 def policy_accuracy(before: pa.Table, after: pa.Table, pairs: pa.Table) -> dict[str, float]:
     """Preference accuracy of a policy on pairs, from log-probabilities before and after training.
 
-    `policy/accuracy` judges by the implicit reward, the summed log-ratio after to before: what training taught.
-    `policy/accuracy_mean_logp` and `base/accuracy_mean_logp` judge by the mean log-probability of a response, the
-    quantity that the reference-free loss contrasts.
+    `policy/accuracy` uses the implicit reward, the summed log-ratio of after to before, which is what training changed.
+    `policy/accuracy_mean_logp` and `base/accuracy_mean_logp` use a response's mean log-probability, the quantity in the
+    reference-free loss.
     """
     lengths = [flat(pairs.column(f"{side}_ids"))[1] for side in ("chosen", "rejected")]
     old, new = response_sums(before, "logps"), response_sums(after, "logps")

@@ -1,16 +1,16 @@
-"""Does the token reward find the tokens that matter? A check where the truth is known.
+"""Fidelity of token rewards: do they find the tokens that matter? A check against a known truth.
 
-A gold reward (`gold.py`) says which words carry the preference: with VADER those of its lexicon, good ones and bad
-ones; with `plain` the long ones, all bad. A faithful token reward s_i is high on positive words and low on negative
+A gold reward (`gold.py`) defines the words that carry the preference: with VADER the good and the bad words of its
+lexicon; with `plain` the long words, all bad. A faithful token reward s_i is high on positive words and low on negative
 ones, compared with the other words of the same response side:
 
     AUC_positive = P(s of a positive word's token > s of another word's token)      ties count one half
     AUC_negative = P(s of a negative word's token < s of another word's token)
 
-0.5 is chance, 1 is perfect. Chosen and rejected responses are compared within their own side, because DPO moves the
-two sides by different amounts and that difference alone would look like skill. Only tokens of words take part:
-punctuation and special tokens are neither targets nor "other words", for telling a word from a full stop is easy.
-Words are judged by themselves; in "not good" the word "good" still counts as positive, which costs some AUC.
+0.5 is chance, 1 is perfect. Each side (chosen, rejected) is compared within itself, because DPO moves the two sides by
+different amounts, which alone would raise the AUC. Only tokens of words count: punctuation and special tokens are
+neither targets nor "other words", because telling a word from a full stop is easy. Each word counts by itself: in "not
+good" the word "good" is positive, which costs some AUC.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Columns: TypeAlias = pa.Table | Mapping[str, Sequence[Sequence]]
 
 
 def weighted_auc(codes: np.ndarray, target_weights: np.ndarray, other_weights: np.ndarray) -> float:
-    """AUC of values given as ranks `codes` (equal values share one), each counted with a weight; linear in tokens."""
+    """Weighted AUC of values given as ranks `codes` (equal values have equal ranks), in linear time."""
     targets = np.bincount(codes, target_weights)
     others = np.bincount(codes, other_weights)
     total = targets.sum() * others.sum()
@@ -49,44 +49,35 @@ def fidelity(
     resamples: int = 200,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Compare token rewards with the words that matter (see the module's text for what is compared with what).
+    """Compare token rewards with the words that carry the gold reward (the module's text defines the comparison).
 
     Args:
         columns: a score table, or lists under its names: chosen_ids, rejected_ids, chosen_rewards, rejected_rewards,
-            and prompt_ids, without which each pair counts as a prompt of its own.
+            and optionally prompt_ids; without them each pair counts as a separate prompt.
         selection: a selection table of the same pairs, or lists chosen_positions and rejected_positions.
-        valence: a word's part in the gold reward (`GoldReward.valence`); 0 for a word that carries none.
-        resamples: bootstrap resamples of the prompts for the standard error: pairs of one prompt, which share
-            responses, come and go together.
+        valence: a word's part in the gold reward (`GoldReward.valence`); 0 for other words.
+        resamples: bootstrap resamples of the prompts for the standard error. All pairs of a prompt are drawn together,
+            because they share responses.
 
     Returns:
-        auc, auc_se: over both sides and signs, each comparison counting as many times as it has target tokens.
+        auc, auc_se: over both sides and signs, each weighted by its number of target tokens.
         auc_chosen, auc_rejected, auc_positive, auc_negative: the same over one side or one sign.
         tokens_positive, tokens_negative, tokens_other: word tokens, both sides together.
-        With a selection also, of its tokens, precision_chosen: the share in positive words, precision_rejected: the
-        share in negative words; base_rate_chosen, base_rate_rejected: the same shares of all tokens.
-        A figure that nothing contributes to is NaN: an AUC without such words, a precision where no word can be found.
+        With a selection also precision_chosen, the share of its tokens in positive words, and precision_rejected, in
+        negative words; base_rate_chosen and base_rate_rejected, the same shares of all tokens.
+        An AUC or a precision without such words is NaN.
 
     Raises:
-        ValueError: rewards are not as long as their ids, or the selection is one of other pairs.
+        ValueError: rewards are not as long as their ids, or the selection is of other pairs.
     """
     sides = [_Side(tokenizer, columns, side, valence) for side in SIDES]
     pairs = sides[0].pairs
     cells = {(side.name, sign): side.cell(sign, np.ones(pairs)) for side in sides for sign in (1, -1)}
-    known = "prompt_ids" in (columns.column_names if isinstance(columns, pa.Table) else columns)
-    prompt = prompt_numbers(columns["prompt_ids"]) if known else np.arange(pairs)
-    prompts = int(prompt.max(initial=-1)) + 1
-    rng = np.random.default_rng(seed)
-    draws = []
-    for _ in range(resamples if prompts > 1 else 0):
-        drawn = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts).astype(np.float64)
-        weights = drawn[prompt]
-        draws.append(combine(side.cell(sign, weights) for side in sides for sign in (1, -1)))
-    defined = np.array([draw for draw in draws if not np.isnan(draw)])
-
+    has_prompts = "prompt_ids" in (columns.column_names if isinstance(columns, pa.Table) else columns)
+    prompt = prompt_numbers(columns["prompt_ids"]) if has_prompts else np.arange(pairs)
     result = {
         "auc": combine(cells.values()),
-        "auc_se": float(defined.std(ddof=1)) if len(defined) > 1 else float("nan"),
+        "auc_se": _bootstrap_error(sides, prompt, resamples, seed),
         **{f"auc_{side}": combine(cells[side, sign] for sign in (1, -1)) for side in SIDES},
         "auc_positive": combine(cells[side, 1] for side in SIDES),
         "auc_negative": combine(cells[side, -1] for side in SIDES),
@@ -104,8 +95,21 @@ def fidelity(
     return result
 
 
+def _bootstrap_error(sides: Sequence[_Side], prompt: np.ndarray, resamples: int, seed: int) -> float:
+    """Standard error of the overall AUC under resampling of the prompts; `prompt` `[pairs]` numbers them from 0."""
+    prompts = int(prompt.max(initial=-1)) + 1
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(resamples if prompts > 1 else 0):
+        drawn = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts).astype(np.float64)
+        weights = drawn[prompt]
+        draws.append(combine(side.cell(sign, weights) for side in sides for sign in (1, -1)))
+    defined = np.array([draw for draw in draws if not np.isnan(draw)])
+    return float(defined.std(ddof=1)) if len(defined) > 1 else float("nan")
+
+
 class _Side:
-    """All tokens of one response side, flat: their pair, valence and reward as a rank."""
+    """All tokens of one response side, flat: their pair, valence and reward (as a rank)."""
 
     def __init__(
         self,
@@ -129,7 +133,7 @@ class _Side:
         self.codes = np.unique(values, return_inverse=True)[1]
 
     def cell(self, sign: int, weights: np.ndarray) -> tuple[float, float]:
-        """(AUC, weight of the target tokens) of one sign, with pairs weighted by `weights` `[pairs]`."""
+        """(AUC, total weight of the target tokens) of one sign, with pairs weighted by `weights` `[pairs]`."""
         of_token = weights[self.pair]
         targets = of_token * (self.valences * sign > 0)
         value = weighted_auc(self.codes, targets, of_token * (self.valences == 0))
@@ -144,7 +148,7 @@ class _Side:
 
 
 def combine(cells: Iterable[tuple[float, float]]) -> float:
-    """The weighted mean of the values that are defined, from (value, weight); NaN without one."""
+    """Weighted mean of (value, weight), without NaN values; NaN if there are no others."""
     defined = [(value, weight) for value, weight in cells if not np.isnan(value)]
     if not defined:
         return float("nan")
@@ -163,4 +167,4 @@ def _lists(columns: Columns, name: str) -> list:
 
 def _check_same_pairs(columns: Columns, selection: Columns) -> None:
     if isinstance(columns, pa.Table) and isinstance(selection, pa.Table) and columns["pair_id"] != selection["pair_id"]:
-        raise ValueError("the selection is not one of these pairs: their pair_id columns differ")
+        raise ValueError("the selection is of other pairs: their pair_id columns differ")

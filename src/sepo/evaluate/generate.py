@@ -1,13 +1,13 @@
-"""Sampling responses from the model's own distribution, to be judged by a gold reward.
+"""Sample responses from a model's own distribution.
 
 A chat model's saved generation settings usually change its distribution (top-k 50 by default, nucleus sampling,
-repetition penalties). A comparison of two models must not: here the saved settings are put aside and tokens are drawn
-from softmax(logits / temperature) alone, until the model ends its turn. Drawing keeps the log-probability of every
-token, so that in float32 nobody has to read the responses again with the model that wrote them.
+repetition penalties), which would distort a comparison of two models. Here the saved settings are ignored: tokens are
+drawn from softmax(logits / temperature) until the model ends its turn. Drawing records each token's log-probability,
+so in float32 the model need not read its responses again.
 
-Every response has random numbers of its own, one a token, made from the seed, the prompt and the number of the sample.
-So it is the same in any batch and beside any other prompts, and two models that answer one prompt share its numbers:
-what they draw differs by what they have learnt, and less by luck.
+Every response has its own random numbers, one per token, derived from the seed, the prompt and the sample's number. So
+a response does not depend on its batch or on other prompts. Two models that answer one prompt share its numbers, which
+reduces the difference that chance makes between them.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ from sepo.forward.scoring import NonFiniteError
 from sepo.models.sharding import is_sharded
 
 _BLOCK = 256
-# Tokens from which it pays to read the common start of prompts apart.
+# The fewest common first tokens of prompts that are worth reading once for all.
 _LEAST_SHARED = 8
-# Tokens that a batch may hold at its end, prompts, padding and responses: their keys and values stay in memory. On a
-# GPU 27 GB for Llama-2-13B (0.82 MB a token in bfloat16), 17 GB for Llama-2-7B, 4 GB for Llama-3-8B.
+# Most tokens of a finished batch, with prompts and padding: their keys and values stay in memory. On a GPU these take
+# 27 GB for Llama-2-13B (0.82 MB per token in bfloat16), 17 GB for Llama-2-7B, 4 GB for Llama-3-8B.
 TOKENS_AT_ONCE = {"cpu": 16_384, "cuda": 32_768, "mps": 8_192}
 
 
 class Generation(NamedTuple):
     """One sampled response.
 
-    `response_ids` are the new tokens without padding, the end-of-turn token included if the model wrote one;
-    `finished` says whether it did (otherwise `max_new_tokens` cut the response off); `logps` are the model's
-    log-probabilities of `response_ids` in nats, at temperature 1 whatever the temperature of sampling.
+    Attributes:
+        response_ids: the new tokens without padding, with the end-of-turn token if the model wrote one.
+        finished: whether it did; otherwise `max_new_tokens` cut the response off.
+        logps: the model's log-probabilities of `response_ids` in nats, at temperature 1 even if sampled at another.
     """
 
     prompt_index: int
@@ -58,14 +59,16 @@ class Generation(NamedTuple):
 
 
 class FinishedResponses:
-    """Responses that are written, in a file that grows by a line a batch, so that a killed job writes none twice.
+    """A file of generated responses, one line per batch, from which a killed job continues.
 
-    Whole batches are kept, so that those which are written later are composed as they would have been: what comes out
-    is the same to the last bit.
+    It keeps whole batches, so the remaining batches have the same members and the results are the same to the last bit.
 
     Args:
-        path: of the file; one of other responses is replaced.
-        key: of all that they depend on beside the prompt: the model, settings, the seed.
+        path: the file; a file with another key is replaced.
+        key: digest of everything that the responses depend on beside the prompt: the model, settings, the seed.
+
+    Attributes:
+        found: the stored responses by (prompt index, sample index).
     """
 
     def __init__(self, path: Path, key: str):
@@ -77,10 +80,10 @@ class FinishedResponses:
             rows = []
         self.found: dict[tuple[int, int], Generation] = {}
         for batch in rows[1:]:
-            self.found |= {(one[0], one[1]): Generation(*one) for one in batch}
+            self.found |= {(row[0], row[1]): Generation(*row) for row in batch}
 
     def add(self, batch: Sequence[Generation]) -> None:
-        """Keep a batch: it is on the disk when this returns."""
+        """Append a batch; it is on the disk when this returns."""
         append_line(self.path, list(batch))
 
 
@@ -99,18 +102,17 @@ def generate_responses(
 ) -> list[Generation]:
     """Sample `samples` responses to each prompt.
 
-    Prompts are sorted by length and padded, and what all of a batch begin with is read once. Up to the rounding of the
-    model's own sums, a response depends on `seed`, its prompt and its `sample_index` alone: not on the batch, nor on
-    the other prompts. No random state is read or moved, and the model's train/eval mode is put back. Where the model is
-    cut up over the processes of a launch each writes a share, and all must call this and get all responses.
+    Prompts are sorted by length and padded; the common start of a batch's prompts is read once. Up to the rounding of
+    the model's sums, a response depends only on `seed`, its prompt and its `sample_index`, not on the batch or on other
+    prompts. Global random states are not used. The model's train/eval mode is restored. For a sharded model all
+    processes of the launch must call this; each generates a share, and all get all responses.
 
     Args:
-        model: a Transformers causal language model, or a PEFT model around one (its active adapter is used).
-        prompt_ids: token ids with the generation prompt of the chat template, if any; no padding.
-        temperature: 0 takes the most likely token at every step (one sample a prompt is then enough).
-        batch_size: responses at a time; None fits them to the device's `TOKENS_AT_ONCE`.
-        finished: batches that an earlier attempt wrote, which are taken as they are, and where this one's are kept; not
-            for a model that is cut up.
+        model: a Transformers causal language model, or a PEFT model around one (with its active adapter).
+        prompt_ids: token ids, with the generation prompt of the chat template if there is one; no padding.
+        temperature: 0 takes the most likely token at every step (one sample per prompt is then enough).
+        batch_size: responses per batch; None fills the device's `TOKENS_AT_ONCE`.
+        finished: batches of an earlier attempt, which are reused; new batches are added. Not for a sharded model.
 
     Returns:
         `len(prompt_ids) * samples` generations, ordered by prompt, then by sample. Equal prompts have different ones.
@@ -125,63 +127,88 @@ def generate_responses(
     if any(len(ids) == 0 for ids in prompt_ids):
         raise ValueError("a prompt has no token: a response needs at least one token to continue")
 
-    # A PEFT model's adapters live inside the model it wraps, whose `generate` is the plain one.
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    stops = stop_ids(inner, tokenizer)
-    config = _plain_config(tokenizer, stops, max_new_tokens)
-    device = next(inner.parameters()).device
-
-    occurrences = _occurrences(prompt_ids)
+    sharded = is_sharded(model)
+    ranks, rank = (processes.size(), processes.rank()) if sharded else (1, 0)
+    sampler = _Sampler(model, tokenizer, prompt_ids, max_new_tokens, temperature, seed)
     jobs = [(prompt, sample) for prompt in range(len(prompt_ids)) for sample in range(samples)]
-    # The longest first: what does not fit fails at once. Stable: the samples of a prompt stay together.
+    # The longest first: a batch that does not fit fails at once. A stable sort keeps the samples of a prompt together.
     jobs.sort(key=lambda job: -len(prompt_ids[job[0]]))
     lengths = [len(prompt_ids[prompt]) + max_new_tokens for prompt, _ in jobs]
-    sharded = is_sharded(model)
-    shares = processes.size() if sharded else 1
-    # Of each process, since all must write as many batches; of which this one has its own.
-    batches = [_batches(jobs[share::shares], lengths[share::shares], batch_size, device) for share in range(shares)]
-    own = batches[processes.rank() if sharded else 0]
-    fillers = [jobs[-1:]] * (max(map(len, batches)) - len(own))
+    of_ranks = [_batches(jobs[i::ranks], lengths[i::ranks], batch_size, sampler.device) for i in range(ranks)]
+    batches = of_ranks[rank]
+    # Ranks of a sharded model must generate equally many batches.
+    dummies = [jobs[-1:]] * (max(map(len, of_ranks)) - len(batches))
     results: list[Generation] = []
     bar = progress_bar(progress and processes.is_main(), total=len(jobs), desc="generate", unit="response")
-    with _undisturbed(model, inner, config), bar:
-        for number, batch in enumerate([*own, *fillers]):
-            if finished is not None and all(job in finished.found for job in batch):
-                results += [finished.found[job] for job in batch]
+    with _undisturbed(model, sampler.inner, sampler.config), bar:
+        for batch in batches:
+            stored = [] if finished is None else [finished.found[job] for job in batch if job in finished.found]
+            if len(stored) == len(batch):
+                results += stored
                 bar.update(len(batch))
                 continue
-            uniform = np.stack(
-                [_uniforms(seed, prompt_ids[p], occurrences[p], sample, max_new_tokens) for p, sample in batch]
-            )
-            draw = _Draw(temperature, torch.from_numpy(uniform))
-            try:
-                prompts = [prompt_ids[prompt] for prompt, _ in batch]
-                new_ids = _generate_batch(inner, prompts, config, device, draw, sharded)
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"{len(batch)} responses at once, of up to {max(map(len, prompts)) + max_new_tokens} tokens with "
-                    "their prompts, do not fit into "
-                    f"the memory of {device}: set eval.batch_size to a lower number"
-                ) from None
-            if number >= len(own):  # written because the others wrote one
-                continue
-            written = []
-            for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
-                ids, ended = _cut(ids, stops)
-                written.append(Generation(prompt, sample, ids, ended, logps[: len(ids)]))
+            generated = sampler.sample(batch)
             if finished is not None:
-                finished.add(written)
-            results += written
-            bar.update(min(len(batch) * shares, len(jobs) - bar.n))
+                finished.add(generated)
+            results += generated
+            bar.update(min(len(batch) * ranks, len(jobs) - bar.n))
+        for batch in dummies:
+            sampler.sample(batch)
     if sharded:
-        results = [Generation(*one) for part in processes.gather(results) for one in part]
+        results = [Generation(*row) for part in processes.gather(results) for row in part]
     return sorted(results, key=lambda item: (item.prompt_index, item.sample_index))
+
+
+class _Sampler:
+    """Samples batches of responses to (prompt, sample) jobs with one model and one seed."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ):
+        # A PEFT model's adapters are inside the model that it wraps, whose `generate` is the plain one.
+        self.inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.stops = stop_ids(self.inner, tokenizer)
+        self.config = _plain_config(tokenizer, self.stops, max_new_tokens)
+        self.device = next(self.inner.parameters()).device
+        self._together = is_sharded(model)
+        self._prompt_ids, self._occurrences = prompt_ids, _occurrences(prompt_ids)
+        self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
+
+    def sample(self, batch: Sequence[tuple[int, int]]) -> list[Generation]:
+        """Sample one response for each (prompt, sample) of a batch."""
+        prompts = [self._prompt_ids[prompt] for prompt, _ in batch]
+        uniform = np.stack(
+            [
+                _uniforms(self._seed, self._prompt_ids[prompt], self._occurrences[prompt], sample, self._max_new_tokens)
+                for prompt, sample in batch
+            ]
+        )
+        draw = _Draw(self._temperature, torch.from_numpy(uniform))
+        try:
+            new_ids = _generate_batch(self.inner, prompts, self.config, self.device, draw, self._together)
+        except torch.OutOfMemoryError:
+            longest = max(map(len, prompts)) + self._max_new_tokens
+            raise UserError(
+                f"{len(batch)} responses at once, of up to {longest} tokens with their prompts, do not fit into "
+                f"the memory of {self.device}: set eval.batch_size to a lower number"
+            ) from None
+        generated = []
+        for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
+            ids, ended = _cut(ids, self.stops)
+            generated.append(Generation(prompt, sample, ids, ended, logps[: len(ids)]))
+        return generated
 
 
 def _batches(
     jobs: list[tuple[int, int]], lengths: list[int], batch_size: int | None, device: torch.device
 ) -> list[list[tuple[int, int]]]:
-    """Jobs, the longest first, in batches that the device's memory holds."""
+    """Divide jobs, the longest first, into batches that fit the device's memory."""
     batches: list[list[tuple[int, int]]] = []
     at = 0
     while at < len(jobs):
@@ -192,12 +219,12 @@ def _batches(
 
 
 def responses_at_once(longest: int, device: torch.device | str) -> int:
-    """Responses in a batch whose longest has so many tokens with its prompt: what the device's budget holds, or one."""
+    """Responses per batch, at least 1, where the longest response has `longest` tokens with its prompt."""
     return max(1, TOKENS_AT_ONCE.get(torch.device(device).type, 4096) // longest)
 
 
 def _occurrences(prompt_ids: Sequence[Sequence[int]]) -> list[int]:
-    """How often each prompt came before: equal prompts must not draw the same numbers."""
+    """Number of equal prompts before each prompt, so that equal prompts draw different numbers."""
     seen: Counter[tuple[int, ...]] = Counter()
     numbers = []
     for ids in map(tuple, prompt_ids):
@@ -208,15 +235,15 @@ def _occurrences(prompt_ids: Sequence[Sequence[int]]) -> list[int]:
 
 def _uniforms(seed: int, prompt: Sequence[int], occurrence: int, sample: int, steps: int) -> np.ndarray:
     """The random numbers of one response, `[steps]` float64 in [0, 1)."""
-    # With its length before it no prompt is the beginning of another's key.
+    # The length keeps a prompt's key from being the beginning of another's.
     return np.random.default_rng([seed, sample, occurrence, len(prompt), *prompt]).random(steps)
 
 
 def draw_tokens(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The entry of each row at which its distribution function passes a number.
+    """Draw one entry of each row by inverting its cumulative distribution function.
 
     PyTorch's multinomial draws an exponential for every entry of the vocabulary: 110 ms for 84 rows of 49,152 on two
-    CPU cores, a sixth of the time of sampling from SmolLM2. One number a row, sought first among the sums of blocks
+    CPU cores, a sixth of the time of sampling from SmolLM2. One number per row, searched first among the sums of blocks
     and then within a block, takes 2 ms.
 
     Args:
@@ -248,15 +275,15 @@ def _passes(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 
 class _Draw(LogitsProcessor):
-    """Draw each row's next token and keep its log-probability; its score is made the highest, in place."""
+    """Draw each row's next token, keep its log-probability, and set its score to infinity in place."""
 
     def __init__(self, temperature: float, uniform: torch.Tensor):
         self.temperature = temperature
-        self.uniform = uniform  # [rows, steps] float64 on the host: a column is needed at a time
+        self.uniform = uniform  # [rows, steps] float64, on the host: a step needs one column
         self._steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # A vocabulary is wide: each pass over the scores takes a hundredth of a step, so there are few.
+        # Few passes over the scores: with a wide vocabulary each takes a hundredth of a step.
         highest = scores.amax(dim=-1, keepdim=True)
         weights = (scores - highest).exp_()
         total = highest + weights.sum(dim=-1, keepdim=True).log_()
@@ -273,7 +300,7 @@ class _Draw(LogitsProcessor):
         return scores.scatter_(-1, drawn, torch.inf)
 
     def logps(self) -> list[list[float]]:
-        """Log-probabilities of the drawn tokens by row, those after the end of a response among them."""
+        """Log-probabilities of the drawn tokens by row, including tokens after the end of a response."""
         return torch.cat(self._steps, dim=-1).tolist()
 
 
@@ -282,7 +309,7 @@ def _plain_config(tokenizer: PreTrainedTokenizerBase, stops: list[int], max_new_
     if pad is None:
         pad = stops[0] if stops else 0
     return GenerationConfig(
-        do_sample=False,  # takes the one token that _Draw leaves
+        do_sample=False,  # takes the token that _Draw gave the highest score
         max_new_tokens=max_new_tokens,
         eos_token_id=stops or None,
         pad_token_id=pad,
@@ -292,16 +319,16 @@ def _plain_config(tokenizer: PreTrainedTokenizerBase, stops: list[int], max_new_
 
 @contextmanager
 def _undisturbed(model: torch.nn.Module, inner: Any, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode and `config` in place of the model's own settings, both put back after.
+    """Context with evaluation mode and `config` as the model's generation settings; it restores both.
 
-    Transformers fills every unset field of a generation config from the model's; replacing the model's is the only
-    way to be sure that none of them takes part.
+    Transformers fills unset fields of a generation config from the model's, so only replacing the model's config keeps
+    its settings out.
     """
     training, saved = model.training, inner.generation_config
     model.eval()
     inner.generation_config = config
     try:
-        # What is gathered of a sharded model stays for the next reader, who could not use a tensor of inference mode.
+        # Gathered weights of a sharded model stay for the next forward, which could not use inference-mode tensors.
         with torch.no_grad() if is_sharded(model) else torch.inference_mode(), fast_linear_layers(inner):
             yield
     finally:
@@ -320,7 +347,7 @@ def _generate_batch(
     shared = 0 if together else _shared_start(prompts)
     if shared and not _reads_start_once(model, prompts, shared, config, device):
         shared = 0
-    # A process whose responses have ended goes on until those of all have.
+    # synced_gpus: a process whose responses have ended continues until those of all processes have.
     return _continue(model, prompts, shared, config, device, draw, synced_gpus=together)
 
 
@@ -333,7 +360,7 @@ def _continue(
     processor: LogitsProcessor,
     **options: Any,
 ) -> list[list[int]]:
-    """New tokens of each prompt. The `shared` first tokens are read once for all, then stands the padding of each.
+    """Generate new tokens for each prompt. The first `shared` tokens are read once; each row's padding follows them.
 
     shared shared  pad  pad  own  own | new new
     shared shared  own  own  own  own | new new
@@ -361,9 +388,9 @@ def _continue(
 
 
 def _shared_start(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, each having one more at least; 0 where reading them once is not worth it.
+    """Number of common first tokens, less than the shortest prompt; 0 where reading them once is not worth it.
 
-    A chat template opens every conversation with the same system message: half of a usual prompt of SmolLM2.
+    A chat template begins every conversation with the same system message: half of a typical prompt of SmolLM2.
     """
     most = min(map(len, prompts)) - 1
     number = next((i for i in range(most) if any(ids[i] != prompts[0][i] for ids in prompts)), most)
@@ -373,10 +400,11 @@ def _shared_start(prompts: Sequence[Sequence[int]]) -> int:
 def _reads_start_once(
     model: Any, prompts: Sequence[Sequence[int]], shared: int, config: GenerationConfig, device: torch.device
 ) -> bool:
-    """Does a model give the same when the start of prompts is read once, and padding stands behind it?
+    """Whether a model gives the same results when the prompts' start is read once, with padding behind it.
 
-    A window of attention or a recurrent state would count the padding, and frequencies that depend on what is read
-    would be another's. What the config does not tell is tried once: a long and a short prompt, both ways, two tokens.
+    A window of attention or a recurrent state would count the padding, and rotary frequencies that depend on the input
+    would be wrong. The config rules some models out; others are tried once: a long and a short prompt, both ways, two
+    tokens. The model keeps the answer.
     """
     if (known := getattr(model, "sepo_reads_start_once", None)) is not None:
         return known
@@ -387,31 +415,31 @@ def _reads_start_once(
         whole = max(prompts, key=len)
         probe = [whole, [*whole[:shared], whole[-1]]]
         try:
-            found = []
+            logps = []
             for start in (shared, 0):
-                watched = _Watched(whole[-1])
-                _continue(model, probe, start, config, device, watched, max_new_tokens=2)
-                found.append(torch.stack(watched.logps))
-            tolerance = 2e-3 if computes_exactly(model) and found[0].dtype.itemsize >= 4 else 0.25
-            good = bool((found[0] - found[1]).abs().max() < tolerance)
-        except (RuntimeError, TypeError, ValueError, AttributeError):  # a forward that takes no such cache
+                recorder = _LogpRecorder(whole[-1])
+                _continue(model, probe, start, config, device, recorder, max_new_tokens=2)
+                logps.append(torch.stack(recorder.logps))
+            tolerance = 2e-3 if computes_exactly(model) and logps[0].dtype.itemsize >= 4 else 0.25
+            good = bool((logps[0] - logps[1]).abs().max() < tolerance)
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # the forward does not take this cache
             good = False
     model.sepo_reads_start_once = good
     return good
 
 
 def computes_exactly(model: torch.nn.Module) -> bool:
-    """Is a model's forward computed in float32 or wider?
+    """Whether a model's forward is computed in float32 or wider.
 
-    Under autocast, and wrapped by Accelerate for mixed precision, it is not, whatever the types of weights and logits.
+    Under autocast, or wrapped by Accelerate for mixed precision, it is not, even if weights and logits are float32.
     """
     wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
     kind = next(model.parameters()).device.type
     return wide and not hasattr(model, "_original_forward") and not torch.is_autocast_enabled(kind)
 
 
-class _Watched(LogitsProcessor):
-    """Keep the log-probabilities of every step, and go on with one token whatever they are."""
+class _LogpRecorder(LogitsProcessor):
+    """Record the log-probabilities of every step and always continue with the same token."""
 
     def __init__(self, token: int):
         self.token = token
@@ -425,7 +453,7 @@ class _Watched(LogitsProcessor):
 
 
 def _cut(ids: list[int], stops: list[int]) -> tuple[list[int], bool]:
-    """Drop what follows the first stop token (padding), and say whether there was one."""
+    """(tokens up to the first stop token, whether there is one)."""
     for index, token in enumerate(ids):
         if token in stops:
             return ids[: index + 1], True

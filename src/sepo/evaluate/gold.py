@@ -1,12 +1,12 @@
-"""Gold rewards: known, independent rewards that judge a policy and are never trained on.
+"""Gold rewards: known, independent rewards that evaluate a policy and are never trained on.
 
-A gold reward says two things: what a text is worth, and which words carry that, so that token rewards can be checked
-one by one (`fidelity.py`). There are two of different kinds, so that no method is tuned to one:
+A gold reward gives the reward of a text and the words that carry it, so that token rewards can be checked one by one
+(`fidelity.py`). There are two of different kinds, so that no method is tuned to one:
 
-- `vader` (Hutto and Gilbert, ICWSM 2014), a matter of meaning: a human-rated sentiment lexicon with a few rules for
+- `vader` (Hutto and Gilbert, ICWSM 2014) is about meaning: a human-rated sentiment lexicon with a few rules for
   negation, emphasis and contrast. Words are good or bad.
-- `plain`, a matter of form: the share of words that are not long. No list, no rule beyond the word, and one pole: a
-  long word is bad, and none is good.
+- `plain` is about form: the share of words that are not long. It has no lexicon and no rules beyond the word. Long
+  words are bad; no word is good.
 
 Both are deterministic.
 """
@@ -22,16 +22,15 @@ import numpy as np
 from sepo.errors import UserError, nearest
 from sepo.evaluate.words import text_words
 
-LONG = 8  # letters from which a word is long: 16 % of the words of the embedded texts
+LONG = 8  # the fewest letters of a long word: 16 % of the words of the embedded texts are long
 
 
 class GoldReward(NamedTuple):
     """A known reward, and the words that carry it.
 
     Attributes:
-        scores: texts -> what each is worth, `[texts]` float64.
-        valence: a word -> its part in that: above 0 where it raises the reward, below where it lowers it, 0 for a word
-            that carries none.
+        scores: texts -> their rewards, `[texts]` float64.
+        valence: a word -> its part in the reward: above 0 if it raises the reward, below 0 if it lowers it, else 0.
     """
 
     scores: Callable[[Sequence[str]], np.ndarray]
@@ -63,7 +62,7 @@ def vader_scores(texts: Sequence[str]) -> np.ndarray:
 def lexicon_valence(word: str) -> float:
     """Return the mean human rating of a word in VADER's lexicon, about -4 to 4; 0 for a word that is not in it.
 
-    Case is ignored. This is the word on its own: the rules that a sentence adds ("not good") are not applied.
+    Case is ignored. VADER's rules for sentences ("not good") are not applied.
 
     >>> lexicon_valence("Good"), lexicon_valence("table")
     (1.9, 0.0)
@@ -77,7 +76,7 @@ def lexicon_valence(word: str) -> float:
 def plain_scores(texts: Sequence[str]) -> np.ndarray:
     """Return 1 minus the share of long words (`plain_valence`) of each text, `[texts]` float64 in [0, 1].
 
-    A text without a word has the lowest reward, 0: to say nothing is no way to win.
+    A text without words has the lowest reward, 0, so that an empty response cannot win.
 
     >>> plain_scores(["The soup was hot.", "The temperature was comfortable.", "", "..."]).tolist()
     [1.0, 0.5, 0.0, 0.0]
@@ -87,7 +86,7 @@ def plain_scores(texts: Sequence[str]) -> np.ndarray:
 
 
 def plain_valence(word: str) -> float:
-    """Return -1 for a word of at least `LONG` letters, 0 for a shorter one; hyphens, apostrophes and digits are none.
+    """Return -1 for a word of at least `LONG` letters, else 0; hyphens, apostrophes and digits are not letters.
 
     >>> plain_valence("landlord"), plain_valence("well-known"), plain_valence("sister's")
     (-1.0, -1.0, 0.0)
@@ -105,12 +104,12 @@ def gold_reward(name: str) -> GoldReward:
     """Return the gold reward called `name` (a key of `GOLD_REWARDS`), ready to use.
 
     Raises:
-        UserError: no such reward, or what it needs is not installed.
+        UserError: the name is unknown, or a package that the reward needs is not installed.
     """
     if name not in GOLD_REWARDS:
         raise UserError(
             f"unknown gold reward '{name}'{nearest(name, GOLD_REWARDS)}: expected one of {', '.join(GOLD_REWARDS)}"
         )
     reward = GOLD_REWARDS[name]
-    reward.scores([])  # what is missing should be missed now, not after hours of training
+    reward.scores([])  # a missing package should be reported now, not after hours of training
     return reward

@@ -1,4 +1,4 @@
-"""Everything that is measured about a run, as one flat dictionary (docs/metrics.md describes the keys)."""
+"""Measure a policy against its base: one flat dictionary of metrics (docs/metrics.md describes the keys)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sepo.data.previews import previews
 from sepo.data.prompts import words_of_prompt
 from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table, write_parquet
+from sepo.evaluate import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
-from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, FINISHED, GENERATIONS
 from sepo.evaluate.generate import FinishedResponses, Generation, computes_exactly, generate_responses
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.statistics import mean_and_se, paired_difference
@@ -32,6 +32,9 @@ from sepo.models.sharding import is_sharded
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import EvalSettings
+
+# The finished responses of each model, from which an interrupted evaluation continues.
+FINISHED = "finished-{}.jsonl"
 
 # A judge of the policy's answers: (questions, answers of the base, of the policy, number of each prompt, device) ->
 # metrics, columns for the table of generations, annotations.
@@ -60,11 +63,11 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Measure a policy against the model it started from, on held-out pairs and prompts.
 
-    All processes of a launch call this and get the metrics; the main one writes. It also reads both models, unless a
-    launch with FSDP cuts them up: then all read and write responses together.
+    All processes of a launch call this and get the metrics; the main process writes the files. The main process also
+    runs both models, unless a launch with FSDP shards them: then all processes score and generate together.
 
-    Both are read in the same types, so that a difference between them is never one of rounding; and one after the
-    other, so that one of them is in memory at a time.
+    Both models use the same types, so that they never differ by rounding alone. They are loaded one after the other, so
+    that one is in memory at a time.
 
     Args:
         policy, base: models after and before training, with one tokenizer.
@@ -72,9 +75,9 @@ def evaluate_run(
         out: folder for `generations.parquet` and `examples.parquet`, and `annotations.json` with a judge.
         scores, selection: token rewards and key tokens of the training pairs, for fidelity (with a gold reward).
         scores_held_out: token rewards of the held-out pairs, for the oracle's accuracy.
-        base_logps: the base's stored log-probabilities of `held_out`; computed when None, and where they were read in
-            other types or on another kind of device than the policy is.
-        tokens_per_row: token budget of a packed row when reading; a default for the device if None.
+        base_logps: the base's stored log-probabilities of `held_out`. They are computed if this is None, or if their
+            types or kind of device are not the policy's.
+        tokens_per_row: token budget of a packed row when scoring; a default for the device if None.
         judge: compares the answers of policy and base.
 
     Returns:
@@ -98,7 +101,7 @@ def evaluate_run(
         metrics |= processes.on_main(lambda: measure(readings))
     else:
         metrics |= processes.on_main(lambda: measure(read()))
-    if not metrics.get("judge/unanswered"):  # else the judge is asked again, about these answers
+    if not metrics.get("judge/unanswered"):  # else the judge will be asked again about these responses
         processes.on_main(lambda: _forget_finished(out))
     return metrics
 
@@ -109,10 +112,14 @@ def _forget_finished(out: Path) -> None:
 
 
 class Readings(NamedTuple):
-    """What was read of two models: log-probabilities of the pairs, responses, and those of the policy's.
+    """Results of running both models.
 
-    `before` and `after` are tables of kind "logps", None where no pair was read; `kl` is the log-ratio of each of the
-    policy's responses, `[responses]`, in nats; `examples` are answers of both, by their names, to the prompts `shown`.
+    Attributes:
+        before, after: tables of kind "logps" of the pairs under base and policy; None without pairs.
+        base, policy: sampled responses.
+        kl: `[responses]`, log-ratio of each of the policy's responses, in nats.
+        shown: indices of the example prompts.
+        examples: responses to these prompts, by "base" and "policy".
     """
 
     before: pa.Table | None
@@ -135,12 +142,12 @@ def read_models(
     tokens_per_row: int | None,
     out: Path,
 ) -> Readings | None:
-    """Everything that a model is needed for, policy and base one after the other; None without a held-out pair.
+    """Run policy and base, one after the other; returns None without held-out pairs.
 
     Args:
-        load: a folder -> the model, on its device; where it cuts the model up, all processes must come here.
+        load: loads a model from a folder to its device. If it shards the model, all processes must call this.
         base_logps: a table, as in `evaluate_run`.
-        out: folder in which finished responses are kept until all is measured (`FINISHED`).
+        out: folder that keeps finished responses until the evaluation is complete (`FINISHED`).
     """
     tokenizer = load_tokenizer(policy)
     pairs = read_table(held_out, "pairs")
@@ -157,7 +164,7 @@ def read_models(
     def read(
         name: str, path: str, stored: pa.Table | None, answers: list[Generation] | None
     ) -> tuple[pa.Table | None, list, np.ndarray]:
-        """Log-probabilities of the pairs, responses, and log-probabilities of `answers` (its own if None)."""
+        """Log-probabilities of the pairs, responses, and log-probabilities of `answers` (the responses if None)."""
         model = load(path)
 
         def answer(asked: list[list[int]], how: EvalSettings, what: str) -> list[Generation]:
@@ -193,11 +200,11 @@ def _metrics_of_tables(
     scores_held_out: Path | None,
     selection: Path | None,
 ) -> dict[str, float]:
-    """What needs no model: the oracle's accuracy, and how far token rewards find the words that matter."""
+    """Metrics that need no model: the oracle's accuracy, and the fidelity of token rewards."""
     metrics: dict[str, float] = {}
     if scores_held_out is not None and len(read_table(held_out, "pairs")):
         scored = read_table(scores_held_out, "scores")
-        metrics |= oracle_accuracy(scored) if len(scored) else {}  # given rewards may be of training pairs alone
+        metrics |= oracle_accuracy(scored) if len(scored) else {}  # given rewards may cover training pairs only
     if scores is not None and settings.gold is not None:
         chosen = read_table(selection, "selection") if selection is not None else None
         valence = gold_reward(settings.gold).valence
@@ -215,7 +222,7 @@ def _metrics_of_models(
     device: str,
     judge: Judge | None,
 ) -> dict[str, float]:
-    """What follows from what was read of the models; writes the responses to `out`."""
+    """Metrics of both models' results; writes the responses to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(policy)
     pairs = read_table(held_out, "pairs")
@@ -247,7 +254,7 @@ def _metrics_of_models(
 
 
 def _release_memory() -> None:
-    """Free a model that nobody refers to any more, cycles included, before the next one is loaded."""
+    """Free an unreferenced model, with its reference cycles, before the next one is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -262,7 +269,7 @@ def sample(
     progress: bool = False,
     finished: FinishedResponses | None = None,
 ) -> list[Generation]:
-    """Responses of a model to the prompts, as the settings say; `finished` as in `generate_responses`."""
+    """Sample responses to the prompts by the settings; `finished` as in `generate_responses`."""
     return generate_responses(
         model,
         tokenizer,
@@ -278,7 +285,7 @@ def sample(
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, generations: Sequence[Generation]) -> list[str]:
-    """Texts of responses, without special tokens."""
+    """The texts of responses, without special tokens."""
     return [str(tokenizer.decode(one.response_ids, skip_special_tokens=True)) for one in generations]
 
 
@@ -292,8 +299,8 @@ def judge_generations(
     """Gold reward, KL and lengths of responses.
 
     Args:
-        generations: of "base" and "policy", to the same prompts.
-        kl: `[responses]`, the log-ratio of each of the policy's (`sample_kl`).
+        generations: responses of "base" and "policy" to the same prompts.
+        kl: `[responses]`, log-ratio of each of the policy's responses (`sample_kl`).
 
     Returns:
         metrics, and a table with a row for each prompt and sample.
@@ -335,7 +342,7 @@ def _side_by_side(
     tokenizer: PreTrainedTokenizerBase,
     settings: EvalSettings,
 ) -> pa.Table:
-    """An answer of "base" and one of "policy" to each question, with their gold rewards where there is a judge."""
+    """A table with the answers of "base" and "policy" to each question, and their gold rewards if there are any."""
     columns: dict[str, object] = {"prompt": questions}
     for name in ("base", "policy"):
         texts = decoded(tokenizer, answers[name])
@@ -348,19 +355,20 @@ def _side_by_side(
 def sample_kl(
     policy: nn.Module, base: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]
 ) -> np.ndarray:
-    """Per response sampled from a policy: sum of log pi_policy - log pi_base over its tokens, in nats, `[responses]`.
+    """Sum over each response's tokens of log pi_policy - log pi_base, `[responses]` in nats.
 
-    Its mean is an unbiased estimate of KL(policy || base) per response when sampling was at temperature 1.
+    For responses sampled from the policy at temperature 1 the mean is an unbiased estimate of KL(policy || base) per
+    response.
     """
     return own_logps(policy, prompts, generations) - response_logps(base, prompts, generations)
 
 
 def own_logps(policy: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]) -> np.ndarray:
-    """Summed log-probability of each of a policy's own responses, `[responses]`, comparable with what another reads.
+    """Summed log-probability of each of a policy's own responses, `[responses]`, comparable with another model's.
 
-    In float32 it is what sampling kept. In fewer bits a step of generation (with a cache, padded) and a packed row
-    round differently, by 0.05 nats a token, and the KL of a model to itself would not be 0: the policy reads its own
-    responses again.
+    In float32 these are the log-probabilities recorded in sampling. In fewer bits a generation step (with a cache,
+    padded) and a packed row round differently, by 0.05 nats per token, and a model's KL to itself would not be 0: so
+    the policy scores its responses again.
     """
     if computes_exactly(policy):
         return np.array([sum(one.logps) for one in generations])
@@ -368,6 +376,6 @@ def own_logps(policy: nn.Module, prompts: list[list[int]], generations: Sequence
 
 
 def response_logps(model: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]) -> np.ndarray:
-    """Summed log-probability of each response under a model that reads it, `[responses]` in nats."""
+    """Summed log-probability of each response under a model, `[responses]` in nats."""
     asked = [prompts[one.prompt_index] for one in generations]
     return summed_logps(model, asked, [list(one.response_ids) for one in generations])

@@ -1,4 +1,4 @@
-"""Means with standard errors clustered by prompt, paired differences, seeds x prompts, power, correlations."""
+"""Statistics: means with errors clustered by prompt, paired differences, seeds x prompts, power, correlations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike
 def mean_and_se(values: ArrayLike, groups: Sequence[Hashable] | None = None) -> tuple[float, float]:
     """Mean and its standard error.
 
-    With `groups` (one label a value, for example its prompt) the error is clustered: values of one group may depend on
-    each other in any way, groups are independent. Several samples of one prompt then do not count as several prompts.
+    With `groups` (one label per value, for example its prompt) the error is clustered: values of one group may depend
+    on each other in any way, while groups are independent. Several samples of one prompt then do not count as several
+    prompts.
 
     Returns:
-        (mean, standard error); NaN for the mean of nothing and for the error of fewer than two groups.
+        (mean, standard error); the mean of no values and the error of fewer than two groups are NaN.
 
     Raises:
         ValueError: `groups` is not as long as `values`.
@@ -61,15 +62,15 @@ def paired_difference(
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error over independent runs; NaN error for a single one."""
+    """Mean and standard error over independent runs; the error of a single run is NaN."""
     if not values:
         return math.nan, math.nan
-    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), spread
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), error
 
 
 def interval(mean: float, error: float, number: int) -> tuple[float, float]:
-    """Interval of 95 % of a mean of `number` values with this standard error, by Student's t; NaN for one value."""
+    """95 % interval of a mean of `number` values with this standard error, by Student's t; NaN for one value."""
     from scipy import stats
 
     reach = float(stats.t.ppf(0.975, number - 1)) * error if number > 1 else math.nan
@@ -81,9 +82,9 @@ class StdComponents:
     """Standard deviations of a paired difference between two methods.
 
     Attributes:
-        seed: of a seed's mean around the mean of all seeds (another oracle, another order of the pairs).
-        prompt: of a prompt's mean around the mean of all prompts.
-        rest: of one prompt at one seed around what these two explain: sampling, and how seeds and prompts interact.
+        seed: of the seeds' means (another oracle, another order of the pairs).
+        prompt: of the prompts' means.
+        rest: of the residuals of one prompt at one seed: sampling, and the interaction of seeds and prompts.
     """
 
     seed: float
@@ -99,28 +100,29 @@ class StdComponents:
 
 @dataclass(frozen=True)
 class Crossed:
-    """A mean over seeds x prompts with its interval of 95 %, and what moved it."""
+    """A mean over seeds x prompts: its standard error, degrees of freedom, 95 % interval and variance components."""
 
     mean: float
     error: float
     freedom: float
     low: float
     high: float
-    spread: StdComponents
+    std: StdComponents
 
 
 def crossed_mean(values: ArrayLike) -> Crossed:
-    """The mean of a paired difference over seeds and prompts, both of which stand for all that there could be.
+    """Mean of a paired difference over seeds and prompts, both as random samples of a population.
 
-    Two-way random effects, by moments: difference = mean + seed + prompt + rest. Every seed answers the same prompts,
-    so neither the values of a seed nor those of a prompt are independent. A component that is estimated below 0 is
-    taken as 0. The intervals hold 93 to 97 % in simulations with 3 seeds or more, up to 98 % where seeds do not differ.
+    A two-way random-effects model, fitted by moments: difference = mean + seed + prompt + rest. Every seed answers the
+    same prompts, so neither the values of a seed nor those of a prompt are independent. Components estimated below 0
+    are set to 0. The 95 % intervals cover the truth in 93 to 97 % of simulations with 3 seeds or more, and in up to
+    98 % where seeds do not differ.
 
     Args:
         values: `[seeds, prompts]`, at least 3 by 2; each the mean over a prompt's samples.
 
     Raises:
-        ValueError: there are fewer: two seeds do not tell how seeds differ.
+        ValueError: there are fewer; two seeds do not show how seeds differ.
     """
     from scipy import stats
 
@@ -134,27 +136,27 @@ def crossed_mean(values: ArrayLike) -> Crossed:
     rest = np.sum((values - by_seed[:, None] - by_prompt + mean) ** 2) / ((seeds - 1) * (prompts - 1))
     error, freedom = _crossed_error((of_seeds, of_prompts, rest), seeds, prompts)
     reach = float(stats.t.ppf(0.975, freedom)) * error
-    spread = StdComponents(
+    std = StdComponents(
         math.sqrt(max(of_seeds - rest, 0) / prompts), math.sqrt(max(of_prompts - rest, 0) / seeds), math.sqrt(rest)
     )
-    return Crossed(float(mean), error, freedom, float(mean) - reach, float(mean) + reach, spread)
+    return Crossed(float(mean), error, freedom, float(mean) - reach, float(mean) + reach, std)
 
 
 def _crossed_error(squares: tuple[float, float, float], seeds: int, prompts: int) -> tuple[float, float]:
-    """Standard error and degrees of freedom from the mean squares of seeds, prompts and the rest."""
+    """Standard error, and Satterthwaite's degrees of freedom, from the mean squares of seeds, prompts and the rest."""
     of_seeds, of_prompts, rest = squares
     with_seeds, with_prompts = of_seeds > rest, of_prompts > rest
     variance = max(of_seeds - rest, 0) + max(of_prompts - rest, 0) + rest
-    own = (seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1))
-    # The mean squares that the sum above consists of: a component at 0 drops out.
+    freedoms = (seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1))
+    # The mean squares in `variance`: a component of 0 drops out.
     used = (of_seeds if with_seeds else 0, of_prompts if with_prompts else 0, rest if with_seeds == with_prompts else 0)
-    below = sum(square**2 / number for square, number in zip(used, own, strict=True))
+    below = sum(square**2 / number for square, number in zip(used, freedoms, strict=True))
     freedom = variance**2 / below if below else math.inf
-    return math.sqrt(variance / (seeds * prompts)), max(freedom, min(own[:2]))
+    return math.sqrt(variance / (seeds * prompts)), max(freedom, min(freedoms[:2]))
 
 
 def smallest_difference(error: float, freedom: float, power: float = 0.8) -> float:
-    """The difference that an interval of 95 % leaves 0 out of with this probability: what a design can tell apart.
+    """Minimum detectable difference: with probability `power`, its 95 % interval excludes 0.
 
     Args:
         error, freedom: standard error of the difference, and its degrees of freedom.
@@ -167,14 +169,14 @@ def smallest_difference(error: float, freedom: float, power: float = 0.8) -> flo
     critical = stats.t.ppf(0.975, freedom)
 
     def missing(ratio: float) -> float:
-        # The other tail is nothing at powers that one wants; far out, scipy has no number for what is 1.
+        # The other tail is negligible at useful powers. Far out, scipy returns NaN where the probability is 1.
         return float(np.nan_to_num(stats.nct.sf(critical, freedom, ratio), nan=1.0)) - power
 
     return float(optimize.brentq(missing, 0.0, 2 * critical + 10)) * error
 
 
 def correlation(a: ArrayLike, b: ArrayLike) -> float:
-    """Pearson's correlation; NaN where one of the two does not vary."""
+    """Pearson's correlation; NaN if either is constant."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if len(a) < 2 or a.std() == 0 or b.std() == 0:
         return float("nan")
@@ -182,7 +184,7 @@ def correlation(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
-    """Spearman's correlation, ties at their mean rank; NaN where one of the two does not vary.
+    """Spearman's correlation, with mean ranks for ties; NaN if either is constant.
 
     >>> round(rank_correlation([1.0, 2.0, 9.0], [0.0, 0.0, 5.0]), 4)
     0.866

@@ -1,4 +1,4 @@
-"""The words of a response, and the word that each of its tokens belongs to."""
+"""The words of a response, and the word of each token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 
 def text_words(text: str) -> Iterator[tuple[int, str]]:
-    """Find the words of a text, each with the place of its first character.
+    """Find the words of a text, each with the index of its first character.
 
-    A word is a whitespace-separated stretch with the ASCII punctuation around it taken off, as VADER splits text, that
-    has at least one letter.
+    As in VADER, words are separated by whitespace and stripped of the ASCII punctuation around them. A word has at
+    least one letter.
 
     >>> list(text_words('"Well," she said - 3 times.'))
-    [(1, 'Well'), (7, 'she'), (11, 'said'), (20, 'times')]
+    [(1, 'Well'), (8, 'she'), (12, 'said'), (21, 'times')]
     """
     position = 0
     for chunk in text.split():
@@ -32,8 +32,8 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iter
     """Split the text of `ids` into (number of tokens, text) pieces, most of them one token long.
 
     Tokens that hold only part of a character (byte-level vocabularies, emoji, CJK) are joined until the character is
-    complete. Each piece is read off as what it adds to the text before it, so that markers of a leading space come
-    out right for every kind of tokenizer; only the piece before is decoded again, and the cost is linear.
+    complete. A piece is the text that it adds when decoded after the piece before it. So markers of a leading space are
+    right for every kind of tokenizer, and the cost is linear.
     """
 
     def text(start: int, stop: int) -> str:
@@ -45,7 +45,7 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iter
     for stop in range(1, len(ids) + 1):
         after = text(context, stop)
         if after.endswith("\ufffd") and stop < len(ids):
-            continue  # an incomplete character, unless the response was cut off inside one
+            continue  # an incomplete character; at the end of a response it stays incomplete
         yield stop - done, after[len(before) :]
         context, done = done, stop
         before = text(context, done)
@@ -57,11 +57,11 @@ def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
     Special tokens separate words.
 
     Returns:
-        words, and for each token the index of the (first) word it holds a character of, or -1: `[tokens]` int64.
+        words, and for each token the index of the first word that it has a character of, or -1: `[tokens]` int64.
     """
     special = _special_ids(tokenizer)
-    owners: list[int] = []  # the token that a character of `text` comes from; of a joined piece, its first
-    counts: list[int] = []  # tokens per piece, 0 for those that a piece swallowed
+    owners: list[int] = []  # the token of each character of `text`; for a joined piece the first token
+    counts: list[int] = []  # by token: the number of tokens in its piece, 0 for all but the first
     text = ""
     at = 0
     for count, piece in token_pieces(tokenizer, ids):
@@ -86,7 +86,7 @@ _SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDi
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of control tokens: the named ones, and those that have no name, such as Gemma's end of turn."""
+    """Ids of special tokens: those with a role, such as EOS, and others, such as Gemma's end of turn."""
     if tokenizer not in _SPECIAL:
         unnamed = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
         _SPECIAL[tokenizer] = frozenset([*tokenizer.all_special_ids, *unnamed])
@@ -96,7 +96,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def word_valences(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], valence: Callable[[str], float]
 ) -> np.ndarray:
-    """Return each token's word valence, `[tokens]` float64: 0 in words without one, NaN outside words."""
+    """Return the valence of each token's word, `[tokens]` float64: 0 for neutral words, NaN outside words."""
     words, index = token_words(tokenizer, ids)
     values = np.array([valence(word) for word in words] + [np.nan])  # index -1 reads the last
     return values[index]

@@ -1,4 +1,4 @@
-"""Attention over packed rows: every document on its own, no `[T, T]` mask.
+"""Attention over packed rows: within each document, without a `[T, T]` mask.
 
 A row of documents `[prompt | branch | branch ...]` needs three kinds of block (see `packing.py`):
 
@@ -6,12 +6,12 @@ A row of documents `[prompt | branch | branch ...]` needs three kinds of block (
     a later branch on itself  causal, contiguous
     a later branch on prompt  full, no mask
 
-A CPU makes one kernel call a block (`attention_cpu.py`), a GPU one for the whole row (`attention_cuda.py`). Where
-neither applies (soft-capping on a CPU, an unknown device) a plain masked softmax per document stands in; it is also
-what the tests hold the fast paths against.
+On a CPU each block is one kernel call (`attention_cpu.py`); on a GPU one call covers the row (`attention_cuda.py`).
+Elsewhere (soft-capping on a CPU, an unknown device) one masked softmax per document computes the same; the tests
+compare the fast paths with it.
 
-The functions plug into Transformers' attention interface under the name `ATTENTION`; a forward that carries no
-`layout` (generation, evaluation by other code) falls through to ordinary SDPA.
+The functions are registered in Transformers' attention interface as `ATTENTION`. A forward without a `layout`
+(generation, evaluation by other code) uses ordinary SDPA.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def packed_attention_forward(
     Returns `[1, T, heads, dim]` and None. Without a `layout` this is SDPA (or a plain softmax with soft-capping).
 
     Raises:
-        NotImplementedError: the layer adds something to its scores that packed rows do not carry (attention sinks,
-            position biases) or drops attention weights; `logps.packing_mode` then picks the padded layout.
+        NotImplementedError: the layer uses attention sinks, position biases or attention dropout, which packed rows do
+            not support; `prepare.prepare_model` then picks the padded layout.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is None:
@@ -59,7 +59,7 @@ def packed_attention_forward(
         allowed = _causal_mask(query.shape[2], query.device) if attention_mask is None else attention_mask
         return _softmax_attention(query, key, value, allowed, scaling, softcap).transpose(1, 2), None
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None or dropout:
-        raise NotImplementedError("packed rows carry no attention sinks, position biases or attention dropout")
+        raise NotImplementedError("packed rows support no attention sinks, position biases or attention dropout")
 
     kind = query.device.type
     # Under autocast, rotary embeddings leave queries and keys in float32 beside lower-precision values.
@@ -82,7 +82,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def _windowed(layout: Layout, sliding_window: int | None) -> bool:
-    """Does the window hide anything from any token of the row?"""
+    """Whether the window hides a token from another token of its document."""
     if sliding_window is None:
         return False
     longest = max(doc.prompt + max(doc.branches, default=0) for doc in layout.documents)
@@ -100,7 +100,7 @@ def plain_packed_attention(
 ) -> Tensor:
     """The same attention as one masked softmax per document; returns `[1, heads, T, dim]`.
 
-    The mask of a document is `[length, length]`, so the memory grows with the longest document, not with the row.
+    A document's mask is `[length, length]`: memory grows with the longest document, not with the row.
     """
     sizes = [doc.length for doc in layout.documents]
     masks = _document_masks(layout, sliding_window, query.device)
@@ -124,7 +124,7 @@ def _softmax_attention(
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.tanh(query @ key.transpose(-1, -2) * (scaling / softcap)) * softcap
     if allowed.dtype == torch.bool:
-        # The lowest finite number, not -inf: a padding row may see nothing, and must not become NaN.
+        # The lowest finite number, not -inf: a padding row may attend to nothing and must not become NaN.
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     else:
         scores = scores + allowed

@@ -1,9 +1,9 @@
-"""Attention over packed rows on a CPU: a call of PyTorch's flash kernel for each block of a document.
+"""Attention over packed rows on a CPU: one call of PyTorch's flash kernel for each block of a document.
 
 The two blocks of a later branch are merged by their log-sum-exp (the identity behind ring attention, arXiv 2310.01889):
 the backward kernel, given the merged output and log-sum-exp, returns each block's exact share of the gradients. For the
-same reason the backward pass may cut a causal block into smaller ones: the kernel's own computes most of the half that
-the mask hides. No key is copied, no mask is read, and grouped key-value heads are never repeated.
+same reason the backward pass may split a causal block into smaller ones, which saves most of the masked half that the
+kernel would compute. No key is copied, no mask is read, and grouped key-value heads are never repeated.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # (query slice, key slice, causal): one kernel call; slices are (start, length) along the row.
 Block = tuple[tuple[int, int], tuple[int, int], bool]
-# Queries of a causal block in the backward pass; 64 to 256 measure alike.
+# Queries of a causal block in the backward pass; 64 to 256 are equally fast.
 _BACKWARD_QUERIES = 128
 
 
 def _blocks(layout: Layout) -> Iterator[tuple[Block, ...]]:
-    """Kernel calls by query range: one causal block, or (causal block on itself, full block on the prompt)."""
+    """Kernel calls of each query range: one causal block, or (causal block on itself, full block on the prompt)."""
     for doc in layout.documents:
         first = doc.branches[0] if doc.branches else 0
         head = (doc.start, doc.prompt + first)
@@ -32,23 +32,24 @@ def _blocks(layout: Layout) -> Iterator[tuple[Block, ...]]:
         at = doc.start + doc.prompt + first
         for size in doc.branches[1:]:
             if size:
-                own = (at, size)
-                yield ((own, own, True), (own, (doc.start, doc.prompt), False))
+                branch = (at, size)
+                yield ((branch, branch, True), (branch, (doc.start, doc.prompt), False))
             at += size
 
 
 def _backward_blocks(layout: Layout) -> Iterator[Block]:
-    """The same with causal blocks cut into small ones and the full blocks below them.
+    """`_blocks` with each causal block split into small causal ones and the full blocks below them.
 
-    Every token is in one causal block, which comes before all else that involves its keys or queries.
+    Every token is in one causal block, which comes before all other blocks with its keys or queries: `_put` writes
+    the first part of a gradient and adds the others.
     """
     for calls in _blocks(layout):
         (start, size), _, _ = calls[0]
         for done in range(0, size, _BACKWARD_QUERIES):
-            own = (start + done, min(_BACKWARD_QUERIES, size - done))
-            yield own, own, True
+            block = (start + done, min(_BACKWARD_QUERIES, size - done))
+            yield block, block, True
             if done:
-                yield own, (start, done), False
+                yield block, (start, done), False
         yield from calls[1:]
 
 
@@ -73,7 +74,7 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         (grad,) = grads
         query, key, value, output, lse = ctx.saved_tensors
-        # As in forward, the gradients lie as the projections' matmuls read them: [1, T, heads, dim].
+        # As in forward, the memory layout is the one the projections' matmuls read: [1, T, heads, dim].
         d_query, d_key, d_value = (
             torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for x in (query, key, value)
@@ -117,7 +118,7 @@ def _put(target: Tensor, part: Tensor, start: int, add: bool) -> None:
 
 
 def _merge(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Join attention over two disjoint key sets: outputs weighted by their share of the softmax mass."""
+    """Merge attention over two disjoint key sets: outputs weighted by their share of the softmax mass."""
     (out_one, lse_one), (out_two, lse_two) = one, two
     lse = torch.logaddexp(lse_one, lse_two)
     share = torch.exp(lse_one - lse).unsqueeze(-1)

@@ -1,18 +1,18 @@
-"""Attention over packed rows on a GPU: one variable-length flash call a layer, no mask.
+"""Attention over packed rows on a GPU: one variable-length flash call per layer, no mask.
 
-The kernel takes sequences of queries and of keys whose lengths may differ, and aligns a causal mask to their ends. A
-packed row is then one call: the queries are the row as it lies, the keys and values are gathered so that every later
+The kernel takes sequences of queries and of keys whose lengths may differ, and aligns a causal mask to their ends. So
+one call handles a packed row: the queries are the row itself, the keys and values are gathered so that every later
 branch has its document's prompt before it,
 
     queries | p p p c c c | r r r | p p c c | r |
     keys    | p p p c c c | p p p r r r | p p c c | p p r |
 
-which costs a copy of the keys and values (a thousandth of a layer's work) instead of the second call and the merge by
-log-sum-exp that the CPU path makes, and honours sliding windows across the seam. Nothing is compiled, no mask is read.
+This costs a copy of the keys and values (a thousandth of a layer's work) instead of the CPU path's second call and
+merge by log-sum-exp, and sliding windows work across the seam. Nothing is compiled, no mask is read.
 
-That kernel knows half precision and no soft-capping. Float32 (scoring) takes the memory-efficient kernels, which read
-the same sequences. What is left (Gemma 2, windows in float32, old cards) goes through FlexAttention: one compiled
-kernel for each kind of call, its block mask made from the documents.
+The kernel takes half precision only and has no soft-capping. Float32 (scoring) uses the memory-efficient kernels on the
+same sequences. Other cases (Gemma 2, windows in float32, old cards) use FlexAttention: one compiled kernel for each
+kind of call, with a block mask made from the documents.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ except ImportError:  # PyTorch before 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 
-# The widest head of the flash kernels, and what widths must be a multiple of.
+# The widest head of the flash kernels; head widths are padded to multiples of the other two (flash, FlexAttention).
 _WIDEST_HEAD, _HEAD_MULTIPLE, _FLEX_HEAD_MULTIPLE = 256, 8, 16
 # FlexAttention's tile: the block mask's resolution.
 _TILE = 128
@@ -48,7 +48,7 @@ def packed_attention(
     """Attention of one packed row: `query` `[1, heads, T, dim]`, `key`/`value` `[1, kv_heads, T, dim]`.
 
     Args:
-        window: a token sees itself and the `window - 1` tokens before it; None for all.
+        window: a token attends to itself and the `window - 1` tokens before it; None for all.
         softcap: scores become `softcap * tanh(score / softcap)`; None for none.
 
     Returns:
@@ -62,7 +62,7 @@ def packed_attention(
 
 
 def flash_takes(query: Tensor) -> bool:
-    """Do the variable-length flash kernels take queries of this type on this card?"""
+    """Whether the variable-length flash kernels take queries of this type on this card."""
     return (
         varlen_attn is not None
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -76,11 +76,11 @@ class Sequences:
     """A packed row as sequences of queries and keys, in the order of the row.
 
     Attributes:
-        keys: `[K]` row positions of the keys, each sequence's document prompt before its own branch.
-        own: `[T]` where in `keys` each row position stands for itself.
-        again: `[K - T]` where in `keys` a prompt is repeated for a later branch; `again_rows` is what it repeats.
+        keys: `[K]` row positions of the keys; a document's prompt is repeated before each later branch.
+        own: `[T]` indices into `keys` of each row position's first occurrence.
+        again: `[K - T]` indices into `keys` of the repeated prompts; `again_rows` are their row positions.
         query_starts, key_starts: `[S + 1]` int32, cumulative lengths.
-        longest_query, longest_key: of one sequence.
+        longest_query, longest_key: tokens of the longest sequence.
     """
 
     keys: Tensor
@@ -94,7 +94,7 @@ class Sequences:
 
 
 def sequences(layout: Layout, device: torch.device | str) -> Sequences:
-    """The sequences of a layout; made once and kept in its cache."""
+    """The sequences of a layout, cached in it."""
     cache_key = ("sequences", str(device))
     if cache_key not in layout.cache:
         layout.cache[cache_key] = _make_sequences(layout, device)
@@ -126,7 +126,7 @@ def _make_sequences(layout: Layout, device: torch.device | str) -> Sequences:
 
     def move(values: np.ndarray, dtype: type) -> Tensor:
         tensor = torch.from_numpy(values.astype(dtype))
-        if torch.device(device).type == "cuda":  # from pinned memory, so that the host does not wait for the GPU
+        if torch.device(device).type == "cuda":  # from pinned memory the copy does not block the host
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
@@ -143,7 +143,7 @@ def _make_sequences(layout: Layout, device: torch.device | str) -> Sequences:
 
 
 class GatherKeys(torch.autograd.Function):
-    """`rows[keys]`; the backward pass copies each row's own gradient and adds those of its repetitions."""
+    """`rows[keys]`; the backward pass copies the gradient of each row and adds those of its repetitions."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, plan: Sequences) -> Tensor:
@@ -162,13 +162,13 @@ class GatherKeys(torch.autograd.Function):
 
 @lru_cache(maxsize=1)
 def _grouped() -> dict[str, Any]:
-    """The argument by which newer PyTorch wants to be told of fewer key-value heads; the kernels always took them."""
+    """The argument that newer PyTorch needs for grouped key-value heads; older versions take them without it."""
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None) -> Tensor:
     plan = sequences(layout, query.device)
-    # [T, heads, dim]: rows first, as the projections wrote them, so this copies nothing.
+    # [T, heads, dim], the memory layout that the projections wrote: no copy.
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     width = query.shape[-1]
     if width % _HEAD_MULTIPLE:
@@ -190,17 +190,17 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: f
     return output[..., :width].transpose(0, 1)[None]
 
 
-_CAUSAL_FROM_THE_END = 2  # of the kernel's mask types: aligned to the ends of queries and keys
+_CAUSAL_FROM_THE_END = 2  # the kernel's mask type that aligns the ends of queries and keys
 
 
 def _efficient(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
-    """The same sequences through the memory-efficient kernels, which know float32."""
+    """The same sequences by the memory-efficient kernels, which take float32."""
     plan = sequences(layout, query.device)
     groups = query.shape[1] // key.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if len(plan.again):
         key, value = GatherKeys.apply(key, plan), GatherKeys.apply(value, plan)
-    if groups > 1:  # these kernels want a key for every query head
+    if groups > 1:  # these kernels need a key for every query head
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     output, *_ = torch.ops.aten._efficient_attention_forward(
         query[None],
@@ -223,8 +223,8 @@ def _efficient(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scalin
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Every model, type and direction (with and without gradients) is a graph of its own; the default of 8 is reached by
-    # one oracle and one policy, after which calls would silently run unfused.
+    # Every model, type and direction (with and without gradients) is a separate graph. One oracle and one policy reach
+    # the default limit of 8, after which calls would silently run unfused.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=True)
 
@@ -245,13 +245,13 @@ def flex_packed_attention(
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    # A row of no more than one tile would be a graph of its own, and narrow heads have no kernel: both are filled up.
+    # A row of at most one tile would compile a separate graph, and narrow heads have no kernel: both are padded.
     length, width = query.shape[2:]
     missing, narrow = max(0, _TILE + 1 - length), -width % _FLEX_HEAD_MULTIPLE
     if missing or narrow:
         query, key, value = (torch.nn.functional.pad(x, (0, narrow, 0, missing)) for x in (query, key, value))
     call = kernel or _compiled_flex()
-    # As a constant of the graph: lifted to a tensor, the soft cap cannot be lowered.
+    # Makes the soft cap a constant of the graph: as a tensor it cannot be lowered.
     with torch._dynamo.config.patch(specialize_float=True):
         output = call(
             query,
@@ -266,10 +266,10 @@ def flex_packed_attention(
 
 
 def block_mask(layout: Layout, length: int, window: int | None, device: torch.device) -> Any:
-    """The block mask of a row filled up to `length` tokens; made once and kept in the layout's cache.
+    """The block mask of a row padded to `length` tokens, cached in the layout.
 
-    Which tiles see which follows from the documents, on the host: a mask of `[length, length]`, which PyTorch's own
-    `create_block_mask` evaluates for it, would take gigabytes at 32,768 tokens.
+    The host derives the visible tiles from the documents. PyTorch's `create_block_mask` evaluates a `[length, length]`
+    mask instead, which takes gigabytes at 32,768 tokens.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -300,9 +300,9 @@ def block_mask(layout: Layout, length: int, window: int | None, device: torch.de
 def visible_tiles(
     document: np.ndarray, branch: np.ndarray, position: np.ndarray, window: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which tiles of keys hold something that a tile of queries may see, and which may be seen whole; both `[Q, K]`.
+    """(tiles of keys that are partly visible to a tile of queries, tiles that are wholly visible), both `[Q, K]` bool.
 
-    The first may name a tile of which nothing is visible (the mask decides within a tile), but misses none.
+    The first may include a tile without a visible key (the mask decides within a tile), but misses none.
     """
     tiles = -(-len(document) // _TILE)
     tile_of = np.arange(len(document)) // _TILE
@@ -313,7 +313,7 @@ def visible_tiles(
     sees = (same_document & ((segments[1][None] < 0) | (segments[1][:, None] == segments[1][None]))).astype(np.int64)
     edges = np.arange(tiles) * _TILE
     lowest, highest = (f.reduceat(position, edges) for f in (np.minimum, np.maximum))
-    before = np.tril(np.ones((tiles, tiles), bool))  # a row lies in causal order
+    before = np.tril(np.ones((tiles, tiles), bool))  # rows are in causal order
     partly = before & (holds @ sees @ holds.T > 0)
     wholly = before & (holds @ (1 - sees) @ holds.T == 0) & ~np.eye(tiles, dtype=bool)
     if window is not None:
@@ -323,7 +323,7 @@ def visible_tiles(
 
 
 def _listed(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The form FlexAttention takes: for each tile of queries how many tiles of keys, and which, these first."""
+    """FlexAttention's form: for each query tile the number of visible key tiles, and all key tiles, these first."""
     counts = tiles.sum(1).astype(np.int32)
     order = np.argsort(~tiles, axis=1, kind="stable").astype(np.int32)
     return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(order)[None, None].to(device)

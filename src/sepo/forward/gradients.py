@@ -1,28 +1,29 @@
-"""Matmuls, and gradients that are added to `weight.grad` by the matmul itself.
+"""Matmuls, and weight gradients that the matmul itself adds to `weight.grad`.
 
-Autograd would write a weight's gradient to a temporary first; for an embedding that is a dense `[vocabulary, hidden]`
-of zeros a row, 0.7 GB for Gemma 3, of which a few hundred lines are used. Under autocast it would also round each row's
-part to bfloat16, cast it back and add it up. Inside `gradients_in_place` none of that happens.
+Autograd first writes a weight's gradient to a temporary tensor. For an embedding this is a dense `[vocabulary, hidden]`
+tensor per packed row (0.7 GB for Gemma 3), of which a few hundred lines are not zero. Under autocast, autograd also
+rounds each row's part to bfloat16, casts it back and adds it up. `gradients_in_place` avoids all of this.
 
-On a CPU, float32 products go through oneDNN instead of MKL: 200 against 170 GFLOP/s on the shapes of SmolLM2.
+On a CPU, float32 matmuls use oneDNN instead of MKL: 200 against 170 GFLOP/s on the shapes of SmolLM2.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-# Below this many rows (a generation step) oneDNN's set-up costs more than it saves.
+# With fewer rows (a generation step) oneDNN's set-up costs more than it saves.
 FEW_ROWS = 16
 
 
 @lru_cache(maxsize=1)
 def _has_onednn() -> bool:
-    """Does this build of PyTorch offer oneDNN's float32 linear layer?"""
+    """Whether this build of PyTorch has oneDNN's float32 linear layer."""
     if not torch.backends.mkldnn.is_available():
         return False
     x = torch.ones(2, 3)
@@ -34,24 +35,40 @@ def _has_onednn() -> bool:
 
 
 def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
-    """`x @ w.T` for `x` `[n, k]` and `w` `[m, k]`, by whichever library is faster on this device."""
+    """`x @ w.T` for `x` `[n, k]` and `w` `[m, k]`, by the fastest library on this device."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= FEW_ROWS and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return torch.mm(x, w.t())
 
 
-# Lower-precision copies of the weights of one training step, or None outside of `gradients_in_place`. One for all
-# threads: on a GPU the backward pass, and with it what activation checkpointing computes again, runs in its own thread.
+def matmul_rate(device: torch.device, seconds: float = 0.3) -> float:
+    """Measure a device's matmul FLOP/s in its training type, by its fastest library; estimates of time use it."""
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    left, right = (torch.randn(shape, device=device).to(kind) for shape in ((1024, 1024), (4096, 1024)))
+    rates = []
+    for multiply in (matmul_nt, lambda x, w: x @ w.t()):
+        done, started = 0, time.perf_counter()
+        while done == 0 or time.perf_counter() - started < seconds / 2:
+            product = multiply(left, right)
+            if device.type != "cpu":
+                product[0, 0].item()  # wait for it
+            done += 1
+        rates.append(done * 2 * 1024 * 1024 * 4096 / (time.perf_counter() - started))
+    return max(rates)
+
+
+# Lower-precision copies of the weights in one training step; None outside `gradients_in_place`. Shared by all threads:
+# on a GPU the backward pass, with the recomputation of activation checkpointing, runs in a thread of its own.
 _step_copies: dict[int, Tensor] | None = None
 
 
 @contextlib.contextmanager
 def gradients_in_place(enabled: bool = True) -> Iterator[None]:
-    """While it lasts, forwards of prepared models add the gradients of large weights to `weight.grad` themselves.
+    """Context in which prepared models add the gradients of large weights to `weight.grad` in their backward pass.
 
-    For the forwards and backwards of one optimizer step: weights must not change inside it. Autograd does not see those
-    gradients: hooks on them do not run and `torch.autograd.grad` does not return them. `may_accumulate_in_place` says
-    whether a model can do with that.
+    It spans the forwards and backwards of one optimizer step: weights must not change inside it. Autograd does not see
+    these gradients: hooks on them do not run and `torch.autograd.grad` does not return them. Use it only where
+    `may_accumulate_in_place` allows it.
     """
     global _step_copies
     before, _step_copies = _step_copies, {} if enabled else None
@@ -62,12 +79,12 @@ def gradients_in_place(enabled: bool = True) -> Iterator[None]:
 
 
 def in_place() -> bool:
-    """Is `gradients_in_place` on?"""
+    """Whether `gradients_in_place` is active."""
     return _step_copies is not None
 
 
 def may_accumulate_in_place(model: nn.Module) -> bool:
-    """Does nothing wait for the gradients of this model through autograd (several processes, hooks on weights)?"""
+    """False if something needs this model's gradients from autograd: several processes, or hooks on weights."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
     return not any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
@@ -91,7 +108,7 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def compute_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in the type that is computed with; converted once a step inside `gradients_in_place`."""
+    """The weight in the given type; inside `gradients_in_place` it is converted once a step."""
     if weight.dtype == dtype:
         return weight
     copies = _step_copies
@@ -103,6 +120,6 @@ def compute_copy(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type of matmuls with this tensor: autocast's where it is on, else the tensor's own."""
+    """The type of matmuls with this tensor: autocast's under autocast, else the tensor's."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype

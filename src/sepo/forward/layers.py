@@ -1,8 +1,8 @@
-"""Linear layers, embeddings, norms and gated MLPs, faster and with less kept for the backward pass.
+"""Faster linear layers, embeddings, norms and gated MLPs, which keep less for the backward pass.
 
-Everything here leaves the model's numbers as they are (the tests hold values and gradients against the untouched model)
-and is put in place by `prepare.prepare_model`: weights and names stay, a norm or an MLP is changed only where ours
-gives the same numbers. docs/performance.md has the figures.
+`prepare.prepare_model` installs them. They do not change the model's numbers: the tests compare values and gradients
+with the unchanged model, and a norm or an MLP is replaced only where the fast class gives the same numbers. Weights and
+names stay. docs/performance.md has the figures.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from sepo.models.sharding import gathered, units
 
 
 class _Normed:
-    """The output of a norm, formed anew in the backward pass for the linear layers that read it.
+    """A norm's output, recomputed in the backward pass for the linear layers that read it.
 
-    A linear layer needs its input for the gradient of its weight. A norm's output is an elementwise product of what the
-    norm keeps anyway, so nothing more is kept of it. The first reader to come forms it, the last one drops it.
+    A linear layer needs its input for the gradient of its weight. A norm's output is an elementwise product of tensors
+    that the norm keeps anyway, so it is not kept as well. The first reader recomputes it, the last one drops it.
     """
 
     def __init__(self, version: int) -> None:
-        self.version = version  # of the output; what was changed in place since is no longer made of that
+        self.version = version  # of the output; after a change in place it can no longer be recomputed
         self.readers = self.left = 0
         self.rows: Tensor | None = None
 
@@ -41,7 +41,7 @@ class _Normed:
         return rows
 
 
-# What a norm's output was made of, `(_Normed, x, inverse, scale)`, and the attribute of the output that says so.
+# The factors of a norm's output, `(_Normed, x, inverse, scale)`, and the attribute of the output that holds them.
 _MadeOf = tuple[_Normed, Tensor, Tensor, Tensor]
 _MADE_OF = "_sepo_made_of"
 
@@ -52,7 +52,7 @@ def _made_of(x: Tensor) -> _MadeOf | None:
 
 
 def _to_keep(rows: Tensor, made_of: _MadeOf | None, needed: bool) -> tuple[_Normed | None, tuple[Tensor, ...]]:
-    """What the backward pass of a linear layer has to keep of its input; `_kept_rows` makes the input of it."""
+    """The tensors that a linear layer keeps for the backward pass; `_kept_rows` turns them into its input."""
     if not needed:
         return None, ()
     if made_of is None:
@@ -106,22 +106,22 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class FastLinear(nn.Linear):
-    """A linear layer of float32 weights whose gradient is added in place where that is on; on a CPU by oneDNN.
+    """A linear layer of float32 weights; inside `gradients_in_place` its gradient is added in place. oneDNN on a CPU.
 
-    On a GPU under autocast the weight is cast once a step instead of once a row, and the gradient of a row is summed
-    into the float32 one by the matmul itself, where autograd would round it, cast it back and add it up.
+    On a GPU under autocast the weight is cast once a step instead of once a row, and the matmul adds a row's gradient
+    to the float32 one, which autograd would round, cast back and add up.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not _ours(x, self.weight):
             return super().forward(x)
         output = _LinearFunction.apply(x, self.weight, self.bias, _made_of(x))
-        # Not in the function: a view made there may not be changed in place, as some models do.
+        # Some models change the output in place, which is not allowed for a view made inside the function.
         return output.view(*x.shape[:-1], output.shape[-1])
 
 
 class _EmbeddingFunction(torch.autograd.Function):
-    """`weight[ids]`, whose gradient goes to the lines that were read."""
+    """`weight[ids]`; its backward pass adds to the lines of `weight.grad` that were read."""
 
     @staticmethod
     def forward(ctx, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
@@ -144,7 +144,7 @@ class _EmbeddingFunction(torch.autograd.Function):
 
 
 class FastEmbedding(nn.Embedding):
-    """An embedding without a dense gradient of its own, inside `gradients_in_place`."""
+    """An embedding that makes no dense gradient tensor inside `gradients_in_place`."""
 
     def forward(self, input: Tensor) -> Tensor:
         plain = not in_place() or not self.weight.requires_grad or not torch.is_grad_enabled()
@@ -158,7 +158,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
-        scale = weight + offset  # a tensor of its own, since it is returned
+        scale = weight + offset  # a new tensor, since it is returned
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, scale)
@@ -180,7 +180,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
 
 class _FusedRMSNormFunction(torch.autograd.Function):
-    """The same on a GPU, by one kernel each way; the output is of the type that matmuls are computed in."""
+    """The same on a GPU, by one kernel in each direction; the output has the type of the matmuls that read it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Tensor:
@@ -197,16 +197,16 @@ class _FusedRMSNormFunction(torch.autograd.Function):
         return d_x, d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None
 
 
-# Norms of at least this width are those of the residual stream, which linear layers read; narrower ones are of queries
-# and keys, which are rotated in float32.
+# Norms of at least this width are of the residual stream, which linear layers read. Narrower ones are of queries and
+# keys, which are rotated in float32.
 _HIDDEN = 512
 
 
 class FastRMSNorm(nn.Module):
-    """Stands before a model's own RMSNorm class; float32 on a CPU and every type on a GPU go through the above."""
+    """Base class put before a model's RMSNorm class: fast for float32 on a CPU and for every type on a GPU."""
 
     weight: nn.Parameter
-    weight_offset: float  # 1 where the model keeps the weight's distance from 1 (Gemma)
+    weight_offset: float  # 1 where the model stores the weight minus 1 (Gemma)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if layers_cuda.available(hidden_states):
@@ -228,7 +228,7 @@ class FastRMSNorm(nn.Module):
 
 def _eps(norm: nn.Module) -> float:
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return torch.finfo(torch.float32).eps if eps is None else float(eps)  # None is PyTorch's name for that
+    return torch.finfo(torch.float32).eps if eps is None else float(eps)  # PyTorch's meaning of None
 
 
 # By name: the activation, and its derivative times the gradient of its output.
@@ -251,7 +251,7 @@ def _gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
 def _gated_backward(
     activation: str, gate: Tensor, up: Tensor, grad: Tensor, product: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `gate` and `up`, and `act(gate) * up` anew if asked; `grad` is used up."""
+    """Gradients of `gate` and `up`, and with `product` also `act(gate) * up`, recomputed; overwrites `grad`."""
     if layers_cuda.available(gate):
         return layers_cuda.gated_backward(activation, gate, up, grad, product)
     activate, activation_backward = _ACTIVATIONS[activation]
@@ -262,7 +262,7 @@ def _gated_backward(
 
 
 class _GatedFunction(torch.autograd.Function):
-    """`act(gate) * up`, between linear layers of any kind (adapters, quantised) on a GPU."""
+    """`act(gate) * up` on a GPU, between linear layers of any kind (adapters, quantised)."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -279,9 +279,7 @@ class _GatedFunction(torch.autograd.Function):
 
 
 class _GatedMLPFunction(torch.autograd.Function):
-    """(act(x G^T) * (x U^T)) D^T, `[rows, out]`; keeps both products with x, and forms their product anew in the
-    backward pass.
-    """
+    """(act(x G^T) * (x U^T)) D^T, `[rows, out]`; keeps x G^T and x U^T and recomputes the rest in the backward pass."""
 
     @staticmethod
     def forward(
@@ -326,7 +324,7 @@ class _GatedMLPFunction(torch.autograd.Function):
 
 
 class FastGatedMLP(nn.Module):
-    """Stands before a model's own gated MLP class: down(act(gate(x)) * up(x)), with less kept for the backward pass."""
+    """Base class put before a model's gated MLP class: down(act(gate(x)) * up(x)), with less kept for backward."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -336,7 +334,7 @@ class FastGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self.gate_proj, self.up_proj, self.down_proj
-        # An adapter may have taken the place of some.
+        # An adapter may have replaced some of them.
         if not all(type(layer) is FastLinear and layer.bias is None and _ours(x, layer.weight) for layer in layers):
             if not layers_cuda.available(x):
                 return super().forward(x)
@@ -350,10 +348,10 @@ class FastGatedMLP(nn.Module):
 
 
 def _ours(x: Tensor, weight: Tensor) -> bool:
-    """Do the functions above take this input of a linear layer?
+    """Whether the functions above take this input of a linear layer.
 
-    In training whatever the number of its rows: they hand the gradients of an MLP over in another order than autograd's
-    own, and DeepSpeed adds up the gradients of several processes in the order in which they come.
+    In training the number of rows must not matter: the functions return an MLP's gradients in another order than
+    autograd, and DeepSpeed adds up the gradients of several processes in the order in which they arrive.
     """
     if weight.dtype != torch.float32 or (x.numel() < FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()):
         return False
@@ -362,10 +360,10 @@ def _ours(x: Tensor, weight: Tensor) -> bool:
 
 @contextlib.contextmanager
 def fast_linear_layers(lm: nn.Module) -> Iterator[None]:
-    """While it lasts, a model on a CPU multiplies by `FastLinear` in every plain linear layer, the LM head among them.
+    """Context in which every plain linear layer of a model on a CPU, the LM head included, is a `FastLinear`.
 
-    For generation by a model that nothing else has prepared. Its LM head is a plain layer at all other times, since
-    `lm_head` asks for its weight.
+    For generation by an unprepared model. Outside of it the LM head is a plain layer, because `lm_head` reads its
+    weight.
     """
     changed = []
     for module in lm.modules():
@@ -380,15 +378,12 @@ def fast_linear_layers(lm: nn.Module) -> Iterator[None]:
 
 
 def use_fast_layers(lm: PreTrainedModel) -> None:
-    """Give a model's embedding, linear layers, norms and gated MLPs the classes above.
-
-    Weights and names stay. A norm or an MLP is changed only where ours gives the same numbers.
-    """
+    """Turn a model's embedding, linear layers, norms and gated MLPs into the classes above (see the module's text)."""
     embedding = lm.get_input_embeddings()
     if isinstance(embedding, nn.Embedding) and not isinstance(embedding, FastEmbedding):
         kind = type(embedding)
-        # A model's own kind of embedding (Gemma scales its output) calls nn.Embedding.forward through super(): the
-        # new class stands between the two.
+        # A model's embedding class (Gemma's scales its output) calls nn.Embedding.forward through super(): the new
+        # class goes between the two.
         embedding.__class__ = FastEmbedding if kind is nn.Embedding else _join(kind, kind, FastEmbedding)
     on_cpu = next(lm.parameters()).device.type == "cpu"
     use_fused_rotary(lm)
@@ -405,7 +400,7 @@ def use_fast_layers(lm: PreTrainedModel) -> None:
 
 
 def _use_fast_layer(module: nn.Module) -> None:
-    """Make a norm or a gated MLP fast if it can be; other modules are left alone."""
+    """Replace the class of a norm or a gated MLP if the fast one fits; other modules stay."""
     if isinstance(module, FastRMSNorm | FastGatedMLP) or len(signature(module.forward).parameters) != 1:
         return
     parts = list(dict(module.named_children())), list(dict(module.named_parameters(recurse=False)))
@@ -419,22 +414,27 @@ _joined: dict[tuple[type, ...], type] = {}
 
 
 def _join(kind: type, *bases: type) -> type:
-    """A class with these bases under the name of the model's own, which libraries go by."""
+    """A class with these bases and the model's class name, by which libraries recognise it."""
     return _joined.setdefault(bases, type(kind.__name__, bases, {}))
 
 
 @torch.no_grad()
 def _try_fast(module: nn.Module, fast: type, width: int, **choices: tuple[object, ...]) -> None:
-    """Put `fast` before the module's class with the first of the settings that gives the module's own numbers."""
+    """Put `fast` before the module's class, with the first setting that reproduces the module's numbers.
+
+    Args:
+        width: of the module's input.
+        choices: name and values of one setting of `fast`.
+    """
     kind = type(module)
     ((name, values),) = choices.items()
-    own = {parameter: parameter.data for parameter in module.parameters(recurse=False)}
-    for parameter in own:  # a norm's weights are often all equal, which would hide what is done with them
+    weights = {parameter: parameter.data for parameter in module.parameters(recurse=False)}
+    for parameter in weights:  # a norm's weights are often all equal, which would hide how the module uses them
         parameter.data = torch.linspace(0.5, 2, parameter.numel(), device=parameter.device).view_as(parameter)
     try:
         _join_if_equal(module, fast, kind, name, values, width)
     finally:
-        for parameter, data in own.items():
+        for parameter, data in weights.items():
             parameter.data = data
 
 

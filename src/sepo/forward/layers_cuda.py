@@ -1,8 +1,8 @@
-"""RMSNorm, rotary embeddings and gated activations on a GPU, one kernel each way (Triton).
+"""RMSNorm, rotary embeddings and gated activations on a GPU: one Triton kernel in each direction.
 
-As PyTorch operations these are read and written four to ten times; at a row of 16,384 tokens that is a fifth of a step
-of a billion-parameter Llama. The norm writes its output in the type that the next matmul reads: under autocast every
-linear layer would otherwise make, and keep, a copy of its own. `layers.py` says where they are put.
+As PyTorch operations they read and write their tensors four to ten times: with rows of 16,384 tokens a fifth of a
+training step of a billion-parameter Llama. The norm writes its output in the type that the next matmul reads; under
+autocast each linear layer would otherwise make and keep its own copy. `layers.py` and `rotary.py` call the kernels.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ except ImportError:  # not on every platform that PyTorch runs on
 
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-_WIDEST = 16384  # a row of a norm is held whole by one program
-_ELEMENTS = 1024  # of one program over an elementwise tensor
+_WIDEST = 16384  # one program holds a whole row of a norm
+_ELEMENTS = 1024  # per program of an elementwise kernel
 
 
 def available(x: Tensor) -> bool:
-    """Do the kernels take a tensor on this device, with rows of this width?"""
+    """Whether the kernels take tensors of this device, type and width."""
     return triton is not None and x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= _WIDEST
 
 
@@ -44,7 +44,7 @@ if triton is not None:
     def _norm_backward(
         x, weight, inverses, grad, d_x, d_weights, rows, rows_each, width, offset, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """A program takes some rows, and sums their part of the gradient of the weight."""
+        """One program takes `rows_each` rows and sums their share of the weight's gradient."""
         program = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         inside = at < width
@@ -65,7 +65,7 @@ if triton is not None:
 
     @triton.jit
     def _rotate(x, cos, sin, out, heads, half, sign, HALF: tl.constexpr, HEADS: tl.constexpr):
-        """One program a token: both halves of all its heads. `sign` -1 undoes the rotation (and is its transpose)."""
+        """One program per token: both halves of all heads. `sign` -1 is the transpose, which undoes the rotation."""
         token = tl.program_id(0).to(tl.int64)
         head = tl.arange(0, HEADS)[:, None]
         at = tl.arange(0, HALF)[None]
@@ -131,10 +131,10 @@ if triton is not None:
 
 
 def lines(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as the kernels read them, entry after entry in the order of their dimensions.
+    """The tensors, contiguous.
 
-    A kernel is handed an address, not strides: of a tensor that lies otherwise (cut out of another, transposed, one
-    line repeated for a batch) it would read other numbers, and beyond its end.
+    A kernel gets an address, not strides: in a tensor that is a slice, transposed or expanded it would read the wrong
+    numbers, and beyond the end.
     """
     return tuple(x.contiguous() for x in tensors)
 
@@ -185,7 +185,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 def gated_forward(activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """`act(gate) * up`, both of one shape."""
+    """`act(gate) * up`, for two tensors of one shape."""
     gate, up = lines(gate, up)
     out = torch.empty_like(gate)
     size = gate.numel()
@@ -196,7 +196,7 @@ def gated_forward(activation: str, gate: Tensor, up: Tensor) -> Tensor:
 def gated_backward(
     activation: str, gate: Tensor, up: Tensor, grad: Tensor, product: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `gate` and `up`, and `act(gate) * up` anew if asked."""
+    """Gradients of `gate` and `up`, and with `product` also `act(gate) * up`, recomputed."""
     gate, up, grad = lines(gate, up, grad)
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     out = torch.empty_like(gate) if product else None

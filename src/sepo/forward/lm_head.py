@@ -2,13 +2,13 @@
 
     log p_i = z_i[y_i] - logsumexp(z_i),   z_i = transform(h_i W^T + b),   transform: scale, then soft-cap
 
-The vocabulary is walked in blocks of which one stays in the processor's cache (a few thousand tokens wide, all targets
-high), so every line of W is read once for the logits and once for the gradients. Chunks of targets against the whole
-vocabulary, the usual way, read W once a chunk: 0.7 GB for Gemma 3.
+The vocabulary is processed in blocks that fit the processor's cache (a few thousand tokens wide, all targets high), so
+every line of W is read once for the logits and once for the gradients. The usual chunks of targets against the whole
+vocabulary read W once per chunk: 0.7 GB for Gemma 3.
 
-The gradient needs softmax(z) again; recomputing it costs a fourth matmul beside the three that are unavoidable, so as
-many blocks as fit a fixed budget are kept until the backward pass and only the rest are recomputed. What is kept is
-exp(z - max), formed in place of z for the sum: the backward pass has only to scale it. Memory is bounded by the budget
+The gradient needs softmax(z) again. Recomputing it costs a fourth matmul beside the three unavoidable ones, so as many
+blocks as fit a fixed budget are kept until the backward pass and only the others are recomputed. A kept block holds
+exp(z - max), which replaces z in place for the sum; the backward pass only scales it. Memory is bounded by the budget
 plus one block, whatever the number of targets or the vocabulary.
 """
 
@@ -29,11 +29,11 @@ from sepo.models.sharding import inside_call, waits_for_call
 
 @dataclass(frozen=True)
 class HeadLimits:
-    """Sizes of the walk over the vocabulary.
+    """Sizes of the blocks of logits.
 
     Attributes:
-        block_bytes: logits of one block: a share of the last-level cache on a CPU; enough to fill a GPU.
-        block_targets: targets in one block; more are walked in several rounds over the vocabulary.
+        block_bytes: logits of one block: a share of the last-level cache on a CPU; enough to occupy a GPU.
+        block_targets: targets in one block; more targets take several rounds over the vocabulary.
         keep_bytes: exponentials of logits kept for the backward pass.
     """
 
@@ -48,15 +48,15 @@ GPU_LIMITS = HeadLimits(block_bytes=256 * 2**20, block_targets=16384, keep_bytes
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits: `softcap * tanh(scale * z / softcap)`; scale 1 and no cap by default."""
+    """A model's transform of its logits: `softcap * tanh(scale * z / softcap)`; scale 1 and no cap by default."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def from_config(cls, config) -> LogitTransform:
-        """Read Gemma's `final_logit_softcapping` (of RecurrentGemma `logits_soft_cap`), Cohere's `logit_scale` and
-        Granite's `logits_scaling`.
+        """Read `final_logit_softcapping` (Gemma), `logits_soft_cap` (RecurrentGemma), `logit_scale` (Cohere) and
+        `logits_scaling` (Granite).
         """
         config = config.get_text_config()
         scale = 1.0
@@ -80,7 +80,7 @@ class LogitTransform:
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap is not None else logits
 
     def backward_(self, grad: Tensor, logits: Tensor | None) -> Tensor:
-        """Turn the gradient of transformed logits (given those logits) into that of raw logits, in place."""
+        """Turn the gradient of transformed logits, given as `logits`, into that of raw logits, in place."""
         if self.softcap is not None:
             assert logits is not None
             grad.mul_(1.0 - (logits / self.softcap).square_())
@@ -94,10 +94,10 @@ def target_logps(hidden: Tensor, head: nn.Module, target_ids: Tensor, transform:
 
     Args:
         hidden: `[N, hidden]`, the final hidden states that predict the targets.
-        head: the model's output embedding; a plain `nn.Linear` takes the fused path, anything else (quantised,
+        head: the model's output embedding. A plain `nn.Linear` takes the fused path; any other (quantised,
             LoRA-wrapped) is called chunk by chunk under activation checkpointing.
         target_ids: `[N]`.
-        transform: what the model does to its logits.
+        transform: of the model's logits.
 
     Returns:
         `[N]` float32 (float64 for float64 inputs).
@@ -110,11 +110,11 @@ def target_logps(hidden: Tensor, head: nn.Module, target_ids: Tensor, transform:
     rows = max(1, 16 * _limits(hidden).block_bytes // (vocabulary * 4))
     parts = []
     for start in range(0, len(hidden), rows):
-        piece = (hidden[start : start + rows], target_ids[start : start + rows])
+        chunk = (hidden[start : start + rows], target_ids[start : start + rows])
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_chunk_logps, head, transform, *piece, use_reentrant=False))
+            parts.append(checkpoint(_chunk_logps, head, transform, *chunk, use_reentrant=False))
         else:
-            parts.append(_chunk_logps(head, transform, *piece))
+            parts.append(_chunk_logps(head, transform, *chunk))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=_float(hidden))
 
 
@@ -132,12 +132,12 @@ def _limits(hidden: Tensor) -> HeadLimits:
 
 
 def _blocks(hidden: Tensor, vocabulary: int) -> Iterator[tuple[slice, slice]]:
-    """(targets, vocabulary) slices of the blocks, all blocks of a group of targets in turn."""
+    """(targets, vocabulary) slices of the blocks: all blocks of the first group of targets, then of the next."""
     limits = _limits(hidden)
     for start in range(0, len(hidden), limits.block_targets):
         rows = slice(start, min(start + limits.block_targets, len(hidden)))
         size = (rows.stop - rows.start) * (8 if hidden.dtype == torch.float64 else 4)
-        # Multiples of 64 keep the matmul's inner loops full.
+        # Widths in multiples of 64 suit the matmul's inner loops.
         width = max(64, limits.block_bytes // size // 64 * 64)
         for left in range(0, vocabulary, width):
             yield rows, slice(left, min(left + width, vocabulary))
@@ -170,7 +170,7 @@ class _TargetLogps(torch.autograd.Function):
             logits = _logits(h[rows], w[columns], None if bias is None else bias[columns], transform)
             inside, local = _inside(target_ids[rows], columns)
             targets[rows] += torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0)
-            # Not below the lowest number: a block of which all is -inf has a sum of 0, not NaN.
+            # Clamped to the lowest finite number, so that a row of -inf only sums to 0, not NaN.
             shift = logits.amax(1).clamp_min_(torch.finfo(logits.dtype).min)
             exponentials = logits.sub_(shift[:, None]).exp_()
             normalisers[rows] = torch.logaddexp(normalisers[rows], exponentials.sum(1).log_() + shift)
@@ -216,7 +216,7 @@ class _TargetLogps(torch.autograd.Function):
                 exponentials.sub_(shift[:, None]).exp_()
             capped = None
             if ctx.transform.softcap is not None:
-                # A logit whose exponential is 0 is lost, but so is its share of the gradient.
+                # Where the exponential is 0 the logit is unknown, but its share of the gradient is 0 too.
                 capped = exponentials.clamp_min(torch.finfo(exponentials.dtype).tiny).log_().add_(shift[:, None])
             d_logits = exponentials.mul_((-grad[rows] * torch.exp(shift - normalisers[rows]))[:, None])
             ctx.transform.backward_(d_logits, capped)

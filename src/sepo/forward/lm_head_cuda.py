@@ -1,9 +1,9 @@
-"""The passes over a block of logits that surround the LM head's matmuls, one kernel each (Triton).
+"""Elementwise work on a block of logits between the LM head's matmuls: one Triton kernel in each direction.
 
-Written as tensor operations they read and write every logit about ten times at four bytes, which on a GPU costs as much
-as the matmuls. Here the forward pass reads a float32 logit once and, for the backward pass, keeps its exponential in
-half precision; the backward pass reads that and writes the gradient in the type that the next matmul multiplies in.
-`lm_head.py` walks the blocks and has the same steps in plain PyTorch, for everything but half precision on a GPU.
+As tensor operations it reads and writes every logit about ten times at four bytes, which on a GPU costs as much as the
+matmuls. Here the forward pass reads a float32 logit once and keeps its exponential in half precision; the backward pass
+reads the exponential and writes the gradient in the type of the next matmul. `lm_head.py` iterates over the blocks and
+has the same steps in plain PyTorch, for everything but half precision on a GPU.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ except ImportError:  # not on every platform that PyTorch runs on
     triton = None
 
 
-_COLUMNS = 2048  # of one step of a program
+_COLUMNS = 2048  # per step of a program
 
 
 def available(hidden: Tensor) -> bool:
-    """Do the kernels take hidden states of this type on this device?"""
+    """Whether the kernels take hidden states of this type on this device."""
     return triton is not None and hidden.device.type == "cuda" and hidden.dtype in (torch.float16, torch.bfloat16)
 
 
 def matmul_float32(x: Tensor, w: Tensor) -> Tensor:
     """`x @ w.T` of half-precision matrices, summed and returned in float32.
 
-    Rounded to bfloat16, a logit of 20 is known to 0.06: more than a training step moves it.
+    bfloat16 rounds a logit of 20 by up to 0.06, more than a training step moves it.
     """
     return torch.mm(x, w.t(), out_dtype=torch.float32)
 
@@ -50,10 +50,10 @@ if triton is not None:
         logits, targets, kept, shifts, sums, target_logits, columns, first, scale, cap,
         HAS_CAP: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One program a target: maximum and sum of exponentials of its row, in one walk; a second one to keep them."""
+        """One program per target: a pass for the row's maximum and sum of exponentials; with KEEP one to store them."""
         row = tl.program_id(0).to(tl.int64)
         line = logits + row * columns
-        lowest = -3.0e38  # not -inf: a row of which all is -inf has a sum of 0, not NaN
+        lowest = -3.0e38  # not -inf: so a row of -inf only sums to 0, not NaN
         highest = lowest
         total = 0.0
         for left in range(0, columns, BLOCK):
@@ -80,9 +80,9 @@ if triton is not None:
         values, targets, shifts, normalisers, grads, out, columns, first, scale, cap,
         HAS_CAP: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """d logp / d raw logit times its gradient, for one row and one step of columns.
+        """Gradient of the raw logits of one row and one step of columns.
 
-        `values` are exponentials relative to `shifts` (KEPT) or raw logits, made anew.
+        `values` are exponentials relative to `shifts` (KEPT) or recomputed raw logits.
         """
         row = tl.program_id(0).to(tl.int64)
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -110,11 +110,11 @@ def block_forward(
     """Reduce a block of raw logits.
 
     Args:
-        logits: `[n, columns]` float32, as the matmul gave them.
-        targets: `[n]` token ids; those inside the block get their transformed logit in `target_logits` `[n]`.
+        logits: `[n, columns]` float32, from the matmul.
+        targets: `[n]` token ids; for those inside the block `target_logits` `[n]` receives the transformed logit.
         first: token id of the block's first column.
         scale, cap: of `lm_head.LogitTransform`.
-        keep: type of the exponentials that the backward pass wants, or None.
+        keep: type of the exponentials kept for the backward pass, or None.
 
     Returns:
         the highest transformed logit of each row, the sum of exponentials relative to it, and those exponentials.
@@ -135,7 +135,7 @@ def block_backward(
     values: Tensor, targets: Tensor, shifts: Tensor | None, normalisers: Tensor, grads: Tensor, first: int,
     scale: float, cap: float | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Gradient of a block's raw logits, `[n, columns]` in `dtype`, in place where `values` have it.
+    """Gradient of a block's raw logits, `[n, columns]` in `dtype`; overwrites `values` if they have that type.
 
     Args:
         values: the exponentials that `block_forward` kept, with their `shifts`; or raw float32 logits, without.

@@ -1,4 +1,4 @@
-"""The memory of this process: the most that it held, and freed blocks, which glibc can keep for the next tensor."""
+"""This process's memory: freed blocks kept for the next tensor, and peak memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import torch
 
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> bool:
-    """Let glibc keep large freed blocks for the next tensor instead of returning them; True where it could be set.
+    """Make glibc keep large freed blocks for the next tensor instead of returning them to the system.
 
-    A training step allocates and frees the same sizes row after row. By default each such tensor is mapped and its
-    pages are zeroed by the kernel anew, which took up to 10 % of a step.
+    A training step allocates and frees the same sizes for every row. By default the kernel maps and zeroes the pages of
+    each such tensor again, which took up to 10 % of a step.
+
+    Returns:
+        True where glibc accepted the setting.
     """
     if not _with_glibc():
         return False
@@ -27,11 +30,11 @@ def keep_freed_memory() -> bool:
 
 
 class PeakMemory:
-    """The most memory that this process held since it was made, or since `restart`: to stand beside seconds.
+    """Peak memory of this process since the object was created, or since `restart`.
 
-    On a GPU of the tensors that PyTorch allocated there; else of the resident set, as Linux counts it, all that was
-    loaded before included. Blocks that were freed before are given back first, or they would count. Several may run at
-    a time: a stage of a run, and the training in it.
+    On a GPU: the tensors that PyTorch allocated there. Else: the resident set as Linux counts it, with everything that
+    was loaded before. Freed blocks are returned to the system first, since they would count. Several objects may
+    measure at a time: a stage of a run, and the training in it.
     """
 
     _running: ClassVar[WeakSet[PeakMemory]] = WeakSet()
@@ -43,13 +46,13 @@ class PeakMemory:
         self.restart()
 
     def restart(self) -> None:
-        for one in self._running:  # the system's mark is about to be lowered for all of them
-            one._most = max(one._most, _high_water_mark())
+        for running in self._running:  # lowering the system's mark affects all of them
+            running._most = max(running._most, _high_water_mark())
         self._most = (False, 0)
         self._known = _lower_high_water_mark()
 
     def gb(self) -> float | None:
-        """In units of 1e9 bytes; None where the system does not say."""
+        """Peak memory in 1e9 bytes; None where the system does not report it."""
         return round(max(self._most, _high_water_mark())[1] / 1e9, 3) if self._known else None
 
 
@@ -58,9 +61,9 @@ def _with_glibc() -> bool:
 
 
 def _high_water_mark() -> tuple[bool, int]:
-    """On a GPU? And the most bytes since the mark was lowered, 0 where the system does not say.
+    """(whether it is of a GPU, most bytes since the mark was lowered; 0 where the system does not report them).
 
-    A process that turns to a GPU on its way counts what it held there, which is the larger of two such marks.
+    The larger of two marks is a GPU's: a process that starts to use a GPU on its way reports its GPU memory.
     """
     if torch.cuda.is_initialized():
         return True, torch.cuda.max_memory_allocated()
@@ -73,7 +76,7 @@ def _high_water_mark() -> tuple[bool, int]:
 
 
 def _lower_high_water_mark() -> bool:
-    """Set the mark to what is held now; False where that cannot be done."""
+    """Set the mark to the present usage; False where the system does not allow it."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         return True

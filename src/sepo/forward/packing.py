@@ -1,21 +1,21 @@
-"""Pairs to packed rows: every prompt once, no padding, nothing after the last target.
+"""Packed rows of pairs: every prompt once, no padding, nothing after the last target.
 
-A *document* is one prompt and the responses that continue it. A row holds whole documents, one after
-the other, up to a token budget:
+A *document* is one prompt and the responses that continue it. A row holds whole documents, one after the other, up to a
+token budget:
 
     tokens     | p p p p c c c c r r r | p p c c c r |        p prompt, c chosen, r rejected
     positions  | 0 1 2 3 4 5 6 7 4 5 6 | 0 1 2 3 4 2 |
     document   | 0 0 0 0 0 0 0 0 0 0 0 | 1 1 1 1 1 1 |
     branch     | - - - - 0 0 0 0 1 1 1 | - - 0 0 0 1 |
 
-A token attends to the earlier tokens of its own branch and to its document's prompt, so the rows give
-exactly what each sequence gives alone. Pairs with the same prompt share one document, and a response that stands in
-several pairs is one branch. Of the tokens that one unpadded sequence a forward would read, rows of 1,024 keep 77 % over
-the 4,538 AlpacaEval pairs (88 % if only a pair's own prompt is shared) and 61 % over the HH transcripts.
+A token attends to the earlier tokens of its branch and to its document's prompt, so a row gives exactly the results of
+its sequences one by one. Pairs with the same prompt share one document; a response of several pairs is one branch.
+Compared with one unpadded sequence per response, rows of 1,024 tokens read 77 % of the tokens on the 4,538 AlpacaEval
+pairs (88 % if only the two responses of a pair share a prompt) and 61 % on the HH transcripts.
 
-A *target* is one token whose log-probability is wanted: the row position whose hidden state predicts it
-(the last prompt token for the first response token), the token, the side of the pair it belongs to and
-its weight. Inputs after the last target of a branch cannot matter and are cut.
+A *target* is one token whose log-probability is requested: the row position whose hidden state predicts it (the last
+prompt token for the first response token), the token, its pair and side, and its weight. Inputs after the last target
+of a branch have no effect and are cut.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Weights = Sequence[float] | np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One pair as token ids, and the positions in each response whose log-probability is wanted.
+    """One pair as token ids, and the positions in each response whose log-probability is requested.
 
-    Positions index into `chosen_ids` / `rejected_ids`, ascending; None means every token. Weights are aligned
-    with the positions; None means 1. `weight` is that of the pair's loss. Sequences of numbers or arrays: pairs of a
-    table are views of its buffers.
+    Positions are ascending indices into `chosen_ids` / `rejected_ids`; None means every token. Weights are aligned with
+    the positions; None means 1. `weight` multiplies the pair's loss. The fields are sequences of numbers or arrays: the
+    pairs of a table are views of its buffers.
     """
 
     pair_id: int
@@ -66,7 +66,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Document:
-    """Where one prompt and its branches lie in a row: prompt at `start`, branches right after it, in order."""
+    """A document's place in a row: the prompt begins at `start`, the branches follow in order; lengths in tokens."""
 
     start: int
     prompt: int
@@ -79,9 +79,9 @@ class Document:
 
 @dataclass
 class Layout:
-    """The documents of one packed row of `length` tokens, and what an attention kernel derives from them.
+    """The documents of one packed row of `length` tokens.
 
-    `cache` keeps masks that all layers of one forward share.
+    `cache` keeps what the attention kernels derive from them, such as masks, for all layers of one forward.
     """
 
     documents: list[Document]
@@ -106,17 +106,17 @@ class Layout:
 
 @dataclass
 class PackedBatch:
-    """Model inputs and targets of a set of pairs. Shapes: `T` tokens a row, `N` targets, `B` pairs.
+    """Model inputs and targets of a set of pairs. Shapes: `T` tokens per row, `N` targets, `B` pairs.
 
     Attributes:
         input_ids: `[rows, T]`.
         position_ids: `[rows, T]`.
         layout: the documents of the single packed row; None for the padded layout.
         attention_mask: `[rows, T]` of the padded layout; None for a packed row.
-        unbatched: the rows of the padded layout are read one at a time, each without its padding.
-        target_positions: `[N]`, index into the flattened `[rows * T]` hidden states.
+        unbatched: the model reads the rows of the padded layout one at a time, without their padding.
+        target_positions: `[N]`, indices into the flattened `[rows * T]` hidden states.
         target_ids: `[N]`, the token predicted there.
-        target_rows: ascending, the positions among `target_positions` once each: the only hidden states that are read.
+        target_rows: the unique `target_positions`, ascending: the only hidden states that are used.
         segments: `[N]`, `2 * pair + side`, sorted: chosen targets of pair 0, rejected of pair 0, chosen of pair 1...
         weights: `[N]` float32.
         pair_weights: `[B]` float32, of the pairs' losses.
@@ -141,7 +141,7 @@ class PackedBatch:
         return self._with(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        """Return the batch in memory that a GPU reads while the host goes on; a DataLoader asks for it."""
+        """Return the batch in pinned memory, for a DataLoader."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -167,24 +167,24 @@ class PackedBatch:
 
 
 def _last_target(ids: Ids, positions: Ids | None) -> int:
-    """Number of response tokens that must be read: all before the last target."""
+    """Number of response tokens that the model must read: all before the last target."""
     if positions is None:
         return len(ids) - 1
     return int(np.max(positions)) if len(positions) else 0
 
 
 def _key(ids: Ids) -> bytes:
-    """What equal ids are found by."""
+    """A dictionary key: equal ids have equal keys."""
     return np.asarray(ids, np.int32).tobytes()
 
 
 class _OpenDocument:
-    """A document being filled: its prompt, its distinct responses and how much of each must be read."""
+    """A document under construction: its prompt, its distinct responses and how many tokens of each to read."""
 
     def __init__(self, prompt_ids: Ids):
         self.prompt_ids = prompt_ids
         self.responses: dict[bytes, Ids] = {}
-        self.reads: dict[bytes, int] = {}  # response -> tokens read; insertion order is branch order
+        self.reads: dict[bytes, int] = {}  # response -> tokens to read; insertion order is branch order
         self.pairs: list[int] = []
 
     def added_length(self, pair: Pair) -> int:
@@ -212,8 +212,8 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
     """Lay out pairs as one packed row (see the drawing at the top of this file).
 
     Raises:
-        UserError: there is no pair, or something else than pairs; a prompt or a response is empty, or a position lies
-            outside its response.
+        UserError: `pairs` is empty or holds something else than `Pair`s; a prompt or a response is empty; a position
+            lies outside its response.
     """
     if not isinstance(pairs, Sequence) or not len(pairs) or not all(isinstance(pair, Pair) for pair in pairs):
         raise wrong_type("pairs", pairs, "a list of Pair, at least one")
@@ -257,13 +257,13 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
 
 
 def pad(pairs: Sequence[Pair], pad_token_id: int = 0, unbatched: bool = False) -> PackedBatch:
-    """Lay out pairs as right-padded sequences, two rows a pair: the plain layout that any causal model reads.
+    """Lay out pairs as right-padded sequences, two rows per pair: the layout that any causal model reads.
 
-    Used where a model does not take packed rows, and by the tests as the layout to agree with.
+    For models that do not take packed rows; the tests use it as the reference.
 
     Args:
-        unbatched: the model reads one row at a time, without padding and to its end, for models in which the length
-            of what is read changes what they give.
+        unbatched: the model reads one row at a time, complete and without padding. For models whose results depend on
+            the length of the input.
     """
     for pair in pairs:
         _check(pair)
@@ -303,7 +303,7 @@ def _check(pair: Pair) -> None:
 
 
 def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:
-    """Flat target tensors, segment by segment; `locate(pair index, response, positions)` gives the row positions."""
+    """Flat target tensors, segment by segment; `locate(pair index, response, positions)` returns row positions."""
     where, tokens, segments, weights = [], [], [], []
     for index, pair in enumerate(pairs):
         for side in (CHOSEN, REJECTED):
@@ -327,7 +327,7 @@ def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:
 
 
 def read_length(pair: Pair) -> int:
-    """Number of tokens that a packed row needs for this pair alone."""
+    """Number of tokens of a packed row that holds only this pair."""
     chosen = _last_target(pair.chosen_ids, pair.chosen_positions)
     rejected = _last_target(pair.rejected_ids, pair.rejected_positions)
     if np.array_equal(pair.chosen_ids, pair.rejected_ids):
@@ -336,7 +336,7 @@ def read_length(pair: Pair) -> int:
 
 
 def _row_lengths(pair: Pair, whole: bool = False) -> tuple[int, int]:
-    """Tokens to read of the prompt and the chosen response, and of the prompt and the rejected one."""
+    """Tokens to read of the prompt with the chosen response, and of the prompt with the rejected one."""
     prompt = len(pair.prompt_ids)
     if whole:
         return prompt + len(pair.chosen_ids), prompt + len(pair.rejected_ids)
@@ -347,10 +347,9 @@ def _row_lengths(pair: Pair, whole: bool = False) -> tuple[int, int]:
 
 
 def fill_padded_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:
-    """Divide pairs into padded batches of at most `tokens_per_row` tokens, padding included (a longer pair is alone).
+    """Divide pairs into padded batches of at most `tokens_per_row` tokens with padding; a longer pair is its own batch.
 
-    Pairs of about the same length come together, the longest first. A pair is two rows of a batch, as wide as the
-    longest row of the batch.
+    Batches hold pairs of similar length, the longest first. A pair takes two rows, as wide as the batch's longest row.
     """
     widths = np.array([max(1, *_row_lengths(pair)) for pair in pairs], np.int64)
     order = np.argsort(-widths, kind="stable")
@@ -364,32 +363,32 @@ def fill_padded_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pa
 
 
 def fill_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:
-    """Divide a batch into rows of at most `tokens_per_row` tokens (a longer pair gets a row of its own).
+    """Divide a batch into rows of at most `tokens_per_row` tokens; a longer pair gets its own row.
 
-    Pairs that share a prompt stay together while they fit. The rows are as few as can be and about equally long: each
-    has a cost of its own, which a short one does not repay. Every pair of the batch is in exactly one row, so a mean
-    over the batch is the sum over rows divided by the number of pairs.
+    Pairs that share a prompt stay together while they fit. The rows are as few as possible and about equally long,
+    because each row has a fixed cost. Every pair of the batch is in exactly one row, so a mean over the batch is the
+    sum over rows divided by the number of pairs.
     """
     groups: dict[bytes, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(_key(pair.prompt_ids), []).append(pair)
-    pieces: list[tuple[int, list[Pair]]] = []
+    documents: list[tuple[int, list[Pair]]] = []
     for members in groups.values():
-        pieces.extend(_split_group(members, tokens_per_row))
-    pieces.sort(key=lambda piece: -piece[0])
-    longer = [members for length, members in pieces if length > tokens_per_row]
-    pieces = pieces[len(longer) :]
-    number = -(-sum(length for length, _ in pieces) // tokens_per_row)
-    while (rows := _share_out(pieces, number, tokens_per_row)) is None:
+        documents.extend(_split_group(members, tokens_per_row))
+    documents.sort(key=lambda document: -document[0])
+    longer = [members for length, members in documents if length > tokens_per_row]
+    documents = documents[len(longer) :]
+    number = -(-sum(length for length, _ in documents) // tokens_per_row)
+    while (rows := _balanced_rows(documents, number, tokens_per_row)) is None:
         number += 1 + number // 50
     return [*longer, *rows]
 
 
-def _share_out(pieces: list[tuple[int, list[Pair]]], number: int, most: int) -> list[list[Pair]] | None:
-    """Give each piece, the longest first, to the emptiest of `number` rows; None if one grows beyond `most`."""
+def _balanced_rows(documents: list[tuple[int, list[Pair]]], number: int, most: int) -> list[list[Pair]] | None:
+    """Give each document, the longest first, to the shortest of `number` rows; None if a row exceeds `most` tokens."""
     rows: list[list[Pair]] = [[] for _ in range(number)]
     lengths = [(0, index) for index in range(number)]
-    for length, members in pieces:
+    for length, members in documents:
         shortest, index = lengths[0]
         if shortest + length > most:
             return None
@@ -399,7 +398,7 @@ def _share_out(pieces: list[tuple[int, list[Pair]]], number: int, most: int) -> 
 
 
 def _split_group(members: Iterable[Pair], tokens_per_row: int) -> Iterator[tuple[int, list[Pair]]]:
-    """Cut the pairs of one prompt into documents of at most `tokens_per_row` tokens."""
+    """Divide the pairs of one prompt into documents of at most `tokens_per_row` tokens: (length, pairs)."""
     document: _OpenDocument | None = None
     held: list[Pair] = []
     length = 0

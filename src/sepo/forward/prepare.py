@@ -1,14 +1,14 @@
-"""Which layout a model takes: tried out, not believed.
+"""Pick the layout in which a model reads batches, by trying each on a few short texts.
 
-A few short texts go through the model's own forward, one at a time, and through each layout in turn:
+The texts go through the model's own forward, one at a time, and through each layout in turn:
 
-    packed    rows of documents, see `packing.py`
-    padded    sequences of about one length in a batch
-    unbatched one sequence at a time, for models in which the longest text of a batch changes what the others give
+    packed     rows of documents, see `packing.py`
+    padded     batches of sequences of similar length
+    unbatched  one sequence at a time, for models in which the longest text of a batch changes the others' results
 
-The first that gives the same log-probabilities is taken. Some models do another thing from a certain length on (a
-window, another set of rotary frequencies, a scale for queries far along). Such lengths are in the config; where the
-data reach beyond one, a text beyond it is tried as well.
+The first layout that gives the same log-probabilities is taken. Some models change at a certain length (a window,
+another set of rotary frequencies, a scale for late queries). Such lengths are in the config; where the data exceed one,
+a text beyond it is tried as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from sepo.errors import UserError, one_line
 from sepo.forward.attention import ATTENTION
 from sepo.forward.layers import use_fast_layers
-from sepo.forward.logps import Tried, read_logps
+from sepo.forward.logps import LayoutTrials, read_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, pack, pad
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import own_part
@@ -47,69 +47,67 @@ def prepare_model(
     tokens_per_row: int = _DEFAULT_LENGTH,
     device: torch.device | str | None = None,
 ) -> str:
-    """Make a model read packed rows if it can; returns the layout it takes: "packed", "padded" or "unbatched".
+    """Set a model up for packed rows if it takes them. Returns its layout: "packed", "padded" or "unbatched".
 
-    Packed rows need the model to pass keyword arguments on to Transformers' attention interface, and their logits
-    transformed in a way that `LogitTransform` knows. Both are checked rather than believed, see above. A model that
-    does not take packed rows is named with the reason in one line on standard error.
+    Packed rows require that the model passes keyword arguments on to Transformers' attention interface and transforms
+    its logits in a way that `LogitTransform` supports. A trial checks both (see the module's text). If the model does
+    not take packed rows, one line on standard error gives the reason.
 
     Args:
-        layout: "auto", or "packed" / "padded" to insist.
-        longest: tokens of the longest prompt and response together that will be read; None for 2,048, or fewer if the
-            model knows no more positions. A batch with longer ones is refused where the model might read them in
-            another way than what was tried.
-        tokens_per_row: of the packed rows that will be read; the same holds.
-        device: where the model will run, if somebody else (FSDP, DeepSpeed) is going to move it there. It is tried
-            there, and is back where it was afterwards.
+        layout: "auto", or "packed" / "padded" to insist on one.
+        longest: tokens of the longest prompt with its response in the data; None for 2,048, or the model's number of
+            positions if that is smaller. Longer batches are refused where the model may treat them differently.
+        tokens_per_row: length of the packed rows; longer rows are refused likewise.
+        device: where FSDP or DeepSpeed will move the model later. The trial runs there; then the model moves back.
 
     Raises:
-        UserError: the model's own log-probabilities are not reproduced, or packed rows were insisted on and do not
-            work, or its weights are not finite, or not here.
+        UserError: no layout gives the model's own log-probabilities; or the caller insists on packed rows and they do
+            not work; or weights are not finite, or not in this process.
     """
     if layout not in ("auto", "packed", "padded"):
         raise UserError(f"layout is '{layout}': expected auto, packed or padded")
     lm = causal_lm(model)
-    tried: Tried | None = getattr(lm, "sepo_tried", None)
-    if tried is None:
+    trials: LayoutTrials | None = getattr(lm, "sepo_trials", None)
+    if trials is None:
         _require_weights(lm)
-        tried = Tried(own_attention=lm.config._attn_implementation)
-    insisted = tried.insisted if layout == "auto" else layout
+        trials = LayoutTrials(original_attention=lm.config._attn_implementation)
+    required = trials.required if layout == "auto" else layout
     documents, rows = _lengths(lm)
     if longest is None:
         positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         longest = min(_DEFAULT_LENGTH, positions or _DEFAULT_LENGTH)
-    # A pair that is longer than a row has one of its own.
+    # A pair longer than a row gets its own row.
     for text, in_row in ((0, 0), (longest, max(tokens_per_row, 2 * longest))):
         (document, document_limit), (row, row_limit) = _reach(documents, text), _reach(rows, in_row)
-        key = (insisted, document, row)
-        if key not in tried.layouts:
+        key = (required, document, row)
+        if key not in trials.layouts:
             with torch.no_grad(), _modes_kept(model), _moved(model, device), _unguarded(lm):
                 model.eval()
                 kind = next(model.parameters()).device.type
-                with torch.autocast(kind, enabled=False):  # in the model's own type, differences are seen
-                    tried.layouts[key] = _try_layouts(model, lm, tried, *key)
-        chosen = tried.layouts[key]
-        before = tried.limits.get(chosen, (0, 0))
-        tried.limits[chosen] = (max(before[0], document_limit), max(before[1], row_limit))
-    tried.insisted = insisted
-    lm.sepo_tried = tried  # type: ignore[assignment]
+                with torch.autocast(kind, enabled=False):  # autocast's rounding would hide differences
+                    trials.layouts[key] = _try_layouts(model, lm, trials, *key)
+        chosen = trials.layouts[key]
+        before = trials.limits.get(chosen, (0, 0))
+        trials.limits[chosen] = (max(before[0], document_limit), max(before[1], row_limit))
+    trials.required = required
+    lm.sepo_trials = trials  # type: ignore[assignment]
     return chosen
 
 
 @contextlib.contextmanager
 def _unguarded(lm: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, batches longer than what was tried so far are no error: they are the trial."""
-    tried = getattr(lm, "sepo_tried", None)
-    lm.sepo_tried = None  # type: ignore[assignment]
+    """Context without the check of batch lengths, since a trial reads longer batches than those before it."""
+    trials = getattr(lm, "sepo_trials", None)
+    lm.sepo_trials = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        lm.sepo_tried = tried  # type: ignore[assignment]
+        lm.sepo_trials = trials  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
 def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module is in the mode afterwards that it was in before."""
+    """Context that restores each module's train or eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -118,26 +116,26 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# --- the lengths from which a model may do something else -----------------------------------------------------------
+# --- lengths at which a model may change ----------------------------------------------------------------------------
 
-# A window, a chunk of attention, the length up to which rotary frequencies are those of the pre-training...
+# Config keys: a window, a chunk of attention, the length up to which the pre-training's rotary frequencies apply.
 _OF_DOCUMENTS = re.compile(r"window|chunk|local_att|floor_scale|original_max")
-# ... and what may go by the place in a row, where the model counts for itself instead of reading `position_ids`.
+# Those that may refer to the place in a row, in a model that counts tokens instead of reading `position_ids`.
 _OF_ROWS = re.compile(r"window|chunk|local_att|floor_scale")
 
 
 def _lengths(lm: PreTrainedModel) -> tuple[list[int], list[int]]:
-    """Lengths in a model's config that a document, and that a row, may not cross unseen."""
+    """Lengths in a model's config beyond which documents, and rows, need a trial."""
     config = lm.config.get_text_config().to_dict()
     named = [(name, number) for name, number in _numbers(config) if number > 1]
     documents, rows = ({number for name, number in named if of.search(name)} for of in (_OF_DOCUMENTS, _OF_ROWS))
-    if "dynamic" in str(config.get("rope_parameters")):  # its frequencies change where the model's positions end
+    if "dynamic" in str(config.get("rope_parameters")):  # frequencies change beyond the model's positions
         documents.add(config["max_position_embeddings"])
     return sorted(documents), sorted(rows)
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """All integers of a config with the names they go by."""
+    """All integers of a config, with their keys."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _numbers(inner, str(key) if isinstance(inner, int | list | tuple | dict) else name)
@@ -149,10 +147,10 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _reach(lengths: list[int], longest: int) -> tuple[int, float]:
-    """How long a text has to be tried for data up to `longest` (0: the short ones do), and up to where that speaks.
+    """(length of the text to try for data up to `longest`, or 0 if short texts suffice; length up to which it holds).
 
-    Twice the length that is crossed, where the data go so far: a window that hides one token in thousands would hardly
-    be seen.
+    The text has twice the length that the data exceed, if the data are that long: a window that hides one token in
+    thousands would hardly show.
     """
     below = max((length for length in lengths if length < longest), default=0)
     above = min((length for length in lengths if length >= longest), default=math.inf)
@@ -170,55 +168,48 @@ _SHORT = (
 )
 
 
-def _try_layouts(model: nn.Module, lm: PreTrainedModel, tried: Tried, insisted: str, document: int, row: int) -> str:
-    """The first layout in which a model gives its own log-probabilities; the model is set up for it.
+def _try_layouts(
+    model: nn.Module, lm: PreTrainedModel, trials: LayoutTrials, required: str, document: int, row: int
+) -> str:
+    """Return the first layout that gives the model's own log-probabilities, and set the model up for it.
 
     Args:
-        document: tokens of a long text beside the short ones, whose layout is known then; 0 for none.
-        row: tokens of a packed row that come before what is asked for.
+        document: tokens of a long text to try beside the short ones, whose layout is known then; 0 for none.
+        row: tokens of a packed row before the texts that are compared.
     """
     name = lm.config.name_or_path or type(lm).__name__
     vocabulary = _vocabulary(lm)
     probe = [_within(pair, vocabulary) for pair in (*_SHORT, *([_long_pair(document)] if document else []))]
     fillers = [_within(pair, vocabulary) for pair in _fillers(document, row)]
-    # The model's own logits are rounded to its type; ours are not.
+    # The model's own logits are rounded to its type; those of `token_logps` are not.
     tolerance = 2e-3 if lm.dtype in (torch.float32, torch.float64) else 0.25
 
     def attention(layout: str) -> str:
-        return ATTENTION if layout == "packed" or tried.packs else tried.own_attention
+        return ATTENTION if layout == "packed" or trials.packs else trials.original_attention
 
-    _set_attention(lm, tried.own_attention)
-    try:
-        expected = _own_logps(lm, probe)
-    except Exception as error:  # whatever a model meets
-        raise UserError(f"model '{name}' cannot read texts{_of(document)} ({one_line(error, 200)})") from error
-    if not torch.isfinite(expected).all():
-        raise UserError(
-            f"model '{name}' gives log-probabilities that are not finite, though its weights are: "
-            f"use another dtype than {str(lm.dtype).removeprefix('torch.')} (bfloat16 or float32)"
-        )
-
+    _set_attention(lm, trials.original_attention)
+    expected = _expected_logps(lm, name, probe, document)
     reasons: list[str] = []
-    first = tried.layouts.get((insisted, 0, 0), "padded" if insisted == "padded" else "packed")
+    first = trials.layouts.get((required, 0, 0), "padded" if required == "padded" else "packed")
     for layout in _ORDER[_ORDER.index(first) :]:
         try:
             _set_attention(lm, attention(layout))
             got = torch.cat([_logps(model, batch) for batch in _batches(layout, probe, fillers)])[-len(expected) :]
             difference = float((got - expected).abs().max())
             problem = None if difference <= tolerance else f"its log-probabilities differ by {difference:.3g} nats"
-        except Exception as error:  # whatever a model, a compiler or a kernel meets
+        except Exception as error:  # any error of a model, a compiler or a kernel
             problem = one_line(error, 200)
         if problem is None:
             break
         reasons.append(problem)
-        if layout == insisted == "packed":
+        if layout == required == "packed":
             _set_attention(lm, attention("padded"))
             raise UserError(f"model '{name}' does not take packed rows{_of(document)} ({problem}); use layout=padded")
     else:
         raise UserError(_refusal(lm, name, reasons[-1], document))
 
-    if layout == "packed" and not tried.packs:
-        tried.packs = True
+    if layout == "packed" and not trials.packs:
+        trials.packs = True
         use_fast_layers(lm)
         lm.sepo_prunable = _prunable(model, lm, probe, expected, tolerance)  # type: ignore[assignment]
     if layout == "unbatched" and document:
@@ -232,6 +223,20 @@ def _try_layouts(model: nn.Module, lm: PreTrainedModel, tried: Tried, insisted: 
     return layout
 
 
+def _expected_logps(lm: PreTrainedModel, name: str, probe: list[Pair], document: int) -> Tensor:
+    """The probe's log-probabilities by the model's own forward; a UserError if it fails or they are not finite."""
+    try:
+        expected = _own_logps(lm, probe)
+    except Exception as error:  # any error of a model
+        raise UserError(f"model '{name}' cannot read texts{_of(document)} ({one_line(error, 200)})") from error
+    if not torch.isfinite(expected).all():
+        raise UserError(
+            f"model '{name}' gives log-probabilities that are not finite, though its weights are: "
+            f"use another dtype than {str(lm.dtype).removeprefix('torch.')} (bfloat16 or float32)"
+        )
+    return expected
+
+
 def _of(document: int) -> str:
     return f" of {document} tokens" if document else ""
 
@@ -240,13 +245,13 @@ def _batches(layout: str, probe: list[Pair], fillers: list[Pair]) -> list[Packed
     if layout == "packed":
         return [pack([*fillers, *probe])]
     if layout == "padded":
-        # Short texts beside the short responses, and a long one beside a short one: no more rows than that are wide.
+        # Two batches: only the long pair is padded to the length of its text.
         return [pad(pairs) for pairs in (probe[: len(_SHORT)], probe[len(_SHORT) :]) if pairs]
     return [pad([pair], unbatched=True) for pair in probe]
 
 
 def _within(pair: Pair, vocabulary: int) -> Pair:
-    """The pair in the ids of a small vocabulary."""
+    """The pair with its ids reduced to a vocabulary of this size."""
     prompt, chosen, rejected = (
         np.asarray(ids) % vocabulary for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     )
@@ -254,24 +259,24 @@ def _within(pair: Pair, vocabulary: int) -> Pair:
 
 
 def _text(length: int, seed: int) -> np.ndarray:
-    """Ids that the short texts have too: a model may take others for images."""
+    """Ids in the range of the short texts': a model may treat other ids as images."""
     return np.random.default_rng(seed).integers(3, 18, length)
 
 
 def _long_pair(length: int) -> Pair:
-    """A response that ends at `length` tokens, of which the last few are asked for, beside a short one."""
+    """A pair with a text of `length` tokens, of which the last few are targets, and a short response."""
     size = length - 3
     return Pair(3, (3, 5, 7), _text(size, 0), (17, 3), tuple(range(max(0, size - 4), size)))
 
 
 def _fillers(longest: int, row: int) -> list[Pair]:
-    """Documents of at most `longest` tokens that push what comes after them `row` tokens into the row."""
+    """Documents of at most `longest` tokens that together fill the first `row` tokens of a row."""
     size = longest or 64
     return [Pair(4 + i, _text(size, 1 + i), (9,), (10,)) for i in range(-(-row // size))]
 
 
 def _vocabulary(lm: PreTrainedModel) -> int:
-    """Number of ids that both ends of a model know."""
+    """Number of ids that both the embedding and the LM head have."""
     ends = (getattr(lm.get_input_embeddings(), "num_embeddings", None), lm.config.get_text_config().vocab_size)
     return min(size for size in ends if size)
 
@@ -281,7 +286,7 @@ def _logps(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def _own_logps(lm: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
-    """The log-probabilities of the pairs' targets by the model's own forward, one sequence at a time."""
+    """Log-probabilities of the pairs' targets by the model's own forward, one sequence at a time."""
     return torch.cat([_own_sequence(lm, pair, side) for pair in pairs for side in (CHOSEN, REJECTED)])
 
 
@@ -291,7 +296,7 @@ def _own_sequence(lm: PreTrainedModel, pair: Pair, side: int) -> Tensor:
     tokens = torch.from_numpy(np.concatenate([pair.prompt_ids, ids]).astype(np.int64))[None]
     tokens = tokens.to(next(lm.parameters()).device)
     kept = len(ids) - first + 1
-    # All logits of a long text would be gigabytes.
+    # All logits of a long text would take gigabytes.
     few = {"logits_to_keep": kept} if "logits_to_keep" in signature(type(lm).forward).parameters else {}
     logits = lm(input_ids=tokens, use_cache=False, **few).logits[0, -kept:-1]
     logps = torch.log_softmax(logits.double(), -1)
@@ -299,47 +304,47 @@ def _own_sequence(lm: PreTrainedModel, pair: Pair, side: int) -> Tensor:
 
 
 def _prunable(model: nn.Module, lm: PreTrainedModel, probe: list[Pair], expected: Tensor, tolerance: float) -> bool:
-    """Does the model give the same where the last block's MLP sees only the rows of targets?"""
+    """Whether the model gives the same results when the last block's MLP reads only the rows of targets."""
     lm.sepo_prunable = True  # type: ignore[assignment]
     try:
         return bool((_logps(model, pack(probe)) - expected).abs().max() <= tolerance)
-    except Exception:  # the MLP takes or gives something else
+    except Exception:  # an MLP with other inputs or outputs
         return False
 
 
 def _require_no_memory(lm: PreTrainedModel, name: str, vocabulary: int, document: int, tolerance: float) -> None:
-    """Refuse a model whose answer to a long text depends on what it read before (frequencies of the longest so far)."""
+    """Raise a UserError if a long text's result depends on earlier texts (rotary frequencies of the longest so far)."""
     below = max(length for length in _lengths(lm)[0] if length < document)
     longer, shorter = (_within(_long_pair(length), vocabulary) for length in (document, (below + 1 + document) // 2))
-    answers = []
+    results = []
     for before in (_within(_SHORT[0], vocabulary), longer):
         _own_sequence(lm, before, CHOSEN)
-        answers.append(_own_sequence(lm, shorter, CHOSEN))
-    if not (answers[0] - answers[1]).abs().max() <= tolerance:
+        results.append(_own_sequence(lm, shorter, CHOSEN))
+    if not (results[0] - results[1]).abs().max() <= tolerance:
         raise UserError(
-            f"model '{name}' reads texts of more than {below} tokens in a way that depends on what it read before "
-            f"(rotary frequencies of the longest text so far): lower max_length to {below} at most"
+            f"model '{name}': its results for texts of more than {below} tokens depend on what it read before "
+            f"(rotary frequencies of the longest text so far): lower max_length to {below} or less"
         )
 
 
-# What may change the logits by its name, and what is honoured (by `LogitTransform`, and by attention).
+# Config keys whose names suggest a change of the logits, and those that `LogitTransform` or attention support.
 _OF_LOGITS = re.compile(r"logit|soft_?cap|lm_head|output_mult")
-_HONOURED = {
+_SUPPORTED = {
     *("logit_scale", "logits_scaling", "final_logit_softcapping", "logits_soft_cap"),
     *("attn_logit_softcapping", "output_router_logits"),
 }
 
 
 def _refusal(lm: PreTrainedModel, name: str, problem: str, document: int) -> str:
-    """Why a model cannot be used, in one line: no layout gives what its own forward gives."""
+    """One line on why a model cannot be used: no layout gives the results of its own forward."""
     if document:
         below = max(length for length in _lengths(lm)[0] if length < document)
         return (
-            f"model '{name}' gives other results for texts of more than {below} tokens than its own forward does "
-            f"({problem}): lower max_length to {below} at most"
+            f"model '{name}': no layout gives the results of its own forward for texts of more than {below} tokens "
+            f"({problem}): lower max_length to {below} or less"
         )
     values = lm.config.get_text_config().to_dict().items()
-    keys = [f"{key}={value}" for key, value in values if value and _OF_LOGITS.search(key) and key not in _HONOURED]
+    keys = [f"{key}={value}" for key, value in values if value and _OF_LOGITS.search(key) and key not in _SUPPORTED]
     hint = f", perhaps by {', '.join(keys)} of its config" if keys else ""
     return (
         f"model '{name}' changes its logits in a way this release does not reproduce{hint} ({problem}): "
@@ -351,19 +356,19 @@ def _refusal(lm: PreTrainedModel, name: str, problem: str, document: int) -> str
 
 
 def _require_weights(lm: PreTrainedModel) -> None:
-    """Refuse weights that are not here, or not finite: whatever comes of them would be blamed on something else."""
+    """Raise a UserError if weights are not in this process or not finite, before they cause an unrelated error."""
     name = lm.config.name_or_path or type(lm).__name__
-    never = getattr(lm.get_output_embeddings(), "bias", None)  # may be -inf for tokens that are never given
+    head_bias = getattr(lm.get_output_embeddings(), "bias", None)  # may be -inf for tokens of probability 0
     for parameter_name, parameter in lm.named_parameters():
         if parameter.is_meta or not parameter.numel():
             raise UserError(
-                f"model '{name}': its weights are not in this process ({parameter_name}), so it cannot be tried out; "
-                "load it whole, without offloading: a launch with FSDP or DeepSpeed's ZeRO-3 cuts it up afterwards"
+                f"model '{name}': its weights are not in this process ({parameter_name}), so no layout can be tried; "
+                "load it whole, without offloading: a launch with FSDP or DeepSpeed's ZeRO-3 shards it afterwards"
             )
         values = own_part(parameter.detach())
-        if parameter is never:
+        if parameter is head_bias:
             values = values.masked_fill(values.isneginf(), 0)
-        # The sum reads the weights once and makes no copy; it is finite unless one of them is not.
+        # The sum reads the weights once without a copy; it is finite only if all of them are.
         if values.is_floating_point() and not torch.isfinite(values.sum(dtype=torch.float32)):
             raise UserError(
                 f"model '{name}': its weights are not finite ({parameter_name}): download it again, or train it again"
@@ -372,7 +377,7 @@ def _require_weights(lm: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """While it lasts, a model on the CPU that will run on a GPU is there, if it fits."""
+    """Context in which a model on the CPU is on `device`, the GPU where it will run, if it fits."""
     here = next(model.parameters()).device
     if device is None or here.type != "cpu" or torch.device(device).type == "cpu":
         yield
@@ -380,7 +385,7 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
     stores: list[dict[str, Any]]
     stores = [store for module in model.modules() for store in (module._parameters, module._buffers)]
     places = [(store, name, tensor) for store in stores for name, tensor in store.items() if tensor is not None]
-    moved: dict[int, Tensor] = {}  # by the original: a weight in two places stays one
+    moved: dict[int, Tensor] = {}  # by the original's id: a shared weight is moved once
     try:
         for _, _, tensor in places:
             if id(tensor) not in moved:
@@ -389,7 +394,7 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
                 moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if is_weight else there
     except torch.OutOfMemoryError:
         moved.clear()
-        log_once("  the whole model does not fit on one GPU: its layout is tried out on the CPU")
+        log_once("  the whole model does not fit on one GPU: its layout is tried on the CPU")
     try:
         for store, name, tensor in places:
             store[name] = moved.get(id(tensor), tensor)
@@ -406,19 +411,19 @@ def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None
 
 
 def training_noise(model: nn.Module, train: Callable[[], object] | None = None) -> float:
-    """How far a forward in training mode is from one in evaluation mode, in nats of one token's log-probability.
+    """Largest difference of a token's log-probability between training and evaluation mode, in nats.
 
-    0, or rounding, for a model whose own dropout and the like are off, which preference training asks for. Whatever
-    a model does in training only is seen: dropout of any kind, jitter of a router, layers that are skipped. The dropout
-    of LoRA adapters is left out, as it is the user's setting. The global random state stays as it was.
+    It is 0, or rounding, for a model without dropout and the like, which preference training needs. It covers all that
+    a model does in training only: dropout of any kind, router jitter, skipped layers. The dropout of LoRA adapters is
+    excluded, because it is the user's setting. The global random state is restored.
 
     Args:
-        model: as it is about to be trained; prepared by `prepare_model` if it was not.
-        train: puts it into the mode that it is trained in; `model.train` if None.
+        model: as it will be trained; an unprepared one is prepared by `prepare_model`.
+        train: puts the model into its training mode; `model.train` if None.
 
     Returns:
-        The largest difference over a few tokens, and over passes until it is clear; infinity where the model cannot
-        run in training mode.
+        The largest difference over a few tokens, and over repeated passes until it is clear; infinity if the model
+        cannot run in training mode.
     """
     vocabulary = _vocabulary(causal_lm(model))
     layout = prepare_model(model, longest=0, tokens_per_row=0)
@@ -435,19 +440,19 @@ def training_noise(model: nn.Module, train: Callable[[], object] | None = None) 
         for _ in range(_PASSES):
             before = _random_states(device)
             try:
-                with torch.enable_grad():  # as in training: some changes in place are found with gradients only
+                with torch.enable_grad():  # as in training: some changes in place fail only with gradients
                     got = torch.cat([_logps(model, batch) for batch in batches])
-            except Exception:  # attention dropout in packed rows, and whatever else a model meets
+            except Exception:  # attention dropout in packed rows, or any error of a model
                 return math.inf
             difference = float((got.detach() - expected).abs().max())
             worst = max(worst, difference if difference == difference else math.inf)
-            # What draws no random number gives the same in every pass; what is drawn may rarely have an effect.
+            # Without random numbers every pass gives the same; with them an effect may be rare.
             if worst > _CLEAR or _random_states(device) == before:
                 break
         return worst
 
 
-# A layer that is skipped in one pass of ten is met in all but two of 10,000 models of two layers.
+# With layers that are skipped in one pass of ten, all but two of 10,000 two-layer models show it.
 _PASSES = 40
 _CLEAR = 0.01  # nats
 
@@ -459,7 +464,7 @@ def _random_states(device: torch.device) -> tuple[object, ...]:
 
 @contextlib.contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """While it lasts, all global random states are fixed ones; afterwards they are as before."""
+    """Context with all global random states seeded; it restores them."""
     python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

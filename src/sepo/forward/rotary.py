@@ -1,4 +1,4 @@
-"""Rotary embeddings by one kernel on a GPU, put into the modules of a model's attention layers."""
+"""Rotary embeddings by one kernel on a GPU, installed in the Python modules of a model's attention layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sepo.forward import layers_cuda
 
 
 class _RotaryFunction(torch.autograd.Function):
-    """Rotary embedding of queries or keys `[batch, heads, T, dim]`, in their own type, computed in float32."""
+    """Rotary embedding of queries or keys `[batch, heads, T, dim]`, computed in float32; the type stays."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class _RotaryFunction(torch.autograd.Function):
 
 
 def _rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A model's function for rotary embeddings with a fused path on a GPU, and itself everywhere else."""
+    """Wrap a model's rotary function: fused on a GPU, the original elsewhere."""
 
     @wraps(original)
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs):
@@ -51,7 +51,7 @@ def _rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tup
 
 
 def use_fused_rotary(lm: PreTrainedModel) -> None:
-    """Put the fused path into the modules of a model's attention layers, where it gives the same on random inputs."""
+    """Install the fused rotary function where it gives the model's values and gradients on a test input."""
     device = next(lm.parameters()).device
     if not layers_cuda.available(torch.empty(1, 1, device=device)):
         return
@@ -60,7 +60,7 @@ def use_fused_rotary(lm: PreTrainedModel) -> None:
         if original is None or getattr(original, "sepo_fused", False):
             continue
         fused = _rotary(original)
-        # Not by the global random state: a training draws from it.
+        # Sines instead of random numbers: the global random state belongs to the training.
         q, k, cos, sin = (
             (torch.arange(7 * heads * 16, device=device) * step).sin().view(1, 7, heads, 16).transpose(1, 2)
             for heads, step in ((4, 1.3), (2, 1.7), (1, 0.9), (1, 0.7))

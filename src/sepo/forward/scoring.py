@@ -1,4 +1,4 @@
-"""A frozen model over a dataset: the log-probability of every response token."""
+"""Score a dataset with a frozen model: the log-probability of every response token."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ from sepo.models.adapters import causal_lm
 from sepo.models.limits import check_ids, check_lengths, model_limits
 from sepo.models.sharding import is_sharded
 
-# Of each layout that `prepare_model` names: how pairs are divided into batches, and how a batch is laid out. What is
-# read alone comes a pair a batch: processes that wait for each other in each forward then do as many.
+# For each layout of `prepare_model`: how to divide pairs into batches, and how to lay out a batch. "unbatched" has one
+# pair per batch, so that processes that wait for each other in each forward run equally many.
 LAYOUTS: dict[str, tuple[Callable[[Sequence[Pair], int], list[list[Pair]]], Callable[[Sequence[Pair]], PackedBatch]]]
 LAYOUTS = {
     "packed": (fill_rows, pack),
     "padded": (fill_padded_rows, pad),
     "unbatched": (lambda pairs, tokens_per_row: [[pair] for pair in pairs], partial(pad, unbatched=True)),
 }
-# In training; without gradients a row may be larger, as nothing is kept for a backward pass.
+# In training; without gradients a row may be larger, since nothing is kept for a backward pass.
 TOKENS_PER_ROW = {"cpu": 512, "cuda": 16384, "mps": 4096}
 
 
 class NonFiniteError(RuntimeError):
-    """A log-probability is NaN or infinite; the message names the pairs."""
+    """A log-probability or a logit is not finite."""
 
 
 class TablePairs(Sequence[Pair]):
-    """The rows of a table as `Pair`s, made when they are asked for.
+    """The rows of a table as `Pair`s, created on access.
 
-    Their ids are views of the table's buffers: as Python numbers they would take ten times the memory, in every
-    process, and a worker of a DataLoader would copy them by counting references.
+    Their ids are views of the table's buffers. As Python numbers they would take ten times the memory in every process,
+    and the reference counts would make a DataLoader's workers copy them.
 
     Attributes:
         pair_ids: `[pairs]`.
         weights: `[pairs]`, of the pairs' losses; None where all are 1.
-        columns: the other fields of `Pair` that the table has, by name; `columns["chosen_ids"].lengths` counts tokens
-            without making a `Pair`.
+        columns: the other fields of `Pair` that the table has, by name; `columns["chosen_ids"].lengths` are token
+            counts without creating a `Pair`.
     """
 
     def __init__(self, table: pa.Table):
@@ -74,7 +74,7 @@ class TablePairs(Sequence[Pair]):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with one of its responses; 0 without a pair."""
+        """Tokens of the longest prompt with one of its responses; 0 for an empty table."""
         prompt, chosen, rejected = (self.columns[f"{part}_ids"].lengths for part in ("prompt", *SIDES))
         return int((prompt + np.maximum(chosen, rejected)).max(initial=0))
 
@@ -84,7 +84,7 @@ class TablePairs(Sequence[Pair]):
     def __getitem__(self, index: slice) -> list[Pair]: ...
     def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+            return [self[row] for row in range(*index.indices(len(self)))]
         fields: dict[str, Any] = {name: column[index] for name, column in self.columns.items()}
         if self.weights is not None:
             fields["weight"] = float(self.weights[index])
@@ -92,33 +92,33 @@ class TablePairs(Sequence[Pair]):
 
 
 def table_pairs(table: pa.Table) -> TablePairs:
-    """Read the rows of a pairs, scores or selection table as `Pair`s (selection positions and weights included)."""
+    """The rows of a pairs, scores or selection table as `Pair`s, with a selection's positions and weights."""
     check_pairs_differ(table)
     return TablePairs(table)
 
 
 def make_batches(pairs: Sequence[Pair], layout: str, tokens_per_row: int) -> list[PackedBatch]:
-    """Lay out a set of pairs as batches of at most `tokens_per_row` tokens each (a longer pair is alone).
+    """Lay out pairs as batches of at most `tokens_per_row` tokens each; a longer pair is its own batch.
 
     Args:
-        layout: what `prepare_model` returned.
+        layout: the result of `prepare_model`.
     """
     fill, lay_out = LAYOUTS[layout]
     return [lay_out(row) for row in fill(pairs, tokens_per_row)]
 
 
 def tokens_per_row_for(device: torch.device | str, scoring: bool = False) -> int:
-    """The token budget of a row that measured best on a kind of device (docs/performance.md)."""
+    """The fastest measured token budget of a row on a kind of device (docs/performance.md)."""
     kind = torch.device(device).type
     budget = TOKENS_PER_ROW.get(kind, 4096)
     return 8 * budget if scoring and kind == "cpu" else budget
 
 
 def numerics(model: nn.Module) -> dict[str, str | None]:
-    """What rounds the log-probabilities that are read from a model here and now.
+    """The types and the device that decide how a model's log-probabilities are rounded at present.
 
-    Two models may stand in one log-ratio only where these are equal: between float32 and bfloat16 the sum over a
-    response is off by about a nat, as much as a training moves it.
+    A log-ratio of two models needs equal numerics: between float32 and bfloat16 the sum over a response differs by
+    about a nat, as much as training moves it.
 
     Returns:
         `dtype` of the weights ("float32", "bfloat16 4bit"), kind of `device`, and `autocast`'s dtype, None without it.
@@ -136,9 +136,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def read_like(logps: pa.Table, model: nn.Module) -> bool:
-    """Whether stored log-probabilities were read as those of `model` would be now (`numerics`)."""
-    found = provenance_of(logps)
-    return all(found.get(name) == value for name, value in numerics(model).items())
+    """Whether stored log-probabilities have the `numerics` of `model`."""
+    stored = provenance_of(logps)
+    return all(stored.get(name) == value for name, value in numerics(model).items())
 
 
 def require_readable(model: nn.Module, pairs: pa.Table) -> None:
@@ -149,15 +149,15 @@ def require_readable(model: nn.Module, pairs: pa.Table) -> None:
     check_lengths(pairs, name, limits)
 
 
-def _own_rows(rows: list[list[Pair]], over_processes: bool, sharded: bool) -> list[tuple[list[Pair], bool]]:
-    """The rows that this process reads, and whether each counts: one that keeps up with the others does not."""
+def _rows_of_rank(rows: list[list[Pair]], over_processes: bool, sharded: bool) -> list[tuple[list[Pair], bool]]:
+    """This rank's rows. The flag is False for a dummy row that only keeps collectives in step."""
     if not over_processes:
         return [(row, True) for row in rows]
     number = processes.size()
-    own = [(row, True) for row in rows[processes.rank() :: number]]
-    if sharded and len(own) < -(-len(rows) // number):
-        own.append(([min((pair for row in rows for pair in row), key=read_length)], False))
-    return own
+    of_rank = [(row, True) for row in rows[processes.rank() :: number]]
+    if sharded and len(of_rank) < -(-len(rows) // number):
+        of_rank.append(([min((pair for row in rows for pair in row), key=read_length)], False))
+    return of_rank
 
 
 def summed_logps(
@@ -167,24 +167,24 @@ def summed_logps(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Summed log-probability of a response to each prompt under a model that reads it, `[responses]` in nats.
+    """Summed log-probability of each response given its prompt under a model, `[responses]` in nats.
 
     Args:
-        prompts, responses: token ids, as many of one as of the other.
+        prompts, responses: token ids; one response per prompt.
         progress: as in `dataset_logps`.
     """
     return response_sums(dataset_logps(model, single_responses(prompts, responses), progress=progress), "logps")[0]
 
 
 def single_responses(prompts: Sequence[Ids], responses: Sequence[Ids]) -> pa.Table:
-    """A response to each prompt as a table of kind "pairs", for a model to read: they are its chosen side."""
+    """A table of kind "pairs" whose chosen side is one response to each prompt."""
     return make_table(
         "pairs",
         {
             "pair_id": list(range(len(responses))),
             "prompt_ids": list(prompts),
             "chosen_ids": list(responses),
-            # A pair needs a second side; the first token alone is a branch that adds no tokens to read.
+            # A pair needs a second side: the first token only, a branch that adds no token to read.
             "rejected_ids": [response[:1] for response in responses],
         },
     )
@@ -206,17 +206,17 @@ def dataset_logps(
         model: a causal LM, on its device.
         pairs: a table with the columns of kind "pairs".
         tokens_per_row: token budget of a packed row; a default for the device if None.
+        provenance: entries added to the table's provenance.
         progress: called with the number of pairs finished since the last call.
-        over_processes: share the packed rows among the processes of the launch, all of which must call this and get
-            the whole table. The rows are those of one process, so the numbers are too. A model that is cut up over the
-            processes is always read so.
+        over_processes: divide the rows among the processes of the launch. All processes must call this, and all get the
+            whole table. The rows are the same as in one process, so the numbers are too. Always on for a sharded model.
 
     Returns:
         a table of kind "logps", row for row with `pairs`; its provenance holds the model's `numerics`.
 
     Raises:
         NonFiniteError: a log-probability is NaN or infinite.
-        UserError: an id or a length that the model cannot read.
+        UserError: the model cannot read an id or a length.
     """
     require_table("pairs", pairs, "pairs")
     if tokens_per_row is not None:
@@ -229,17 +229,11 @@ def dataset_logps(
     over_processes = over_processes or sharded
     layout = prepare_model(model, longest=rows.longest, tokens_per_row=budget)
     fill, lay_out = LAYOUTS[layout]
-    lengths = np.stack([rows.columns[f"{side}_ids"].lengths for side in SIDES], axis=1)  # [pairs, 2]
-    starts = np.zeros_like(lengths)
-    np.cumsum(lengths[:-1], axis=0, out=starts[1:])
-    totals = lengths.sum(0)
-    out = [np.zeros(totals[CHOSEN], np.float32), np.zeros(totals[REJECTED], np.float32)]
-    row_of = {pair_id: index for index, pair_id in enumerate(rows.pair_ids.tolist())}
-
+    logps = _ResponseLogps(rows)
     training = model.training
     model.eval()
     try:
-        for row, counts in _own_rows(fill(rows, budget), over_processes, sharded):
+        for row, counts in _rows_of_rank(fill(rows, budget), over_processes, sharded):
             batch = lay_out(row)
             values = read_logps(model, batch.to(device)).float().cpu().numpy()
             if not counts:
@@ -248,25 +242,45 @@ def dataset_logps(
                 bad = np.unique(batch.segments.numpy()[~np.isfinite(values)] // 2)
                 ids = [batch.pair_ids[index] for index in bad]
                 raise NonFiniteError(f"log-probabilities of pair {ids[0]} (of {len(ids)} pairs) are not finite")
-            at = 0
-            for pair_id in batch.pair_ids:
-                index = row_of[pair_id]
-                for side in (CHOSEN, REJECTED):
-                    size, start = lengths[index, side], starts[index, side]
-                    out[side][start : start + size] = values[at : at + size]
-                    at += size
+            logps.put(batch.pair_ids, values)
             if progress:
                 progress(batch.num_pairs)
     finally:
         model.train(training)
     if over_processes:
-        out = [processes.add_up(values) for values in out]
+        logps.values = [processes.add_up(values) for values in logps.values]
     return make_table(
         "logps",
         {
             "pair_id": pairs.column("pair_id"),
-            "chosen_logps": ragged(out[CHOSEN], lengths[:, CHOSEN]),
-            "rejected_logps": ragged(out[REJECTED], lengths[:, REJECTED]),
+            "chosen_logps": ragged(logps.values[CHOSEN], logps.lengths[:, CHOSEN]),
+            "rejected_logps": ragged(logps.values[REJECTED], logps.lengths[:, REJECTED]),
         },
         {**{name: value for name, value in numerics(model).items() if value is not None}, **(provenance or {})},
     )
+
+
+class _ResponseLogps:
+    """Log-probabilities of the response tokens of all pairs, filled batch by batch in any order.
+
+    Attributes:
+        lengths: `[pairs, 2]`, tokens of the chosen and the rejected response.
+        values: of each side `[tokens]` float32, response after response in the order of the pairs.
+    """
+
+    def __init__(self, pairs: TablePairs):
+        self.lengths = np.stack([pairs.columns[f"{side}_ids"].lengths for side in SIDES], axis=1)
+        self._starts = np.zeros_like(self.lengths)
+        np.cumsum(self.lengths[:-1], axis=0, out=self._starts[1:])
+        self.values = [np.zeros(total, np.float32) for total in self.lengths.sum(0)]
+        self._index = {pair_id: index for index, pair_id in enumerate(pairs.pair_ids.tolist())}
+
+    def put(self, pair_ids: Sequence[int], values: np.ndarray) -> None:
+        """Store a batch's values: of each pair the chosen, then the rejected response."""
+        at = 0
+        for pair_id in pair_ids:
+            index = self._index[pair_id]
+            for side in (CHOSEN, REJECTED):
+                size, start = self.lengths[index, side], self._starts[index, side]
+                self.values[side][start : start + size] = values[at : at + size]
+                at += size

@@ -1,9 +1,8 @@
-"""KL between policy and reference over the whole vocabulary, at every target: what TDPO, TIS-DPO and TBPO ask for.
+"""KL between policy and reference over the whole vocabulary, at every target: TDPO, TIS-DPO and TBPO use it.
 
-A log-probability needs one logit and a normaliser; a KL needs every logit of both models, so it cannot be stored ahead
-of training and the frozen reference runs beside the policy (about a third more time for equal models). The LM heads are
-applied to a few targets at a time under activation checkpointing: memory is bounded by a chunk of both models' logits,
-whatever the number of targets.
+A log-probability needs one logit and a normaliser. A KL needs every logit of both models, so it cannot be stored before
+training: the frozen reference runs beside the policy (about a third more time for equal models). The LM heads process a
+few targets at a time under activation checkpointing, so memory is bounded by one chunk of both models' logits.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from sepo.forward.logps import read_hidden, target_hidden
 from sepo.forward.packing import PackedBatch
 from sepo.models.adapters import causal_lm
 
-# Of the two models' logits of one chunk of targets; many small passes over both heads would leave a GPU idle.
+# Bytes of both models' logits of one chunk of targets. Small chunks would leave a GPU idle.
 _CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 512 * 2**20
 
@@ -31,10 +30,10 @@ def token_logps_and_kl(
         reverse   KL(model || reference)
 
     Args:
-        model: the policy, prepared with `logps.prepare_model`; gradients flow into it if they are enabled.
+        model: the policy, prepared by `prepare.prepare_model`; it gets gradients if they are enabled.
         reference: a frozen model with the same vocabulary and layout.
         direction: "forward" or "reverse".
-        frozen: `read_hidden` of the reference and this batch, where it was read before.
+        frozen: `read_hidden` of the reference for this batch, or None to compute it here.
 
     Returns:
         logps and kl, each `[N]` float32 (float64 for float64 models), in nats.
@@ -85,9 +84,9 @@ class _Heads:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of each row; a token that p never gives adds nothing, whatever q says (0 log 0 = 0)."""
+    """KL(p || q) of each row; a token of probability 0 under p adds 0, whatever q is (0 log 0 = 0)."""
     never = log_p.isneginf()
-    log_p = log_p.masked_fill(never, 0)  # before the product: 0 times infinity has no value and no gradient
+    log_p = log_p.masked_fill(never, 0)  # before the product: 0 times infinity is NaN, and so is its gradient
     return (log_p.exp() * (log_p - log_q.masked_fill(never, 0))).masked_fill(never, 0).sum(1)
 
 

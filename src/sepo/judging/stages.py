@@ -13,7 +13,7 @@ from typing import Any
 
 from sepo import processes
 from sepo.errors import UserError
-from sepo.evaluate.files import ANNOTATIONS
+from sepo.evaluate import ANNOTATIONS
 from sepo.judging.answering import questions_digest
 from sepo.judging.benchmarks import ROLES, answer_benchmark, judge_benchmark, questions_of
 from sepo.judging.in_run import check_judge, judge_content, judge_in_words, judge_responses

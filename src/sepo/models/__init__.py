@@ -1,11 +1,13 @@
 """Models: any name a user may type -> one local folder -> weights in memory, and back to a folder.
 
-names  hub  gguf  folders   a name -> a folder
-tokenizer  weights          a folder -> tokenizer, weights
-devices  adapters           where and in which types; LoRA through PEFT
-checkpoint                  is every weight there, and every one read
-saving  shrink              weights -> a folder; some of the layers
-fingerprint  config         what a model computes; its size
+names  hub  gguf  folders   name -> folder
+tokenizer  weights          folder -> tokenizer, weights in memory
+devices  adapters           devices and dtypes; LoRA through PEFT
+checkpoint                  are all weights present, and all read?
+sharding                    models sharded over the processes of a launch
+saving  shrink              weights -> folder; models with fewer layers
+fingerprint  config         hashes of models; config, size and shape
+limits                      vocabulary and positions of a model
 """
 
 from sepo.lazy import lazy_names

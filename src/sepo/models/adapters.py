@@ -1,4 +1,4 @@
-"""LoRA adapters through PEFT: new ones, stored ones, and the model inside."""
+"""LoRA adapters through PEFT: new and stored adapters, and the model inside a PeftModel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, train: bool
 
 
 def is_separate(folder: Path) -> bool:
-    """Is a stored adapter plain LoRA: matrices beside the base's own, for which those are neither copied nor read?"""
+    """Is a stored adapter plain LoRA, which neither copies nor reads weights of the base?"""
     config = read_json_object(folder / "adapter_config.json")
     reads_base = ("modules_to_save", "trainable_token_indices", "target_parameters", "use_dora", "arrow_config")
     plain_start = config.get("init_lora_weights", True) in (True, False, "gaussian")
@@ -45,7 +45,7 @@ def is_separate(folder: Path) -> bool:
 
 
 def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0, section: str = "lora") -> PeftModel:
-    """Put a new LoRA adapter on a model, its first weights drawn from `seed`.
+    """Add a new LoRA adapter to a model; `seed` sets its initial weights.
 
     Raises:
         UserError: names the setting of `section` that does not fit the model.
@@ -68,25 +68,25 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0, secti
 
 
 def _upper_modules(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
-    """Names of the linear layers that a new adapter is put on in the upper decoder layers."""
-    taken = lora.adapted_layers(model.config.get_text_config().num_hidden_layers)
+    """Names of the linear layers of the upper decoder layers that a new adapter adapts."""
+    layers = lora.adapted_layers(model.config.get_text_config().num_hidden_layers)
     targets, head = lora.target_modules, model.get_output_embeddings()
 
-    def is_taken(name: str, module: nn.Module) -> bool:
+    def is_in_layers(name: str, module: nn.Module) -> bool:
         number = re.search(r"\.(\d+)\.", name)
         linear = isinstance(module, nn.Linear | Conv1D) and module is not head
-        return linear and number is not None and int(number[1]) in taken
+        return linear and number is not None and int(number[1]) in layers
 
     def is_target(name: str) -> bool:
-        return targets == "all-linear" or any(name == one or name.endswith(f".{one}") for one in targets)
+        return targets == "all-linear" or any(name == target or name.endswith(f".{target}") for target in targets)
 
-    return [name for name, module in model.named_modules() if is_taken(name, module) and is_target(name)]
+    return [name for name, module in model.named_modules() if is_in_layers(name, module) and is_target(name)]
 
 
 def check_lora(
     name: str, lora: LoraSettings | None, section: str, *, revision: str | None = None, weights: bool = True
 ) -> None:
-    """Raise a UserError unless a model has the modules that a new adapter is to be put on."""
+    """Raise a UserError unless a model has the modules that a new adapter adapts."""
     if lora is None:
         return
     model = check_model(name, revision=revision, weights=weights)
@@ -99,25 +99,27 @@ def check_lora(
 
 @contextmanager
 def reference_weights(model: nn.Module) -> Iterator[None]:
-    """While it lasts, a model with an adapter is its own reference: the adapter is off.
+    """Disable the adapter of a model, so that the model computes the reference.
 
     Raises:
-        TypeError: the model has no adapter, so that its starting weights are not in it. A reference that
-            is silently the trained model itself would make every token reward zero.
+        TypeError: the model has no adapter, so it does not contain the reference. Using the trained model as reference
+            would silently make every token reward zero.
     """
     if not isinstance(model, PeftModel):
-        raise TypeError(f"reference_weights needs a PeftModel, found {type(model).__name__}: load the reference apart")
+        raise TypeError(
+            f"reference_weights needs a PeftModel, found {type(model).__name__}: load the reference separately"
+        )
     with model.disable_adapter():
         yield
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """Return the Transformers causal LM inside a model: itself, or what a `PeftModel` wraps.
+    """Return the Transformers causal LM: the model itself, or the base of a `PeftModel`.
 
     Raises:
         UserError: the model is of another kind.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
-        raise wrong_type("the model", inner, "a Transformers causal language model in memory (load_model gives one)")
+        raise wrong_type("the model", inner, "a Transformers causal language model in memory (see load_model)")
     return inner

@@ -1,9 +1,8 @@
 """Does a checkpoint hold every weight of its model, and does the model read every weight of the checkpoint?
 
-Transformers draws a weight at random that a checkpoint does not hold, and leaves one alone that the model has no place
-for; it says so in a report that nobody reads. Scores of such a model are noise. Here either ends the job, before
-anything expensive starts: the model is laid out without memory for its weights, and only the headers of the files are
-read for it.
+Transformers initialises missing weights at random and ignores unexpected ones, and only logs a report. Scores of such a
+model are noise. Here both cases raise an error before any expensive work: the model is created on the device "meta",
+and only the headers of the files are read.
 """
 
 from __future__ import annotations
@@ -23,28 +22,27 @@ from transformers.integrations import deepspeed
 from sepo.errors import UserError, named_error
 from sepo.models.folders import read_json_object
 
-# Weights beside the language model, which its logits do not depend on: heads of reward and value models, other
-# modalities, layers that predict further tokens.
+# Weights that do not affect the logits: heads of reward and value models, other modalities, multi-token prediction.
 _BESIDE = re.compile(
     r"(^|\.)(v_head|value_head|score|classifier|classification_head|summary|reward_head|regression_head|(embed_)?vision\w*|visual"
     r"|image\w*|(embed_)?audio\w*|speech\w*|multi_modal_projector|mm_projector|mtp\w*)(\.|$)"
 )
-# Ends of a base that PEFT may store beside an adapter; they are read into the base.
+# Embeddings and head of a base that PEFT may store with an adapter; they are read into the base.
 _ENDS = re.compile(r"(^|\.)(embed\w*|wte|word_embeddings|lm_head|output)(\.base_layer)?\.weight$")
-# What PEFT's adapters are called where somebody stored them among the weights of a whole model.
+# Names of PEFT adapters stored among the weights of a whole model.
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_\w+|hada_\w+|lokr_\w+|oft_\w+)(\.|$)")
 
 
 def load_whole(folder: Path, name: str, **options: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, of which no weight is drawn at random and none left unread.
+    """`AutoModelForCausalLM.from_pretrained` that fails on missing and on unexpected weights.
 
     Args:
-        folder: in the Transformers layout.
-        name: what the user calls the model.
-        options: passed on.
+        folder: model folder in the Transformers layout.
+        name: the user's name for the model, for messages.
+        options: passed on to Transformers.
 
     Raises:
-        UserError: names the weights that are missing, unread or of another size.
+        UserError: names the weights that are missing, unexpected or of another size.
     """
     model, report = _load(AutoModelForCausalLM, folder, name, options)
     _require_whole(report, model, name)
@@ -52,11 +50,11 @@ def load_whole(folder: Path, name: str, **options: Any) -> PreTrainedModel:
 
 
 def load_classifier(folder: Path, name: str, **options: Any) -> PreTrainedModel:
-    """`AutoModelForSequenceClassification.from_pretrained` of one output or two, none of its weights drawn at random.
+    """`AutoModelForSequenceClassification.from_pretrained` that fails on missing weights; one or two outputs.
 
     Raises:
-        UserError: names the weights that are missing or of another size (a language model has no such head), or the
-            number of outputs.
+        UserError: names the weights that are missing (a language model has no classification head) or of another size,
+            or the number of outputs.
     """
     model, report = _load(AutoModelForSequenceClassification, folder, name, options)
     what = f"the checkpoint of '{name}'"
@@ -81,28 +79,28 @@ def _load(kind: Any, folder: Path, name: str, options: Mapping[str, Any]) -> tup
             return load(folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a damaged header, a missing shard, an unknown architecture: each its own class
+    except Exception as error:  # damaged headers, missing shards and unknown architectures raise different classes
         raise UserError(f"cannot load the model '{name}' from '{folder}' ({named_error(error)})") from None
 
 
 @contextlib.contextmanager
 def _not_by_deepspeed() -> Iterator[None]:
-    """While it lasts Transformers loads whole weights, also where DeepSpeed is going to cut them up (ZeRO-3).
+    """Let Transformers load whole weights even if DeepSpeed shards models (ZeRO-3).
 
-    A model is tried out before that, and frozen ones are none of DeepSpeed's business.
+    Models are checked on whole weights before DeepSpeed shards them, and frozen models are not sharded by DeepSpeed.
     """
-    before = deepspeed._hf_deepspeed_config_weak_ref
+    config = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = before
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def check_weights(folder: Path, name: str) -> PreTrainedModel | None:
-    """Check a checkpoint by its headers alone; returns the model without weights (on "meta").
+    """Check the headers of a checkpoint; return the model on the device "meta".
 
-    None where that cannot be told without loading it: weights that are stored quantized.
+    None for weights that are stored quantized: they can only be checked when they are loaded.
 
     Raises:
         UserError: as `load_whole`.
@@ -113,13 +111,14 @@ def check_weights(folder: Path, name: str) -> PreTrainedModel | None:
 
 
 def check_adapter_weights(folder: Path, base: PreTrainedModel) -> PeftModel | None:
-    """Check the headers of an adapter against its base, laid out without weights by `check_weights`.
+    """Check the headers of an adapter against its base on "meta" (from `check_weights`).
 
     Returns:
-        base and adapter, without weights; None where that needs numbers.
+        base and adapter on "meta"; None if PEFT cannot create the adapter without weights.
 
     Raises:
-        UserError: no module of the base is adapted, or names of weights that are missing, unread or of another size.
+        UserError: no module of the base is adapted, or names the weights that are missing, unexpected or of another
+            size.
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -127,7 +126,7 @@ def check_adapter_weights(folder: Path, base: PreTrainedModel) -> PeftModel | No
             model = get_peft_model(base, config)
         expected = {key: tuple(value.shape) for key, value in adapter_state(model).items()}
     except (NotImplementedError, RuntimeError):
-        return None  # cannot be made without numbers: it is seen when it is loaded
+        return None  # cannot be created on "meta"; loading checks it
     except Exception as error:
         raise UserError(f"the adapter '{folder}' does not fit its base model ({named_error(error)})") from None
     require_same_weights(folder, expected)
@@ -135,7 +134,7 @@ def check_adapter_weights(folder: Path, base: PreTrainedModel) -> PeftModel | No
 
 
 def adapter_is_idle(folder: Path) -> bool:
-    """Is a stored LoRA adapter one that was never trained: all its B matrices zero, and nothing beside them?"""
+    """Is a stored LoRA adapter untrained: all B matrices zero, and no other weights?"""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         keys = set(file.keys())
         after = {key for key in keys if re.search(r"\.lora_(embedding_)?B(\.|$)", key)}
@@ -145,12 +144,12 @@ def adapter_is_idle(folder: Path) -> bool:
 
 
 def adapter_state(model: Any) -> dict[str, torch.Tensor]:
-    """The weights of a PEFT model's adapter, by the names that its file has for them."""
+    """The weights of a PEFT model's adapter, by their names in the file."""
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def require_same_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise a UserError unless an adapter's file holds exactly the weights that are expected, by name and shape."""
+    """Raise a UserError unless an adapter's file holds exactly the expected weights, by name and shape."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     what = f"the adapter '{folder}'"
@@ -161,10 +160,11 @@ def require_same_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) 
         raise UserError(
             f"{what} holds {_list(unread)}, for which its base has no place; was it trained on another base?"
         )
-    if other := {key for key in expected if stored[key] != expected[key]}:
-        key = min(other)
+    if mismatched := {key for key in expected if stored[key] != expected[key]}:
+        key = min(mismatched)
         raise UserError(
-            f"{what} holds {_list(other)} in another size than its config says ({stored[key]} against {expected[key]})"
+            f"{what} holds {_list(mismatched)} in another size than its config says "
+            f"({stored[key]} against {expected[key]})"
         )
 
 
@@ -186,14 +186,14 @@ def _require_whole(report: Mapping[str, Any], model: PreTrainedModel, name: str)
         raise UserError(f"{what} cannot be read ({errors})")
     unread = [key for key in report["unexpected_keys"] if not _BESIDE.search(key)]
     if unread:
-        hint = "config.json is of another model, or the weights are"
+        hint = "config.json and weights belong to different models"
         if any(_ADAPTER.search(key) for key in unread):
             hint = "an adapter among the weights of a whole model: merge it, or save it as an adapter"
         raise UserError(f"{what} holds {_list(unread)}, for which {type(model).__name__} has no place; {hint}")
 
 
 def _list(names: Iterable[str], shown: int = 3) -> str:
-    """The first names of several, and the number of the others."""
+    """The first names, and the number of further names."""
     ordered = sorted(names)
     more = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
     return ", ".join(ordered[:shown]) + more

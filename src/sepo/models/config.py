@@ -1,4 +1,4 @@
-"""A model's config and its size, without its weights."""
+"""Config, size and shape of a model, without its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedConfig:
-    """Load a model's config without its weights: a GGUF file is not converted; an adapter's is its base's.
+    """Load a model's config without its weights. A GGUF file is not converted. An adapter has its base's config.
 
     Raises:
         UserError: no such model, or a config that Transformers does not know.
@@ -60,8 +60,7 @@ def describe_model(model: nn.Module | PreTrainedConfig) -> dict[str, Any]:
     """Return a few figures of a model for tables and estimates.
 
     Args:
-        model: a loaded model, or a config (from `load_config`), whose model is laid out without memory for
-            its weights.
+        model: a loaded model, or a config (from `load_config`) whose model is created on "meta".
 
     Returns:
         `architecture`, `parameters` (tied weights once), `trainable`, `layers`, `hidden`, `vocab`, `dtype`.
@@ -85,16 +84,16 @@ def describe_model(model: nn.Module | PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shape:
-    """What time and memory of a model follow from; numbers of weights, and widths in elements.
+    """The numbers that determine time and memory of a model.
 
     Attributes:
-        parameters: all weights, tied ones once.
-        block: of the largest decoder block.
-        head: of the LM head.
-        embedding: of the input embedding and, where it is not tied to it, the LM head.
-        linears: name, inputs and outputs of every linear layer but the LM head.
-        layers, hidden, intermediate, vocab: of the decoder; `intermediate` of the experts that a token goes through.
-        queries, keys: width of all query heads, and of all key heads.
+        parameters: number of weights, tied weights once.
+        block: weights of the largest decoder block.
+        head: weights of the LM head.
+        embedding: weights of the input embedding and, if it is not tied, the LM head.
+        linears: name, inputs and outputs of every linear layer except the LM head.
+        layers, hidden, intermediate, vocab: sizes of the decoder; `intermediate` counts the experts of one token.
+        queries, keys: total width of the query heads, and of the key heads.
     """
 
     parameters: int
@@ -111,17 +110,17 @@ class Shape:
 
     @property
     def linear(self) -> int:
-        """Weights of the linear layers, without the LM head."""
+        """Weights of the linear layers without the LM head."""
         return sum(inputs * outputs for _, inputs, outputs in self.linears)
 
     def adapted_by(self, lora: LoraSettings) -> list[tuple[str, int, int]]:
-        """The linear layers that LoRA adapts in the decoder layers that it takes."""
-        taken = lora.adapted_layers(self.layers)
-        found = ((layer, re.search(r"\.(\d+)\.", layer[0])) for layer in self.adapted(lora.target_modules))
-        return [layer for layer, number in found if number is None or int(number[1]) in taken]
+        """The linear layers that LoRA adapts, in its decoder layers only."""
+        layers = lora.adapted_layers(self.layers)
+        numbered = ((linear, re.search(r"\.(\d+)\.", linear[0])) for linear in self.adapted(lora.target_modules))
+        return [linear for linear, number in numbered if number is None or int(number[1]) in layers]
 
     def reached(self, lora: LoraSettings) -> int:
-        """Weights of the linear layers from the first that LoRA adapts on: a backward pass goes through no others."""
+        """Weights of the linear layers from the first adapted one on; a backward pass ends there."""
         adapted = self.adapted_by(lora)
         first = self.linears.index(adapted[0]) if adapted else len(self.linears)
         return sum(inputs * outputs for _, inputs, outputs in self.linears[first:])
@@ -136,7 +135,7 @@ class Shape:
 
 
 def load_shape(name_or_path: str | os.PathLike, *, revision: str | None = None) -> Shape:
-    """The shape of a model from its config alone; raises a UserError as `load_config`."""
+    """The shape of a model from its config; raises a UserError as `load_config`."""
     return _shape_of(os.fspath(name_or_path), revision)
 
 
@@ -146,14 +145,14 @@ def _shape_of(name: str, revision: str | None) -> Shape:
 
 
 def model_shape(model: nn.Module | PreTrainedConfig) -> Shape:
-    """The shape of a model, or of the one that a config describes, laid out without memory for its weights."""
+    """The shape of a model, or of the model of a config, which is created on "meta"."""
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
             return model_shape(AutoModelForCausalLM.from_config(model))
     lm = causal_lm(model)
     config: Any = lm.config.get_text_config()
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
-    heads = _number(config, "num_attention_heads") or 1  # without attention, or with another number in each layer
+    heads = _number(config, "num_attention_heads") or 1  # no attention, or numbers that differ by layer
     width = _number(config, "head_dim") or config.hidden_size // heads
     keys = _number(config, "num_key_value_heads") or heads
     kinds = (nn.Linear, Conv1D)
@@ -171,7 +170,7 @@ def model_shape(model: nn.Module | PreTrainedConfig) -> Shape:
         for module in modules
     ]
     parameters = sum(p.numel() for p in lm.parameters())
-    ends = {id(one.weight): one.get_parameter("weight").numel() for one in (head, embedding)}
+    ends = {id(module.weight): module.get_parameter("weight").numel() for module in (head, embedding)}
     return Shape(
         parameters=parameters,
         block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0) or parameters,
@@ -188,10 +187,10 @@ def model_shape(model: nn.Module | PreTrainedConfig) -> Shape:
 
 
 def _number(config: Any, name: str) -> int | None:
-    """A number of a config; None where it has none, or not one for all layers."""
+    """A number of a config; None if it is missing or differs by layer."""
     try:
         value = getattr(config, name, None)
-    except Exception:  # Transformers says so of numbers that differ by layer
+    except Exception:  # Transformers raises for numbers that differ by layer
         return None
     return value if isinstance(value, int) else None
 
@@ -203,5 +202,5 @@ def _features(module: Any) -> tuple[int, int]:
 
 
 def _count(parameter: nn.Parameter) -> int:
-    packed = type(parameter).__name__ == "Params4bit"  # two 4-bit weights a byte
+    packed = type(parameter).__name__ == "Params4bit"  # two 4-bit weights in each byte
     return parameter.numel() * 2 * parameter.element_size() if packed else parameter.numel()

@@ -1,9 +1,8 @@
-"""Which device a model is put on, and in which types its weights and its sums are.
+"""Device, dtype and quantization of a model.
 
-dtype "auto": bfloat16 on CUDA for weights that stay as they are (generation, the base under LoRA), float32
-everywhere else. Weights that are trained in full stay in float32, also on CUDA: bfloat16 carries 8 bits, so the update
-of an optimizer step at lr 5e-7 would round to nothing. The trainer's bf16 autocast gives the speed of mixed precision
-instead.
+dtype "auto": bfloat16 on CUDA for frozen weights (generation, the base under LoRA), float32 everywhere else. Weights
+that are trained in full are float32 on CUDA, too: bfloat16 has 8 bits of precision, so the update of an optimizer step
+at lr 5e-7 would round to nothing. The trainer's bf16 autocast gives the speed of mixed precision.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _DTYPES = {
 def choose_device(device: str = "auto") -> torch.device:
     """Return the device to load a model on: "auto" is CUDA, else MPS, else the CPU.
 
-    Of several GPUs of one launch, each process takes its own (`LOCAL_RANK`).
+    In a launch with several GPUs each process uses the GPU of its `LOCAL_RANK`.
 
     Raises:
         UserError: the device is unknown or not on this machine.
@@ -53,12 +52,12 @@ def choose_device(device: str = "auto") -> torch.device:
 
 
 def choose_dtype(dtype: str = "auto", device: torch.device | None = None, *, trained: bool = False) -> torch.dtype:
-    """Return the dtype of a model's weights; "auto" is explained at the head of this file.
+    """Return the dtype of a model's weights; the module's text explains "auto".
 
     Args:
         dtype: "auto", "float32", "bfloat16", "float16" or "float64".
-        device: from `choose_device`; None is the device that "auto" gives.
-        trained: whether these weights themselves are trained (not only an adapter on them).
+        device: from `choose_device`; None: the device of "auto".
+        trained: the weights themselves are trained, not only an adapter.
 
     Raises:
         UserError: the dtype is unknown.
@@ -72,17 +71,17 @@ def choose_dtype(dtype: str = "auto", device: torch.device | None = None, *, tra
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Does a device compute in bfloat16 itself? GPUs before Ampere emulate it, slower than float32; CPUs mostly do."""
+    """Does a device support bfloat16 natively? GPUs before Ampere and most CPUs emulate it, slower than float32."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_quantization(
     quantization: str | None, *, train: bool = False, lora: bool = False, installed: bool = True
 ) -> None:
-    """Check, before anything is loaded, that quantized weights can be had here (elsewhere, where not `installed`).
+    """Check a quantization before the model is loaded; `installed` checks that bitsandbytes is installed, too.
 
     Raises:
-        UserError: an unknown kind, quantized weights that are to be trained in full, or no bitsandbytes.
+        UserError: an unknown kind, full training of quantized weights, or no bitsandbytes.
     """
     if quantization is None:
         return

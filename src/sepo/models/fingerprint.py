@@ -1,5 +1,7 @@
-"""What a model computes, in one hash: its config and every byte of its weights. And how it is used, in another: its
-tokenizer, chat template and generation config, which go along with a model that is trained from it.
+"""Hashes of models.
+
+`model_fingerprint` covers the computation: config and every byte of the weights. `usage_fingerprint` covers tokenizer,
+chat template and generation config, which a model trained from this one inherits.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from sepo.models.folders import adapter_base, is_adapter, read_json_object, weig
 from sepo.models.hub import hub_snapshot
 from sepo.models.names import gguf_path, resolve_model
 
-# Keys of config files that depend on the machine or the library version, not on the model.
+# Keys of config files that depend on machine or library version, not on the model.
 _VOLATILE_KEYS = {
     "_name_or_path",
     "transformers_version",
@@ -24,7 +26,7 @@ _VOLATILE_KEYS = {
     "inference_mode",
     "name_or_path",
 }
-# Files of a model folder that say how text becomes tokens, a conversation text, and where a response ends.
+# Files of a model folder that determine tokenisation, chat template and end of a response.
 _USAGE_FILES = (
     "tokenizer*",
     "*_tokens*.json",
@@ -39,10 +41,10 @@ _USAGE_FILES = (
 
 
 def model_fingerprint(name_or_path: str | os.PathLike, *, revision: str | None = None) -> str:
-    """Return a sha256 of what the model computes: its config and every byte of its weights.
+    """Return a SHA-256 of a model's config and weights.
 
-    The same on every machine: paths, file times and library versions do not enter. An adapter's covers its
-    base. A hub id's covers its commit, so nothing is downloaded or read for it.
+    The hash is the same on every machine: it ignores paths, file times and library versions. That of an adapter covers
+    its base. That of a hub id covers the commit, so no file is downloaded.
 
     Raises:
         UserError: no such model.
@@ -66,13 +68,13 @@ def model_fingerprint(name_or_path: str | os.PathLike, *, revision: str | None =
 
 
 def usage_fingerprint(name_or_path: str | os.PathLike) -> str:
-    """Return a sha256 of how a model is used: its tokenizer's files, chat templates and generation config.
+    """Return a SHA-256 of a model's tokenizer files, chat templates and generation config.
 
-    Not part of `model_fingerprint`, for none of it changes a log-probability; but a model that is trained from this one
-    inherits it, and it decides where responses end. An adapter's covers its base.
+    These files are not part of `model_fingerprint`, because they do not change log-probabilities. But a model trained
+    from this one inherits them, and they decide where responses end. The hash of an adapter covers its base.
 
     Raises:
-        UserError: no such model, or a file of it that is no JSON object.
+        UserError: no such model, or one of the files is no JSON object.
     """
     folder = Path(resolve_model(name_or_path))
     digest = hashlib.sha256()
@@ -89,5 +91,5 @@ def usage_fingerprint(name_or_path: str | os.PathLike) -> str:
 
 
 def _sorted_lists(values: dict[str, Any]) -> dict[str, Any]:
-    # PEFT writes its target modules, a set, in an order that changes from process to process.
+    # PEFT writes target_modules, a set, in an order that differs between processes.
     return {k: sorted(v, key=str) if k == "target_modules" and isinstance(v, list) else v for k, v in values.items()}

@@ -1,6 +1,6 @@
-"""A model folder in the Transformers layout: what must be in it, and what an adapter's folder names.
+"""Model folders in the Transformers layout: required files, weights, the base model of an adapter.
 
-Only safetensors are read and written: no pickle is ever loaded.
+Only safetensors are read and written; pickles are never loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from sepo.errors import UserError, named_error
 
-# Adapters of PEFT that live outside of the layers: packed rows would pass them by.
+# PEFT adapters outside of the layers, which forward passes over packed rows would bypass.
 _CHANGES_THE_INPUT = {
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
     "XLORA", "POLY", "SHADOW",
@@ -20,7 +20,7 @@ _CHANGES_THE_INPUT = {
 
 
 def check_folder(folder: Path, weights: bool = True) -> None:
-    """Raise a UserError for a folder that holds no model; without `weights` its config is enough (for a plan)."""
+    """Raise a UserError for a folder without a model; `weights=False` requires the config only (for a plan)."""
     if not (folder / "config.json").is_file() and not is_adapter(folder):
         raise UserError(f"no model in '{folder}': expected config.json or adapter_config.json beside *.safetensors")
     for name in ("config.json", "adapter_config.json"):
@@ -48,16 +48,16 @@ def _check_adapter_folder(folder: Path) -> None:
     if kind in _CHANGES_THE_INPUT:
         raise UserError(
             f"the adapter '{folder}' ({kind}) changes the model's input or its forward pass rather than its weights, "
-            "which is not supported: expected an adapter of its layers, such as LoRA"
+            "which is not supported: expected an adapter of layers, such as LoRA"
         )
 
 
 def is_outline(folder: str | os.PathLike) -> bool:
-    """Is this a folder with a model's config and nothing of its weights?"""
-    place = os.fspath(folder)
-    if not os.path.isfile(os.path.join(place, "config.json")):
+    """Does a folder hold a model's config, but no weights?"""
+    path = os.fspath(folder)
+    if not os.path.isfile(os.path.join(path, "config.json")):
         return False
-    return not is_adapter(Path(place)) and not weight_files(Path(place))
+    return not is_adapter(Path(path)) and not weight_files(Path(path))
 
 
 def _no_pickle(folder: Path) -> str:
@@ -75,15 +75,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def adapter_base(folder: Path) -> tuple[str, str | None]:
-    """The base model that an adapter folder names, and its revision."""
+    """The base model of an adapter folder, and its revision."""
     config = read_json_object(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"'{folder / 'adapter_config.json'}' has no base_model_name_or_path: put the base model there")
+        raise UserError(f"'{folder / 'adapter_config.json'}' has no base_model_name_or_path: add the base model")
     if os.path.isabs(base) and not os.path.exists(base):
         raise UserError(
             f"the adapter '{folder}' needs its base model '{base}', which is not there; "
-            f"put its place into base_model_name_or_path of '{folder / 'adapter_config.json'}'"
+            f"set base_model_name_or_path of '{folder / 'adapter_config.json'}' to its path"
         )
     return base, config.get("revision")
 

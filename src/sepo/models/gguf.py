@@ -1,4 +1,4 @@
-"""GGUF files: checked by their header, converted once to safetensors in a cache."""
+"""GGUF files: check of the header, and conversion to safetensors in a cache."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sepo.errors import UserError, named_error
 from sepo.files import expand_home, file_digest, replace_folder
 from sepo.models.checkpoint import load_whole
 
-# Part of the cache key: raise it when the conversion below changes what it writes.
+# Part of the cache key: raise it when the conversion below writes other files.
 _GGUF_CACHE_VERSION = 1
-# Errors that are the cache folder's fault, not the file's.
+# Errors caused by the cache folder, not by the file.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -36,11 +36,11 @@ def converted_folder(gguf: Path, cache_dir: str | os.PathLike | None) -> Path:
 
 
 def is_converted(folder: Path) -> bool:
-    return (folder / "config.json").is_file()  # the folder appears whole or not at all
+    return (folder / "config.json").is_file()  # the folder is complete or missing
 
 
 def check_gguf(path: Path) -> None:
-    """Walk the header of a GGUF file, which finds a file that is cut off or no GGUF at all.
+    """Check the header and size of a GGUF file.
 
     The reader of the gguf package takes 20 s for a vocabulary of 262,144; this takes a quarter of a second.
     """
@@ -61,7 +61,7 @@ def check_gguf(path: Path) -> None:
 
 
 def _gguf_end(data: mmap.mmap) -> int:
-    """The size in bytes that a GGUF file must have by its own header (layout: versions 2 and 3)."""
+    """The size of a GGUF file in bytes according to its header (versions 2 and 3)."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     scalar_sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # by value type
@@ -113,14 +113,14 @@ def _gguf_end(data: mmap.mmap) -> int:
 
 
 def convert_gguf(gguf: Path, cache_dir: str | os.PathLike | None) -> Path:
-    """Return the converted folder of a GGUF file, converting it if the cache does not hold it yet."""
+    """Return the folder of a converted GGUF file; convert it if it is not cached."""
     target = converted_folder(gguf, cache_dir)
     if is_converted(target):
         return target
     check_gguf(gguf)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes of one launch want the same model: the first converts, the others wait for it.
+        # The first process of a launch converts, the others wait.
         with FileLock(f"{target}.lock"):
             if is_converted(target):
                 return target
@@ -134,7 +134,7 @@ def convert_gguf(gguf: Path, cache_dir: str | os.PathLike | None) -> Path:
         raise _not_convertible(gguf, error) from None
     except UserError:
         raise
-    except Exception as error:  # the converter checks little: what a damaged file breaks may be anything
+    except Exception as error:  # the converter checks little: a damaged file may raise any exception
         raise _not_convertible(gguf, error) from None
     return target
 
@@ -147,7 +147,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
     parent, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
     model = load_whole(gguf.parent, str(gguf), gguf_file=file, dtype=torch.float32)
-    # The weights are plain float32 now; marked as quantized, they would be refused by save_pretrained.
+    # The weights are float32 now, and save_pretrained rejects models that are marked as quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: the commit that a name means, its cached snapshot, its download."""
+"""Models of the Hugging Face Hub: commit, cached snapshot and download of a hub id."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from huggingface_hub.errors import (
 from sepo.errors import UserError, named_error
 from sepo.models.folders import check_folder
 
-# What else a repository holds (pickles, ONNX, the weights once more in the vendor's own layout) stays there.
+# Other files (pickles, ONNX, weights in the vendor's layout) are not downloaded.
 _HUB_ALLOW = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _HUB_IGNORE = ["*/*", "consolidated*"]
 
 
 @lru_cache(maxsize=64)
 def hub_snapshot(name: str, revision: str | None) -> tuple[str, Path | None]:
-    """The commit of a hub id, and its cached folder if the hub cannot be asked.
+    """The commit of a hub id, and its cached folder if the hub is not reachable.
 
-    The answer is kept for the life of the process, so that all stages of a run see one commit.
+    Cached within the process, so that all stages of a run use one commit.
     """
     kinds = "neither a folder, a .gguf file, package:PACKAGE/FILE.gguf nor a reachable hub id"
     missing = f"no such model: '{name}' is {kinds}"
     try:
-        # One request, no retries: without a network this fails at once; a download would retry for 20 s.
+        # One request without retries fails at once if there is no network; a download would retry for 20 s.
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
     except HFValidationError:
         raise UserError(missing) from None
@@ -41,7 +41,7 @@ def hub_snapshot(name: str, revision: str | None) -> tuple[str, Path | None]:
         raise UserError(f"the model '{name}' has no revision '{revision}' on the hub") from None
     except RepositoryNotFoundError:
         raise UserError(missing) from None
-    except Exception as error:  # all the ways of having no network: the class varies with the hub client
+    except Exception as error:  # no network; the class depends on the hub client
         folder = cached_snapshot(name, revision)
         if folder is None:
             reason = "offline mode is on" if isinstance(error, OfflineModeIsEnabled) else named_error(error)
@@ -59,7 +59,7 @@ def hub_snapshot(name: str, revision: str | None) -> tuple[str, Path | None]:
 
 
 def cached_snapshot(name: str, revision: str | None) -> Path | None:
-    """The cached folder of a hub id, which may lack files; None if there is none."""
+    """The cached folder of a hub id, which may be incomplete; None without a cached file."""
     for file in ("config.json", "adapter_config.json"):
         path = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
         if isinstance(path, str):

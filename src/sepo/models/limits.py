@@ -1,4 +1,4 @@
-"""What a model can read: ids below its number of embeddings, and so many positions."""
+"""Limits of a model: token ids below its number of embeddings, and a number of positions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sepo.data.ragged import SIDES, flat
 from sepo.errors import UserError, one_line
 from sepo.processes import log_once
 
-# Parameters and buffers with a row for each position, and architectures that make such a table as they go.
+# Names of parameters and buffers with a row for each position, and architectures that compute such a table.
 _TABLE = re.compile(r"wpe|embed_positions|pos(ition)?s?_?embed")
-_TABLE_AS_THEY_GO = ("ctrl", "mpt")
+_COMPUTE_TABLE = ("ctrl", "mpt")
 
 
 class ModelLimits(NamedTuple):
-    """Ids below `vocabulary`; sequences up to `positions` (None: any). `firm`: there is no position beyond."""
+    """Ids below `vocabulary`; sequences up to `positions` (None: any). `firm`: the model fails on longer sequences."""
 
     vocabulary: int
     positions: int | None
@@ -29,25 +29,25 @@ class ModelLimits(NamedTuple):
 
 
 def model_limits(model: PreTrainedModel | PreTrainedConfig) -> ModelLimits:
-    """The limits of a model, or of the one that a config describes, laid out without memory for its weights.
+    """The limits of a model, or of the model of a config, which is created on "meta".
 
-    Rotary positions go on beyond those that a model was trained with, and it extrapolates. Tables of positions, learned
-    or of sines, end. Recurrent models and ALiBi have no limit.
+    With rotary positions a model extrapolates beyond its trained positions. Tables of positions, learned or sines, are
+    finite. Recurrent models and ALiBi have no limit.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     text = config.get_text_config()
-    places = ("max_position_embeddings", "n_positions", "max_seq_len")
-    positions = next((value for name in places if isinstance(value := getattr(text, name, None), int)), 0)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    positions = next((value for name in names if isinstance(value := getattr(text, name, None), int)), 0)
     if positions <= 0 or getattr(text, "alibi", False):
         return ModelLimits(text.vocab_size, None, False)
-    if text.model_type in _TABLE_AS_THEY_GO:
+    if text.model_type in _COMPUTE_TABLE:
         return ModelLimits(text.vocab_size, positions, True)
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model)
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     if any(_TABLE.search(name) and max(tensor.shape, default=0) >= positions for name, tensor in tensors):
-        # XGLM makes its table of sines longer when it has to.
+        # XGLM extends its table of sines.
         return ModelLimits(text.vocab_size, None if text.model_type == "xglm" else positions, text.model_type != "xglm")
     rotary = getattr(text, "rope_parameters", None) is not None
     return ModelLimits(text.vocab_size, positions if rotary else None, False)
@@ -56,11 +56,11 @@ def model_limits(model: PreTrainedModel | PreTrainedConfig) -> ModelLimits:
 def check_ids(
     table: pa.Table, name: str, limits: ModelLimits, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Raise a UserError if a table of pairs holds an id that a model has no embedding for.
+    """Raise a UserError if a table of pairs holds an id without an embedding in the model.
 
     Args:
-        name: what the user calls the model.
-        tokenizer: to name the token.
+        name: the user's name for the model.
+        tokenizer: names the token in the message.
     """
     for part in ("prompt", *SIDES):
         ids, _ = flat(table.column(f"{part}_ids"))
@@ -68,16 +68,15 @@ def check_ids(
             token = "" if tokenizer is None else f" '{one_line(tokenizer.convert_ids_to_tokens(largest), 40)}'"
             raise UserError(
                 f"a {part} holds the token{token} with id {largest}, but '{name}' has {limits.vocabulary} embeddings: "
-                "tokens were added to its tokenizer alone; resize the embeddings to it and train them, or remove the "
-                "tokens"
+                "tokens were added to its tokenizer only; resize the embeddings and train them, or remove the tokens"
             )
 
 
 def check_lengths(table: pa.Table, name: str, limits: ModelLimits, answers: int = 0) -> None:
-    """Raise a UserError if pairs are longer than a model can read; say so once where it would have to extrapolate.
+    """Raise a UserError if pairs are longer than a model can read; log a line if the model would extrapolate.
 
     Args:
-        answers: look at the prompts alone, with so many tokens generated after each; 0 looks at the pairs.
+        answers: check the prompts with so many generated tokens; 0 checks the pairs.
     """
     if limits.positions is None or not len(table):
         return

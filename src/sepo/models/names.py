@@ -1,13 +1,12 @@
 """Any name a user may type -> one local folder.
 
-A name is a folder, a `.gguf` file, `package:PKG/FILE.gguf` (a file inside an installed Python package) or
-a hub id; each may also be a LoRA adapter. `resolve_model` turns every kind into a *local folder* in the
-Transformers layout, so that what comes after it knows one kind only:
+A name is a folder, a `.gguf` file, `package:PKG/FILE.gguf` (a file inside an installed Python package) or a hub id;
+each may also be a LoRA adapter. `resolve_model` turns every name into a local folder in the Transformers layout:
 
-    name --check_model--> exists, readable    (nothing converted or downloaded: for --dry-run)
-         --resolve_model--> folder            (a GGUF is converted once into a cache, a hub id downloaded)
+    name --check_model--> exists, readable    (no conversion or download: for --dry-run)
+         --resolve_model--> folder            (converts a GGUF once into a cache, downloads a hub id)
          --load_model, load_tokenizer--> ready to score or train          weights.py, tokenizer.py
-         --model_fingerprint--> what it is, on any machine                fingerprint.py
+         --model_fingerprint--> hash, the same on any machine             fingerprint.py
 """
 
 from __future__ import annotations
@@ -33,18 +32,19 @@ _PACKAGE = "package:"
 def check_model(
     name_or_path: str | os.PathLike, *, revision: str | None = None, weights: bool = True
 ) -> PreTrainedModel | PeftModel | None:
-    """Check that a model is there and of a kind that can be loaded; converts and downloads nothing.
+    """Check that a model exists and can be loaded, without conversion or download.
 
-    Without `weights` a folder that holds a config alone will do: what a plan needs.
+    Takes a fraction of a second for a folder or a GGUF file, and one request for a hub id.
+
+    Args:
+        weights: False accepts a folder with a config only, for a plan.
 
     Returns:
-        the model laid out without memory for its weights, or None where that needs a conversion or a download.
-
-    Takes a fraction of a second for a folder, as for a GGUF file, and one request for a hub id.
+        the model on the device "meta", or None if that needs a conversion or a download.
 
     Raises:
-        UserError: there is no such model, or it is damaged, gated, pickled only, lacks weights or holds others than
-            its config says, or is an adapter that changes the input or whose base is not there.
+        UserError: there is no such model; it is damaged, gated or pickled only; weights are missing or unexpected; or
+            it is an adapter that changes the input or lacks its base.
     """
     name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
@@ -81,17 +81,17 @@ def resolve_model(
 ) -> str:
     """Return a local folder that holds the model: config, safetensors and tokenizer, or an adapter.
 
-    A GGUF file is converted once to float32 safetensors (25 s for 135M parameters on two cores); the result
-    is found again by the hash of the file's content. A hub id is downloaded into the hub's own cache; without
-    a network its cached snapshot is used.
+    A GGUF file is converted once to float32 safetensors (25 s for 135M parameters on two cores) and cached by the hash
+    of its content. A hub id is downloaded into the cache of the hub client; without a network the cached snapshot is
+    used.
 
     Args:
         name_or_path: a folder, a `.gguf` file, `package:PKG/FILE.gguf` or a hub id.
         revision: branch, tag or commit of a hub id.
-        cache_dir: where converted models are kept; by default `$SEPO_CACHE`, else `~/.cache/sepo`.
+        cache_dir: folder of converted models; default: `$SEPO_CACHE`, else `~/.cache/sepo`.
 
     Raises:
-        UserError: as `check_model`, and when a conversion or a download fails.
+        UserError: as `check_model`, or a conversion or download fails.
     """
     name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
@@ -104,7 +104,7 @@ def resolve_model(
 
 
 def gguf_path(name: str) -> Path | None:
-    """The GGUF file that a name means, checked to exist; None if the name is of another kind."""
+    """The existing GGUF file of a name; None for names of another kind."""
     if name.startswith(_PACKAGE):
         return _package_file(name)
     if name.lower().endswith(".gguf") and not os.path.isdir(name):

@@ -1,4 +1,4 @@
-"""Weights in memory -> a folder of safetensors, whole or not at all."""
+"""Weights in memory -> a folder of safetensors, complete or not at all."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ def save_model(
 ) -> None:
     """Save a model as safetensors with its tokenizer, chat template and generation config.
 
-    The folder is replaced (see `replace_folder`): what it held is gone, checkpoints included. A `PeftModel`
-    is saved as its adapter alone, which names its base; `merge_adapter` writes the whole model with the
-    adapter added to its weights instead (it needs memory for a second copy while it runs).
+    The folder is replaced (see `replace_folder`), including checkpoints in it. A `PeftModel` is saved as its adapter,
+    which names its base; `merge_adapter` saves the whole model with the adapter merged into its weights (this needs
+    memory for a second copy).
 
     Args:
         model: a Transformers causal LM or a `PeftModel`, not wrapped for distributed training.
-        tokenizer: saved beside the model; None leaves it out.
-        state_dict: the whole weights of a model whose own are cut up over processes (FSDP, DeepSpeed).
+        tokenizer: saved with the model; None saves none.
+        state_dict: the whole weights of a model whose weights are sharded over processes (FSDP, DeepSpeed).
 
     Raises:
-        UserError: the model is of neither kind, the tokenizer is none, an adapter was to be merged that cannot be, or
-            not without changing what the model computes; or the folder cannot be written.
+        UserError: model or tokenizer have another type, the adapter cannot be merged or merging changes the
+            log-probabilities, or the folder cannot be written.
     """
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise wrong_type("the model", model, "a Transformers model or a PeftModel in memory, not wrapped")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise wrong_type("tokenizer", tokenizer, "a tokenizer in memory (load_tokenizer gives one), or None")
+        raise wrong_type("tokenizer", tokenizer, "a tokenizer in memory (see load_tokenizer), or None")
     if merge_adapter and isinstance(model, PeftModel):
         model = _merged(model)
     try:
         with replace_folder(folder) as temporary:
             if isinstance(model, PeftModel):
-                # The vocabulary never changes, so the embeddings stay the base's; "auto" would ask the hub.
+                # The vocabulary never changes, so embeddings are not saved; "auto" would send a request to the hub.
                 model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=state_dict)
-                (temporary / "README.md").unlink(missing_ok=True)  # a form to fill in, with paths of this machine
+                (temporary / "README.md").unlink(missing_ok=True)  # a template with local paths
                 causal_lm(model).generation_config.save_pretrained(temporary)
             else:
                 model.save_pretrained(temporary, state_dict=state_dict)
@@ -59,12 +59,12 @@ def save_model(
                 tokenizer.save_pretrained(temporary)
     except OSError as error:
         raise UserError(
-            f"cannot save the model to '{folder}' ({named_error(error)}); free space or choose another"
+            f"cannot save the model to '{folder}' ({named_error(error)}); free space or choose another folder"
         ) from None
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:
-    """A copy of the base with the adapter added to its weights, seen to compute the same."""
+    """A copy of the base with the adapter merged into its weights, checked to compute the same."""
     if getattr(causal_lm(model), "is_quantized", False):
         raise UserError("an adapter on 4-bit weights cannot be merged: load it without quantization, then merge it")
     kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
@@ -79,32 +79,29 @@ def _merged(model: PeftModel) -> PreTrainedModel:
     difference = float((_probe(model) - _probe(merged)).abs().max())
     if not difference <= (2e-3 if merged.dtype in (torch.float32, torch.float64) else 0.25):
         raise UserError(
-            f"merged into its base, this adapter ({kind}) computes something else (log-probabilities differ by "
+            f"merging this adapter ({kind}) into its base changes the model (log-probabilities differ by "
             f"{difference:.3g}): save it as an adapter"
         )
     return merged
 
 
 def _untie(lm: PreTrainedModel) -> None:
-    """Give head and embeddings weights of their own where they share one and an adapter changes either.
-
-    Added to the shared weight, the change of one would be the other's too.
-    """
+    """Untie head and embeddings if an adapter changes either: merged into a tied weight, it would change both."""
     head, embeddings = cast(Any, lm.get_output_embeddings()), cast(Any, lm.get_input_embeddings())
     if not any(isinstance(module, BaseTunerLayer) for module in (head, embeddings)):
         return
-    own, other = (
+    head, embeddings = (
         cast(Any, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
         for module in (head, embeddings)
     )
-    if own.weight is other.weight:
-        own.weight = nn.Parameter(own.weight.detach().clone())
+    if head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
         lm.config.tie_word_embeddings = False
 
 
 @torch.no_grad()
 def _probe(model: nn.Module) -> torch.Tensor:
-    """Log-probabilities after a few tokens from all over the vocabulary, `[tokens, V]` in float64."""
+    """Log-probabilities after a few tokens spread over the vocabulary: `[tokens, V]` float64."""
     training = model.training
     model.eval()
     weights = cast(Any, causal_lm(model).get_input_embeddings()).weight

@@ -1,14 +1,13 @@
-"""Models that no device holds whole: cut up over the processes of a launch.
+"""Models that are sharded over the processes of a launch, because no device can hold them.
 
-Frozen ones are cut up here, by PyTorch's FSDP2; those that are trained by Accelerate (FSDP2) or DeepSpeed (ZeRO-3).
+Frozen models are sharded here by PyTorch's FSDP2, trained models by Accelerate (FSDP2) or DeepSpeed (ZeRO-3).
 
-Each process keeps an even part of every weight. A decoder block is whole on every device while it computes, and the
-next one is on its way; embedding, last norm and LM head are wholes of their own. So every process must run as many
-forwards as the others: who has nothing to read reads something all the same, and drops the result.
+Each process keeps an even shard of every weight. A decoder block is gathered on every device while it computes, and the
+next one is prefetched; embedding, last norm and LM head are gathered together. So every process must run the same
+number of forward passes: a rank without data runs a dummy batch and discards the result.
 
-Weights are gathered when the module that owns them is *called*. What computes from the weights of a module (packed
-rows, the walk over the vocabulary, the trial of the layers) does so inside of that call (`inside_call`), or between
-`gathered` and its end.
+Weights are gathered when their module is *called*. Code that computes with the weights of a module (packed rows, the
+LM head in blocks, the check of the layers) runs inside this call (`inside_call`) or in the context `gathered`.
 """
 
 from __future__ import annotations
@@ -35,57 +34,56 @@ Result = TypeVar("Result")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Are the weights of a model cut up over processes, which must all call it equally often?"""
+    """Are the weights of a model sharded over processes, which must all call it equally often?"""
     return isinstance(causal_lm(model), FSDPModule)
 
 
 def sharded_loading(folder: Path, name: str, device: torch.device) -> dict[str, Any]:
-    """Options of `from_pretrained` with which each process reads its own part of every weight, and nothing else.
+    """Options of `from_pretrained` with which each process reads only its shard of every weight.
 
     Args:
         folder: a checkpoint in the Transformers layout.
-        name: what the user calls the model.
-        device: where this process keeps its part.
+        name: the user's name for the model.
+        device: device of this process's shard.
 
     Raises:
-        UserError: the parts cannot lie on this device, or the model's decoder blocks are not known.
+        UserError: the device cannot hold shards, or the model's decoder blocks are unknown.
     """
-    where = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    kind = where.type if where is not None else "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind = accelerator.type if accelerator is not None else "cpu"
     if device.type != kind:
-        raise UserError(f"device '{device.type}': a launch with FSDP keeps its parts on {kind}; leave device out")
-    laid_out = check_weights(folder, name)
-    if laid_out is None:
-        raise UserError(f"model '{name}' is stored quantized and cannot be cut up by FSDP: launch without it")
-    blocks = decoder_blocks(laid_out, name)
+        raise UserError(f"device '{device.type}': a launch with FSDP keeps its shards on {kind}; leave device out")
+    model = check_weights(folder, name)
+    if model is None:
+        raise UserError(f"model '{name}' is stored quantized and cannot be sharded by FSDP: launch without FSDP")
+    blocks = decoder_blocks(model, name)
     patterns = {".".join("*" if part.isdigit() else part for part in path.split(".")) for path in blocks}
     plan = dict.fromkeys(patterns, "free_full_weight")
     return {"distributed_config": DistributedConfig(fsdp_size=processes.size(), fsdp_plan=plan)}
 
 
 def decoder_blocks(lm: PreTrainedModel, name: str) -> list[str]:
-    """Paths of the modules that Transformers says are not to be split, as Accelerate wraps them in training.
+    """Paths of the modules in Transformers' `_no_split_modules`, which Accelerate wraps in training, too.
 
     Raises:
-        UserError: it says nothing of this architecture.
+        UserError: the architecture has none.
     """
     kinds = set(lm._no_split_modules or ())
-    found = [path for path, module in lm.named_modules() if type(module).__name__ in kinds]
-    if not found:
+    paths = [path for path, module in lm.named_modules() if type(module).__name__ in kinds]
+    if not paths:
         raise UserError(
-            f"model '{name}': the decoder blocks of {type(lm).__name__} are not known to Transformers, so it cannot be "
-            "cut up by FSDP: launch without it"
+            f"model '{name}': Transformers does not know the decoder blocks of {type(lm).__name__}, so it cannot be "
+            "sharded by FSDP: launch without FSDP"
         )
-    return found
+    return paths
 
 
 @torch.no_grad()
 def sharded_twin(model: nn.Module, device: torch.device) -> nn.Module:
-    """A frozen copy of a whole model in memory, cut up over the processes; no device holds more than one weight of it
-    beside its parts.
+    """A frozen, sharded copy of a whole model in memory. A device holds at most one whole weight beside its shards.
 
     Args:
-        model: the same in every process, a causal LM or a PEFT model around one; left as it is.
+        model: the same in every process, a causal LM or a PEFT model around one; not changed.
     """
     names = {id(tensor): tensor for tensor in model.parameters()}
     memo: dict[int, Any] = {
@@ -94,7 +92,7 @@ def sharded_twin(model: nn.Module, device: torch.device) -> nn.Module:
     twin = copy.deepcopy(model, memo)
     whole = {id(memo[key]): tensor for key, tensor in names.items()}
     lm = causal_lm(twin)
-    # Before they are cut up: the new parameters are others.
+    # Collected before sharding, which replaces the parameters.
     sources = {name: whole[id(parameter)] for name, parameter in lm.named_parameters(remove_duplicate=False)}
     mesh = torch.distributed.init_device_mesh(device.type, (processes.size(),))
     for path in decoder_blocks(lm, lm.config.name_or_path or type(lm).__name__):
@@ -103,7 +101,7 @@ def sharded_twin(model: nn.Module, device: torch.device) -> nn.Module:
     parts: dict[str, Tensor] = {}
     for name, parameter in lm.named_parameters():
         assert isinstance(parameter, DTensor)
-        # Every process has the whole weight and takes its part; nothing is sent.
+        # Every process has the whole weight and keeps its shard, without communication.
         parts[name] = distribute_tensor(
             sources[name].detach().to(device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
@@ -116,21 +114,21 @@ def sharded_twin(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """The part of a weight that this process keeps: all of it where nothing is cut up."""
+    """This process's shard of a weight; the whole weight of a model that is not sharded."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
-    return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3: the weight itself is empty between the calls
+    return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3: the weight is empty between calls
 
 
 def waits_for_call(module: nn.Module) -> bool:
-    """Are the weights of a module whole only while it is called?"""
+    """Are the weights of a module gathered only while it is called?"""
     return isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False))
 
 
 def gather_by_block(lm: PreTrainedModel) -> None:
-    """Let ZeRO-3 gather whole decoder blocks, as FSDP does, not each module for itself.
+    """Let ZeRO-3 gather whole decoder blocks, as FSDP does, not single modules.
 
-    An MLP is computed from the weights of modules that are never called.
+    The fused MLP reads weights of modules that are never called.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -139,28 +137,28 @@ def gather_by_block(lm: PreTrainedModel) -> None:
 
 
 def inside_call(module: nn.Module, work: Callable[..., Result], *inputs: Tensor) -> Result:
-    """`work(*inputs)` in place of a module's forward, inside of its call: what waits for that call takes part.
+    """Run `work(*inputs)` as the forward of a module, so that the hooks of the call (FSDP, ZeRO-3) run, too.
 
     Args:
-        inputs: what gradients flow back to; FSDP waits for them on the way back.
+        inputs: tensors that receive gradients; FSDP's backward hooks depend on them.
     """
-    own = module.__dict__.get("forward")
+    forward = module.__dict__.get("forward")
     module.forward = work
     try:
         return module(*inputs)
     finally:
-        if own is None:
+        if forward is None:
             del module.__dict__["forward"]
         else:
-            module.__dict__["forward"] = own
+            module.__dict__["forward"] = forward
 
 
 def units(model: nn.Module) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """The modules of a model by what is gathered together: one unit with all of them where nothing is cut up."""
-    found = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if model not in found:
-        found.insert(0, model)  # type: ignore[arg-type]
-    return [(unit, list(_own_modules(unit))) for unit in found]
+    """The modules that are gathered together: each FSDP unit with its modules, or one unit with all modules."""
+    roots = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if model not in roots:
+        roots.insert(0, model)  # type: ignore[arg-type]
+    return [(unit, list(_own_modules(unit))) for unit in roots]
 
 
 def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
@@ -172,7 +170,7 @@ def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def gathered(unit: nn.Module) -> Iterator[None]:
-    """While it lasts, the weights of a unit are whole in every process, all of which must come here."""
+    """Gather the weights of a unit in every process; all processes must call this."""
     if not isinstance(unit, FSDPModule):
         yield
         return

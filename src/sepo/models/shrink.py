@@ -1,4 +1,4 @@
-"""A smaller model of the same family: some of the decoder layers, evenly spaced (weak to strong)."""
+"""A smaller model of the same family, with some of the decoder layers, evenly spaced (weak to strong)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sepo.models.weights import load_model
 def shrink_model(name_or_path: str | os.PathLike, layers: int, out: str | os.PathLike) -> list[int]:
     """Save a model with `layers` of its decoder layers, and its tokenizer, to the folder `out`.
 
-    The first and the last layer stay, and of those between as many as asked for, evenly spaced. What is left writes
-    nonsense until it is fine-tuned, but can tell good from bad all the same.
+    The first and the last layer and evenly spaced layers between them stay. The smaller model writes nonsense until it
+    is fine-tuned, but can rank good and bad responses.
 
     Returns:
         the indices of the layers that stay.
@@ -36,16 +36,16 @@ def shrink_model(name_or_path: str | os.PathLike, layers: int, out: str | os.Pat
 
 
 def drop_layers(model: PreTrainedModel, layers: int) -> list[int]:
-    """Leave `layers` of the decoder layers in a model; returns the indices of those that stay."""
+    """Keep `layers` decoder layers of a model; returns their indices."""
     decoder: Any = model.get_decoder()
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise UserError(f"{type(model).__name__} has no list of layers: reference.layers cannot be used with it")
     kept = layers_kept(model.config, layers)
     decoder.layers = nn.ModuleList(decoder.layers[index] for index in kept)
-    for place, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(decoder.layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = place  # where the layer keeps its keys and values when generating
+                module.layer_idx = index  # of the layer's keys and values in the cache of generation
     cut_config(model.config, layers)
     return kept
 
@@ -59,7 +59,7 @@ def layers_kept(config: PreTrainedConfig, layers: int) -> list[int]:
 
 
 def cut_config(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """Let a config say that only `layers` of its layers are there; returns it."""
+    """Set the number of layers of a config to `layers`; returns the config."""
     kept = layers_kept(config, layers)
     text = config.get_text_config()
     text.num_hidden_layers = layers

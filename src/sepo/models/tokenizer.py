@@ -14,19 +14,19 @@ from sepo.models.names import resolve_model
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, always with a pad token and never with a new one.
+    """Load the tokenizer of a model, always with a pad token.
 
-    A tokenizer without a pad token pads with its end-of-sequence token, so the vocabulary stays the model's.
-    An adapter folder without tokenizer files has its base model's tokenizer. The padding side is left as it
-    came: packed rows hold no padding, and generation sets its own side.
+    A tokenizer without a pad token gets its end-of-sequence token as pad token, so the vocabulary does not change. An
+    adapter folder without tokenizer files uses its base model's tokenizer. The padding side is not changed, because
+    packed rows have no padding and generation sets the side.
 
     Raises:
-        UserError: no such model, no tokenizer in it, or a tokenizer that needs remote code.
+        UserError: no such model, a model without tokenizer, or a tokenizer that needs remote code.
     """
     name = expand_home(name_or_path, "the model")
-    # A tokenizer is complete without the model's weights, and without a model at all.
-    alone = has_tokenizer(name) and (is_outline(name) or not os.path.exists(os.path.join(name, "config.json")))
-    folder = Path(name if alone and not is_adapter(Path(name)) else resolve_model(name, revision=revision))
+    # A tokenizer needs no weights and no model.
+    without_model = has_tokenizer(name) and (is_outline(name) or not os.path.exists(os.path.join(name, "config.json")))
+    folder = Path(name if without_model and not is_adapter(Path(name)) else resolve_model(name, revision=revision))
     if is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
         base, base_revision = adapter_base(folder)
         return load_tokenizer(base, revision=base_revision)
@@ -45,5 +45,5 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = No
 
 
 def has_tokenizer(folder: str | os.PathLike) -> bool:
-    """Are there files of a tokenizer in a folder?"""
+    """Does a folder hold files of a tokenizer?"""
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer_config.json"))

@@ -1,4 +1,4 @@
-"""A folder -> weights in memory, ready to score or to train. No code of a model repository runs unless asked for."""
+"""A folder -> weights in memory, to score or train. Code of a model repository runs only if the user allows it."""
 
 from __future__ import annotations
 
@@ -38,29 +38,28 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model, ready to score (`train=False`) or to train.
 
-    An adapter (a folder or hub id with `adapter_config.json`, or the `adapter` argument) gives a `PeftModel`
-    of its base: one set of base weights serves as reference (see `reference_weights`) and as oracle.
+    An adapter (a folder or hub id with `adapter_config.json`, or the argument `adapter`) gives a `PeftModel` of its
+    base. Its base weights serve as reference (see `reference_weights`) and as oracle.
 
     Args:
         name_or_path: see `resolve_model`.
-        dtype: of the weights, see `choose_dtype`; adapter weights are float32 where they are trained.
-        device: see `choose_device`. Under FSDP or DeepSpeed, which place it, a model to be trained stays on
-            the CPU.
-        adapter: an adapter to put on the model `name_or_path`, whatever base that adapter names.
-        lora: settings of a new adapter; the reference is then the same model with the adapter off.
+        dtype: dtype of the weights, see `choose_dtype`; trained adapter weights are float32.
+        device: see `choose_device`. With FSDP or DeepSpeed, which place models, a model for training stays on the CPU.
+        adapter: an adapter for the model `name_or_path`; the base that the adapter names is ignored.
+        lora: settings of a new adapter; the reference is then the same model without the adapter.
         quantization: "4bit" loads the base in NF4 through bitsandbytes (QLoRA with `lora`).
-        attn_implementation: passed to Transformers; None is its choice.
+        attn_implementation: passed to Transformers; None: the default of Transformers.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: run the model repository's own code. Off unless asked for.
-        train: leave the weights trainable (all of them, or the adapter's alone) and put the model in training
-            mode; otherwise nothing requires a gradient and dropout is off.
-        seed: of a new adapter's first weights; the caller's random state is neither read nor moved.
-        sharded: cut the weights up over the processes of the launch, all of which must call this: each reads and
-            keeps a part (`models.sharding`). For models that stay as they are. A LoRA adapter is whole everywhere; for
-            other kinds each process holds the whole model in the host's memory until it is cut up.
+        trust_remote_code: run the code of the model repository.
+        train: keep the weights trainable (all weights, or those of the adapter) and set training mode. Otherwise no
+            weight requires a gradient and dropout is off.
+        seed: seed of a new adapter's initial weights; the global random state does not change.
+        sharded: shard the weights of a frozen model over the processes of the launch, which must all call this
+            (`models.sharding`). A LoRA adapter is whole in every process. For other adapters each process holds the
+            whole model in host memory until it is sharded.
 
     Raises:
-        UserError: no such model, device or dtype; quantization that cannot be had here; damaged weights.
+        UserError: no such model, device or dtype; unavailable quantization; damaged weights.
     """
     name = expand_home(name_or_path, "the model")
     chosen = choose_device(device)
@@ -81,27 +80,19 @@ def load_model(
 
     weights = choose_dtype(dtype, chosen, trained=train and not has_adapter)
     if sharded and (train or quantization or trust_remote_code):
-        raise UserError("a model is read sharded as it is: without training, quantization and code of its own")
-    # An adapter that brings whole modules, or reads the base's weights while it is put on, needs them whole.
+        raise UserError("a sharded model must be frozen, without quantization and without trust_remote_code")
+    # An adapter with whole modules, or one that reads weights of the base, needs the whole base.
     whole_first = sharded and adapter is not None and not is_separate(Path(resolve_model(adapter)))
-    base = _load_base(
-        folder,
-        name,
-        weights,
-        torch.device("cpu") if whole_first else chosen,
-        quantization,
-        attn_implementation,
-        trust_remote_code,
-        train,
-        sharded and not whole_first,
-    )
+    options = _options(weights, quantization, attn_implementation, trust_remote_code)
+    device_of_base = torch.device("cpu") if whole_first else chosen
+    base = _load_base(folder, name, device_of_base, options, train=train, sharded=sharded and not whole_first)
     model: PreTrainedModel | PeftModel = base
     if adapter is not None:
         model = load_adapter(base, adapter, train)
     elif lora is not None:
         model = new_adapter(base, lora, seed)
     if isinstance(model, PeftModel):
-        # The name, not the place it was found in: a cache folder is another one on another machine.
+        # The name, not the local folder: cache folders differ between machines.
         adapter_config = cast(LoraConfig, model.peft_config["default"])
         adapter_config.base_model_name_or_path = os.path.abspath(name) if os.path.exists(name) else name
         adapter_config.revision = revision
@@ -112,21 +103,11 @@ def load_model(
     return model.train(train)
 
 
-def _load_base(
-    folder: Path,
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: str | None,
-    attn_implementation: str | None,
-    trust_remote_code: bool,
-    train: bool,
-    sharded: bool,
-) -> PreTrainedModel:
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-    }
+def _options(
+    dtype: torch.dtype, quantization: str | None, attn_implementation: str | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Keywords of `from_pretrained`."""
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization == "4bit":
@@ -136,11 +117,17 @@ def _load_base(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    return options
+
+
+def _load_base(
+    folder: Path, name: str, device: torch.device, options: dict[str, Any], *, train: bool, sharded: bool
+) -> PreTrainedModel:
     placed_by_launcher = train and bool(processes.sharding())
     if sharded:
         options |= sharded_loading(folder, name, device)
-    elif quantization or (device.type == "cuda" and not placed_by_launcher):
-        options["device_map"] = {"": str(device)}  # straight to the GPU, with no copy of the weights in host memory
+    elif "quantization_config" in options or (device.type == "cuda" and not placed_by_launcher):
+        options["device_map"] = {"": str(device)}  # straight to the GPU, without a copy in host memory
     try:
         model = load_whole(folder, name, **options)
     except torch.OutOfMemoryError:
@@ -149,8 +136,8 @@ def _load_base(
         ) from None
     if device.type == "mps" and not placed_by_launcher and not sharded:
         model.to(device)  # type: ignore[arg-type]
-    # Sampling settings beside do_sample=False (as some published chat models have) are refused at save time,
-    # which is after the training: say what they mean now.
+    # Some published chat models have sampling settings together with do_sample=False. Saving, which is after the
+    # training, would reject them.
     try:
         model.generation_config.validate(strict=True)
     except ValueError:

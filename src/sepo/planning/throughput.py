@@ -24,9 +24,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
+from sepo.forward.gradients import matmul_rate
 from sepo.forward.packing import Pair, fill_rows, pack
 from sepo.forward.scoring import dataset_logps, table_pairs
-from sepo.forward.speed import matmul_rate
 from sepo.models.adapters import causal_lm
 from sepo.models.folders import is_outline
 from sepo.models.hub import cached_snapshot

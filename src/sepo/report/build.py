@@ -24,7 +24,7 @@ from sepo.data.previews import common_starts
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number
-from sepo.evaluate.files import GENERATIONS
+from sepo.evaluate import GENERATIONS
 from sepo.files import expand_home, write_bytes
 from sepo.report import reading
 from sepo.report.payload import jsonable, pack, smallest_unsigned

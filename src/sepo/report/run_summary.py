@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import read_table
 from sepo.errors import one_line
-from sepo.evaluate.files import EXAMPLES
+from sepo.evaluate import EXAMPLES
 from sepo.numbers import duration, with_error
 from sepo.recipe.settings import Recipe
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sepo import processes
-from sepo.evaluate.files import ANNOTATIONS, EXAMPLES, GENERATIONS
+from sepo.evaluate import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.forward.scoring import tokens_per_row_for
 from sepo.recipe.settings import Recipe
 from sepo.stages.cost import Cost, Estimate, FrozenMemory, Sizes

@@ -10,7 +10,7 @@ import pyarrow as pa
 from sepo import processes
 from sepo.credit.label_log_odds import label_statistics
 from sepo.credit.rewards import require_rewards
-from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens
+from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens, select_settings
 from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import PAIR_WEIGHT, clear_shards, read_shard, read_table, table_paths, write_shard
 from sepo.errors import UserError
@@ -22,7 +22,7 @@ from sepo.stages.stage import SCORES, Stage, StageResult
 
 def check(recipe: Recipe) -> None:
     """Check the rule and its settings."""
-    check_rule(**recipe.select.model_dump())
+    check_rule(recipe.select)
 
 
 def settings_of(recipe: Recipe) -> SelectSettings:
@@ -55,22 +55,24 @@ def stage(recipe: Recipe, scores: StageResult, seed: int) -> Stage:
     )
 
 
-def select(scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0.3, **rule: Any) -> Path:
-    """Write the key tokens of a scores table, shard by shard; `rule` holds keywords of `select_key_tokens`."""
-    check_rule(k_chosen, k_rejected, **rule)
+def select(
+    scores: Path, out: Path, k_chosen: float = 0.3, k_rejected: float = 0.3, *, seed: int = 0, **keywords: Any
+) -> Path:
+    """Write the key tokens of a score table, shard by shard; keywords as in `select_key_tokens`."""
+    settings = select_settings(k_chosen=k_chosen, k_rejected=k_rejected, **keywords)
+    check_rule(settings)
     paths = table_paths(scores, "scores")
     for path in paths:
         if path.parent.resolve() == out.resolve():
             raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
         read_shard(path, "scores")  # check every shard before the old selection is deleted
     require_rewards(read_shard(path, "scores") for path in paths)
-    statistics = label_statistics(read_shard(path, "scores") for path in paths) if rule.get("label_log_odds") else None
+    statistics = label_statistics(read_shard(path, "scores") for path in paths) if settings.label_log_odds else None
     # A rule over the whole dataset becomes a threshold for each shard.
-    shards = (read_shard(path, "scores") for path in paths)
-    settings = dataset_thresholds(shards, k_chosen, k_rejected, statistics=statistics, **rule)
+    settings = dataset_thresholds((read_shard(path, "scores") for path in paths), settings, statistics)
     clear_shards(out)
     for index, path in enumerate(paths):
-        table = select_key_tokens(read_shard(path, "scores"), k_chosen, k_rejected, statistics=statistics, **settings)
+        table = select_key_tokens(read_shard(path, "scores"), settings=settings, statistics=statistics, seed=seed)
         write_shard(out, index, table, len(paths))
     return out
 

@@ -163,12 +163,12 @@ def can_tell(grid: Grid, recipe: Recipe, prompts: int) -> str:
         stored = json.loads((grid.results_folder / "compare.json").read_text(encoding="utf-8"))
         earlier = typical_std(stored["differences"])
     if grid.assume is None and earlier is not None:
-        spread, source = earlier, "of the results so far"
+        std, source = earlier, "of the results so far"
     else:
         values = grid.assume or Assumed()
-        spread = StdComponents(values.seed, values.prompt, values.rest / math.sqrt(recipe.eval.samples))
+        std = StdComponents(values.seed, values.prompt, values.rest / math.sqrt(recipe.eval.samples))
         source = "assumed"
-    return power_line(len(grid.seeds), min(prompts, recipe.eval.prompts), spread, source)
+    return power_line(len(grid.seeds), min(prompts, recipe.eval.prompts), std, source)
 
 
 def check_results_folder(grid: Grid) -> None:

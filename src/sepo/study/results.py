@@ -115,7 +115,7 @@ def _difference(
         error, freedom = crossed.error, crossed.freedom
         row: dict[str, Any] = {
             "prompts": len(gaps[0]), "difference": crossed.mean, "low": crossed.low, "high": crossed.high,
-            "std": asdict(crossed.spread),
+            "std": asdict(crossed.std),
         }  # fmt: skip
     else:
         values = [at_kl(points, kl)[0] - at_kl(against, kl)[0] for points, against in both]

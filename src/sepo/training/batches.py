@@ -22,7 +22,7 @@ NO_PAIR = -1
 
 
 def pairs_seen(step: int, pairs: int, batch_size: int) -> int:
-    """Pairs that a training has seen after `step` updates: the last one of an epoch has what is left of its pairs.
+    """Pairs that a training has seen after `step` updates. The last update of an epoch has the remaining pairs.
 
     >>> [pairs_seen(step, pairs=17, batch_size=8) for step in range(6)]
     [0, 8, 16, 17, 25, 33]
@@ -45,18 +45,18 @@ def require_every_reward(what: str, table: pa.Table, objective: str) -> None:
 
 
 def require_means(what: str, table: pa.Table) -> None:
-    """Raise a UserError if the weights of a response have no positive sum: a mean by them would say nothing."""
+    """Raise a UserError if the weights of a response do not have a positive sum, which a weighted mean needs."""
     for side in SIDES if "chosen_weights" in table.column_names else ():
         bad = np.flatnonzero(segment_sums(*flat(table.column(f"{side}_weights"))) <= 0)
         if bad.size:
             raise UserError(
                 f"{what}: the {side} weights of pair {table.column('pair_id')[int(bad[0])]} (of {bad.size:,} pairs) "
-                "sum to 0 or less, and sepo takes a mean by them; use tis_dpo, which takes sums, or weights above 0"
+                "sum to 0 or less, and sepo needs a weighted mean; use tis_dpo, which takes sums, or weights above 0"
             )
 
 
 def require_pair_weights(what: str, table: pa.Table) -> None:
-    """Raise a UserError unless the weights of the pairs, where the table has them, are 0 or more and not all 0."""
+    """Raise a UserError if the table has pair weights and one is negative or not finite, or all are 0."""
     if PAIR_WEIGHT not in table.column_names:
         return
     weights = table.column(PAIR_WEIGHT).to_numpy()
@@ -68,32 +68,33 @@ def require_pair_weights(what: str, table: pa.Table) -> None:
         )
     if not weights.any():
         raise UserError(
-            f"{what}: every pair_weight is 0, so there is nothing to learn; with select.confidence that is an oracle "
-            "that agrees with no label: see its accuracy, or leave confidence at 0"
+            f"{what}: every pair_weight is 0, so there is nothing to learn; with select.confidence the oracle "
+            "contradicts every label: check its accuracy, or leave confidence at 0"
         )
 
 
 def whole_responses(table: pa.Table) -> pa.Table:
-    """The pairs of a table, and their weights where it has them, without its choice of tokens."""
+    """The pairs of a table and their pair weights, if any, without the selection of tokens."""
     return table.select([name for name in table.column_names if name in (*SCHEMAS["pairs"].names, PAIR_WEIGHT)])
 
 
-def reweighted(table: pa.Table, weights: Callable[[np.ndarray, int], np.ndarray]) -> pa.Table:
-    """A selection table with the weights `weights(old ones, 1 for chosen or -1 for rejected)`."""
+def reweighted(table: pa.Table, new_weights: Callable[[np.ndarray, int], np.ndarray]) -> pa.Table:
+    """A selection table with the weights `new_weights(weights, sign)`; `sign` is 1 for chosen, -1 for rejected."""
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
     for side, sign in SIGNED_SIDES:
-        old, counts = flat(table.column(f"{side}_weights"))
-        columns[f"{side}_weights"] = ragged(weights(old, sign).astype(np.float32), counts)
+        weights, counts = flat(table.column(f"{side}_weights"))
+        columns[f"{side}_weights"] = ragged(new_weights(weights, sign).astype(np.float32), counts)
     return make_table("selection", columns)
 
 
 def with_baselines(table: pa.Table, reference_logps: pa.Table, beta: float, matched: bool = False) -> pa.Table:
-    """A table in which every response token is a target, and what it is measured from stands as its weight.
+    """A table in which every response token is a target whose weight is its baseline, in nats.
 
-    Where responses are `matched` token by token, what is longer than the other is left out.
+    The baseline of a token of a "pairs" table is log ref. In a "selection" table whose weights are rewards s it is
+    log ref + s / beta, the log-probability at which WSPO's loss is 0.
 
-    Of a "pairs" table that is log ref of the token. Of a "selection" table whose weights are rewards s it is
-    log ref + s / beta, in nats: the log-probability at which WSPO has no loss left.
+    Args:
+        matched: cut both responses of a pair to the length of the shorter one.
     """
     columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
     shorter = np.minimum(*(flat(reference_logps.column(f"{side}_logps"))[1] for side in SIDES))
@@ -111,13 +112,13 @@ def with_baselines(table: pa.Table, reference_logps: pa.Table, beta: float, matc
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Pairs with the (weighted) sums of their targets' reference log-probabilities (None without a reference).
+    """Pairs, each with the (weighted) sums of its targets' reference log-probabilities; None without a reference.
 
     Args:
-        table: pairs or a selection.
-        reference_logps: row for row with it.
-        baselines: the weights of `table` are those of `with_baselines`; the reference's sums are then over all tokens,
-            each once.
+        table: a pairs or selection table.
+        reference_logps: a logps table with the same rows.
+        baselines: the weights of `table` are baselines (`with_baselines`), so the reference's sums are unweighted and
+            over all tokens.
     """
 
     def __init__(self, table: pa.Table, reference_logps: pa.Table | None = None, baselines: bool = False):
@@ -125,8 +126,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.reference: np.ndarray | None = None  # [pairs, 2]
         if reference_logps is not None:
             if reference_logps.column("pair_id").to_pylist() != table.column("pair_id").to_pylist():
-                raise UserError("the reference log-probabilities are not those of these pairs: compute them again")
-            sums = target_sums(table, reference_logps) if not baselines else response_sums(reference_logps, "logps")
+                raise UserError("the reference log-probabilities belong to other pairs: compute them again")
+            sums = response_sums(reference_logps, "logps") if baselines else target_sums(table, reference_logps)
             self.reference = np.stack(sums, 1)
 
     def __len__(self) -> int:
@@ -139,15 +140,15 @@ class PairDataset(torch.utils.data.Dataset):
 
     @cached_property
     def shortest(self) -> int:
-        """Index of the pair that makes a model read the fewest tokens."""
+        """Index of the pair with the fewest tokens to read."""
         return min(range(len(self)), key=lambda index: read_length(self.pairs[index]))
 
 
 class PairSampler(torch.utils.data.Sampler[int]):
-    """The order of the pairs: a function of seed and epoch alone, so a continued or a shared training keeps it.
+    """The order of the pairs. It depends on seed and epoch alone, so a resume or more processes do not change it.
 
-    Filled up with `NO_PAIR` to a multiple of the batch over all processes. Each process then gets as many batches as
-    any other and no pair twice, and an update consists of the same pairs whatever the number of processes.
+    `NO_PAIR` pads the order to a multiple of the batch over all processes. So every process gets the same number of
+    batches, no pair comes twice, and an update has the same pairs for any number of processes.
     """
 
     def __init__(self, pairs: int, multiple: int, seed: int | None, epoch: Callable[[], int] = lambda: 0):
@@ -156,7 +157,7 @@ class PairSampler(torch.utils.data.Sampler[int]):
     def __iter__(self):
         order = torch.arange(self.pairs)
         if self.seed is not None:
-            # The order that Trainer's own sampler draws.
+            # The same order as that of Trainer's own sampler.
             order = torch.randperm(self.pairs, generator=torch.Generator().manual_seed(self.seed + self.epoch()))
         yield from order.tolist()
         yield from [NO_PAIR] * self.missing
@@ -170,7 +171,7 @@ class PairCollator:
     """Turn items of a `PairDataset` into packed batches of at most `tokens_per_row` tokens each.
 
     Returns a dict: `batches`, a list of `PackedBatch`; `references`, for each batch `[2, pairs]` float32 sums of
-    reference log-probabilities (chosen, rejected) or None; `num_pairs`.
+    reference log-probabilities (chosen, rejected), or None without a reference; `num_pairs`.
     """
 
     layout: str

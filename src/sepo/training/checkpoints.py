@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, and finished models that stand: what a training continues from, or need not do again."""
+"""Complete checkpoints, from which a training resumes, and finished models, which it reuses."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from sepo.training.trainer import NonFiniteLossError
 
 STATE_FILE = "trainer_state.json"
 _SEAL = "sealed.json"
-# Part of every training's fingerprint: raised when checkpoints or training change in a way that must not be mixed.
+# Part of every training's fingerprint. Raise it when checkpoints or training change incompatibly.
 _TRAINING_FORMAT = 2
 
 
 class SaveEvery(TrainerCallback):
-    """Save a checkpoint when `minutes` have passed since the last: short runs write none, long ones lose little.
+    """Save a checkpoint every `minutes`, so that short runs write none and long runs lose little.
 
-    A checkpoint that is whole on the disk is sealed (`seal_checkpoint`); only a sealed one is ever continued from.
+    `seal_checkpoint` marks each checkpoint that is completely on the disk; a training resumes only from these.
     """
 
     def __init__(self, minutes: float):
@@ -40,12 +40,12 @@ class SaveEvery(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
-            # Transformers would save once more, three times the model's size, just before the model itself is saved.
+            # Transformers would save a checkpoint, three times the model's size, just before the model itself is saved.
             control.should_save = False
             return control
         if not self.seconds:
             return control
-        # One clock decides for all processes: saving is a joint act.
+        # Saving is collective, so the clock of the main process decides for all.
         if processes.on_main(lambda: time.monotonic() - self.last > self.seconds):
             control.should_save = True
             self.last = time.monotonic()
@@ -58,31 +58,31 @@ class SaveEvery(TrainerCallback):
 
 
 def require_finite_weights(model: torch.nn.Module, step: int) -> None:
-    """Raise a `NonFiniteLossError` if a weight is not finite: no such checkpoint is sealed, no such model kept."""
+    """Raise a `NonFiniteLossError` if a weight is not finite, so that no such checkpoint is sealed or model saved."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(own_part(parameter)).all()):
             raise NonFiniteLossError(
-                f"the weight {name} is not finite after step {step}; lower learning_rate: "
-                "the checkpoints before it are kept"
+                f"the weight {name} is not finite after step {step}; lower learning_rate (the earlier checkpoints "
+                "are kept)"
             )
 
 
 def training_fingerprint(model: str, training: TrainingSettings, **rest: Any) -> dict[str, Any]:
-    """Everything that a training depends on, but for the number of processes, which does not change its result."""
+    """Everything that the result of a training depends on. The number of processes does not change the result."""
     return {
         "format": _TRAINING_FORMAT,
         "model": processes.on_main(lambda: model_fingerprint(model)),
-        "usage": processes.on_main(lambda: usage_fingerprint(model)),  # saved beside the trained weights
+        "usage": processes.on_main(lambda: usage_fingerprint(model)),  # tokenizer and templates, saved with the weights
         "training": training.model_dump(mode="json"),
         **rest,
     }
 
 
-def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | None:
-    """Return the results of a finished training with this fingerprint if its model stands in `out`, unaltered.
+def existing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | None:
+    """Return the results of a finished training with this fingerprint if `out` has its unmodified model, else None.
 
     Raises:
-        UserError: `out` holds something else, which saving the model would remove.
+        UserError: `out` contains something other than a model, which saving would remove.
     """
     check_model_folder(out)
     recover_folder(out)
@@ -90,8 +90,7 @@ def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | N
         return None
     try:
         state = json.loads((out / STATE_FILE).read_text(encoding="utf-8"))
-        same = state["made_with"] == json.loads(json.dumps(made_with, default=str))
-        if not same:
+        if state["made_with"] != json.loads(json.dumps(made_with, default=str)):
             return None
         if problem := differing_file(out, state["files"]):
             log(f"  {out}: {problem}; trained again")
@@ -100,15 +99,15 @@ def standing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | N
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     keep_logs(out)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of an attempt with other settings
-    log(f"  {out} stands already, made with the same model, data and settings: kept")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # from a run with other settings
+    log(f"  {out} exists, trained with the same model, data and settings: reused")
     return results
 
 
 def check_model_folder(out: Path) -> None:
-    """Raise a UserError if `out` holds something else than a model, which saving one would remove, or cannot be made.
+    """Raise a UserError if `out` contains something other than a model, which saving would remove, or is not writable.
 
-    A model folder takes the place of the old one, so that it is the folder around it that must be writable.
+    Saving replaces the whole folder, so the parent folder must be writable.
     """
     check_writable(Path(os.path.abspath(out)).parent, "choose another folder for the model")
     if not out.exists():
@@ -120,8 +119,8 @@ def check_model_folder(out: Path) -> None:
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Mark a checkpoint as whole: its files are on the disk, and their checksums are written last."""
-    # A pickle of the arguments: nobody reads it, and nobody should.
+    """Mark a checkpoint as complete: flush its files to the disk, then write their digests."""
+    # training_args.bin is a pickle that nothing reads.
     for name in ("training_args.bin", _SEAL):
         (folder / name).unlink(missing_ok=True)
     for path in folder.rglob("*"):
@@ -130,16 +129,16 @@ def seal_checkpoint(folder: Path) -> None:
     write_text(folder / _SEAL, json.dumps(file_digests(folder)))
 
 
-def kept_of(out: Path) -> str:
-    """What is kept of a training that was stopped in the middle of a step."""
+def saved_progress(out: Path) -> str:
+    """The message for a training that was stopped in the middle of a step: the checkpoint that is kept, if any."""
     steps = [int(path.parent.name.split("-")[1]) for path in (out / "checkpoints").glob(f"checkpoint-*/{_SEAL}")]
     if not steps:
-        return "this training has no checkpoint yet; the same command begins it anew, what was finished before is kept"
+        return "this training has no checkpoint yet: the same command starts it again, and earlier results are kept"
     return f"the checkpoint of step {max(steps)} is kept; the same command goes on from there"
 
 
 def _checkpoint_problem(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint; None if it is whole."""
+    """What is wrong with a checkpoint; None if it is complete."""
     try:
         digests = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         return differing_file(folder, digests)
@@ -150,10 +149,10 @@ def _checkpoint_problem(folder: Path) -> str | None:
 
 
 def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
-    """Return the last whole checkpoint of the same training; others, unfinished and damaged ones are removed."""
+    """Return the last complete checkpoint of this training. Removes incomplete ones and those of other trainings."""
     folder = out / "checkpoints"
     record = folder / "made_with.json"
-    # Checkpoints of a model that is cut up in one way fit no other.
+    # A checkpoint loads only with the sharding it was saved with.
     text = json.dumps({**made_with, "sharding": processes.sharding()}, sort_keys=True, default=str)
     if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):
         if any(folder.glob("checkpoint-*")):  # Trainer makes the empty folder itself

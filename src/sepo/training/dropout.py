@@ -1,8 +1,8 @@
-"""What a model draws at random while it trains, turned off: dropout in all its spellings, router noise, skipped layers.
+"""Turn off all randomness of a model in training mode: dropout under all its names, router noise, skipped layers.
 
-A loss of log-ratios would drown in it: before any training policy and reference are one model, and DPO's loss is ln 2.
-TRL turns dropout modules off too; many architectures keep theirs as a number instead (OPT, XGLM, Falcon, BioGPT,
-Seed-OSS), or read it from their config as they go.
+Dropout would swamp a loss of log-ratios: before training, policy and reference are equal, and DPO's loss must be ln 2.
+TRL turns off dropout modules only. Many architectures have a dropout number instead (OPT, XGLM, Falcon, BioGPT,
+Seed-OSS), or read it from their config in the forward.
 """
 
 from __future__ import annotations
@@ -19,36 +19,35 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Not jitter of routers: PhiMoE's bounds its choice of experts in evaluation too. `noisy_parts` sees to it.
-_NOISE = re.compile(r"dropout|pdrop|layerdrop|drop_(path|prob|rate)")
+# Without the jitter of routers, which PhiMoE also uses in evaluation; `eval_only_modules` handles its noise.
+_DROPOUT = re.compile(r"dropout|pdrop|layerdrop|drop_(path|prob|rate)")
 
 Setting = tuple[PreTrainedConfig, str, float]
 
 
 def disable_dropout(model: nn.Module) -> list[Setting]:
-    """Turn off all noise of a model's own; an adapter's dropout is the user's setting and stays.
+    """Turn off all dropout of the base model. An adapter's dropout is a setting of the user and stays.
 
     Returns:
-        the settings of its configs that were changed, with what they were: a model is saved as it was configured
-        (`as_configured`).
+        the changed settings of the model's configs and their old values. `as_configured` restores them for saving.
     """
     changed: list[Setting] = []
     seen: set[int] = set()
-    for module in _own_modules(model):
+    for module in _base_modules(model):
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if _is_noise(name, value):
+            if _is_dropout(name, value):
                 setattr(module, name, 0.0)
             elif isinstance(value, PreTrainedConfig) and id(value) not in seen:
                 seen.add(id(value))
-                changed += _silence_config(value)
+                changed += _disable_in_config(value)
     return changed
 
 
 @contextmanager
 def as_configured(changed: list[Setting]) -> Iterator[None]:
-    """While it lasts, configs have the values again that `silence` changed."""
+    """Inside this context, the configs have the values from before `disable_dropout`."""
     for config, name, value in changed:
         setattr(config, name, value)
     try:
@@ -58,47 +57,47 @@ def as_configured(changed: list[Setting]) -> Iterator[None]:
             setattr(config, name, 0.0)
 
 
-def noisy_parts(model: nn.Module) -> list[nn.Module]:
-    """The modules that training may leave in evaluation mode, which draw at random without a setting (PhiMoE's router).
+def eval_only_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that stay in evaluation mode while training: some are random without a setting (PhiMoE's router).
 
-    Not adapters, whose dropout is the user's; not layers and whole models, which recompute activations in training
-    mode only.
+    Adapters are not among them, since their dropout is the user's; nor are layers and whole models, which recompute
+    activations in training mode only.
     """
-    kept = (PreTrainedModel, PeftModel, GradientCheckpointingLayer)
-    return [module for module in _own_modules(model) if not isinstance(module, kept)]
+    excluded = (PreTrainedModel, PeftModel, GradientCheckpointingLayer)
+    return [module for module in _base_modules(model) if not isinstance(module, excluded)]
 
 
-def train_quietly(model: nn.Module, parts: list[nn.Module]) -> None:
-    """Put a model into training mode but for some of its parts (`noisy_parts`)."""
+def train_without_dropout(model: nn.Module, eval_only: list[nn.Module]) -> None:
+    """Put a model into training mode, except for the modules `eval_only` (`eval_only_modules`)."""
     model.train()
-    for module in parts:
+    for module in eval_only:
         module.training = False
 
 
 def adapter_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of adapters, their dropout among them."""
-    own = {id(module) for module in _own_modules(model)}
-    return [module for module in model.modules() if id(module) not in own]
+    """The modules of adapters, including their dropout."""
+    base = {id(module) for module in _base_modules(model)}
+    return [module for module in model.modules() if id(module) not in base]
 
 
-def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model but those of adapters."""
+def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model without those of adapters."""
     if isinstance(module, BaseTunerLayer):
-        yield from _own_modules(module.get_base_layer())
+        yield from _base_modules(module.get_base_layer())
         return
     yield module
     for child in module.children():
-        yield from _own_modules(child)
+        yield from _base_modules(child)
 
 
-def _silence_config(config: PreTrainedConfig) -> list[Setting]:
+def _disable_in_config(config: PreTrainedConfig) -> list[Setting]:
     changed: list[Setting] = []
     for name, value in list(vars(config).items()):
-        if _is_noise(name, value):
+        if _is_dropout(name, value):
             setattr(config, name, 0.0)
             changed.append((config, name, value))
     return changed
 
 
-def _is_noise(name: str, value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value != 0 and bool(_NOISE.search(name))
+def _is_dropout(name: str, value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value != 0 and bool(_DROPOUT.search(name))

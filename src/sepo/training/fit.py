@@ -1,4 +1,4 @@
-"""A model and a table -> a trained model in a folder, continued where an earlier attempt stopped."""
+"""A whole training: model and table in, trained model in a folder out. It resumes from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ from sepo.training.batches import pairs_seen
 from sepo.training.checkpoints import (
     STATE_FILE,
     SaveEvery,
-    kept_of,
+    existing_model,
     last_checkpoint,
     require_finite_weights,
-    standing_model,
+    saved_progress,
     training_fingerprint,
 )
 from sepo.training.interrupt import StopSignals, StopWhenAsked, asked_anywhere
-from sepo.training.logs import carry_logs, log_into, reporters
-from sepo.training.progress import ProgressBar
+from sepo.training.logs import ProgressBar, carry_logs, log_into, reporters
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 
 
@@ -68,15 +67,15 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
         "seed": seed,
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
-        # Rows are laid out by a process beside the one that keeps the GPU busy.
+        # A separate process packs the rows while this one keeps the GPU busy.
         "dataloader_num_workers": 0 if use_cpu else 1,
-        "disable_tqdm": True,  # ProgressBar below shows one bar instead of a log
+        "disable_tqdm": True,  # `ProgressBar` takes its place
     }
     return {**arguments, **settings.arguments}
 
 
 def pairs_to_see(settings: TrainingSettings, pairs: int) -> int:
-    """Pairs that a training will have seen at its end, each as often as it came; Trainer runs whole updates."""
+    """Number of pairs that a training sees, with repetitions. Trainer runs whole updates."""
     steps = settings.max_steps
     if steps <= 0:
         steps = math.ceil(settings.num_train_epochs * math.ceil(pairs / settings.batch_size))
@@ -84,7 +83,7 @@ def pairs_to_see(settings: TrainingSettings, pairs: int) -> int:
 
 
 def epochs(settings: TrainingSettings, pairs: float) -> float:
-    """How many times a training sees its pairs."""
+    """How often a training sees each pair, on average."""
     number = max(round(pairs), 1)
     return pairs_to_see(settings, number) / number
 
@@ -106,11 +105,11 @@ def train_model(
     """Train a model on a pairs or selection table and save it to `out`.
 
     Args:
-        callbacks: besides the progress bar and the checkpoints.
+        callbacks: additional callbacks beside those for the progress bar and the checkpoints.
         objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
 
     Returns:
-        `seconds`, the mean `loss` over the run, and `steps`.
+        `seconds`, the mean `loss` over the run, and `steps`; those of the earlier run if `out` already has this model.
     """
     processes.join(device)
     made_with = training_fingerprint(
@@ -123,9 +122,9 @@ def train_model(
         seed=seed,
         **objective,
     )
-    standing = processes.on_main(lambda: standing_model(out, made_with))
-    if standing is not None:
-        return standing
+    existing = processes.on_main(lambda: existing_model(out, made_with))
+    if existing is not None:
+        return existing
     tokenizer = load_tokenizer(model)
     config = PreferenceConfig(
         **training_arguments(training, out, seed=seed, device=device),
@@ -133,14 +132,7 @@ def train_model(
         **objective,
     )
     trainer = PreferenceTrainer(
-        model=load_model(
-            model,
-            device=device,
-            train=True,
-            lora=lora,
-            quantization=quantization,
-            seed=seed,
-        ),
+        model=load_model(model, device=device, train=True, lora=lora, quantization=quantization, seed=seed),
         args=config,
         train_dataset=table,
         reference_logps=reference_logps,
@@ -159,16 +151,16 @@ def train_model(
 def run_training(
     trainer: Any, tokenizer: PreTrainedTokenizerBase, out: Path, made_with: dict[str, Any]
 ) -> dict[str, float]:
-    """Train from the last whole checkpoint on, and put the finished model with its history into `out`.
+    """Train from the last complete checkpoint, and save the trained model with its history in `out`.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came. The step at hand was finished and its checkpoint kept, or the model.
+        Interrupted: SIGINT or SIGTERM arrived. The current step was finished, and its checkpoint or the model saved.
     """
     signals = StopSignals()
     stopping = StopWhenAsked(signals)
     trainer.add_callback(stopping)
     log_into(trainer, out)
-    with signals, log_kept_on_interrupt(lambda: kept_of(out)):
+    with signals, log_kept_on_interrupt(lambda: saved_progress(out)):
         results = _train(trainer, tokenizer, out, made_with, stopping)
         if asked_anywhere(signals):
             raise Interrupted(
@@ -189,7 +181,7 @@ def _train(
     started = time.monotonic()
     checkpoint = processes.on_main(lambda: last_checkpoint(out, made_with))
     try:
-        # Trainer reads optimizer, schedule and random state with torch's restricted loader: numbers only, no code.
+        # Trainer loads optimizer, schedule and random state with torch's restricted loader, which runs no code.
         trained = trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
         raise UserError(f"'{checkpoint}' cannot be continued from ({one_line(error, 200)}): delete it") from None
@@ -201,12 +193,11 @@ def _train(
         )
     require_finite_weights(trainer.model, trainer.state.global_step)
     seconds = time.monotonic() - started
-    # A sharded model (FSDP, DeepSpeed) is gathered by all processes together.
+    # A collective call: all processes gather the weights of a sharded model (FSDP, DeepSpeed).
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if processes.sharding() else None
     history = trainer.state.log_history
     losses = [row["loss"] for row in history if "loss" in row]
-    # The trainer's own mean covers the steps since the last restart only; a run shorter than logging_steps has no
-    # other.
+    # Trainer's own mean covers only the steps since the last resume. A run shorter than logging_steps has no other.
     loss = sum(losses) / len(losses) if losses else (None if checkpoint else trained.training_loss)
     results = {"seconds": seconds, "loss": loss, "steps": trainer.state.global_step}
 
@@ -217,15 +208,15 @@ def _train(
             state = {"log_history": history, "global_step": trainer.state.global_step, "results": results}
             state |= {"made_with": made_with, "files": file_digests(temporary)}
             write_json(temporary / STATE_FILE, state, indent=None)
-            carry_logs(out, temporary)  # no part of the model: after its checksums
+            carry_logs(out, temporary)  # after the digests, since logs are not part of the model
         return results
 
     return processes.on_main(save)
 
 
 def _release(trainer: Any) -> None:
-    """Give back what a training holds: trainer, accelerator and model refer to each other, so that weights, gradients
-    and optimizer states would stay in (GPU) memory, while the next stage runs, until the collector comes by.
+    """Free the memory of a training. Trainer, accelerator and model refer to each other, so weights, gradients and
+    optimizer states would otherwise stay in (GPU) memory during the next stage, until a garbage collection.
     """
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
@@ -236,6 +227,6 @@ def _release(trainer: Any) -> None:
 
 
 def objective_settings(policy: PolicySettings) -> dict[str, Any]:
-    """The keywords of `train_model` that a recipe's policy section sets."""
+    """The fields of `PreferenceConfig` that the policy section of a recipe sets, as keywords for `train_model`."""
     names = {"objective", "beta", "gamma", "margin", "alpha", "label_smoothing"}
     return policy.model_dump(include=names if policy.rate is None else {*names, "rate"})

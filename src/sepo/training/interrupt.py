@@ -1,4 +1,4 @@
-"""Ctrl-C in a training: it ends with the step at hand, and with a checkpoint from which the same command goes on."""
+"""Ctrl-C during a training: it finishes the step and writes a checkpoint, from which the same command resumes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sepo import processes
 
 
 class StopSignals:
-    """While it is entered, SIGINT (Ctrl-C) and SIGTERM are noted; Ctrl-C after either of them stops at once.
+    """A context that records SIGINT (Ctrl-C) and SIGTERM. A Ctrl-C after the first signal stops at once.
 
     Attributes:
-        number: of the signal that came first; 0 as long as none did.
+        number: number of the first signal; 0 before one arrives.
     """
 
     def __init__(self) -> None:
@@ -27,9 +27,9 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
             for number in (signal.SIGINT, signal.SIGTERM):
-                # Not where they are ignored (a job in the background), nor where somebody else's C code has them.
+                # Leave ignored signals (a background job) and handlers of C code alone.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         return self
@@ -41,20 +41,20 @@ class StopSignals:
 
     def _note(self, number: int, frame: object) -> None:
         if os.getpid() != self._process:
-            return  # a worker of the data loader has this handler too, and is needed until the step is done
+            return  # a worker of the data loader inherits this handler and must work until the step is done
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.number:
             self.number = number
-            with contextlib.suppress(RuntimeError):  # it came while this very line was being written
+            with contextlib.suppress(RuntimeError):  # the signal arrived while another line was being written
                 processes.log("  stopping with a checkpoint when this step is done; Ctrl-C again stops at once")
 
 
 class StopWhenAsked(TrainerCallback):
-    """End a training after the step in which some process of the launch was asked to stop, with a checkpoint.
+    """End a training with a checkpoint after the step in which any process of the launch received a signal.
 
     Attributes:
-        stopped_at: the step of that checkpoint; None if the training came to its own end.
+        stopped_at: the step of that checkpoint; None if the training was not stopped.
     """
 
     def __init__(self, signals: StopSignals) -> None:
@@ -68,7 +68,7 @@ class StopWhenAsked(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **kwargs):
-        # Not before: the checkpoint holds the trainer's control, which must not say that the training is over.
+        # Only after saving: the checkpoint contains the trainer's control, which must not say that training is over.
         if self.asked:
             self.stopped_at = state.global_step
             control.should_training_stop = True
@@ -76,5 +76,5 @@ class StopWhenAsked(TrainerCallback):
 
 
 def asked_anywhere(signals: StopSignals) -> bool:
-    """Was any process of the launch asked to stop? All of them must ask this together."""
+    """Whether any process of the launch received a signal. A collective call."""
     return bool(processes.add_up(np.array([int(signals.number > 0)]))[0])

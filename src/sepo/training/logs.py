@@ -1,7 +1,7 @@
-"""What a training reports, and to whom. What reporters write into files stays in `logs/` of the model's folder.
+"""Reporters of a training, their files, and the progress bar.
 
-Event files of TensorBoard go there from the start. Other reporters write beside the checkpoints (CodeCarbon), which are
-removed when the training is done; their files are brought to the logs before.
+The files of reporters are kept in `logs/` of the model's folder. TensorBoard writes there directly. Others write beside
+the checkpoints (CodeCarbon); `keep_logs` moves their files before the checkpoints are removed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     TensorBoardCallback,
@@ -19,19 +20,20 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from sepo.bars import Bar, progress_bar
 from sepo.errors import UserError, nearest
 from sepo.processes import log_once
 
 LOGS = "logs"
-# Transformers says of these only when they are used whether they are there.
+# Reporters that Transformers never lists as installed; it checks for them only when they are used.
 _NEVER_LISTED = ("flyte", "azure_ml")
 
 
 def reporters(report_to: str | Sequence[str]) -> list[str]:
-    """The reporters that a setting names; "all" is every one that is installed, and a line says which.
+    """The reporters named by a setting. "all" means every installed one, and logs their names.
 
     Raises:
-        UserError: there is none of a name, or it is not installed.
+        UserError: a reporter is unknown or not installed.
     """
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     installed = get_available_reporting_integrations()
@@ -44,20 +46,20 @@ def reporters(report_to: str | Sequence[str]) -> list[str]:
             known = ("none", "all", *INTEGRATION_TO_CALLBACK)
             raise UserError(f"report_to names '{name}'{nearest(name, known)}: expected {', '.join(known)}")
         if name not in (*installed, *_NEVER_LISTED):
-            there = f"; installed are {', '.join(installed)}" if installed else ""
-            raise UserError(f"report_to names {name}, which is not installed here: install it, or use none{there}")
+            choices = f"; installed are {', '.join(installed)}" if installed else ""
+            raise UserError(f"report_to names {name}, which is not installed here: install it, or use none{choices}")
     return names
 
 
 def log_into(trainer: Any, out: Path) -> None:
-    """Let TensorBoard's events go to the logs of a model folder, a folder for each attempt; the user's own stays."""
+    """Send TensorBoard's events to a new folder in the logs of a model, unless the user has set a folder."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = os.path.join(out, LOGS, os.path.basename(default_logdir()))
 
 
 def keep_logs(out: Path) -> None:
-    """Bring what reporters wrote beside the checkpoints of `out` to its logs, before the checkpoints go."""
+    """Move files that reporters wrote beside the checkpoints of `out` to its logs, before checkpoints are removed."""
     written = [
         path
         for path in sorted((out / "checkpoints").glob("*"))
@@ -70,7 +72,35 @@ def keep_logs(out: Path) -> None:
 
 
 def carry_logs(out: Path, new: Path) -> None:
-    """Put the logs of `out` into the folder that will take its place."""
+    """Copy the logs of `out` into the folder that will replace it."""
     keep_logs(out)
     if (out / LOGS).is_dir():
         shutil.copytree(out / LOGS, new / LOGS, dirs_exist_ok=True)
+
+
+class ProgressBar(TrainerCallback):
+    """A progress bar of the steps with the ETA and the latest loss and accuracy."""
+
+    def __init__(self, description: str):
+        self.description = description
+        self.bar: Bar | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            done = state.global_step
+            self.bar = progress_bar(
+                True, total=state.max_steps, initial=done, desc=f"  {self.description}", unit="step"
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and logs and "loss" in logs:
+            shown = {"loss": logs["loss"], "accuracy": logs.get("rewards/accuracies")}
+            self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()

@@ -1,12 +1,11 @@
 """Losses over pairs: pure functions of log-probability sums (and counts) of the two responses.
 
-Every argument is a `[pairs]` tensor and so is every result; averaging over pairs is the caller's business. Sums run
-over the targets: all response tokens, or the selected ones, each times its weight. docs/objectives.md compares the
-methods; this is where each is its formula. Nothing is added to it: not the auxiliary losses of the routers of
-mixture-of-experts models, which TRL adds where the config has `output_router_logits`.
+Every argument and every result is a `[pairs]` tensor; the caller averages over pairs. Sums run over the targets, each
+times its weight: all response tokens, or the selected ones. The losses do not include the auxiliary router losses of
+mixture-of-experts models, which TRL adds if the config has `output_router_logits`.
 
-The table `sepo.recipe.objectives.OBJECTIVES` says what each objective reads; `LOSSES` has its formula by name, and
-`pair_losses` is what the trainer calls.
+The table `sepo.recipe.objectives.OBJECTIVES` lists what each objective reads; docs/objectives.md compares them.
+`LOSSES` maps the names to the formulas, and the trainer calls `pair_losses`.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def sepo(
         chosen_sums, rejected_sums: `[pairs]` (weighted) sums of policy log-probabilities over the key tokens.
         chosen_counts, rejected_counts: `[pairs]` number of key tokens, or sum of their weights.
         gamma: reward scale. The paper searched 2.1 to 2.5.
-        margin: how much better the chosen response should score.
+        margin: the reward difference that the loss aims for.
         label_smoothing: probability that a label is flipped, as in `dpo`; 0 in the paper.
     """
     difference = gamma * (chosen_sums / chosen_counts - rejected_sums / rejected_counts)
@@ -60,7 +59,7 @@ def simpo(
 
         L = -log sigmoid(gamma / |y_w| log pi(y_w) - gamma / |y_l| log pi(y_l) - margin)
 
-    Names are SePO's: `gamma` here is the paper's beta (2.0 to 2.5), `margin` its gamma (0.5 to 1.6).
+    The names are SePO's: `gamma` is the paper's beta (2.0 to 2.5), and `margin` is the paper's gamma (0.5 to 1.6).
     """
     return sepo(chosen_sums, rejected_sums, chosen_counts, rejected_counts, gamma, margin, label_smoothing)
 
@@ -76,8 +75,8 @@ def confpo(
 ) -> Tensor:
     """ConfPO (arXiv 2506.08712): SimPO over the tokens that `below_mean_probability` marks.
 
-    A pair with a side on which no token is below the mean (one token, or all alike) has no loss, as in the authors'
-    code.
+    The loss of a pair is 0 if a response has no token below its mean (one token, or equal probabilities), as in the
+    authors' code.
 
     Args:
         chosen_sums, rejected_sums, chosen_counts, rejected_counts: `[pairs]`, over the marked tokens; counts may be 0.
@@ -102,7 +101,7 @@ def below_mean_probability(logps: Tensor, segments: Tensor, num_segments: int) -
     probabilities = logps.detach().exp()
     sums = probabilities.new_zeros(num_segments).index_add(0, segments, probabilities)
     counts = probabilities.new_zeros(num_segments).index_add(0, segments, torch.ones_like(probabilities))
-    # Equal probabilities must not fall below their own mean by a rounding.
+    # Rounding must not put equal probabilities below their mean.
     margin = 1 - 8 * torch.finfo(probabilities.dtype).eps
     return probabilities < (sums / counts.clamp(min=1))[segments] * margin
 
@@ -144,8 +143,8 @@ def ipo(
         h = (log pi_chosen - log ref_chosen) / |y_w| - (log pi_rejected - log ref_rejected) / |y_l|
         L = (h - 1 / (2 beta))^2
 
-    The paper writes sums; the mean over tokens is what its authors ran (they confirmed it to TRL, which does the
-    same), and keeps a long response from asking for a larger margin.
+    The paper has sums. Its authors ran means over tokens (confirmed to TRL, which does the same), so that a long
+    response does not need a larger margin.
     """
     chosen = (chosen_sums - reference_chosen_sums) / chosen_counts
     rejected = (rejected_sums - reference_rejected_sums) / rejected_counts
@@ -164,7 +163,7 @@ def cpo(
 
         L = -log sigmoid(beta log pi(y_w) - beta log pi(y_l)) - alpha / |y_w| log pi(y_w)
 
-    The likelihood term is a mean over the response's tokens, so that its weight `alpha` does not grow with length.
+    The likelihood term is a mean over the response's tokens, so that it does not grow with length.
     """
     return _contrast(beta * (chosen_sums - rejected_sums), label_smoothing) - alpha * chosen_sums / chosen_counts
 
@@ -177,9 +176,9 @@ def orpo(
         P(y) = exp(1 / |y| log pi(y)),   odds(y) = P(y) / (1 - P(y))
         L = -log P(y_w) - alpha log sigmoid(log odds(y_w) - log odds(y_l))
 
-    `alpha` is the paper's lambda (TRL's beta). P is kept below 1 by 1e-6: odds of a certain response are infinite. The
-    likelihood is of the response, the mean over its tokens; TRL's is over the tokens of prompt and response, so that it
-    goes on learning prompts, and over the tokens of a whole batch, so that longer ones count more.
+    `alpha` is the paper's lambda (TRL's beta). The odds use log P of at most -1e-6, since they are infinite at P = 1.
+    The likelihood term is a mean over the response's tokens. TRL's is a mean over all tokens of a batch, prompts
+    included, so it also trains on prompts and weights longer responses more.
     """
     chosen = (chosen_sums / chosen_counts).clamp(max=-1e-6)
     rejected = (rejected_sums / rejected_counts).clamp(max=-1e-6)
@@ -258,9 +257,9 @@ def tis_dpo(
         eta = beta * [sum w_i KL(pi || ref)(. | y_w,<i) - sum w_i KL(pi || ref)(. | y_l,<i)]
         L = -log sigmoid(u - alpha eta)
 
-    alpha is 1 in the paper's equation and 0 by default in the authors' code. The paper's weights, exp(±clamp(log
-    pi+ / pi-, -0.5, 1.5)) with a contrastive pair of models, are soft credit of `selection.py` with oracle and
-    reference as that pair. With 0/1 weights this is DPO on the selected tokens.
+    alpha is 1 in the paper's equation and 0 by default in the authors' code. The paper's weights are exp(±clamp(log
+    pi+ / pi-, -0.5, 1.5)) with a contrastive pair of models pi+ and pi-. Soft credit of `selection.py` gives them, with
+    oracle and reference as the pair. With weights of 0 and 1 this is DPO on the selected tokens.
 
     Args:
         chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums: `[pairs]`, weighted.
@@ -277,34 +276,35 @@ def tgdpo(
     reference_rejected_sums: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    """TGDPO (arXiv 2506.14574): DPO whose beta grows with the token's reward, as the authors' code has it.
+    """TGDPO (arXiv 2506.14574), as in the authors' code: DPO whose beta grows with the token's reward.
 
         L = -log sigmoid(sum beta (1 + alpha beta s_t) d_t over y_w - sum beta (1 - alpha beta s_t) d_t over y_l)
 
-    with d_t = log pi - log ref of a token, and s_t its reward, log pi_oracle - log ref. There alpha is 0.5, beta 0.1.
+    with d_t = log pi - log ref of a token, and its reward s_t = log pi_oracle - log ref. The authors use alpha 0.5 and
+    beta 0.1.
 
     Args:
-        chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums: `[pairs]`, each token times its
+        chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums: `[pairs]`, each token weighted by
             1 ± alpha beta s_t (`guided_weights`).
     """
     return dpo(chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums, beta)
 
 
 def guided_weights(rewards: np.ndarray, sign: int, alpha: float = 0.5, beta: float = 0.1) -> np.ndarray:
-    """TGDPO's weights of tokens, 1 + alpha beta s_t where `sign` is 1 (chosen), 1 - alpha beta s_t where it is -1."""
+    """Token weights of TGDPO: 1 + sign alpha beta s_t, with `sign` 1 for chosen and -1 for rejected responses."""
     return 1 + sign * alpha * beta * rewards
 
 
 def wspo(chosen_errors: Tensor, chosen_counts: Tensor) -> Tensor:
-    """WSPO (arXiv 2410.18640): regress the policy's log-ratio on the weak model's, on chosen tokens alone.
+    """WSPO (arXiv 2410.18640): regress the policy's log-ratio on the weak model's, on the chosen response only.
 
         L = 1 / |y_w| * sum over t of (beta (log pi - log ref)(y_w,t) - s_t)^2,    s_t = log pi_weak - log ref_weak
 
-    A mean over the response as for the other objectives; the authors' is over the tokens of a batch.
+    The mean is over a response, as for the other objectives; the authors' is over the tokens of a batch.
 
     Args:
-        chosen_errors: `[pairs]` sums of the squares.
-        chosen_counts: `[pairs]` tokens of each chosen response.
+        chosen_errors: `[pairs]` sums of the squared errors.
+        chosen_counts: `[pairs]` number of tokens of each chosen response.
     """
     return chosen_errors / chosen_counts
 
@@ -315,15 +315,15 @@ def selective_marks(
     """Mark the tokens that Selective-DPO trains on (arXiv 2507.07725): DPO over these is its loss.
 
         a_t = log ref - log pi in chosen responses,  log pi - log ref in rejected ones
-        kept where a_t is at least the (1 - rate) quantile of the own response
+        kept where a_t is at least the (1 - rate) quantile of its response
 
-    SePO with the policy, as it is now, in the oracle's place. Before any training, policy and reference are equal and
-    rounding decides, unless all are kept as equals.
+    This is SePO with the current policy as the oracle. Before training, policy and reference are equal, so rounding
+    decides; if all a_t are exactly equal, all tokens are kept.
 
     Args:
-        logps, reference_logps: `[targets]`, all tokens of each response; neither gets a gradient from this.
+        logps, reference_logps: `[targets]`, all tokens of each response; used without gradient.
         segments: `[targets]`, ascending, even for chosen responses and odd for rejected ones.
-        rate: share of a response's tokens to keep; one at least is kept.
+        rate: share of a response's tokens to keep, at least one token.
 
     Returns:
         `[targets]` bool.
@@ -331,7 +331,7 @@ def selective_marks(
     gaps = (reference_logps - logps.detach()) * (1 - 2 * (segments % 2))
     counts = torch.bincount(segments, minlength=num_segments)
     by_gap = torch.argsort(gaps, descending=True, stable=True)
-    order = by_gap[torch.argsort(segments[by_gap], stable=True)]  # responses stay in place, largest gap first
+    order = by_gap[torch.argsort(segments[by_gap], stable=True)]  # by response, then by falling gap
     kept = (rate * counts + 1e-6).floor().long().clamp(min=1)
     last = (counts.cumsum(0) - counts + kept - 1).clamp(max=max(len(gaps) - 1, 0))
     return gaps >= gaps[order[last]][segments]
@@ -340,15 +340,15 @@ def selective_marks(
 def tbpo(
     advantages: Tensor, segments: Tensor, num_pairs: int, beta: float = 0.1, alpha: float = 0.0, smoothing: float = 0.0
 ) -> Tensor:
-    """TBPO-A (arXiv 2605.12288) with its scaled Basu generator, as the authors' code has it: ratios of matched tokens.
+    """TBPO-A (arXiv 2605.12288) with the scaled Basu generator, as in the authors' code: ratios of matched tokens.
 
         a_t = log pi - log ref + KL(ref || pi)(. | x, y_<t)
         z_t = beta (a_t(y_l) - a_t(y_w)),   t = 1 ... min(|y_w|, |y_l|)
         L = mean over t of [exp((1 + alpha) z_t) / (1 + alpha) - (exp(-alpha z_t) - 1) / alpha] / 4
 
-    alpha is the paper's lambda, 0 in the authors' runs: the limit (exp(z) + z) / 4. The scale 4 makes the gradient at
-    z = 0 that of DPO. z is clipped to 30 on either side. The KL stands for the value of a prefix, which does not cancel
-    between responses; TBPO-Q learns a head for it in its place and is not here.
+    alpha is the paper's lambda, 0 in the authors' runs, where the bracket becomes exp(z) + z. The factor 1/4 gives the
+    gradient of DPO at z = 0. z is clipped to ±30. The KL represents the value of a prefix, which does not cancel
+    between responses. TBPO-Q, which learns a value head instead, is not implemented.
 
     Args:
         advantages: `[targets]` a of the first min(|y_w|, |y_l|) tokens of both responses of each pair.
@@ -367,7 +367,7 @@ def tbpo(
 
 
 def _basu(log_ratios: Tensor, power: float) -> Tensor:
-    """What Bregman ratio matching minimises of R = exp(log_ratios), by Basu's generator of this power, over 4."""
+    """The Bregman ratio matching loss of R = exp(log_ratios) with Basu's generator of this power, divided by 4."""
     rest = -torch.expm1(-power * log_ratios) / power if power else log_ratios
     return (torch.exp((1 + power) * log_ratios) / (1 + power) + rest) / 4
 
@@ -377,21 +377,21 @@ def _contrast(logits: Tensor, label_smoothing: float) -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x below 0, exact at both ends."""
+    """log(1 - exp(x)) for x below 0, accurate near 0 and for large -x."""
     return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
 @dataclass
 class PairSums:
-    """What an objective may read about a batch, each `[pairs]`: (weighted) sums over the targets of each side.
+    """The inputs of an objective, each `[pairs]`: (weighted) sums over the targets of each side.
 
     Attributes:
         chosen, rejected: log-probabilities under the policy.
         chosen_counts, rejected_counts: sums of the weights; the number of targets where all weights are 1.
         reference_chosen, reference_rejected: log-probabilities under the reference; None without one.
-        chosen_kls, rejected_kls: KL between policy and reference at each target; None where not needed.
-        chosen_errors: squares of `wspo`; None where not needed.
-        matched: losses of `tbpo`; None where not needed.
+        chosen_kls, rejected_kls: KL between policy and reference at each target; None if the objective reads none.
+        chosen_errors: squared errors of `wspo`; None for the others.
+        matched: losses of `tbpo`; None for the others.
     """
 
     chosen: Tensor
@@ -477,7 +477,7 @@ def pair_losses(
     alpha: float | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and implicit rewards (chosen, rejected) of an objective by name, each `[pairs]`.
+    """Losses and implicit rewards (chosen, rejected) of the objective with this name, each `[pairs]`.
 
     Args:
         alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; the objective's default when None. The
@@ -489,7 +489,7 @@ def pair_losses(
 
 
 def _implicit_rewards(objective: Objective, sums: PairSums, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """What the loss contrasts: the scaled log-ratio to the reference, or the scaled (mean) log-probability."""
+    """The quantity that the loss contrasts: the scaled log-ratio to the reference, or the scaled (mean) logps."""
     if objective.reads_reference:
         reference = sums.reference
         return settings.beta * (sums.chosen - reference[0]), settings.beta * (sums.rejected - reference[1])
@@ -502,5 +502,5 @@ def _implicit_rewards(objective: Objective, sums: PairSums, settings: LossSettin
 
 
 def accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Share of pairs whose chosen reward is the higher one, ties one half: `[pairs]` of 0, 0.5 or 1."""
+    """1 if the chosen reward is higher, 0 if it is lower, 0.5 for a tie: `[pairs]`."""
     return 0.5 * (1 + torch.sign(chosen_rewards - rejected_rewards))

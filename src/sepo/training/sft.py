@@ -16,13 +16,13 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import SftSettings, TrainingSettings
 from sepo.training.check import require_setup
-from sepo.training.checkpoints import SaveEvery, standing_model, training_fingerprint
+from sepo.training.checkpoints import SaveEvery, existing_model, training_fingerprint
 from sepo.training.fit import run_training, training_arguments
-from sepo.training.progress import ProgressBar
+from sepo.training.logs import ProgressBar
 
 
 def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int = 0, device: str = "auto") -> Path:
-    """Fine-tune `model` on conversations or text with TRL's SFTTrainer; returns the model folder `out`."""
+    """Fine-tune `model` on conversations or text with TRL's SFTTrainer. Returns the model folder `out`."""
     _require_trl()
     from trl import SFTTrainer
 
@@ -32,8 +32,7 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
         dataset = dataset.shuffle(seed=seed).select(range(max(1, int(settings.sample * len(dataset)))))
     made_with = training_fingerprint(model, settings.training, sft=settings.model_dump(mode="json"), seed=seed)
     made_with["source"] = processes.on_main(lambda: source_fingerprint(settings.source))
-    standing = processes.on_main(lambda: standing_model(out, made_with))
-    if standing is not None:
+    if processes.on_main(lambda: existing_model(out, made_with)) is not None:
         return out
     tokenizer = load_tokenizer(model)
     trainer = SFTTrainer(
@@ -49,15 +48,17 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
 
 
 def check_sft(settings: SftSettings, device: str = "auto") -> None:
-    """Raise a UserError for data or settings that cannot be fine-tuned on."""
+    """Raise a UserError if the data or the settings of the fine-tuning cannot be used."""
     _require_trl()
     section = "reference.sft.training"
     for key in ("output_dir", "auto_find_batch_size"):
         if settings.training.arguments.get(key):
             raise UserError(f"{section}.arguments.{key} cannot be used here; leave it out")
-    require_setup(
-        settings.training, section, lambda one, folder: sft_arguments(settings, one, folder, seed=0, device=device)
-    )
+
+    def arguments(training: TrainingSettings, folder: Path) -> Any:
+        return sft_arguments(settings, training, folder, seed=0, device=device)
+
+    require_setup(settings.training, section, arguments)
     _rows(settings)
 
 
@@ -66,7 +67,7 @@ def sft_arguments(settings: SftSettings, training: TrainingSettings, out: Path, 
     from trl import SFTConfig
 
     arguments = training_arguments(training, out, seed=seed, device=device)
-    # TRL pads a whole micro-batch: a few rows at a time, accumulated.
+    # TRL pads all rows of a micro-batch to one length, so micro-batches are small.
     rows = arguments["per_device_train_batch_size"]
     micro = next(size for size in (8, 4, 2, 1) if rows % size == 0)
     arguments |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
@@ -78,12 +79,12 @@ def _require_trl() -> None:
         raise UserError('reference.sft needs TRL: run pip install "sepo[sft]"')
 
 
-# What TRL's SFTTrainer makes text of.
+# The columns that TRL's SFTTrainer reads.
 _FORMS = ({"messages"}, {"text"}, {"prompt", "completion"}, {"conversations"})
 
 
 def _rows(settings: SftSettings) -> datasets.Dataset:
-    """The rows to train on, with the columns that TRL reads."""
+    """The rows to train on."""
     rows = load_rows(settings.source, split=settings.split, config_name=settings.config_name)
     if not any(form <= set(rows.column_names) for form in _FORMS):
         raise UserError(
@@ -92,5 +93,5 @@ def _rows(settings: SftSettings) -> datasets.Dataset:
         )
     if len(rows) == 0:
         raise UserError(f"reference.sft.source '{settings.source}' has no row")
-    # TRL takes a column `prompt` beside messages for a prompt-completion pair (UltraChat has both).
+    # With columns `prompt` and `messages` (UltraChat), TRL would read prompt-completion pairs.
     return rows.select_columns(["messages"]) if "messages" in rows.column_names else rows

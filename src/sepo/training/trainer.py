@@ -1,8 +1,8 @@
 """`PreferenceTrainer` and `PreferenceConfig`: a `transformers.Trainer` over packed pairs.
 
-A batch is a number of pairs; the trainer lays them out as packed rows of a fixed token budget and accumulates the
-gradients of the rows. Memory is set by the token budget, statistics by the batch size, and one does not disturb the
-other: the loss is the exact mean over the pairs of an update, however they fall into rows, micro-batches and processes.
+A batch is a number of pairs. The trainer packs them into rows of a fixed token budget and accumulates the gradients of
+the rows. The token budget sets the memory, the batch size sets the statistics, and the two are independent: the loss is
+the exact mean over the pairs of an update, whatever the rows, micro-batches and processes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import gather_by_block, sharded_twin
 from sepo.recipe.objectives import OBJECTIVES, check_objective
-from sepo.training import objectives
 from sepo.training.batches import (
     PairCollator,
     PairDataset,
@@ -52,14 +51,22 @@ from sepo.training.batches import (
     whole_responses,
     with_baselines,
 )
-from sepo.training.dropout import adapter_modules, as_configured, disable_dropout, noisy_parts, train_quietly
+from sepo.training.dropout import (
+    adapter_modules,
+    as_configured,
+    disable_dropout,
+    eval_only_modules,
+    train_without_dropout,
+)
 from sepo.training.logs import reporters
 from sepo.training.objectives import (
     PairSums,
+    accuracy,
     below_mean_probability,
     guided_weights,
     pair_losses,
     selective_marks,
+    tbpo,
 )
 
 
@@ -68,20 +75,21 @@ class PreferenceConfig(TrainingArguments):
     """Settings of a `PreferenceTrainer`: all of `transformers.TrainingArguments`, and these.
 
     Args:
-        objective: a loss of `sepo.training.objectives` by name (docs/objectives.md). "sepo" and "tis_dpo" train on the
-            tokens of a selection table, "tgdpo" and "wspo" on one of credit "reward" with every token, the others on
-            all response tokens, whichever kind of table they are given.
+        objective: name of a loss in `sepo.training.objectives` (docs/objectives.md). "sepo" and "tis_dpo" train on the
+            tokens of a selection table; "tgdpo" and "wspo" need a selection table with credit "reward" and every token;
+            the others train on all response tokens of either kind of table.
         beta: KL strength of the objectives with a reference; reward scale of cpo.
         gamma: reward scale of sepo, simpo and confpo.
-        margin: target margin of the same.
+        margin: target margin of sepo, simpo and confpo.
         alpha: weight of the objective's second term; the default of `sepo.recipe.objectives.OBJECTIVES` if None.
         rate: share of each response's tokens that selective_dpo trains on; the default of the same table if None.
         label_smoothing: probability that a label is flipped, for sepo, simpo, confpo, cpo, dpo, selective_dpo and tbpo.
-        tokens_per_row: token budget of a packed row, which bounds the memory of a step; a default for the device
-            when None. `per_device_train_batch_size` counts pairs and may need many rows.
-        layout: "auto" packs rows where the model takes them (checked once), "packed" and "padded" insist.
-        max_length, max_prompt_length, as_chat, chat_template_kwargs: used only when the trainer is given text to
-            tokenise; see `sepo.data.encoding.tokenize_pairs`.
+        tokens_per_row: token budget of a packed row, which bounds the memory of a step; by default it depends on the
+            device. `per_device_train_batch_size` counts pairs, which may fill many rows.
+        layout: "auto" packs rows if the model gives the same results on them (checked once); "packed" and "padded"
+            force a layout.
+        max_length, max_prompt_length, as_chat, chat_template_kwargs: used only if the dataset is text; see
+            `sepo.data.encoding.tokenize_pairs`.
     """
 
     objective: str = field(default="sepo", metadata={"help": ", ".join(OBJECTIVES)})
@@ -116,20 +124,20 @@ class PreferenceConfig(TrainingArguments):
                 check_number(name, getattr(self, name), whole=True, least=least)
         if self.layout not in ("auto", "packed", "padded"):
             raise UserError(f"layout is '{self.layout}': expected auto, packed or padded")
-        # Batches are made of pairs, not of model inputs: nothing may be dropped by column name.
+        # Batches hold pairs, not model inputs, so Trainer must not drop columns by name.
         self.remove_unused_columns = False
-        # One process drives one device. Left to itself, Trainer would wrap the model for all visible GPUs
+        # One process drives one device. By default Trainer would wrap the model for all visible GPUs
         # (nn.DataParallel), multiply the batch by their number, and fail on packed rows.
-        _ = self.device  # counts them
+        _ = self.device  # sets _n_gpu
         self._n_gpu = min(self._n_gpu, 1)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Steps of warm-up; none where they would be all that there are, of which the first has learning rate 0."""
+        """Steps of warm-up; 0 if warm-up would take the whole training, whose first step has learning rate 0."""
         steps = super().get_warmup_steps(num_training_steps)
         return 0 if steps >= num_training_steps else steps
 
 
-# What is logged, in the order of the running sums.
+# The logged metrics, in the order of the running sums.
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
@@ -147,12 +155,12 @@ class PreferenceTrainer(Trainer):
     Args:
         model: the model, or a name that `sepo.models.load_model` takes. Its own dropout is turned off.
         args: a `PreferenceConfig`.
-        train_dataset: a table of kind "pairs" (all response tokens are targets) or "selection" (the key tokens are);
-            or a `datasets.Dataset` with prompt, chosen and rejected, tokenised here with `processing_class`.
+        train_dataset: a table of kind "pairs" (targets: all response tokens) or "selection" (targets: key tokens); or a
+            `datasets.Dataset` with prompt, chosen and rejected, which `processing_class` tokenises.
         eval_dataset: the same, optional.
         reference_logps: a table of kind "logps" for the rows of `train_dataset`, for the objectives with a reference.
-            Computed from the model as it is given when None, once, before training.
-        eval_reference_logps: likewise for `eval_dataset`.
+            If None, computed once before training from the initial model.
+        eval_reference_logps: the same for `eval_dataset`.
         processing_class: the tokenizer.
 
     Example:
@@ -176,12 +184,7 @@ class PreferenceTrainer(Trainer):
         optimizers: tuple = (None, None),
     ):
         args = args or PreferenceConfig("preference_trainer")
-        if not isinstance(args, PreferenceConfig):
-            raise wrong_type("args", args, "a PreferenceConfig, which takes all of TrainingArguments")
-        if not hasattr(processing_class, "get_vocab") and processing_class is not None:
-            raise wrong_type("processing_class", processing_class, "a tokenizer in memory (load_tokenizer gives one)")
-        if not isinstance(callbacks, list | None):
-            raise wrong_type("callbacks", callbacks, "a list of TrainerCallback")
+        _check_types(args, processing_class, callbacks)
         if isinstance(model, str | os.PathLike):
             from sepo.models import load_model, load_tokenizer
 
@@ -189,8 +192,8 @@ class PreferenceTrainer(Trainer):
             model = load_model(model, train=True)
         if not isinstance(model, nn.Module):
             raise wrong_type("model", model, "a name, a folder or a causal language model in memory")
-        if args.device.type == "cuda" and not _placed_elsewhere(model):
-            model = model.to(args.device)  # it is tried out where it will run
+        if args.device.type == "cuda" and not _has_device_placement(model):
+            model = model.to(args.device)  # prepare_model tests it on the device of the training
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
         prepare_model(model, args.layout, longest=0, tokens_per_row=0, device=args.device)
         train = self._dataset(model, args, train_dataset, reference_logps, processing_class, "train")
@@ -201,21 +204,21 @@ class PreferenceTrainer(Trainer):
         )
         if args.device.type == "cpu":
             keep_freed_memory()
-        # Whether stored log-probabilities of a reference are said to be those of the model as it is given.
+        # True: the stored reference log-probabilities must be those of the initial model.
         self.reference_is_start = reference_logps is None
         self._start_checked = False
-        self._silenced = disable_dropout(model)
-        self._noisy_parts = noisy_parts(model)
+        self._disabled_dropout = disable_dropout(model)
+        self._eval_only = eval_only_modules(model)
         adapters = adapter_modules(model)
-        self._adapters_draw = any(isinstance(one, nn.Dropout) and one.p > 0 for one in adapters)
-        _require_quiet(model, [*self._noisy_parts, *adapters])
-        # The KL needs every logit of the reference, which cannot be stored: the model as it is given stays beside.
+        self._adapters_have_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in adapters)
+        _require_deterministic(model, [*self._eval_only, *adapters])
+        # The KL needs every logit of the reference, which cannot be stored: a frozen copy of the model computes them.
         self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
         self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
         _bind_packed_forward(model)
         # Running sums of METRICS and the number of pairs since the last log, on the device.
         self._metrics = {mode: _no_metrics(args.device) for mode in ("train", "eval")}
-        self._update_pairs: list[int] = []  # of the update at hand, to find out whose gradient went wrong
+        self._update_pairs: list[int] = []  # pair ids of the current update, to name the pair of a bad gradient
         super().__init__(
             model=model,
             args=args,
@@ -227,11 +230,11 @@ class PreferenceTrainer(Trainer):
             optimizers=optimizers,
         )
         self._set_up_zero_3(model)
-        # Reported losses are means over pairs already: Trainer must not divide them by the accumulation steps.
+        # Losses are already means over pairs: Trainer must not divide them by the accumulation steps.
         self.loss_is_scaled_for_ga = True
 
     def _set_up_zero_3(self, model: nn.Module) -> None:
-        """Where DeepSpeed is going to cut up the weights: blocks are gathered whole, and the model is to be saved."""
+        """Under ZeRO-3: gather the weights of a block together, and gather the whole model when saving."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is None or plugin.zero_stage != 3:
             return
@@ -240,24 +243,13 @@ class PreferenceTrainer(Trainer):
 
     @staticmethod
     def _dataset(model, args, data, reference_logps, tokenizer, part: str) -> PairDataset | None:
-        """The pairs of `train_dataset` or `eval_dataset`; `part` says which, for messages."""
+        """Pairs and reference log-probabilities of `train_dataset` ("train" as `part`) or `eval_dataset` ("eval")."""
         if data is None:
             return None
         if not isinstance(data, pa.Table):
-            data = require_dataset(f"{part}_dataset", data)
-            if tokenizer is None:
-                raise UserError("a dataset of text needs processing_class: pass the model's tokenizer")
-            data, report = tokenize_pairs(
-                data,
-                tokenizer,
-                max_length=args.max_length,
-                max_prompt_length=args.max_prompt_length,
-                as_chat=args.as_chat,
-                chat_template_kwargs=args.chat_template_kwargs,
-            )
-            processes.log(report.summary())
+            data = _tokenized(args, require_dataset(f"{part}_dataset", data), tokenizer)
         objective = OBJECTIVES[args.objective]
-        # A table of scores has the columns of pairs too, but whoever trains on key tokens has forgotten to select them.
+        # A table of scores has the columns of pairs as well, but training on key tokens needs a selection.
         kinds = ("selection",) if "chosen_rewards" in data.column_names and objective.reads_selection else ("pairs",)
         data = require_table(f"{part}_dataset", data, *kinds)
         if not len(data):
@@ -275,59 +267,50 @@ class PreferenceTrainer(Trainer):
         if reference_logps is not None:
             require_table("reference_logps" if part == "train" else "eval_reference_logps", reference_logps, "logps")
         if reference_logps is None or not _same_numerics(args, model, reference_logps):
-            # A policy that is going to be cut up may not fit on one device.
-            reader = sharded_twin(model, args.device) if processes.read_sharded() else model.to(args.device)
+            # A policy that the training shards may not fit on one device.
+            reference = sharded_twin(model, args.device) if processes.read_sharded() else model.to(args.device)
             with _autocast(args):
-                reference_logps = dataset_logps(reader, data, tokens_per_row=args.tokens_per_row, over_processes=True)
-            del reader
+                reference_logps = dataset_logps(
+                    reference, data, tokens_per_row=args.tokens_per_row, over_processes=True
+                )
+            del reference
         if args.objective == "tgdpo":
             alpha = objective.alpha_or_default(args.alpha)
             data = reweighted(data, lambda rewards, sign: guided_weights(rewards, sign, alpha, args.beta))
         if objective.baselines:
-            measured = with_baselines(data, reference_logps, args.beta, objective.targets == "matched")
-            return PairDataset(measured, reference_logps, True)
+            data = with_baselines(data, reference_logps, args.beta, objective.targets == "matched")
+            return PairDataset(data, reference_logps, baselines=True)
         return PairDataset(data, reference_logps)
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
     def _losses(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and implicit rewards (chosen, rejected), each `[pairs]`."""
-        args = self.args
-        kls: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+        args, objective = self.args, OBJECTIVES[self.args.objective]
+        token_kls = baselines = None
         if self.kl_reference is None:
             logps = model(packed_batch=batch)
         else:
             logps, token_kls = model(packed_batch=batch, kl_reference=self.kl_reference, kl_direction=self.kl_direction)
-            kls = segment_sums(token_kls, batch, weighted=True)
-        if args.objective == "confpo":
-            marked = below_mean_probability(logps, batch.segments, 2 * batch.num_pairs)
-            batch = replace(batch, weights=marked.to(batch.weights.dtype))
-        errors = matched = None
-        if OBJECTIVES[args.objective].baselines:
-            baselines, weights = batch.weights, torch.ones_like(batch.weights)
-            if args.objective == "wspo":
-                errors = segment_sums((args.beta * (logps - baselines)) ** 2, batch)[0]
-            elif args.objective == "tbpo":
-                power = OBJECTIVES["tbpo"].alpha_or_default(args.alpha)
-                advantages = logps - baselines + token_kls
-                matched = objectives.tbpo(
-                    advantages, batch.segments, batch.num_pairs, args.beta, power, args.label_smoothing
-                )
-            else:
-                rate = OBJECTIVES[args.objective].rate if args.rate is None else args.rate
-                assert rate is not None
-                marked = selective_marks(logps, baselines, batch.segments, 2 * batch.num_pairs, rate)
-                weights = marked.to(weights.dtype)
-            batch = replace(batch, weights=weights)
-            if args.objective != "wspo":
-                reference = torch.stack(segment_sums(baselines, batch, weighted=True))
+        if objective.baselines:  # they are in the place of the weights
+            baselines, batch = batch.weights, replace(batch, weights=torch.ones_like(batch.weights))
+        if objective.targets == "marked":
+            marks = self._marked(logps, baselines, batch)
+            batch = replace(batch, weights=marks.to(batch.weights.dtype))
+        if baselines is not None and not objective.reads_token_rewards:  # they are the reference's log-probabilities
+            reference = torch.stack(segment_sums(baselines, batch, weighted=True))
         sums = PairSums(
             *segment_sums(logps, batch, weighted=True),
             *segment_weights(batch),
             *((None, None) if reference is None else reference),
-            *kls,
+            *((None, None) if token_kls is None else segment_sums(token_kls, batch, weighted=True)),
         )
-        sums.chosen_errors, sums.matched = errors, matched
+        if args.objective == "wspo":
+            sums.chosen_errors = segment_sums((args.beta * (logps - baselines)) ** 2, batch)[0]
+        if args.objective == "tbpo":
+            alpha = objective.alpha_or_default(args.alpha)
+            advantages = logps - baselines + token_kls
+            sums.matched = tbpo(advantages, batch.segments, batch.num_pairs, args.beta, alpha, args.label_smoothing)
         if reference is not None and model.training and self.state.global_step == 0 and not self._start_checked:
             self._check_start(sums, batch)
         return pair_losses(
@@ -340,48 +323,53 @@ class PreferenceTrainer(Trainer):
             label_smoothing=args.label_smoothing,
         )
 
-    def _check_start(self, sums: PairSums, batch: PackedBatch) -> None:
-        """Before any training policy and reference are one model: each log-ratio is zero, and DPO's loss ln 2.
+    def _marked(self, logps: Tensor, baselines: Tensor | None, batch: PackedBatch) -> Tensor:
+        """The tokens that the policy marks in this step: `[targets]` bool."""
+        if baselines is None:
+            return below_mean_probability(logps, batch.segments, 2 * batch.num_pairs)
+        rate = OBJECTIVES[self.args.objective].rate if self.args.rate is None else self.args.rate
+        assert rate is not None
+        return selective_marks(logps, baselines, batch.segments, 2 * batch.num_pairs, rate)
 
-        Asked once, of the first row: it finds a reference that was read in other types or is of another model, and
-        noise in training.
+    def _check_start(self, sums: PairSums, batch: PackedBatch) -> None:
+        """Check that policy and reference are equal before the first update: log-ratios are 0, and DPO's loss is ln 2.
+
+        Runs once, on the first row. It finds a reference from another model or in another dtype, and active dropout.
         """
         self._start_checked = True
-        if self._adapters_draw:  # the user asked for it
+        if self._adapters_have_dropout:  # a setting of the user
             return
         assert sums.reference_chosen is not None
         assert sums.reference_rejected is not None
         with torch.no_grad():
             ratios = torch.stack([sums.chosen - sums.reference_chosen, sums.rejected - sums.reference_rejected])
-            ratio = ratios.abs().max().item()
+            difference = ratios.abs().max().item()
             largest = torch.stack([sums.chosen_counts.max(), sums.rejected_counts.max()]).max().item()
             scale = batch.weights.max().item()
-        # Rounding adds up as a random walk does: per token about 1e-6 nats in float32, 0.06 in bfloat16.
+        # Rounding errors add up like a random walk: about 1e-6 nats a token in float32, 0.06 in bfloat16.
         allowed = (0.25 if self.args.bf16 or self.args.fp16 else 1e-3) * scale * math.sqrt(largest / scale + 1)
-        if ratio <= allowed:
+        if difference <= allowed:
             return
-        text = (
-            f"before any training, the log-probability of a response is off by {ratio:.3g} nats from the reference's: "
-        )
+        text = f"before training, the policy's log-probability of a response differs by {difference:.3g} nats from the "
         if self.reference_is_start:
-            raise UserError(f"{text}the model is not what the reference was read from, or draws at random in training")
-        processes.log(f"{text}the reference is another model than the one that is trained")
+            raise UserError(f"{text}reference's: the reference is another model, or the policy has active dropout")
+        processes.log(f"{text}reference's: the reference is another model than the policy")
 
     def _batch_loss(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None, mode: str) -> Tensor:
-        """Losses of the pairs of one packed batch; its metrics are added to the running ones of `mode`, if any."""
+        """Losses of the pairs of one packed batch. Adds its metrics to the running sums of `mode` unless that is ""."""
         with self.compute_loss_context_manager():
             losses, chosen, rejected = self._losses(model, batch, reference)
             losses = losses * batch.pair_weights
         if mode:
             with torch.no_grad():
-                values = (losses, chosen, rejected, chosen - rejected, objectives.accuracy(chosen, rejected))
+                values = (losses, chosen, rejected, chosen - rejected, accuracy(chosen, rejected))
                 sums = torch.stack([value.sum() for value in values]).to(self._metrics[mode].dtype)
                 self._metrics[mode][:-1] += sums
                 self._metrics[mode][-1] += len(losses)
         return losses
 
     def _require_finite(self, losses: list[Tensor], pair_ids: list[int]) -> None:
-        """Name the pairs whose loss is not finite; asked once for many rows, since asking waits for the device."""
+        """Raise an error that names the pair if a loss is not finite. Waits for the GPU: call it once for many rows."""
         if not losses:
             return
         finite = torch.isfinite(torch.cat(losses))
@@ -393,8 +381,8 @@ class PreferenceTrainer(Trainer):
             )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
-        """Forward and backward over the packed rows of one batch; returns the mean loss of its pairs (its share)."""
-        train_quietly(model, self._noisy_parts)
+        """Forward and backward over the packed rows of one batch; returns their share of the update's mean loss."""
+        train_without_dropout(model, self._eval_only)
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have a training mode
             self.optimizer.train()  # type: ignore[union-attr]
         pairs_in_update = float(num_items_in_batch or inputs["num_pairs"])
@@ -407,27 +395,27 @@ class PreferenceTrainer(Trainer):
     def _accumulate_rows(self, model: nn.Module, inputs: dict[str, Any], pairs_in_update: float) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         rows = self._rows(inputs)
-        seen: list[Tensor] = []
+        all_losses: list[Tensor] = []
         pair_ids: list[int] = []
         for index, (batch, reference, counts) in enumerate(rows):
-            # Gradients travel between processes once an update, with the last row.
+            # Processes exchange gradients once an update, with the last row.
             with contextlib.nullcontext() if index == len(rows) - 1 else self._hold_gradients(model):
                 batch = batch.to(self.args.device)
                 reference = reference if reference is None else reference.to(self.args.device)
                 losses = self._batch_loss(model, batch, reference, "train" if counts else "")
                 loss = losses.sum() * counts
-                # Processes average their gradients, so the sum over processes needs their number back.
+                # Processes average their gradients; the factor world_size turns the average into a sum.
                 self.accelerator.backward(loss * (self.args.world_size / pairs_in_update), **self._backward_options)
                 total += loss.detach() / pairs_in_update
-                seen.append(losses.detach())
+                all_losses.append(losses.detach())
                 pair_ids += batch.pair_ids
-        self._require_finite(seen, pair_ids)
+        self._require_finite(all_losses, pair_ids)
         self._update_pairs += [pair_id for batch in inputs["batches"] for pair_id in batch.pair_ids]
         return total * self.args.world_size
 
     def _rows(self, inputs: dict[str, Any]) -> list[tuple[PackedBatch, Tensor | None, bool]]:
-        """The packed rows of one batch, as many in every process: some wrappers (FSDP, ZeRO) wait for each other in
-        each forward. The last of a row says whether it counts; one that fills up does not.
+        """This rank's packed rows and their reference sums. Every rank gets equally many: FSDP and ZeRO synchronise in
+        each forward. The flag is False for a dummy row that only keeps collectives in step.
         """
         rows = [(*row, True) for row in zip(inputs["batches"], inputs["references"], strict=True)]
         if self.args.world_size == 1:
@@ -435,8 +423,8 @@ class PreferenceTrainer(Trainer):
         number = torch.tensor([len(rows)], device=self.args.device)
         most = int(self.accelerator.gather(number).max())
         if most > len(rows):
-            filler: dict[str, Any] = self.data_collator([self._shortest])  # type: ignore[list-item]
-            rows += [(filler["batches"][0], filler["references"][0], False)] * (most - len(rows))
+            dummy: dict[str, Any] = self.data_collator([self._shortest])  # type: ignore[list-item]
+            rows += [(dummy["batches"][0], dummy["references"][0], False)] * (most - len(rows))
         return rows
 
     @property
@@ -446,10 +434,10 @@ class PreferenceTrainer(Trainer):
 
     @contextlib.contextmanager
     def _hold_gradients(self, model: nn.Module) -> Iterator[None]:
-        """While it lasts, gradients add up in this process.
+        """Inside this context, gradients accumulate on this rank without communication.
 
-        Not where the weights are cut up (FSDP): held back, the gradients of all rows but the last would be whole in
-        every process, 52 GB of them for 13 billion weights. There each row is reduced, and shards add up.
+        Not under FSDP: each rank would hold whole gradients, 52 GB for 13 billion weights, until the last row. There
+        every row's gradients are reduced, and their shards accumulate.
         """
         if self.is_fsdp_enabled:
             yield
@@ -458,7 +446,7 @@ class PreferenceTrainer(Trainer):
             with self.accelerator.no_sync(model):
                 yield
             return
-        # DeepSpeed takes an optimizer step with each backward pass unless it is told that more will come.
+        # DeepSpeed takes an optimizer step after each backward pass unless gradient synchronisation is off.
         state = self.accelerator.gradient_state
         before = state.sync_gradients
         state._set_sync_gradients(False)
@@ -469,14 +457,14 @@ class PreferenceTrainer(Trainer):
 
     @property
     def _backward_options(self) -> dict[str, bool]:
-        # DeepSpeed would divide by the accumulation steps once more.
+        # Without this, DeepSpeed divides by the accumulation steps.
         return {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
-        """Stop before the optimizer step if a gradient is not finite; names the pair."""
+        """Raise an error that names the pair before the optimizer step if a gradient is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         pair_ids, self._update_pairs = self._update_pairs, []
-        # A gradient scaler (fp16) skips such steps itself.
+        # The gradient scaler of fp16 skips such steps.
         if norm is None or getattr(self.accelerator, "scaler", None) is not None:
             return norm
         if not math.isfinite(float(norm)):
@@ -487,10 +475,10 @@ class PreferenceTrainer(Trainer):
         return norm
 
     def _pair_of_bad_gradient(self, pair_ids: list[int]) -> str:
-        """Find the pair whose gradient alone is not finite, by doing the pairs of the update one by one."""
-        every = f"one of the pairs {', '.join(map(str, pair_ids))}"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # a process alone cannot do a backward pass there
-            return every
+        """Compute the gradient of each pair of the update by itself, and name the first that is not finite."""
+        any_of_them = f"one of the pairs {', '.join(map(str, pair_ids))}"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # one rank alone cannot run a backward pass there
+            return any_of_them
         model = self.accelerator.unwrap_model(self.model)
         dataset: Any = self.train_dataset
         index_of = {pair.pair_id: index for index, pair in enumerate(dataset.pairs)}
@@ -502,7 +490,7 @@ class PreferenceTrainer(Trainer):
                 self._batch_loss(model, batch.to(self.args.device), reference, "").sum().backward()
             if not all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None):
                 return f"pair {pair_id}"
-        return every
+        return any_of_them
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Number of pairs in one update, over accumulation steps and processes."""
@@ -513,7 +501,7 @@ class PreferenceTrainer(Trainer):
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        # The epoch is asked for, not set: a loader that skips the batches before a checkpoint passes no epoch on.
+        # The sampler reads the epoch itself: after a resume, the loader that skips batches does not set it.
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return PairSampler(
             len(dataset),
@@ -530,14 +518,14 @@ class PreferenceTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def as_configured(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, the model's config says what it said before its noise was turned off, as when it is saved."""
-        return as_configured(self._silenced)
+        """Inside this context, the model's config has its original dropout values, for saving."""
+        return as_configured(self._disabled_dropout)
 
     def _prepare_inputs(self, inputs):
-        return inputs  # rows move to the device one by one
+        return inputs  # each row moves to the device when its turn comes
 
     def floating_point_ops(self, inputs) -> int:
-        """Matmul FLOPs of a step: 6 for each parameter outside the embeddings and each token read."""
+        """Matmul FLOPs of a step: 6 for each token and each parameter outside the embeddings."""
         tokens = sum(batch.num_tokens for batch in inputs["batches"])
         return 6 * tokens * _matmul_parameters(self.accelerator.unwrap_model(self.model))
 
@@ -548,9 +536,9 @@ class PreferenceTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is not None and not isinstance(dataset, PairDataset):
             if OBJECTIVES[self.args.objective].reads_reference:
-                # Computed now, the reference would be the model as it is after training.
+                # The reference's log-probabilities come from the initial model, which training has changed.
                 raise UserError(
-                    f"evaluating {self.args.objective} needs the reference: pass eval_dataset when the trainer is made"
+                    f"evaluating {self.args.objective} needs the reference: pass eval_dataset to PreferenceTrainer(...)"
                 )
             dataset = self._dataset(self.model, self.args, dataset, None, self.processing_class, "eval")
         loader = self.get_eval_dataloader(dataset)
@@ -558,17 +546,16 @@ class PreferenceTrainer(Trainer):
         training = model.training
         model.eval()
         self._metrics["eval"].zero_()
-        seen: list[Tensor] = []
+        all_losses: list[Tensor] = []
         pair_ids: list[int] = []
         with torch.no_grad():
             for inputs in loader:
                 for batch, reference, counts in self._rows(inputs):
                     reference = reference if reference is None else reference.to(self.args.device)
-                    seen.append(
-                        self._batch_loss(model, batch.to(self.args.device), reference, "eval" if counts else "")
-                    )
+                    batch = batch.to(self.args.device)
+                    all_losses.append(self._batch_loss(model, batch, reference, "eval" if counts else ""))
                     pair_ids += batch.pair_ids
-        self._require_finite(seen, pair_ids)
+        self._require_finite(all_losses, pair_ids)
         model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._take("eval").items()}
         self.log(metrics)
@@ -576,70 +563,95 @@ class PreferenceTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last log, as TRL does, to what `Trainer` logs."""
+        """Log the mean rewards and accuracy since the last log beside Trainer's own values, as TRL does."""
         if "loss" in logs:
             logs = {**self._take("train"), **logs}
         super().log(logs, start_time)
 
     def _take(self, mode: str) -> dict[str, float]:
-        """Means of the running metrics over all processes, each of which must ask; starts them anew."""
+        """Return the means of the running metrics over all processes and reset them. A collective call."""
         sums = self._metrics[mode]
         if self.args.world_size > 1:
-            # The same numbers in every process, also in one that had no pair since the last log.
+            # Every process gets the same numbers, even if it had no pair since the last log.
             sums = self.accelerator.reduce(sums.clone(), "sum")
         *totals, count = sums.tolist()
         self._metrics[mode].zero_()
         return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
 
 
-def _placed_elsewhere(model: nn.Module) -> bool:
-    """Does somebody else decide where the weights are (a launcher that cuts them up, a quantised base)?"""
-    by_somebody = processes.sharding() or getattr(model, "is_quantized", False)
-    return bool(by_somebody) or getattr(model, "hf_device_map", None) is not None
+def _check_types(args: object, processing_class: object, callbacks: object) -> None:
+    if not isinstance(args, PreferenceConfig):
+        raise wrong_type("args", args, "a PreferenceConfig, which takes all of TrainingArguments")
+    if not hasattr(processing_class, "get_vocab") and processing_class is not None:
+        raise wrong_type("processing_class", processing_class, "a tokenizer in memory (load_tokenizer gives one)")
+    if not isinstance(callbacks, list | None):
+        raise wrong_type("callbacks", callbacks, "a list of TrainerCallback")
+
+
+def _tokenized(args: PreferenceConfig, data: Any, tokenizer: PreTrainedTokenizerBase | None) -> pa.Table:
+    if tokenizer is None:
+        raise UserError("a dataset of text needs processing_class: pass the model's tokenizer")
+    table, report = tokenize_pairs(
+        data,
+        tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        as_chat=args.as_chat,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    processes.log(report.summary())
+    return table
+
+
+def _has_device_placement(model: nn.Module) -> bool:
+    """Whether something else places the weights on devices: a launcher that shards, a quantised base, a device map."""
+    if processes.sharding() or getattr(model, "is_quantized", False):
+        return True
+    return getattr(model, "hf_device_map", None) is not None
 
 
 def _frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it is given, to stay so: cut up as the one that is trained is going to be."""
+    """A frozen copy of the initial model, sharded if the training shards the policy."""
     if processes.read_sharded():
         return sharded_twin(model, device)
     return copy.deepcopy(model).to(device).requires_grad_(False).eval()
 
 
-def _require_quiet(model: nn.Module, parts: list[nn.Module]) -> None:
-    """Raise a UserError for a model that draws at random in training outside of `parts`, and cannot be kept from it."""
-    if _placed_elsewhere(model):  # its first step sees to it (`_check_start`)
+def _require_deterministic(model: nn.Module, eval_only: list[nn.Module]) -> None:
+    """Raise a UserError if the model's output is random in training mode with `eval_only` in evaluation mode."""
+    if _has_device_placement(model):  # `_check_start` finds it at the first step
         return
-    noise = training_noise(model, lambda: train_quietly(model, parts))
+    noise = training_noise(model, lambda: train_without_dropout(model, eval_only))
     if not noise <= 0.01:
         raise UserError(
-            f"model '{causal_lm(model).config.name_or_path}' draws at random in training, and not by a setting that is "
-            f"known here (log-probabilities differ by {noise:.3g} from evaluation): it cannot be trained on preferences"
+            f"model '{causal_lm(model).config.name_or_path}' has randomness in training mode that no known setting "
+            f"turns off (log-probabilities differ by {noise:.3g} from evaluation): it cannot be trained on preferences"
         )
 
 
 def _autocast(args: TrainingArguments) -> torch.autocast:
-    """The types that the policy's forward is computed in; the reference is read in the same."""
+    """Autocast of the policy's forward; the reference is computed under the same."""
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     return torch.autocast(args.device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16))
 
 
 def _same_numerics(args: TrainingArguments, model: nn.Module, logps: pa.Table) -> bool:
-    """May stored log-probabilities stand beside those of the training's own forward?
+    """Whether stored log-probabilities were computed in the dtype of the training's forward.
 
-    In bfloat16 the sum over a response is off by about a nat from the same sum in float32, as much as a training moves
-    it: a reference read in other types would make the first loss another than ln 2, and bias every one after it.
+    In bfloat16 the sum over a response differs by about a nat from the same sum in float32, as much as training changes
+    it. A reference in another dtype makes the first loss differ from ln 2 and biases all later ones.
     """
-    if "dtype" not in provenance_of(logps):  # a table of the user's own making
+    if "dtype" not in provenance_of(logps):  # the user made this table
         return not (args.fp16 or args.bf16)
     with _autocast(args):
         return read_like(logps, model)
 
 
 def _bind_packed_forward(model: nn.Module) -> None:
-    """Let `model(packed_batch=...)` return token log-probabilities, and with `kl_reference` the KL to it as well.
+    """Make `model(packed_batch=...)` return token log-probabilities, with `kl_reference` also the KL to it.
 
-    Wrappers (DDP, FSDP, DeepSpeed, autocast) act on the call of the module they wrap, so the packed path must go
-    through that call rather than around it.
+    Wrappers (DDP, FSDP, DeepSpeed, autocast) act on the call of the wrapped module, so the packed path must go through
+    this call.
     """
     original = model.forward
     if getattr(original, "takes_packed_batches", False):
@@ -653,9 +665,11 @@ def _bind_packed_forward(model: nn.Module) -> None:
         return token_logps(self, packed_batch)
 
     forward.takes_packed_batches = True  # type: ignore[attr-defined]
-    # Generation goes by the names: without `position_ids` among them it would count the padding as places.
-    own = signature(original).parameters.values()
-    forward.__signature__ = Signature([Parameter("self", Parameter.POSITIONAL_ONLY), *own])  # type: ignore[attr-defined]
+    # Generation reads the signature: if `position_ids` were missing there, positions would include the padding.
+    parameters = signature(original).parameters.values()
+    forward.__signature__ = Signature(  # type: ignore[attr-defined]
+        [Parameter("self", Parameter.POSITIONAL_ONLY), *parameters]
+    )
     model.forward = types.MethodType(forward, model)
 
 
