@@ -474,13 +474,8 @@ def test_an_interrupted_comparison_keeps_its_runs_and_checkpoints(work, workplac
 
     monkeypatch.setattr(Checkpoints, "on_step_end", stop_at_the_fourth)
     assert main(["compare", str(path)]) == 130
-<<<<<<< HEAD
-    assert "the same command begins it anew, what was finished before is kept" in capsys.readouterr().err
-    half = results_of(workplace / "broken-out")
-=======
     assert "the same command starts it again, and earlier results are kept" in capsys.readouterr().err
-    half = json.loads((workplace / "broken-out" / "compare.json").read_text())
->>>>>>> main
+    half = results_of(workplace / "broken-out")
     assert len(half["runs"]) == 1
     monkeypatch.setattr(Checkpoints, "on_step_end", original)
     judged = []

@@ -53,55 +53,38 @@ def launch(number, folder, objective, sizes, **variables):
 
 
 @pytest.fixture(scope="module")
-<<<<<<< HEAD
 def sizes(nightly_run):
     return SIZES[nightly_run]
 
 
 @pytest.fixture(scope="module")
-def alone(made_once, sizes, nightly_run):
+def one_process(made_once, sizes, nightly_run):
     """Results of one process by objective and size."""
 
     def fill(folder):
         objectives = ("dpo", "simpo") if nightly_run else ("dpo",)
-        found = {objective: run(folder / objective, objective, list(sizes)) for objective in objectives}
-        (folder / "results.json").write_text(json.dumps(found))
+        results = {objective: run(folder / objective, objective, list(sizes)) for objective in objectives}
+        (folder / "results.json").write_text(json.dumps(results))
 
     return json.loads((made_once("one-process", fill) / "results.json").read_text())
-=======
-def one_process(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbatched")
-    return {objective: run(folder / objective, objective, list(SIZES)) for objective in ("dpo", "simpo")}
->>>>>>> main
 
 
 @slow
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-<<<<<<< HEAD
-def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_path, alone, sizes, number, sharded):
-    """3 pairs on 3 processes, 17 and 20 on 2: nobody waits for a process without a pair."""
-=======
-def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_path, one_process, number, sharded):
+def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(
+    tmp_path, one_process, sizes, number, sharded
+):
     """Some processes get no pair (3 pairs on 3 processes, the last batch of 17 and 20 on 2), and nothing hangs."""
->>>>>>> main
     objective = "simpo" if sharded and number == 3 else "dpo"
     results = launch(number, tmp_path, objective, sizes, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
     shape = model_shape(tiny_model("llama"))
-<<<<<<< HEAD
-    plan = parts_of(TrainingMemory(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded))
-    assert results.keys() == alone[objective].keys()
-    for size, one in alone[objective].items():
-        assert results[size]["losses"] == pytest.approx(one["losses"], abs=2e-5), f"{size} pairs"
-        assert results[size]["eval"] == pytest.approx(one["eval"], abs=2e-5), f"{size} pairs"
-=======
     need = TrainingMemory(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded)
     plan = parts_of(need)
     assert results.keys() == one_process[objective].keys()
     for size, expected in one_process[objective].items():
         assert results[size]["losses"] == pytest.approx(expected["losses"], abs=2e-5), f"{size} pairs"
         assert results[size]["eval"] == pytest.approx(expected["eval"], abs=2e-5), f"{size} pairs"
->>>>>>> main
         assert results[size]["wrapper"].startswith("FSDP" if sharded else "DistributedDataParallel")
         weights, moments = results[size]["own_bytes"]
         # Bytes of the main process, which has the larger share of a tensor that cannot be sharded evenly.
@@ -113,28 +96,16 @@ def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_pa
 
 @slow
 @pytest.mark.parametrize("stage", [2, 3])
-<<<<<<< HEAD
-def test_deepspeed_adds_up_the_gradients_of_one_process(tmp_path, alone, sizes, stage):
-    """Over several updates: AdamW's first step alone hides a wrong scale."""
-=======
-def test_deepspeed_adds_up_the_gradients_of_one_process(tmp_path, one_process, stage):
+def test_deepspeed_adds_up_the_gradients_of_one_process(tmp_path, one_process, sizes, stage):
     """Over several updates, since AdamW's first step does not depend on the scale of the gradients."""
->>>>>>> main
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({**DEEPSPEED, "zero_optimization": {"stage": stage}}))
     variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
-<<<<<<< HEAD
     results = launch(2, tmp_path, "dpo", sizes, DS_ACCELERATOR="cpu", **variables)
-    for size, one in alone["dpo"].items():
-        assert results[size]["losses"] == pytest.approx(one["losses"], abs=2e-5), f"{size} pairs"
-        assert results[size]["eval"] == pytest.approx(one["eval"], abs=2e-5), f"{size} pairs"
-=======
-    results = launch(2, tmp_path, "dpo", SIZES, DS_ACCELERATOR="cpu", **variables)
     for size, expected in one_process["dpo"].items():
         assert results[size]["losses"] == pytest.approx(expected["losses"], abs=2e-5), f"{size} pairs"
         assert results[size]["eval"] == pytest.approx(expected["eval"], abs=2e-5), f"{size} pairs"
->>>>>>> main
         assert results[size]["wrapper"] == "DeepSpeedEngine"
         whole, _ = expected["own_bytes"]
         assert results[size]["own_bytes"][0] == pytest.approx(whole / (2 if stage == 3 else 1), rel=0.03)
