@@ -1,6 +1,7 @@
 # make quickstart    set up, then run the embedded example: preference pairs -> aligned policy -> report
 # make check         lint, types, import contracts and the fast tests: under a minute
-# make test          set up, then everything that CI runs: lint, types, all tests, two workers
+# make test          set up, then everything that CI runs: lint, types, the tests, two workers: under six minutes
+# make nightly       make test with long variants: many faults, tutorials, the wheel, the browser, all inputs of properties
 # make docs          build the documentation into site/, strictly
 # make gpu           on a machine with a GPU: its tests, its figures beside TRL's (benchmarks/gpu.sh), methods compared
 # make faults        kill runs, fill their disk, take processes away; a table of what was lost (some minutes)
@@ -17,7 +18,7 @@ WORKERS ?= 2
 PIP := pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test docs gpu faults test-lowest lint clean
+.PHONY: help setup quickstart check test nightly docs gpu faults test-lowest lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^PYTHON/q' Makefile
@@ -45,8 +46,12 @@ quickstart: $(RUN_STAMP)
 check: lint
 	$(BIN)/pytest -n $(WORKERS) -m "not slow"
 
+# The 25 slowest tests are printed, the time of each is in build/tests.xml.
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=25 --junitxml=build/tests.xml
+
+nightly: lint
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=25 --junitxml=build/tests.xml --nightly
 
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet

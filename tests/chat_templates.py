@@ -6,6 +6,7 @@ Run as a program it writes the table of docs/chat-templates.md anew; test_chat_t
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -221,6 +222,7 @@ _SHORT = {
 }
 
 
+@functools.cache
 def results(name: str) -> dict[str, str]:
     """Outcomes by kind of conversation, with thinking turned off where the template can."""
     tokenizer = tokenizer_named(name)

@@ -1,9 +1,12 @@
-"""Settings and fixtures for all tests: no network, a fixed number of threads, one converted SmolLM2."""
+"""Settings and fixtures for all tests: no network, a fixed number of threads, results that all workers share."""
 
 from __future__ import annotations
 
 import gc
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 # Before any Hugging Face import reads them: a test that wants the network must fail at once, not hang.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,18 +15,20 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the GPU's kernels are imported
 
+import properties  # noqa: F401  registers the profiles of Hypothesis
+import tiny_run
 from sepo.errors import UserError
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import DEFAULT_MODEL
 
-# A machine that is shared is slow now and then; no example fails for that.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+settings.load_profile("ordinary")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: a thread each, also in the processes that tests start.
@@ -33,26 +38,46 @@ elif "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
-# Files with tests that take a minute each.
-LONGEST = ("test_faults", "test_package", "test_tutorials")
+# Tests of half a minute each: they start first, so that no worker waits for one at the end.
+LONGEST = ("test_faults", "test_package", "test_tutorials", "test_many_processes", "test_sharded_reading")
 # Whole runs, launched processes, a browser, thousands of generated inputs: not for the inner loop (`make check`).
 SLOW = (
-    "runs/",
-    "docs/",
-    "cli/test_hostile",
-    "data/test_data_fuzz",
-    "report/test_report_browser",
-    "test_golden",
-    "cuda/",
+    *("runs/", "hub/", "docs/", "cuda/", "test_golden"),
+    *("study/test_compare", "study/test_judge_in_compare", "study/test_grid_parts"),
+    *("cli/test_hostile", "cli/test_interrupt", "cli/test_terminal", "data/test_data_fuzz"),
+    *("judging/test_judge_in_run", "judging/test_judge_killed", "judging/test_benchmarks_in_run"),
+    *("judging/test_oracle_judge", "planning/test_plan", "training/test_logs", "report/test_report_browser"),
 )
 
 
-def pytest_collection_modifyitems(items):
+# The tests in a browser that are not left to the nightly run.
+BROWSER = ("test_the_sliders_select_the_tokens", "test_hostile_text_is_shown")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="run the nightly tests too, and properties on all inputs")
+
+
+def pytest_configure(config):
+    if is_nightly(config):
+        settings.load_profile("nightly")
+
+
+def is_nightly(config) -> bool:
+    return config.getoption("--nightly") or config.option.markexpr == "nightly"
+
+
+def pytest_collection_modifyitems(config, items):
     here = os.path.dirname(__file__)
     for item in items:
         if os.path.relpath(item.path, here).startswith(SLOW) or "smollm2_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
-    # A test of a minute that comes last is waited for by workers that have nothing left to do.
+        if item.path.name == "test_report_browser.py" and not item.originalname.startswith(BROWSER):
+            item.add_marker(pytest.mark.nightly)
+    if not is_nightly(config):
+        left_out = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=left_out)
     items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
 
 
@@ -70,6 +95,12 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="session")
+def nightly_run(request) -> bool:
+    """Is this the nightly run, for tests that try more then?"""
+    return is_nightly(request.config)
+
+
+@pytest.fixture(scope="session")
 def smollm2_dir() -> str:
     """The folder of SmolLM2-135M-Instruct in safetensors: converted at the first run, cached from then on."""
     try:
@@ -77,3 +108,42 @@ def smollm2_dir() -> str:
     except UserError as error:
         pytest.skip(str(error))
     return resolve_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_dir) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(smollm2_dir)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A function that fills a folder, of a name and with a callable, once for all workers. Tests only read the folder:
+    a test that changes something copies it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = root / f"once-{name}"
+        with FileLock(f"{folder}.lock"):
+            if not (root / f"once-{name}.finished").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                fill(folder)
+                (root / f"once-{name}.finished").touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(made_once) -> Path:
+    """The folder of `tiny_run.fill`: a model, preferences, a recipe and its finished run in `run`. Only read it."""
+    return made_once("run", tiny_run.fill)
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path) -> Path:
+    """A copy of the finished run; `tiny_run.run_command` is the command that made it."""
+    return shutil.copytree(finished_run / "run", tmp_path / "run")

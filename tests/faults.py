@@ -47,12 +47,14 @@ from trl import SFTTrainer  # noqa: F401
 
 import fsdp_on_cpu
 from sepo.cli import main
-from sepo.runs import pipeline
+from sepo.runs import pipeline  # noqa: F401
 from sepo.stages import data
 from sepo.training.checkpoints import STATE_FILE, SaveEvery
 from tiny_models import tiny_model, tiny_tokenizer
 
-STAGES = ("start", *pipeline.STAGES)
+STAGES = (
+    "start", "data", "reference", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval",
+)  # fmt: skip
 MODELS = ("reference", "oracle", "policy")
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 RECIPE = """
@@ -436,11 +438,12 @@ def kills(lab: Lab, clean: Path, undisturbed: Outcome, number: int, draw: random
         shutil.rmtree(out)
 
 
-def interrupts(lab: Lab, clean: Path, undisturbed: Outcome, draw: random.Random) -> None:
-    """Interrupt one run in each of its stages: it says what is kept, a training which step, and goes on from there."""
+def interrupts(lab: Lab, clean: Path, undisturbed: Outcome, stages: list[str], draw: random.Random) -> None:
+    """Interrupt one run in some stages: it says what is kept, a training which step, and goes on from there."""
     out = lab.folder / "runs" / "stopped"
     log, step = lab.folder / f"{out.name}.log", None
-    for index, (stage, numbers) in enumerate(operations(undisturbed.log).items()):
+    by_stage = operations(undisturbed.log)
+    for index, (stage, numbers) in enumerate((stage, by_stage[stage]) for stage in stages):
         number = signal.SIGTERM if index % 2 else signal.SIGINT
         training = stage in ("reference", "oracle", "train")
         # A training writes its checkpoints first and its model last.
@@ -488,7 +491,7 @@ def fills(lab: Lab, clean: Path, number: int, draw: random.Random) -> str | None
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         return "mounting a tmpfs needs root"
     try:
-        order = draw.sample(pipeline.STAGES, len(pipeline.STAGES))
+        order = draw.sample(STAGES[1:], len(STAGES) - 1)
         for index in range(number):
             out, stage = disk / f"full-{index}", order[index % len(order)]
             outcome = lab.run(out, fill_at=stage)
@@ -548,9 +551,7 @@ def fsdp(lab: Lab, draw: random.Random) -> None:
 
 
 def nodes(lab: Lab) -> None:
-    """Two machines that meet over loopback: a process dies and is restarted, both die and one goes on, and machines
-    that do not share the folder are refused.
-    """
+    """Two machines that meet over loopback: a process dies and is restarted; both die and one goes on."""
     runs = lab.folder / "runs"
     whole, restarted, lost_both = (runs / name for name in ("machines", "restarted", "killed-both"))
     outcome = lab.run(whole, ranks=2)
@@ -566,6 +567,10 @@ def nodes(lab: Lab) -> None:
     lost += [f"exit code {resumed.codes}"] if any(resumed.codes) else differences(whole, lost_both, exact=False)
     lost += [] if "continuing from" in resumed.log else ["no checkpoint was continued from"]
     lab.note("two machines killed", outcome.stage, f"with 1: {course(resumed)}", lost)
+
+
+def apart(lab: Lab) -> None:
+    """Two machines that do not share the folder are refused before a stage starts."""
     outcome = lab.launch(Path("apart"), folders=2)
     lost = [] if all(outcome.codes) else [f"not refused: exit codes {outcome.codes}"]
     line = "process 1 of 2 does not see what the main process writes to 'apart'"
@@ -595,10 +600,10 @@ def report(lab: Lab) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=24)
-    parser.add_argument("--interrupts", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--interrupts", nargs="*", choices=STAGES, default=list(STAGES), help="in these stages")
     parser.add_argument("--fills", type=int, default=6)
     parser.add_argument("--ranks", type=int, default=3)
-    parser.add_argument("--nodes", type=int, default=1, help="0 leaves several machines out")
+    parser.add_argument("--nodes", type=int, default=2, help="machines: 0 none, 1 one that is refused, 2 all faults")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -615,7 +620,8 @@ if __name__ == "__main__":
             print(f"an undisturbed run takes {undisturbed.seconds:.1f} s", flush=True)
             kills(lab, clean, undisturbed, options.kills, draw)
             if options.interrupts:
-                interrupts(lab, clean, undisturbed, draw)
+                interrupts(lab, clean, undisturbed, options.interrupts, draw)
+            if len(options.interrupts) == len(STAGES):
                 interrupted_rank(lab)
         if options.fills and (reason := fills(lab, clean, options.fills, draw)):
             print(f"  full disks skipped: {reason}")
@@ -623,8 +629,10 @@ if __name__ == "__main__":
             ranks(lab, clean, draw, options.ranks)
         if options.ranks > 1:
             fsdp(lab, draw)
-        if options.nodes:
+        if options.nodes > 1:
             nodes(lab)
+        if options.nodes:
+            apart(lab)
         report(lab)
     gc.unfreeze()  # else bindings report leaks when the interpreter ends
     sys.exit(1 if lab.failures else 0)

@@ -1,15 +1,20 @@
 """One process of a launch: train and evaluate on several numbers of pairs; the main process prints the results.
 
     torchrun --nproc-per-node 2 tests/many_processes.py OUT OBJECTIVE 16,17,20
+    python tests/many_processes.py OUT OBJECTIVE 16,17,20 2      the same, in forks of one process that imports once
 
 With a number of pairs that is no multiple of the batch, some processes have no pair at the end of an epoch.
 """
 
 import json
+import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 
 import fsdp_on_cpu
@@ -87,5 +92,25 @@ def main(out: Path, objective: str, sizes: list[int]) -> None:
     processes.leave()
 
 
+def start(number: int, rank: int, port: int, *arguments: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    main(*arguments)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], [int(size) for size in sys.argv[3].split(",")])
+    arguments = (Path(sys.argv[1]), sys.argv[2], [int(size) for size in sys.argv[3].split(",")])
+    if len(sys.argv) == 4:
+        main(*arguments)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        number, fork = int(sys.argv[4]), multiprocessing.get_context("fork").Process
+        children = [fork(target=start, args=(number, rank, port, *arguments)) for rank in range(number)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        sys.exit(any(child.exitcode for child in children))

@@ -21,12 +21,14 @@ INTEGERS = ("pair_id", "_ids", "_positions")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("golden")
-    command = [sys.executable, str(SCRIPTS / "golden_run.py"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+def run(made_once):
+    def fill(out):
+        command = [sys.executable, str(SCRIPTS / "golden_run.py"), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (out / "printed.json").write_text(done.stdout)
+
+    return json.loads((made_once("golden", fill) / "printed.json").read_text())
 
 
 def test_the_golden_run_gives_the_recorded_bits_on_a_machine_of_a_known_kind(run):

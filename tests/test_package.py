@@ -61,6 +61,7 @@ def test_recipes_come_with_the_package_by_name(installed):
     assert "did you mean 'quickstart'" in missing.stderr
 
 
+@pytest.mark.nightly
 def test_the_embedded_recipe_s_dry_run_and_a_tiny_recipe_in_full(installed, smollm2_dir):
     place, sepo = installed
     plan = sepo("run", "quickstart", "--dry-run")

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from properties import examples
 from sepo.credit.rewards import combine_scores, response_sums, target_sums, token_rewards
 from sepo.credit.selection import RULES, extreme_positions, keep_counts, select_key_tokens
 from sepo.data.ragged import flat
@@ -45,7 +46,7 @@ rewards_strategy = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(rewards_strategy, st.floats(0.01, 1.0))
 def test_selection_is_the_rule_written_out_token_by_token(responses, rate):
     table = select_key_tokens(scores_table(responses, responses), rate, rate).to_pylist()
@@ -191,7 +192,7 @@ steps = st.integers(-8, 8).map(lambda n: n / 8)  # exact in float32, with ties
 responses_strategy = st.lists(st.lists(steps, min_size=1, max_size=10), min_size=1, max_size=5)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     responses_strategy,
     st.sampled_from(sorted(set(RULES) - {"random", "dataset", "shorter"})),
@@ -352,7 +353,7 @@ def test_several_oracles_are_joined_by_mean_or_pessimistic_minimum():
         combine_scores(tables, "median")
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     st.lists(st.tuples(*[st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=9)] * 2), min_size=1, max_size=6),
     st.floats(0.01, 3),

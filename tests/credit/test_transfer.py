@@ -8,9 +8,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from properties import examples
 from sepo.credit.alignment import FORMS, align, response_texts
 from sepo.credit.selection import select_key_tokens
 from sepo.credit.transfer import allocate_rewards, carry, join_cuts
@@ -139,7 +140,7 @@ def test_other_allocations_keep_the_same_sums(tables, allocation):
     st.sampled_from(PAIRS),
     st.sampled_from(["bytes", "group", "first"]),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_any_text_keeps_its_sum_or_is_dropped_by_reason(texts, kinds, allocation):
     a, b = kinds
     texts = [f"{text}o" for text in texts]

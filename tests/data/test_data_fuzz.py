@@ -8,11 +8,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from properties import examples
 from sepo.data.encoding import tokenize_pairs, truncate_pair
 from sepo.data.loading import load_preferences
 from sepo.data.rows import DROP_REASONS, DropRow, TextPair, normalise_row
@@ -66,7 +67,7 @@ rows = st.one_of(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@examples(600)
 @given(row=rows, as_chat=st.booleans())
 def test_any_row_becomes_a_valid_pair_or_a_documented_drop(row, as_chat):
     pair, reason = None, None
@@ -86,7 +87,7 @@ def test_any_row_becomes_a_valid_pair_or_a_documented_drop(row, as_chat):
     assert isinstance(pair.prompt, list) or not as_chat
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=st.lists(rows, min_size=1, max_size=6), as_chat=st.booleans(), max_length=st.integers(2, 60))
 def test_any_json_file_ends_in_a_sound_table_or_one_line(tokenizer, batch, as_chat, max_length):
     good = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
@@ -106,7 +107,7 @@ def test_any_json_file_ends_in_a_sound_table_or_one_line(tokenizer, batch, as_ch
         assert row["chosen_ids"] != row["rejected_ids"]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     conversation=st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), texts), min_size=1, max_size=4),
     chosen=texts,
@@ -134,7 +135,7 @@ def test_no_text_changes_the_structure_of_a_conversation(tokenizer, conversation
         assert [i for i in ids[side] if i in (start, end)] == [end]
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(content=st.one_of(st.binary(max_size=60), texts.map(lambda t: t.encode("utf-8", "surrogatepass"))),
        suffix=st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz"]))  # fmt: skip
 def test_any_bytes_in_a_file_end_in_a_dataset_or_one_line(content, suffix):
@@ -153,7 +154,7 @@ def test_any_bytes_in_a_file_end_in_a_dataset_or_one_line(content, suffix):
 some_ids = st.lists(st.integers(0, 9), min_size=1, max_size=30)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(prompt=some_ids, chosen=some_ids, rejected=some_ids, max_length=st.integers(2, 50), keep=st.integers(0, 1))
 def test_truncation_cuts_no_more_than_it_must(prompt, chosen, rejected, max_length, keep):
     cut, first, second = truncate_pair(prompt, chosen, rejected, max_length=max_length, keep=keep)

@@ -1,5 +1,6 @@
 """The tutorials run from beginning to end in an empty folder, and what they say of their figures holds."""
 
+import ast
 import os
 import sys
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_every_tutorial_is_run():
     assert sorted(path.stem for path in TUTORIALS.glob("*.ipynb")) == sorted(HOLDS)
 
 
+@pytest.mark.parametrize("name", HOLDS)
+def test_what_a_tutorial_imports_is_there(name):
+    """Running a tutorial takes half a minute, and is for the nightly run."""
+    notebook = nbformat.read(TUTORIALS / f"{name}.ipynb", as_version=4)
+    trees = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imports
+    exec(compile(ast.Module(imports, []), name, "exec"), {})
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", HOLDS)
 def test_a_tutorial_runs_offline_and_comes_to_what_it_says(name, tmp_path):
     notebook = nbformat.read(TUTORIALS / f"{name}.ipynb", as_version=4)

@@ -18,7 +18,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
 
 from sepo.data.ragged import SIDES
 from sepo.data.tables import make_table
@@ -39,11 +38,6 @@ from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EOS = 2  # of the tiny models and their tokenizer
-
-
-@pytest.fixture(scope="module")
-def smollm2_tokenizer(smollm2_dir):
-    return AutoTokenizer.from_pretrained(smollm2_dir)
 
 
 # --- gold reward ----------------------------------------------------------------------------------------------------

@@ -8,24 +8,10 @@ import pytest
 
 from sepo.cli import main
 from sepo.recipe.reading import parse_recipe
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_run import prepare
 
 JUDGE = "def prefer(prompts, responses):\n    return [{} for r in responses]\n"
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("benchmarks")
-    tiny_model("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    rows = [{"prompt": f"Is it {i}?", "chosen": f"Yes, {i}!", "rejected": f"no {i} here"} for i in range(16)]
-    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "alpaca.json").write_text(json.dumps([{"instruction": f"Say {i}", "dataset": "d"} for i in range(5)]))
-    turns = [{"question_id": 81 + i, "category": "math", "turns": [f"Ask {i}", f"And {i}"]} for i in range(3)]
-    (folder / "mt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
-    (folder / "bench_judges.py").write_text(JUDGE.format("len(r)") + JUDGE.replace("prefer", "short").format("-len(r)"))
-    (folder / "recipe.yaml").write_text(
-        """
+RECIPE = """
 name: tiny
 output_dir: run
 data: {source: prefs.jsonl, held_out: 4, as_chat: true}
@@ -39,7 +25,16 @@ eval:
   benchmarks: {alpaca_eval: alpaca.json, mt_bench: mt.jsonl}
   benchmark_max_new_tokens: 6
 """
-    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks")
+    prepare(folder, RECIPE, rows=16)
+    (folder / "alpaca.json").write_text(json.dumps([{"instruction": f"Say {i}", "dataset": "d"} for i in range(5)]))
+    turns = [{"question_id": 81 + i, "category": "math", "turns": [f"Ask {i}", f"And {i}"]} for i in range(3)]
+    (folder / "mt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    (folder / "bench_judges.py").write_text(JUDGE.format("len(r)") + JUDGE.replace("prefer", "short").format("-len(r)"))
     return folder
 
 

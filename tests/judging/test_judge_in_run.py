@@ -15,27 +15,11 @@ from judge_server import completion, serving
 from sepo.cli import main
 from sepo.data.prompts import encode_prompts, words_of_prompt
 from sepo.report.payload import unpack
-from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
+from tiny_models import CONFIGS, tiny_tokenizer
+from tiny_run import prepare
 
 JUDGE = "def prefer(prompts, responses):\n    return [{} for r in responses]\n"
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "run_judges", raising=False)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    config = CONFIGS["llama"]()
-    config.num_labels = 1
-    torch.manual_seed(3)
-    LlamaForSequenceClassification(config).save_pretrained("reward")
-    tiny_tokenizer().save_pretrained("reward")
-    rows = [{"prompt": f"Is it {i}?", "chosen": f"Yes, {i}!", "rejected": f"no {i} here"} for i in range(24)]
-    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "run_judges.py").write_text(JUDGE.format("len(r)"))
-    (tmp_path / "recipe.yaml").write_text(
-        """
+RECIPE = """
 name: tiny
 output_dir: run
 data: {source: prefs.jsonl, held_out: 6, as_chat: true}
@@ -45,7 +29,19 @@ oracle: {training: {learning_rate: 0.002, batch_size: 8}}
 policy: {training: {learning_rate: 0.001, batch_size: 8}}
 eval: {judge: "reward:reward", prompts: 4, samples: 2, max_new_tokens: 8}
 """
-    )
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "run_judges", raising=False)
+    prepare(tmp_path, RECIPE)
+    config = CONFIGS["llama"]()
+    config.num_labels = 1
+    torch.manual_seed(3)
+    LlamaForSequenceClassification(config).save_pretrained("reward")
+    tiny_tokenizer().save_pretrained("reward")
+    (tmp_path / "run_judges.py").write_text(JUDGE.format("len(r)"))
     return tmp_path
 
 

@@ -16,8 +16,9 @@ import pytest
 from judge_server import Server, completion, serving
 from sepo.cli import main
 from sepo.evaluate.generate import FinishedResponses
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_run import prepare
 
+TESTS = Path(__file__).parents[1]
 RECIPE = """
 data: {source: prefs.jsonl, held_out: 6, as_chat: true}
 reference: {model: model}
@@ -26,31 +27,33 @@ oracle: {training: {learning_rate: 0.002, batch_size: 8}}
 policy: {training: {learning_rate: 0.001, batch_size: 8}}
 eval: {prompts: 4, samples: 2, max_new_tokens: 8, batch_size: 2, examples: 2}
 """
-# `sepo run` that reports each stored batch of responses, and kills itself before it stores the n-th.
+# For each number n on stdin: fork `sepo run`, so that libraries are imported once. The run reports each stored batch of
+# responses, and kills itself before it stores the n-th.
 WATCHED = """
 import os, signal, sys
-left = int(sys.argv[1])
-def hook(event, arguments):
-    global left
-    if event == "open" and arguments[1] == "a" and "finished-" in str(arguments[0]):
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        os.write(1, b"#kept\\n")
-sys.addaudithook(hook)
-from sepo.cli import main
-sys.exit(main(sys.argv[2:]))
+import faults
+def run(left):
+    def hook(event, arguments):
+        nonlocal left
+        if event == "open" and arguments[1] == "a" and "finished-" in str(arguments[0]):
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            os.write(1, b"#kept\\n")
+    sys.addaudithook(hook)
+    faults.torch.set_num_threads(1)
+    return faults.main(sys.argv[1:])
+for line in sys.stdin:
+    child = faults.fork(lambda: run(int(line)))
+    print("#process", child, flush=True)
+    print("#code", *faults.wait_for([child]), flush=True)
 """
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    rows = [{"prompt": f"Is it {i}?", "chosen": f"Yes, {i}!", "rejected": f"no {i} here"} for i in range(24)]
-    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    prepare(tmp_path, RECIPE)
     (tmp_path / "words.txt").write_text("{instruction} m: {output_1} M: {output_2}")
     return tmp_path
 
@@ -71,26 +74,36 @@ def questions(server: Server) -> Counter[str]:
 
 
 def test_a_killed_run_repeats_no_finished_response_and_no_paid_request(workplace):
-    children: list[subprocess.Popen] = []
+    children: list[int] = []
     deadly = 3  # the run is killed at this question, which gets no reply
 
     def answer(body, before):
         if len(served.asked) == deadly:
-            children[-1].kill()
+            os.kill(children[-1], signal.SIGKILL)
             return None
         return verdict(body)
 
     with serving(answer) as served:
         arguments = ["run", "recipe.yaml", "output_dir=run", judged_by(served, "cache")]
 
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent / "src")))}
+        with open("run.log", "w") as log:
+            runs = subprocess.Popen(
+                [sys.executable, "-c", WATCHED, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                text=True, env=environment,
+            )  # fmt: skip
+
         def start(batches: int) -> tuple[int, int]:
             """Run until killed or done; returns the exit code and the number of stored batches."""
-            command = [sys.executable, "-c", WATCHED, str(batches), *arguments]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            with open("run.log", "ab") as log:
-                children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment))
-            said = children[-1].communicate(timeout=300)[0]
-            return children[-1].returncode, said.count(b"#kept")
+            print(batches, file=runs.stdin, flush=True)
+            kept = 0
+            for line in runs.stdout:
+                kept += line == "#kept\n"
+                if line.startswith("#process"):
+                    children.append(int(line.split()[1]))
+                if line.startswith("#code"):
+                    return int(line.split()[1]), kept
+            raise AssertionError(Path("run.log").read_text())
 
         whole = 2 * (4 + 1)  # policy and base: 8 responses and 2 examples each, 2 in a batch
         assert start(3) == (-signal.SIGKILL, 3)
@@ -98,6 +111,7 @@ def test_a_killed_run_repeats_no_finished_response_and_no_paid_request(workplace
         assert start(99) == (-signal.SIGKILL, whole - 3)
         assert len(served.asked) == deadly
         assert start(99) == (0, 0), Path("run.log").read_text()[-2000:]
+        runs.communicate()
         asked = questions(served)
     lost = json.dumps(served.asked[deadly - 1], sort_keys=True)
     assert asked.pop(lost) == 2

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
+from properties import examples
 from sepo.errors import UserError
 from sepo.files import replace_folder
 from sepo.models import devices, gguf, hub
@@ -290,7 +291,7 @@ def gguf_bytes(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 4000), st.binary(min_size=1, max_size=9)), max_size=4), cut=st.integers(0)
 )

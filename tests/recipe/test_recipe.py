@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from properties import examples
 from sepo.errors import UserError
 from sepo.recipe.reading import describe_recipe, dump_recipe, load_recipe, parse_recipe
 from sepo.recipe.settings import Recipe
@@ -75,7 +76,7 @@ def test_missing_and_malformed_files_are_refused(tmp_path):
             load_recipe(path)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.text(max_size=60))
 def test_any_text_is_a_recipe_or_a_one_line_error(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("fuzz") / "r.yaml"
@@ -91,7 +92,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.dictionaries(st.sampled_from([*Recipe.model_fields, "x"]), values, max_size=4))
 def test_any_mapping_is_a_recipe_or_a_one_line_error(mapping):
     with contextlib.suppress(UserError):

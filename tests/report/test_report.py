@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from properties import examples
 from report_fixtures import END, byte_tokenizer, score_table, word_tokenizer
 from sepo.credit.selection import extreme_positions, keep_counts, select_key_tokens, selection_order
 from sepo.data import tables
@@ -123,7 +124,7 @@ def test_numbers_that_json_cannot_hold_become_text() -> None:
 # ---------------------------------------------------------------- tokens as text
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(text=st.text(max_size=40))
 def test_the_token_texts_join_to_the_tokenised_text(text: str) -> None:
     for tokenizer in (BYTES, WORDS):
@@ -132,7 +133,7 @@ def test_the_token_texts_join_to_the_tokenised_text(text: str) -> None:
             assert "".join(token.text for token in token_texts_for(tokenizer, ids)) == text
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(ids=st.lists(st.integers(0, 255), min_size=1, max_size=30))
 def test_any_bytes_at_all_are_shown_and_decode_as_the_tokenizer_decodes_them(ids: list[int]) -> None:
     tokens = token_texts_for(BYTES, ids)

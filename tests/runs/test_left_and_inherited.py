@@ -1,12 +1,10 @@
 """What a run takes over from models, and what it leaves when settings change: nothing silently old, nothing lost."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_pipeline import finished, stages_done, workplace  # noqa: F401
 
 from pairs import config, some_pairs
 from sepo.cli import main
@@ -16,6 +14,7 @@ from sepo.stages import reference
 from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, start_of
 from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
+from tiny_run import run_command, stages_done
 
 
 def strict(path):
@@ -28,13 +27,11 @@ def strict(path):
 
 
 @pytest.fixture
-def copy(finished, tmp_path):  # noqa: F811
+def copy(finished_run, copied_run, tmp_path):
     """The finished run at another place, with a policy of its own."""
-    run = tmp_path / "run"
-    shutil.copytree(finished / "run", run)
     tiny_model("llama", seed=3, max_position_embeddings=512).save_pretrained(tmp_path / "policy")
     tiny_tokenizer().save_pretrained(tmp_path / "policy")
-    return tmp_path, ["run", str(finished / "recipe.yaml"), f"output_dir={run}"]
+    return tmp_path, run_command(finished_run, copied_run)
 
 
 def change_json(path, **values):

@@ -18,62 +18,16 @@ from sepo.stages import data
 from sepo.training.checkpoints import last_checkpoint, seal_checkpoint
 from sepo.training.sft import train_reference
 from tiny_models import tiny_model, tiny_tokenizer
+from tiny_run import COLORS, run_command, stages_done
 
 PROMISED_FILES = [
     *("recipe.yaml", "manifest.json", "metrics.json", "report.html", "eval/generations.parquet"),
     *("oracle/model.safetensors", "policy/model.safetensors", "policy/tokenizer.json", "policy/trainer_state.json"),
 ]
-COLORS = ["red", "blue", "green", "pink", "teal", "gold"]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder with a tiny chat model and a preference file: polite answers are preferred."""
-    folder = tmp_path_factory.mktemp("work")
-    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    rows = []
-    for index in range(40):
-        color = COLORS[index % 6]
-        prompt = [{"role": "user", "content": f"Is it {color}? {index}"}]
-        texts = (f"Yes, {color}, thanks!", f"no {color} here {index}" + " and so on" * (index % 2))
-        good, bad = ([{"role": "assistant", "content": text}] for text in texts)
-        rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
-    rows[3]["rejected"] = rows[3]["chosen"]  # identical
-    rows[5]["chosen"] = None
-    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "recipe.yaml").write_text(
-        f"""
-name: tiny
-output_dir: {folder / "run"}
-data: {{source: {folder / "prefs.jsonl"}, held_out: 10}}
-reference: {{model: {folder / "model"}}}
-device: cpu
-oracle:
-  sample: 0.8
-  training: {{learning_rate: 0.002, batch_size: 8, num_train_epochs: 3}}
-policy:
-  training: {{learning_rate: 0.001, batch_size: 8, num_train_epochs: 2}}
-eval: {{gold: vader, prompts: 4, samples: 2, max_new_tokens: 8}}
-"""
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(workplace):
-    assert main(["run", str(workplace / "recipe.yaml")]) == 0
-    return workplace
-
-
-def stages_done(text):
-    """The stages that were done, but for the passes over the pairs."""
-    names = [line.split("]")[0][1:] for line in text.splitlines() if line.startswith("[") and line.endswith(" s")]
-    return [name for name in names if not name.endswith("_logps")]
-
-
-def test_a_run_leaves_everything_it_promises(finished):
-    run = finished / "run"
+def test_a_run_leaves_everything_it_promises(finished_run):
+    run = finished_run / "run"
     for name in PROMISED_FILES:
         assert (run / name).is_file(), name
     metrics = json.loads((run / "metrics.json").read_text())
@@ -90,8 +44,8 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert not (run / "policy" / "checkpoints").exists()
 
 
-def test_rewards_and_selection_agree_with_the_stored_log_probabilities(finished):
-    run = finished / "run"
+def test_rewards_and_selection_agree_with_the_stored_log_probabilities(finished_run):
+    run = finished_run / "run"
     scores, selection = read_table(run / "scores", "scores"), read_table(run / "selection", "selection")
     oracle, reference = (read_table(run / "logps" / name, "logps") for name in ("oracle", "reference"))
     for side in ("chosen", "rejected"):
@@ -106,32 +60,35 @@ def test_rewards_and_selection_agree_with_the_stored_log_probabilities(finished)
     assert all(tokenizer.decode(ids).count("<s>") == 1 for ids in scores.column("prompt_ids").to_pylist())
 
 
-def test_the_oracle_learns_the_held_out_preference(finished):
-    metrics = json.loads((finished / "run" / "metrics.json").read_text())
+def test_the_oracle_learns_the_held_out_preference(finished_run):
+    metrics = json.loads((finished_run / "run" / "metrics.json").read_text())
     assert metrics["oracle/accuracy"] > 0.9
     assert metrics["policy/accuracy"] > 0.9
 
 
-def test_a_second_run_reuses_everything_and_a_changed_rate_redoes_what_follows(finished, capsys, tmp_path, monkeypatch):
-    recipe = str(finished / "recipe.yaml")
-    monkeypatch.chdir(tmp_path)  # where it is started, and what lies there, does not matter
-    before = (finished / "run" / "selection" / "part-00000.parquet").read_bytes()
-    assert main(["run", recipe]) == 0
+def test_a_second_run_reuses_everything_and_a_changed_rate_redoes_what_follows(
+    finished_run, copied_run, capsys, tmp_path, monkeypatch
+):
+    again = run_command(finished_run, copied_run)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where it is started, and what lies there, does not matter
+    before = (copied_run / "selection" / "part-00000.parquet").read_bytes()
+    assert main(again) == 0
     assert stages_done(capsys.readouterr().err) == []
-    assert main(["run", recipe, "select.k_chosen=0.5"]) == 0
+    assert main([*again, "select.k_chosen=0.5"]) == 0
     assert stages_done(capsys.readouterr().err) == ["select", "train", "eval"]
-    assert main(["run", recipe]) == 0
+    assert main(again) == 0
     assert stages_done(capsys.readouterr().err) == ["select", "train", "eval"]
-    assert (finished / "run" / "selection" / "part-00000.parquet").read_bytes() == before
+    assert (copied_run / "selection" / "part-00000.parquet").read_bytes() == before
 
 
-def test_the_rewards_of_several_oracles_are_averaged_and_the_first_is_the_run_of_one(finished, tmp_path, capsys):
+def test_the_rewards_of_several_oracles_are_averaged_and_the_first_is_the_run_of_one(finished_run, tmp_path, capsys):
     run = tmp_path / "run"
-    command = ["run", str(finished / "recipe.yaml"), f"output_dir={run}"]
+    command = ["run", str(finished_run / "recipe.yaml"), f"output_dir={run}"]
     assert main([*command, "oracle.count=2"]) == 0
     assert stages_done(capsys.readouterr().err) == ["data", "oracle", "oracle-2", "score", "select", "train", "eval"]
     weights = [(folder / "model.safetensors").read_bytes() for folder in (run / "oracle", run / "oracle-2")]
-    assert weights[0] == (finished / "run" / "oracle" / "model.safetensors").read_bytes()
+    assert weights[0] == (finished_run / "run" / "oracle" / "model.safetensors").read_bytes()
     assert weights[1] != weights[0]
     for scores, part in (("scores", "."), ("scores_held_out", "held_out")):
         table = read_table(run / scores, "scores")
@@ -146,14 +103,14 @@ def test_the_rewards_of_several_oracles_are_averaged_and_the_first_is_the_run_of
     assert [curves["model"] for curves in read_training(run)] == ["oracle", "oracle-2", "policy"]
     assert main(command) == 0  # one is enough after all
     assert stages_done(capsys.readouterr().err) == ["score", "select", "train", "eval"]
-    assert read_table(run / "scores", "scores").equals(read_table(finished / "run" / "scores", "scores"))
+    assert read_table(run / "scores", "scores").equals(read_table(finished_run / "run" / "scores", "scores"))
     assert [curves["model"] for curves in read_training(run)] == ["oracle", "policy"]
 
 
 def test_a_contrastive_oracle_is_measured_against_its_opposite_and_its_rewards_can_be_imported(
-    workplace, tmp_path, capsys
+    finished_run, tmp_path, capsys
 ):
-    command = ["run", str(workplace / "recipe.yaml"), "eval.prompts=0"]
+    command = ["run", str(finished_run / "recipe.yaml"), "eval.prompts=0"]
     contrastive = ["oracle.contrastive=true", "policy.objective=tgdpo", f"output_dir={tmp_path / 'one'}"]
     assert main([*command, *contrastive, "--dry-run"]) == 0
     assert "DPO, 2 times" in (plan := capsys.readouterr().out)
@@ -207,8 +164,8 @@ def test_given_rewards_that_do_not_fit_the_pairs_are_refused(change, message):
         given_rewards(pairs, change(given), ("a", "b"))
 
 
-def test_a_rival_objective_runs_from_the_same_recipe_on_held_out_pairs_of_another_source(workplace, tmp_path):
-    lines = (workplace / "prefs.jsonl").read_text().splitlines(keepends=True)
+def test_a_rival_objective_runs_from_the_same_recipe_on_held_out_pairs_of_another_source(finished_run, tmp_path):
+    lines = (finished_run / "prefs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(line.replace("Is it", "Was it") for line in lines[10:22]))
     settings = (
         "policy.objective=tdpo2",
@@ -216,7 +173,7 @@ def test_a_rival_objective_runs_from_the_same_recipe_on_held_out_pairs_of_anothe
         f"data.held_out_source={tmp_path / 'other.jsonl'}",
         f"output_dir={tmp_path / 'run'}",
     )
-    assert main(["run", str(workplace / "recipe.yaml"), *settings]) == 0
+    assert main(["run", str(finished_run / "recipe.yaml"), *settings]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["pairs/train"], metrics["pairs/held_out"]) == (38, 10)
     prompts = read_table(tmp_path / "run" / "pairs" / "held_out", "pairs").column("prompt_ids").to_pylist()
@@ -226,8 +183,8 @@ def test_a_rival_objective_runs_from_the_same_recipe_on_held_out_pairs_of_anothe
     assert metrics["policy/accuracy"] > 0.9
 
 
-def test_selection_rules_and_objectives_are_settings_of_the_stage_commands(finished, tmp_path, capsys):
-    run = finished / "run"
+def test_selection_rules_and_objectives_are_settings_of_the_stage_commands(finished_run, tmp_path, capsys):
+    run = finished_run / "run"
     first = str(run / "scores")
     rule = ("rule_chosen=mass", "rule_rejected=random", "credit=soft", "temperature=20")
     two = ("--table", first, "--table", first, "--combine", "min")
@@ -237,7 +194,7 @@ def test_selection_rules_and_objectives_are_settings_of_the_stage_commands(finis
     one, two = (read_table(tmp_path / name, "selection") for name in ("one", "two"))
     assert one.to_pylist() == two.to_pylist()
     assert len({weight for row in one.to_pylist() for weight in row["chosen_weights"]}) > 2
-    train = ["train", "--policy", str(finished / "model"), "--selection", str(tmp_path / "one"), "--device", "cpu"]
+    train = ["train", "--policy", str(finished_run / "model"), "--selection", str(tmp_path / "one"), "--device", "cpu"]
     few = ("max_steps=1", "batch_size=4")
     assert main([*train, "--objective", "tis_dpo", "--beta", "0.2", "--out", str(tmp_path / "policy"), *few]) == 0
     assert main([*train, "--objective", "tis_dop", "--out", str(tmp_path / "none"), *few]) == 2
@@ -245,8 +202,8 @@ def test_selection_rules_and_objectives_are_settings_of_the_stage_commands(finis
     assert not (tmp_path / "none").exists()
 
 
-def test_pairs_of_a_prompt_share_a_shard_and_a_table_of_one_shard_keeps_its_order(finished, tmp_path, monkeypatch):
-    table = read_table(finished / "run" / "pairs" / "train", "pairs").slice(0, 8)
+def test_pairs_of_a_prompt_share_a_shard_and_a_table_of_one_shard_keeps_its_order(finished_run, tmp_path, monkeypatch):
+    table = read_table(finished_run / "run" / "pairs" / "train", "pairs").slice(0, 8)
     prompts = table.column("prompt_ids").to_pylist()
     twice = pa.table({**{name: table.column(name) for name in table.column_names}, "prompt_ids": prompts[:4] * 2})
     twice = twice.cast(table.schema)
@@ -261,8 +218,8 @@ def test_pairs_of_a_prompt_share_a_shard_and_a_table_of_one_shard_keeps_its_orde
     )
 
 
-def test_stage_commands_give_what_the_run_gives(finished, tmp_path, capsys):
-    model, data, run = str(finished / "model"), str(finished / "prefs.jsonl"), finished / "run"
+def test_stage_commands_give_what_the_run_gives(finished_run, tmp_path, capsys):
+    model, data, run = str(finished_run / "model"), str(finished_run / "prefs.jsonl"), finished_run / "run"
 
     def sepo(line, *training):
         words = line.format(model=model, data=data, oracle=run / "oracle", tmp=tmp_path).split(" ")
@@ -285,15 +242,15 @@ def test_stage_commands_give_what_the_run_gives(finished, tmp_path, capsys):
     assert "policy/accuracy" in json.loads((tmp_path / "eval" / "metrics.json").read_text())
 
 
-def test_a_dry_run_shows_the_plan_and_writes_nothing(workplace, tmp_path, capsys):
-    assert main(["run", str(workplace / "recipe.yaml"), f"output_dir={tmp_path / 'new'}", "--dry-run"]) == 0
+def test_a_dry_run_shows_the_plan_and_writes_nothing(finished_run, tmp_path, capsys):
+    assert main(["run", str(finished_run / "recipe.yaml"), f"output_dir={tmp_path / 'new'}", "--dry-run"]) == 0
     output = capsys.readouterr().out
     for stage in ("data", "oracle", "score", "select", "train", "eval"):
         assert stage in output
     assert not (tmp_path / "new").exists()
 
 
-def bad_inputs(folder, tmp_path):
+def bad_inputs(folder, run, tmp_path):
     recipe, model, data = str(folder / "recipe.yaml"), str(folder / "model"), str(folder / "prefs.jsonl")
     other = tmp_path / "other"
     tiny_model("llama").save_pretrained(other)
@@ -320,7 +277,10 @@ def bad_inputs(folder, tmp_path):
             ["score", "--oracle", str(other), "--reference", model, "--data", data, "--out", str(tmp_path / "s")],
             "different tokenizers",
         ),
-        "folder of another recipe": (["run", recipe, "name=other"], "belongs to the recipe 'tiny'"),
+        "folder of another recipe": (
+            ["run", recipe, f"output_dir={run}", "name=other"],
+            "belongs to the recipe 'tiny'",
+        ),
         "folder with other files": (["run", recipe, f"output_dir={folder}"], "not a run folder"),
         "unknown training argument": (
             ["run", recipe, fresh, "policy.training.arguments={optimm: x}"],
@@ -333,14 +293,16 @@ def bad_inputs(folder, tmp_path):
     }
 
 
-def test_bad_input_ends_in_one_line_and_code_2_before_any_model_is_loaded(finished, tmp_path, capsys, monkeypatch):
+def test_bad_input_ends_in_one_line_and_code_2_before_any_model_is_loaded(
+    finished_run, copied_run, tmp_path, capsys, monkeypatch
+):
     import sepo.stages.logps
 
     def never(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(sepo.stages.logps, "load_model", never)
-    for name, (command, message) in bad_inputs(finished, tmp_path).items():
+    for name, (command, message) in bad_inputs(finished_run, copied_run, tmp_path).items():
         capsys.readouterr()
         assert main(command) == 2, name
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sepo: ")]
@@ -348,11 +310,11 @@ def test_bad_input_ends_in_one_line_and_code_2_before_any_model_is_loaded(finish
         assert message in lines[0], name
 
 
-def test_a_second_process_in_the_same_folder_is_refused(finished, capsys):
+def test_a_second_process_in_the_same_folder_is_refused(finished_run, copied_run, capsys):
     from filelock import FileLock
 
-    with FileLock(finished / "run" / ".lock"):
-        assert main(["run", str(finished / "recipe.yaml")]) == 2
+    with FileLock(copied_run / ".lock"):
+        assert main(run_command(finished_run, copied_run)) == 2
     assert "in use by another process" in capsys.readouterr().err
 
 
@@ -371,7 +333,7 @@ def test_help_and_recipe_print_without_loading_torch():
     assert "learning_rate" in done.stdout
 
 
-def test_a_reference_can_be_fine_tuned_first(workplace, tmp_path):
+def test_a_reference_can_be_fine_tuned_first(finished_run, tmp_path):
     rows = [
         {
             "prompt": "x",
@@ -385,7 +347,7 @@ def test_a_reference_can_be_fine_tuned_first(workplace, tmp_path):
         source=str(source),
         training=SftTrainingSettings(batch_size=6, num_train_epochs=4, learning_rate=0.01, warmup_ratio=0.0),
     )
-    out = train_reference(str(workplace / "model"), sft, tmp_path / "reference", device="cpu")
+    out = train_reference(str(finished_run / "model"), sft, tmp_path / "reference", device="cpu")
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     losses = [row["loss"] for row in history if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from test_pipeline import finished, stages_done, workplace  # noqa: F401
 
 from pairs import config, pairs_table, some_pairs, weights
 from sepo import processes
@@ -27,21 +26,20 @@ from sepo.training.checkpoints import seal_checkpoint
 from sepo.training.fit import train_model
 from sepo.training.trainer import NonFiniteLossError, PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
+from tiny_run import run_command, stages_done
 
 
 @pytest.fixture
-def run(finished, tmp_path, capsys):  # noqa: F811
+def run(finished_run, copied_run, capsys):
     """A copy of a finished run, and a function that gives the command again: (stages done again, what was said)."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished / "run", folder)
 
     def again(*overrides):
         capsys.readouterr()
-        assert main(["run", str(finished / "recipe.yaml"), f"output_dir={folder}", *overrides]) == 0
+        assert main([*run_command(finished_run, copied_run), *overrides]) == 0
         said = capsys.readouterr().err
         return stages_done(said), said
 
-    return folder, again
+    return copied_run, again
 
 
 def alter(path, at=0.5):
@@ -135,15 +133,13 @@ def test_a_changed_setting_is_named_with_the_stages_it_touches(run):
     assert done == ["oracle"]
 
 
-def test_a_data_file_of_the_same_size_with_other_words_is_noticed(run, finished):  # noqa: F811
+def test_a_data_file_of_the_same_size_with_other_words_is_noticed(run, finished_run, tmp_path):
     _, again = run
-    path = finished / "prefs.jsonl"
-    text = path.read_text()
-    try:
-        path.write_text(text.replace("thanks", "cheers"))
-        done, said = again()
-    finally:
-        path.write_text(text)
+    path = tmp_path / "prefs.jsonl"
+    shutil.copy(finished_run / "prefs.jsonl", path)
+    assert again(f"data.source={path}")[0] == ["data"]
+    path.write_text(path.read_text().replace("thanks", "cheers"))
+    done, said = again(f"data.source={path}")
     assert "[data] source changed: done again" in said
     assert done == ["data", "oracle", "score", "select", "train", "eval"]
 

@@ -1,12 +1,16 @@
 """Comparisons: the grid file, shared passes, curves over checkpoints, resumption, and what the results say."""
 
+import contextlib
+import io
 import json
 import math
+import re
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sepo.compare
 from scipy import stats
 
 from sepo.cli import main
@@ -15,8 +19,9 @@ from sepo.errors import UserError
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import evaluate_run
 from sepo.evaluate.statistics import crossed_mean, over_seeds
+from sepo.study import comparison
 from sepo.study.curves import at_kl
-from sepo.study.grid import load_grid, number_of_runs
+from sepo.study.grid import load_grid
 from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator
 from sepo.study.results import (
     _name,
@@ -45,22 +50,22 @@ def a_gold_reward_that_gibberish_moves():
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A tiny chat model, a preference file, a base recipe and a grid over three objectives."""
-    folder = tmp_path_factory.mktemp("compare")
-    tiny_model("llama").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    rows = []
-    for index in range(30):
-        color = COLORS[index % 6]
-        prompt = [{"role": "user", "content": f"Is it {color}? {index}"}]
-        good, bad = (
-            [{"role": "assistant", "content": text}] for text in (f"Yes, {color}, thanks!", f"no {color} here {index}")
-        )
-        rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
-    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "base.yaml").write_text(
-        f"""
+def place(made_once):
+    """A tiny chat model, a preference file and a base recipe, for all tests: only read it."""
+
+    def fill(folder):
+        tiny_model("llama").save_pretrained(folder / "model")
+        tiny_tokenizer().save_pretrained(folder / "model")
+        rows = []
+        for index in range(30):
+            color = COLORS[index % 6]
+            prompt = [{"role": "user", "content": f"Is it {color}? {index}"}]
+            texts = (f"Yes, {color}, thanks!", f"no {color} here {index}")
+            good, bad = ([{"role": "assistant", "content": text}] for text in texts)
+            rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
+        (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "base.yaml").write_text(
+            f"""
 data: {{source: {folder / "prefs.jsonl"}, held_out: 6}}
 reference: {{model: {folder / "model"}}}
 device: cpu
@@ -68,8 +73,16 @@ oracle: {{training: {{learning_rate: 0.002, batch_size: 8, num_train_epochs: 2}}
 policy: {{training: {{learning_rate: 0.001, batch_size: 6, num_train_epochs: 2}}}}
 eval: {{gold: vader, prompts: 3, samples: 2, max_new_tokens: 6}}
 """
-    )
-    return folder
+        )
+
+    return made_once("compare-place", fill)
+
+
+@pytest.fixture
+def workplace(place, tmp_path):
+    """A folder of the test's own with the base recipe."""
+    shutil.copy(place / "base.yaml", tmp_path)
+    return tmp_path
 
 
 GRID = """
@@ -89,17 +102,98 @@ variants:
 """
 
 
+# One seed and many variants: numbers of oracles, objectives by confidence and not, batches of all sizes.
+MANY = """
+base: base.yaml
+output_dir: {out}
+seeds: [0]
+seeds_vary: policy
+checkpoints: [0.25]
+kl: 1.0e-9
+keep_models: true
+variants:
+  sepo: {{sweep: {{oracle.count: [1, 2]}}}}
+  dpo: {{set: {{policy.objective: dpo}}}}
+  dpo_cw: {{set: {{policy.objective: dpo, select.confidence: 0.02}}}}
+  simpo: {{set: {{policy.objective: simpo}}}}
+  simpo_cw: {{set: {{policy.objective: simpo, select.confidence: 0.02}}}}
+  tgdpo: {{set: {{policy.objective: tgdpo}}}}
+  tgdpo_cw: {{set: {{policy.objective: tgdpo, select.confidence: 0.02}}}}
+  sevens: {{set: {{policy: {{objective: simpo, training: {{batch_size: 7, max_steps: 8}}}}}}}}
+  thirties: {{set: {{policy: {{objective: simpo, training: {{batch_size: 30, max_steps: 2}}}}}}}}
+"""
+SEPO = "  sepo: {{set: {{policy.gamma: 1.0}}}}\n"
+
+
 def write_grid(folder, text=GRID, name="grid", out="out"):
     path = folder / f"{name}.yaml"
     path.write_text(text.format(out=folder / out))
     return path
 
 
+def like_many(variants, *changes, work=None):
+    """The text of a grid as MANY with other variants; in the work folder `work`, where it is given."""
+    head = MANY[: MANY.index("variants:\n")]
+    for old, new in changes:
+        assert old in head
+        head = head.replace(old, new)
+    return head + (f"work_dir: {work}\n" if work else "") + "variants:\n" + variants
+
+
+def results_of(folder):
+    return json.loads((folder / "compare.json").read_text())
+
+
+def compare_once(made_once, place, text, name, *settings, work=None):
+    """Compare a grid once for all workers; the folder has the results in `name`, and what was said in `said`.
+
+    Args:
+        work: a folder of finished passes and runs that a copy of it is begun with.
+    """
+
+    def fill(folder):
+        shutil.copy(place / "base.yaml", folder)
+        if work is not None:
+            shutil.copytree(work, folder / name)
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            assert main(["compare", str(write_grid(folder, text, name, name)), *settings]) == 0
+        (folder / "said").write_text(said.getvalue())
+
+    return made_once(f"compare-{name}", fill)
+
+
 @pytest.fixture(scope="module")
-def finished(workplace):
-    path = write_grid(workplace)
-    assert main(["compare", str(path)]) == 0
-    return workplace, path, json.loads((workplace / "out" / "compare.json").read_text())
+def finished(made_once, place):
+    """The folder of the finished comparison of GRID in `grid`, and its results; only read it."""
+    folder = compare_once(made_once, place, GRID, "grid")
+    return folder, results_of(folder / "grid")
+
+
+@pytest.fixture
+def copied(finished, workplace):
+    """A copy of it, for tests that change it: the folder, the grid file, and the results."""
+    shutil.copytree(finished[0] / "grid", workplace / "grid")
+    return workplace, write_grid(workplace, out="grid"), finished[1]
+
+
+@pytest.fixture(scope="module")
+def many(made_once, place):
+    """The folder of the finished comparison of MANY in `many`, and its results; only read it."""
+    folder = compare_once(made_once, place, MANY, "many")
+    return folder, results_of(folder / "many")
+
+
+@pytest.fixture
+def work(many, workplace):
+    """A copy of the passes and runs of MANY, for a grid that shares them by `work_dir`."""
+    return shutil.copytree(many[0] / "many", workplace / "many")
+
+
+def number_of_runs(grid, settings):
+    """The runs of a grid; one that is swept and reported counts once where it is measured on the same prompts."""
+    runs = comparison.schedule(grid, settings, lambda variant, group: group[0])
+    return len({(one.variant, one.label, seed, grid.sweep_prompts and reported) for one, seed, reported in runs})
 
 
 def stages_done(text):
@@ -151,7 +245,7 @@ def test_runs_are_counted_with_and_without_a_sweep_seed(workplace):
     ],
 )
 def test_a_bad_grid_is_refused_in_one_line_before_anything_runs(workplace, capsys, monkeypatch, old, new, message):
-    monkeypatch.setattr(sepo.compare, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(comparison, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     assert old in GRID
     path = write_grid(workplace, GRID.replace(old, new), "bad", "bad-out")
     assert main(["compare", str(path)]) == 2
@@ -184,7 +278,7 @@ def with_variants(workplace, name, variants):
 def test_variants_that_see_other_numbers_of_pairs_are_refused_before_a_model_is_loaded(
     workplace, capsys, monkeypatch, variants, counts
 ):
-    monkeypatch.setattr(sepo.compare, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(comparison, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     path = with_variants(workplace, f"budget{len(counts)}{counts[1:3]}{counts[8:10]}", variants)
     for command in (["compare", str(path), "--dry-run"], ["compare", str(path)]):
         assert main(command) == 2
@@ -192,24 +286,33 @@ def test_variants_that_see_other_numbers_of_pairs_are_refused_before_a_model_is_
         assert counts in line
 
 
-def test_variants_that_see_the_same_pairs_are_compared_however_their_batches_fall(workplace, capsys):
+def test_variants_that_see_the_same_pairs_are_compared_however_their_batches_fall(many, workplace, capsys):
     """24 pairs: the fourth batch of 7 holds three, a batch of 30 all of them."""
     variants = ["batch_size: 7, max_steps: 4", "batch_size: 6, num_train_epochs: 1", "batch_size: 30, max_steps: 1"]
     path = with_variants(workplace, "even", variants)
     assert main(["compare", str(path), "--dry-run"]) == 0
     assert capsys.readouterr().out.count("24 pairs a run") == 3
-    assert main(["compare", str(path)]) == 0
-    assert "not used by these settings" not in capsys.readouterr().err
-    results = json.loads((workplace / "even-out" / "compare.json").read_text())
-    assert {run["points"][-1]["pairs_seen"] for run in results["runs"]} == {24}
-    assert len({run["target_tokens"] for run in results["runs"]}) == 1
-    # A grid of fewer variants in the same folder names what it does not use, and keeps it.
-    fewer = with_variants(workplace, "even", variants[:1])
-    assert main(["compare", str(fewer)]) == 0
+    folder, results = many
+    assert "not used by these settings" not in (folder / "said").read_text()
+    assert {run["points"][-1]["pairs_seen"] for run in results["runs"]} == {48}
+    assert len({run["target_tokens"] for run in results["runs"] if run["objective"] == "simpo"}) == 1
+
+
+def test_runs_that_a_grid_of_fewer_variants_does_not_use_are_named_and_kept(work, workplace, capsys):
+    fewer = like_many("  dpo: {{set: {{policy.objective: dpo}}}}\n")
+    assert main(["compare", str(write_grid(workplace, fewer, "many", "many"))]) == 0
     text = capsys.readouterr().err
+    assert stages_done(text) == []
     (line,) = [line for line in text.splitlines() if "not used by these settings, and kept: runs/run-" in line]
-    assert line.count("runs/run-") == 4
-    assert len(list((workplace / "even-out" / "runs").iterdir())) == 6
+    assert line.count("runs/run-") == 5
+    assert re.search(r"and (\d+) more", line)[1] == str(9 - 5 + len(unused_passes(work)))
+    assert len(list((work / "runs").iterdir())) == 10
+
+
+def unused_passes(work):
+    """The shared passes that the last comparison in a folder did not read."""
+    used = {item["stage"] for item in results_of(work)["shared"]}
+    return [path for path in (work / "shared").iterdir() if path.name not in used]
 
 
 def test_a_comparison_without_held_out_prompts_is_refused(workplace, capsys):
@@ -244,10 +347,10 @@ def test_shipped_experiments_are_valid_and_as_long_as_their_documentation_says(p
 
 
 def test_a_comparison_leaves_table_pictures_and_every_checkpoint(finished):
-    folder, _, results = finished
+    folder, results = finished
     for name in ("frontier.png", "win-rate.png"):
-        assert (folder / "out" / name).read_bytes().startswith(b"\x89PNG")
-    page = (folder / "out" / "compare.md").read_text()
+        assert (folder / "grid" / name).read_bytes().startswith(b"\x89PNG")
+    page = (folder / "grid" / "compare.md").read_text()
     assert "## Reported" in page
     assert "## Sweep" in page
     assert "## Against sepo" in page
@@ -267,12 +370,12 @@ def test_a_comparison_leaves_table_pictures_and_every_checkpoint(finished):
     assert reported["dpo"]["target_tokens"] == reported["simpo"]["target_tokens"]
     assert reported["sepo"]["target_tokens"] < 0.5 * reported["dpo"]["target_tokens"]
     assert reported["random"]["target_tokens"] == reported["sepo"]["target_tokens"]
-    assert not list((folder / "out").rglob("*.tmp"))
+    assert not list((folder / "grid").rglob("*.tmp"))
 
 
 def test_passes_that_can_be_shared_are_done_once(finished):
-    folder, _, results = finished
-    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    folder, results = finished
+    manifest = json.loads((folder / "grid" / "manifest.json").read_text())
     kinds = [name.split("-")[0] for name in manifest["stages"] if not name.startswith("run-")]
     count = {kind: kinds.count(kind) for kind in set(kinds)}
     # A pass of the reference, one of the oracle. Two random draws, one top selection. Samples of the start at seeds 0,
@@ -284,16 +387,16 @@ def test_passes_that_can_be_shared_are_done_once(finished):
     assert "AUC" in scores["what"]
 
 
-def test_a_run_that_was_measured_is_what_evaluation_says_of_the_trained_model(finished):
-    folder, path, results = finished
-    _, settings = load_grid(path)
+def test_a_run_that_was_measured_is_what_evaluation_says_of_the_trained_model(finished, place, tmp_path):
+    folder, results = finished
+    _, settings = load_grid(folder / "grid.yaml")
     run = next(run for run in results["runs"] if run["variant"] == "dpo")
-    held_out = next((folder / "out" / "shared").glob("data-*")) / "held_out"
+    held_out = next((folder / "grid" / "shared").glob("data-*")) / "held_out"
     metrics = evaluate_run(
-        str(folder / "out" / run["folder"] / "policy"),
-        str(folder / "model"),
+        str(folder / "grid" / run["folder"] / "policy"),
+        str(place / "model"),
         held_out,
-        folder / "evaluated",
+        tmp_path / "evaluated",
         settings["dpo"][0].recipe.eval,
         seed=run["seed"],
         device="cpu",
@@ -307,61 +410,58 @@ def test_a_run_that_was_measured_is_what_evaluation_says_of_the_trained_model(fi
     assert last["gold_difference"] != 0
 
 
-def test_the_same_command_reuses_everything_and_a_new_variant_costs_its_own_runs(
-    finished, capsys, tmp_path, monkeypatch
-):
-    folder, path, results = finished
-    monkeypatch.chdir(tmp_path)  # where it is started, and what lies there, does not matter
+def test_the_same_command_reuses_everything_and_a_new_variant_costs_its_own_runs(copied, capsys, monkeypatch):
+    folder, path, results = copied
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")  # where it is started, and what lies there, does not matter
     assert main(["compare", str(path)]) == 0
     assert stages_done(capsys.readouterr().err) == []
-    assert json.loads((folder / "out" / "compare.json").read_text()) == results
+    assert results_of(folder / "grid") == results
     more = GRID + "  confpo: {{set: {{policy.objective: confpo}}}}\n"
-    assert main(["compare", str(write_grid(folder, more))]) == 0
+    assert main(["compare", str(write_grid(folder, more, out="grid"))]) == 0
     assert stages_done(capsys.readouterr().err) == ["run confpo seed=1", "run confpo seed=2"]
 
 
-def test_an_altered_file_of_checkpoints_is_measured_anew_not_believed(finished, capsys):
-    folder, _, results = finished
-    file = folder / "out" / results["runs"][0]["folder"] / "points.json"
+def test_an_altered_file_of_checkpoints_is_measured_anew_not_believed(copied, capsys):
+    folder, path, results = copied
+    file = folder / "grid" / results["runs"][0]["folder"] / "points.json"
     whole = file.read_text()
     file.write_text(whole.replace('"kl": ', '"kl": 9'))
-    assert main(["compare", str(write_grid(folder, GRID))]) == 0
+    assert main(["compare", str(path)]) == 0
     assert len(stages_done(capsys.readouterr().err)) == 1
     assert [point["kl"] for point in json.loads(file.read_text())] == [point["kl"] for point in json.loads(whole)]
     file.write_text("{ no JSON")
-    assert main(["compare", str(write_grid(folder, GRID))]) == 0
+    assert main(["compare", str(path)]) == 0
     assert [point["kl"] for point in json.loads(file.read_text())] == [point["kl"] for point in json.loads(whole)]
 
 
-def test_grids_with_one_work_folder_share_passes_and_runs(workplace, capsys):
-    text = GRID.replace("sweep_seed: 0\n", f"work_dir: {workplace / 'work'}\n").replace("seeds: [1, 2]", "seeds: [1]")
-    head = text[: text.index("variants:\n")]
-    sepo_and = "variants:\n  sepo: {{sweep: {{policy.gamma: [1.0, 2.5]}}}}\n"
-    assert main(["compare", str(write_grid(workplace, head + sepo_and, "one", "one-out"))]) == 0
-    first = stages_done(capsys.readouterr().err)
-    assert first[-2:] == ["run sepo policy.gamma=1 seed=1", "run sepo policy.gamma=2.5 seed=1"]
-    # The same method under another name, and one that is new.
-    other = "variants:\n  low: {{set: {{policy.gamma: 1.0}}}}\n  orpo: {{set: {{policy.objective: orpo}}}}\n"
-    path = write_grid(workplace, head + other, "two", "two-out")
-    assert main(["compare", str(path)]) == 0
-    assert stages_done(capsys.readouterr().err) == ["run orpo seed=1"]
-    one, two = (json.loads((workplace / f"{name}-out" / "compare.json").read_text()) for name in ("one", "two"))
-    assert [run["variant"] for run in two["runs"]] == ["low", "orpo"]
-    assert two["runs"][0]["points"] == one["runs"][0]["points"]
-    assert sorted(p.name for p in (workplace / "two-out").iterdir()) == sorted(
+def test_grids_with_one_work_folder_share_passes_and_runs(many, work, workplace, capsys):
+    # A method of MANY under another name, and one that is new.
+    new = "  low: {{set: {{policy.objective: dpo}}}}\n  orpo: {{set: {{policy.objective: orpo}}}}\n"
+    text = like_many(new, work=work)
+    assert main(["compare", str(write_grid(workplace, text, "one", "one-out"))]) == 0
+    assert stages_done(capsys.readouterr().err) == ["run orpo seed=0"]
+    assert main(["compare", str(write_grid(workplace, text.replace("low", "other"), "two", "two-out"))]) == 0
+    assert stages_done(capsys.readouterr().err) == []
+    runs = results_of(workplace / "one-out")["runs"]
+    assert [run["variant"] for run in runs] == ["low", "orpo"]
+    assert [run["variant"] for run in results_of(workplace / "two-out")["runs"]] == ["other", "orpo"]
+    (before,) = [run for run in many[1]["runs"] if run["variant"] == "dpo"]
+    assert runs[0]["points"] == before["points"]
+    assert sorted(p.name for p in (workplace / "one-out").iterdir()) == sorted(
         ["compare.json", "compare.md", "frontier.png", "grid.json", "win-rate.png"]
     )
     (workplace / "taken-out").mkdir()
     (workplace / "taken-out" / "thesis.tex").write_text("")
-    assert main(["compare", str(write_grid(workplace, head + other, "three", "taken-out"))]) == 2
+    assert main(["compare", str(write_grid(workplace, text, "three", "taken-out"))]) == 2
     assert "is not empty and holds no comparison" in capsys.readouterr().err
     assert [p.name for p in (workplace / "taken-out").iterdir()] == ["thesis.tex"]
 
 
-def test_an_interrupted_comparison_keeps_its_runs_and_checkpoints(workplace, capsys, monkeypatch):
-    text = GRID.replace("sweep_seed: 0\n", "").replace("keep_models: true", "keep_models: false")
-    text = text.replace("seeds: [1, 2]", "seeds: [5]").replace("[1.0, 2.5]", "[1.0]")
-    path = write_grid(workplace, text, "broken", "broken-out")
+def test_an_interrupted_comparison_keeps_its_runs_and_checkpoints(work, workplace, capsys, monkeypatch):
+    two = "  dpo: {{set: {{policy.objective: dpo}}}}\n  simpo: {{set: {{policy.objective: simpo}}}}\n"
+    changes = (("keep_models: true", "keep_models: false"), ("seeds: [0]", "seeds: [5]"))
+    path = write_grid(workplace, like_many(two, *changes, work=work), "broken", "broken-out")
     measured = []
     original = Checkpoints.on_step_end
 
@@ -375,52 +475,59 @@ def test_an_interrupted_comparison_keeps_its_runs_and_checkpoints(workplace, cap
     monkeypatch.setattr(Checkpoints, "on_step_end", stop_at_the_fourth)
     assert main(["compare", str(path)]) == 130
     assert "the same command starts it again, and earlier results are kept" in capsys.readouterr().err
-    half = json.loads((workplace / "broken-out" / "compare.json").read_text())
+    half = results_of(workplace / "broken-out")
     assert len(half["runs"]) == 1
     monkeypatch.setattr(Checkpoints, "on_step_end", original)
     judged = []
     measure = PolicyEvaluator.measure
     monkeypatch.setattr(PolicyEvaluator, "measure", lambda self, policy: judged.append(1) or measure(self, policy))
     assert main(["compare", str(path)]) == 0
-    done = json.loads((workplace / "broken-out" / "compare.json").read_text())
-    assert len(done["runs"]) == 4
+    done = results_of(workplace / "broken-out")
+    assert len(done["runs"]) == 2
     assert done["runs"][0] == half["runs"][0]
-    assert len(judged) == 8 - 3  # a checkpoint that was measured is not measured again
-    assert not list((workplace / "broken-out").glob("runs/*/policy"))
-    assert len(list((workplace / "broken-out").glob("runs/*/trainer_state.json"))) == 4
+    assert len(judged) == 4 - 3  # a checkpoint that was measured is not measured again
+    for run in done["runs"]:
+        assert not (work / run["folder"] / "policy").exists()
+        assert (work / run["folder"] / "trainer_state.json").is_file()
 
 
-def test_checkpoints_can_be_where_a_run_passes_given_kls(workplace, capsys):
+# Eight epochs of one method, measured where it passes three KLs; a checkpoint every few steps.
+PASSING = like_many(SEPO, ("checkpoints: [0.25]", "checkpoints_at_kl: [0.5, 0.2, 90]"), ("kl: 1.0e-9", "kl: 0.5"))
+FASTER = ("policy.training.num_train_epochs=8", "policy.training.save_minutes=0.001")
+
+
+@pytest.fixture(scope="module")
+def passing(made_once, place, many):
+    """The folder of the finished comparison of PASSING in `many`, where it shares the passes; only read it."""
+    folder = compare_once(made_once, place, PASSING.replace("{out}", "{out}\nname: many"), "passing", *FASTER,
+                          work=many[0] / "many")  # fmt: skip
+    return folder, results_of(folder / "passing")
+
+
+def test_checkpoints_can_be_where_a_run_passes_given_kls(passing, workplace, capsys):
     """Methods of different speed are measured at the same distances, and curves are read there."""
-    text = GRID.replace("sweep_seed: 0\n", "").replace("[1.0, 2.5]", "[1.0]").replace("[1, 2]", "[0]")
-    text = text.replace("checkpoints: [0.25]", "checkpoints_at_kl: [0.5, 0.2, 90]")
-    path = write_grid(workplace, text[: text.index("  random")], "passing", "passing-out")
-    faster = "policy.training.num_train_epochs=8"
-    assert main(["compare", str(path), faster, "--dry-run"]) == 0
+    folder, results = passing
+    assert main(["compare", str(folder / "passing.yaml"), *FASTER, "--dry-run"]) == 0
     assert "a run is measured where it passes KL 0.2, 0.5, 90 and at its end" in capsys.readouterr().out
-    assert main(["compare", str(path), faster]) == 0
-    assert "KL 90 was not reached; the highest measured KL is" in capsys.readouterr().err
-    (run,) = json.loads((workplace / "passing-out" / "compare.json").read_text())["runs"]
+    assert "KL 90 was not reached; the highest measured KL is" in (folder / "said").read_text()
+    (run,) = results["runs"]
     *on_the_way, last = run["points"]
     assert last["step"] == 32
     assert "probe" not in last
     assert on_the_way[0]["passed"][0] == 0.2
-    probes = json.loads((workplace / "passing-out" / run["folder"] / "probes.json").read_text())
+    probes = json.loads((folder / "passing" / run["folder"] / "probes.json").read_text())
     assert [probe for probe in probes if probe[0] in {point["step"] for point in on_the_way}] == [
         [point["step"], pytest.approx(point["probe"])] for point in on_the_way
     ]
     assert len(probes) < 16
-    assert main(["compare", str(path), faster]) == 0
+    shutil.copytree(folder / "passing", workplace / "many")
+    assert main(["compare", str(write_grid(workplace, PASSING, "many", "many")), *FASTER]) == 0
     assert stages_done(capsys.readouterr().err) == []
 
 
-def test_a_run_that_is_cut_short_passes_its_kls_at_the_same_steps(workplace, monkeypatch):
-    text = GRID.replace("sweep_seed: 0\n", "").replace("[1.0, 2.5]", "[1.0]").replace("[1, 2]", "[0]")
-    text = text.replace("checkpoints: [0.25]", "checkpoints_at_kl: [0.2, 0.5]")
-    text = text[: text.index("  random")]
-    settings = ["policy.training.num_train_epochs=8", "policy.training.save_minutes=0.001"]
-    assert main(["compare", str(write_grid(workplace, text, "whole", "whole-out")), *settings]) == 0
-    path = write_grid(workplace, text, "cut", "cut-out")
+def test_a_run_that_is_cut_short_passes_its_kls_at_the_same_steps(passing, work, workplace, monkeypatch):
+    folder, results = passing
+    path = write_grid(workplace, PASSING, "many", "many")
     original = Checkpoints.on_step_end
 
     def stop(self, args, state, control, **kwargs):
@@ -429,28 +536,25 @@ def test_a_run_that_is_cut_short_passes_its_kls_at_the_same_steps(workplace, mon
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoints, "on_step_end", stop)
-    assert main(["compare", str(path), *settings]) == 130
+    assert main(["compare", str(path), *FASTER]) == 130
     monkeypatch.setattr(Checkpoints, "on_step_end", original)
-    assert main(["compare", str(path), *settings]) == 0
+    assert main(["compare", str(path), *FASTER]) == 0
     timed = ("train_seconds", "measure_seconds", "memory_gb")
-    whole, cut = (
-        [
-            {name: value for name, value in point.items() if name not in timed}
-            for point in json.loads((workplace / f"{name}-out" / "compare.json").read_text())["runs"][0]["points"]
-        ]
-        for name in ("whole", "cut")
-    )
-    assert whole == cut
-    files = [next((workplace / f"{name}-out").glob("runs/*/probes.json")).read_text() for name in ("whole", "cut")]
-    assert files[0] == files[1]
+    (whole,), (cut,) = results["runs"], results_of(work)["runs"]
+    points = [
+        [{name: value for name, value in point.items() if name not in timed} for point in run["points"]]
+        for run in (whole, cut)
+    ]
+    assert points[0] == points[1]
+    probes = [(place / whole["folder"] / "probes.json").read_text() for place in (folder / "passing", work)]
+    assert probes[0] == probes[1]
 
 
-def test_without_a_gold_reward_the_held_out_accuracy_is_compared(workplace):
-    text = GRID.replace("sweep_seed: 0\n", "").replace("[1.0, 2.5]", "[1.0]").replace("seeds: [1, 2]", "seeds: [0]")
-    path = write_grid(workplace, text[: text.index("  random")], "accuracy", "accuracy-out")
+def test_without_a_gold_reward_the_held_out_accuracy_is_compared(work, workplace):
+    path = write_grid(workplace, like_many(SEPO, ("kl: 1.0e-9", "kl: 0.5"), work=work), "accuracy", "accuracy-out")
     assert main(["compare", str(path), "eval.gold=null", "policy.training.learning_rate=0.003"]) == 0
-    results = json.loads((workplace / "accuracy-out" / "compare.json").read_text())
-    assert results["runs"][0]["points"][-1]["accuracy"] > 0.6
+    (run,) = results_of(workplace / "accuracy-out")["runs"]
+    assert run["points"][-1]["accuracy"] > 0.6
     assert not (workplace / "accuracy-out" / "win-rate.png").exists()
     assert "accuracy gain" in (workplace / "accuracy-out" / "compare.md").read_text()
 
@@ -458,7 +562,7 @@ def test_without_a_gold_reward_the_held_out_accuracy_is_compared(workplace):
 def test_seeds_can_vary_the_oracle_too(workplace, capsys):
     text = GRID.replace("sweep_seed: 0\n", "").replace("seeds_vary: policy\n", "").replace("[1.0, 2.5]", "[1.0]")
     path = write_grid(workplace, text[: text.index("  random")], "oracles", "oracles-out")
-    assert main(["compare", str(path)]) == 0
+    assert main(["compare", str(path), "policy.training.num_train_epochs=1"]) == 0
     done = [name.split("-")[0] for name in stages_done(capsys.readouterr().err)]
     assert done.count("oracle") == 2
     assert done.count("data") == 1
@@ -467,39 +571,28 @@ def test_seeds_can_vary_the_oracle_too(workplace, capsys):
     assert first.column("pair_id") == second.column("pair_id")
 
 
-def test_settings_with_one_and_with_several_oracles_share_the_first(workplace, capsys):
-    text = (
-        GRID.replace("sweep_seed: 0\n", "")
-        .replace("[1, 2]", "[0]")
-        .replace("policy.gamma: [1.0, 2.5]", "oracle.count: [1, 2]")
-    )
-    path = write_grid(workplace, text[: text.index("  random")], "ensemble", "ensemble-out")
-    assert main(["compare", str(path), "--dry-run"]) == 0
-    capsys.readouterr()
-    assert main(["compare", str(path)]) == 0
-    done = [name.split("-")[0] for name in stages_done(capsys.readouterr().err)]
-    assert (done.count("oracle"), done.count("score"), done.count("select")) == (2, 2, 2)
-    results = json.loads((workplace / "ensemble-out" / "compare.json").read_text())
-    assert sum("the mean of oracle-" in item["what"] for item in results["shared"]) == 1
+def test_settings_with_one_and_with_several_oracles_share_the_first(many, workplace, capsys):
+    assert main(["compare", str(write_grid(workplace, MANY, "many", "many")), "--dry-run"]) == 0
+    folder, results = many
+    done = Counter(name.split("-")[0] for name in stages_done((folder / "said").read_text()))
+    assert (done["oracle"], done["score"]) == (2, 2)
+    # By one oracle and by two; by confidence; the rewards of all tokens, with and without.
+    assert done["select"] == 2 + 1 + 2
+    assert [run["label"] for run in results["runs"] if run["variant"] == "sepo"] == ["oracle.count=1", "oracle.count=2"]
+    assert sum("the mean of 2 oracles" in item["what"] for item in results["shared"]) == 1
 
 
-def test_an_objective_on_all_tokens_reads_the_confidence_of_the_oracle(workplace, capsys):
-    plain = GRID[: GRID.index("  random")].replace("sweep_seed: 0\n", "").replace("[1, 2]", "[0]")
-    plain = plain.replace("  sepo: {{sweep: {{policy.gamma: [1.0, 2.5]}}}}\n", "")
-    for objective in ("dpo", "simpo", "tgdpo"):
-        plain += f"  {objective}: {{{{set: {{{{policy.objective: {objective}}}}}}}}}\n"
-        plain += f"  {objective}_cw: {{{{set: {{{{policy.objective: {objective}, select.confidence: 0.02}}}}}}}}\n"
-    path = write_grid(workplace, plain, "confidence", "confidence-out")
-    only = write_grid(workplace, plain[: plain.index("  simpo")], "confident", "confident-out")
-    assert main(["compare", str(only), "--dry-run"]) == 0
-    assert "oracles" in capsys.readouterr().out  # DPO alone has none; by confidence it needs one
-    assert main(["compare", str(path)]) == 0
-    results = json.loads((workplace / "confidence-out" / "compare.json").read_text())
+def test_an_objective_on_all_tokens_reads_the_confidence_of_the_oracle(many, workplace, capsys):
+    only = MANY[: MANY.index("  simpo")].replace("  sepo: {{sweep: {{oracle.count: [1, 2]}}}}\n", "")
+    assert main(["compare", str(write_grid(workplace, only, "confident", "confident-out")), "--dry-run"]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert "oracle" in rows  # DPO alone has none; by confidence it needs one
+    folder, results = many[0] / "many", many[1]
     losses = {}
     for run in results["runs"]:
-        state = json.loads((workplace / "confidence-out" / run["folder"] / "policy" / STATE_FILE).read_text())
+        state = json.loads((folder / run["folder"] / "policy" / STATE_FILE).read_text())
         losses[run["variant"]] = [row["loss"] for row in state["log_history"] if "loss" in row]
-    tables = [read_table(path, "selection") for path in (workplace / "confidence-out" / "shared").glob("select-*")]
+    tables = [read_table(path, "selection") for path in (folder / "shared").glob("select-*")]
     weights = [table["pair_weight"].to_numpy() for table in tables if "pair_weight" in table.column_names]
     assert len(weights) == 2  # one that dpo and simpo share, one of rewards for tgdpo
     assert [one.tolist() for one in weights] == [weights[0].tolist()] * 2
@@ -538,7 +631,7 @@ def test_methods_on_one_curve_are_equal_wherever_their_checkpoints_lie(checkpoin
         assert at_kl(on_it, kl) == (pytest.approx(0.1 * math.sqrt(kl)), True)
 
 
-def test_values_that_were_not_measured_are_marked_and_noted(workplace, capsys):
+def test_values_that_were_not_measured_are_marked_and_noted(many):
     runs = [
         run("fast", "", 0, points((4.0, 0.4), (9.0, 0.6))),
         run("fast", "", 1, points((0.5, 0.1), (9.0, 0.6))),
@@ -557,10 +650,7 @@ def test_values_that_were_not_measured_are_marked_and_noted(workplace, capsys):
     )  # fmt: skip
     cells = {line.split(" | ")[0]: line.split(" | ")[3] for line in page.splitlines() if line.startswith("| ")}
     assert [cells[f"| {name}"][-1] for name in ("fast", "slow", "even")] == ["†", "*", "0"]
-    text = GRID.replace("sweep_seed: 0\n", "").replace("[1.0, 2.5]", "[1.0]").replace("[1, 2]", "[0]")
-    path = write_grid(workplace, text[: text.index("  random")].replace("kl: 0.5", "kl: 1.0e-9"), "early", "early-out")
-    assert main(["compare", str(path)]) == 0
-    assert "not measured below KL 1e-09" in capsys.readouterr().err
+    assert "not measured below KL 1e-09" in (many[0] / "said").read_text()
 
 
 def run(variant, label, seed, curve, reported=True, tokens=10):
@@ -674,13 +764,13 @@ def test_differences_are_over_seeds_and_prompts_where_each_prompt_was_kept():
     assert differences(runs, 1.0)[0]["prompts"] == 0
 
 
-def test_a_sweep_can_be_decided_on_other_prompts_than_those_reported(finished, tmp_path, capsys):
-    folder, _, _ = finished
+def test_a_sweep_can_be_decided_on_other_prompts_than_those_reported(copied, capsys):
+    folder, _, _ = copied
     text = GRID.replace("sweep_seed: 0\n", "sweep_seed: 1\nsweep_prompts: 2\n").replace("[1, 2]", "[1]")
-    path = write_grid(folder, text[: text.index("  random")], "apart", "apart-out")
+    path = write_grid(folder, text[: text.index("  random")], out="grid")
     assert number_of_runs(*load_grid(path)) == 3
     assert main(["compare", str(path)]) == 0
-    runs = json.loads((folder / "apart-out" / "compare.json").read_text())["runs"]
+    runs = results_of(folder / "grid")["runs"]
     assert [(run["reported"], len(run["points"][-1]["by_prompt"])) for run in runs] == [
         (False, 2),
         (False, 2),
@@ -716,4 +806,4 @@ def test_two_processes_are_refused(workplace, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     _, settings = load_grid(write_grid(workplace, GRID, "two", "two-out"))
     with pytest.raises(UserError, match="one process"):
-        sepo.compare.check_grid(settings)
+        comparison.check_grid(settings)

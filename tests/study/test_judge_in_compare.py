@@ -9,17 +9,22 @@ import pytest
 
 from sepo.cli import main
 from sepo.study.curves import at_kl, quality
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_run import prepare
+
+BASE = """
+data: {source: prefs.jsonl, held_out: 6, as_chat: true}
+reference: {model: model}
+device: cpu
+policy: {objective: simpo, training: {learning_rate: 0.01, batch_size: 8}}
+eval: {judge: "function:compare_judges:high", prompts: 4, samples: 2, max_new_tokens: 6}
+"""
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "compare_judges", raising=False)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    rows = [{"prompt": f"Is it {i}?", "chosen": f"Yes, {i}!", "rejected": f"no {i} here"} for i in range(22)]
-    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(tmp_path, BASE, rows=22)
     (tmp_path / "compare_judges.py").write_text(
         "def high(prompts, responses):\n"
         "    assert all(prompt.startswith('Is it') for prompt in prompts)\n"
@@ -27,17 +32,8 @@ def workplace(tmp_path, monkeypatch):
         "def low(prompts, responses):\n    return [-n for n in high(prompts, responses)]\n"
         "def silent(prompts, responses):\n    return [float('nan') for r in responses]\n"
     )
-    (tmp_path / "base.yaml").write_text(
-        """
-data: {source: prefs.jsonl, held_out: 6, as_chat: true}
-reference: {model: model}
-device: cpu
-policy: {objective: simpo, training: {learning_rate: 0.01, batch_size: 8}}
-eval: {judge: "function:compare_judges:high", prompts: 4, samples: 2, max_new_tokens: 6}
-"""
-    )
     (tmp_path / "grid.yaml").write_text(
-        "base: base.yaml\noutput_dir: out\ncheckpoints: [0.5, 1.0]\nkl: 0.2\nvariants:\n"
+        "base: recipe.yaml\noutput_dir: out\ncheckpoints: [0.5, 1.0]\nkl: 0.2\nvariants:\n"
         "  simpo: {}\n  cpo: {set: {policy.objective: cpo}}\n"
     )
     return tmp_path

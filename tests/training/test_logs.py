@@ -57,6 +57,7 @@ def steps(folder):
     found = {path.relative_to(folder).as_posix(): path.read_text().split() for path in paths}
     return {"events": found, "emissions": len(list(Path(folder).rglob("emissions*.csv")))}
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
 oracle = "oracle --reference model --data prefs.jsonl --as-chat --device cpu --out oracle batch_size=4".split()
 report = ["report_to=[tensorboard,codecarbon]"]
 results = {}

@@ -27,8 +27,11 @@ DEEPSPEED = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "aut
              "gradient_accumulation_steps": "auto"}  # fmt: skip
 
 HERE = Path(__file__).parents[1]
-SIZES = (3, 17, 20, 24)
+# In the ordinary run: fewer pairs than a batch, and a last batch that leaves a process without one.
+SIZES = {False: (3, 17), True: (3, 17, 20, 24)}
 slow = pytest.mark.slow
+# The ordinary run has two processes; three are for the nightly one.
+NUMBERS = [2, pytest.param(3, marks=pytest.mark.nightly)]
 
 
 def launch(number, folder, objective, sizes, **variables):
@@ -37,8 +40,12 @@ def launch(number, folder, objective, sizes, **variables):
         **os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), "OMP_NUM_THREADS": "1",
         **variables,
     }  # fmt: skip
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
-    command = [*start, str(HERE / "many_processes.py"), str(folder), objective, ",".join(map(str, sizes))]
+    command = [str(HERE / "many_processes.py"), str(folder), objective, ",".join(map(str, sizes))]
+    if "ACCELERATE_USE_DEEPSPEED" in variables:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), *command]
+    else:
+        command.append(str(number))
+    command.insert(0, sys.executable)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -46,18 +53,31 @@ def launch(number, folder, objective, sizes, **variables):
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbatched")
-    return {objective: run(folder / objective, objective, list(SIZES)) for objective in ("dpo", "simpo")}
+def sizes(nightly_run):
+    return SIZES[nightly_run]
+
+
+@pytest.fixture(scope="module")
+def one_process(made_once, sizes, nightly_run):
+    """Results of one process by objective and size."""
+
+    def fill(folder):
+        objectives = ("dpo", "simpo") if nightly_run else ("dpo",)
+        results = {objective: run(folder / objective, objective, list(sizes)) for objective in objectives}
+        (folder / "results.json").write_text(json.dumps(results))
+
+    return json.loads((made_once("one-process", fill) / "results.json").read_text())
 
 
 @slow
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_path, one_process, number, sharded):
+def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(
+    tmp_path, one_process, sizes, number, sharded
+):
     """Some processes get no pair (3 pairs on 3 processes, the last batch of 17 and 20 on 2), and nothing hangs."""
     objective = "simpo" if sharded and number == 3 else "dpo"
-    results = launch(number, tmp_path, objective, SIZES, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
+    results = launch(number, tmp_path, objective, sizes, **(fsdp_on_cpu.ENVIRONMENT if sharded else {}))
     shape = model_shape(tiny_model("llama"))
     need = TrainingMemory(shape, TrainingSettings(), "cpu", 64, 64, 64, processes=number, sharded=sharded)
     plan = parts_of(need)
@@ -76,13 +96,13 @@ def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(tmp_pa
 
 @slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_adds_up_the_gradients_of_one_process(tmp_path, one_process, stage):
+def test_deepspeed_adds_up_the_gradients_of_one_process(tmp_path, one_process, sizes, stage):
     """Over several updates, since AdamW's first step does not depend on the scale of the gradients."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({**DEEPSPEED, "zero_optimization": {"stage": stage}}))
     variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
-    results = launch(2, tmp_path, "dpo", SIZES, DS_ACCELERATOR="cpu", **variables)
+    results = launch(2, tmp_path, "dpo", sizes, DS_ACCELERATOR="cpu", **variables)
     for size, expected in one_process["dpo"].items():
         assert results[size]["losses"] == pytest.approx(expected["losses"], abs=2e-5), f"{size} pairs"
         assert results[size]["eval"] == pytest.approx(expected["eval"], abs=2e-5), f"{size} pairs"

@@ -43,7 +43,9 @@ def trained(folder, model, seed=0, stop=None, lora=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, LoraSettings(r=4), LoraSettings(r=4, dropout=0.2)])
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param(LoraSettings(r=4), marks=pytest.mark.nightly), LoraSettings(r=4, dropout=0.2)]
+)
 def test_a_seed_gives_the_same_bytes_undisturbed_and_continued(tmp_path, lora):
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
     one = trained(tmp_path / "one", tmp_path / "m", lora=lora)
