@@ -15,8 +15,6 @@ from weakref import WeakSet
 
 from tqdm import tqdm
 
-from sepo.numbers import duration as duration  # planning/eta.py and report/run_summary.py read it from here
-
 # Seconds between two drawings of a bar, and between two lines of a log.
 _DRAWN, _LOGGED = 0.2, 30.0
 _bars: WeakSet[tqdm] = WeakSet()

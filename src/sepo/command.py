@@ -209,7 +209,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     from rich.text import Text
 
     from sepo import processes
-    from sepo.report.numbers import number
+    from sepo.numbers import number
 
     if not processes.is_main():
         return

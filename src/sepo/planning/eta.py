@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from sepo import bars, processes
 from sepo.models.devices import choose_device
+from sepo.numbers import duration
 from sepo.planning.plan import SHARED, Planner, plan_stages
 from sepo.planning.sizes import method_sizes
 from sepo.planning.throughput import estimated, stage_rate
@@ -51,8 +52,8 @@ class Eta:
             self.kinds[name] = max(seconds, key=seconds.__getitem__, default="")
 
     def __str__(self) -> str:
-        parts = [f"{name} {bars.duration(seconds)}" for name, seconds in self.expected.items() if seconds >= 1]
-        return f"about {bars.duration(sum(self.expected.values()))}: {', '.join(parts)}"
+        parts = [f"{name} {duration(seconds)}" for name, seconds in self.expected.items() if seconds >= 1]
+        return f"about {duration(sum(self.expected.values()))}: {', '.join(parts)}"
 
     def begin(self, name: str) -> None:
         """A stage begins; earlier stages are over."""
@@ -142,7 +143,7 @@ class RunLine:
     def _draw(self, text: str, force: bool = False) -> None:
         at = self.names.index(self.stage) + 1 if self.stage in self.names else 0
         of = f" ({at} of {len(self.names)})" if at else ""
-        left = bars.duration(self.eta.remaining())
+        left = duration(self.eta.remaining())
         self.bar.n = min(self.eta.share(), 1.0)
         self.bar.set_description_str(f"{self.stage}{of}{': ' if text else ''}{text}; {left} left", refresh=False)
         bars.draw(self.bar, force)

@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def print_scores(results: dict[str, dict[str, Any]]) -> None:
     """Print the scores of models, a table for each benchmark, and log their warnings."""
+    from sepo.numbers import number
     from sepo.processes import log
-    from sepo.report.numbers import number
 
     for benchmark in dict.fromkeys(result["benchmark"] for result in results.values()):
         models = {name: result for name, result in results.items() if result["benchmark"] == benchmark}
