@@ -384,6 +384,9 @@ WRONG: dict[str, dict[str, list[Call]]] = {
             lambda have: sepo.run_recipe(None),
         ]
     },
+    "plan_run": {
+        "recipe is of type": [lambda have: sepo.plan_run("recipe.yaml"), lambda have: sepo.plan_run(None)],
+    },
     "read_table": {
         "the scores table is of type": [
             lambda have: read_table(None, "scores"),

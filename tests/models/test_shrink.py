@@ -78,5 +78,5 @@ def test_a_recipe_trains_an_oracle_of_some_layers_and_a_policy_of_all(tmp_path):
     }
     assert layers == {"reference": 2, "oracle": 2, "policy": 4}
     del values["policy"]["model"]
-    with pytest.raises(UserError, match=r"name policy\.model, the model to align"):
+    with pytest.raises(UserError, match=r"set policy\.model, the model to align"):
         check_inputs(parse_recipe(values, "test"))
