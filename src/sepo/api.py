@@ -49,7 +49,9 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
     def progress(method: Method) -> Iterator[ProgressLine | None]:
         from sepo.planning.eta import eta_of, one_line
 
-        with one_line(eta_of(method, extension, until) if processes.is_main() else None) as line:
+        # Every rank plans: stages ask the main process for digests while they are made.
+        eta = eta_of(method, extension, until)
+        with one_line(eta if processes.is_main() else None) as line:
             yield line
 
     return pipeline.run(recipe, extension, until, progress, _write_pages)
