@@ -173,7 +173,7 @@ def test_an_interrupted_pass_keeps_its_shards(place, tmp_path, monkeypatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(logps, "write_shard", then_interrupted)
-        with pytest.raises(Interrupted, match=r"1 of 3 parts of '.*' are kept; the same command goes on with the next"):
+        with pytest.raises(Interrupted, match=r"1 of 3 parts of '.*' are kept; the same command continues"):
             logps.logps_pass(str(place / "model"), tmp_path / "pairs", tmp_path / "logps", device="cpu")
     first = (tmp_path / "logps" / "part-00000.parquet").stat().st_mtime_ns
     logps.logps_pass(str(place / "model"), tmp_path / "pairs", tmp_path / "logps", device="cpu")
