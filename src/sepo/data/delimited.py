@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from sepo.errors import UserError
+from sepo.processes import log_once
 
 _DELIMITERS = ",;\t|"
 _SAMPLE = 1 << 16  # bytes and rows by which the delimiter is chosen
@@ -59,8 +60,18 @@ class Delimited:
                 raise self._error(line, f"it has {len(row)} cells, and the header has {width}")
             if row:  # not an empty line
                 width = len(row)
+                if reader.line_num > line and self._like_rows(row):
+                    log_once(
+                        f"  '{self._path}': the row in line {line} has a cell of several lines that look like rows of "
+                        "their own; if a quote is missing there, they are lost"
+                    )
                 yield row
             line = reader.line_num + 1
+
+    def _like_rows(self, row: list[str]) -> bool:
+        """Whether every line of a row would be a row if its quotes were not there."""
+        lines = self.delimiter.join(row).splitlines()
+        return all(line.count(self.delimiter) == len(row) - 1 for line in lines)
 
     def _error(self, line: int, problem: str) -> UserError:
         kind = "tsv" if ".tsv" in self._path.name.lower() else "csv"
