@@ -248,7 +248,8 @@ def _lines_table(data: bytes, path: Path) -> pa.Table | None:
 
     None if the file is short, or if the types of a column differ from part to part: they are found from all rows then.
     """
-    lines, tables, number = _json_lines(data, path), [], 0
+    lines, number = _json_lines(data, path), 0
+    tables: list[pa.Table] = []
     while rows := list(islice(lines, _LINES_AT_ONCE)):
         if not tables and len(rows) < _LINES_AT_ONCE:
             return None

@@ -24,7 +24,7 @@ from sepo.evaluate.statistics import paired_difference
 from sepo.files import file_digest, write_json
 
 RESULTS = "results.json"
-_INSTALL = 'pip install "sepo[tasks]"'
+_INSTALL = 'pip install -e ".[tasks]"'
 # Rounds of the bootstrap for scores that are no mean over documents; the error of a mean has a formula.
 _BOOTSTRAP = 1000
 _FILES = (".yaml", ".yml")
