@@ -201,7 +201,7 @@ def _json_rows(data: bytes, path: Path) -> list[Any]:
 
 def _whole_json(data: bytes, path: Path) -> list[Any] | None:
     """The values of a file that is one JSON value; None if it has one value a line."""
-    if data.lstrip().startswith(b"["):
+    if _first_line(data).startswith(b"["):
         return _parse_json(data, f"'{path}'")
     value = _one_object(data)
     return None if value is None else _wrapped_rows(value)
@@ -263,11 +263,15 @@ def _lines_table(data: bytes, path: Path) -> pa.Table | None:
     return table if table is not None and table.num_rows == number else None
 
 
+def _first_line(data: bytes) -> bytes:
+    """The first line with text, without a copy of the whole."""
+    return next((line.strip() for line in io.BytesIO(data) if line.strip()), b"")
+
+
 def _one_object(data: bytes) -> dict[str, Any] | None:
     """The JSON object that fills the file over several lines; None for other files."""
-    if not data.lstrip().startswith(b"{"):
+    if not (first := _first_line(data)).startswith(b"{"):
         return None
-    first = data.lstrip().split(b"\n", 1)[0]
     try:
         json.loads(first)
     except (ValueError, RecursionError):

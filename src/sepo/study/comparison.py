@@ -301,9 +301,8 @@ def schedule(
     # Seed by seed, so an unfinished comparison has all methods at some seeds.
     for seed in grid.seeds:
         for variant, group in settings.items():
-            for setting in [chosen[variant]] if variant in chosen else group:
-                if setting is not None:
-                    yield setting, seed, True
+            reported = [chosen[variant]] if variant in chosen else group
+            yield from ((setting, seed, True) for setting in reported if setting is not None)
 
 
 class _Comparison:
