@@ -73,7 +73,7 @@ class Endpoint:
         if not self._key.isascii() or not self._key.isprintable():
             raise UserError(f"${self.key_variable} holds characters that no key has: set it again, without line ends")
         if importlib.util.find_spec("openai") is None:
-            raise UserError(f'the server {self.url} needs the package openai: run `pip install "sepo[judge]"`')
+            raise UserError(f'the server {self.url} needs the package openai: run `pip install -e ".[judge]"`')
 
     @property
     def _key(self) -> str:
