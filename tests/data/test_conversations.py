@@ -228,3 +228,9 @@ def test_responses_that_hold_their_question_need_no_prompt_column(side, tmp_path
     ]
     _, train, _ = prepared(tmp_path, rows, held_out=0)
     assert len(train) == 3
+
+
+def test_a_label_beside_responses_is_no_prompt(tmp_path):
+    rows = [{"context": "chat", "chosen": f"Say {i} now. Yes!", "rejected": f"Say {i} now. No."} for i in range(30)]
+    _, train, _ = prepared(tmp_path, rows, held_out=0)
+    assert len(train) == 30

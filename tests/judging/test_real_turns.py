@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from chat_templates import assistant, tokenizer_named, user
+from chat_templates import CALL, assistant, tokenizer_named, user
 from judge_server import completion, serving
 from sepo.cli import main
 from sepo.data.conversation import conversations_of, in_words
@@ -227,6 +227,7 @@ def test_further_columns_and_spellings_of_a_prompt_are_sent(row, wanted, tmp_pat
         (["Hi?", "Hi?"], "twice"),
         ([[SYSTEM, user("Hi?")], [SYSTEM, user("Hi?")]], "twice"),
         ([{"prompt": "Hi?", "tools": [{"type": "function", "function": {"name": "f"}}]}], "tools"),
+        ([[user("Hi?"), assistant("", tool_calls=CALL), {"role": "tool", "content": "4"}, user("So?")]], "tools"),
         ([[user("Hi?"), {"role": "user", "content": [{"type": "image", "image": "x"}]}]], "not text"),
     ],
 )

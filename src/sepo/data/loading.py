@@ -358,7 +358,7 @@ def _rename_columns(dataset: datasets.Dataset, columns: Mapping[str, str], sourc
 _QUESTIONS = frozenset(
     (
         *("question", "questions", "question_text", "query", "queries", "instruction", "instructions", "request"),
-        *("input", "inputs", "user", "user_input", "user_prompt", "user_message", "human", "problem", "task", "post"),
+        *("input", "inputs", "user_input", "user_prompt", "user_message", "problem", "post"),
         *("prompts", "prompt_text", "prompt_str", "context", "history", "conversation", "dialogue", "dialog"),
     )
 )
@@ -375,12 +375,14 @@ def _check_prompt_is_named(dataset: datasets.Dataset, source: str) -> None:
         return
     rows = [row for row in read_rows(dataset, 0, min(len(dataset), _LOOKED_AT)) if row is not None]
     for name in names:
-        asked = sum(_is_question_of(row[name], row["chosen"], row["rejected"]) for row in rows)
-        if 2 * asked > len(rows):
+        asked = [repr(row[name]) for row in rows if _is_question_of(row[name], row["chosen"], row["rejected"])]
+        # A column with few values is a label, such as a subset.
+        if 2 * len(asked) > len(rows) and 10 * len(set(asked)) >= len(rows):
             listed = ", ".join(f"'{column}'" for column in dataset.column_names[:20])
             hint = suggestion(dataset.column_names) or f"; name it with `columns`: {{prompt: {name}}}"
             raise UserError(
-                f"'{source}' has no column 'prompt', but '{name}' seems to hold the question: found {listed}{hint}"
+                f"'{source}' has no column 'prompt', but '{name}' seems to hold the question: found {listed}{hint}; "
+                "leave the column out if chosen and rejected begin with their prompt"
             )
 
 

@@ -166,7 +166,7 @@ def _conversation(row: Mapping[str, Any]) -> tuple[str, list[Message], list[str]
         **{EXTRA_COLUMNS[name]: row.get(name) for name in ("input", "history", "tools")},
     }
     pair = with_columns(TextPair(messages, "", ""), columns)
-    if pair.tools:
+    if pair.tools or any("tool_calls" in message or message["role"] == "tool" for message in pair.messages):
         raise DropRow("tools", "questions are asked without tools")
     messages = list(pair.messages)
     at = max((i for i, message in enumerate(messages, 1) if message["role"] != "user"), default=0)
