@@ -142,7 +142,7 @@ def fidelity_of(arguments: argparse.Namespace) -> None:
         for way, tokenizer in (("", large), (" back", small)):
             parts = [made[f"{allocation}{way} {part}"] for part in ("train", "held_out")]
             tables[allocation + way] = tokenizer, pa.concat_tables(parts)
-    prompts = prompt_numbers(scores["prompt_ids"])
+    prompts = prompt_numbers(scores)
     rng = np.random.default_rng(0)
     draws = np.array(
         [np.bincount(rng.integers(prompts.max() + 1, size=prompts.max() + 1), minlength=prompts.max() + 1)[prompts]

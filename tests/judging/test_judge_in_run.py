@@ -13,7 +13,6 @@ from transformers import LlamaForSequenceClassification
 
 from judge_server import completion, serving
 from sepo.cli import main
-from sepo.data.prompts import encode_prompts, words_of_prompt
 from sepo.report.payload import unpack
 from tiny_models import CONFIGS, tiny_tokenizer
 from tiny_run import prepare
@@ -122,12 +121,3 @@ def test_an_unusable_judge_ends_the_run_before_it_starts(judge, says, workplace,
     assert says in error or "is no address" in error
     assert error.count("\n") == 1
     assert not (workplace / "run").exists()
-
-
-def test_the_words_of_a_prompt_are_what_the_user_asked():
-    tokenizer = tiny_tokenizer()
-    for words in ("Is it so?", "a</s>b", " spaces "):
-        (ids,) = encode_prompts([[{"role": "user", "content": words}]], tokenizer)
-        assert words_of_prompt(ids, tokenizer) in (words.strip(), words.replace("</s>", ""))
-    turns = [{"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B"), ("user", "C"))]
-    assert words_of_prompt(encode_prompts([turns], tokenizer)[0], tokenizer) == "ABC"

@@ -24,6 +24,7 @@ from properties import examples
 from report_fixtures import END, byte_tokenizer, score_table, word_tokenizer
 from sepo.credit.selection import select_key_tokens
 from sepo.data import tables
+from sepo.data.conversation import CONVERSATION, PROMPT_KEY, conversation_text, in_words, prompt_key
 from sepo.data.ragged import flat, segment_sums
 from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError
@@ -443,6 +444,19 @@ def test_the_prompt_preview_leaves_out_what_most_prompts_share(run: Path) -> Non
         whole.removesuffix("\nassistant\n"),
         *(f"Question {i}" for i in (3, 4, 5)),
     ]
+
+
+def test_a_pair_is_headed_by_the_words_of_its_conversation(run: Path) -> None:
+    columns = tables.read_table(run / "scores", "scores").to_pydict()
+    messages = [[{"role": "user", "content": f"Why {i}?"}] for i in columns["pair_id"]]
+    messages[1].insert(0, {"role": "system", "content": "Be brief."})
+    columns[CONVERSATION] = list(map(conversation_text, messages))
+    columns[PROMPT_KEY] = list(map(prompt_key, messages))
+    tables.write_table(run / "scores", tables.make_table("scores", columns))
+    header, _ = data_of(build_report(run, out=run / "report.html"))
+    assert header["questions"] == list(map(in_words, messages))
+    assert header["questions"][1] == f"System: Be brief.\n\nUser: Why {columns['pair_id'][1]}?"
+    assert not {CONVERSATION, PROMPT_KEY} & header["facets"].keys()
 
 
 def test_the_page_allows_its_own_script_and_style_and_nothing_else(run: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from sepo.credit.rewards import response_sums
 from sepo.credit.selection import effective_number, ends_response, select_key_tokens
 from sepo.data.ragged import SIGNED_SIDES, flat, ragged
+from sepo.data.splits import prompt_numbers
 from sepo.data.tables import make_table, provenance_of
 from sepo.evaluate.accuracy import preference_accuracy
 from sepo.evaluate.fidelity import combine, fidelity
@@ -136,7 +137,7 @@ def length_effects(scores: pa.Table) -> dict[str, Any]:
     """
     lengths = {side: flat(scores.column(f"{side}_ids"))[1] for side, _ in SIGNED_SIDES}
     sums = dict(zip(("chosen", "rejected"), response_sums(scores, "rewards"), strict=True))
-    prompts = [tuple(ids) for ids in scores.column("prompt_ids").to_pylist()]
+    prompts = prompt_numbers(scores).tolist()
     result: dict[str, Any] = {}
     for name in ("sum", "mean"):
         values = {side: sums[side] / (lengths[side] if name == "mean" else 1) for side, _ in SIGNED_SIDES}
@@ -249,7 +250,7 @@ def baseline_tables(scores: pa.Table, reference_logps: pa.Table | None, seed: in
             order["surprisal"] = -flat(reference_logps.column(f"{side}_logps"))[0].astype(np.float64)
         for name, values in order.items():
             columns[name][f"{side}_rewards"] = ragged((sign * values).astype(np.float32), lengths)
-    keys = {name: scores.column(name) for name in ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")}
+    keys = {name: scores.column(name) for name in scores.column_names if not name.endswith("_rewards")}
     provenance = {key: value for key, value in provenance_of(scores).items() if key not in ("format", "version")}
     return {name: make_table("scores", {**keys, **rewards}, provenance) for name, rewards in columns.items() if rewards}
 

@@ -38,6 +38,7 @@ from sepo.credit.alignment import (
     last_of,
     response_texts,
 )
+from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.ragged import SIDES, flat, ragged
 from sepo.data.tables import make_table, provenance_of, require_table
 from sepo.data.vocabulary import TokenBytes
@@ -275,6 +276,7 @@ def carry(
     aligned = {side: _aligned(source, target, side, read_a, read_b) for side in SIDES}
     good = _transferable(aligned, report)
     columns: dict[str, Any] = {"pair_id": source.column("pair_id"), "prompt_ids": target.column("prompt_ids")}
+    columns |= {name: target.column(name) for name in (CONVERSATION, PROMPT_KEY) if name in target.column_names}
     for side in SIDES:
         ids, lengths = flat(target.column(f"{side}_ids"))
         kept = np.where(good, aligned[side].scored, lengths)

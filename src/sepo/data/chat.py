@@ -159,13 +159,15 @@ class ChatWriter:
         """Render the prompt with the generation prompt.
 
         Raises:
-            DropRow: the template rejects the conversation.
+            DropRow: the template rejects the conversation, or leaves a part of it out.
         """
         assert not isinstance(pair.prompt, str)
         way = _Way([map_text(tool, self.guard) for tool in pair.tools], {**self.options, **pair.options})
         try:
             messages = [self.guard.message(message) for message in pair.prompt]
-            return self._render(messages, way, add_generation_prompt=True)
+            text = self._render(messages, way, add_generation_prompt=True)
+            self._check_all_is_written(messages, text, way)
+            return text
         except DropRow:
             raise
         except Exception as error:  # a template may raise any exception

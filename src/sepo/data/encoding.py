@@ -32,6 +32,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from sepo.bars import progress_bar
 from sepo.data.chat import ChatWriter, Guard
+from sepo.data.conversation import CONVERSATION, PROMPT_KEY, conversation_text, prompt_key
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint, update_digest
 from sepo.data.loading import note_unread_columns, read_rows, relevant_columns, require_dataset
 from sepo.data.messages import DropRow
@@ -265,7 +266,7 @@ def tokenize_pairs(
         for pair_id, pair in _pairs(rows, start, as_chat, report):
             markup += _is_rendered(pair, encoder.guard.control)
             try:
-                items.append((pair_id, encoder.item(pair, report)))
+                items.append((pair_id, pair, encoder.item(pair, report)))
             except DropRow as drop:
                 report.drop(drop.reason, pair_id, drop.detail)
         encoded += _encode(items, encoder, report)
@@ -346,6 +347,8 @@ class _Encoded(NamedTuple):
     chosen: np.ndarray
     rejected: np.ndarray
     kept_head: int
+    conversation: str
+    prompt_key: str
 
 
 def _end_ids(encoder: Encoder) -> list[int]:
@@ -384,12 +387,12 @@ def _pairs(
         yield pair_id, pair
 
 
-def _encode(items: Sequence[tuple[int, _Item]], encoder: Encoder, report: DataReport) -> Iterable[_Encoded]:
+def _encode(items: Sequence[tuple[int, TextPair, _Item]], encoder: Encoder, report: DataReport) -> Iterable[_Encoded]:
     texts = [
-        text for _, item in items for text in (item.prompt, item.prompt + item.chosen, item.prompt + item.rejected)
+        text for *_, item in items for text in (item.prompt, item.prompt + item.chosen, item.prompt + item.rejected)
     ]
     encoded = encoder.encode(texts) if texts else []
-    for (pair_id, item), *ids in zip(items, encoded[::3], encoded[1::3], encoded[2::3], strict=True):
+    for (pair_id, pair, item), *ids in zip(items, encoded[::3], encoded[1::3], encoded[2::3], strict=True):
         try:
             prompt, chosen, rejected = encoder.ids_of(item, *ids)
             if chosen == rejected:
@@ -397,7 +400,15 @@ def _encode(items: Sequence[tuple[int, _Item]], encoder: Encoder, report: DataRe
         except DropRow as drop:
             report.drop(drop.reason, pair_id, drop.detail)
             continue
-        yield _Encoded(pair_id, _ids(prompt), _ids(chosen), _ids(rejected), encoder.kept_head(prompt))
+        yield _Encoded(
+            pair_id,
+            _ids(prompt),
+            _ids(chosen),
+            _ids(rejected),
+            encoder.kept_head(prompt),
+            conversation_text(pair.messages, pair.tools),
+            prompt_key(pair.messages),
+        )
 
 
 def _ids(tokens: list[int]) -> np.ndarray:
@@ -413,7 +424,7 @@ def _fitted(pairs: Sequence[_Encoded], max_length: int, max_prompt_length: int |
     for pair in pairs:
         key = pair.prompt.tobytes()
         longest[key] = max(longest.get(key, 0), len(pair.chosen), len(pair.rejected))
-    pair_ids: list[int] = []
+    kept: list[_Encoded] = []
     columns: dict[str, list[np.ndarray]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for pair in pairs:
         parts = pair.prompt, pair.chosen, pair.rejected
@@ -432,10 +443,15 @@ def _fitted(pairs: Sequence[_Encoded], max_length: int, max_prompt_length: int |
             report.truncated_prompts += len(cut[0]) < len(pair.prompt)
             report.truncated_responses += sum(len(cut[i]) < len(parts[i]) for i in (1, 2))
             parts = _ids(cut[0]), _ids(cut[1]), _ids(cut[2])
-        pair_ids.append(pair.pair_id)
+        kept.append(pair)
         for column, values in zip(columns.values(), parts, strict=True):
             column.append(values)
-    return make_table("pairs", {"pair_id": pair_ids, **{name: _list_column(ids) for name, ids in columns.items()}})
+    talk = {
+        "pair_id": [pair.pair_id for pair in kept],
+        CONVERSATION: [pair.conversation for pair in kept],
+        PROMPT_KEY: [pair.prompt_key for pair in kept],
+    }
+    return make_table("pairs", talk | {name: _list_column(ids) for name, ids in columns.items()})
 
 
 def _list_column(ids: list[np.ndarray]) -> pa.Array:

@@ -22,7 +22,14 @@ import pyarrow.compute as pc
 from sepo.data.folders import KNOWN_SPLITS, check_no_config, check_single_split, read_folder
 from sepo.data.formats import SUFFIXES, read_file, table_of
 from sepo.data.pairing import make_pairs, preset_of, suggestion
-from sepo.data.rows import DROP_COLUMN, EXTRA_COLUMNS, READ_COLUMNS, ROWS_AT_ONCE, DataReport
+from sepo.data.rows import (
+    DROP_COLUMN,
+    EXTRA_COLUMNS,
+    READ_COLUMNS,
+    ROWS_AT_ONCE,
+    DataReport,
+    is_conversation,
+)
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, file_digest
 from sepo.recipe.settings import PairsFrom
@@ -79,6 +86,7 @@ def load_preferences(
             )
         dataset = make_pairs(dataset, preset.pairs_from, prompt)
     dataset = _rename_columns(dataset, wanted, name)
+    _check_prompt_is_named(dataset, name)
     dataset = dataset.add_column("pair_id", np.arange(len(dataset), dtype=np.int64))
     return _take_slice(dataset, split, _parse_split(split)[0]) if slice_text else dataset
 
@@ -247,6 +255,50 @@ def _rename_columns(dataset: datasets.Dataset, columns: Mapping[str, str], sourc
     if "tools" in wanted and "tools" in existing and wanted["tools"] != "tools":
         new_names["tools"] = "source_tools"
     return dataset.rename_columns(new_names) if new_names else dataset
+
+
+# Names of columns that hold the question where no column is called prompt.
+_QUESTIONS = frozenset(
+    (
+        *("question", "questions", "question_text", "query", "queries", "instruction", "instructions", "request"),
+        *("input", "inputs", "user_input", "user_prompt", "user_message", "problem", "post"),
+        *("prompts", "prompt_text", "prompt_str", "context", "history", "conversation", "dialogue", "dialog"),
+    )
+)
+
+
+def _check_prompt_is_named(dataset: datasets.Dataset, source: str) -> None:
+    """Refuse plain-text responses without a prompt column beside a column that holds their question.
+
+    Otherwise the common first words of the responses would be the prompt. Responses that repeat the question, or that
+    are whole conversations, hold their prompt themselves.
+    """
+    names = [name for name in dataset.column_names if name.lower() in {*_QUESTIONS, "prompt"}]
+    if "prompt" in dataset.column_names or not names:
+        return
+    rows = [row for row in read_rows(dataset, 0, min(len(dataset), _LOOKED_AT)) if row is not None]
+    for name in names:
+        asked = [repr(row[name]) for row in rows if _is_question_of(row[name], row["chosen"], row["rejected"])]
+        # A column with few values is a label, such as a subset.
+        if 2 * len(asked) > len(rows) and 10 * len(set(asked)) >= len(rows):
+            listed = ", ".join(f"'{column}'" for column in dataset.column_names[:20])
+            hint = suggestion(dataset.column_names) or f"; name it with `columns`: {{prompt: {name}}}"
+            raise UserError(
+                f"'{source}' has no column 'prompt', but '{name}' seems to hold the question: found {listed}{hint}; "
+                "leave the column out if chosen and rejected begin with their prompt"
+            )
+
+
+_LOOKED_AT = 100  # rows
+
+
+def _is_question_of(value: Any, chosen: Any, rejected: Any) -> bool:
+    """Does a value hold a question, and do two plain responses not repeat it?"""
+    if not all(isinstance(side, str) and not is_conversation(side) for side in (chosen, rejected)):
+        return False
+    if isinstance(value, str):
+        return bool(value.strip()) and not (value.strip() in chosen and value.strip() in rejected)
+    return isinstance(value, list | dict) and bool(value)
 
 
 # Columns that influence which response is better, but are read only if the user maps them.

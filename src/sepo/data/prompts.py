@@ -14,7 +14,7 @@ from sepo.data.messages import DropRow
 from sepo.data.rows import DataReport, TextPair
 from sepo.errors import UserError
 
-Turns = Sequence[Mapping[str, str]]
+Turns = Sequence[Mapping[str, Any]]
 
 
 def encode_prompts(
@@ -50,21 +50,21 @@ def _prompt(encoder: Encoder, messages: Turns) -> list[int]:
 
 
 def encode_answers(
-    conversations: Sequence[tuple[Turns, str]], tokenizer: Any
+    conversations: Sequence[tuple[Turns, str, Sequence[Any]]], tokenizer: Any
 ) -> list[tuple[list[int], list[int]] | str]:
     """Ids of the prompt and the answer of each conversation, as in a table of pairs; or the reason of a failure.
 
     Without a chat template the texts are joined as in `encode_prompts`.
 
     Args:
-        conversations: messages that end with a user's turn, and the answer.
+        conversations: messages before the answer, the answer, and schemas of tools.
     """
     encoder = make_encoder(tokenizer, {})
     results: list[tuple[list[int], list[int]] | str] = []
-    for messages, answer in conversations:
+    for messages, answer, tools in conversations:
         turns = [dict(message) for message in messages]
         plain = "\n\n".join(turn["content"] for turn in turns)
-        pair = TextPair(plain if encoder.writer is None else turns, answer, answer)
+        pair = TextPair(plain if encoder.writer is None else turns, answer, answer, tools=tuple(tools))
         try:
             item = encoder.item(pair, DataReport(rows=1))
             ids = encoder.encode([item.prompt, item.prompt + item.chosen])
@@ -73,25 +73,3 @@ def encode_answers(
         except DropRow as drop:
             results.append(drop.reason)
     return results
-
-
-def words_of_prompt(ids: Sequence[int], tokenizer: Any) -> str:
-    """The user's text of a prompt with one turn, without the text that the chat template writes around it.
-
-    A conversation of several turns keeps the template's text between the turns, without special tokens.
-    """
-    text = str(tokenizer.decode(ids))
-    if tokenizer.chat_template is not None:
-        mark = "\u2402words\u2403"
-        try:
-            written = tokenizer.apply_chat_template(
-                [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-            )
-        except Exception:  # a template may raise any exception
-            written = ""
-        before, found, after = written.partition(mark)
-        if found and text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after):
-            inner = text[len(before) : len(text) - len(after)]
-            if not any(token in inner for token in tokenizer.all_special_tokens):
-                return inner.strip()
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

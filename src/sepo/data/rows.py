@@ -71,6 +71,7 @@ class TextPair(NamedTuple):
         tools: schemas of the tools that the conversation may call.
         options: keywords for the chat template.
         notes: content of the row that the pair does not use; `DataReport.notes` counts the texts.
+        spoken: the messages of a plain-text prompt that holds a system message, too.
     """
 
     prompt: str | list[Message]
@@ -82,6 +83,14 @@ class TextPair(NamedTuple):
     tools: tuple[Any, ...] = ()
     options: Mapping[str, Any] = _NOTHING
     notes: tuple[str, ...] = ()
+    spoken: tuple[Message, ...] = ()
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        """The messages before the response; a plain-text prompt is one user turn."""
+        if isinstance(self.prompt, str):
+            return self.spoken or ({"role": "user", "content": self.prompt},)
+        return self.prompt
 
 
 @dataclass
@@ -200,7 +209,7 @@ def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
         pair = _pair_from_text(prompt, chosen, rejected, "prompt" in row, as_chat)
     else:
         raise DropRow("wrong type", "text and messages mixed")
-    pair = _with_columns(pair, row)
+    pair = with_columns(pair, row)
     if not all(_has_content(*side) for side in zip((pair.chosen, pair.rejected), pair.extras, strict=True)):
         raise DropRow("no response")
     if pair.chosen == pair.rejected and pair.extras[0] == pair.extras[1]:
@@ -226,7 +235,7 @@ def _score_notes(row: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _with_columns(pair: TextPair, row: Mapping[str, Any]) -> TextPair:
+def with_columns(pair: TextPair, row: Mapping[str, Any]) -> TextPair:
     """Add the content of further columns to the prompt: system message, input, history, tools, options."""
     system, given = (_text_cell(row.get(EXTRA_COLUMNS[name])) for name in ("system", "input"))
     history, tools = _history(row.get(EXTRA_COLUMNS["history"])), read_tools(row.get("tools"))
@@ -237,7 +246,12 @@ def _with_columns(pair: TextPair, row: Mapping[str, Any]) -> TextPair:
     if isinstance(prompt, str):
         if tools or history:
             raise DropRow("tools" if tools else "wrong type", "" if tools else "a history beside a plain-text prompt")
-        prompt = "\n\n".join(part for part in (system, prompt, given) if part.strip()) if system + given else prompt
+        if system + given:
+            asked = "\n\n".join(part for part in (prompt, given) if part.strip())
+            if system.strip():
+                spoken = ({"role": "system", "content": system}, {"role": "user", "content": asked})
+                return pair._replace(prompt="\n\n".join(part for part in (system, asked) if part), spoken=spoken)
+            prompt = asked
         return pair._replace(prompt=prompt)
     if given.strip():
         if prompt[-1]["role"] != "user":
@@ -388,6 +402,14 @@ def _is_transcript(text: str, response: str = "") -> bool:
     if response:  # `text` is the prompt only: prompt or response opens the assistant's turn
         return text.rstrip().endswith("\n\nAssistant:") or response.startswith(("\n\nAssistant:", text))
     return "\n\nAssistant:" in text
+
+
+def is_conversation(text: str) -> bool:
+    """Is a text a whole transcript, or messages as text?"""
+    try:
+        return _is_transcript(text) or isinstance(read_cell(text), Messages)
+    except DropRow:
+        return True
 
 
 def _turns(transcript: str) -> list[Message]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.ragged import flat
 from sepo.data.tables import SCHEMAS, provenance_of, require_table, with_provenance
 from sepo.errors import UserError, check_number
@@ -20,9 +22,10 @@ def split_pairs(
 ) -> tuple[pa.Table, pa.Table]:
     """Split a table of pairs by prompt, so that no held-out prompt occurs in training.
 
-    Prompts are sorted by a hash of the seed and their token ids. The first prompts are held out, as many as bring the
-    number of pairs closest to `held_out`. The result depends only on table and seed. When the table grows, existing
-    prompts keep their order. Rows keep their order, too.
+    Pairs with one `prompt_key` or with the same token ids have one prompt (`prompt_numbers`). Prompts are sorted by a
+    hash of the seed and their token ids. The first ones are held out, as many as bring the number of pairs closest to
+    `held_out`. The result depends only on table and seed. When the table grows, existing prompts keep their order. Rows
+    keep their order, too.
 
     Args:
         table: pairs, or any table with `pair_id` and `prompt_ids`.
@@ -39,67 +42,109 @@ def split_pairs(
     table = require_table("table", table, "pairs")
     check_number("seed", seed, whole=True)
     target = _held_out_pairs(held_out, len(table))
-    keys = _prompt_keys(table)
-    counts: dict[bytes, int] = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
-    prompts = sorted(counts, key=lambda key: _order("held_out", seed, key))
-    totals = np.cumsum([0] + [counts[key] for key in prompts])
+    numbers = prompt_numbers(table).tolist()
+    counts = Counter(numbers)
+    places = _first_places(table, numbers, "held_out", seed)
+    prompts = sorted(places, key=places.__getitem__)
+    totals = np.cumsum([0] + [counts[number] for number in prompts])
     number = int(np.argmin(np.abs(totals - target)))
     if target and number == 0:
         number = 1
     if number >= len(prompts):
         raise UserError(
-            f"cannot hold out {target} of {len(table)} pairs: they share {len(prompts)} prompts, and at "
-            "least one must stay for training; hold out fewer pairs"
+            f"cannot hold out {target} of {len(table)} pairs: they share {len(prompts)} prompts (dialogues with one "
+            "first user turn count as one), and at least one must stay for training; hold out fewer pairs"
         )
     held = set(prompts[:number])
-    mask = np.array([key in held for key in keys], dtype=bool)
+    mask = np.array([number in held for number in numbers], dtype=bool)
     settings = {"held_out": held_out, "sample": sample, "seed": seed}
     train = sample_pairs(table.filter(pa.array(~mask)), sample, seed=seed)
     return _with_split(train, "train", settings), _with_split(table.filter(pa.array(mask)), "held_out", settings)
 
 
-def sample_prompts(table: pa.Table, limit: int, after: int = 0) -> list[list[int]]:
-    """Token ids of `limit` distinct prompts, sampled by hash, in the order of the table.
+def prompt_rows(table: pa.Table, limit: int, after: int = 0) -> pa.Table:
+    """One row of each of `limit` distinct prompts, sampled by hash, in the order of the table.
 
     Args:
-        after: skip the first `after` prompts of the sample, which `sample_prompts(table, after)` returns.
+        after: skip the first `after` prompts of the sample, which `prompt_rows(table, after)` returns.
     """
-    prompts = list(dict.fromkeys(_prompt_keys(table)))
-    drawn = set(sorted(prompts, key=lambda key: _order("sample", 0, key))[after : after + limit])
-    return [np.frombuffer(key, "<i4").tolist() for key in prompts if key in drawn]
+    places = sorted(_first_places(table, prompt_numbers(table).tolist(), "sample", 0).values())
+    return table.take(pa.array(sorted(row for _, row in places[after : after + limit]), type=pa.int64()))
+
+
+def sample_prompts(table: pa.Table, limit: int, after: int = 0) -> list[list[int]]:
+    """Token ids of the prompts of `prompt_rows`."""
+    return prompt_rows(table, limit, after).column("prompt_ids").to_pylist()
 
 
 def shared_prompts(table: pa.Table, other: pa.Table) -> int:
     """Number of distinct prompts that occur in both tables."""
-    return len(set(_prompt_keys(table)) & set(_prompt_keys(other)))
+    names = [name for name in _OF_PROMPTS if name in table.column_names and name in other.column_names]
+    numbers = prompt_numbers(pa.concat_tables([one.select(names).replace_schema_metadata() for one in (table, other)]))
+    return len(set(numbers[: len(table)].tolist()) & set(numbers[len(table) :].tolist()))
+
+
+def near_duplicates(table: pa.Table) -> int:
+    """Number of prompts that differ from an earlier one of the same `prompt_key` in the conversation."""
+    if not {CONVERSATION, PROMPT_KEY} <= set(table.column_names):
+        return 0
+    return len(set(table.column(CONVERSATION).to_pylist())) - len(set(table.column(PROMPT_KEY).to_pylist()))
 
 
 def group_by_prompt(table: pa.Table) -> pa.Table:
-    """Move the pairs of each prompt together, prompts in the order of their first pairs."""
+    """Move the pairs with the same prompt ids together, prompts in the order of their first pairs."""
     first: dict[bytes, int] = {}
-    order = np.argsort([first.setdefault(key, len(first)) for key in _prompt_keys(table)], kind="stable")
+    order = np.argsort([first.setdefault(ids, len(first)) for ids in _ids(table["prompt_ids"])], kind="stable")
     return table.take(pa.array(order, type=pa.int64()))
 
 
-def prompt_numbers(prompt_ids: pa.Array | pa.ChunkedArray | Sequence[Sequence[int]]) -> np.ndarray:
-    """Number the distinct prompts of pairs, for clustered standard errors: `[pairs]` int64 from 0.
+_OF_PROMPTS = ("prompt_ids", PROMPT_KEY)
 
-    >>> prompt_numbers([[5, 6], [7], [5, 6]]).tolist()
+
+def prompt_numbers(columns: pa.Table | Mapping[str, Any]) -> np.ndarray:
+    """Number the distinct prompts of pairs, for splits and clustered standard errors: `[pairs]` int64 from 0.
+
+    Two pairs have one prompt if their `prompt_key` is equal, or if their `prompt_ids` are: truncation makes different
+    prompts equal. Tables without `prompt_key` have the ids alone.
+
+    >>> prompt_numbers({"prompt_ids": [[5, 6], [7], [5, 6]]}).tolist()
+    [0, 1, 0]
+    >>> prompt_numbers({"prompt_ids": [[5, 6], [7], [8]], "prompt_key": ["a", "b", "a"]}).tolist()
     [0, 1, 0]
     """
+    prompts = _ids(columns["prompt_ids"])
+    names = columns.column_names if isinstance(columns, pa.Table) else columns
+    keys: Any = columns[PROMPT_KEY] if PROMPT_KEY in names else prompts
+    keys = keys.to_pylist() if isinstance(keys, pa.Array | pa.ChunkedArray) else keys
+    parent: dict[bytes | str, bytes | str] = {}
+
+    def root(node: bytes | str) -> bytes | str:
+        while parent.setdefault(node, node) != node:
+            parent[node] = node = parent[parent[node]]
+        return node
+
+    for ids, key in zip(prompts, keys, strict=True):
+        parent[root(ids)] = root(key)
+    numbers: dict[bytes | str, int] = {}
+    return np.array([numbers.setdefault(root(ids), len(numbers)) for ids in prompts], dtype=np.int64)
+
+
+def _first_places(table: pa.Table, numbers: Sequence[int], purpose: str, seed: int) -> dict[int, tuple[bytes, int]]:
+    """For each prompt the lowest hash of its ids and the first row with these ids."""
+    places: dict[int, tuple[bytes, int]] = {}
+    seen: set[bytes] = set()
+    for row, (ids, number) in enumerate(zip(_ids(table["prompt_ids"]), numbers, strict=True)):
+        if ids not in seen:
+            seen.add(ids)
+            place = (_order(purpose, seed, ids), row)
+            places[number] = min(places.get(number, place), place)
+    return places
+
+
+def _ids(prompt_ids: pa.Array | pa.ChunkedArray | Sequence[Sequence[int]]) -> list[bytes]:
+    """The ids of each prompt as bytes."""
     if not isinstance(prompt_ids, pa.Array | pa.ChunkedArray):
         prompt_ids = pa.array(list(prompt_ids), type=pa.list_(pa.int32()))
-    numbers: dict[bytes, int] = {}
-    return np.array([numbers.setdefault(key, len(numbers)) for key in _keys(prompt_ids)], dtype=np.int64)
-
-
-def _prompt_keys(table: pa.Table) -> list[bytes]:
-    return _keys(table.column("prompt_ids"))
-
-
-def _keys(prompt_ids: pa.Array | pa.ChunkedArray) -> list[bytes]:
     values, lengths = flat(prompt_ids)
     ends = np.cumsum([0, *lengths])
     values = values.astype("<i4")

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.ragged import flat
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, replacing
@@ -59,9 +60,15 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
-# Optional column of a selection: weight of each pair's loss (`selection.pair_confidence`).
+# Optional columns. Tables of earlier releases and of other tools have no conversation.
+_TALK_FIELDS = [pa.field(CONVERSATION, pa.string()), pa.field(PROMPT_KEY, pa.string())]
+# Weight of each pair's loss (`selection.pair_confidence`).
 PAIR_WEIGHT = "pair_weight"
-_OPTIONAL = {"selection": [pa.field(PAIR_WEIGHT, pa.float32())]}
+_OPTIONAL = {
+    "pairs": _TALK_FIELDS,
+    "scores": _TALK_FIELDS,
+    "selection": [*_TALK_FIELDS, pa.field(PAIR_WEIGHT, pa.float32())],
+}
 
 
 def make_table(kind: str, columns: Mapping[str, object], provenance: Mapping[str, object] | None = None) -> pa.Table:

@@ -94,7 +94,7 @@ def policy_accuracy(before: pa.Table, after: pa.Table, pairs: pa.Table) -> dict[
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray, pairs: pa.Table) -> dict[str, float]:
     lengths = [flat(pairs.column(f"{side}_ids"))[1] for side in ("chosen", "rejected")]
-    return preference_accuracy(chosen, rejected, *lengths, groups=prompt_numbers(pairs.column("prompt_ids")).tolist())
+    return preference_accuracy(chosen, rejected, *lengths, groups=prompt_numbers(pairs).tolist())
 
 
 def _prefixed(prefix: str, values: dict[str, float]) -> dict[str, float]:

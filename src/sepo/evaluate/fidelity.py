@@ -53,7 +53,7 @@ def fidelity(
 
     Args:
         columns: a score table, or lists under its names: chosen_ids, rejected_ids, chosen_rewards, rejected_rewards,
-            and optionally prompt_ids; without them each pair counts as a separate prompt.
+            and optionally prompt_ids and prompt_key; without them each pair counts as a separate prompt.
         selection: a selection table of the same pairs, or lists chosen_positions and rejected_positions.
         valence: a word's part in the gold reward (`GoldReward.valence`); 0 for other words.
         resamples: bootstrap resamples of the prompts for the standard error. All pairs of a prompt are drawn together,
@@ -74,7 +74,7 @@ def fidelity(
     pairs = sides[0].pairs
     cells = {(side.name, sign): side.cell(sign, np.ones(pairs)) for side in sides for sign in (1, -1)}
     has_prompts = "prompt_ids" in (columns.column_names if isinstance(columns, pa.Table) else columns)
-    prompt = prompt_numbers(columns["prompt_ids"]) if has_prompts else np.arange(pairs)
+    prompt = prompt_numbers(columns) if has_prompts else np.arange(pairs)
     result = {
         "auc": combine(cells.values()),
         "auc_se": _bootstrap_error(sides, prompt, resamples, seed),

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
+from sepo.data.conversation import CONVERSATION, Conversation, conversations_of, in_words
 from sepo.data.previews import previews
-from sepo.data.prompts import words_of_prompt
-from sepo.data.splits import sample_prompts
+from sepo.data.splits import prompt_rows, sample_prompts
 from sepo.data.tables import read_table, write_parquet
 from sepo.evaluate import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
@@ -36,10 +36,10 @@ from sepo.recipe.settings import EvalSettings
 # The finished responses of each model, from which an interrupted evaluation continues.
 FINISHED = "finished-{}.jsonl"
 
-# A judge of the policy's answers: (questions, answers of the base, of the policy, number of each prompt, device) ->
+# A judge of the policy's answers: (conversations, answers of the base, of the policy, number of each prompt, device) ->
 # metrics, columns for the table of generations, annotations.
 Judge = Callable[
-    [Sequence[str], Sequence[str], Sequence[str], Sequence[int], str],
+    [Sequence[Conversation], Sequence[str], Sequence[str], Sequence[int], str],
     tuple[dict[str, float], dict[str, list[Any]], list[dict[str, Any]]],
 ]
 
@@ -93,6 +93,8 @@ def evaluate_run(
         return {} if readings is None else _metrics_of_models(readings, policy, held_out, out, settings, device, judge)
 
     def metrics_of_tables() -> dict[str, float]:
+        if judge is not None:
+            conversations_of(read_table(held_out, "pairs").slice(0, 1))
         return _metrics_of_tables(policy, held_out, settings, scores, scores_held_out, selection)
 
     metrics = processes.on_main(metrics_of_tables)
@@ -229,13 +231,18 @@ def _metrics_of_models(
     metrics: dict[str, float] = {}
     if readings.before is not None and readings.after is not None:
         metrics |= policy_accuracy(readings.before, readings.after, pairs.slice(0, settings.pairs))
-    if prompts := sample_prompts(pairs, settings.prompts):
+    asked = prompt_rows(pairs, settings.prompts)
+    if prompts := asked.column("prompt_ids").to_pylist():
+        questions = questions_of(asked, tokenizer)
         generations = {"base": readings.base, "policy": readings.policy}
         found, table = judge_generations(generations, readings.kl, tokenizer, prompts, settings)
         metrics |= found
+        numbers = [one.prompt_index for one in readings.base]
+        table = table.append_column("question", pa.array([questions[number] for number in numbers]))
         if judge is not None:
+            conversations = conversations_of(asked)
             found, verdicts, rows = judge(
-                [words_of_prompt(prompts[one.prompt_index], tokenizer) for one in readings.policy],
+                [conversations[one.prompt_index] for one in readings.policy],
                 table["base"].to_pylist(),
                 table["policy"].to_pylist(),
                 [one.prompt_index for one in readings.policy],
@@ -247,10 +254,16 @@ def _metrics_of_models(
             write_json(out / ANNOTATIONS, rows, indent=1)
         write_parquet(out / GENERATIONS, table)
     if readings.shown:
-        texts = previews(tokenizer, prompts)
-        questions = [texts[number] for number in readings.shown]
-        write_parquet(out / EXAMPLES, _side_by_side(questions, readings.examples, tokenizer, settings))
+        shown = [questions[number] for number in readings.shown]
+        write_parquet(out / EXAMPLES, _side_by_side(shown, readings.examples, tokenizer, settings))
     return {name: float(value) for name, value in metrics.items()}
+
+
+def questions_of(pairs: pa.Table, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The question of each pair in words; for tables without conversations a preview of the prompt's ids."""
+    if CONVERSATION not in pairs.column_names:
+        return previews(tokenizer, pairs.column("prompt_ids").to_pylist())
+    return [in_words(conversation.messages) for conversation in conversations_of(pairs)]
 
 
 def _release_memory() -> None:

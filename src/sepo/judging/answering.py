@@ -56,7 +56,7 @@ class Job(NamedTuple):
 
     key: str
     turn: int
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     temperature: float
 
 
@@ -122,7 +122,7 @@ def claim_folder(folder: Path, record: Mapping[str, Any]) -> None:
 
 def questions_digest(questions: Sequence[Question]) -> str:
     """Fingerprint of the questions."""
-    return digest([[question.key, question.turns] for question in questions])
+    return digest([[question.key, question.turns] for question in questions])  # a key holds the given messages
 
 
 def answer_all(
@@ -159,8 +159,8 @@ def is_whole(question: Question, finished: AnswerLog) -> bool:
     return all((question.key, turn) in finished.turns for turn in range(len(question.turns)))
 
 
-def _conversation(question: Question, answers: Sequence[str]) -> tuple[Mapping[str, str], ...]:
-    messages: list[Mapping[str, str]] = []
+def _conversation(question: Question, answers: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
+    messages: list[Mapping[str, Any]] = list(question.context)
     for number, text in enumerate(question.turns[: len(answers) + 1]):
         messages.append({"role": "user", "content": text})
         if number < len(answers):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sepo.data.conversation import Conversation
 from sepo.errors import UserError
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import digest, file_digest
@@ -17,7 +18,7 @@ from sepo.judging.judge import Prepared, judge_pairs, prepare_judge
 from sepo.judging.oracle_judge import find_oracle, held_out_accuracy
 from sepo.judging.replies import Spent
 from sepo.judging.scorers import Scorer, source_file, user_function
-from sepo.judging.server_judge import Contest, ServerJudge
+from sepo.judging.server_judge import Contest, ServerJudge, contest_of
 from sepo.judging.winrate import FEW, judgement_of, length_controlled
 from sepo.models.checkpoint import load_classifier
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
@@ -73,7 +74,7 @@ def judge_in_words(settings: JudgeSettings) -> str:
 
 def judge_responses(
     settings: JudgeSettings,
-    questions: Sequence[str],
+    conversations: Sequence[Conversation],
     base: Sequence[str],
     policy: Sequence[str],
     groups: Sequence[int],
@@ -83,7 +84,8 @@ def judge_responses(
     """Compare responses to the same prompts.
 
     Args:
-        questions, base, policy: texts of each prompt and sample.
+        conversations: of the prompts, one for each sample.
+        base, policy: the texts of the samples.
         groups: the prompt of each sample, for the errors.
         scorer: of this judge, if its models are in memory already (`scorer_of`).
 
@@ -93,10 +95,7 @@ def judge_responses(
         a server `unanswered`, the calls without a reply; for another judge `score/base`, `score/policy` and
         `score/difference`; for an oracle made by a run its `oracle_accuracy` on held-out pairs with `_se`.
     """
-    contests = [
-        Contest((question,), (before,), (after,))
-        for question, before, after in zip(questions, base, policy, strict=True)
-    ]
+    contests = [contest_of(*sample) for sample in zip(conversations, base, policy, strict=True)]
     prepared = prepare_judge(settings, contests)
     verdicts, columns, spent = judge_pairs(prepared, contests, device, scorer)
     unanswered = log_spent(prepared, spent)

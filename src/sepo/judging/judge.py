@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sepo.data.conversation import Conversation
 from sepo.errors import UserError
 from sepo.evaluate.statistics import mean_and_se
 from sepo.judging.endpoint import CallEstimate, Endpoint, estimate_calls
 from sepo.judging.judge_prompts import read_grade
 from sepo.judging.questions import Answer, Question, read_answers, read_questions
-from sepo.judging.scorers import Conversation, Scorer, function_scorer, reward_scorer, user_function
-from sepo.judging.server_judge import Contest, ServerJudge, Verdict, read_verdicts
+from sepo.judging.scorers import Judged, Scorer, function_scorer, reward_scorer, user_function
+from sepo.judging.server_judge import Contest, ServerJudge, Verdict, opening_of, read_verdicts
 from sepo.recipe.settings import JudgeSettings
 
 # MT-Bench's categories whose grades need a reference answer.
@@ -85,7 +86,7 @@ def match_answers(
     baseline_of = None if against is None else {answer.key: answer for answer in against}
     matches, unmatched, no_text = [], 0, 0
     for number, answer in enumerate(answers):
-        turns, category = _asked(answer, question_of.get(answer.key))
+        turns, opening, category = _asked(answer, question_of.get(answer.key))
         baseline = None if baseline_of is None else baseline_of.get(answer.key)
         if baseline_of is not None and baseline is None:
             unmatched += 1
@@ -97,7 +98,7 @@ def match_answers(
         reference: tuple[str, ...] = ()
         if category in WITH_REFERENCE and answer.key in reference_of:
             reference = _texts(reference_of[answer.key], len(turns)) or ()
-        contest = Contest(turns, theirs, ours, reference)
+        contest = Contest(turns, theirs, ours, reference, opening)
         matches.append(Match(number, contest, answer._replace(category=category), baseline))
     if not matches:
         raise UserError(
@@ -107,15 +108,20 @@ def match_answers(
     return matches, Missing(unmatched, no_text, others)
 
 
-def _asked(answer: Answer, question: Question | None) -> tuple[tuple[str, ...], str]:
-    """The turns of the user that an answer belongs to, and their category."""
-    turns = answer.turns or (question.turns if question is not None else ())
+def _asked(answer: Answer, question: Question | None) -> tuple[tuple[str, ...], str, str]:
+    """The turns of the user that an answer belongs to, the opening (`Contest.opening`), and the category."""
+    source = answer if answer.turns or question is None else question
+    turns, opening = source.turns, ""
+    if source.context:
+        messages = [*source.context, {"role": "user", "content": turns[0]}]
+        first, opening = opening_of(Conversation(messages, []))
+        turns = (first, *turns[1:])
     if not turns:
         raise UserError(
             f"the answers do not repeat the text of question {answer.key[:60]!r}: name the file of the questions "
             "with --questions"
         )
-    return tuple(turns), answer.category or (question.category if question is not None else "")
+    return tuple(turns), opening, answer.category or (question.category if question is not None else "")
 
 
 def _texts(answer: Answer, turns: int) -> tuple[str, ...] | None:
@@ -222,19 +228,19 @@ def scorer_of(settings: JudgeSettings, device: str = "auto") -> Scorer:
     return reward_scorer(str(settings.reward_model), revision=settings.revision, device=device)
 
 
-def score_answers(conversations: Sequence[Conversation], scorer: Scorer) -> np.ndarray:
+def score_answers(conversations: Sequence[Judged], scorer: Scorer) -> np.ndarray:
     """The score of each answer, NaN where there is none. Equal conversations are read once."""
-    places: dict[Conversation, int] = {}
+    places: dict[Judged, int] = {}
     for conversation in conversations:
         places.setdefault(conversation, len(places))
     values = scorer(list(places))
     return np.array([values[places[conversation]] for conversation in conversations], np.float64)
 
 
-def _conversation(contest: Contest, answers: tuple[str, ...]) -> Conversation:
+def _conversation(contest: Contest, answers: tuple[str, ...]) -> Judged:
     """A conversation of the user with one model, up to its last answer."""
     turns = [text for pair in zip(contest.questions, answers, strict=False) for text in pair]
-    return tuple(turns[:-1]), turns[-1]
+    return tuple(turns[:-1]), turns[-1], contest.opening
 
 
 # --- rows of result files -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.prompts import encode_answers
 from sepo.errors import UserError
 from sepo.forward.scoring import summed_logps
-from sepo.judging.scorers import Conversation, Scorer, as_messages
+from sepo.judging.scorers import Judged, Scorer, as_messages
 from sepo.models.adapters import causal_lm, reference_weights
 from sepo.models.checkpoint import adapter_is_idle
 from sepo.models.fingerprint import model_fingerprint
@@ -182,7 +182,7 @@ def oracle_scorer(oracle: OracleJudge, *, device: str = "auto", progress: bool =
     def fits(ids: list[int]) -> bool:
         return all(max(ids) < limit.vocabulary and len(ids) <= (limit.positions or len(ids)) for limit in limits)
 
-    def score(conversations: Sequence[Conversation]) -> np.ndarray:
+    def score(conversations: Sequence[Judged]) -> np.ndarray:
         scores = np.full(len(conversations), np.nan)
         encoded = encode_answers(as_messages(conversations), tokenizer) if conversations else []
         readable = {i: row for i, row in enumerate(encoded) if not isinstance(row, str) and fits([*row[0], *row[1]])}

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sepo.data.messages import DropRow, Message, read_cell
+from sepo.data.rows import EXTRA_COLUMNS, TextPair, with_columns
 from sepo.errors import UserError
 from sepo.files import digest
 from sepo.judging.judgements import SUFFIXES, read_rows
@@ -38,15 +40,17 @@ class Question(NamedTuple):
 
     Attributes:
         key: identifies the question: question_id, uid, or the instruction itself.
-        turns: of the user; most questions have one.
+        turns: of the user, to be answered one after the other; most questions have one.
         category: of the benchmark; empty without one.
         row: the row of the file.
+        context: given messages before the turns: a system turn, earlier turns with their answers.
     """
 
     key: str
     turns: tuple[str, ...]
     category: str
     row: Mapping[str, Any]
+    context: tuple[Message, ...] = ()
 
 
 class Answer(NamedTuple):
@@ -58,6 +62,7 @@ class Answer(NamedTuple):
     model: str
     category: str = ""
     dataset: str = ""
+    context: tuple[Message, ...] = ()
 
 
 def find_questions(name: str) -> tuple[Path, str]:
@@ -97,44 +102,80 @@ def read_questions(path: Path, benchmark: str = "") -> tuple[list[Question], str
     """Questions of a file, and the benchmark whose format they have ("" for plain prompts).
 
     Known formats are AlpacaEval (`instruction`), MT-Bench and Arena-Hard v0.1 (`question_id`, `turns`), Arena-Hard v2
-    (`uid`, `prompt`), and plain rows with `prompt`: a text, or a list of messages whose user turns are asked one after
-    the other.
+    (`uid`, `prompt`), and plain rows with `prompt`, `messages` or `conversations`: a text, or messages. Messages up to
+    the last one that is not the user's are sent as they are; the user's turns after it are asked one after the other.
+    The columns `system`, `system_prompt`, `history` and `input` belong to the prompt, as in preference data.
 
     Raises:
-        UserError: a row has another format, or two rows have the same key.
+        UserError: a row has another format, ends with an answer or has tools; or two rows have the same key.
     """
     questions = []
     for number, row in enumerate(read_rows(path), 1):
-        if (asked := _asked(row, number)) is None:
-            raise UserError(f"'{path}' row {number} holds no prompt: expected instruction, prompt or turns")
-        key, turns, own_benchmark = asked
+        try:
+            asked = _asked(row, number)
+        except DropRow as drop:
+            reason = f"{drop.reason} {drop.detail}".rstrip()
+            raise UserError(f"'{path}' row {number} holds a prompt that cannot be asked: {reason}") from None
+        if asked is None:
+            raise UserError(f"'{path}' row {number} holds no prompt: expected instruction, prompt, messages or turns")
+        key, context, turns, own_benchmark = asked
         benchmark = benchmark or own_benchmark
         texts = _texts(turns)
         if not texts or len(texts) < len(turns) or not all(text.strip() for text in texts):
             raise UserError(f"'{path}' row {number} has an empty turn: expected texts")
-        questions.append(Question(key, texts, str(row.get("category") or ""), row))
+        questions.append(Question(key, texts, str(row.get("category") or ""), row, tuple(context)))
     if twice := _repeated(questions):
         raise UserError(f"'{path}' asks {twice[:60]!r} twice: expected each question once")
     return questions, benchmark
 
 
-def _asked(row: Mapping[str, Any], number: int) -> tuple[str, list[Any], str] | None:
-    """The key, the turns and the benchmark of a row of questions; None for a row of another format."""
-    prompt = row.get("prompt")
+def _asked(row: Mapping[str, Any], number: int) -> tuple[str, Sequence[Message], list[Any], str] | None:
+    """The key, the given messages, the turns and the benchmark of a row of questions; None for another format."""
     if isinstance(row.get("turns"), list):
         turns = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in row["turns"]]
         arena = any(isinstance(turn, Mapping) for turn in row["turns"]) or "cluster" in row
-        return str(row.get("question_id", number)), turns, "arena_hard" if arena else "mt_bench"
-    if "uid" in row and isinstance(prompt, str):
-        return str(row["uid"]), [prompt], "arena_hard"
+        return str(row.get("question_id", number)), (), turns, "arena_hard" if arena else "mt_bench"
+    if "uid" in row and isinstance(row.get("prompt"), str):
+        return str(row["uid"]), (), [row["prompt"]], "arena_hard"
+    if (conversation := _conversation(row)) is None:
+        return None
+    return *conversation, "alpaca_eval" if isinstance(row.get("instruction"), str) else ""
+
+
+_PROMPTS = ("prompt", "messages", "conversation", "conversations")
+
+
+def _conversation(row: Mapping[str, Any]) -> tuple[str, list[Message], list[str]] | None:
+    """The key, the given messages and the user's turns of a row of AlpacaEval or of plain prompts.
+
+    Raises:
+        DropRow: the messages cannot be read, or do not end with the user's turn.
+    """
     if isinstance(row.get("instruction"), str):
-        return row["instruction"], [row["instruction"]], "alpaca_eval"
-    if isinstance(prompt, str):
-        return prompt, [prompt], ""
-    if isinstance(prompt, list):
-        turns = _contents(prompt, "user")
-        return json.dumps(turns), turns, ""
-    return None
+        cell: str | list[Message] | None = row["instruction"]
+    else:
+        given = (row[name] for name in _PROMPTS if isinstance(row.get(name), str | list | Mapping) and row[name] != "")
+        cell = read_cell(next(given, None))
+    if cell is None:
+        return None
+    messages = [{"role": "user", "content": cell}] if isinstance(cell, str) else list(cell)
+    if not messages:
+        return None
+    columns = {
+        EXTRA_COLUMNS["system"]: row.get("system", row.get("system_prompt")),
+        **{EXTRA_COLUMNS[name]: row.get(name) for name in ("input", "history", "tools")},
+    }
+    pair = with_columns(TextPair(messages, "", ""), columns)
+    if pair.tools or any("tool_calls" in message or message["role"] == "tool" for message in pair.messages):
+        raise DropRow("tools", "questions are asked without tools")
+    messages = list(pair.messages)
+    at = max((i for i, message in enumerate(messages, 1) if message["role"] != "user"), default=0)
+    context, turns = messages[:at], [message["content"] for message in messages[at:]]
+    if not turns:
+        raise DropRow(f"it ends with a turn of the {context[-1]['role']}: expected the user's turn last")
+    if context:
+        return json.dumps([*context, *turns]), context, turns
+    return turns[0] if isinstance(cell, str) else json.dumps(turns), context, turns
 
 
 def _contents(messages: Sequence[Any], role: str) -> list[Any]:
@@ -187,9 +228,12 @@ def answer_row(
         return answer
     if benchmark == "alpaca_eval":
         head = {"instruction": question.turns[0], "output": answers[0], "generator": model}
-        return {**head, "dataset": row.get("dataset", "")}
-    messages = _messages(question.turns, answers)
-    return {"prompt": row["prompt"], "output": answers[-1], "generator": model, "messages": messages}
+        given = {"history": list(question.context)} if question.context else {}
+        return {**head, **given, "dataset": row.get("dataset", "")}
+    asked = [*question.context, *({"role": "user", "content": text} for text in question.turns)]
+    prompt = question.turns[0] if question.key == question.turns[0] else asked
+    messages = [*question.context, *_messages(question.turns, answers)]
+    return {"prompt": prompt, "output": answers[-1], "generator": model, "messages": messages}
 
 
 def _messages(turns: Sequence[str], answers: Sequence[Any]) -> list[dict[str, Any]]:
@@ -229,7 +273,11 @@ def read_answers(path: Path) -> list[Answer]:
     """
     answers = []
     for number, row in enumerate(read_rows(path), 1):
-        if (answer := _answer_of(row, path.stem)) is None:
+        try:
+            answer = _answer_of(row, path.stem)
+        except DropRow as drop:
+            raise UserError(f"'{path}' row {number} holds a prompt that cannot be read: {drop.reason}") from None
+        if answer is None:
             raise UserError(f"'{path}' row {number} is no answer: expected output, choices or messages")
         answers.append(answer)
     if twice := _repeated(answers):
@@ -239,41 +287,35 @@ def read_answers(path: Path) -> list[Answer]:
 
 def _answer_of(row: Mapping[str, Any], file: str) -> Answer | None:
     """The answer in a row; None for a row of another format. `file` is the model's name if the row has none."""
-    answer: tuple[str, tuple[str, ...], list[Any]] | None = None
     if isinstance(row.get("choices"), list) and row["choices"]:
-        answer = _fastchat_answer(row)
+        key, texts = _fastchat_answer(row)
+        answer = Answer(key, (), tuple(texts), "")
     elif "uid" in row and isinstance(row.get("messages"), list):
         answer = _arena_answer(row)
-    elif "output" in row:
-        answer = _plain_answer(row)
-    if answer is None:
+    elif "output" in row and (conversation := _conversation(row)) is not None:
+        key, context, turns = conversation
+        whole = isinstance(row.get("messages"), list) and isinstance(row.get("prompt"), list)
+        given = sum(message["role"] == "assistant" for message in context)
+        texts = _contents(row["messages"], "assistant")[given:] if whole else [row["output"]]
+        answer = Answer(key, tuple(turns), tuple(texts), "", context=tuple(context))
+    else:
         return None
-    key, questions, texts = answer
     model = next((str(row[name]) for name in ("generator", "model_id", "model") if row.get(name)), file)
     category, dataset = str(row.get("category") or ""), str(row.get("dataset") or "") if "output" in row else ""
-    answers = tuple(text if isinstance(text, str) else None for text in texts)
-    return Answer(key, questions, answers, model, category, dataset)
+    known = tuple(text if isinstance(text, str) else None for text in answer.answers)
+    return answer._replace(answers=known, model=model, category=category, dataset=dataset)
 
 
-def _fastchat_answer(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[Any]]:
-    """Key, questions and answers of a row of MT-Bench or Arena-Hard v0.1, which does not repeat its questions."""
+def _fastchat_answer(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """Key and answers of a row of MT-Bench or Arena-Hard v0.1, which does not repeat its questions."""
     choice = row["choices"][0]
     turns = choice.get("turns") if isinstance(choice, Mapping) else None
     texts = [turn.get("content") if isinstance(turn, Mapping) else turn for turn in turns or [None]]
-    return str(row.get("question_id", "")), (), texts
+    return str(row.get("question_id", "")), texts
 
 
-def _arena_answer(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[Any]]:
-    """Key, questions and answers of a row of Arena-Hard v2."""
+def _arena_answer(row: Mapping[str, Any]) -> Answer:
+    """The answer in a row of Arena-Hard v2."""
     answers = _contents(row["messages"], "assistant")
     texts = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
-    return str(row["uid"]), _texts(_contents(row["messages"], "user")), texts or [None]
-
-
-def _plain_answer(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[Any]] | None:
-    """Key, questions and answers of a row of AlpacaEval, or of plain prompts; None without a prompt."""
-    prompt = row.get("instruction", row.get("prompt"))
-    if isinstance(row.get("messages"), list) and isinstance(prompt, list):
-        questions = _texts(_contents(prompt, "user"))
-        return json.dumps(questions), questions, _contents(row["messages"], "assistant")
-    return (prompt, (prompt,), [row["output"]]) if isinstance(prompt, str) else None
+    return Answer(str(row["uid"]), _texts(_contents(row["messages"], "user")), tuple(texts or [None]), "")

@@ -16,22 +16,30 @@ from typing import Any
 
 import numpy as np
 
+from sepo.data.conversation import read_conversation
+from sepo.data.messages import Message
 from sepo.errors import UserError, named_error, nearest, one_line
 
-# The turns of a conversation up to the last question (user, assistant, user, ...), and the answer to that question.
-Conversation = tuple[tuple[str, ...], str]
-Scorer = Callable[[Sequence[Conversation]], np.ndarray]
+# The turns of a conversation up to the last question (user, assistant, user, ...), the answer to that question and, if
+# the first turn is more than a user's text, the JSON text of the messages that it stands for (`Contest.opening`).
+Judged = tuple[tuple[str, ...], str] | tuple[tuple[str, ...], str, str]
+Scorer = Callable[[Sequence[Judged]], np.ndarray]
 # Tokens of a batch, padding included.
 TOKENS_AT_ONCE = {"cpu": 4_096, "cuda": 32_768, "mps": 8_192}
 
 
-def as_messages(conversations: Sequence[Conversation]) -> list[tuple[list[dict[str, str]], str]]:
-    """Conversations as messages with roles, and their answers."""
+def as_messages(conversations: Sequence[Judged]) -> list[tuple[list[Message], str, list[Any]]]:
+    """Conversations as messages with roles, their answers, and the schemas of their tools."""
     roles = ("user", "assistant")
-    return [
-        ([{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)], answer)
-        for turns, answer in conversations
-    ]
+    result = []
+    for turns, answer, *opening in conversations:
+        messages: list[Message] = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+        tools: list[Any] = []
+        if any(opening):
+            begun, tools = read_conversation(opening[0])
+            messages[:1] = begun
+        result.append((messages, answer, tools))
+    return result
 
 
 def user_function(name: str) -> Callable[..., Any]:
@@ -79,10 +87,10 @@ def function_scorer(name: str) -> Scorer:
     """
     function = user_function(name)
 
-    def score(conversations: Sequence[Conversation]) -> np.ndarray:
+    def score(conversations: Sequence[Judged]) -> np.ndarray:
         if not conversations:
             return np.zeros(0)
-        prompts, responses = ["\n\n".join(turns) for turns, _ in conversations], [answer for _, answer in conversations]
+        prompts, responses = ["\n\n".join(turns) for turns, *_ in conversations], [row[1] for row in conversations]
         try:
             values = function(prompts, responses)
         except Exception as error:
@@ -142,7 +150,7 @@ class _RewardModel:
         # row, which in a batch would be padding. A token that no text of the batch contains is its pad token then.
         self.pad_token = model.config.get_text_config().pad_token_id
 
-    def __call__(self, conversations: Sequence[Conversation]) -> np.ndarray:
+    def __call__(self, conversations: Sequence[Judged]) -> np.ndarray:
         import torch
 
         from sepo.bars import progress_bar
@@ -159,7 +167,7 @@ class _RewardModel:
                 bar.update(len(batch))
         return scores
 
-    def _encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+    def _encode(self, conversations: Sequence[Judged]) -> list[list[int]]:
         """The ids of each conversation; none where the template refuses it."""
         from sepo.data.prompts import encode_answers
 
@@ -168,7 +176,7 @@ class _RewardModel:
         if self.tokenizer.chat_template is not None:
             encoded = encode_answers(as_messages(conversations), self.tokenizer)
             return [[] if isinstance(row, str) else [*row[0], *row[1]] for row in encoded]
-        texts = [("\n\n".join(turns), answer) for turns, answer in conversations]
+        texts = [("\n\n".join(turns), answer) for turns, answer, *_ in conversations]
         # A control token in an answer is text: it is split into characters.
         return [self.tokenizer(asked, answer, split_special_tokens=True)["input_ids"] for asked, answer in texts]
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sepo.data.conversation import Conversation, conversation_text, in_words
 from sepo.judging.endpoint import Endpoint
 from sepo.judging.judge_prompts import (
     ARENA,
@@ -32,15 +33,35 @@ class Contest(NamedTuple):
     """Two answers to a conversation, of the baseline and of the model.
 
     Attributes:
-        questions: turns of the user.
+        questions: turns of the user. The first is the whole opening in words, if `opening` has more than one turn.
         baseline, model: an answer to each turn.
         reference: right answers, if there are any.
+        opening: JSON text of the conversation before the first answer (`conversation_text`), if it is more than one
+            user turn; empty otherwise.
     """
 
     questions: tuple[str, ...]
     baseline: tuple[str, ...]
     model: tuple[str, ...]
     reference: tuple[str, ...] = ()
+    opening: str = ""
+
+
+def opening_of(conversation: Conversation) -> tuple[str, str]:
+    """The first question of a contest, and its `opening`."""
+    messages, tools = conversation
+    is_single = len(messages) == 1 and messages[0]["role"] == "user" and not tools
+    return in_words(messages), "" if is_single else conversation_text(messages, tools)
+
+
+def contest_of(conversation: Conversation, baseline: str, model: str) -> Contest:
+    """A contest of two answers. The beginning of an assistant's turn in the prompt becomes a part of both answers."""
+    messages, tools = conversation
+    if messages[-1]["role"] == "assistant" and len(messages) > 1:
+        begun = messages[-1]["content"]
+        messages, baseline, model = messages[:-1], begun + baseline, begun + model
+    question, opening = opening_of(Conversation(messages, tools))
+    return Contest((question,), (baseline,), (model,), opening=opening)
 
 
 class Verdict(NamedTuple):

@@ -47,8 +47,8 @@ def run_judge(settings: JudgeSettings) -> RunJudge:
     """A judge as the stage "eval" uses it."""
     return RunJudge(
         judge_in_words(settings),
-        lambda questions, base, policy, groups, device: judge_responses(
-            settings, questions, base, policy, groups, device
+        lambda conversations, base, policy, groups, device: judge_responses(
+            settings, conversations, base, policy, groups, device
         ),
         lambda: judge_content(settings),
     )

@@ -22,6 +22,7 @@ from sepo.files import digest
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.numbers import duration, size
+from sepo.planning.example import example_lines
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
@@ -81,10 +82,14 @@ class Target:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A dry run's tables: `stages` with counts and times, and `memory` (empty unless a target asks for it)."""
+    """A dry run's tables: `stages` with counts and times, and `memory` (empty unless a target asks for it).
+
+    `example` shows one pair as each tokenizer reads it, in lines.
+    """
 
     stages: list[dict[str, str]]
     memory: list[dict[str, str]]
+    example: list[str]
 
 
 def plan_run(recipe: Recipe, extension: Extension | None = None, target: Target | None = None) -> RunPlan:
@@ -99,6 +104,7 @@ def plan_run(recipe: Recipe, extension: Extension | None = None, target: Target 
         plan_stages(method, extension)
         sizes = method_sizes(method, device_kind(recipe, target), target.processes)
         throughputs = throughputs_of(method, target)
+        example = _example(method)
     costs = {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
     seconds = {role: _seconds(cost, throughputs, target) for role, cost in costs.items()}
     rows = [_row(role, cost, seconds[role], throughputs) for role, cost in costs.items()]
@@ -107,7 +113,18 @@ def plan_run(recipe: Recipe, extension: Extension | None = None, target: Target 
     memory = []
     if elsewhere or target.processes > 1:
         memory = [row for role, cost in costs.items() for row in _memory_rows(role, cost, target)]
-    return RunPlan(rows, memory)
+    return RunPlan(rows, memory, example)
+
+
+def _example(method: Method) -> list[str]:
+    """One pair as the reference reads it, and as a policy with another tokenizer does."""
+    reference, policy = method.recipe.reference, method.recipe.policy
+    tokenizer = load_tokenizer(reference.model, revision=reference.revision)
+    lines = example_lines(method.pairs.folder, tokenizer, reference.model)
+    if method.transfers:
+        tokenizer = load_tokenizer(str(policy.model), revision=policy.revision)
+        lines += example_lines(method.policy_pairs.folder, tokenizer, str(policy.model))
+    return lines
 
 
 def plan_stages(method: Method, extension: Extension | None, until: str | None = None) -> None:

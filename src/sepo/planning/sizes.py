@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from sepo.data.ragged import flat
+from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_shard, read_table, table_paths
 from sepo.forward.packing import fill_rows, pack, read_length
 from sepo.forward.scoring import table_pairs, tokens_per_row_for
@@ -64,7 +65,7 @@ def sizes_of(recipe: Recipe, folder: Path, kind: str, processes: int = 1) -> Siz
 
 def prompts_of(pairs: pa.Table) -> list[tuple[int, ...]]:
     """The distinct prompts of a pairs table, sorted."""
-    return sorted({tuple(ids) for ids in pairs.column("prompt_ids").to_pylist()})
+    return sorted(map(tuple, sample_prompts(pairs, len(pairs))))
 
 
 def pair_sizes(folder: Path, budget: int) -> PairSizes:

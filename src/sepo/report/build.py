@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from sepo.credit.selection import check_rate, ends_response
+from sepo.data.conversation import CONVERSATION, conversations_of, in_words
 from sepo.data.previews import common_starts
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.data.vocabulary import load_vocabulary
@@ -201,6 +202,7 @@ def payload_of(
         {
             **header,
             **more,
+            "questions": _questions(rows),
             "pair_ids": rows["pair_id"].to_pylist(),
             "pieces": _listed(token_texts),
             "facets": reading.facets(rows),
@@ -208,6 +210,16 @@ def payload_of(
         },
         arrays,
     )
+
+
+def _questions(rows: pa.Table) -> list[str] | None:
+    """The beginning of each conversation in words; None for tables of earlier releases, which show the prompt's ids."""
+    if CONVERSATION not in rows.column_names:
+        return None
+    return [in_words(conversation.messages)[:_PREVIEW] for conversation in conversations_of(rows)]
+
+
+_PREVIEW = 300  # characters
 
 
 def _token_arrays(rows: pa.Table, token_texts: TokenTexts) -> dict[str, np.ndarray]:

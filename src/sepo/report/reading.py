@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sepo.data import tables
+from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.previews import common_starts
 from sepo.data.ragged import SIDES, flat
 from sepo.data.splits import prompt_numbers
@@ -57,11 +58,11 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
         raise UserError(f"'{path}' holds no pair: expected a score table with at least one row")
     picked = np.unique(np.linspace(0, total - 1, min(max_pairs, total)).round().astype(np.int64))
     shown, rewards, lengths = [], {side: [] for side in SIDES}, {side: [] for side in SIDES}  # type: ignore[var-annotated]
-    prompt_ids: list[pa.Array] = []
+    prompts: list[pa.Table] = []
     start = 0
     for shard in paths:
         table = tables.read_shard(shard, "scores")
-        prompt_ids += table["prompt_ids"].chunks
+        prompts.append(table.select([name for name in ("prompt_ids", PROMPT_KEY) if name in table.column_names]))
         for side in SIDES:
             values, counts = flat(table[f"{side}_rewards"])
             rewards[side].append(values)
@@ -72,8 +73,8 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
     joined = {side: (np.concatenate(rewards[side]), np.concatenate(lengths[side])) for side in SIDES}
     if not any(len(values) for values, _ in joined.values()):
         raise UserError(f"'{path}' holds no response token: expected responses of at least one token")
-    prompts = prompt_numbers(pa.chunked_array(prompt_ids))
-    return Scores(pa.concat_tables(shown), joined, prompts, tables.provenance_of(shown[0]))
+    numbers = prompt_numbers(pa.concat_tables(prompts))
+    return Scores(pa.concat_tables(shown), joined, numbers, tables.provenance_of(shown[0]))
 
 
 def _by_token(
@@ -143,7 +144,7 @@ def facets(rows: pa.Table) -> dict[str, dict]:
     found = {}
     for name in rows.column_names:
         column = rows[name]
-        if name in tables.SCHEMAS["scores"].names:
+        if name in (*tables.SCHEMAS["scores"].names, CONVERSATION, PROMPT_KEY):
             continue
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
@@ -262,7 +263,8 @@ def read_answers(path: Path, budget: int = BUDGET) -> dict[str, Any] | None:
     while len(shown) > 1 and lengths[shown].sum() > budget:  # the picked rows may be longer than the mean
         shown = shown[:-1]
     answers: dict[str, Any] = {"total": len(table)}
-    texts["prompt"] = _without_template(texts["prompt"])
+    asked = table["question"].to_pylist() if "question" in table.column_names else _without_template(texts["prompt"])
+    texts["prompt"] = asked
     for name in _TEXTS:
         answers[name] = [texts[name][i] for i in shown]
     for name in _NUMBERS:
@@ -273,7 +275,7 @@ def read_answers(path: Path, budget: int = BUDGET) -> dict[str, Any] | None:
 
 
 def _without_template(prompts: list[str]) -> list[str]:
-    """Prompts without the start and end that most of them share: what the chat template writes."""
+    """Prompts of an earlier release without the start and end that most of them share (the chat template's text)."""
     rows = [[ord(c) for c in prompt] for prompt in prompts]
 
     def is_boundary(character: int) -> bool:

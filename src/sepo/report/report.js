@@ -182,6 +182,7 @@ function pairsView(data) {
   const reserve = (pair) => { cards[pair].style.minHeight = `${heights.get(pair) ?? estimate(pair)}px`; };
 
   function preview(pair) {
+    if (data.questions) return data.questions[pair].replace(/\s+/g, " ").trim();
     const numbers = slice("prompt", "pieces", pair);
     const first = arrays.prompt_starts[pair];
     const last = arrays.prompt_ends[pair];

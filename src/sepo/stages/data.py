@@ -12,12 +12,13 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
+from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import load_preferences, source_fingerprint
 from sepo.data.ragged import SIDES, flat
 from sepo.data.rows import DataReport
-from sepo.data.splits import group_by_prompt, shared_prompts, split_pairs, take_pairs
+from sepo.data.splits import group_by_prompt, near_duplicates, shared_prompts, split_pairs, take_pairs
 from sepo.data.tables import write_table
 from sepo.errors import UserError, nearest
 from sepo.models.config import load_config
@@ -47,6 +48,7 @@ def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
         depends={
             "data": settings.model_dump(mode="json"),
             "seed": seed,
+            "columns": [CONVERSATION, PROMPT_KEY],  # earlier releases wrote tables without them
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": short_digest(str(tokenizer.chat_template or "")),
             "source": processes.on_main(lambda: source_fingerprint(_place(settings.source))),
@@ -99,6 +101,11 @@ def prepare_data(
         train, _ = split_pairs(table, held_out=0, sample=settings.sample, seed=seed)
     else:
         train, held_out = split_pairs(table, held_out=number, sample=settings.sample, seed=seed)
+        if near := near_duplicates(table):
+            log(
+                f"  {near:,} prompts repeat the first user turn of another prompt (in other case or white space, with "
+                "another system turn or later turns): the split keeps them on one side"
+            )
     write_pairs(out / "train", train)
     write_pairs(out / "held_out", held_out)
     log_reports(reports)

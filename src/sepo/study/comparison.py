@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from sepo.data.fingerprints import check_same_tokenizer
+from sepo.data.splits import prompt_numbers
 from sepo.data.tables import read_table
 from sepo.errors import UserError, one_line
 from sepo.evaluate.statistics import StdComponents
@@ -87,7 +88,7 @@ def compare(grid: Grid, settings: dict[str, list[Setting]], *, retry_failed: boo
         work = _Comparison(run, grid, first, retry_failed)
         check_same_pairs(settings, lambda recipe: work.method(recipe, recipe.seed).policy_pairs.results["train"])
         held_out = read_table(work.pairs.folder / "held_out", "pairs")
-        prompts = len(set(map(tuple, held_out.column("prompt_ids").to_pylist())))
+        prompts = len(set(prompt_numbers(held_out).tolist()))
         check_prompts(grid, first, prompts)
         log(f"  {can_tell(grid, first, prompts)}")
         for setting, seed, reported in schedule(grid, settings, work.choose):

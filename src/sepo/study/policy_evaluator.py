@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from sepo.credit.rewards import response_sums
-from sepo.data.prompts import words_of_prompt
+from sepo.data.conversation import Conversation
 from sepo.data.splits import prompt_numbers
 from sepo.errors import UserError
 from sepo.evaluate.accuracy import policy_accuracy
@@ -49,6 +49,7 @@ class PolicyEvaluator:
         tokens_per_row: token budget of a packed row when scoring; a default for the device if None.
         scorer: returns the scorer of a judge in memory, or None for a judge behind a server. Without it, every
             measurement loads the judge again.
+        conversations: of the prompts, for a judge.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class PolicyEvaluator:
         base_logps: pa.Table | None = None,
         tokens_per_row: int | None = None,
         scorer: Callable[[], Scorer | None] | None = None,
+        conversations: Sequence[Conversation] = (),
     ):
         self.base, self.tokenizer, self.prompts, self.settings, self.seed = base, tokenizer, prompts, settings, seed
         self.start, self.held_out, self.base_logps = start, held_out, base_logps
-        self.tokens_per_row, self.scorer = tokens_per_row, scorer
+        self.tokens_per_row, self.scorer, self.conversations = tokens_per_row, scorer, conversations
 
     def _logps(self, model: nn.Module) -> pa.Table:
         return dataset_logps(model, self.held_out, tokens_per_row=self.tokens_per_row)
@@ -116,7 +118,7 @@ class PolicyEvaluator:
                 response_sums(policy_logps, "logps"), response_sums(self.base_logps, "logps"), strict=True
             )
         )
-        prompts = prompt_numbers(self.held_out.column("prompt_ids"))
+        prompts = prompt_numbers(self.held_out)
         names = ("accuracy", "accuracy_se", "accuracy_not_longer", "accuracy_not_longer_se")
         return {
             "by_prompt": prompt_means(0.5 * np.sign(chosen - rejected), prompts),
@@ -128,7 +130,7 @@ class PolicyEvaluator:
         groups = [generation.prompt_index for generation in generations]
         metrics, columns, _ = judge_responses(
             judge,
-            [words_of_prompt(self.prompts[group], self.tokenizer) for group in groups],
+            [self.conversations[group] for group in groups],
             self.start["texts"],
             decoded(self.tokenizer, generations),
             groups,

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
+from sepo.data.conversation import conversations_of
 from sepo.data.ragged import SIDES, flat
-from sepo.data.splits import sample_prompts
+from sepo.data.splits import prompt_rows
 from sepo.data.tables import read_table
 from sepo.files import write_json
 from sepo.forward.packing import read_length
@@ -73,11 +74,11 @@ class Measured:
     scorer: Callable[[], Scorer | None] | None = None
 
 
-def prompts_to_answer(recipe: Recipe, held_out: pa.Table, choosing: int) -> list[list[int]]:
-    """The prompts that are reported, or the `choosing` others on which a sweep is decided."""
+def rows_to_answer(recipe: Recipe, held_out: pa.Table, choosing: int) -> pa.Table:
+    """A row of each prompt that is reported, or of the `choosing` others on which a sweep is decided."""
     if choosing:
-        return sample_prompts(held_out, choosing, after=recipe.eval.prompts)
-    return sample_prompts(held_out, recipe.eval.prompts)
+        return prompt_rows(held_out, choosing, after=recipe.eval.prompts)
+    return prompt_rows(held_out, recipe.eval.prompts)
 
 
 def start_stage(recipe: Recipe, start: Model, pairs: StageResult, measured: Measured) -> Stage:
@@ -85,7 +86,8 @@ def start_stage(recipe: Recipe, start: Model, pairs: StageResult, measured: Meas
     seed, choosing = measured.seed, measured.choosing
 
     def run(folder: Path) -> dict[str, Any]:
-        prompts = prompts_to_answer(recipe, read_table(pairs.folder / "held_out", "pairs"), choosing)
+        asked = rows_to_answer(recipe, read_table(pairs.folder / "held_out", "pairs"), choosing)
+        prompts = asked.column("prompt_ids").to_pylist()
         samples = start_of(measured.base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
         write_json(folder / SAMPLES, samples, indent=None)
         return {name: float(np.mean(values)) for name, values in samples.items() if name != "texts"}
@@ -138,10 +140,11 @@ def run_stage(
             if not OBJECTIVES[policy.objective].reads_selection:
                 table = whole_responses(table)
         held_out = read_table(pairs.folder / "held_out", "pairs")
+        asked = rows_to_answer(recipe, held_out, choosing)
         evaluator = PolicyEvaluator(
             measured.base(),
             load_tokenizer(start.folder),
-            prompts_to_answer(recipe, held_out, choosing),
+            asked.column("prompt_ids").to_pylist(),
             recipe.eval,
             seed,
             json.loads((samples.folder / SAMPLES).read_text(encoding="utf-8")),
@@ -149,6 +152,7 @@ def run_stage(
             None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
             recipe.tokens_per_row,
             measured.scorer,
+            conversations_of(asked) if recipe.eval.judge is not None else (),
         )
         reference_logps = None if logps is None else read_table(logps.folder, "logps")
         return _train_measured(recipe, start, table, reference_logps, evaluator, measured, folder)

@@ -1,0 +1,28 @@
+"""A dry run shows one pair as the models read it."""
+
+from __future__ import annotations
+
+import json
+
+from chat_templates import user
+from sepo.cli import main
+from tiny_models import tiny_model, tiny_tokenizer
+
+
+def test_a_dry_run_shows_a_pair_with_what_is_masked(tmp_path, capsys):
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    sides = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "Yes!"), ("rejected", "No."))}
+    rows = [{"prompt": [user(f"Is it\t{i}?")], **sides} for i in range(4)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.yaml").write_text(
+        f"reference: {{model: {tmp_path / 'm'}}}\ndata: {{source: {tmp_path / 'p.jsonl'}, held_out: 1}}\ndevice: cpu\n"
+    )
+    assert main(["run", str(tmp_path / "r.yaml"), "--dry-run"]) == 0
+    shown = {line.split(" (")[0].strip(): line for line in capsys.readouterr().out.splitlines() if " tokens, " in line}
+    assert list(shown) == ["prompt", "chosen", "rejected"]
+    assert "masked: read, not trained): " in shown["prompt"]
+    assert "<|user|>Is it" in shown["prompt"]
+    assert shown["prompt"].endswith("<|assistant|>")
+    assert "trained): Yes!" in shown["chosen"]
+    assert shown["rejected"].endswith("</s>")
