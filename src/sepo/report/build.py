@@ -259,6 +259,11 @@ def page(title: str, data: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("template.html"))
 
 
+def page_style() -> str:
+    """The style sheet of every HTML page."""
+    return _asset("report.css")
+
+
 def _asset(name: str) -> str:
     return resources.files("sepo.report").joinpath(name).read_text(encoding="utf-8")
 
