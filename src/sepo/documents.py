@@ -138,7 +138,8 @@ def html_document(markdown: str, folder: Path, style: str) -> str:
             head, *rows = block.rows
             cells = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
             body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-            parts.append(f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>')
+            table = f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+            parts.append(f'<div class="scroll">{table}</div>')
         elif (folder / block.path).is_file():
             picture = base64.b64encode((folder / block.path).read_bytes()).decode("ascii")
             parts.append(f'<p><img alt="{text}" src="data:image/png;base64,{picture}"></p>')

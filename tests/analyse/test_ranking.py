@@ -186,7 +186,7 @@ def test_rules_are_ranked_on_runs_into_a_page_numbers_and_a_figure(runs, tmp_pat
     assert main(["analyse", *map(str, runs), "--out", str(tmp_path), "--rules"]) == 0
     page = capsys.readouterr().out
     assert "\nRules on 2 oracles" in f"\n{page}"
-    assert "Against *top 0.3*" in page
+    assert "Against top 0.3" in page
     assert "nan" not in page
     found = json.loads((tmp_path / "ranking.json").read_text())
     assert set(found["rules"]) == set(r.default_rules(0.3)) == set(found["settings"])

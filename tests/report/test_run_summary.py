@@ -105,7 +105,7 @@ def test_texts_of_the_data_cannot_draw_on_the_terminal(capsys, monkeypatch):
 
 def test_an_undefined_metric_does_not_fail(capsys, monkeypatch):
     shown = summary(**{"gold_reward/difference_se": 0.0, "length/base": 0.0, "fidelity/auc": None})
-    assert "+0.250 ± 0.000" in printed(capsys, shown, monkeypatch)
+    assert "+0.250 (no spread seen in 84 prompts)" in printed(capsys, shown, monkeypatch)
 
 
 def test_undefined_metrics_are_left_out():

@@ -53,9 +53,9 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
 
     Returns:
         Rows with variant, label, reported, seeds, reached (number of runs that reached `kl`), unmeasured (number of
-        runs whose checkpoints are all beyond `kl`), ceiling (number of runs that end at the highest gain there is), and `X` and `X_se` for value (at `kl`, see `curves.at_kl`), final,
-        final_kl, win_rate, length, train_seconds, memory_gb (peak of the training without measurements),
-        target_tokens, read_tokens and pairs_seen.
+        runs whose checkpoints are all beyond `kl`), ceiling (number of runs that end at the highest gain there is), and
+        `X` and `X_se` for value (at `kl`, see `curves.at_kl`), final, final_kl, win_rate, length, train_seconds,
+        memory_gb (peak of the training without measurements), target_tokens, read_tokens and pairs_seen.
     """
     groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -228,7 +228,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """The results as a Markdown page: reported settings, sweep, differences, cost of the shared stages."""
     kl, (short, full) = comparison["kl"], _gain(comparison)
     value = f"{short} at KL {kl:g}" if kl else "gain at the end"
-    intro = f"Gain: {full}; KL in nats per response; ± standard error over seeds (none for one seed, or where all seeds agree)."
+    intro = f"Gain: {full}; KL in nats per response; ± standard error over seeds (none for one seed)."
     if kl:
         intro += (
             " Curves are interpolated linearly in sqrt(KL). * marks values with runs that did not reach the KL of the "
