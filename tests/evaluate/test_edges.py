@@ -172,3 +172,19 @@ def test_a_judge_of_equal_answers_prints_no_certainty(tmp_path, capsys, ties):
 def test_a_mean_s_interval_is_student_s(groups):
     low, high = Measured(1.0, 0.1, groups).interval
     assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, groups - 1) * 0.1)
+
+
+def test_pairs_that_are_scored_are_spread_over_a_sorted_source():
+    from sepo.data.tables import make_table
+    from sepo.evaluate.measure import _scored
+    from sepo.recipe.settings import EvalSettings
+
+    rows = {"pair_id": list(range(1000)), **{f"{name}_ids": [[1]] * 1000 for name in ("prompt", "chosen", "rejected")}}
+    table = make_table("pairs", rows, {})
+    drawn = _scored(table, EvalSettings(pairs=100))["pair_id"].to_pylist()
+    assert len(drawn) == 100
+    assert drawn == sorted(drawn)
+    assert 35 < sum(number < 500 for number in drawn) < 65
+    assert drawn == _scored(table, EvalSettings(pairs=100))["pair_id"].to_pylist()
+    assert len(_scored(table, EvalSettings(pairs=5000))) == len(_scored(table, EvalSettings())) == 1000
+    assert len(_scored(table, EvalSettings(pairs=0))) == 0
