@@ -148,5 +148,5 @@ def html_document(markdown: str, folder: Path, style: str) -> str:
         f'<!doctype html>\n<html lang="en" data-ready="true"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-        f"<style>{style}</style></head><body><main class=\"page\">{''.join(parts)}</main></body></html>\n"
+        f'<style>{style}</style></head><body><main class="page">{"".join(parts)}</main></body></html>\n'
     )

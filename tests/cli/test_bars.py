@@ -20,7 +20,9 @@ def clock(monkeypatch):
     monkeypatch.setattr(sys, "stderr", log)
     monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    monkeypatch.setattr(bars, "_Lines", partial(bars._Lines, disable=False))  # tqdm has read TQDM_DISABLE=1 of the tests
+    monkeypatch.setattr(
+        bars, "_Lines", partial(bars._Lines, disable=False)
+    )  # tqdm has read TQDM_DISABLE=1 of the tests
     return now, log
 
 

@@ -74,6 +74,7 @@ NO_PATH = {
     *("overrides", "training", "split", "column", "pairs_from", "chat_template", "objective", "device"),
     "recipe name",  # a built-in recipe's
     *("server", "key_variable", "model_name", "prompt_name", "judge"),  # a judge is a kind with a name, tried below
+    "run until",
     *("generate name", "winrate baseline", "push to", "push base", "push license"),
 }
 

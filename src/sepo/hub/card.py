@@ -212,9 +212,7 @@ def may_write(path: Path) -> bool:
     return not path.exists() or is_generated(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def front_matter(
-    recipe: Recipe, names: Collection[str], base: str | None, adapter: bool, license: str | None
-) -> str:
+def front_matter(recipe: Recipe, names: Collection[str], base: str | None, adapter: bool, license: str | None) -> str:
     """The metadata of a model, as the hub reads them."""
     source = hub_id(recipe.data.source, names)
     data = ModelCardData(

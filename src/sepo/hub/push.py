@@ -217,9 +217,7 @@ def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.name not in _EXCLUDED and not path.name.startswith("."))
 
 
-def _adapter_config(
-    folder: Path, base: str | None, start_id: str | None, names: Collection[str]
-) -> tuple[bytes, str]:
+def _adapter_config(folder: Path, base: str | None, start_id: str | None, names: Collection[str]) -> tuple[bytes, str]:
     """An adapter's config with the hub id of its base, and that id.
 
     Args:

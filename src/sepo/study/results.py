@@ -202,7 +202,11 @@ def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
 
 
 def write_comparison(
-    head: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], shared: Sequence[Mapping[str, Any]], folder: Path
+    head: Mapping[str, Any],
+    runs: Sequence[Mapping[str, Any]],
+    shared: Sequence[Mapping[str, Any]],
+    folder: Path,
+    figures: bool = True,
 ) -> dict[str, Any]:
     """Write `compare.md`, the figures, `compare.html` and `compare.json` into a folder; returns the JSON's content.
 
@@ -210,15 +214,17 @@ def write_comparison(
         head: name, kl, also_at, gold, judge (if there is one) and environment.
         runs: as for `summarise_runs`.
         shared: stages that the runs share, each with stage, seconds and what.
+        figures: False leaves the figures as they are.
     """
     kl = head["kl"]
     tables = {"rows": summarise_runs(runs, kl), "differences": differences(runs, kl)}
     comparison = {**head, **tables, "runs": list(runs), "shared": list(shared)}
     text = comparison_markdown(comparison)
     write_text(folder / "compare.md", text)
-    pictures = [f"![{path.stem}]({path.name})\n" for path in save_comparison_figures(comparison, folder)]
-    title, rest = text.split("\n## Reported", 1) if "\n## Reported" in text else (text, "")
-    page = "\n".join([title, "## Curves\n", *pictures]) + (f"\n## Reported{rest}" if rest else "")
+    if figures:
+        save_comparison_figures(comparison, folder)
+    pictures = "\n## Curves\n\n![curves](frontier.png)\n\n![win rates](win-rate.png)\n"
+    page = text.replace("\n## Reported", f"{pictures}\n## Reported", 1)
     write_text(folder / "compare.html", html_document(page, folder, page_style()))
     write_json(folder / "compare.json", comparison, indent=1)
     return comparison

@@ -75,9 +75,7 @@ def print_scores(results: dict[str, dict[str, Any]]) -> None:
 
     for benchmark in dict.fromkeys(result["benchmark"] for result in results.values()):
         models = {name: _shown(result) for name, result in results.items() if result["benchmark"] == benchmark}
-        columns = [
-            name for name in _COLUMNS if any(figures[name] != MISSING for figures in models.values())
-        ]
+        columns = [name for name in _COLUMNS if any(figures[name] != MISSING for figures in models.values())]
         rows = [
             {"name": name, **{_COLUMNS[column][0]: figures[column] for column in columns}}
             for name, figures in models.items()
