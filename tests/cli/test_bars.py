@@ -22,7 +22,7 @@ def clock(monkeypatch):
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     monkeypatch.setattr(
         bars, "_Lines", partial(bars._Lines, disable=False)
-    )  # tqdm has read TQDM_DISABLE=1 of the tests
+    )  # TQDM_DISABLE=1 holds in tests
     return now, log
 
 

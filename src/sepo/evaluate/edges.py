@@ -43,6 +43,11 @@ class Measured:
         return self.error is not None and spread_seen(self.error, self.value)
 
     @property
+    def sigmas(self) -> float:
+        """The value in standard errors; NaN without spread."""
+        return self.value / self.error if self.error is not None and self.spread else math.nan
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval: Wilson's for a share, Student's t for a mean; None if the data show none."""
         if self.value != self.value or self.error is None or (self.groups is not None and self.groups < 2):
@@ -62,17 +67,11 @@ class Measured:
             return ""
         if self.groups is not None and self.groups < 2:
             return f"one of the {self.unit} only: no error is known" if self.groups else ""
-        if self.error is None:
-            return ""
-        if self.spread:
+        if self.error is None or self.spread:
             return ""
         if self.share and self.value in (0.0, 1.0):
             return f"{'ceiling' if self.value else 'floor'}: no spread seen{count}"
         return f"no spread seen{count}"
-
-    def excludes(self, reference: float) -> bool:
-        """Whether the 95 % interval excludes a value. False if there is no interval."""
-        return self.interval is not None and not self.interval[0] <= reference <= self.interval[1]
 
     def text(self, form: str = "") -> str:
         """The value with its standard error; without spread with its interval, or the words for it."""
@@ -91,30 +90,33 @@ class Measured:
 
 def measured(metrics: Mapping[str, Any], name: str) -> Measured | None:
     """A metric of a run (docs/metrics.md) with the number of groups behind it; None if it has no value."""
-    value, error = metrics.get(name), metrics.get(f"{name}_se")
-    if not _is_number(value):
+    value = _number(metrics.get(name))
+    if value is None:
         return None
     groups, unit = _groups_of(metrics, name)
     share = name.rsplit("/", 1)[-1] in _SHARES and 0 <= value <= 1
-    return Measured(float(value), float(error) if _is_number(error) else None, groups, share, unit)
+    return Measured(value, _number(metrics.get(f"{name}_se")), groups, share, unit)
 
 
 def _groups_of(metrics: Mapping[str, Any], name: str) -> tuple[int | None, str]:
     """The number of independent groups behind a metric, and what they are."""
     part, _, last = name.rpartition("/")
     if part in ("oracle", "policy") and last.startswith("accuracy"):
-        count = metrics.get(f"{part}/pairs_not_longer" if last.endswith("not_longer") else f"{part}/pairs")
-        return (int(count) if _is_number(count) else None), "pairs"
-    if part in ("fidelity",) or part.startswith("tasks/") or last == "oracle_accuracy":
+        count = _number(metrics.get(f"{part}/pairs_not_longer" if last.endswith("not_longer") else f"{part}/pairs"))
+        return (None if count is None else int(count)), "pairs"
+    if part == "fidelity" or part.startswith("tasks/") or last == "oracle_accuracy":
         return None, "pairs"
     counts = [metrics.get("prompts")] if not part.startswith("benchmarks/") else []
     counts += [metrics.get(f"{part}/judged")]
-    known = [int(count) for count in counts if _is_number(count)]
+    known = [int(count) for value in counts if (count := _number(value)) is not None]
     return (min(known) if known else None), "prompts"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """A finite number as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 # --- what a run does not show -----------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def _measured_on(recipe: Recipe, metrics: Mapping[str, Any]) -> str:
 def _changes(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
     rows = []
     if (difference := measured(metrics, "gold_reward/difference")) is not None:
-        sigmas = f" ({difference.value / difference.error:.1f} s.e.)" if difference.spread else ""
+        sigmas = f" ({difference.sigmas:.1f} s.e.)" if difference.spread else ""
         rows.append(
             Moved(
                 f"gold reward ({recipe.eval.gold})",
@@ -271,7 +271,7 @@ def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
 def _edge_cautions(metrics: Mapping[str, Any]) -> Iterator[str]:
     """Limitations of little data and of values at the edge of their range."""
     if reason := nothing_learnt(metrics):
-        yield f"Nothing was learnt, as far as these data show: {reason}. Raise the learning rate or train on more pairs."
+        yield f"Nothing was learnt, as far as these data show: {reason}. Train on more pairs or at a higher rate."
     if few := few_groups(int(metrics["prompts"]) if metrics.get("prompts") else None):
         yield f"Only {few} measured: intervals are wide. Raise eval.prompts and data.held_out."
     for name, what in (

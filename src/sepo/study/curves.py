@@ -74,7 +74,7 @@ def _weighted(points: Sequence[Mapping[str, Any]], kl: float | None, values: Seq
 
 def ceiling_at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> bool:
     """Whether all checkpoints that the value at a KL rests on are at the ceiling."""
-    used = np.flatnonzero(_weights(points, kl))
+    used = np.flatnonzero(_weights(points, kl)).tolist()
     return all(at_ceiling(points[i]) for i in used)
 
 
