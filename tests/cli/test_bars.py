@@ -20,9 +20,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(sys, "stderr", log)
     monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
-    monkeypatch.setattr(
-        bars, "_Lines", partial(bars._Lines, disable=False)
-    )  # TQDM_DISABLE=1 holds in tests
+    monkeypatch.setattr(bars, "_Lines", partial(bars._Lines, disable=False))  # TQDM_DISABLE=1 holds in tests
     return now, log
 
 

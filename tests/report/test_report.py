@@ -653,3 +653,20 @@ def test_columns_of_other_kinds_are_no_filter(run: Path) -> None:
     tables.write_table(run / "scores", scores)
     header, _ = data_of(build_report(run, out=run / "report.html"))
     assert list(header["facets"]) == ["subset"]
+
+
+def test_the_figures_of_a_large_table_are_of_a_sample_and_its_counts_of_all(tmp_path: Path) -> None:
+    from sepo.report.reading import read_scores
+
+    table = score_table(word_tokenizer(), texts=[f"Answer {i} is {'long ' * (i % 5)}here." for i in range(60)])
+    tables.write_table(tmp_path / "scores", table, rows_per_shard=7)
+    whole, part = (read_scores(tmp_path / "scores", 5, most) for most in (1000, 20))
+    assert len(part.prompts) == 20
+    assert [len(lengths) for _, lengths in part.rewards.values()] == [20, 20]
+    summaries = [scores.summary() for scores in (whole, part)]
+    assert [summary["figure_pairs"] for summary in summaries] == [60, 20]
+    for name in ("pairs", "tokens", "accuracy", "chosen_longer"):
+        assert summaries[0][name] == pytest.approx(summaries[1][name]), name
+    assert whole.rows.equals(part.rows)
+    exact = summarise(whole.rewards, whole.prompts)
+    assert all(summaries[0][name] == pytest.approx(exact[name]) for name in ("pairs", "tokens", "accuracy"))

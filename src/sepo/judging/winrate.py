@@ -134,8 +134,8 @@ def win_rate(judgements: Sequence[Judgement]) -> dict[str, float | int]:
     Returns:
         win_rate, and its standard_error clustered by prompt (s/√n, as published, if each prompt is judged once);
         discrete_win_rate, in which each preference counts fully for the side it favours; n_wins, n_wins_base, n_draws;
-        n_total usable judgements of n_prompts prompts, and n_unusable others; avg_length of the model's answers in characters;
-        length_ratio of avg_length to the baseline's.
+        n_total usable judgements of n_prompts prompts, and n_unusable others; avg_length of the model's answers in
+        characters; length_ratio of avg_length to the baseline's.
     """
     values = np.array([judgement.preference for judgement in judgements], np.float64)
     usable = np.isfinite(values)

@@ -41,7 +41,7 @@ class Scores:
 
     Attributes:
         rows: the pairs to show.
-        rewards: for each side, the rewards of the pairs behind the figures and their lengths: all pairs of the table, or
+        rewards: for each side, the rewards and lengths of the pairs behind the figures: all pairs of the table, or
             `FIGURE_PAIRS` that are evenly spaced.
         prompts: the prompt number of these pairs.
         provenance: the metadata of the table.

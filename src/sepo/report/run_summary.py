@@ -105,7 +105,7 @@ def summary_of(
     seconds = {name.removeprefix("seconds/"): value for name, value in metrics.items() if name.startswith("seconds/")}
     folder = recipe.run_folder
     return RunSummary(
-        title=f"{recipe.name}: {duration(sum(seconds.values()))}",
+        title=f"Run {recipe.name}: {duration(sum(seconds.values()))} in its stages",
         trained=_trained(recipe, metrics, seconds, selected),
         examples=[
             Example(
@@ -160,6 +160,11 @@ def _trained(
         lines.append(
             ("key tokens", f"{selected:.0%} of all response tokens: {how} ({_took(seconds, 'score', 'select')})")
         )
+    if (one_to_one := metrics.get("transfer/one_to_one_share")) is not None:
+        lost = metrics.get("transfer/lost_share") or 0.0
+        text = f"token rewards carried over to the policy's tokenizer; {one_to_one:.0%} of its tokens "
+        text += "are the oracle's too"
+        lines.append(("two tokenizers", text + (f", {lost:.1%} of the reward was cut off" if lost else "")))
     policy = short_name(recipe.policy.model) if recipe.policy.model else part
     lora = " as adapters" if recipe.policy.lora is not None else ""
     data = "the key tokens only" if recipe.policy.objective == "sepo" else f"all pairs with {recipe.policy.objective}"
