@@ -9,7 +9,6 @@ from typing import Any
 
 from sepo.command import path, print_plan
 from sepo.errors import UserError
-from sepo.evaluate.edges import Measured
 from sepo.files import check_writable
 from sepo.numbers import MISSING, number
 
@@ -93,6 +92,8 @@ def print_scores(results: dict[str, dict[str, Any]]) -> None:
 
 def _shown(result: dict[str, Any]) -> dict[str, str]:
     """The figures of a model as texts; those that it lacks are missing."""
+    from sepo.evaluate.edges import Measured  # it imports NumPy
+
     score = "win_rate" if "win_rate" in result else "score"
     # A win rate and Arena-Hard's score are per cent.
     share = score == "win_rate" or result["benchmark"] == "arena_hard"
