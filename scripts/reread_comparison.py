@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from sepo.files import write_json
-from sepo.study.results import differences, save_comparison_figures, summarise_runs
+from sepo.study.results import difference_text, differences, save_comparison_figures, summarise_runs
 
 
 def main() -> None:
@@ -30,8 +30,7 @@ def main() -> None:
                 reach = f"{row['reached']} of {row['seeds']} reach it, {row['unmeasured']} have no checkpoint below"
                 print(f"  {name:60} {row['value']:+.3f} ± {row['value_se']:.3f}  {reach}")
             for row in differences(comparison["runs"], kl):
-                span = f"({row['low']:+.3f} to {row['high']:+.3f})"
-                print(f"  {row['name']} against {row['against']}: {row['difference']:+.3f} {span}")
+                print(f"  {row['name']} against {row['against']}: {difference_text(row)}")
         if not arguments.kl:
             comparison["rows"] = summarise_runs(comparison["runs"], comparison["kl"])
             comparison["differences"] = differences(comparison["runs"], comparison["kl"])

@@ -53,7 +53,26 @@ def _in_notebook() -> bool:
 
 
 class _Lines(tqdm):
-    """A bar for a log: it writes its state as a new line every half minute."""
+    """A bar for a log: it writes its state as a new line every half minute, whoever asks for a refresh.
+
+    Otherwise every optimizer step, and every message beside the bar (`tqdm.write`), would write the bar again.
+    """
+
+    def __init__(self, *args: Any, **settings: Any):
+        self.written_at, self.written = time.monotonic(), -1.0
+        super().__init__(*args, **settings)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        now = time.monotonic()
+        if now - self.written_at >= self.mininterval:
+            self.written_at, self.written = now, self.n
+            self.sp(str(self) if msg is None else msg)  # without moving the cursor to the bar's own line
+
+    def clear(self, *args: Any, **settings: Any) -> None:
+        """Lines that are written stay."""
+
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool = False, **more: Any) -> None:
+        super().set_postfix(ordered_dict, refresh=False, **more)
 
     @staticmethod
     def status_printer(file: Any) -> Any:
@@ -67,7 +86,8 @@ class _Lines(tqdm):
     def close(self) -> None:
         # tqdm would end the bar with an empty line.
         if not self.disable:  # type: ignore[has-type]
-            if self.leave and self.n:
+            if self.leave and self.n and self.n != self.written:
+                self.written_at = float("-inf")
                 self.display()
             self.disable = True
             self._decr_instances(self)
@@ -134,6 +154,8 @@ def draw(bar: tqdm, force: bool = False) -> None:
     now = time.monotonic()
     if now - bar.drawn_at >= bar.mininterval or (force and redraws()):
         bar.drawn_at = now
+        if hasattr(bar, "written_at"):  # a bar of lines
+            bar.written_at = float("-inf")
         bar.refresh()
 
 

@@ -209,7 +209,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     from rich.text import Text
 
     from sepo import processes
-    from sepo.numbers import number
+    from sepo.numbers import error_text, number
 
     if not processes.is_main():
         return
@@ -226,7 +226,7 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
             table.add_section()
         previous = group
         error = metrics.get(f"{name}_se")
-        table.add_row(Text(name), number(value), "" if error is None else number(error))
+        table.add_row(Text(name), number(value), "" if error is None else error_text(error))
     Console().print(table)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MISSING = "–"
+NO_SPREAD = "no spread seen"
 
 
 def number(value: Any, form: str = "") -> str:
@@ -29,9 +30,23 @@ def with_error(value: float | None, error: float | None, form: str = "") -> str:
 
     >>> with_error(0.25, 0.05, "+.3f"), with_error(0.25, None), with_error(0.25, float("nan"), ".0%")
     ('+0.250 ± 0.050', '0.25', '25%')
+    >>> with_error(1.0, 0.0, ".0%"), with_error(0.5, 0.0004, ".0%")
+    ('100% (no spread seen)', '50% ± 0.04%')
     """
     text = number(value, form)
-    return text if error is None or error != error else f"{text} ± {number(error, form.removeprefix('+'))}"
+    if value is None or value != value or error is None or error != error:
+        return text
+    return f"{text} ± {error_text(error, form)}" if error > 0 else f"{text} ({NO_SPREAD})"
+
+
+def error_text(error: float | None, form: str = "") -> str:
+    """A standard error, never rounded to 0. All values equal give an error of 0, which is no certainty."""
+    if error == 0:
+        return NO_SPREAD
+    text = number(error, form.removeprefix("+"))
+    if error is None or error != error or any(digit in text for digit in "123456789"):
+        return text
+    return f"{100 * error:.1g}%" if form.endswith("%") else f"{error:.1g}"
 
 
 def share(value: float | None) -> str:

@@ -14,10 +14,13 @@ import yaml
 from datasets import load_dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from scipy import stats
 
 from sepo.cli import main
 from sepo.data.tables import read_table
 from sepo.hub import push
+from sepo.recipe.reading import parse_recipe
+from sepo.runs.folder import hub_names
 from tiny_models import tiny_model, tiny_tokenizer
 
 WILD = "<script>alert(1)</script> | [x](http://evil.example) ![i](//e.example/p) @all `c` www.evil.example"
@@ -99,11 +102,11 @@ def test_the_card_is_beside_the_policy_and_no_text_of_the_data_is_markup_in_it(f
         assert markup not in body, markup  # ... as text
     assert {row.count("|") for row in body.splitlines() if row.startswith("| ")} == {4}
     metrics = json.loads((finished / "run" / "metrics.json").read_text())
-    row = next(line for line in text.splitlines() if line.startswith("| gold reward, difference"))
-    value, error = metrics["gold_reward/difference"], metrics["gold_reward/difference_se"]
+    row = next(line for line in text.splitlines() if line.startswith("| KL from the start"))
+    value, error = metrics["kl"], metrics["kl_se"]
     low, high = (float(part) for part in row.split("|")[3].split(" to "))
     assert (low + high) / 2 == pytest.approx(value, abs=1e-3)
-    assert (high - low) / 2 == pytest.approx(1.96 * error, abs=1e-3)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * error, abs=1e-3)  # three prompts
     assert str(finished) not in text  # no folder of this machine
     assert "hf_secret" not in text
 
@@ -257,3 +260,58 @@ def test_nothing_goes_to_a_public_repository_where_a_private_one_was_asked_for(f
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert main(["push", str(tmp_path), "--to", "me/mine", "--dry-run"]) == 2
     assert "no finished run" in capsys.readouterr().err
+
+
+# Where a recipe names data and models. From another folder each of these relative paths looks like a hub id.
+PLACES = ["data.source", "data.held_out_source", "reference.model", "policy.model", "oracle.model"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("local", [True, False])
+def test_only_a_name_that_was_no_file_when_the_run_ran_is_linked_as_one_of_the_hub(
+    place, local, finished, hub, tmp_path, monkeypatch
+):
+    section, key = place.split(".")
+    at_run, at_push = tmp_path / "at-run", tmp_path / "at-push"
+    at_push.mkdir()
+    (at_run / "team" / "private-1").mkdir(parents=True)
+    name = "team/private-1" if local else "team/public-1"
+    changed = {section: {key: name}, "name": "tiny"}
+    if place == "data.held_out_source":
+        changed["data"]["held_out"] = 0
+    monkeypatch.chdir(at_run)
+    names = hub_names(parse_recipe(changed, "test"))
+    assert (name in names) is not local
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"hub": names}))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe.setdefault(section, {})[key] = name
+    if place == "data.held_out_source":
+        recipe["data"]["held_out"] = 0
+    if place == "oracle.model":
+        recipe["oracle"] = {"model": name}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(at_push)
+    for what in ("policy", "scores"):
+        base = ["--base", "org/base"] if what == "policy" else []
+        assert main(["push", str(run), "--to", "me/mine", "--what", what, *base]) == 0
+        text = hub.files["README.md"].decode()
+        assert ("team/private-1" in text) is False, what
+        head = front_matter(text)
+        linked = place == "data.source" and not local
+        assert (f"huggingface.co/datasets/{name}" in text) == linked
+        assert (name in (head.get("datasets") or head.get("source_datasets") or [])) == linked
+    if place == "policy.model" and local:
+        assert main(["push", str(run), "--to", "me/mine"]) == 2  # an adapter needs a base that others have
+
+
+def test_a_run_of_an_earlier_release_has_no_links_to_the_hub(finished, hub, tmp_path):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest.pop("hub") == []
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace(str(finished / "prefs.jsonl"), "org/prefs"))
+    assert main(["push", str(run), "--to", "me/mine", "--what", "scores"]) == 0
+    assert "org/prefs" not in hub.files["README.md"].decode()

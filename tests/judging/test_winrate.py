@@ -437,3 +437,23 @@ def test_arena_files_are_scored_with_their_answers(tmp_path, capsys):
 def test_a_missing_file_is_a_user_error_of_the_function_too(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         judgements.read_rows(tmp_path / "nothing.json")
+
+
+def test_printed_scores_have_even_decimals_each_warning_once_and_no_empty_column(tmp_path, capsys):
+    """Own prompts too few for length control have neither its column nor its warnings."""
+    rows = [{"instruction": f"q{i}", "output_1": "a" * 9, "output_2": "b" * 3 * (i + 1), "generator_2": f"m{j}",
+             "preference": 1 + ((i + j) % 3) / 2} for j in range(9) for i in range(4)]  # fmt: skip
+    (tmp_path / "annotations.json").write_text(json.dumps(rows))
+    assert main(["winrate", str(tmp_path / "annotations.json"), "--json", str(tmp_path / "scores.json")]) == 0
+    said = capsys.readouterr()
+    assert "length-control" not in said.out + said.err
+    cells = [line.split("│")[1].strip() for line in said.out.splitlines() if line.startswith("m")]
+    assert len(cells) == 9
+    assert {len(cell.split(".")[1]) for cell in cells} == {1}
+    assert str(tmp_path / "scores.json") in said.out
+    more = [{**row, "instruction": f"{row['instruction']} {k}"} for k in range(3) for row in rows]
+    (tmp_path / "annotations.json").write_text(json.dumps(more))
+    assert main(["winrate", str(tmp_path / "annotations.json")]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("is drawn towards 50") == 1
+    assert said.err.count("likewise") <= 2

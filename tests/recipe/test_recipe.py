@@ -97,3 +97,22 @@ values = st.recursive(
 def test_any_mapping_is_a_recipe_or_a_one_line_error(mapping):
     with contextlib.suppress(UserError):
         parse_recipe(mapping)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("policy.training.lr", "learning_rate"),
+        ("policy.lr", "training.learning_rate"),
+        ("oracle.epochs", "training.num_train_epochs"),
+        ("policy.learning_rate", "training.learning_rate"),
+        ("oracle.training.bs", "batch_size"),
+        ("reference.model_name_or_path", "model"),
+        ("data.dataset", "source"),
+        ("data.max_seq_length", "max_length"),
+        ("policy.betta", "beta"),
+    ],
+)
+def test_an_unknown_key_gets_the_setting_that_other_trainers_call_so(key, meant):
+    with pytest.raises(UserError, match=rf"unknown key '{key}' \(did you mean '{meant}'\?\)"):
+        load_recipe("quickstart", [f"{key}=1"])

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from properties import examples
@@ -302,15 +303,17 @@ def test_the_errors_of_rewards_by_position_are_clustered_by_prompt() -> None:
     for at, (start, stop) in enumerate(itertools.pairwise(edges)):
         inside = [(value, prompt) for row, prompt in zip(rows, prompts, strict=True) for value in row[start:stop]]
         mean, error = mean_and_se([value for value, _ in inside], [prompt for _, prompt in inside])
+        reach = stats.t.ppf(0.975, len({prompt for _, prompt in inside}) - 1)
         assert figure["chosen"]["mean"][at] == pytest.approx(mean, abs=1e-5)
-        assert figure["chosen"]["high"][at] - mean == pytest.approx(1.96 * error, abs=1e-5)
-        assert mean - figure["chosen"]["low"][at] == pytest.approx(1.96 * error, abs=1e-5)
+        assert figure["chosen"]["high"][at] - mean == pytest.approx(reach * error, abs=1e-5)
+        assert mean - figure["chosen"]["low"][at] == pytest.approx(reach * error, abs=1e-5)
 
 
 def test_a_position_with_one_prompt_has_no_interval() -> None:
     sides = {side: (np.array([0.1, 0.2, 0.4], np.float32), np.array([2, 1])) for side in ("chosen", "rejected")}
     figure = summarise(sides, np.array([0, 0]))["positions"]["chosen"]
-    assert figure["low"] == figure["mean"] == figure["high"]
+    assert None not in figure["mean"]
+    assert figure["low"] == figure["high"] == [None] * len(figure["mean"])
 
 
 def test_training_logs_become_one_chart_a_quantity() -> None:
@@ -664,3 +667,20 @@ def test_columns_of_other_kinds_are_no_filter(run: Path) -> None:
     tables.write_table(run / "scores", scores)
     header, _ = data_of(build_report(run, out=run / "report.html"))
     assert list(header["facets"]) == ["subset"]
+
+
+def test_the_figures_of_a_large_table_are_of_a_sample_and_its_counts_of_all(tmp_path: Path) -> None:
+    from sepo.report.reading import read_scores
+
+    table = score_table(word_tokenizer(), texts=[f"Answer {i} is {'long ' * (i % 5)}here." for i in range(60)])
+    tables.write_table(tmp_path / "scores", table, rows_per_shard=7)
+    whole, part = (read_scores(tmp_path / "scores", 5, most) for most in (1000, 20))
+    assert len(part.prompts) == 20
+    assert [len(lengths) for _, lengths in part.rewards.values()] == [20, 20]
+    summaries = [scores.summary() for scores in (whole, part)]
+    assert [summary["figure_pairs"] for summary in summaries] == [60, 20]
+    for name in ("pairs", "tokens", "accuracy", "chosen_longer"):
+        assert summaries[0][name] == pytest.approx(summaries[1][name]), name
+    assert whole.rows.equals(part.rows)
+    exact = summarise(whole.rewards, whole.prompts)
+    assert all(summaries[0][name] == pytest.approx(exact[name]) for name in ("pairs", "tokens", "accuracy"))

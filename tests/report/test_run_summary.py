@@ -105,7 +105,7 @@ def test_texts_of_the_data_cannot_draw_on_the_terminal(capsys, monkeypatch):
 
 def test_an_undefined_metric_does_not_fail(capsys, monkeypatch):
     shown = summary(**{"gold_reward/difference_se": 0.0, "length/base": 0.0, "fidelity/auc": None})
-    assert "+0.250 ± 0.000" in printed(capsys, shown, monkeypatch)
+    assert "+0.250 (no spread seen in 84 prompts)" in printed(capsys, shown, monkeypatch)
 
 
 def test_undefined_metrics_are_left_out():
@@ -114,3 +114,15 @@ def test_undefined_metrics_are_left_out():
     assert rows["KL from the start"].after == "6.50"
     assert rows["gold reward (vader)"].change == "+0.250"
     assert summary(**{"kl": None, "gold_reward/difference": float("nan"), "policy/accuracy": None}).moved
+
+
+def test_a_run_with_two_tokenizers_has_a_line_for_them(capsys, monkeypatch):
+    shown = summary(**{"transfer/one_to_one_share": 0.83, "transfer/lost_share": 0.012})
+    text = " ".join(printed(capsys, shown, monkeypatch, width=200).split())
+    assert "two tokenizers token rewards carried over to the policy's tokenizer; 83% of its tokens" in text
+    assert "1.2% of the reward was cut off" in text
+    assert "two tokenizers" not in printed(capsys, summary(), monkeypatch)
+
+
+def test_the_heading_says_what_was_measured(capsys, monkeypatch):
+    assert printed(capsys, summary(), monkeypatch).startswith("Run mine: 4 min 25 s in its stages")

@@ -449,7 +449,7 @@ def test_grids_with_one_work_folder_share_passes_and_runs(many, work, workplace,
     (before,) = [run for run in many[1]["runs"] if run["variant"] == "dpo"]
     assert runs[0]["points"] == before["points"]
     assert sorted(p.name for p in (workplace / "one-out").iterdir()) == sorted(
-        ["compare.json", "compare.md", "frontier.png", "grid.json", "win-rate.png"]
+        ["compare.html", "compare.json", "compare.md", "frontier.png", "grid.json", "win-rate.png"]
     )
     (workplace / "taken-out").mkdir()
     (workplace / "taken-out" / "thesis.tex").write_text("")

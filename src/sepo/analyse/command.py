@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from sepo.command import named_path, path, quiet_libraries
+from sepo.documents import print_document
 from sepo.errors import UserError
 from sepo.files import check_writable
 
@@ -64,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
         rules = read_rules(None if arguments.rules is True else Path(arguments.rules), arguments.k)
         oracles, gold = rank_inputs(runs, arguments.table, tokenizer=arguments.tokenizer, gold=arguments.gold)
         rank(oracles, rules, gold, out, seed=arguments.seed)
-        print((out / "ranking.md").read_text(encoding="utf-8"))
+        print_document((out / "ranking.md").read_text(encoding="utf-8"))
+        print(f"\n{out}/ranking.md")
         return
     inputs = run_inputs(
         runs[0] if runs else None,
@@ -74,4 +76,5 @@ def run(arguments: argparse.Namespace) -> None:
         gold=arguments.gold,
     )
     analyse(inputs, out, k=arguments.k, seed=arguments.seed)
-    print((out / "analysis.md").read_text(encoding="utf-8"))
+    print_document((out / "analysis.md").read_text(encoding="utf-8"))
+    print(f"\n{out}/analysis.md")

@@ -23,7 +23,7 @@ from sepo.data.tables import make_table, provenance_of
 from sepo.evaluate.accuracy import preference_accuracy
 from sepo.evaluate.fidelity import combine, fidelity
 from sepo.evaluate.statistics import auc, correlation, rank_correlation
-from sepo.evaluate.words import word_valences
+from sepo.evaluate.words import special_ids, word_valences
 from sepo.report.summary import cumulative_share
 
 POSITION_BINS = 10
@@ -80,7 +80,7 @@ def token_classes(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, first: np
         first: `[tokens]` bool, the first token of a response, which starts a word without a space before it.
     """
     unique, inverse = np.unique(ids, return_inverse=True)
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     starts_with_space = ("Ġ", "▁", " ", "Ċ")
     kinds = np.empty(len(unique), np.int64)
     for index, token in enumerate(unique.tolist()):

@@ -7,7 +7,10 @@ import argparse
 from sepo.command import freeze_libraries, join, path, print_metrics, print_plan, quiet_libraries
 from sepo.errors import UserError
 
-HELP = "run all stages of a recipe; results that are up to date are reused"
+HELP = (
+    "run all stages of a recipe into output_dir (default: runs/NAME of the recipe); the same command resumes an "
+    "interrupted run, and results that are up to date are reused"
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

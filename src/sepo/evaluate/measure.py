@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from sepo import processes
 from sepo.data.conversation import CONVERSATION, Conversation, conversations_of, in_words
 from sepo.data.previews import previews
-from sepo.data.splits import prompt_rows, sample_prompts
+from sepo.data.splits import prompt_rows, sample_prompts, take_pairs
 from sepo.data.tables import read_table, write_parquet
 from sepo.evaluate import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
@@ -156,9 +156,9 @@ def read_models(
     if not len(pairs):
         return None
     prompts = sample_prompts(pairs, settings.prompts)
-    read_by_both = pairs.slice(0, settings.pairs)
+    read_by_both = _scored(pairs, settings)
     if base_logps is not None:
-        base_logps = base_logps.slice(0, settings.pairs) if len(read_by_both) else None
+        base_logps = _scored(base_logps, settings) if len(read_by_both) else None
 
     shown = np.linspace(0, len(prompts) - 1, min(settings.examples, len(prompts))).round().astype(int).tolist()
     examples: dict[str, list[Generation]] = {}
@@ -192,6 +192,11 @@ def read_models(
     before, base_answers, base_sums = read("base", base, base_logps, answers)
     _release_memory()
     return Readings(before, after, base_answers, answers, policy_sums - base_sums, shown, examples)
+
+
+def _scored(table: pa.Table, settings: EvalSettings) -> pa.Table:
+    """The pairs that both models score. They are drawn from all: a source is often sorted."""
+    return table if settings.pairs is None else take_pairs(table, settings.pairs)
 
 
 def _metrics_of_tables(
@@ -230,7 +235,7 @@ def _metrics_of_models(
     pairs = read_table(held_out, "pairs")
     metrics: dict[str, float] = {}
     if readings.before is not None and readings.after is not None:
-        metrics |= policy_accuracy(readings.before, readings.after, pairs.slice(0, settings.pairs))
+        metrics |= policy_accuracy(readings.before, readings.after, _scored(pairs, settings))
     asked = prompt_rows(pairs, settings.prompts)
     if prompts := asked.column("prompt_ids").to_pylist():
         questions = questions_of(asked, tokenizer)

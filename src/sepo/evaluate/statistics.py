@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -71,10 +72,47 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
 
 def interval(mean: float, error: float, number: int) -> tuple[float, float]:
     """95 % interval of a mean of `number` values with this standard error, by Student's t; NaN for one value."""
+    reach = student_reach(error, number - 1) if number > 1 else math.nan
+    return mean - reach, mean + reach
+
+
+def student_reach(error: float, freedom: float | None) -> float:
+    """Half the width of a 95 % interval; by the normal distribution if the degrees of freedom are not known."""
     from scipy import stats
 
-    reach = float(stats.t.ppf(0.975, number - 1)) * error if number > 1 else math.nan
-    return mean - reach, mean + reach
+    return float(stats.norm.ppf(0.975) if freedom is None else stats.t.ppf(0.975, freedom)) * error
+
+
+def spread_seen(error: float, scale: float = 1.0) -> bool:
+    """Whether a standard error is more than rounding. Values that are all equal have an error of 0."""
+    return error > 1e-9 * max(1.0, abs(scale))
+
+
+def wilson(share: float, error: float, groups: int | None) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of a share with a clustered standard error; stays in [0, 1].
+
+    The error gives the number of independent answers that the groups are worth, p (1 - p) / error² + 1. Without spread
+    every group counts as one answer. As the error itself is estimated, the quantile is Student's.
+
+    Args:
+        groups: number of independent groups, 2 or more; None if it is not known.
+
+    Returns:
+        the interval; None if it is not known how many groups agree.
+
+    >>> [round(bound, 3) for bound in wilson(1.0, 0.0, 8)]
+    [0.589, 1.0]
+    """
+    if error > 0:
+        number = 1 + share * (1 - share) / error**2
+    elif groups is not None:
+        number = groups
+    else:
+        return None
+    square = student_reach(1.0, None if groups is None else groups - 1) ** 2
+    middle = (share + square / (2 * number)) / (1 + square / number)
+    reach = math.sqrt(square * (share * (1 - share) / number + square / (4 * number**2))) / (1 + square / number)
+    return max(middle - reach, 0.0) if share > 0 else 0.0, min(middle + reach, 1.0) if share < 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -92,10 +130,34 @@ class StdComponents:
     rest: float
 
     def error(self, seeds: int, prompts: int) -> tuple[float, float]:
-        """Standard error of the mean over `seeds` x `prompts`, and its degrees of freedom by Satterthwaite."""
+        """Standard error of the mean over `seeds` x `prompts`, and its effective degrees of freedom.
+
+        Satterthwaite's degrees of freedom of the true components are too many: a comparison estimates the components,
+        and where seeds hardly differ its estimate is above 0 as often as below. So the degrees are those at which the
+        minimum detectable difference (80 % power) is found by as many of the comparisons that could happen.
+        """
+        from scipy import optimize, stats
+
         rest = self.rest**2
-        squares = (prompts * self.seed**2 + rest, seeds * self.prompt**2 + rest, rest)
-        return _crossed_error(squares, seeds, prompts)
+        expected = np.array([prompts * self.seed**2 + rest, seeds * self.prompt**2 + rest, rest])
+        freedoms = np.array([seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1)])
+        true = math.sqrt((expected[0] + expected[1] - rest) / (seeds * prompts))
+        squares = expected * np.random.default_rng(0).chisquare(freedoms, (4000, 3)) / freedoms
+        errors, freedom = _crossed_error(squares.T, seeds, prompts)
+        reach = stats.t.ppf(0.975, freedom) * errors
+
+        def missing(difference: float) -> float:
+            return float(np.mean(stats.norm.sf((reach - difference) / true))) - 0.8
+
+        wanted = float(optimize.brentq(missing, 0.0, float(reach.max()) + 10 * true)) / true
+
+        def apart(logarithm: float) -> float:
+            return smallest_difference(1.0, math.exp(logarithm)) - wanted
+
+        most = math.log(1e6)
+        if apart(most) >= 0:
+            return true, 1e6
+        return true, 1.0 if apart(0.0) <= 0 else math.exp(float(optimize.brentq(apart, 0.0, most)))
 
 
 @dataclass(frozen=True)
@@ -134,7 +196,7 @@ def crossed_mean(values: ArrayLike) -> Crossed:
     of_seeds = prompts * np.sum((by_seed - mean) ** 2) / (seeds - 1)
     of_prompts = seeds * np.sum((by_prompt - mean) ** 2) / (prompts - 1)
     rest = np.sum((values - by_seed[:, None] - by_prompt + mean) ** 2) / ((seeds - 1) * (prompts - 1))
-    error, freedom = _crossed_error((of_seeds, of_prompts, rest), seeds, prompts)
+    error, freedom = map(float, _crossed_error((of_seeds, of_prompts, rest), seeds, prompts))
     reach = float(stats.t.ppf(0.975, freedom)) * error
     std = StdComponents(
         math.sqrt(max(of_seeds - rest, 0) / prompts), math.sqrt(max(of_prompts - rest, 0) / seeds), math.sqrt(rest)
@@ -142,17 +204,20 @@ def crossed_mean(values: ArrayLike) -> Crossed:
     return Crossed(float(mean), error, freedom, float(mean) - reach, float(mean) + reach, std)
 
 
-def _crossed_error(squares: tuple[float, float, float], seeds: int, prompts: int) -> tuple[float, float]:
-    """Standard error, and Satterthwaite's degrees of freedom, from the mean squares of seeds, prompts and the rest."""
+def _crossed_error(squares: Any, seeds: int, prompts: int) -> tuple[Any, Any]:
+    """Standard error, and Satterthwaite's degrees of freedom, from the mean squares of seeds, prompts and the rest.
+
+    The mean squares are numbers or arrays.
+    """
     of_seeds, of_prompts, rest = squares
     with_seeds, with_prompts = of_seeds > rest, of_prompts > rest
-    variance = max(of_seeds - rest, 0) + max(of_prompts - rest, 0) + rest
+    variance = np.maximum(of_seeds - rest, 0) + np.maximum(of_prompts - rest, 0) + rest
     freedoms = (seeds - 1, prompts - 1, (seeds - 1) * (prompts - 1))
     # The mean squares in `variance`: a component of 0 drops out.
-    used = (of_seeds if with_seeds else 0, of_prompts if with_prompts else 0, rest if with_seeds == with_prompts else 0)
+    used = (of_seeds * with_seeds, of_prompts * with_prompts, rest * (with_seeds == with_prompts))
     below = sum(square**2 / number for square, number in zip(used, freedoms, strict=True))
-    freedom = variance**2 / below if below else math.inf
-    return math.sqrt(variance / (seeds * prompts)), max(freedom, min(freedoms[:2]))
+    freedom = np.where(below > 0, variance**2 / np.where(below > 0, below, 1.0), np.inf)
+    return np.sqrt(variance / (seeds * prompts)), np.maximum(freedom, min(freedoms[:2]))
 
 
 def smallest_difference(error: float, freedom: float, power: float = 0.8) -> float:

@@ -59,7 +59,7 @@ def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
     Returns:
         words, and for each token the index of the first word that it has a character of, or -1: `[tokens]` int64.
     """
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     owners: list[int] = []  # the token of each character of `text`; for a joined piece the first token
     counts: list[int] = []  # by token: the number of tokens in its piece, 0 for all but the first
     text = ""
@@ -85,7 +85,7 @@ def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
 _SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of special tokens: those with a role, such as EOS, and others, such as Gemma's end of turn."""
     if tokenizer not in _SPECIAL:
         unnamed = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)

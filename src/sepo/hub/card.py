@@ -6,9 +6,8 @@ writes the policy's card beside its weights. Names and texts of data are escaped
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -18,8 +17,9 @@ import yaml
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData, try_to_load_from_cache
 
 from sepo.errors import one_line
+from sepo.evaluate.edges import measured
 from sepo.files import write_text
-from sepo.models.folders import is_adapter
+from sepo.models.folders import is_adapter, read_json_object
 from sepo.numbers import number
 from sepo.recipe.settings import EMBEDDED_DATA, Recipe
 from sepo.report.run_summary import RunSummary, cautions, short_name, summary_of_folder, task_scores
@@ -27,9 +27,8 @@ from sepo.runs.folder import CARD
 
 # The start of a line in the templates. A card without it is the user's own text, and sepo leaves it alone.
 _MARK = "<!-- Written by sepo"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Half the width of a 95 % interval, in standard errors.
-_INTERVAL = 1.96
+# A setting that may be a path of this machine.
+_PATH = re.compile(r"(?!package:)\S*[/\\]\S*")
 # Settings about places and speed, not about the method, and secrets.
 _NOT_SHOWN = {
     "output_dir", "device", "server", "cache", "key_variable", "concurrency", "retries", "timeout", "hub_token",
@@ -80,6 +79,7 @@ def policy_card(
     metrics: Mapping[str, Any],
     summary: RunSummary,
     *,
+    names: Collection[str],
     base: str | None,
     adapter: bool,
     license: str | None,
@@ -89,13 +89,14 @@ def policy_card(
     Args:
         metrics: as in `metrics.json`.
         summary: of the same run.
+        names: those of the recipe that are on the hub (`hub_names`).
         base: hub id of the base model; None if it has none.
         adapter: whether only an adapter was saved.
         license: the hub's identifier, such as "apache-2.0"; None if it is not known.
     """
     return _card(
         "policy_card.md",
-        **_model_values(recipe, base, adapter, license),
+        **_model_values(recipe, names, base, adapter, license),
         start=plain(short_name(recipe.policy.model or recipe.reference.model)),
         objective=recipe.policy.objective,
         trained="\n".join(f"- **{plain(name)}**: {plain(text)}" for name, text in summary.trained),
@@ -107,27 +108,36 @@ def policy_card(
 
 
 def oracle_card(
-    recipe: Recipe, metrics: Mapping[str, Any], *, base: str | None, adapter: bool, license: str | None
+    recipe: Recipe,
+    metrics: Mapping[str, Any],
+    *,
+    names: Collection[str],
+    base: str | None,
+    adapter: bool,
+    license: str | None,
 ) -> str:
     """The card of an oracle; arguments as for `policy_card`."""
-    names = {name: text for name, text in METRICS.items() if name.startswith(("oracle", "fidelity"))}
+    shown = {name: text for name, text in METRICS.items() if name.startswith(("oracle", "fidelity"))}
     return _card(
         "oracle_card.md",
-        **_model_values(recipe, base, adapter, license),
+        **_model_values(recipe, names, base, adapter, license),
         start=plain(short_name(recipe.reference.model)),
         beta=f"{recipe.oracle.beta:g}",
-        metrics=metrics_with_intervals(metrics, names),
+        metrics=metrics_with_intervals(metrics, shown),
     )
 
 
-def table_card(recipe: Recipe, counts: Mapping[str, int], tokenizer: str, license: str | None) -> str:
+def table_card(
+    recipe: Recipe, counts: Mapping[str, int], tokenizer: str, license: str | None, names: Collection[str]
+) -> str:
     """The card of a score table as a dataset.
 
     Args:
         counts: rows of each split.
         tokenizer: the model whose tokenizer made the token ids.
+        names: those of the recipe that are on the hub (`hub_names`).
     """
-    source = hub_id(recipe.data.source)
+    source = hub_id(recipe.data.source, names)
     data = DatasetCardData(
         license=license,
         task_categories=["text-generation"],
@@ -143,9 +153,9 @@ def table_card(recipe: Recipe, counts: Mapping[str, int], tokenizer: str, licens
         front_matter=f"---\n{data.to_yaml()}\n---",
         name=plain(recipe.name),
         rows=", ".join(f"{split} {count:,}" for split, count in counts.items()),
-        source=source_of(recipe),
+        source=source_of(recipe, names),
         tokenizer=plain(short_name(tokenizer)),
-        settings=settings_block(recipe),
+        settings=settings_block(recipe, names),
     )
 
 
@@ -153,14 +163,16 @@ def _card(template: str, **values: str) -> str:
     return Template(resources.files("sepo.hub").joinpath(template).read_text(encoding="utf-8")).substitute(values)
 
 
-def _model_values(recipe: Recipe, base: str | None, adapter: bool, license: str | None) -> dict[str, str]:
+def _model_values(
+    recipe: Recipe, names: Collection[str], base: str | None, adapter: bool, license: str | None
+) -> dict[str, str]:
     """The parts that the cards of both models share."""
     return {
-        "front_matter": front_matter(recipe, base, adapter, license),
+        "front_matter": front_matter(recipe, names, base, adapter, license),
         "name": plain(recipe.name),
         "usage": usage(adapter, base),
-        "source": source_of(recipe),
-        "settings": settings_block(recipe),
+        "source": source_of(recipe, names),
+        "settings": settings_block(recipe, names),
         "license": "" if license else "\nThe licences of the base model and of the data apply.\n",
     }
 
@@ -178,14 +190,15 @@ def policy_card_of_run(
     folder: Path, recipe: Recipe, metrics: Mapping[str, Any], *, base: str | None = None, license: str | None = None
 ) -> str:
     """The card of the policy in a run folder; `base` and `license` override what the run records."""
-    name = recipe.policy.model or recipe.reference.model
+    name, names = recipe.policy.model or recipe.reference.model, hub_names(folder)
     return policy_card(
         recipe,
         metrics,
         summary_of_folder(folder, recipe, metrics),
-        base=base or hub_id(name),
+        names=names,
+        base=base or hub_id(name, names),
         adapter=is_adapter(folder / "policy"),
-        license=license or license_beside(name),
+        license=license or license_beside(name, names),
     )
 
 
@@ -199,9 +212,9 @@ def may_write(path: Path) -> bool:
     return not path.exists() or is_generated(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def front_matter(recipe: Recipe, base: str | None, adapter: bool, license: str | None) -> str:
+def front_matter(recipe: Recipe, names: Collection[str], base: str | None, adapter: bool, license: str | None) -> str:
     """The metadata of a model, as the hub reads them."""
-    source = hub_id(recipe.data.source)
+    source = hub_id(recipe.data.source, names)
     data = ModelCardData(
         base_model=base,
         base_model_relation=None if base is None else "adapter" if adapter else "finetune",
@@ -230,13 +243,8 @@ def metrics_with_intervals(metrics: Mapping[str, Any], names: Mapping[str, str])
     """A table of those metrics that have a value, with 95 % intervals."""
     lines = ["| metric | value | 95 % interval |", "|---|---:|---:|"]
     for name, text in names.items():
-        value, error = metrics.get(name), metrics.get(f"{name}_se")
-        if not isinstance(value, int | float):
-            continue
-        interval = ""
-        if isinstance(error, int | float):
-            interval = f"{number(value - _INTERVAL * error)} to {number(value + _INTERVAL * error)}"
-        lines.append(f"| {plain(text)} | {number(value)} | {interval} |")
+        if (value := measured(metrics, name)) is not None:
+            lines.append(f"| {plain(text)} | {number(value.value)} | {value.interval_text()} |")
     return "\n".join(lines) if len(lines) > 2 else "Nothing was measured."
 
 
@@ -270,21 +278,22 @@ def _examples(summary: RunSummary) -> str:
     return _EXAMPLES.format(title=plain(_capital(summary.examples_title)), rows="\n".join(rows))
 
 
-def settings_block(recipe: Recipe) -> str:
+def settings_block(recipe: Recipe, names: Collection[str]) -> str:
     """The settings that differ from the defaults as a YAML code block, without paths of this machine."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
-    text = yaml.safe_dump(_shareable(values), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(_shareable(values, names), sort_keys=False, allow_unicode=True)
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{fence}yaml\n{text}{fence}"
 
 
-def _shareable(value: Any) -> Any:
+def _shareable(value: Any, names: Collection[str]) -> Any:
+    """Settings without places of this machine: of a path the last part, unless it is among the run's hub names."""
     if isinstance(value, Mapping):
-        return {name: _shareable(item) for name, item in value.items() if name not in _NOT_SHOWN}
+        return {name: _shareable(item, names) for name, item in value.items() if name not in _NOT_SHOWN}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_shareable(item) for item in value]
-    if isinstance(value, str) and (os.path.isabs(value) or value.startswith(".") or os.path.exists(value)):
-        return Path(value).name
+        return [_shareable(item, names) for item in value]
+    if isinstance(value, str) and _PATH.fullmatch(value) and value not in names:
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 
 
@@ -302,21 +311,21 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def source_of(recipe: Recipe) -> str:
+def source_of(recipe: Recipe, names: Collection[str]) -> str:
     """The source of the preference pairs: a hub id as a link, a file by its name only."""
     source = recipe.data.source
-    if (hub := hub_id(source)) is not None:
+    if (hub := hub_id(source, names)) is not None:
         return f"[{hub}](https://huggingface.co/datasets/{hub})"
     if source in EMBEDDED_DATA:
         return f"the embedded task `{source.removeprefix('embedded:')}` of sepo"
     return f"a file or folder, {plain(Path(source).name)}"
 
 
-def license_beside(model: str) -> str | None:
+def license_beside(model: str, names: Collection[str]) -> str | None:
     """The licence in a model's card, in its folder or in the hub's cache; None if no card can be read."""
     path = Path(model) / CARD
     try:
-        if not path.is_file() and hub_id(model) is not None:
+        if model in names:
             path = Path(str(try_to_load_from_cache(model, CARD)))
         found = ModelCard.load(path, ignore_metadata_errors=True).data.get("license") if path.is_file() else None
     except Exception:  # YAML of others can be anything
@@ -324,6 +333,16 @@ def license_beside(model: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def hub_id(name: str) -> str | None:
-    """The name if it is a hub id; None for a file, a folder, or a file in a package."""
-    return name if _HUB_ID.fullmatch(name) and not os.path.exists(name) else None
+def hub_names(folder: Path) -> frozenset[str]:
+    """The names in a run's recipe that meant something on the hub when it ran (`runs.folder.hub_names`).
+
+    Runs of earlier releases recorded none, so their cards link nothing.
+    """
+    path = folder / "manifest.json"
+    names = read_json_object(path).get("hub") if path.is_file() else None
+    return frozenset(name for name in names if isinstance(name, str)) if isinstance(names, list) else frozenset()
+
+
+def hub_id(name: str, names: Collection[str]) -> str | None:
+    """The name if it is among a run's hub names; None for a file, a folder, or a file in a package."""
+    return name if name in names else None

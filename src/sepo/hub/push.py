@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -92,6 +92,7 @@ def plan(run: Path, what: What, *, base: str | None = None, license: str | None 
         raise UserError(f"'{run}' is no finished run (recipe.yaml, metrics.json): expected a folder of `sepo run`")
     recipe = load_recipe(run / "recipe.yaml")
     metrics = read_json_object(run / "metrics.json")
+    names = card.hub_names(run)
     if what == "scores":
         return _plan_scores(run, recipe, license)
     folder = run / what
@@ -104,18 +105,20 @@ def plan(run: Path, what: What, *, base: str | None = None, license: str | None 
     if trained_first and (recipe.reference.sft is not None or recipe.reference.layers is not None):
         start_id = base  # the base exists only in the run folder
     else:
-        start_id = base or card.hub_id(start)
+        start_id = base or card.hub_id(start, names)
     files = {path.name: File(path.name, path) for path in _model_files(folder)}
     if is_adapter(folder):
-        config, start_id = _adapter_config(folder, base, start_id)
+        config, start_id = _adapter_config(folder, base, start_id, names)
         files["adapter_config.json"] = File("adapter_config.json", config)
-    license = license or card.license_beside(start)
+    license = license or card.license_beside(start, names)
     if what == "policy" and not card.may_write(folder / card.CARD):
         text = (folder / card.CARD).read_text(encoding="utf-8")
     elif what == "policy":
         text = card.policy_card_of_run(run, recipe, metrics, base=start_id, license=license)
     else:
-        text = card.oracle_card(recipe, metrics, base=start_id, adapter=is_adapter(folder), license=license)
+        text = card.oracle_card(
+            recipe, metrics, names=names, base=start_id, adapter=is_adapter(folder), license=license
+        )
     return PushPlan("model", [File(card.CARD, text.encode()), *files.values()], [])
 
 
@@ -131,7 +134,8 @@ def _plan_scores(run: Path, recipe: Recipe, license: str | None) -> PushPlan:
     if (folder / "scores_held_out").is_dir() and _pairs(folder / "scores_held_out"):
         splits.append(("held_out", folder / "scores_held_out", None))
     model = recipe.policy.model if has_transfer(run) else recipe.reference.model
-    text = card.table_card(recipe, {name: _pairs(table) for name, table, _ in splits}, str(model), license)
+    counts = {name: _pairs(table) for name, table, _ in splits}
+    text = card.table_card(recipe, counts, str(model), license, card.hub_names(run))
     return PushPlan("dataset", [File(card.CARD, text.encode())], splits, str(tokenizer))
 
 
@@ -213,12 +217,13 @@ def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.name not in _EXCLUDED and not path.name.startswith("."))
 
 
-def _adapter_config(folder: Path, base: str | None, start_id: str | None) -> tuple[bytes, str]:
+def _adapter_config(folder: Path, base: str | None, start_id: str | None, names: Collection[str]) -> tuple[bytes, str]:
     """An adapter's config with the hub id of its base, and that id.
 
     Args:
         base: the hub id that the user gave.
         start_id: the hub id that the run records.
+        names: those of the recipe that are on the hub.
     """
     config = read_json_object(folder / "adapter_config.json")
     named = str(config.get("base_model_name_or_path") or "")
@@ -227,7 +232,7 @@ def _adapter_config(folder: Path, base: str | None, start_id: str | None) -> tup
     elif cached := _CACHED.fullmatch(named):
         base = f"{cached['owner']}/{cached['name']}"
         config["revision"] = cached["commit"]
-    elif (base := start_id if start_id is not None else card.hub_id(named)) is None:
+    elif (base := start_id if start_id is not None else card.hub_id(named, names)) is None:
         raise UserError(
             f"the adapter in '{folder}' names its base by a path on this machine ('{named}'): give its hub id with "
             "--base ORG/NAME, or merge the adapter into its base (docs/recipes.md)"

@@ -55,7 +55,8 @@ def mt_bench_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         result[f"score_turn_{int(turn)}"] = float(grades[of_turn].mean()) if of_turn.any() else math.nan
     failed = int((~good).sum())
     warned = [f"{failed} of {len(rows)} turns have no grade and are left out, not counted as 0"] if failed else []
-    return {**result, "n_total": int(good.sum()), "n_failed": failed, "warnings": warned}
+    prompts = len({group for group, keep in zip(groups, good, strict=True) if keep})
+    return {**result, "n_total": int(good.sum()), "n_prompts": prompts, "n_failed": failed, "warnings": warned}
 
 
 def _grade(value: Any) -> float:
@@ -81,8 +82,8 @@ def mt_bench_pair_scores(rows: Sequence[Mapping[str, Any]], model: str) -> dict[
     mean, error = mean_and_se(values, groups)
     warned = [f"{failed} of {len(rows)} pairs have no verdict and are left out"] if failed else []
     return {
-        "win_rate": 100 * mean, "standard_error": 100 * error, "n_total": len(values), "n_failed": failed,
-        "warnings": warned,
+        "win_rate": 100 * mean, "standard_error": 100 * error, "n_total": len(values), "n_prompts": len(set(groups)),
+        "n_failed": failed, "warnings": warned,
     }  # fmt: skip
 
 

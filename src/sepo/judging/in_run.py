@@ -24,6 +24,7 @@ from sepo.models.checkpoint import load_classifier
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.folders import check_folder, is_adapter
 from sepo.models.hub import hub_snapshot
+from sepo.numbers import with_error
 from sepo.processes import log
 from sepo.recipe.settings import JudgeSettings
 
@@ -69,7 +70,8 @@ def judge_in_words(settings: JudgeSettings) -> str:
     known = {} if settings.oracle is None else held_out_accuracy(Path(settings.oracle))
     if not known:
         return settings.name
-    return f"{settings.name} (held-out accuracy {known['oracle_accuracy']:.2f} ± {known['oracle_accuracy_se']:.2f})"
+    accuracy = with_error(known["oracle_accuracy"], known["oracle_accuracy_se"], ".2f")
+    return f"{settings.name} (held-out accuracy {accuracy})"
 
 
 def judge_responses(

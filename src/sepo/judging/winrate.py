@@ -134,8 +134,8 @@ def win_rate(judgements: Sequence[Judgement]) -> dict[str, float | int]:
     Returns:
         win_rate, and its standard_error clustered by prompt (s/√n, as published, if each prompt is judged once);
         discrete_win_rate, in which each preference counts fully for the side it favours; n_wins, n_wins_base, n_draws;
-        n_total usable judgements and n_unusable others; avg_length of the model's answers in characters;
-        length_ratio of avg_length to the baseline's.
+        n_total usable judgements of n_prompts prompts, and n_unusable others; avg_length of the model's answers in
+        characters; length_ratio of avg_length to the baseline's.
     """
     values = np.array([judgement.preference for judgement in judgements], np.float64)
     usable = np.isfinite(values)
@@ -154,6 +154,7 @@ def win_rate(judgements: Sequence[Judgement]) -> dict[str, float | int]:
         "n_wins_base": int((wins < 0.5).sum()),
         "n_draws": int((wins == 0.5).sum()),
         "n_total": int(usable.sum()),
+        "n_prompts": len(set(groups)),
         "n_unusable": int((~usable).sum()),
         "avg_length": float(written.mean()) if len(written) else math.nan,
         "length_ratio": float(lengths[known, 1].mean() / base) if base > 0 else math.nan,
@@ -228,12 +229,13 @@ def warnings_of(judgements: Sequence[Judgement], result: Mapping[str, Any]) -> l
     warnings = []
     total, unusable, without_length = result["n_total"], result["n_unusable"], result["n_without_length"]
     raw, controlled, ratio = result["win_rate"], result["length_controlled_winrate"], result["length_ratio"]
-    minimal = result["lc_model"] == "minimal"
+    fitted = math.isfinite(controlled)
+    minimal = result["lc_model"] == "minimal" and fitted
     if unusable:
         warnings.append(f"{unusable} of {unusable + total} judgements have no preference in [1, 2] and are left out")
-    if minimal and FOLDS <= total < FEW:
+    if minimal and total < FEW:
         warnings.append(f"with {total} judgements the penalised length-controlled fit is drawn towards 50")
-    if without_length:
+    if without_length and total >= FOLDS:
         warnings.append(f"{without_length} judgements without both lengths are not in the length-controlled fit")
     low, high = SAFE_LENGTHS
     if minimal and math.isfinite(ratio) and not low <= ratio <= high:

@@ -204,7 +204,7 @@ def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
     if first["type"] == "extra_forbidden":
         owner = _owner(first["loc"][:-1], root or Recipe)
         choices = list(owner.model_fields) if owner else []
-        text = f"unknown key '{path}'{nearest(str(first['loc'][-1]), choices)}"
+        text = f"unknown key '{path}'{_meant(str(first['loc'][-1]), owner)}"
         if choices:
             text += f"; valid keys: {', '.join(choices)}"
     else:
@@ -212,6 +212,37 @@ def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
         message = message[0].lower() + message[1:]
         text = f"{path} is {short_text(first['input'])}: {message}"
     return text + (f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else "")
+
+
+# Names that other trainers give to settings.
+_OTHER_NAMES = {
+    "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size", "model_name": "model", "model_name_or_path": "model",
+    "dataset": "source", "dataset_name": "source", "max_seq_length": "max_length", "lora_r": "r",
+    "gradient_accumulation_steps": "batch_size", "output": "output_dir",
+}  # fmt: skip
+
+
+def _meant(key: str, owner: type[BaseModel] | None) -> str:
+    """The setting that an unknown key may mean: by its name elsewhere, in a group below, or by its spelling."""
+    if owner is None:
+        return ""
+    known = _OTHER_NAMES.get(key.lower(), key)
+    if place := _below(known, owner):
+        return f" (did you mean '{place}'?)"
+    return nearest(key, owner.model_fields)
+
+
+def _below(key: str, owner: type[BaseModel]) -> str:
+    """The path of a setting in a group, or in the groups below it; empty if there is none or there are several."""
+    if key in owner.model_fields:
+        return key
+    places = []
+    for name, info in owner.model_fields.items():
+        group = _settings_class(info.annotation)
+        if group is not None and (place := _below(key, group)):
+            places.append(f"{name}.{place}")
+    return places[0] if len(places) == 1 else ""
 
 
 def _owner(path: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | None:

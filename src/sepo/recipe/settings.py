@@ -458,7 +458,8 @@ class EvalSettings(Settings):
     pairs: int | None = Field(
         None,
         ge=0,
-        description="held-out pairs that policy and start score, for accuracies; default: all; 0 for none",
+        description="held-out pairs that policy and start score, for accuracies, drawn from all of them; default: all; "
+        "0 for none",
     )
     prompts: int = Field(100, ge=0, description="held-out prompts to answer; 0 for no generation")
     samples: int = Field(1, ge=1, description="responses a prompt, from base and from policy")

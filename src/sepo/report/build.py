@@ -30,7 +30,6 @@ from sepo.files import expand_home, write_bytes
 from sepo.report import reading
 from sepo.report.payload import jsonable, pack, smallest_unsigned
 from sepo.report.reading import Scores
-from sepo.report.summary import summarise
 from sepo.report.token_texts import TokenTexts
 
 # Log-probabilities are stored in 16 bits, to 1/1000 nat; the last value means "none".
@@ -101,11 +100,11 @@ def build_report(
     header = {
         "title": title,
         "k": _starting_rates(sources.selection, {"chosen": k_chosen, "rejected": k_rejected}),
-        "summary": summarise(scores.rewards, scores.prompts),
+        "summary": scores.summary(),
         "documents": jsonable(documents),
     }
     if run is not None and (answers := reading.read_answers(run / "eval" / GENERATIONS)) is not None:
-        header["answers"] = answers
+        header["answers"] = answers | reading.answer_settings(run)
     oracle_pairs = None
     if run is not None and sources.oracle_tokenizer is not None:
         rows = reading.rows_of(run / "scores", scores.rows["pair_id"])
@@ -269,6 +268,11 @@ def page(title: str, data: str) -> str:
     )
     parts = {"title": html.escape(title), "policy": policy, "style": style, "script": script, "data": data}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("template.html"))
+
+
+def page_style() -> str:
+    """The style sheet of every HTML page."""
+    return _asset("report.css")
 
 
 def _asset(name: str) -> str:

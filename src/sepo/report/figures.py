@@ -18,7 +18,6 @@ from sepo.data.ragged import SIDES
 from sepo.errors import UserError, wrong_type
 from sepo.files import expand_home, write_bytes
 from sepo.report.reading import read_scores, read_training
-from sepo.report.summary import summarise
 
 FORMATS = ("png", "svg", "pdf")
 # report.css has the same colours.
@@ -167,7 +166,7 @@ def save_figures(
     run, folder = Path(expand_home(run, "the run folder")), Path(expand_home(folder, "the folder"))
     is_run = (run / "scores").is_dir()
     scores = read_scores(run / "scores" if is_run else run, max_pairs=1)
-    summary = summarise(scores.rewards, scores.prompts)
+    summary = scores.summary()
     written = []
     for name in formats:
         # Each format needs new figures: saving a figure changes its layout.

@@ -24,7 +24,6 @@ from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
 from sepo.report.build import page, payload_of
 from sepo.report.reading import Scores, find_tokenizer
-from sepo.report.summary import summarise
 from sepo.report.token_texts import TokenTexts
 
 _HEIGHT = 480  # pixels; longer pairs scroll
@@ -75,7 +74,7 @@ def display(
     header = {
         "title": title,
         "k": {"chosen": float(k_chosen), "rejected": float(k_rejected)},
-        "summary": summarise(scores.rewards, scores.prompts),
+        "summary": scores.summary(),
         "single_pair": True,
     }
     source = html.escape(page(title, payload_of(scores, token_texts, header)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,24 @@ import pyarrow.parquet as pq
 from sepo.data import tables
 from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.previews import common_starts
-from sepo.data.ragged import SIDES, flat
+from sepo.data.ragged import SIDES, flat, segment_sums
 from sepo.data.splits import prompt_numbers
 from sepo.errors import UserError, named_error
-from sepo.report.summary import training_curves
+from sepo.evaluate.accuracy import won
+from sepo.recipe.reading import load_recipe
+from sepo.report.summary import summarise, training_curves
 
 MODELS = ("reference", "oracle", "policy")
 # Most characters of prompts and answers in a page: about a megabyte of its file.
 BUDGET = 3_000_000
 _TEXTS = ("prompt", "base", "policy")
-_NUMBERS = ("base_gold", "policy_gold", "preference", "base_score", "policy_score", "policy_kl")
+_NUMBERS = (
+    "base_gold", "policy_gold", "preference", "base_score", "policy_score", "policy_kl", "base_tokens", "policy_tokens",
+)  # fmt: skip
 _FACET_VALUES = 40
+# Most pairs behind the figures: sorting the tokens of a million pairs would take 30 GB.
+FIGURE_PAIRS = 50_000
+_FIGURE_COLUMNS = ["prompt_ids", *(f"{side}_rewards" for side in SIDES)]
 
 
 @dataclass(frozen=True)
@@ -35,19 +42,29 @@ class Scores:
 
     Attributes:
         rows: the pairs to show.
-        rewards: for each side, the rewards of *all* pairs of the table and their lengths.
-        prompts: the prompt number of *all* pairs.
+        rewards: for each side, the rewards and lengths of the pairs behind the figures: all pairs of the table, or
+            `FIGURE_PAIRS` that are evenly spaced.
+        prompts: the prompt number of these pairs.
         provenance: the metadata of the table.
+        totals: of *all* pairs: `pairs`, `tokens`, `accuracy` and `chosen_longer` (`summary.summarise`).
     """
 
     rows: pa.Table
     rewards: dict[str, tuple[np.ndarray, np.ndarray]]
     prompts: np.ndarray
     provenance: dict
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> dict:
+        """`summary.summarise` of the table; counts and shares are of all its pairs, figures perhaps of a sample."""
+        summary = summarise(self.rewards, self.prompts)
+        return {**summary, "figure_pairs": summary["pairs"], **self.totals}
 
 
-def read_scores(path: Path, max_pairs: int) -> Scores:
-    """Read the rewards of every pair of a score table, and all columns of at most `max_pairs` evenly spaced pairs.
+def read_scores(path: Path, max_pairs: int, figure_pairs: int = FIGURE_PAIRS) -> Scores:
+    """Read a score table: all columns of at most `max_pairs` evenly spaced pairs, the rewards of `figure_pairs`.
+
+    One shard is in memory at a time, so a table of any size can be read.
 
     Raises:
         UserError: the table is missing, empty, or holds rewards that are not finite or not aligned with the tokens.
@@ -56,25 +73,36 @@ def read_scores(path: Path, max_pairs: int) -> Scores:
     total = sum(tables.number_of_rows(shard) for shard in paths)
     if total == 0:
         raise UserError(f"'{path}' holds no pair: expected a score table with at least one row")
-    picked = np.unique(np.linspace(0, total - 1, min(max_pairs, total)).round().astype(np.int64))
-    shown, rewards, lengths = [], {side: [] for side in SIDES}, {side: [] for side in SIDES}  # type: ignore[var-annotated]
-    prompts: list[pa.Table] = []
+    picked, of_figures = (
+        np.unique(np.linspace(0, total - 1, min(most, total)).round().astype(np.int64))
+        for most in (max_pairs, figure_pairs)
+    )
+    shown: list[pa.Table] = []
+    sampled: list[pa.Table] = []
+    right = longer = tokens = 0.0
     start = 0
     for shard in paths:
         table = tables.read_shard(shard, "scores")
-        prompts.append(table.select([name for name in ("prompt_ids", PROMPT_KEY) if name in table.column_names]))
-        for side in SIDES:
-            values, counts = flat(table[f"{side}_rewards"])
-            rewards[side].append(values)
-            lengths[side].append(counts)
-        inside = picked[(picked >= start) & (picked < start + len(table))] - start
-        shown.append(table.take(pa.array(inside)))
+        sides = [flat(table[f"{side}_rewards"]) for side in SIDES]
+        chosen, rejected = (segment_sums(*side) for side in sides)
+        right += float(won(chosen, rejected).sum())
+        longer += float((sides[0][1] > sides[1][1]).sum())
+        tokens += sum(len(values) for values, _ in sides)
+        figure_columns = [*_FIGURE_COLUMNS, *([PROMPT_KEY] if PROMPT_KEY in table.column_names else [])]
+        for rows, parts, kept in ((picked, shown, None), (of_figures, sampled, figure_columns)):
+            inside = rows[(rows >= start) & (rows < start + len(table))] - start
+            parts.append((table if kept is None else table.select(kept)).take(pa.array(inside)))
         start += len(table)
-    joined = {side: (np.concatenate(rewards[side]), np.concatenate(lengths[side])) for side in SIDES}
-    if not any(len(values) for values, _ in joined.values()):
+    if not tokens:
         raise UserError(f"'{path}' holds no response token: expected responses of at least one token")
-    numbers = prompt_numbers(pa.concat_tables(prompts))
-    return Scores(pa.concat_tables(shown), joined, numbers, tables.provenance_of(shown[0]))
+    figures = pa.concat_tables(sampled)
+    return Scores(
+        rows=pa.concat_tables(shown),
+        rewards={side: flat(figures[f"{side}_rewards"]) for side in SIDES},
+        prompts=prompt_numbers(figures),
+        provenance=tables.provenance_of(shown[0]),
+        totals={"pairs": total, "tokens": int(tokens), "accuracy": right / total, "chosen_longer": longer / total},
+    )
 
 
 def _by_token(
@@ -231,6 +259,15 @@ def read_documents(run: Path | None, provenance: Mapping) -> dict:
 # --- answers before and after training --------------------------------------------------------------------------------
 
 
+def answer_settings(run: Path) -> dict[str, float]:
+    """Temperature and most tokens of the answers of a run; empty without a readable recipe."""
+    try:
+        settings = load_recipe(run / "recipe.yaml").eval
+    except UserError:
+        return {}
+    return {"temperature": settings.temperature, "limit": settings.max_new_tokens}
+
+
 def read_answers(path: Path, budget: int = BUDGET) -> dict[str, Any] | None:
     """Read what both models answered to the held-out prompts, and how the answers were judged.
 
@@ -241,8 +278,8 @@ def read_answers(path: Path, budget: int = BUDGET) -> dict[str, Any] | None:
     Returns:
         `total`, the rows of the file, and for the rows returned: `prompt` (without the start and end that all prompts
         share), `base` and `policy` as texts, and where the run has them `base_gold`, `policy_gold`, `preference` (in
-        [1, 2], above 1.5 the policy is preferred), `base_score`, `policy_score` and `policy_kl`, null where a row has
-        no value. None without a file or without a row.
+        [1, 2], above 1.5 the policy is preferred), `base_score`, `policy_score`, `policy_kl` and the numbers of
+        tokens, null where a row has no value. None without a file or without a row.
 
     Raises:
         UserError: the file is no table of answers.

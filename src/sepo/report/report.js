@@ -617,7 +617,7 @@ function drawChart(spec, width, colour, background) {
   const small = width < 460;
   const height = Math.round(Math.min(340, Math.max(220, width * 0.58)));
   const known = (values) => values.filter((v) => v !== null && Number.isFinite(v));
-  const xs = spec.series.flatMap((s) => s.x);
+  const xs = spec.series.flatMap((s) => s.edges ?? s.x);
   const ys = known(spec.series.flatMap((s) => [...s.y, ...(s.low ?? []), ...(s.high ?? [])]));
   let [yLow, yHigh] = [spec.y.low ?? Math.min(...ys), spec.y.high ?? Math.max(...ys)];
   if (yLow === yHigh) [yLow, yHigh] = [yLow - (Math.abs(yLow) || 1) * 0.1, yHigh + (Math.abs(yHigh) || 1) * 0.1];
@@ -665,7 +665,8 @@ function drawChart(spec, width, colour, background) {
   root.append(text(spec.xLabel, { x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle" }));
   root.append(text(spec.yLabel, { x: 0, y: 12 }));
 
-  for (const guide of spec.guides ?? []) {
+  const inside = (guide) => (guide.y !== undefined ? guide.y >= yLow && guide.y <= yHigh : guide.x >= xLow && guide.x <= xHigh);
+  for (const guide of (spec.guides ?? []).filter(inside)) {
     const across = guide.y !== undefined;
     root.append(svg("line", {
       x1: across ? box.left : px(guide.x), x2: across ? box.right : px(guide.x),
@@ -685,8 +686,9 @@ function drawChart(spec, width, colour, background) {
     if (points.length === 0) continue;
     const path = (pairs) => pairs.map(([x, y], i) => `${i ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join("");
     if (series.low) {
-      const edge = [...points.map(([x, , i]) => [x, series.high[i]]), ...points.map(([x, , i]) => [x, series.low[i]]).reverse()];
-      root.append(svg("path", { d: `${path(edge)}Z`, fill: stroke, "fill-opacity": 0.14 }));
+      const known = points.filter(([, , i]) => series.low[i] !== null && series.high[i] !== null); // one prompt has no interval
+      const edge = [...known.map(([x, , i]) => [x, series.high[i]]), ...known.map(([x, , i]) => [x, series.low[i]]).reverse()];
+      if (known.length) root.append(svg("path", { d: `${path(edge)}Z`, fill: stroke, "fill-opacity": 0.14 }));
     }
     // A histogram is drawn as stairs over its bins.
     const line = series.edges ? points.flatMap(([, y, i]) => [[series.edges[i], y], [series.edges[i + 1], y]]) : points;
@@ -823,14 +825,14 @@ function figuresView(data) {
   }));
   charts.push(figure({
     title: "Margins of the pairs", file: "pair-margins",
-    caption: `Summed reward of the chosen response minus that of the rejected one. The oracle ranks ${percent(summary.accuracy, 1)} of the pairs right (margin above 0). The outermost 1\u00a0% is not drawn.`,
+    caption: `Summed reward of the chosen response minus that of the rejected one. The oracle ranks ${percent(summary.accuracy, 1)} of these ${tableSide(data.documents)} pairs right (margin above 0). The outermost 1\u00a0% is not drawn.`,
     xLabel: "Margin", yLabel: "Share of pairs", x: { format: short }, y: { low: 0, format: (y) => percent(y, y && y < 0.01 ? 1 : 0), read: (y) => percent(y, 2) },
     guides: [{ x: 0 }],
     series: [{ name: "pairs", colour: "accent", edges: summary.margins.edges, x: midpoints(summary.margins.edges), y: summary.margins.pairs }],
   }));
   $("figures").append(h("section", { className: "group" },
     h("h2", {}, "Token rewards"),
-    h("p", { className: "muted" }, `All ${integer(summary.pairs)} pairs of the table. A token's reward is s = log p(oracle) − log p(reference).`),
+    h("p", { className: "muted" }, `${summary.figure_pairs < summary.pairs ? `${integer(summary.figure_pairs)} evenly spaced pairs of ${integer(summary.pairs)}` : `All ${integer(summary.pairs)} pairs of the table`}. A token's reward is s = log p(oracle) − log p(reference).`),
     h("div", { className: "charts" }, charts)));
 
   const seriesStyle = (name) => ({
@@ -890,6 +892,9 @@ const row = (head, ...cells) => h("tr", {}, h("th", { scope: "row" }, head), cel
 const table = (columns, rows) => h("div", { className: "scroll" }, h("table", {},
   columns.length ? h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", className: name === "Key" ? "raw" : "" }, name)))) : null, h("tbody", {}, rows)));
 
+/** Many lines in one cell: closed until they are asked for, so that a row stays one screen high. */
+const folded = (lines) => (lines.length <= 3 ? lines : h("details", {}, h("summary", {}, `${integer(lines.length)} values`), lines));
+
 /** Any JSON value as a table: records of records get a row per record and a column per key, others key and value. */
 function describeValue(key, value) {
   if (isSimple(value)) return h("p", {}, simple(key, value));
@@ -897,7 +902,7 @@ function describeValue(key, value) {
   if (entries.length === 0) return h("p", { className: "muted" }, "–");
   const name = (word) => (/version|package/i.test(key) || Array.isArray(value) ? word : words(word));
   const cell = (column, item) => h("td", {}, item === undefined ? "" : isSimple(item) ? simple(column, item)
-    : leaves(item).map(([path, leaf]) => h("div", {}, h("span", { className: "muted" }, `${words(path)}: `), simple(path, leaf))));
+    : folded(leaves(item).map(([path, leaf]) => h("div", {}, h("span", { className: "muted" }, `${words(path)}: `), simple(path, leaf)))));
   const columns = [...new Set(entries.flatMap(([, item]) => (isRecord(item) ? Object.keys(item) : [])))];
   if (entries.length > 1 && columns.length <= 8 && entries.every(([, item]) => isRecord(item) && Object.values(item).some(isSimple))) {
     return table(["", ...columns.map(words)], entries.map(([word, item]) => row(name(word), columns.map((column) => cell(column, item[column])))));
@@ -910,7 +915,8 @@ function metricsTable(metrics) {
   const entries = Object.entries(metrics).filter(([key]) => !(key.endsWith("_se") && key.slice(0, -3) in metrics));
   return table(["Metric", "Value", "Key"], entries.map(([key, value]) => {
     const error = metrics[`${key}_se`];
-    return row(words(key), h("td", { className: "number" }, scalar(key, value), error === undefined ? null : h("small", {}, ` ± ${scalar(key, error)}`)),
+    const spread = error === 0 ? " no spread seen" : ` ± ${scalar(key, error)}`;
+    return row(words(key), h("td", { className: "number" }, scalar(key, value), error === undefined || error === null ? null : h("small", {}, spread)),
       h("td", { className: "raw" }, key));
   }));
 }
@@ -964,6 +970,7 @@ function answersView({ answers }) {
   const side = (name, title, i) => {
     const notes = [["gold", number(`${name}_gold`, i)], ["score", number(`${name}_score`, i)],
       ["KL", name === "policy" ? number("policy_kl", i) : null]].filter(([, value]) => value !== null);
+    if (answers.limit && has(`${name}_tokens`) && answers[`${name}_tokens`][i] >= answers.limit) notes.push(["cut off at", `${integer(answers.limit)} tokens`]);
     return h("section", { className: "side" },
       h("h4", {}, h("b", {}, title), notes.map(([what, value]) => `  ·  ${what} ${value}`)),
       h("div", { className: "tokens", dir: "auto" }, answers[name][i] || h("span", { className: "muted" }, "(empty)")));
@@ -998,7 +1005,10 @@ function answersView({ answers }) {
     const part = cards.length < answers.total ? ` (shown here, of ${integer(answers.total)} in the run)` : "";
     count.textContent = `${rows.length === cards.length ? "" : `${integer(rows.length)} of `}${integer(cards.length)} answers${part}`;
   }
-  $("answers").append(h("div", { className: "filters" }, fields), h("p", { className: "count" }, count), list);
+  const sampled = answers.temperature === undefined ? "" : ` at temperature ${short(answers.temperature)}`;
+  const explained = `Answers to held-out prompts before and after training, sampled${sampled}.${answers.limit ? ` An answer is cut off at ${integer(answers.limit)} tokens.` : ""}${has("policy_kl") ? " KL is log p(after) − log p(before) of the answer, in nats: the mean over answers estimates the distance from the start, and a single answer may be below 0." : ""}`;
+  $("answers").append(h("p", { className: "muted", id: "answers-explained" }, explained),
+    h("div", { className: "filters" }, fields), h("p", { className: "count" }, count), list);
   for (const input of fields.querySelectorAll("input, select")) input.addEventListener("input", arrangeAnswers);
   arrangeAnswers();
 }
@@ -1044,15 +1054,24 @@ function theme() {
   show();
 }
 
-function facts({ summary }) {
+/** "training" or "held-out", where the table or its run says so. */
+function tableSide(documents) {
+  const side = documents?.table?.split?.side ?? (documents?.metrics ? "train" : "");
+  return { train: "training", held_out: "held-out" }[side] ?? "";
+}
+
+function facts({ summary, documents }) {
+  const heldOut = documents?.metrics?.["oracle/accuracy"];
   const rows = [
     ["preference pairs", integer(summary.pairs)],
     ["response tokens", integer(summary.tokens)],
-    ["of pairs ranked right by the oracle", percent(summary.accuracy, 1)],
+    ...(typeof heldOut === "number" ? [["of held-out pairs ranked right by the oracle", percent(heldOut, 1)]] : []),
     ["of pairs have the longer response chosen", percent(summary.chosen_longer, 1)],
   ];
   if (summary.cumulative) rows.push(["of the tokens carry 80 % of the reward", percent(summary.cumulative.share_for_80)]);
-  $("facts").append(...rows.map(([term, value]) => h("div", {}, h("dt", {}, term), h("dd", {}, value))));
+  // The oracle may have been trained on the pairs of the table: their accuracy is no result.
+  rows.push([`of the ${tableSide(documents)} pairs below ranked right by the oracle`, percent(summary.accuracy, 1), "minor"]);
+  $("facts").append(...rows.map(([term, value, className = ""]) => h("div", { className }, h("dt", {}, term), h("dd", {}, value))));
 }
 
 async function main() {

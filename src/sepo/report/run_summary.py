@@ -18,7 +18,8 @@ from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import read_table
 from sepo.errors import one_line
 from sepo.evaluate import EXAMPLES
-from sepo.numbers import duration, number, with_error
+from sepo.evaluate.edges import few_groups, measured, nothing_learnt, ranking_caution
+from sepo.numbers import duration, error_text, number, with_error
 from sepo.recipe.settings import Recipe
 
 # Limits above which the summary warns: KL in nats per response, and relative change of length.
@@ -104,7 +105,7 @@ def summary_of(
     seconds = {name.removeprefix("seconds/"): value for name, value in metrics.items() if name.startswith("seconds/")}
     folder = recipe.run_folder
     return RunSummary(
-        title=f"{recipe.name}: {duration(sum(seconds.values()))}",
+        title=f"Run {recipe.name}: {duration(sum(seconds.values()))} in its stages",
         trained=_trained(recipe, metrics, seconds, selected),
         examples=[
             Example(
@@ -159,6 +160,11 @@ def _trained(
         lines.append(
             ("key tokens", f"{selected:.0%} of all response tokens: {how} ({_took(seconds, 'score', 'select')})")
         )
+    if (one_to_one := metrics.get("transfer/one_to_one_share")) is not None:
+        lost = metrics.get("transfer/lost_share") or 0.0
+        text = f"token rewards carried over to the policy's tokenizer; {one_to_one:.0%} of its tokens "
+        text += "are the oracle's too"
+        lines.append(("two tokenizers", text + (f", {lost:.1%} of the reward was cut off" if lost else "")))
     policy = short_name(recipe.policy.model) if recipe.policy.model else part
     lora = " as adapters" if recipe.policy.lora is not None else ""
     data = "the key tokens only" if recipe.policy.objective == "sepo" else f"all pairs with {recipe.policy.objective}"
@@ -182,22 +188,22 @@ def _measured_on(recipe: Recipe, metrics: Mapping[str, Any]) -> str:
 
 def _changes(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
     rows = []
-    if (difference := metrics.get("gold_reward/difference")) is not None:
-        error = metrics.get("gold_reward/difference_se")
+    if (difference := measured(metrics, "gold_reward/difference")) is not None:
+        sigmas = f" ({difference.sigmas:.1f} s.e.)" if difference.spread else ""
         rows.append(
             Moved(
                 f"gold reward ({recipe.eval.gold})",
                 f"{metrics['gold_reward/base']:.3f}",
                 f"{metrics['gold_reward/policy']:.3f}",
-                with_error(difference, error, "+.3f") + (f" ({difference / error:.1f} s.e.)" if error else ""),
+                difference.text("+.3f") + sigmas,
             )
         )
         rows.append(Moved("gold reward higher", "", f"{metrics['gold_reward/win_rate']:.0%}", "ties count half"))
-    if (rate := metrics.get("judge/win_rate")) is not None:
+    if (rate := measured(metrics, "judge/win_rate")) is not None:
         controlled = metrics.get("judge/length_controlled")
         rows.append(
             Moved(
-                f"win rate, {judge_of(recipe)}", "", f"{rate:.0%} ± {metrics.get('judge/win_rate_se') or 0:.0%}",
+                f"win rate, {judge_of(recipe)}", "", rate.text(".0%"),
                 "" if controlled is None else f"{controlled:.0%} at equal length",
             )
         )  # fmt: skip
@@ -206,21 +212,14 @@ def _changes(recipe: Recipe, metrics: Mapping[str, Any]) -> list[Moved]:
         rows.append(
             Moved("length, tokens", f"{base:.1f}", f"{policy:.1f}", f"{policy / base - 1:+.0%}" if base else "")
         )
-    if "kl" in metrics:
-        after = with_error(metrics["kl"], metrics.get("kl_se"), ".2f")
-        rows.append(Moved("KL from the start", "", after, "nats per response"))
-    if "policy/accuracy" in metrics:
-        rows.append(
-            Moved(
-                "pairs ranked right", "",
-                with_error(metrics["policy/accuracy"], metrics.get("policy/accuracy_se"), ".0%"),
-                "by log p after - before",
-            )
-        )  # fmt: skip
+    if (kl := measured(metrics, "kl")) is not None:
+        rows.append(Moved("KL from the start", "", kl.text(".2f"), "nats per response"))
+    if (accuracy := measured(metrics, "policy/accuracy")) is not None:
+        rows.append(Moved("held-out pairs ranked right", "", accuracy.text(".0%"), "by log p after - before"))
     for name, rate in metrics.items():
         if name.startswith("benchmarks/") and name.endswith("/win_rate"):
-            error = metrics.get(f"{name}_se")
-            rows.append(Moved(name.split("/")[1], "", with_error(rate, error, ".0%"), "win rate against before"))
+            text = value.text(".0%") if (value := measured(metrics, name)) is not None else number(rate)
+            rows.append(Moved(name.split("/")[1], "", text, "win rate against before"))
     return rows + _task_changes(metrics)
 
 
@@ -265,12 +264,30 @@ def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
     """The limitations of a run's metrics, a sentence each."""
     metrics = _defined(metrics)
     return [
+        *_edge_cautions(metrics),
         *_judge_cautions(recipe, metrics),
         *_answer_cautions(metrics),
         *_task_cautions(metrics),
         *_oracle_cautions(metrics),
         "This is one seed and one oracle; `sepo compare` repeats a run over seeds, beside controls.",
     ]
+
+
+def _edge_cautions(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Limitations of little data and of values at the edge of their range."""
+    if reason := nothing_learnt(metrics):
+        yield f"Nothing was learnt, as far as these data show: {reason}. Train on more pairs or at a higher rate."
+    if few := few_groups(int(metrics["prompts"]) if metrics.get("prompts") else None):
+        yield f"Only {few} measured: intervals are wide. Raise eval.prompts and data.held_out."
+    for name, what in (
+        ("oracle/accuracy", "the oracle's accuracy"), ("policy/accuracy", "the policy's accuracy"),
+        ("judge/win_rate", "the judge's win rate"), ("gold_reward/win_rate", "the share with a higher gold reward"),
+        ("gold_reward/difference", "the change of the gold reward"),
+    ):  # fmt: skip
+        value = measured(metrics, name)
+        if value is not None and value.remark:
+            interval = f"; its 95 % interval is {value.interval_text('.0%')}" if value.interval else ""
+            yield f"A standard error cannot be given for {what} ({value.remark}){interval}."
 
 
 def _judge_cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> Iterator[str]:
@@ -335,17 +352,13 @@ def _task_cautions(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 def _oracle_cautions(metrics: Mapping[str, Any]) -> Iterator[str]:
     """Whether the oracle knows the preferences at all."""
-    accuracy, baseline = metrics.get("oracle/accuracy"), metrics.get("oracle/length_baseline")
+    accuracy, baseline = measured(metrics, "oracle/accuracy"), metrics.get("oracle/length_baseline")
     if accuracy is None or baseline is None:
         return
-    ahead = accuracy - max(baseline, 0.5)
     above_chance = (metrics.get("fidelity/auc") or 0.5) - 0.5  # known words are stronger evidence than few pairs
     finds_words = above_chance > _CLEAR * (metrics.get("fidelity/auc_se") or float("inf"))
-    if ahead < 2 * (metrics.get("oracle/accuracy_se") or 0.0) and not finds_words:
-        yield (
-            f"The oracle ranks held-out pairs hardly better than length or chance ({accuracy:.0%} against "
-            f"{max(baseline, 0.5):.0%}): its key tokens may be noise."
-        )
+    if not finds_words and (reason := ranking_caution(accuracy, baseline)):
+        yield f"The oracle's ranking of held-out pairs: {reason}. Its key tokens may be noise."
 
 
 def _following(folder: Path) -> list[tuple[str, str]]:
@@ -354,7 +367,10 @@ def _following(folder: Path) -> list[tuple[str, str]]:
             f"sepo analyse {shlex.quote(str(folder))}",
             "how few tokens carry the reward, where they are, and whether to trust them",
         ),
-        ("sepo recipe > mine.yaml", "all settings, to edit for your data; check with: sepo run mine.yaml --dry-run"),
+        (
+            "sepo recipe > all-settings.yaml",
+            "every setting with its description, into a new file; copy what you need into your recipe",
+        ),
         ("sepo compare GRID.yaml", "other objectives, rules and controls on the same pairs, at equal KL, over seeds"),
     ]
 
@@ -433,5 +449,5 @@ def metrics_table(title: str, metrics: Mapping[str, Any]) -> str:
         if name.endswith("_se") and name.removesuffix("_se") in metrics:
             continue
         error = metrics.get(f"{name}_se")
-        lines.append(f"| `{name}` | {number(value)} | {'' if error is None else number(error)} |")
+        lines.append(f"| `{name}` | {number(value)} | {'' if error is None else error_text(error)} |")
     return "\n".join(lines) + "\n"

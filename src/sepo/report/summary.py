@@ -86,13 +86,15 @@ def _position_edges(longest: int) -> np.ndarray:
 
 
 def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts: np.ndarray) -> dict:
-    """Mean reward by position in the response, with a 95 % interval of the mean (1.96 standard errors).
+    """Mean reward by position in the response, with a 95 % interval of the mean by Student's t.
 
     The errors are clustered by prompt, as in `mean_and_se`: tokens of one response depend on each other, and so do
-    responses to one prompt. With a single prompt the interval is the mean itself.
+    responses to one prompt. The mean of a single prompt has no interval.
     """
     lengths = np.concatenate([lengths for _, lengths in sides.values()])
     edges = _position_edges(max(1, int(np.quantile(lengths, 0.95))))
+    from scipy import stats
+
     # The bucket is drawn at the middle of its positions, counted from 1.
     figure: dict = {"position": ((edges[:-1] + edges[1:] + 1) / 2).tolist()}
     for side, (rewards, counts) in sides.items():
@@ -110,12 +112,14 @@ def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts
         clusters = np.bincount(cells % buckets, minlength=buckets)
         squares = np.bincount(cells % buckets, residuals**2, buckets)
         correction = np.where(clusters > 1, clusters / np.maximum(clusters - 1, 1), 0)
-        error = 1.96 * np.sqrt(correction * squares) / filled
-        empty = n == 0
+        single = clusters < 2
+        error = stats.t.ppf(0.975, np.maximum(clusters - 1, 1)) * np.sqrt(correction * squares) / filled
         figure[side] = {
-            name: [None if skip else float(value) for value, skip in zip(np.round(line, 6), empty, strict=True)]
-            for name, line in (("mean", mean), ("low", mean - error), ("high", mean + error))
-        }
+            name: [None if skip else float(value) for value, skip in zip(np.round(line, 6), skipped, strict=True)]
+            for name, line, skipped in (
+                ("mean", mean, n == 0), ("low", mean - error, single), ("high", mean + error, single)
+            )
+        }  # fmt: skip
     return figure
 
 

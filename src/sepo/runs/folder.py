@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ from sepo.stages import oracle
 from sepo.stages.stage import Stage, StageResult
 from sepo.training.checkpoints import STATE_FILE
 from sepo.training.logs import LOGS
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 MANIFEST_FORMAT = 4
 
@@ -241,8 +244,21 @@ def _take_folder(run: Run) -> None:
     if damage := run.manifest.pop("damage", None):
         log(f"manifest.json is damaged ({damage}): every stage is checked again")
     run.manifest |= {"name": run.recipe.name, "format": MANIFEST_FORMAT, "environment": environment()}
+    run.manifest["hub"] = hub_names(run.recipe)
     run.save()
     write_text(run.path("recipe.yaml"), dump_recipe(run.recipe))
+
+
+def hub_names(recipe: Recipe) -> list[str]:
+    """The names in a recipe that mean something on the hub here and now, and no file or folder of this machine.
+
+    Only the run can know: from another folder a relative path looks like a hub id. Cards link these names alone.
+    """
+    data, reference, judge = recipe.data, recipe.reference, recipe.eval.judge
+    names = [data.source, data.held_out_source, reference.model, recipe.oracle.model, recipe.policy.model]
+    names += [None if reference.sft is None else reference.sft.source]
+    names += [None if judge is None else judge.reward_model]
+    return sorted({name for name in names if name and _HUB_ID.fullmatch(name) and not os.path.exists(name)})
 
 
 def check_run_folder(recipe: Recipe) -> None:

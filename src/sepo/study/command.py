@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sepo.command import path, print_plan, quiet_libraries
+from sepo.documents import print_document
 
 HELP = "train every method of a grid at one budget and compare them"
 
@@ -35,5 +36,5 @@ def run(arguments: argparse.Namespace) -> None:
 
     compare(grid, settings, retry_failed=arguments.retry_failed)
     folder = grid.results_folder
-    print((folder / "compare.md").read_text(encoding="utf-8"))
-    print(f"{folder}/compare.md  compare.json  frontier.png")
+    print_document((folder / "compare.md").read_text(encoding="utf-8"))
+    print(f"\n{folder}/compare.html  compare.md  compare.json  frontier.png")

@@ -24,6 +24,7 @@ from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import prompt_numbers
 from sepo.data.tables import read_table
 from sepo.errors import UserError, one_line
+from sepo.evaluate.edges import measured
 from sepo.evaluate.statistics import StdComponents
 from sepo.files import check_writable, digest, write_json
 from sepo.forward.scoring import NonFiniteError
@@ -33,6 +34,7 @@ from sepo.judging.judge import scorer_of
 from sepo.judging.scorers import Scorer
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
+from sepo.numbers import MISSING
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
 from sepo.runs.folder import Run, environment, open_run
@@ -394,7 +396,5 @@ class _Comparison:
 
 
 def _text(record: dict[str, Any], name: str) -> str:
-    value, error = record.get(name), record.get(f"{name}_se")
-    if value is None or value != value:
-        return "–"
-    return f"{value:.3f}" + ("" if error is None or error != error else f" ± {error:.3f}")
+    value = measured(record, name)
+    return MISSING if value is None else value.text(".3f")

@@ -14,11 +14,18 @@ import numpy as np
 
 def quality(point: Mapping[str, Any]) -> float:
     """The gain of a checkpoint over the start: the judge's win rate above one half, else the mean gold difference, else
-    the accuracy above one half.
+    the accuracy above one half, in which every prompt weighs the same however many pairs it has.
     """
     if "judge_win_rate" in point:
         return point["judge_win_rate"] - 0.5
-    return point["gold_difference"] if "gold_difference" in point else point["accuracy"] - 0.5
+    if "gold_difference" in point:
+        return point["gold_difference"]
+    return float(np.mean(point["by_prompt"])) if "by_prompt" in point else point["accuracy"] - 0.5
+
+
+def at_ceiling(point: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has the highest gain there is: no other method can be better."""
+    return ("judge_win_rate" in point or "gold_difference" not in point) and quality(point) > 0.5 - 1e-9
 
 
 def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float, bool]:
@@ -40,11 +47,7 @@ def at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> tuple[float,
     >>> at_kl([{"kl": 1.0, "gold_difference": 0.2}], 2.0)
     (0.2, False)
     """
-    if kl is None:
-        return quality(points[-1]), True
-    curve = sorted([(0.0, 0.0), *((max(point["kl"], 0.0), quality(point)) for point in points)])
-    kls, gains = zip(*curve, strict=True)
-    return float(np.interp(np.sqrt(kl), np.sqrt(kls), gains)), kls[-1] >= kl
+    return float(_weighted(points, kl, [quality(point) for point in points])), reaches(points, kl)
 
 
 def at_kl_by_prompt(points: Sequence[Mapping[str, Any]], kl: float | None) -> np.ndarray | None:
@@ -54,13 +57,41 @@ def at_kl_by_prompt(points: Sequence[Mapping[str, Any]], kl: float | None) -> np
     """
     if not all("by_prompt" in point for point in points):
         return None
+    return _weighted(points, kl, [point["by_prompt"] for point in points])
+
+
+def reaches(points: Sequence[Mapping[str, Any]], kl: float | None) -> bool:
+    """Whether a run has a checkpoint at this KL or beyond; always true for its end (None)."""
+    return kl is None or max(point["kl"] for point in points) >= kl
+
+
+def _weighted(points: Sequence[Mapping[str, Any]], kl: float | None, values: Sequence[Any]) -> np.ndarray:
+    """The values of the checkpoints at a KL; a checkpoint without weight may be NaN."""
+    weights = _weights(points, kl)
+    used = np.flatnonzero(weights)
+    return weights[used] @ np.array(values, np.float64)[used]
+
+
+def ceiling_at_kl(points: Sequence[Mapping[str, Any]], kl: float | None) -> bool:
+    """Whether all checkpoints that the value at a KL rests on are at the ceiling."""
+    used = np.flatnonzero(_weights(points, kl)).tolist()
+    return all(at_ceiling(points[i]) for i in used)
+
+
+def _weights(points: Sequence[Mapping[str, Any]], kl: float | None) -> np.ndarray:
+    """The weight of each checkpoint in the value at a KL, `[points]`. The start has the rest, with a gain of 0.
+
+    A checkpoint with a KL estimated at 0 or below takes the place of the start; the last of several does.
+    """
     if kl is None:
-        return np.array(points[-1]["by_prompt"])
-    curve = sorted(points, key=lambda point: (max(point["kl"], 0.0), quality(point)))
-    gains = np.array([np.zeros(len(curve[0]["by_prompt"])), *(point["by_prompt"] for point in curve)])
-    roots = np.sqrt([0.0, *(max(point["kl"], 0.0) for point in curve)])
-    weights = [np.interp(np.sqrt(kl), roots, row) for row in np.eye(len(roots))]
-    return np.array(weights) @ gains
+        return np.eye(len(points))[-1]
+    kls = np.maximum([point["kl"] for point in points], 0.0)
+    order = np.argsort(kls, kind="stable")
+    roots = np.sqrt([0.0, *kls[order]])
+    rows = np.eye(len(roots))[1:]  # without the start
+    weights = np.empty(len(points))
+    weights[order] = [np.interp(np.sqrt(kl), roots, row) for row in rows]
+    return weights
 
 
 def before_first_checkpoint(points: Sequence[Mapping[str, Any]], kl: float | None) -> bool:

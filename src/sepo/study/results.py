@@ -1,4 +1,4 @@
-"""The results of a comparison as JSON, a Markdown page and two figures: gain, KL and cost of each method."""
+"""The results of a comparison as JSON, Markdown, HTML and two figures: verdict, gain, KL and cost of each method."""
 
 from __future__ import annotations
 
@@ -12,14 +12,36 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from sepo.evaluate.statistics import StdComponents, crossed_mean, interval, over_seeds, smallest_difference
+from sepo.documents import html_document
+from sepo.evaluate.statistics import (
+    StdComponents,
+    crossed_mean,
+    interval,
+    over_seeds,
+    smallest_difference,
+    spread_seen,
+)
 from sepo.files import write_json, write_text
-from sepo.numbers import number, with_error
+from sepo.numbers import MISSING, NO_SPREAD, number, with_error
+from sepo.report.build import page_style
 from sepo.report.figures import GREY, MARKERS, SERIES, make_figure, write_png
-from sepo.study.curves import at_kl, at_kl_by_prompt, before_first_checkpoint, quality
+from sepo.study.curves import (
+    at_ceiling,
+    at_kl,
+    at_kl_by_prompt,
+    before_first_checkpoint,
+    ceiling_at_kl,
+    quality,
+    reaches,
+)
 
 # The sections of a setting: policy.training. of policy.training.learning_rate=3e-05.
 _SECTIONS = re.compile(r"^[^=]*\.(?=[^.=]*=)")
+# Readable names of shared stages, by the kind at the start of their folder's name.
+_STAGES = {
+    "data": "pairs", "reference": "reference", "oracle": "oracle", "score": "token rewards", "select": "selection",
+    "logps": "log-probabilities", "start": "samples of the start", "transfer": "transferred rewards",
+}  # fmt: skip
 
 
 def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dict[str, Any]]:
@@ -31,9 +53,9 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
 
     Returns:
         Rows with variant, label, reported, seeds, reached (number of runs that reached `kl`), unmeasured (number of
-        runs whose checkpoints are all beyond `kl`), and `X` and `X_se` for value (at `kl`, see `curves.at_kl`), final,
-        final_kl, win_rate, length, train_seconds, memory_gb (peak of the training without measurements),
-        target_tokens, read_tokens and pairs_seen.
+        runs whose checkpoints are all beyond `kl`), ceiling (number of runs that end at the highest gain there is), and
+        `X` and `X_se` for value (at `kl`, see `curves.at_kl`), final, final_kl, win_rate, length, train_seconds,
+        memory_gb (peak of the training without measurements), target_tokens, read_tokens and pairs_seen.
     """
     groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -45,6 +67,7 @@ def summarise_runs(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[
         row["reached"] = sum(reached for _, reached in values)
         row["unmeasured"] = sum(before_first_checkpoint(run["points"], kl) for run in members)
         last = [run["points"][-1] for run in members]
+        row["ceiling"] = sum(map(at_ceiling, last))
         columns: dict[str, list[float]] = {"value": [value for value, _ in values]}
         columns["final"] = [quality(point) for point in last]
         columns["final_kl"] = [point["kl"] for point in last]
@@ -71,9 +94,11 @@ def differences(runs: Sequence[Mapping[str, Any]], kl: float | None) -> list[dic
         runs, kl: as for `summarise_runs`.
 
     Returns:
-        Rows with name, against, seeds (at least 2), prompts (0 if only seeds are counted), difference of the values at
-        `kl`, low and high (95 % interval), detectable (the minimum detectable difference at 80 % power), and std, the
-        standard deviations by seed, prompt and rest (None without prompts).
+        Rows with name, against, seeds (at least 2), prompts (0 if only seeds are counted), reached (number of seeds at
+        which both runs reached `kl`), ceiling (whether all these runs have the highest gain there is), difference of
+        the values at `kl`, low and high (95 % interval), detectable (the minimum detectable difference at 80 % power),
+        and std, the standard deviations by seed, prompt and rest (None without prompts). Where no run reached `kl`,
+        difference, interval and detectable are None; without spread, interval and detectable are.
     """
     points: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
     for run in runs:
@@ -101,50 +126,66 @@ def _gain(comparison: Mapping[str, Any]) -> tuple[str, str]:
         return "gain of the judge's win rate", f"win rate against the start minus one half, by the judge {judge}"
     if comparison["gold"]:
         return "gold gain", "mean gold reward minus that of the start"
-    return "accuracy gain", "held-out accuracy minus one half"
+    return "accuracy gain", "held-out accuracy minus one half, every prompt with the same weight"
 
 
 def _difference(
     both: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]], kl: float | None
 ) -> dict[str, Any]:
     """The difference of two settings, from their checkpoints at each seed."""
+    runs = [points for pair in both for points in pair]
+    row: dict[str, Any] = {
+        "prompts": 0, "reached": sum(reaches(points, kl) and reaches(against, kl) for points, against in both),
+        "ceiling": False, "difference": None, "low": None, "high": None, "detectable": None, "std": None,
+    }  # fmt: skip
+    if not any(reaches(points, kl) for points in runs):
+        return row
+    row["ceiling"] = all(ceiling_at_kl(points, kl) for points in runs)
     by_prompt = [(at_kl_by_prompt(points, kl), at_kl_by_prompt(against, kl)) for points, against in both]
     gaps = [a - b for a, b in by_prompt if a is not None and b is not None and a.shape == b.shape]
     if len(gaps) == len(both) >= 3 and len({len(gap) for gap in gaps}) == 1 and len(gaps[0]) > 1:
         crossed = crossed_mean(gaps)
         error, freedom = crossed.error, crossed.freedom
-        row: dict[str, Any] = {
-            "prompts": len(gaps[0]), "difference": crossed.mean, "low": crossed.low, "high": crossed.high,
-            "std": asdict(crossed.std),
-        }  # fmt: skip
+        row |= {"prompts": len(gaps[0]), "difference": crossed.mean, "low": crossed.low, "high": crossed.high}
+        row["std"] = asdict(crossed.std)
     else:
         values = [at_kl(points, kl)[0] - at_kl(against, kl)[0] for points, against in both]
-        mean, error = over_seeds(values)
-        low, high = interval(mean, error, len(values))
+        row["difference"], error = over_seeds(values)
+        row["low"], row["high"] = interval(row["difference"], error, len(values))
         freedom = len(values) - 1
-        row = {"prompts": 0, "difference": mean, "low": low, "high": high, "std": None}
-    return {**row, "detectable": smallest_difference(error, freedom) if error > 0 else 0.0}
+    if not math.isfinite(row["difference"]):  # a policy that diverged
+        return {**row, "difference": None, "low": None, "high": None, "std": None}
+    if not spread_seen(error):
+        return {**row, "low": None, "high": None, "std": None}
+    return {**row, "detectable": smallest_difference(error, freedom)}
 
 
 def typical_std(differences: Iterable[Mapping[str, Any]]) -> StdComponents | None:
-    """Root mean squares of the standard deviations of several differences; None if no row has them."""
-    rows = [row["std"] for row in differences if row.get("std")]
+    """Root mean squares of the standard deviations of several differences; None if no row has them.
+
+    Few seeds hardly show how much seeds differ: their component is often estimated at 0 or below. So the rest's share
+    in a seed's mean is not subtracted from it. A comparison planned by these numbers then has at least the power that
+    it claims.
+    """
+    rows = [(row["std"], row["prompts"]) for row in differences if row.get("std") and any(row["std"].values())]
     if not rows:
         return None
-    return StdComponents(
-        *(math.sqrt(float(np.mean([std[name] ** 2 for std in rows]))) for name in ("seed", "prompt", "rest"))
-    )
+    seed = [std["seed"] ** 2 + std["rest"] ** 2 / prompts for std, prompts in rows]
+    others = ([std[name] ** 2 for std, _ in rows] for name in ("prompt", "rest"))
+    return StdComponents(*(math.sqrt(float(np.mean(squares))) for squares in (seed, *others)))
 
 
 def power_line(seeds: int, prompts: int, std: StdComponents, source: str) -> str:
     """The minimum detectable difference of a grid, in one line.
 
     >>> print(power_line(3, 84, StdComponents(0.03, 0.1, 0.3), "assumed").replace("; ", ";\\n"))
-    minimum detectable difference: 0.12 (80 % power, 3 seeds x 84 prompts;
+    minimum detectable difference: 0.13 (80 % power, 3 seeds x 84 prompts;
     standard deviations assumed: seed 0.03, prompt 0.1, rest 0.3)
     """
     if seeds < 3:
         return f"minimum detectable difference: not known with {seeds} seed{'s' * (seeds > 1)}; set three or more"
+    if prompts < 2:
+        return "minimum detectable difference: not known with one prompt; set eval.prompts to two or more"
     detectable = smallest_difference(*std.error(seeds, prompts))
     parts = f"seed {std.seed:.2g}, prompt {std.prompt:.2g}, rest {std.rest:.2g}"
     design = f"80 % power, {seeds} seeds x {prompts} prompts"
@@ -152,9 +193,12 @@ def power_line(seeds: int, prompts: int, std: StdComponents, source: str) -> str
 
 
 def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
-    """Label of the variant's setting with the highest value at the comparison's KL, the first among equals."""
-    values = [row for row in rows if row["variant"] == variant]
-    return max(values, key=lambda row: -math.inf if math.isnan(row["value"]) else row["value"])["label"]
+    """Label of the variant's setting with the highest value at the comparison's KL, the first among equals.
+
+    A value that is not a number is the lowest.
+    """
+    of_variant = [row for row in rows if row["variant"] == variant]
+    return max(of_variant, key=lambda row: -math.inf if math.isnan(row["value"]) else row["value"])["label"]
 
 
 def write_comparison(
@@ -164,7 +208,7 @@ def write_comparison(
     folder: Path,
     figures: bool = True,
 ) -> dict[str, Any]:
-    """Write `compare.md`, the figures and `compare.json` into a folder; returns the content of the JSON.
+    """Write `compare.md`, the figures, `compare.html` and `compare.json` into a folder; returns the JSON's content.
 
     Args:
         head: name, kl, also_at, gold, judge (if there is one), environment and failed (runs that diverged).
@@ -175,9 +219,13 @@ def write_comparison(
     kl = head["kl"]
     tables = {"rows": summarise_runs(runs, kl), "differences": differences(runs, kl)}
     comparison = {**head, **tables, "runs": list(runs), "shared": list(shared)}
-    write_text(folder / "compare.md", comparison_markdown(comparison))
+    text = comparison_markdown(comparison)
+    write_text(folder / "compare.md", text)
     if figures and runs:
         save_comparison_figures(comparison, folder)
+    pictures = "\n## Curves\n\n![curves](frontier.png)\n\n![win rates](win-rate.png)\n"
+    page = text.replace("\n## Reported", f"{pictures}\n## Reported", 1)
+    write_text(folder / "compare.html", html_document(page, folder, page_style()))
     write_json(folder / "compare.json", comparison, indent=1)
     return comparison
 
@@ -186,14 +234,14 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """The results as a Markdown page: reported settings, sweep, differences, cost of the shared stages."""
     kl, (short, full) = comparison["kl"], _gain(comparison)
     value = f"{short} at KL {kl:g}" if kl else "gain at the end"
-    intro = f"Gain: {full}; KL in nats per response; ± standard error over seeds (– for one seed)."
+    intro = f"Gain: {full}; KL in nats per response; ± standard error over seeds (none for one seed)."
     if kl:
         intro += (
             " Curves are interpolated linearly in sqrt(KL). * marks values with runs that did not reach the KL of the "
             "comparison and count with their furthest point; † marks values with runs whose first checkpoint is beyond "
             "it."
         )
-    lines = [f"# {comparison['name']}", "", intro]
+    lines = [f"# {comparison['name']}", "", *verdicts(comparison), intro]
     reported = [row for row in comparison["rows"] if row["reported"]]
     swept = [row for row in comparison["rows"] if not row["reported"]]
     for title, rows in (("Reported", reported), ("Sweep (one seed, used to choose)", swept)):
@@ -205,10 +253,12 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     if comparison["differences"]:
         lines += _differences_section(comparison, value)
     if comparison["shared"]:
-        lines += ["", "## Shared stages", "", "| stage | seconds | peak, GB | content |", "|---|---:|---:|---|"]
+        lines += ["", "## Shared stages", "", "| stage | seconds | peak, GB | content | folder |"]
+        lines += ["|---|---:|---:|---|---|"]
         for item in comparison["shared"]:
-            peak = number(item.get("memory_gb"), ".2f")
-            lines.append(f"| {item['stage']} | {item['seconds']:,.0f} | {peak} | {item['what']} |")
+            peak, name = number(item.get("memory_gb"), ".2f"), item["stage"]
+            kind = _STAGES.get(name.split("-")[0], name.split("-")[0])
+            lines.append(f"| {kind} | {item['seconds']:,.0f} | {peak} | {item['what']} | shared/{name} |")
     environment = comparison["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     lines += ["", f"{environment['device']}; {packages}.", ""]
@@ -223,7 +273,7 @@ def _settings_table(rows: Sequence[Mapping[str, Any]], value: str | None) -> lis
         "| pairs seen | target tokens | tokens read | training, s | peak, GB |",
         "|---|---|" + "---:|" * (11 if value else 10),
     ]
-    for row in sorted(rows, key=lambda row: -row["value"]):
+    for row in sorted(rows, key=lambda row: math.inf if math.isnan(row["value"]) else -row["value"]):
         marks = ("*" if row["reached"] < row["seeds"] else "") + ("†" if row["unmeasured"] else "")
         cells = [
             row["variant"],
@@ -231,9 +281,10 @@ def _settings_table(rows: Sequence[Mapping[str, Any]], value: str | None) -> lis
             str(row["seeds"]),
             *([with_error(row["value"], row["value_se"], "+.3f") + marks] if value else []),
             with_error(row["final"], row["final_se"], "+.3f"),
-            with_error(row["final_kl"], row["final_kl_se"], ".2f"),
-            with_error(row["win_rate"], row["win_rate_se"], ".3f"),
-            with_error(row["length"], row["length_se"], ".1f"),
+            *(
+                with_error(row[name], row[f"{name}_se"] if spread_seen(row[f"{name}_se"]) else None, form)
+                for name, form in (("final_kl", ".2f"), ("win_rate", ".3f"), ("length", ".1f"))
+            ),
             *(f"{row[name]:,.0f}" for name in ("pairs_seen", "target_tokens", "read_tokens", "train_seconds")),
             number(row["memory_gb"], ".2f"),
         ]
@@ -260,16 +311,73 @@ def _differences_section(comparison: Mapping[str, Any], value: str) -> list[str]
     headers = [f"difference of {name} | 95 % interval | detectable" for name in tables]
     lines += [f"| method | seeds | {' | '.join(headers)} |", "|---|---:|" + "---:|---:|---:|" * len(tables)]
     for method in zip(*tables.values(), strict=True):
-        cells = [
-            f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} | {row['detectable']:.3f}"
-            for row in method
-        ]
+        cells = [_difference_cells(row) for row in method]
         lines.append(f"| {method[0]['name']} | {method[0]['seeds']} | {' | '.join(cells)} |")
     return lines
 
 
+def _difference_cells(row: Mapping[str, Any]) -> str:
+    """Difference, interval and minimum detectable difference of a row of `differences`, as cells of a table."""
+    if row["difference"] is None:
+        return f"{difference_text(row)} | {MISSING} | {MISSING}"
+    difference = f"{row['difference']:+.3f}{_star(row)}"
+    if row["low"] is None:
+        return f"{difference} | {_without_spread(row)} | {MISSING}"
+    return f"{difference} | {row['low']:+.3f} to {row['high']:+.3f} | {row['detectable']:.3f}"
+
+
+def difference_text(row: Mapping[str, Any]) -> str:
+    """A row of `differences` in short."""
+    if row["difference"] is None:
+        return "not measured" if row["reached"] else "not reached"
+    if row["low"] is None:
+        return f"{row['difference']:+.3f}, {_without_spread(row)}"
+    return f"{row['difference']:+.3f}, 95 % interval {row['low']:+.3f} to {row['high']:+.3f}"
+
+
+def _star(row: Mapping[str, Any]) -> str:
+    """The mark of a difference in which a run did not reach the KL."""
+    return "*" if row["reached"] < row["seeds"] else ""
+
+
+def _without_spread(row: Mapping[str, Any]) -> str:
+    return f"{NO_SPREAD}, all runs at the ceiling" if row["ceiling"] else NO_SPREAD
+
+
+def verdicts(comparison: Mapping[str, Any]) -> list[str]:
+    """The section of the page that says in words which methods differ."""
+    at = f"KL {comparison['kl']:g}" if comparison["kl"] else "the end of the runs"
+    lines = [_verdict(row, at) for row in comparison["differences"]]
+    if not lines:
+        reported = {_name(row) for row in comparison["rows"] if row["reported"]}
+        if len(reported) < 2:
+            return []
+        lines = ["No verdict: no two methods have two seeds in common. Set three seeds or more."]
+    return ["## Verdict", "", *(f"- {line}" for line in lines), ""]
+
+
+def _verdict(row: Mapping[str, Any], at: str) -> str:
+    """A row of `differences` in words."""
+    name, against = row["name"], row["against"]
+    if row["difference"] is None:
+        why = "a gain is not a number" if row["reached"] else f"no run of it or of {against} got there"
+        return f"{name}: no verdict at {at}; {why}."
+    if row["low"] is None:
+        why = "all runs are at the ceiling" if row["ceiling"] else NO_SPREAD
+        return f"{name}: no verdict at {at}; {why} in {row['seeds']} seeds."
+    span = difference_text(row)
+    reach = " Not every run reached this KL." if _star(row) else ""
+    if row["low"] <= 0 <= row["high"]:
+        return (
+            f"{name}: inconclusive against {against} at {at} ({span}); the minimum detectable difference is "
+            f"{row['detectable']:.3f}.{reach}"
+        )
+    word = "more" if row["difference"] > 0 else "less"
+    return f"{name} gains {word} than {against} at {at} ({span}).{reach}"
+
+
 def reading_notes(rows: Sequence[Mapping[str, Any]], kl: float | None) -> list[str]:
-    """Limitations of the reported settings' values at `kl`, a line each; empty without a KL."""
+    """Limitations of the reported settings' values at `kl`, a line each."""
 
     def settings(counts: Iterable[int]) -> str:
         named = zip(reported, counts, strict=True)
@@ -281,6 +389,8 @@ def reading_notes(rows: Sequence[Mapping[str, Any]], kl: float | None) -> list[s
         notes.append(f"not measured below KL {kl:g}, so interpolated from the start: {early}; add earlier checkpoints")
     if kl is not None and (short := settings(row["seeds"] - row["reached"] for row in reported)):
         notes.append(f"did not reach KL {kl:g} and count with their furthest point: {short}")
+    if full := settings(row["ceiling"] for row in reported):
+        notes.append(f"end at the highest gain there is, so they can show no difference to a better method: {full}")
     return notes
 
 
@@ -304,19 +414,20 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
     def frontier(axes: Axes) -> None:
         for name, members in groups.items():
             _draw_curves(axes, name, members, styles[name])
-        if comparison["kl"]:
-            axes.axvline(comparison["kl"], color=GREY, linewidth=0.8, linestyle=":")
+        if kl := comparison["kl"]:
+            axes.axvline(kl, color=GREY, linewidth=0.8, linestyle=":", label=f"KL {kl:g}, where methods are compared")
         axes.axhline(0, color=GREY, linewidth=0.8)
-        # `at_kl` interpolates linearly in sqrt(KL), so its lines are straight on this axis.
-        axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
-        axes.set_xlim(left=0)
+        # `at_kl` interpolates linearly in sqrt(KL), so its lines are straight on this axis. Its sign is kept: an
+        # estimate of a KL near 0 may be below 0.
+        axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2))
+        axes.set_xlim(left=min(0.0, *(1.1 * point["kl"] for run in runs for point in run["points"])))
 
     def win_rates(axes: Axes) -> None:
         for place, (name, members) in enumerate(groups.items()):
             values = [rate for run in members if (rate := _win_rate(run["points"][-1])) is not None]
             mean, error = over_seeds(values)
             axes.errorbar(
-                mean, place, xerr=None if math.isnan(error) else error, fmt=styles[name]["marker"],
+                mean, place, xerr=error if spread_seen(error) else None, fmt=styles[name]["marker"],
                 color=styles[name]["color"], capsize=3,
             )  # fmt: skip
             axes.plot(values, [place] * len(values), "|", color=styles[name]["color"], alpha=0.6)
@@ -343,13 +454,13 @@ def _draw_curves(axes: Axes, name: str, runs: Sequence[Mapping[str, Any]], style
     several = len(runs) > 2
     alpha, width, size = (0.25, 0.7, 2.5) if several else (0.8, 1, 4)
     for index, run in enumerate(runs):
-        kls = [0.0, *(max(point["kl"], 0.0) for point in run["points"])]
+        kls = [0.0, *(point["kl"] for point in run["points"])]
         gains = [0.0, *(quality(point) for point in run["points"])]
         label = name if index == 0 and not several else None
         axes.plot(kls, gains, **style, label=label, alpha=alpha, linewidth=width, markersize=size)
     if several:
         axes.plot(*mean_curve(runs), color=style["color"], linewidth=2)
-        ends = [(max(run["points"][-1]["kl"], 0.0), quality(run["points"][-1])) for run in runs]
+        ends = [(run["points"][-1]["kl"], quality(run["points"][-1])) for run in runs]
         (kl, kl_error), (gain, gain_error) = (over_seeds(values) for values in zip(*ends, strict=True))
         axes.errorbar(
             kl, gain, xerr=kl_error, yerr=gain_error, fmt=style["marker"], color=style["color"], label=name,

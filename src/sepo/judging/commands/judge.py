@@ -120,6 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
             results |= {f"{name}{suffix}": result for name, result in score_files([file]).items()}
         write_scores(out / "scores.json", results)
     print_scores(results)
+    print("  ".join([f"{out}/scores.json", "judging.json", *(file.name for file in files)]))
 
 
 def _judge(

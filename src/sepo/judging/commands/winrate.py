@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 from sepo.command import path, print_plan
 from sepo.errors import UserError
 from sepo.files import check_writable
+from sepo.numbers import MISSING, number
 
 HELP = "score judgements of any judge: AlpacaEval, MT-Bench or Arena-Hard"
 
-# The figures that are printed, in their order, with their column names.
+# The figures that are printed, in their order, with their column names and formats.
 _COLUMNS = {
-    "win_rate": "win rate", "score": "score", "standard_error": "± s.e.",
-    "length_controlled_winrate": "length-controlled",
-    "score_turn_1": "turn 1", "score_turn_2": "turn 2", "lower": "5 %", "upper": "95 %",
-    "style_controlled": "style-controlled", "n_total": "judged", "n_unusable": "unusable", "n_failed": "failed",
-    "avg_length": "characters",
+    "win_rate": ("win rate, %", ".1f"), "score": ("score", ".2f"), "standard_error": ("± s.e.", ".2f"),
+    "interval": ("95 % interval", ""), "length_controlled_winrate": ("length-controlled, %", ".1f"),
+    "score_turn_1": ("turn 1", ".2f"), "score_turn_2": ("turn 2", ".2f"), "lower": ("5 %", ".1f"),
+    "upper": ("95 %", ".1f"), "style_controlled": ("style-controlled", ".1f"), "n_total": ("judged", ",d"),
+    "n_unusable": ("unusable", ",d"), "n_failed": ("failed", ",d"), "avg_length": ("characters", ".0f"),
 }  # fmt: skip
+# Titles of the tables, by the benchmark that defines the scores.
+_TITLES = {
+    "alpaca_eval": "Win rates, as AlpacaEval computes them", "mt_bench": "Scores, as MT-Bench computes them",
+    "arena_hard": "Scores, as Arena-Hard computes them",
+}  # fmt: skip
+_NUMBERS = re.compile(r"\d+(\.\d+)?")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,24 +65,48 @@ def run(arguments: argparse.Namespace) -> None:
     print_scores(results)
     if arguments.json is not None:
         write_scores(Path(arguments.json), results)
+        print(arguments.json)
 
 
 def print_scores(results: dict[str, dict[str, Any]]) -> None:
-    """Print the scores of models, a table for each benchmark, and log their warnings."""
-    from sepo.numbers import number
+    """Print the scores of models, a table for each benchmark, and log their warnings, each kind once."""
     from sepo.processes import log
 
     for benchmark in dict.fromkeys(result["benchmark"] for result in results.values()):
-        models = {name: result for name, result in results.items() if result["benchmark"] == benchmark}
-        shown = [key for key in _COLUMNS if any(key in result for result in models.values())]
+        models = {name: _shown(result) for name, result in results.items() if result["benchmark"] == benchmark}
+        columns = [name for name in _COLUMNS if any(figures[name] != MISSING for figures in models.values())]
         rows = [
-            {"name": name, **{_COLUMNS[key]: number(result.get(key)) for key in shown}}
-            for name, result in models.items()
+            {"name": name, **{_COLUMNS[column][0]: figures[column] for column in columns}}
+            for name, figures in models.items()
         ]
-        print_plan(benchmark, rows)
+        print_plan(_TITLES.get(benchmark, f"Scores by {benchmark}"), rows)
+    kinds: dict[str, list[tuple[str, str]]] = {}
     for name, result in results.items():
         for warning in result["warnings"]:
-            log(f"{name}: {warning}")
+            kinds.setdefault(_NUMBERS.sub("#", warning), []).append((name, warning))
+    for (name, warning), *others in kinds.values():
+        log(f"{name}: {warning}")
+        if others:
+            log(f"  likewise, with numbers of their own: {', '.join(other for other, _ in others)}")
+
+
+def _shown(result: dict[str, Any]) -> dict[str, str]:
+    """The figures of a model as texts; those that it lacks are missing."""
+    from sepo.evaluate.edges import Measured  # it imports NumPy
+
+    score = "win_rate" if "win_rate" in result else "score"
+    # A win rate and Arena-Hard's score are per cent.
+    share = score == "win_rate" or result["benchmark"] == "arena_hard"
+    scale, form = (100, ".1f") if share else (1, ".2f")
+    error = result.get("standard_error")
+    error = None if error is None or error != error else error / scale
+    value = Measured(result[score] / scale, error, result.get("n_prompts", result["n_total"]), share)
+    figures = {name: number(result.get(name), form) for name, (_, form) in _COLUMNS.items()}
+    if value.interval is not None:
+        figures["interval"] = " to ".join(format(scale * bound, form) for bound in value.interval)
+    if not value.spread:
+        figures["standard_error"] = value.remark or MISSING
+    return figures
 
 
 def write_scores(file: Path, results: dict[str, dict[str, Any]]) -> None:
