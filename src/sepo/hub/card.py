@@ -32,8 +32,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _INTERVAL = 1.96
 # Settings about places and speed, not about the method, and secrets.
 _NOT_SHOWN = {
-    "output_dir", "device", "server", "cache", "key_variable", "concurrency", "retries", "timeout", "hub_token",
-    "push_to_hub_token",
+    "output_dir", "device", "server", "cache", "key_variable", "key_header", "headers", "concurrency", "retries",
+    "timeout", "hub_token", "push_to_hub_token",
 }  # fmt: skip
 
 METRICS = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,11 +244,14 @@ def check_fits(prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: An
         raise UserError(f"a prompt holds the token {largest}, but the model has {limits.vocabulary} embeddings")
 
 
-def server_engine(endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: list[Spent]) -> Engine:
-    """An engine that is an OpenAI-compatible server, through the cache of replies.
+def server_engine(
+    endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: list[Spent], failures: Counter[str]
+) -> Engine:
+    """An engine that is an OpenAI-compatible server, through the cache of replies. It leaves empty answers out.
 
     Args:
         spent: gets the cost of each call.
+        failures: counts the reasons of replies without an answer.
     """
 
     def run(jobs: Sequence[Job], done: Done) -> None:
@@ -262,9 +266,10 @@ def server_engine(endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: 
         ]
 
         def take(number: int, reply: Reply) -> None:
-            # An empty answer is an answer too.
-            if reply.failure is None or reply.failure == "empty reply":
-                done(jobs[number], Turn(reply.text.strip(), reply.usage[1]))
+            if reply.failure is None:
+                done(jobs[number], Turn(reply.text.strip(), reply.tokens, False if reply.cut else None))
+            else:
+                failures[reply.failure] += 1
 
         _, paid = endpoint.ask_all(requests, "ask", take)
         spent.append(paid)
