@@ -375,6 +375,19 @@ def test_asking_in_both_orders_cancels_a_preference_for_the_first_answer(tmp_pat
     assert all(len(one.orders) == 1 for one in once)
 
 
+@pytest.mark.parametrize(
+    ("question", "model_first"),
+    [
+        ("What are the names of some famous actors that started their careers on Broadway?", True),
+        ("How did US states get their names?", True), ("Name a fruit.", False), ("Name a bird.", True), ("2+2", False),
+        ("2+3", True), ("", False),
+    ],
+)  # fmt: skip
+def test_the_seeded_order_is_that_of_alpaca_eval(question, model_first):
+    """Values of alpaca_eval 0.6.6: `PairwiseAnnotator`'s own processor with its seed 0."""
+    assert answer_orders(Contest((question,), ("a",), ("b",)), "seeded") == (model_first,)
+
+
 def test_the_seeded_order_is_a_function_of_the_prompt_alone():
     found = [answer_orders(Contest((f"question {i}",), ("a",), ("b",)), "seeded")[0] for i in range(200)]
     again = [answer_orders(Contest((f"question {i}",), ("x",), ("y",)), "seeded")[0] for i in range(200)]

@@ -18,7 +18,6 @@ from judge_server import completion, serving
 from properties import examples
 from sepo.cli import main
 from sepo.data.thinking import without_thinking
-from sepo.errors import UserError
 from sepo.judging.endpoint import Endpoint
 from sepo.judging.judge_prompts import JudgePrompt, read_grade, read_preference
 from sepo.judging.replies import CUT, REFUSED, UNANSWERED, read_reply
@@ -80,7 +79,7 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             (said("<thinking>[[B]]</thinking>[[A]]"), "[[A]]"),
             (said("[THINK][[B]][/THINK][[A]]"), "[[A]]"),
             (said("◁think▷[[B]]◁/think▷[[A]]"), "[[A]]"),
-            (said("<|channel|>analysis<|message|>[[B]]<|end|><|start|>assistant<|channel|>final<|message|>[[A]]"), "[[A]]"),
+            (said("<|channel|>analysis<|message|>[[B]]<|end|><|channel|>final<|message|>[[A]]"), "[[A]]"),
             (said([{"type": "text", "text": "<think>[[B]]</think>[[A]]"}]), "[[A]]"),
             (said("<think>The tag </think> is in it, [[B]]?</think>[[A]]"), "[[A]]"),
         ],
@@ -111,7 +110,7 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
     "`finish_reason` `content_filter`": (KEPT, [(said("[[A]]", "content_filter"), "stopped by the server")]),
     "a completion without a message": (
         KEPT,
-        [({"choices": []}, "malformed"), ({"choices": [{"message": {}}]}, "malformed"), ({"choices": [7]}, "malformed")],
+        [({"choices": choices}, "malformed") for choices in ([], [{"message": {}}], [7])],
     ),
     "a stream": (
         KEPT,
@@ -160,7 +159,7 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             ({"error": {"message": TOO_LONG, "type": "invalid_request_error", "code": 400}}, REFUSED),
         ],
     ),
-    "another 4xx": (KEPT, [(error(400, "bad request"), REFUSED), (error(422, "unprocessable"), REFUSED), (405, REFUSED)]),
+    "another 4xx": (KEPT, [(error(400, "bad request"), REFUSED), (error(422, "no"), REFUSED), (405, REFUSED)]),
 }  # fmt: skip
 EXAMPLES = [
     pytest.param(reply, expected, fate, id=f"{title}-{number}")

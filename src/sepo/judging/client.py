@@ -64,7 +64,7 @@ class Client:
         """
         parts = urlsplit(url)
         self._url, self._key, self._concurrency, self._timeout = url, key, concurrency, timeout
-        self._headers = {"Authorization": openai.Omit(), **headers}
+        self._headers: dict[str, str | openai.Omit] = {"Authorization": openai.Omit(), **headers}
         self._transport = _Transport(timeout, keep, self._text_of)
         self._client = openai.AsyncOpenAI(
             base_url=parts._replace(query="").geturl(),
@@ -108,7 +108,7 @@ class Client:
                         reply = future.result()
                         silent = silent + 1 if reply.unanswered else 0
                         answers = answers or reply.answered
-                        refused += reply.refused and not reply.failure.startswith(REFUSED_TEXT)
+                        refused += reply.refused and not str(reply.failure).startswith(REFUSED_TEXT)
                         if silent > 2 * self._concurrency + 3:
                             raise UserError(
                                 f"the server {self._url} has stopped answering ({one_line(reply.failure, 150)}): the "

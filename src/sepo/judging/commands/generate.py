@@ -164,9 +164,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if remaining:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in failures.items())
-        again = (
-            "--retry-failed asks again" if cost.malformed + cost.cut + cost.refused else "the same command asks again"
-        )
+        again = "the same command asks again"
+        if cost.malformed + cost.cut + cost.refused:
+            again += ", for a reply that is kept with --retry-failed"
         log(f"{remaining} of {len(questions)} questions have no answer{f' ({reasons})' if reasons else ''}: {again}")
     return 1 if remaining else 0
 
