@@ -385,12 +385,15 @@ def test_a_key_without_quota_ends_the_command_at_once(tmp_path, capsys):
 
 def test_a_key_is_sent_in_the_header_that_the_server_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AZURE_API_KEY", "azure-secret")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-of-mine")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: secret-of-mine")
     with serving(lambda body, before: said("[[A]]")) as server:
         options = ["--key-variable", "AZURE_API_KEY", "--key-header", "api-key", "--header", "X-Title=sepo"]
         assert judge(tmp_path, server.url, *options) == 0
         headers = server.headers[-1]
     assert (headers["Api-Key"], headers["X-Title"]) == ("azure-secret", "sepo")
     assert "Authorization" not in headers
+    assert "of-mine" not in str(headers)
     line = capsys.readouterr().err
     assert f"the key in $AZURE_API_KEY goes to {server.url.removesuffix('/v1')}" in line
     assert "azure-secret" not in line

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import ssl
 import time
@@ -64,7 +65,10 @@ class Client:
         """
         parts = urlsplit(url)
         self._url, self._key, self._concurrency, self._timeout = url, key, concurrency, timeout
-        self._headers: dict[str, str | openai.Omit] = {"Authorization": openai.Omit(), **headers}
+        # The client would add headers from the environment, for any server.
+        named = [line.partition(":")[0].strip() for line in os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()]
+        unsent = ("Authorization", "OpenAI-Organization", "OpenAI-Project", *filter(None, named))
+        self._headers: dict[str, str | openai.Omit] = {**dict.fromkeys(unsent, openai.Omit()), **headers}
         self._transport = _Transport(timeout, keep, self._text_of)
         self._client = openai.AsyncOpenAI(
             base_url=parts._replace(query="").geturl(),
@@ -117,7 +121,8 @@ class Client:
                         if refused >= min(len(requests), self._concurrency + _FEW_REFUSED) and not answers:
                             raise UserError(
                                 f"the server {self._url} refuses every question ({one_line(reply.failure, 300)}): "
-                                "change the model, the prompt, or max_tokens, temperature, logprobs and request"
+                                "change the model, the prompt, or the request (--max-tokens, --temperature none, "
+                                "--no-logprobs, --request name=value; a recipe has the same settings)"
                             )
                         take(under_way.pop(future), reply)
             except KeyboardInterrupt:

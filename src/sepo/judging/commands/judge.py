@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sepo.files import write_json
     from sepo.judging.judge import mean_scores, prepare_judge, read_matches
     from sepo.judging.judgements import score_files
-    from sepo.judging.replies import Spent
+    from sepo.judging.replies import CUT, Spent
     from sepo.processes import log
 
     settings = _judge_of(arguments)
@@ -112,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(out / "judging.json", {"judge": settings.model_dump(mode="json", exclude_none=True), **record})
         for reason, number in failures.items():
             log(f"{number} without a verdict: {reason}")
+        if any(CUT in reason for reason in failures):
+            log("a judge that is cut off, above all one that thinks, needs more --max-tokens")
         if prepared.endpoint is not None:
             log(Spent(**spent).in_words(prices))
             if spent["unanswered"]:
