@@ -404,7 +404,7 @@ def test_a_key_is_never_sent_over_plain_http_to_another_machine(host, monkeypatc
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     one = Endpoint(host, "judge", headers={"X": "y"})
     assert one._all_headers() == {"X": "y"}
-    one._log_key()
+    one.log_key()
     assert "is not sent to http://" in capsys.readouterr().err
     for safe in ("https://judge.example/v1", "http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:8/v1"):
         assert Endpoint(safe, "judge")._all_headers() == {"Authorization": "Bearer sk-very-secret"}
@@ -415,6 +415,9 @@ def test_a_recipe_names_keys_only(tmp_path, monkeypatch, capsys):
     judge_of = f"eval.judge={{server: 'https://x/v1', model: j, prompt: {tmp_path / 'p.txt'}, key_variable: HF_TOKEN}}"
     assert main(["run", "quickstart", "--dry-run", judge_of]) == 2
     assert "must end in _API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("OTHER_API_KEY", "sk-other")
+    assert main(["run", "quickstart", "--dry-run", judge_of.replace("HF_TOKEN", "OTHER_API_KEY")]) == 0
+    assert "the key in $OTHER_API_KEY goes to https://x\n" in capsys.readouterr().err
     monkeypatch.setenv("MY_SECRET", "given-by-hand")
     with serving(lambda body, before: said("[[A]]")) as server:
         assert judge(tmp_path, server.url, "--key-variable", "MY_SECRET") == 0

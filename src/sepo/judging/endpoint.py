@@ -116,8 +116,8 @@ class Endpoint:
         bearer = "Bearer " if self.key_header.lower() == "authorization" else ""
         return {**self.headers, self.key_header: bearer + self._key}
 
-    def _log_key(self) -> None:
-        """Log where the key goes."""
+    def log_key(self) -> None:
+        """Log where the key goes, once."""
         parts = urlsplit(self.url)
         if self._key:
             log_once(f"the key in ${self.key_variable} goes to {parts.scheme}://{parts.netloc}")
@@ -210,7 +210,7 @@ class Endpoint:
         """Ask questions that have no reply on disk. A refusal is stored once the server answers other questions."""
         from sepo.judging.client import Client
 
-        self._log_key()
+        self.log_key()
         answers = spent.cached > spent.refused
         refused: list[tuple[Mapping[str, Any], Reply]] = []
 
