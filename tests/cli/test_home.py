@@ -75,6 +75,7 @@ NO_PATH = {
     "recipe name",  # a built-in recipe's
     *("key_header", "header", "request", "judge temperature"),
     *("server", "key_variable", "model_name", "prompt_name", "judge"),  # a judge is a kind with a name, tried below
+    "run until",
     *("generate name", "winrate baseline", "push to", "push base", "push license"),
 }
 

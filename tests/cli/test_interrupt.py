@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what a command says and keeps, and that the same command goes on from there to the same bytes.
+"""Ctrl-C and SIGTERM: what a command says and keeps, and that the same command continues from there to the same bytes.
 
 A run interrupted in each of its stages, and one of several processes: `tests/faults.py`.
 """
@@ -125,7 +125,7 @@ def test_an_interrupted_training_keeps_its_step_and_goes_on_from_there(
     said = capsys.readouterr().err.splitlines()
     assert "  stopping with a checkpoint when this step is done; Ctrl-C again stops at once" in said
     steps = {"oracle": 6, "train": 6, "compare": 10}[name]
-    last = f"sepo: interrupted: the checkpoint of step 3 of {steps} is kept; the same command goes on from there"
+    last = f"sepo: interrupted: the checkpoint of step 3 of {steps} is kept; the same command continues from there"
     assert said[-1] == last
     assert give(name, place, tmp_path / "stopped") == 0
     assert re.search(r"continuing from \S*checkpoint-3$", capsys.readouterr().err, flags=re.MULTILINE)
@@ -145,7 +145,7 @@ def test_ctrl_c_again_stops_at_once_and_says_what_there_is(place, tmp_path, inte
     capsys.readouterr()
     assert give("oracle", place, tmp_path) == 130
     said = capsys.readouterr().err
-    assert said.endswith("sepo: interrupted: the checkpoint of step 3 is kept; the same command goes on from there\n")
+    assert said.endswith("sepo: interrupted: the checkpoint of step 3 is kept; the same command continues from there\n")
 
 
 def test_an_interruption_in_the_last_step_keeps_the_model(place, tmp_path, interrupt_at, capsys):
@@ -173,7 +173,7 @@ def test_an_interrupted_pass_keeps_its_shards(place, tmp_path, monkeypatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(logps, "write_shard", then_interrupted)
-        with pytest.raises(Interrupted, match=r"1 of 3 parts of '.*' are kept; the same command goes on with the next"):
+        with pytest.raises(Interrupted, match=r"1 of 3 parts of '.*' are kept; the same command continues"):
             logps.logps_pass(str(place / "model"), tmp_path / "pairs", tmp_path / "logps", device="cpu")
     first = (tmp_path / "logps" / "part-00000.parquet").stat().st_mtime_ns
     logps.logps_pass(str(place / "model"), tmp_path / "pairs", tmp_path / "logps", device="cpu")

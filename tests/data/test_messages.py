@@ -379,7 +379,7 @@ def test_joined_datasets_are_numbered_anew(tokenizer, tmp_path):
     both = datasets.concatenate_datasets([load_preferences(rows), load_preferences(rows)])
     table, report = tokenize_pairs(both, tokenizer, progress=False)
     assert table.column("pair_id").to_pylist() == [0, 1, 2, 3, 4, 5]
-    assert any("numbered anew" in note for note in report.notes)
+    assert any("numbered again" in note for note in report.notes)
 
 
 def test_all_pairs_of_a_prompt_are_cut_alike(tokenizer):

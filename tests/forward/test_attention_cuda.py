@@ -91,7 +91,7 @@ def test_tiles_of_the_block_mask_miss_nothing_and_whole_ones_are_whole(row, wind
 
 
 @pytest.mark.slow
-def test_every_kind_of_flex_call_keeps_its_graph(monkeypatch):
+def test_every_kind_of_flex_call_keeps_its_graph(monkeypatch, nightly_run):
     """Different numbers of heads, two types, with and without a window, short and long rows: all are compiled."""
     graphs = []
 
@@ -104,7 +104,7 @@ def test_every_kind_of_flex_call_keeps_its_graph(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: torch._dynamo.optimize(counting, dynamic=dynamic)(f))
     kinds = 0
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for heads, kv_heads in ((2, 1), (4, 2), (6, 3)):
+        for heads, kv_heads in ((2, 1), (4, 2), (6, 3))[: 3 if nightly_run else 2]:
             for dtype in (torch.float32, torch.bfloat16):
                 for window in (None, 8):
                     before = len(graphs)
@@ -115,6 +115,6 @@ def test_every_kind_of_flex_call_keeps_its_graph(monkeypatch):
                             attention_cuda.flex_packed_attention(query, key, value, layout, 0.3, window, 5.0)
                     kinds += 1
                     assert len(graphs) - before <= 2  # no new graph for a row's length or documents
-    assert len(graphs) >= kinds > 8
+    assert len(graphs) >= kinds >= 8
     attention_cuda._compiled_flex.cache_clear()
     torch._dynamo.reset()

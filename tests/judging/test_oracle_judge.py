@@ -214,7 +214,7 @@ def test_a_run_names_its_oracle_judge_and_the_judge_s_accuracy(trained, tmp_path
     assert metrics["judge/win_rate"] == pytest.approx(np.mean(preferences))
     card = (tmp_path / "run" / "policy" / "README.md").read_text()
     accuracy = f"{of_judge['oracle/accuracy']:.0%}"
-    for text in ("win rate against the start by a DPO oracle as judge", "held-out pairs that this judge ranks right"):
+    for text in ("win rate against the start, by a DPO oracle as judge", "held-out pairs that this judge ranks right"):
         assert text in card
     assert "The judge is a DPO oracle" in card
     assert f"its accuracy on held-out pairs is {accuracy}" in card

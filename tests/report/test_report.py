@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from properties import examples
 from report_fixtures import END, byte_tokenizer, score_table, word_tokenizer
-from sepo.credit.selection import extreme_positions, keep_counts, select_key_tokens, selection_order
+from sepo.credit.selection import select_key_tokens
 from sepo.data import tables
 from sepo.data.ragged import flat, segment_sums
 from sepo.data.vocabulary import load_vocabulary
@@ -249,22 +249,6 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the numbers
-
-
-@given(
-    st.lists(st.sampled_from([-0.5, -0.25, -0.0, 0.0, 0.25, 0.5]), min_size=1, max_size=40),
-    st.floats(0.01, 1.0),
-    st.sampled_from(["chosen", "rejected"]),
-    st.booleans(),
-)
-def test_the_order_of_selection_is_that_of_the_selection_stage(
-    values: list[float], k: float, side: str, ended: bool
-) -> None:
-    rewards, lengths = np.array(values, dtype=np.float32), np.array([len(values)])
-    count = keep_counts(lengths, k)
-    eligible = np.array([not ended or i < len(values) - 1 for i in range(len(values))])
-    expected, kept = extreme_positions(rewards, lengths, count, side == "chosen", eligible)
-    assert sorted(selection_order(rewards, side, ended)[: kept[0]].tolist()) == expected.tolist()
 
 
 def test_the_cumulative_share_averages_the_curves_of_the_responses() -> None:

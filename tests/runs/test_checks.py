@@ -200,7 +200,7 @@ def test_an_adapter_that_was_never_trained_is_no_oracle(tmp_path, model):
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4)
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(tmp_path / "idle")
     check_model(tmp_path / "idle")
-    with pytest.raises(UserError, match="is an adapter that does nothing"):
+    with pytest.raises(UserError, match="is an untrained adapter"):
         check_inputs(recipe_of(tmp_path, model, f"oracle.model={tmp_path / 'idle'}"))
 
 
@@ -244,7 +244,7 @@ def test_an_oracle_that_prefers_the_rejected_is_pointed_out(tmp_path, capfd):
 
 def test_a_share_of_few_pairs_that_is_none_is_said(tmp_path, model, capfd):
     plan_run(recipe_of(tmp_path, model, "data.held_out=0.05"))
-    assert "data.held_out 0.05 of 8 pairs is none: nothing will be evaluated" in capfd.readouterr().err
+    assert "data.held_out 0.05 of 8 pairs is no pair: nothing will be evaluated" in capfd.readouterr().err
 
 
 def test_a_fine_tuned_reference_depends_on_the_content_of_its_rows(tmp_path, model):

@@ -6,19 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from sepo.command import (
-    data_options,
-    device_options,
-    join,
-    oracle_judge_of,
-    oracle_judge_options,
-    out_option,
-    path,
-    print_metrics,
-    quiet_libraries,
-    recipe_of,
-    writing_to,
-)
+from sepo import command
 from sepo.errors import UserError
 from sepo.recipe.settings import Gold
 
@@ -26,34 +14,34 @@ HELP = "measure a policy against the model it started from"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", type=path, required=True, metavar="MODEL", help="trained model")
-    parser.add_argument("--base", type=path, required=True, metavar="MODEL", help="the model it was trained from")
-    data_options(parser)
-    out_option(parser, "folder for metrics.json and generations.parquet")
+    parser.add_argument("--policy", type=command.path, required=True, metavar="MODEL", help="trained model")
+    parser.add_argument("--base", type=command.path, required=True, metavar="MODEL", help="model it was trained from")
+    command.data_options(parser)
+    command.out_option(parser, "folder for metrics.json and generations.parquet")
     parser.add_argument("--gold", choices=get_args(Gold), help="gold reward of the generations")
     parser.add_argument(
         "--judge",
         metavar="JUDGE",
         help="reward:MODEL, oracle:FOLDER or function:MODULE:NAME compares the generations (docs/judging.md)",
     )
-    oracle_judge_options(parser)
+    command.oracle_judge_options(parser)
     parser.add_argument("--prompts", type=int, help="prompts to generate for (default 100)")
     parser.add_argument("--samples", type=int, help="generations a prompt (default 1)")
     parser.add_argument("--temperature", type=float, help="sampling temperature (default 1)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit of a generation (default 256)")
     parser.add_argument("--batch-size", type=int, help="generations at a time (default: what the device holds)")
-    device_options(parser)
+    command.device_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     names = ("gold", "judge", "prompts", "samples", "temperature", "max_new_tokens", "batch_size")
     settings = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if given := oracle_judge_of(arguments):
+    if given := command.oracle_judge_of(arguments):
         settings["judge"] = {"oracle": arguments.judge.removeprefix("oracle:"), **given}
-    recipe = recipe_of(
+    recipe = command.recipe_of(
         arguments, reference={"model": arguments.base}, policy={"model": arguments.policy}, eval=settings
     )
-    quiet_libraries()
+    command.quiet_libraries()
     from sepo.api import extension_of
     from sepo.evaluate.measure import evaluate_run
     from sepo.files import write_json
@@ -79,8 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
             data.check_limits(recipe, [pairs], recipe.eval.max_new_tokens)
         data.write_pairs(out / "pairs", pairs)
 
-    with writing_to(arguments) as out:
-        processes = join(recipe.device)
+    with command.writing_to(arguments) as out:
+        processes = command.join(recipe.device)
         processes.on_main(lambda: write_pairs(out))
         policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
         judge = None if extension is None or extension.judge is None else extension.judge.judge
@@ -88,4 +76,4 @@ def run(arguments: argparse.Namespace) -> None:
             policy, base, out / "pairs", out, recipe.eval, seed=recipe.seed, device=recipe.device, judge=judge
         )
         processes.on_main(lambda: write_json(out / "metrics.json", metrics))
-    print_metrics(f"eval: {out}", metrics)
+    command.print_metrics(f"eval: {out}", metrics)

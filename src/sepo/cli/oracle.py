@@ -5,43 +5,32 @@ from __future__ import annotations
 import argparse
 import shutil
 
-from sepo.command import (
-    data_options,
-    join,
-    out_option,
-    path,
-    print_metrics,
-    quiet_libraries,
-    recipe_of,
-    training_of,
-    training_options,
-    writing_to,
-)
+from sepo import command
 
 HELP = "train an oracle: DPO on a reference model"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", type=path, required=True, metavar="MODEL", help="model to start from")
-    data_options(parser)
-    out_option(parser, "folder for the oracle model")
+    parser.add_argument("--reference", type=command.path, required=True, metavar="MODEL", help="model to start from")
+    command.data_options(parser)
+    command.out_option(parser, "folder for the oracle model")
     parser.add_argument("--beta", type=float, help="DPO's KL strength (default 0.1)")
-    training_options(parser)
+    command.training_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    recipe = recipe_of(
-        arguments, reference={"model": arguments.reference}, oracle=training_of(arguments), eval={"prompts": 0}
+    recipe = command.recipe_of(
+        arguments, reference={"model": arguments.reference}, oracle=command.training_of(arguments), eval={"prompts": 0}
     )
-    quiet_libraries()
+    command.quiet_libraries()
     from sepo.cli.walker import CommandWalker
     from sepo.runs.method import Method
     from sepo.runs.pipeline import check_method_pairs
     from sepo.stages import data, oracle, reference
     from sepo.training.checkpoints import check_model_folder
 
-    with writing_to(arguments, check_model_folder) as out:
-        processes = join(arguments.device)
+    with command.writing_to(arguments, check_model_folder) as out:
+        processes = command.join(arguments.device)
         processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
         work = out.with_name(f".{out.name}-work")  # kept by an interrupted command, for the next one
         folders = {"data": work / "pairs", "reference_logps": work / "logps", "oracle": out}
@@ -50,4 +39,4 @@ def run(arguments: argparse.Namespace) -> None:
         check_method_pairs(method)
         method.until("oracle")
         processes.on_main(lambda: shutil.rmtree(work, ignore_errors=True))
-    print_metrics(f"oracle: {arguments.out}", walker.results["oracle"].results)
+    command.print_metrics(f"oracle: {arguments.out}", walker.results["oracle"].results)

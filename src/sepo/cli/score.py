@@ -5,39 +5,29 @@ from __future__ import annotations
 import argparse
 import shutil
 
-from sepo.command import (
-    data_options,
-    device_options,
-    join,
-    out_option,
-    path,
-    print_metrics,
-    quiet_libraries,
-    recipe_of,
-    writing_to,
-)
+from sepo import command
 
 HELP = "score every response token: log-probability under the oracle minus that under the reference"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--oracle", type=path, required=True, metavar="MODEL", help="model trained with DPO")
-    parser.add_argument("--reference", type=path, required=True, metavar="MODEL", help="the model it was trained from")
-    data_options(parser)
-    out_option(parser, "folder for the score table; pairs and log-probabilities are kept in it")
+    parser.add_argument("--oracle", type=command.path, required=True, metavar="MODEL", help="model trained with DPO")
+    parser.add_argument("--reference", type=command.path, required=True, metavar="MODEL", help="model it started from")
+    command.data_options(parser)
+    command.out_option(parser, "folder for the score table; pairs and log-probabilities are kept in it")
     parser.add_argument("--tokens-per-row", type=int, help="token budget of a packed row; bounds the memory")
-    device_options(parser)
+    command.device_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    recipe = recipe_of(
+    recipe = command.recipe_of(
         arguments,
         reference={"model": arguments.reference},
         oracle={"model": arguments.oracle},
         eval={"prompts": 0},
         tokens_per_row=arguments.tokens_per_row,
     )
-    quiet_libraries()
+    command.quiet_libraries()
     from sepo.cli.walker import CommandWalker
     from sepo.data.tables import clear_shards, read_table, table_paths
     from sepo.evaluate.accuracy import oracle_accuracy
@@ -47,8 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.stages import data, oracle, reference
     from sepo.stages.stage import SCORES
 
-    with writing_to(arguments) as out:
-        processes = join(arguments.device)
+    with command.writing_to(arguments) as out:
+        processes = command.join(arguments.device)
         processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
         folders = {"data": out / "pairs", "score": out / "table"}
         folders |= {f"{role}_logps": out / "logps" / role for role in ("reference", "oracle")}
@@ -66,4 +56,4 @@ def run(arguments: argparse.Namespace) -> None:
 
         processes.on_main(publish)
     scores = read_table(out, "scores")
-    print_metrics(f"scores: {out}", {"pairs": len(scores), **oracle_accuracy(scores)})
+    command.print_metrics(f"scores: {out}", {"pairs": len(scores), **oracle_accuracy(scores)})

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import argparse
 
-from sepo.command import (
-    join,
-    out_option,
-    path,
-    print_metrics,
-    quiet_libraries,
-    recipe_of,
-    training_of,
-    training_options,
-    writing_to,
-)
+from sepo import command
 
 HELP = "train a policy on key tokens, or by a rival objective"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--policy", type=path, required=True, metavar="MODEL", help="model to align; needs the selection's tokenizer"
+        "--policy",
+        type=command.path,
+        required=True,
+        metavar="MODEL",
+        help="model to align, with the selection's tokenizer",
     )
     parser.add_argument(
-        "--selection", type=path, required=True, metavar="DIR", help="selection table, from `sepo select`"
+        "--selection", type=command.path, required=True, metavar="DIR", help="selection table, from `sepo select`"
     )
-    out_option(parser, "folder for the trained policy")
+    command.out_option(parser, "folder for the trained policy")
     parser.add_argument("--objective", help="the loss (default sepo); see docs/objectives.md")
     parser.add_argument("--gamma", type=float, help="reward scale of sepo, simpo, confpo (default 2.0)")
     parser.add_argument("--margin", type=float, help="target margin of sepo, simpo, confpo (default 0)")
@@ -34,13 +28,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, help="weight of the objective's second term (default: its paper's)")
     parser.add_argument("--rate", type=float, help="share of a response's tokens for selective_dpo (default 0.4)")
     parser.add_argument("--label-smoothing", type=float, help="probability of a flipped label (default 0)")
-    training_options(parser)
+    command.training_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    recipe = recipe_of(arguments, reference={"model": arguments.policy}, policy=training_of(arguments))
+    recipe = command.recipe_of(arguments, reference={"model": arguments.policy}, policy=command.training_of(arguments))
     policy = recipe.policy
-    quiet_libraries()
+    command.quiet_libraries()
     from sepo.data.fingerprints import check_table_tokenizer
     from sepo.data.tables import read_table
     from sepo.models.names import resolve_model
@@ -49,8 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.training.checkpoints import check_model_folder
     from sepo.training.fit import objective_settings, train_model
 
-    with writing_to(arguments, check_model_folder) as out:
-        join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, train)] and None)
+    with command.writing_to(arguments, check_model_folder) as out:
+        command.join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, train)] and None)
         table = read_table(arguments.selection, "selection")
         model = resolve_model(arguments.policy)
         check_table_tokenizer(table, load_tokenizer(model), arguments.selection, arguments.policy)
@@ -65,4 +59,4 @@ def run(arguments: argparse.Namespace) -> None:
             device=recipe.device,
             **objective_settings(policy),
         )
-    print_metrics(f"policy: {arguments.out}", {"pairs": len(table), **results})
+    command.print_metrics(f"policy: {arguments.out}", {"pairs": len(table), **results})

@@ -6,29 +6,26 @@ import argparse
 import itertools
 from pathlib import Path
 
-from sepo.command import (
-    data_options,
-    join,
-    out_option,
-    path,
-    print_metrics,
-    quiet_libraries,
-    recipe_of,
-    writing_to,
-)
+from sepo import command
 
 HELP = "carry a score table over to a policy's tokenizer"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--table", type=path, required=True, metavar="DIR", help="score table, from `sepo score`")
-    data_options(parser)
     parser.add_argument(
-        "--tokenizer", type=path, required=True, metavar="MODEL", help="the policy, or any model with its tokenizer"
+        "--table", type=command.path, required=True, metavar="DIR", help="score table, from `sepo score`"
+    )
+    command.data_options(parser)
+    parser.add_argument(
+        "--tokenizer",
+        type=command.path,
+        required=True,
+        metavar="MODEL",
+        help="the policy, or any model with its tokenizer",
     )
     parser.add_argument(
         "--table-tokenizer",
-        type=path,
+        type=command.path,
         metavar="MODEL",
         help="model with the tokenizer of the table (default: found beside the table)",
     )
@@ -37,13 +34,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=["bytes", "group", "first"],
         help="how the reward that several tokens share is divided among the policy's tokens (default bytes)",
     )
-    out_option(parser, "folder for the score table under the policy's tokenizer")
+    command.out_option(parser, "folder for the score table under the policy's tokenizer")
 
 
 def run(arguments: argparse.Namespace) -> None:
     allocation = {} if arguments.allocation is None else {"allocation": arguments.allocation}
-    recipe = recipe_of(arguments, policy={"model": arguments.tokenizer}, transfer=allocation)
-    quiet_libraries()
+    recipe = command.recipe_of(arguments, policy={"model": arguments.tokenizer}, transfer=allocation)
+    command.quiet_libraries()
     from sepo.data.tables import read_table
     from sepo.data.vocabulary import token_bytes
     from sepo.evaluate.accuracy import oracle_accuracy
@@ -64,7 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
         processes.log(f"  {report.summary()}")
         return report.figures()
 
-    with writing_to(arguments) as out:
-        processes = join("cpu")
+    with command.writing_to(arguments) as out:
+        processes = command.join("cpu")
         figures = processes.on_main(lambda: write_scores(out))
-    print_metrics(f"scores: {arguments.out}", {**figures, **oracle_accuracy(read_table(arguments.out, "scores"))})
+    accuracy = oracle_accuracy(read_table(arguments.out, "scores"))
+    command.print_metrics(f"scores: {arguments.out}", {**figures, **accuracy})

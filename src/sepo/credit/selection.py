@@ -370,20 +370,3 @@ def check_rate(name: str, rate: float) -> None:
             f"{name} is {one_line(repr(rate), 60)}: the share of tokens to keep must be above 0 and at most 1, for "
             "example 0.3"
         ) from None
-
-
-def selection_order(rewards: np.ndarray, side: str, ended: bool = False) -> np.ndarray:
-    """Positions of one response in the order in which rule "top" selects them.
-
-    Args:
-        rewards: token rewards s_i `[tokens]`.
-        side: "chosen" (highest first) or "rejected" (lowest first); ties go to the earlier position.
-        ended: the last token ends the response and is no candidate, so it comes last.
-
-    >>> selection_order(np.array([0.1, 0.5, 0.5, -0.2]), "chosen").tolist()
-    [1, 2, 0, 3]
-    >>> selection_order(np.array([0.1, 0.5, 0.5, -0.2]), "rejected", ended=True).tolist()
-    [0, 1, 2, 3]
-    """
-    last = np.arange(len(rewards)) == (len(rewards) - 1 if ended else -1)
-    return np.lexsort((-rewards if side == "chosen" else rewards, last))

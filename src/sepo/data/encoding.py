@@ -255,7 +255,7 @@ def tokenize_pairs(
     dataset = relevant_columns(dataset)
     if "pair_id" in dataset.column_names and len(set(ids := dataset["pair_id"][:])) < len(ids):
         dataset = dataset.remove_columns("pair_id")
-        report.note("numbered anew, because pair_ids occur twice (were several datasets joined?)", len(dataset))
+        report.note("numbered again, because pair_ids occur twice (were several datasets joined?)", len(dataset))
     encoded: list[_Encoded] = []
     markup = 0
     bar = progress_bar(progress, total=len(dataset), desc="tokenise", unit="row")

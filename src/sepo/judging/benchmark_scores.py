@@ -33,7 +33,6 @@ BASELINES = {
     "creative_writing": "gemini-2.0-flash-001",
     "arena-hard-v0.1": "gpt-4-0314",
 }
-STYLE = ("length", "headers", "lists", "bold")
 _ROUNDS = 100
 
 

@@ -6,13 +6,11 @@ It runs the same functions as `sepo generate` and `sepo judge`, for one model af
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from sepo.errors import UserError
 from sepo.files import write_json
@@ -28,7 +26,9 @@ from sepo.judging.answering import (
 from sepo.judging.in_run import log_spent, rate_of
 from sepo.judging.judge import annotation_rows, judge_pairs, match_answers, prepare_judge
 from sepo.judging.questions import BENCHMARKS, Question, find_questions, read_answers, read_questions
-from sepo.recipe.settings import JudgeSettings
+from sepo.models.tokenizer import load_tokenizer
+from sepo.models.weights import load_model
+from sepo.recipe.settings import JudgeSettings, Recipe
 
 ROLES = ("base", "policy")
 
@@ -51,44 +51,42 @@ def questions_of(name: str, file: str, limit: int | None = None) -> tuple[list[Q
 
 
 def answer_benchmark(
+    recipe: Recipe,
     questions: list[Question],
     benchmark: str,
     models: Mapping[str, str],
-    load: Callable[[str], nn.Module],
-    tokenizer: PreTrainedTokenizerBase,
     out: Path,
-    settings: Mapping[str, Any],
-    *,
-    max_new_tokens: int,
-    seed: int,
-    batch_size: int | None = None,
-    options: Mapping[str, Any] = {},
+    key: Mapping[str, Any],
 ) -> dict[str, float]:
     """Answer questions with both models. After an interruption the answers so far are reused.
 
     Args:
         models: a folder for each of `ROLES`.
-        load: loads the model in a folder onto its device.
         out: the answers of each role are in a subfolder of that name.
-        settings: cache key of the answers; unfinished answers with other settings are removed.
+        key: cache key of the answers; unfinished answers with another key are removed.
 
     Returns:
         `questions`, and for each role `tokens/ROLE`, the mean length of its answers over all turns.
     """
+    settings, tokenizer = recipe.eval, load_tokenizer(models["policy"])
     results: dict[str, float] = {"questions": float(len(questions))}
     for role in ROLES:
         folder = out / role
         try:
-            claim_folder(folder, settings)
+            claim_folder(folder, key)
         except UserError:
             shutil.rmtree(folder)
-            claim_folder(folder, settings)
+            claim_folder(folder, key)
         finished = AnswerLog.read(folder / FINISHED)
         if not all(is_whole(question, finished) for question in questions):
             engine = transformers_engine(
-                load(models[role]), tokenizer, max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size,
-                options=options,
-            )  # fmt: skip
+                load_model(models[role], device=recipe.device, dtype=recipe.dtype),
+                tokenizer,
+                max_new_tokens=settings.benchmark_max_new_tokens,
+                seed=recipe.seed,
+                batch_size=settings.batch_size,
+                options=recipe.data.chat_template_kwargs,
+            )
             answer_all(questions, benchmark, finished, engine, None)
             del engine  # frees the model before the next one is loaded
         write_answers(folder, questions, benchmark, finished, role)

@@ -7,7 +7,6 @@ tasks                                    tasks of lm-evaluation-harness on both:
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from sepo.judging.answering import questions_digest
 from sepo.judging.benchmarks import ROLES, answer_benchmark, judge_benchmark, questions_of
 from sepo.judging.in_run import check_judge, judge_content, judge_in_words, judge_responses
 from sepo.judging.tasks import RESULTS, check_tasks, run_tasks, tasks_content
-from sepo.models.tokenizer import load_tokenizer
-from sepo.models.weights import load_model
 from sepo.recipe.settings import JudgeSettings, Recipe
 from sepo.runs.method import Method
 from sepo.stages.cost import Cost, Estimate, Sizes
@@ -94,17 +91,7 @@ def answer_stage(recipe: Recipe, name: str, policy: Model, start: Model) -> Stag
     def run(folder: Path) -> dict[str, Any]:
         return processes.on_main(
             lambda: answer_benchmark(
-                questions,
-                benchmark,
-                {"base": start.folder, "policy": policy.folder},
-                partial(load_model, device=recipe.device, dtype=recipe.dtype),
-                load_tokenizer(policy.folder),
-                folder,
-                depends,
-                max_new_tokens=settings.benchmark_max_new_tokens,
-                seed=recipe.seed,
-                batch_size=settings.batch_size,
-                options=recipe.data.chat_template_kwargs,
+                recipe, questions, benchmark, {"base": start.folder, "policy": policy.folder}, folder, depends
             )
         )
 
@@ -151,19 +138,7 @@ def tasks_stage(recipe: Recipe, policy: Model, start: Model) -> Stage:
     settings = recipe.eval
 
     def run(folder: Path) -> dict[str, Any]:
-        return processes.on_main(
-            lambda: run_tasks(
-                settings.tasks,
-                policy.folder,
-                start.folder,
-                partial(load_model, device=recipe.device, dtype=recipe.dtype),
-                load_tokenizer(policy.folder),
-                folder,
-                limit=settings.task_limit,
-                batch_size=settings.batch_size or 8,
-                seed=recipe.seed,
-            )
-        )
+        return processes.on_main(lambda: run_tasks(recipe, policy.folder, start.folder, folder))
 
     return Stage(
         kind="tasks",

@@ -10,18 +10,20 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
 from sepo.errors import UserError, named_error, nearest
 from sepo.evaluate.statistics import paired_difference
 from sepo.files import file_digest, write_json
+from sepo.models.tokenizer import load_tokenizer
+from sepo.models.weights import load_model
+from sepo.recipe.settings import Recipe
 
 RESULTS = "results.json"
 _INSTALL = 'pip install "sepo[tasks]"'
@@ -57,26 +59,12 @@ def tasks_content(names: Sequence[str]) -> dict[str, str]:
     return {"lm_eval": metadata.version("lm_eval"), **files}
 
 
-def run_tasks(
-    names: Sequence[str],
-    policy: str,
-    base: str,
-    load: Callable[[str], nn.Module],
-    tokenizer: PreTrainedTokenizerBase,
-    out: Path,
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Run tasks on a policy and on the model that it started from, one after the other.
+def run_tasks(recipe: Recipe, policy: str, base: str, out: Path) -> dict[str, float]:
+    """Run the tasks of a recipe on a policy and on the model that it started from, one after the other.
 
     Args:
-        names: tasks, groups and tags of the harness, or YAML files of tasks.
         policy, base: model folders.
-        load: loads the model in a folder onto its device.
         out: folder for `results.json`, the harness's results of both models.
-        limit: greatest number of documents of each task.
 
     Returns:
         flat metrics, as `task_metrics`.
@@ -84,14 +72,17 @@ def run_tasks(
     Raises:
         UserError: a task cannot be set up, for example because its data set cannot be downloaded.
     """
-    results = {}
+    settings, tokenizer, results = recipe.eval, load_tokenizer(policy), {}
     for role, folder in (("base", base), ("policy", policy)):
-        processes.log(f"  {len(names)} tasks with {role}")
-        results[role] = _evaluate(names, load(folder), tokenizer, limit, batch_size, seed)
+        processes.log(f"  {len(settings.tasks)} tasks with {role}")
+        model = load_model(folder, device=recipe.device, dtype=recipe.dtype)
+        batch = settings.batch_size or 8
+        results[role] = _evaluate(settings.tasks, model, tokenizer, settings.task_limit, batch, recipe.seed)
+        del model  # frees it before the next one is loaded
     kept = ("results", "groups", "versions", "n-shot", "n-samples", "lm_eval_version")
     stored = {role: {key: result.get(key) for key in kept} for role, result in results.items()}
     write_json(out / RESULTS, stored, indent=1)
-    return task_metrics(results["base"], results["policy"], names)
+    return task_metrics(results["base"], results["policy"], settings.tasks)
 
 
 def task_metrics(base: Mapping[str, Any], policy: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:

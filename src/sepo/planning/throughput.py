@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ def estimated(estimate: Estimate, rate: float) -> Throughput:
     return Throughput(1 / rate * (_STEP if estimate.kind == "generate" else 1), 0.0, False)
 
 
+@cache
 def stage_rate(kind: str) -> float:
     """FLOP/s of a whole stage on a kind of device, from a timed matmul."""
     return _SHARE * matmul_rate(torch.device(kind))

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,6 +55,9 @@ from sepo.training.fit import pairs_to_see
 EXTENSION = Extension(judging_stages.check, None, lambda method: {})
 
 
+_SECONDS_BETWEEN_FIGURES = 60.0
+
+
 def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
     """Run a grid, reusing results that are up to date, and write `compare.json`, `compare.md` and pictures.
 
@@ -80,7 +84,7 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         log(f"  {can_tell(grid, first, prompts)}")
         for setting, seed, reported in schedule(grid, settings, work.choose):
             work.add(setting, seed, reported)
-        results = work.results()
+        results = work.results(last=True)
         for note in reading_notes(results["rows"], grid.kl):
             log(f"  {note}")
         if found := typical_std(results["differences"]):
@@ -304,6 +308,7 @@ class _Comparison:
         self.pairs = Method(recipe, self.passes).pairs  # all variants share them
         self.runs: list[dict[str, Any]] = []
         self._judge: Scorer | None = None
+        self._drawn = float("-inf")
 
     def method(self, recipe: Recipe, seed: int) -> Method:
         return method_of(recipe, self.passes, self.grid, seed, self.pairs)
@@ -344,7 +349,7 @@ class _Comparison:
             self._judge = scorer_of(judge, self.recipe.device)
         return self._judge
 
-    def results(self) -> dict[str, Any]:
+    def results(self, last: bool = False) -> dict[str, Any]:
         """Write table, JSON and pictures of the finished runs; returns the content of the JSON."""
         head = {
             "name": self.grid.name,
@@ -354,7 +359,10 @@ class _Comparison:
             **({} if self.recipe.eval.judge is None else {"judge": judge_in_words(self.recipe.eval.judge)}),
             "environment": environment(),
         }
-        return write_comparison(head, self.runs, list(self.passes.listed.values()), self.grid.results_folder)
+        # Drawing takes as long as a tiny run, so the figures follow at most once a minute.
+        if figures := last or time.monotonic() - self._drawn > _SECONDS_BETWEEN_FIGURES:
+            self._drawn = time.monotonic()
+        return write_comparison(head, self.runs, list(self.passes.listed.values()), self.grid.results_folder, figures)
 
 
 def _text(record: dict[str, Any], name: str) -> str:

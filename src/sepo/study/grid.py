@@ -137,10 +137,6 @@ class Grid(Settings):
         return Path(self.output_dir or f"runs/{self.name}")
 
     @property
-    def all_seeds(self) -> frozenset[int]:
-        return frozenset({*self.seeds, *([] if self.sweep_seed is None else [self.sweep_seed])})
-
-    @property
     def work_folder(self) -> Path:
         return self.results_folder if self.work_dir is None else Path(self.work_dir)
 

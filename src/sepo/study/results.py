@@ -157,7 +157,11 @@ def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
 
 
 def write_comparison(
-    head: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], shared: Sequence[Mapping[str, Any]], folder: Path
+    head: Mapping[str, Any],
+    runs: Sequence[Mapping[str, Any]],
+    shared: Sequence[Mapping[str, Any]],
+    folder: Path,
+    figures: bool = True,
 ) -> dict[str, Any]:
     """Write `compare.md`, the figures and `compare.json` into a folder; returns the content of the JSON.
 
@@ -165,12 +169,14 @@ def write_comparison(
         head: name, kl, also_at, gold, judge (if there is one) and environment.
         runs: as for `summarise_runs`.
         shared: stages that the runs share, each with stage, seconds and what.
+        figures: False leaves the figures as they are.
     """
     kl = head["kl"]
     tables = {"rows": summarise_runs(runs, kl), "differences": differences(runs, kl)}
     comparison = {**head, **tables, "runs": list(runs), "shared": list(shared)}
     write_text(folder / "compare.md", comparison_markdown(comparison))
-    save_comparison_figures(comparison, folder)
+    if figures:
+        save_comparison_figures(comparison, folder)
     write_json(folder / "compare.json", comparison, indent=1)
     return comparison
 

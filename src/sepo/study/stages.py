@@ -150,37 +150,8 @@ def run_stage(
             recipe.tokens_per_row,
             measured.scorer,
         )
-        if not (folder / POINTS).exists() and not (folder / "policy" / "checkpoints").exists():
-            # A finished policy, whose checkpoints can no longer be measured on the way.
-            shutil.rmtree(folder / "policy", ignore_errors=True)
-        passing = None
-        if at_kl:
-            probe = Probe(evaluator.base, evaluator.tokenizer, evaluator.prompts, recipe.eval, seed)
-            passing = Passing(at_kl, probe, folder / PROBES)
-        watch = Checkpoints(evaluator, grid.shares, folder / POINTS, len(table), passing)
-        train_model(
-            start.folder,
-            table,
-            folder / "policy",
-            policy.training,
-            reference_logps=None if logps is None else read_table(logps.folder, "logps"),
-            lora=policy.lora,
-            quantization=policy.quantization,
-            seed=seed,
-            device=recipe.device,
-            callbacks=[watch],
-            **objective_settings(policy),
-        )
-        if not grid.keep_models:
-            os.replace(folder / "policy" / STATE_FILE, folder / STATE_FILE)
-            carry_logs(folder / "policy", folder)
-            shutil.rmtree(folder / "policy")
-        passes = watch.points[-1]["pairs_seen"] / len(table)
-        read = sum(read_length(pair) for pair in table_pairs(table))
-        return {
-            "target_tokens": round(passes * target_tokens(table, policy.objective)),
-            "read_tokens": round(passes * read),
-        }
+        reference_logps = None if logps is None else read_table(logps.folder, "logps")
+        return _train_measured(recipe, start, table, reference_logps, evaluator, measured, folder)
 
     return Stage(
         kind="run",
@@ -204,6 +175,50 @@ def run_stage(
         run=run,
         cost=lambda sizes: run_cost(recipe, sizes.of_policy, grid),
     )
+
+
+def _train_measured(
+    recipe: Recipe,
+    start: Model,
+    table: pa.Table,
+    reference_logps: pa.Table | None,
+    evaluator: PolicyEvaluator,
+    measured: Measured,
+    folder: Path,
+) -> dict[str, Any]:
+    """Train a policy and measure it on its way; returns the tokens that it read and trained on."""
+    policy, grid = recipe.policy, measured.grid
+    if not (folder / POINTS).exists() and not (folder / "policy" / "checkpoints").exists():
+        # A finished policy cannot be measured on its way any more.
+        shutil.rmtree(folder / "policy", ignore_errors=True)
+    passing = None
+    if grid.checkpoints_at_kl:
+        probe = Probe(evaluator.base, evaluator.tokenizer, evaluator.prompts, recipe.eval, measured.seed)
+        passing = Passing(grid.checkpoints_at_kl, probe, folder / PROBES)
+    watch = Checkpoints(evaluator, grid.shares, folder / POINTS, len(table), passing)
+    train_model(
+        start.folder,
+        table,
+        folder / "policy",
+        policy.training,
+        reference_logps=reference_logps,
+        lora=policy.lora,
+        quantization=policy.quantization,
+        seed=measured.seed,
+        device=recipe.device,
+        callbacks=[watch],
+        **objective_settings(policy),
+    )
+    if not grid.keep_models:
+        os.replace(folder / "policy" / STATE_FILE, folder / STATE_FILE)
+        carry_logs(folder / "policy", folder)
+        shutil.rmtree(folder / "policy")
+    passes = watch.points[-1]["pairs_seen"] / len(table)
+    read = sum(read_length(pair) for pair in table_pairs(table))
+    return {
+        "target_tokens": round(passes * target_tokens(table, policy.objective)),
+        "read_tokens": round(passes * read),
+    }
 
 
 def start_cost(recipe: Recipe, sizes: Sizes) -> Cost:

@@ -134,7 +134,7 @@ def saved_progress(out: Path) -> str:
     steps = [int(path.parent.name.split("-")[1]) for path in (out / "checkpoints").glob(f"checkpoint-*/{_SEAL}")]
     if not steps:
         return "this training has no checkpoint yet: the same command starts it again, and earlier results are kept"
-    return f"the checkpoint of step {max(steps)} is kept; the same command goes on from there"
+    return f"the checkpoint of step {max(steps)} is kept; the same command continues from there"
 
 
 def _checkpoint_problem(folder: Path) -> str | None:

@@ -164,7 +164,7 @@ def run_training(
         results = _train(trainer, tokenizer, out, made_with, stopping)
         if asked_anywhere(signals):
             raise Interrupted(
-                f"the model is trained and kept in '{out}'; the same command goes on from there",
+                f"the model is trained and kept in '{out}'; the same command continues from there",
                 signals.number or signal.SIGINT,
             )
     _release(trainer)
@@ -188,7 +188,7 @@ def _train(
     if stopping.stopped_at is not None:
         raise Interrupted(
             f"the checkpoint of step {stopping.stopped_at} of {trainer.state.max_steps} is kept; "
-            "the same command goes on from there",
+            "the same command continues from there",
             stopping.signals.number or signal.SIGINT,
         )
     require_finite_weights(trainer.model, trainer.state.global_step)
