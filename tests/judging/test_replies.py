@@ -20,7 +20,7 @@ from sepo.cli import main
 from sepo.data.thinking import without_thinking
 from sepo.judging.endpoint import Endpoint
 from sepo.judging.judge_prompts import JudgePrompt, read_grade, read_preference
-from sepo.judging.replies import CUT, REFUSED, UNANSWERED, read_reply
+from sepo.judging.replies import CUT, REFUSED, UNANSWERED, completion_of, read_reply
 
 KEPT, AGAIN, ENDS = "kept", "asked again", "ends the command"
 LETTERS = JudgePrompt("t", (("user", "{output_1} {output_2}"),), "letters")
@@ -255,6 +255,33 @@ def test_a_citation_is_no_grade(text, expected):
     assert read_grade(read_reply(said(text)))[0] == expected
 
 
+WRAPPED = {
+    "field": lambda thought, answer: said(answer, reasoning_content=thought),
+    "tags": lambda thought, answer: said(f"<think>{thought}</think>\n{answer}"),
+    "closing tag": lambda thought, answer: said(f"{thought}\n</think>\n{answer}"),
+    "parts": lambda thought, answer: said(
+        [{"type": "thinking", "thinking": thought}, {"type": "text", "text": answer}]
+    ),
+    "stream": lambda thought, answer: completion_of(stream("<think>", thought, "</think>", answer).decode()),
+    "no end": lambda thought, answer: said(f"<think>{thought}{answer}"),
+}
+TEXTS = st.lists(st.sampled_from(["[[A]]", "[[B]]", "[[C]]", "\n", "is better", " ", "[1]"]), max_size=6).map("".join)
+
+
+@examples(300)
+@given(TEXTS, TEXTS, st.sampled_from(sorted(WRAPPED)), st.sampled_from(["stop", "length", None]))
+def test_a_verdict_never_comes_from_thinking_or_from_a_text_that_was_cut_off(thought, answer, form, reason):
+    body = WRAPPED[form](thought, answer)
+    body["choices"][0]["finish_reason"] = reason
+    value, failure = read_preference(LETTERS, read_reply(body))
+    verdicts = set(re.findall(r"\[\[([ABC])\]\]", answer))
+    if reason == "length" or form == "no end" or len(verdicts) != 1:
+        assert value is None
+        assert failure
+    else:
+        assert value == {"A": 1.0, "B": 2.0, "C": 1.5}[verdicts.pop()]
+
+
 @examples(200)
 @given(
     st.lists(st.sampled_from(["<think>", "</think>", "[[A]]", "\n", "x", " ", "`", "[THINK]", "[/THINK]"]), max_size=12)
@@ -371,6 +398,13 @@ def test_a_length_limit_that_is_too_large_is_not_exchanged(tmp_path, capsys):
         assert judge(tmp_path, server.url) == 2
         assert all("max_tokens" in body for body in server.asked)
     assert "too large" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_ends_the_command_with_the_way_to_send_it(status, tmp_path, capsys):
+    with serving(lambda body, before: error(status, "Access denied due to missing subscription key")) as server:
+        assert judge(tmp_path, server.url) == 2
+    assert "--key-header its header (Azure: api-key)" in capsys.readouterr().err
 
 
 def test_a_key_without_quota_ends_the_command_at_once(tmp_path, capsys):

@@ -35,6 +35,7 @@ MOST_BYTES = 16 * 2**20  # a longer reply is no answer
 _ENDS_ALL = {
     401: "refuses the key", 402: "wants a payment", 403: "refuses the key", 404: "knows no such path or model",
 }  # fmt: skip
+_KEY_HINT = ": --key-variable names its variable, --key-header its header (Azure: api-key)"
 # Statuses below 500 that waiting may mend.
 _MAY_HEAL = (408, 409, 425, 429)
 _FEW_REFUSED = 4
@@ -148,7 +149,8 @@ class Client:
             if is_of_question(status, text):
                 return Reply("", failure=f"{REFUSED_TEXT}: {words}")
             if status in _ENDS_ALL:
-                raise UserError(f"the server {self._url} {_ENDS_ALL[status]} ({words})") from None
+                hint = _KEY_HINT if "key" in _ENDS_ALL[status] else ""
+                raise UserError(f"the server {self._url} {_ENDS_ALL[status]} ({words}){hint}") from None
             if status == 429 and "insufficient_quota" in text:
                 raise UserError(f"the server {self._url} has no quota left for the key ({words})") from None
             kind = REFUSED if 400 <= status < 500 and status not in _MAY_HEAL else UNANSWERED
