@@ -17,12 +17,13 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from sepo.errors import UserError, cannot_write, wrong_type
 
 
 def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
-    """Expand `~` in a path or name from a user. All paths and names from users pass through this function.
+    """Expand `~` and `file://` in a path or name from a user. All of them pass through this function.
 
     Args:
         what: name of the argument in the message: "--out", "table".
@@ -38,6 +39,11 @@ def expand_home(path: str | os.PathLike, what: str = "the path") -> str:
         raise wrong_type(what, path, "a path, as text or pathlib.Path")
     if not text:
         raise UserError(f"{what} is empty: expected a path")
+    if text.lower().startswith("file:/"):
+        url = urlsplit(text)
+        if url.netloc not in ("", "localhost"):
+            raise UserError(f"{what} is '{text}', a file of the host '{url.netloc}': expected file:///PATH")
+        text = unquote(url.path)
     if Path(text).parts[:1] != ("~",):
         return os.path.expanduser(text)  # expands ~name, too, if there is such a user
     expanded = os.path.expanduser(text)

@@ -209,7 +209,7 @@ def test_no_other_key_is_sent_and_no_proxy_is_used(tmp_path, monkeypatch):
 
 def test_a_server_needs_the_client_s_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match=r'pip install "sepo\[judge\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[judge\]"'):
         Endpoint("http://localhost:8000/v1", "judge")
 
 

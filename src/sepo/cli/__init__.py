@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     failed = True
     try:
+        _require_folder()
         with _terminated_as_interrupted():
             command = parse_arguments(argv)
             code = command.module.run(command.arguments) or 0
@@ -55,6 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(1, text)
     finally:
         _leave(failed)
+
+
+def _require_folder() -> None:
+    """Refuse to start in a folder that was removed: libraries look for it in many places."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError(
+            "the folder that this command was started in no longer exists: change into another one, with `cd`"
+        ) from None
 
 
 def _end(code: int, text: str) -> int:

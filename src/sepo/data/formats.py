@@ -7,6 +7,7 @@ interprets the cells.
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import csv
 import gzip
@@ -15,21 +16,40 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sepo.data.delimited import Delimited
 from sepo.errors import UserError, one_line
 
-_TEXT = (".json", ".jsonl", ".csv", ".tsv")
-_BINARY = (".parquet", ".arrow", ".feather")
+_LINES = (".jsonl", ".ndjson", ".jsonlines")
+_TEXT = (".json", *_LINES, ".csv", ".tsv")
+_BINARY = (".parquet", ".pq", ".arrow", ".feather")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 SUFFIXES = (*_BINARY, *_TEXT, *(text + packed for packed in _COMPRESSED for text in _TEXT))
-EXPECTED = "a .parquet, .json, .jsonl, .csv, .tsv or .arrow file, the text ones also as .gz, .zst, .bz2 or .xz"
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+EXPECTED = "a .parquet, .json, .jsonl (.ndjson), .csv, .tsv or .arrow file; text also as .gz, .zst, .bz2 or .xz"
+# The first bytes of files that stand in the place of data, and what to do about them.
+_IN_PLACE: tuple[tuple[tuple[bytes, ...], str], ...] = (
+    (
+        (b"version https://git-lfs.github.com/spec/",),
+        "is a pointer of Git LFS: fetch the file with `git lfs pull` in its repository",
+    ),
+    (
+        (b"/annex/objects/", b"../.git/annex/", b".git/annex/"),
+        "is a pointer of git-annex: fetch the file with `git annex get` in its repository",
+    ),
+    (
+        (b"<!doctype html", b"<html", b"<head", b"<?xml", b"<error"),
+        "is a web page and not the file: open the address of the download in a browser (it may ask for a login, or the "
+        "link has expired), and download the file again",
+    ),
+    ((b"pk\x03\x04",), "is a zip archive or a spreadsheet: unpack it, or export it as csv"),
+)
 # The first bytes of compressed files; file names are not trusted.
 _UNPACK: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
     (b"\x1f\x8b", gzip.decompress),
@@ -37,7 +57,7 @@ _UNPACK: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
     (b"BZh", bz2.decompress),
     (b"\xfd7zXZ\x00", lzma.decompress),
 )
-_DELIMITERS = ",;\t|"
+_LINES_AT_ONCE = 10_000
 
 
 def read_file(path: Path, text_columns: Collection[str] = ()) -> pa.Table:
@@ -53,13 +73,13 @@ def read_file(path: Path, text_columns: Collection[str] = ()) -> pa.Table:
     suffix = _suffix(path)
     with _readable(path, suffix):
         data = _content(path, suffix)
-        if suffix == ".parquet":
-            return pq.read_table(pa.BufferReader(data))
+        if suffix in (".parquet", ".pq"):
+            return _with_texts(pq.read_table(pa.BufferReader(data)), text_columns)
         if suffix in _BINARY:
-            return _read_arrow(data)
+            return _with_texts(_read_arrow(data), text_columns)
         if "sv" in suffix:
-            return _read_csv(data, path, text_columns)
-        return _json_table(_json_rows(data, path), path)
+            return Delimited(data, path, text_columns).table(text_columns)
+        return _json_table(data, path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -76,9 +96,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     with _readable(path, suffix):
         data = _content(path, suffix)
         if "sv" in suffix:
-            csv.field_size_limit(2**31 - 1)
-            reader = csv.DictReader(io.StringIO(data.decode(), newline=""), delimiter=_delimiter(data))
-            return [{name: cell for name, cell in row.items() if name is not None} for row in reader]
+            header, *rows = Delimited(data, path).rows()
+            return [dict(zip(header, row, strict=True)) for row in rows]
         return [row if isinstance(row, dict) else {} for row in _json_rows(data, path)]
 
 
@@ -115,21 +134,40 @@ def _readable(path: Path, suffix: str) -> Iterator[None]:
 def _content(path: Path, suffix: str) -> bytes:
     """The content of a file, decompressed; text as UTF-8."""
     data = path.read_bytes()
-    if data.startswith(_LFS_POINTER):
-        raise UserError(f"'{path}' is a pointer of Git LFS: fetch the file with `git lfs pull` in its repository")
+    start = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginnings, what in _IN_PLACE:
+        if start.startswith(beginnings):
+            raise UserError(f"'{path}' {what}")
     unpack = next((unpack for start, unpack in _UNPACK if data.startswith(start)), None)
     if unpack is None and suffix.endswith(_COMPRESSED):
         raise UserError(f"'{path}' is not a readable {suffix[1:]} file (it is not compressed)")
     data = data if unpack is None else unpack(data)
-    return data if suffix in _BINARY else _as_utf8(data)
+    if suffix in _BINARY:
+        return data
+    for mark, kind in ((b"PAR1", "parquet"), (b"ARROW1", "arrow")):
+        if data.startswith(mark):
+            raise UserError(f"'{path}' is a {kind} file: end its name in .{kind}")
+    return _as_utf8(data, path)
 
 
-def _as_utf8(data: bytes) -> bytes:
+def _as_utf8(data: bytes, path: Path) -> bytes:
     """Convert UTF-16, which spreadsheets write, to UTF-8; remove the byte-order mark."""
     for mark, encoding in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
         if data.startswith(mark):
             return data.decode(encoding).encode()
-    return data.removeprefix(b"\xef\xbb\xbf")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    try:
+        for done in range(0, len(data), 1 << 20):
+            decoder.decode(data[done : done + (1 << 20)], final=done + (1 << 20) >= len(data))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, done + error.start) + 1
+        raise UserError(
+            f"'{path}' is not UTF-8 (line {line}): it may be Latin-1 or Windows-1252; convert it, for example with "
+            "`iconv -f windows-1252 -t utf-8`"
+        ) from None
+    return data
 
 
 def _read_arrow(data: bytes) -> pa.Table:
@@ -139,57 +177,114 @@ def _read_arrow(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(reader).read_all()
 
 
-def _read_csv(data: bytes, path: Path, text_columns: Collection[str]) -> pa.Table:
-    if not data.strip():
-        raise UserError(f"'{path}' is empty: expected a header line and rows")
-    return pyarrow.csv.read_csv(
-        pa.BufferReader(data),
-        # A row must fit into one block, and may be as long as the file.
-        read_options=pyarrow.csv.ReadOptions(block_size=min(max(len(data) + 1, 1 << 20), (1 << 31) - 1)),
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(data)),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types={name: pa.string() for name in text_columns}, strings_can_be_null=False
-        ),
-    )
+def _with_texts(table: pa.Table, text_columns: Collection[str]) -> pa.Table:
+    """Read bytes that are UTF-8 as text: Spark and older writers leave out the mark that tells texts from bytes.
+
+    A row of `text_columns` that is not UTF-8 is dropped and counted later.
+    """
+    for index, field in enumerate(table.schema):
+        if (text := _text_type(field.type)) == field.type:
+            continue
+        options = pc.CastOptions(text, allow_invalid_utf8=field.name in text_columns)
+        with contextlib.suppress(pa.ArrowException):  # pictures, for example
+            table = table.set_column(index, field.name, pc.cast(table.column(index), options=options))
+    return table
 
 
-def _delimiter(data: bytes) -> str:
-    """The separator of the names in the header: a comma, or a mark that spreadsheets use instead."""
-    header = next(csv.reader(io.StringIO(data[: 1 << 16].decode(errors="replace"))), [])
-    if len(header) > 1:
-        return ","
-    line = header[0] if header else ""
-    counts = {mark: line.count(mark) for mark in _DELIMITERS[1:]}
-    best = max(counts, key=lambda mark: counts[mark])
-    return best if counts[best] else ","
+def _text_type(type_: pa.DataType) -> pa.DataType:
+    """The type with texts in the place of bytes."""
+    if pa.types.is_binary(type_):
+        return pa.string()
+    if pa.types.is_large_binary(type_):
+        return pa.large_string()
+    if pa.types.is_list(type_):
+        return pa.list_(_text_type(type_.value_type))
+    if pa.types.is_struct(type_):
+        return pa.struct([field.with_type(_text_type(field.type)) for field in type_])
+    return type_
 
 
 def _json_rows(data: bytes, path: Path) -> list[Any]:
     """The values of a JSON list, of one object a line, or of a file with one object (see `_wrapped_rows`)."""
-    if data.lstrip().startswith(b"["):
+    if (rows := _whole_json(data, path)) is None:
+        rows = list(_json_lines(data, path))
+    _require_rows(rows, path)
+    return rows
+
+
+def _whole_json(data: bytes, path: Path) -> list[Any] | None:
+    """The values of a file that is one JSON value; None if it has one value a line."""
+    if _first_line(data).startswith(b"["):
         return _parse_json(data, f"'{path}'")
-    if (value := _one_object(data)) is not None:
-        return _wrapped_rows(value)
-    return [
-        _parse_json(line, f"line {number} of '{path}'")
-        for number, line in enumerate(data.split(b"\n"), 1)
-        if line.strip(b"\xef\xbb\xbf \t\r\n")
-    ]
+    value = _one_object(data)
+    return None if value is None else _wrapped_rows(value)
 
 
-def _json_table(rows: list[Any], path: Path) -> pa.Table:
+def _json_lines(data: bytes, path: Path) -> Iterator[Any]:
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+            yield _parse_json(line, f"line {number} of '{path}'")
+
+
+def _require_rows(rows: list[Any], path: Path) -> None:
+    """Refuse a table that was saved by columns (pandas' `to_json`, `json.dump` of a dict of lists)."""
+    if len(rows) != 1 or not isinstance(rows[0], dict) or len(rows[0]) < 2:
+        return
+    values = list(rows[0].values())
+    lists = all(isinstance(value, list) and not any(isinstance(item, dict) for item in value) for value in values)
+    by_column = lists and (len({len(value) for value in values}) == 1 or {"columns", "data"} <= rows[0].keys())
+    by_index = all(isinstance(value, dict) and value.keys() == values[0].keys() for value in values) and any(
+        names and all(str(name).isdigit() for name in names) for names in (rows[0], values[0])
+    )
+    if by_column or by_index:
+        raise UserError(
+            f"'{path}' holds columns and not rows: save it as one object a row, with pandas as "
+            "to_json(path, orient='records', lines=True)"
+        )
+
+
+def _json_table(data: bytes, path: Path) -> pa.Table:
     """A table of JSON rows; a row that is not an object becomes a row of nulls."""
+    rows = _whole_json(data, path)
+    if rows is None and (table := _lines_table(data, path)) is not None:
+        return table
+    rows = _json_rows(data, path) if rows is None else rows
+    _require_rows(rows, path)
     table = table_of([row if isinstance(row, dict) else {} for row in rows])
     if rows and not table.num_columns:
         raise UserError(f"'{path}' holds no object: expected a list of objects, or one object a line")
     return table
 
 
+def _lines_table(data: bytes, path: Path) -> pa.Table | None:
+    """A table of JSON lines, with the Python values of some lines at a time in memory.
+
+    None if the file is short, or if the types of a column differ from part to part: they are found from all rows then.
+    """
+    lines, number = _json_lines(data, path), 0
+    tables: list[pa.Table] = []
+    while rows := list(islice(lines, _LINES_AT_ONCE)):
+        if not tables and len(rows) < _LINES_AT_ONCE:
+            return None
+        number += len(rows)
+        tables.append(table_of([row if isinstance(row, dict) else {} for row in rows]))
+    types: dict[str, pa.DataType] = {}
+    for field in (field for table in tables for field in table.schema if not pa.types.is_null(field.type)):
+        if types.setdefault(field.name, field.type) != field.type or field.type == _WRAPPED:
+            return None
+    table = pa.concat_tables(tables, promote_options="default") if tables else None
+    return table if table is not None and table.num_rows == number else None
+
+
+def _first_line(data: bytes) -> bytes:
+    """The first line with text, without a copy of the whole."""
+    return next((line.strip() for line in io.BytesIO(data) if line.strip()), b"")
+
+
 def _one_object(data: bytes) -> dict[str, Any] | None:
     """The JSON object that fills the file over several lines; None for other files."""
-    if not data.lstrip().startswith(b"{"):
+    if not (first := _first_line(data)).startswith(b"{"):
         return None
-    first = data.lstrip().split(b"\n", 1)[0]
     try:
         json.loads(first)
     except (ValueError, RecursionError):
@@ -228,6 +323,9 @@ def table_of(rows: list[dict[str, Any]]) -> pa.Table:
 
 def _safe_name(name: str) -> str:
     return name.encode("utf-8", errors="replace").decode()
+
+
+_WRAPPED = pa.struct({"json": pa.string()})
 
 
 def column_of(values: list) -> pa.Array:

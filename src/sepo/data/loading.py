@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sepo.data.formats import EXPECTED, SUFFIXES, read_file, table_of
+from sepo.data.folders import KNOWN_SPLITS, check_no_config, check_single_split, read_folder
+from sepo.data.formats import SUFFIXES, read_file, table_of
 from sepo.data.pairing import make_pairs, preset_of, suggestion
-from sepo.data.rows import EXTRA_COLUMNS, READ_COLUMNS, ROWS_AT_ONCE, DataReport
+from sepo.data.rows import DROP_COLUMN, EXTRA_COLUMNS, READ_COLUMNS, ROWS_AT_ONCE, DataReport
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, file_digest
 from sepo.recipe.settings import PairsFrom
 
 COLUMNS = ("prompt", "chosen", "rejected")
-_KNOWN_SPLITS = frozenset({"train", "test", "validation", "valid", "val", "dev", "eval"})
 
 
 def load_preferences(
@@ -69,7 +70,7 @@ def load_preferences(
     wanted = {**preset.columns, **columns}
     _, slice_text = _parse_split(split)
     name = "the dataset" if not isinstance(source, str | os.PathLike) else str(source)
-    dataset = _load_whole_split(source, split, config_name, {*COLUMNS, *wanted.values()})
+    dataset = _load_whole_split(source, split, config_name, {*COLUMNS, *wanted.values()}, preset.data_dir)
     if preset.pairs_from is not None:
         prompt = wanted.pop("prompt", "prompt" if "prompt" in dataset.column_names else preset.pairs_from.group_by)
         if replaced := {"chosen", "rejected"} & wanted.keys():
@@ -106,7 +107,11 @@ def source_fingerprint(source: str | os.PathLike) -> str:
 
 
 def _load_whole_split(
-    source: str | os.PathLike | Any, split: str, config_name: str | None, text_columns: Collection[str]
+    source: str | os.PathLike | Any,
+    split: str,
+    config_name: str | None,
+    text_columns: Collection[str],
+    data_dir: str | None = None,
 ) -> datasets.Dataset:
     name, _ = _parse_split(split)
     if not isinstance(config_name, str | None):
@@ -120,12 +125,14 @@ def _load_whole_split(
     except (OSError, ValueError):  # too long, or a null byte: not a path
         exists = False
     if exists and path.is_dir():
-        dataset = _load_folder(path, name, config_name, text_columns)
+        rows = read_folder(path, name, config_name, text_columns, data_dir)
+        dataset = rows if isinstance(rows, datasets.Dataset) else _from_table(rows, path)
     elif exists:
-        _check_single_split(path, name, config_name)
+        check_single_split(path, name)
+        check_no_config(path, config_name)
         dataset = _from_table(read_file(path, text_columns), path)
     else:
-        dataset = _load_hub(source, name, config_name)
+        dataset = _load_hub(source, name, config_name, data_dir)
     if not len(dataset):
         raise UserError(f"'{source}' holds no row (split '{name}'): expected at least one")
     return dataset
@@ -179,21 +186,14 @@ def _take_slice(dataset: datasets.Dataset, split: str, name: str) -> datasets.Da
     return dataset.select(range(start, stop))
 
 
-def _check_single_split(path: Path, split: str, config_name: str | None) -> None:
-    if split != "train":
-        raise UserError(f"unknown split '{split}': '{path}' holds one split, 'train'")
-    if config_name is not None:
-        raise UserError(f"'{path}' has no configurations, so '{config_name}' must be left out")
-
-
-def _load_hub(source: str, split: str, config_name: str | None) -> datasets.Dataset:
+def _load_hub(source: str, split: str, config_name: str | None, data_dir: str | None) -> datasets.Dataset:
     is_hub_id = re.fullmatch(r"\w[\w.-]{0,95}(/[\w.-]{1,96})?", source)
     if not is_hub_id or source.lower().endswith(SUFFIXES):
         near = nearest(Path(source).name, _listing(Path(source).parent))
         where = "" if Path(source).is_absolute() else f" (looked for in '{Path.cwd()}')"
         raise UserError(f"no file or folder at '{source}'{where}{near}: expected a dataset file, a folder or a hub id")
     try:
-        return datasets.load_dataset(source, config_name, split=split)
+        return datasets.load_dataset(source, config_name, data_dir=data_dir, split=split)
     except Exception as error:  # the hub client raises many classes of errors
         raise UserError(
             f"'{source}' is no local file or folder, and could not be loaded from the Hugging Face Hub "
@@ -206,110 +206,6 @@ def _listing(folder: Path) -> list[str]:
         return [entry.name for entry in folder.iterdir()]
     except (OSError, ValueError):
         return []
-
-
-def _load_folder(folder: Path, split: str, config_name: str | None, text_columns: Collection[str]) -> datasets.Dataset:
-    if config_name is not None:
-        if not (folder / config_name).is_dir():
-            near = nearest(config_name, (entry.name for entry in folder.iterdir() if entry.is_dir()))
-            raise UserError(f"'{folder}' has no configuration '{config_name}'{near}: expected a sub-folder")
-        folder = folder / config_name
-    try:
-        if (folder / "dataset_dict.json").is_file():
-            saved = datasets.DatasetDict.load_from_disk(os.fspath(folder))
-            if split not in saved:
-                raise UserError(_unknown_split(folder, split, saved))
-            return saved[split]
-        if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-            _check_single_split(folder, split, None)
-            return datasets.Dataset.load_from_disk(os.fspath(folder))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"'{folder}' is a saved dataset that cannot be read ({one_line(error)})") from error
-    names = {path: _split_names(path.relative_to(folder)) for path in _data_files(folder)}
-    if not names:
-        raise UserError(f"folder '{folder}' holds no dataset: expected {EXPECTED}")
-    files = _files_of_split(folder, names, split)
-    _check_no_copies(files)
-    tables = [read_file(path, text_columns) for path in files]
-    try:
-        table = pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise UserError(
-            f"the files of split '{split}' in '{folder}' have columns of different types ({one_line(error)})"
-        ) from None
-    return _from_table(table, folder)
-
-
-# Files beside data that hold no data: metadata of `datasets`, DVC, hubs and programs.
-_NO_DATA = frozenset(
-    f"{name}.json"
-    for name in (
-        "dataset_info",
-        "dataset_infos",
-        "dataset_dict",
-        "metadata",
-        "state",
-        "config",
-        "info",
-        "package",
-        "schema",
-    )
-)
-
-
-def _check_no_copies(files: Iterable[Path]) -> None:
-    """Refuse files that differ in format only: they probably hold the same rows, which would count twice."""
-    first: dict[Path, Path] = {}
-    for path in files:
-        plain = path.with_name(_SUFFIX.sub("", path.name))
-        earlier = first.setdefault(plain, path)
-        if earlier is not path:
-            raise UserError(
-                f"'{earlier}' and '{path.name}' have one name in two formats and would be read as two parts: remove "
-                "one, or give the path of one file as the source"
-            )
-
-
-def _data_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.name.lower().endswith(SUFFIXES)
-        and path.name.lower() not in _NO_DATA
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-
-
-def _split_names(path: Path) -> list[str]:
-    """Names that may tell the split of a file: its folders, and its name without number and suffix.
-
-    >>> _split_names(Path("data/test-00000-of-00002.json.gz"))
-    ['data', 'test']
-    """
-    stem = re.sub(r"-\d+-of-\d+[^.]*$", "", _SUFFIX.sub("", path.name))
-    return [*path.parts[:-1], stem]
-
-
-_SUFFIX = re.compile(r"\.(parquet|arrow|feather|jsonl?|csv|tsv)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
-
-
-def _files_of_split(folder: Path, names: Mapping[Path, list[str]], split: str) -> list[Path]:
-    """The files named after the split; all files belong to `train` if no file is named after a split."""
-    words = {name: set(re.split(r"[\W_]+", name.lower())) for parts in names.values() for name in parts}
-    if not any(split in parts for parts in names.values()):
-        similar = [name for name in words if split in words[name]]
-        if split == "train" and not any(_KNOWN_SPLITS & name_words for name_words in words.values()):
-            return list(names)
-        if len(similar) != 1:
-            raise UserError(_unknown_split(folder, split, sorted({parts[-1] for parts in names.values()})))
-        split = similar[0]  # the only file or folder with the word in its name: my_train_data.jsonl
-    return [path for path, parts in names.items() if split in parts]
-
-
-def _unknown_split(source: object, split: str, known: Iterable[str]) -> str:
-    known = list(known)
-    return f"unknown split '{split}'{nearest(split, known)}: '{source}' has {', '.join(known[:8])}"
 
 
 def _from_table(table: pa.Table, source: Path | str) -> datasets.Dataset:
@@ -353,8 +249,8 @@ def _rename_columns(dataset: datasets.Dataset, columns: Mapping[str, str], sourc
     return dataset.rename_columns(new_names) if new_names else dataset
 
 
-# Columns that influence or tell which response is better, but are read only if the user maps them.
-_INFORMATIVE = {
+# Columns that influence which response is better, but are read only if the user maps them.
+_CONTEXT = {
     "system": "map it with columns: {{system: {0}}}",
     "system_prompt": "map it with columns: {{system: {0}}}",
     "input": "map it with columns: {{input: {0}}}",
@@ -362,25 +258,43 @@ _INFORMATIVE = {
     **dict.fromkeys(
         ("images", "image", "audio", "audios", "video", "videos", "documents"), "models here read text only"
     ),
-    **dict.fromkeys(
-        (
-            *("better_response_id", "safer_response_id", "preference_strength", "overall_preference", "preference"),
-            *("winner", "winner_model_a", "labels", "label", "rank", "ranks"),
-        ),
-        "if it tells which response is better, data.pairs_from makes pairs from it",
-    ),
 }
+# Columns that may tell which response is better.
+_LABELS = dict.fromkeys(
+    (
+        *("better_response_id", "safer_response_id", "preference_strength", "overall_preference", "preference"),
+        *("winner", "winner_model_a", "labels", "label", "rank", "ranks"),
+    ),
+    "if it tells which response is better, data.pairs_from makes pairs from it",
+)
 
 
 def note_unread_columns(dataset: datasets.Dataset, report: DataReport) -> None:
     """Note the non-empty columns with well-known names that are not read, and their number of rows."""
-    names = [name for name in dataset.column_names if name in _INFORMATIVE]
-    for name in names:
+    # Where pairs were made of labels or scores, the labels that are left are not the ones that the user chose.
+    informative = _CONTEXT if DROP_COLUMN in dataset.column_names else {**_CONTEXT, **_LABELS}
+    for name in [name for name in dataset.column_names if name in informative]:
         values = dataset.with_format("arrow").select_columns([name])
         filled = sum(_filled(batch.column(0)) for batch in values.iter(ROWS_AT_ONCE))
         if filled:
+            advice = informative[name].format(name)
+            report.note(f"the column '{name}' holds something and is not read; {advice}", filled)
+    _note_splits(dataset, report)
+
+
+def _note_splits(dataset: datasets.Dataset, report: DataReport) -> None:
+    """Note the rows that a column `split` counts to another split than most."""
+    for name in ("split", "source_split"):
+        if name not in dataset.column_names or dataset.features[name].dtype not in ("string", "large_string"):
+            continue
+        counts = Counter(value for value in dataset[name] if value)
+        if len(counts) < 2 or not any(value.lower() in KNOWN_SPLITS for value in counts):
+            continue
+        for value, number in counts.most_common()[1:]:
             report.note(
-                f"the column '{name}' holds something and is not read; {_INFORMATIVE[name].format(name)}", filled
+                f"the column '{name}' says '{value}', and all rows are read as one split: to keep them apart, save the "
+                "rows of each split in a file of their own",
+                number,
             )
 
 

@@ -34,12 +34,14 @@ class Preset:
         pairs_from: description of labels, scores or ranks; None: the dataset has the columns chosen and rejected.
         columns: as `data.columns`.
         known_by: columns by which `suggestion` recognises the dataset; empty: never suggested.
+        data_dir: folder of the dataset's repository that holds these columns.
     """
 
     dataset: str
     pairs_from: PairsFrom | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     known_by: tuple[str, ...] = ()
+    data_dir: str | None = None
 
 
 _ARENA = PairsFrom(
@@ -71,6 +73,7 @@ PRESETS: dict[str, Preset] = {
         "nvidia/HelpSteer2, data_dir preference",
         PairsFrom(responses=["response_1", "response_2"], score="preference_strength"),
         known_by=("response_1", "response_2", "preference_strength"),
+        data_dir="preference",
     ),
     "helpsteer3": Preset(
         "nvidia/HelpSteer3",
@@ -163,7 +166,7 @@ def make_pairs(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) ->
 
     Returns:
         `prompt` (if there is one), `chosen`, `rejected` and `drop_reason` (null, or the reason why the row gives no
-        pair). All other columns, too, if each row of the source makes one row.
+        pair). All columns that this function does not read, too, if each row of the source makes one row.
 
     Raises:
         UserError: a column is missing.
@@ -177,18 +180,23 @@ def make_pairs(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) ->
             columns[name].append(row.get(name))
     pairs = datasets.Dataset(pa.table({name: column_of(values) for name, values in columns.items()}))
     if len(pairs) == len(dataset) and not how.group_by:
-        kept = [name for name in dataset.column_names if name not in names]
+        read = {*names, *_columns_read(how, prompt)}
+        kept = [name for name in dataset.column_names if name not in read]
         return datasets.concatenate_datasets([dataset.select_columns(kept), pairs], axis=1) if kept else pairs
     return pairs
 
 
-def _check_columns(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> None:
+def _columns_read(how: PairsFrom, prompt: str | None) -> list[str]:
     responses = [how.responses] if isinstance(how.responses, str) else how.responses
     scores = [how.score] if isinstance(how.score, str) else how.score or []
     in_items = isinstance(how.responses, str) and not how.group_by and how.text is not None
-    wanted = [*responses, *([] if in_items else scores), how.label, how.group_by, prompt]
-    for name in wanted:
-        if name is not None and name not in dataset.column_names:
+    names = [*responses, *([] if in_items else scores), how.label, how.group_by, prompt]
+    return [name for name in names if name is not None]
+
+
+def _check_columns(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> None:
+    for name in _columns_read(how, prompt):
+        if name not in dataset.column_names:
             found = ", ".join(f"'{column}'" for column in dataset.column_names[:20])
             raise UserError(
                 f"pairs_from names the column '{name}'{nearest(name, dataset.column_names)}, which the dataset does "

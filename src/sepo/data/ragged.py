@@ -13,15 +13,29 @@ SIDES = ("chosen", "rejected")
 SIGNED_SIDES = (("chosen", 1), ("rejected", -1))
 
 
-def ragged(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+# A list column of Arrow counts its values in 32 bits; a column with more of them has several chunks.
+_MOST_VALUES = 2**31 - 1
+
+
+def ragged(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray | pa.ChunkedArray:
     """Make a list column of a flat array and its segment lengths, without copying the values.
+
+    Beyond 2^31 - 1 values the column has several chunks.
 
     >>> ragged(np.array([1, 2, 3]), np.array([2, 1])).to_pylist()
     [[1, 2], [3]]
     """
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    if offsets[-1] <= _MOST_VALUES:
+        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+    chunks, start = [], 0
+    while start < len(lengths):
+        stop = max(int(np.searchsorted(offsets, offsets[start] + _MOST_VALUES, side="right")) - 1, start + 1)
+        part = (offsets[start : stop + 1] - offsets[start]).astype(np.int32)
+        chunks.append(pa.ListArray.from_arrays(pa.array(part), pa.array(values[offsets[start] : offsets[stop]])))
+        start = stop
+    return pa.chunked_array(chunks)
 
 
 def flat(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,8 +44,11 @@ def flat(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         values `[sum of lengths]` and lengths `[rows]` (int64).
     """
-    if isinstance(column, pa.ChunkedArray):  # combine_chunks copies even a single chunk
-        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        if column.num_chunks > 1:  # joined here: one column of Arrow may not hold all values
+            values, lengths = zip(*map(flat, column.chunks), strict=True)
+            return np.concatenate(values), np.concatenate(lengths)
+        column = column.chunk(0) if column.num_chunks else column.combine_chunks()
     lengths = np.diff(column.offsets.to_numpy()).astype(np.int64)
     return column.flatten().to_numpy(zero_copy_only=False), lengths
 

@@ -114,6 +114,12 @@ def probe_template(tokenizer: Any, options: Mapping[str, Any] | None = None) -> 
     """
     if not tokenizer.chat_template:
         return None
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(tokenizer.chat_template)
+        raise UserError(
+            f"the tokenizer has the chat templates {names} (in additional_chat_templates), "
+            "but none by default: save one as chat_template.jinja in the folder of the tokenizer"
+        )
     question, answer = "Sepo probe question", "Sepo probe answer"
     user = {"role": "user", "content": question}
 

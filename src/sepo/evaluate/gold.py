@@ -44,7 +44,7 @@ def _analyzer():
     except ImportError:
         raise UserError(
             "the gold reward 'vader' needs the package vaderSentiment, which is not installed: "
-            "run `pip install 'sepo[quickstart]'`"
+            "run `pip install -e '.[quickstart]'`"
         ) from None
     return SentimentIntensityAnalyzer()
 

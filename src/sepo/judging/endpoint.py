@@ -91,7 +91,7 @@ class Endpoint:
                     f"the header '{one_line(name, 60)}' cannot be sent: expected a name and a line of ASCII"
                 )
         if importlib.util.find_spec("openai") is None:
-            raise UserError(f'the server {self.url} needs the package openai: run `pip install "sepo[judge]"`')
+            raise UserError(f'the server {self.url} needs the package openai: run `pip install -e ".[judge]"`')
 
     @property
     def _key(self) -> str:

@@ -26,7 +26,7 @@ from sepo.models.weights import load_model
 from sepo.recipe.settings import Recipe
 
 RESULTS = "results.json"
-_INSTALL = 'pip install "sepo[tasks]"'
+_INSTALL = 'pip install -e ".[tasks]"'
 # Rounds of the bootstrap for scores that are no mean over documents; the error of a mean has a formula.
 _BOOTSTRAP = 1000
 _FILES = (".yaml", ".yml")

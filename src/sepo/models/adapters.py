@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sepo.errors import UserError, named_error, wrong_type
+from sepo.errors import UserError, named_error, nearest, wrong_type
 from sepo.models.checkpoint import adapter_state, require_same_weights
 from sepo.models.folders import check_folder, is_adapter, read_json_object
 from sepo.models.names import check_model, resolve_model
@@ -57,14 +57,30 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int = 0, secti
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules if lora.upper == 1 else _upper_modules(model, lora),
     )
+    where = f"{section}.target_modules {lora.target_modules!r} does not fit the model"
+    if isinstance(lora.target_modules, list):  # PEFT is content if one of the names is there
+        names = [name for name, _ in model.named_modules()]
+        for target in lora.target_modules:
+            if not any(_is_named(name, target) for name in names):
+                near = nearest(target, {name.split(".")[-1] for name in names})
+                raise UserError(f"{where}: it has no module '{target}'{near}")
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return get_peft_model(model, config)
+        return with_adapter(model, config, seed)
     except ValueError as error:
-        raise UserError(
-            f"{section}.target_modules {lora.target_modules!r} does not fit the model: {named_error(error)}"
-        ) from None
+        raise UserError(f"{where}: {named_error(error)}") from None
+
+
+def with_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
+    """Add a new adapter of PEFT to a model; `seed` sets its initial weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def _upper_modules(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
@@ -78,7 +94,7 @@ def _upper_modules(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
         return linear and number is not None and int(number[1]) in layers
 
     def is_target(name: str) -> bool:
-        return targets == "all-linear" or any(name == target or name.endswith(f".{target}") for target in targets)
+        return targets == "all-linear" or any(_is_named(name, target) for target in targets)
 
     return [name for name, module in model.named_modules() if is_in_layers(name, module) and is_target(name)]
 

@@ -90,4 +90,4 @@ def check_quantization(
     if train and not lora:
         raise UserError("quantization=4bit trains an adapter only: set lora, or leave quantization out")
     if installed and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError('quantization=4bit needs the package bitsandbytes; run: pip install "sepo[qlora]"')
+        raise UserError('quantization=4bit needs the package bitsandbytes; run: pip install -e ".[qlora]"')

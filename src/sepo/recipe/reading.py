@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sepo.errors import UserError, nearest, wrong_type
+from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home
 from sepo.recipe import builtin
 from sepo.recipe.settings import Recipe, Settings
@@ -51,10 +51,21 @@ def find_file(name: str | Path, kind: str) -> Path:
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
     """Read a mapping from a YAML file; `kind` names it in error messages."""
-    values = _read_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) or {}
+    values = _read_yaml(_decoded(path), str(path)) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
     return values
+
+
+def _decoded(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16, which PowerShell's `>` writes."""
+    content = path.read_bytes()
+    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} line {line}: not UTF-8 (is it Latin-1?): save the file as UTF-8") from None
 
 
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -145,9 +156,19 @@ def _read_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{where}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        problem = one_line(getattr(error, "problem", None) or error)
+        raise UserError(f"{where}{place}: not valid YAML ({problem}){_advice(problem)}") from None
     except (ValueError, RecursionError, OverflowError) as error:
         raise UserError(f"{where}: not valid YAML ({error})") from None
+
+
+def _advice(problem: str) -> str:
+    """What to do about a problem that YAML names in its own terms."""
+    if "'\\t'" in problem:
+        return ": indent with spaces; YAML takes no tabs there"
+    if "escape" in problem:
+        return ": in double quotes a backslash begins an escape, so write Windows paths in single quotes or with /"
+    return ": the file is UTF-16 without its mark; save it as UTF-8" if "#x0000" in problem else ""
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

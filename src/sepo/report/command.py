@@ -17,7 +17,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", type=path, metavar="DIR", help="a score table instead of a run")
     parser.add_argument("--tokenizer", type=path, metavar="MODEL", help="model whose tokenizer made the table's tokens")
     parser.add_argument(
-        "--out", type=path, metavar="FILE", help="HTML file (default: report.html in the run or beside the table)"
+        "--out",
+        type=path,
+        metavar="FILE",
+        help="HTML file (default: report.html in the run or beside the table; "
+        "report-TABLE.html for a table inside a run)",
     )
     parser.add_argument(
         "--figures", type=path, metavar="DIR", help="also save the figures in this folder, as PNG and SVG"
@@ -42,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     source = folder or table
     assert source is not None
-    out = Path(arguments.out) if arguments.out else (folder or source.parent) / "report.html"
+    out = Path(arguments.out) if arguments.out else _default_out(folder, table)
     if out.is_dir():
         raise UserError(f"'{out}' is a folder: --out names the HTML file")
     for written in (out.parent, *([Path(arguments.figures)] if arguments.figures else [])):
@@ -55,3 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
                 print(figure)
 
     join("cpu").on_main(write)
+
+
+def _default_out(folder: Path | None, table: Path | None) -> Path:
+    """`report.html` in the run or beside the table. A table inside a run does not replace the report of the run."""
+    if table is None:
+        assert folder is not None
+        return folder / "report.html"
+    table = table.absolute()
+    inside = any((parent / "manifest.json").is_file() for parent in table.parents)
+    return table.parent / (f"report-{table.name}.html" if inside else "report.html")

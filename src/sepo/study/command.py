@@ -18,6 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="settings to change in all variants, or settings of the grid: seeds=[1,2]",
     )
     parser.add_argument("--dry-run", action="store_true", help="show the runs and an estimate of time; train nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="train again the runs that diverged earlier")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from sepo.study.comparison import compare
 
-    compare(grid, settings)
+    compare(grid, settings, retry_failed=arguments.retry_failed)
     folder = grid.results_folder
     print((folder / "compare.md").read_text(encoding="utf-8"))
     print(f"{folder}/compare.md  compare.json  frontier.png")

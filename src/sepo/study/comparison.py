@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,9 +22,10 @@ import torch
 
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.tables import read_table
-from sepo.errors import UserError
+from sepo.errors import UserError, one_line
 from sepo.evaluate.statistics import StdComponents
 from sepo.files import check_writable, digest, write_json
+from sepo.forward.scoring import NonFiniteError
 from sepo.judging import stages as judging_stages
 from sepo.judging.in_run import judge_in_words
 from sepo.judging.judge import scorer_of
@@ -49,7 +51,9 @@ from sepo.study.results import (
     write_comparison,
 )
 from sepo.training.fit import pairs_to_see
+from sepo.training.trainer import NonFiniteLossError
 
+FAILED = "failed.json"  # in the folder of a run that diverged
 # Recipes of a comparison may have a judge, which measures policies while they train, but no stages after the
 # evaluation.
 EXTENSION = Extension(judging_stages.check, None, lambda method: {})
@@ -58,10 +62,14 @@ EXTENSION = Extension(judging_stages.check, None, lambda method: {})
 _SECONDS_BETWEEN_FIGURES = 60.0
 
 
-def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
+def compare(grid: Grid, settings: dict[str, list[Setting]], *, retry_failed: bool = False) -> dict[str, Any]:
     """Run a grid, reusing results that are up to date, and write `compare.json`, `compare.md` and pictures.
 
-    The results are written after every run, so an unfinished comparison can be read.
+    The results are written after every run, so an unfinished comparison can be read. A training that diverges is
+    recorded as failed, and the grid goes on.
+
+    Args:
+        retry_failed: train again what failed in an earlier call.
 
     Returns:
         the content of `compare.json`: name, kl, gold, rows (`results.summarise_runs`), differences, runs with their
@@ -76,7 +84,7 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
     with open_run(first) as run:
         grid.results_folder.mkdir(parents=True, exist_ok=True)
         write_json(grid.results_folder / "grid.json", grid.model_dump(mode="json"))
-        work = _Comparison(run, grid, first)
+        work = _Comparison(run, grid, first, retry_failed)
         check_same_pairs(settings, lambda recipe: work.method(recipe, recipe.seed).policy_pairs.results["train"])
         held_out = read_table(work.pairs.folder / "held_out", "pairs")
         prompts = len(set(map(tuple, held_out.column("prompt_ids").to_pylist())))
@@ -85,6 +93,8 @@ def compare(grid: Grid, settings: dict[str, list[Setting]]) -> dict[str, Any]:
         for setting, seed, reported in schedule(grid, settings, work.choose):
             work.add(setting, seed, reported)
         results = work.results(last=True)
+        if not work.runs:
+            raise UserError(f"every run failed; the first: {work.failed[0]['error']}")
         for note in reading_notes(results["rows"], grid.kl):
             log(f"  {note}")
         if found := typical_std(results["differences"]):
@@ -278,14 +288,14 @@ def run_stage(
 
 
 def schedule(
-    grid: Grid, settings: dict[str, list[Setting]], choose: Callable[[str, list[Setting]], Setting]
+    grid: Grid, settings: dict[str, list[Setting]], choose: Callable[[str, list[Setting]], Setting | None]
 ) -> Iterator[tuple[Setting, int, bool]]:
     """Yield the runs in order: setting, seed, and whether the run is reported.
 
     Args:
-        choose: picks the reported setting of a variant after its sweep.
+        choose: picks the reported setting of a variant after its sweep; None if every setting failed.
     """
-    chosen: dict[str, Setting] = {}
+    chosen: dict[str, Setting | None] = {}
     for variant, group in settings.items():
         if grid.sweep_seed is None or len(group) == 1:
             continue
@@ -295,27 +305,31 @@ def schedule(
     # Seed by seed, so an unfinished comparison has all methods at some seeds.
     for seed in grid.seeds:
         for variant, group in settings.items():
-            for setting in [chosen[variant]] if variant in chosen else group:
-                yield setting, seed, True
+            reported = [chosen[variant]] if variant in chosen else group
+            yield from ((setting, seed, True) for setting in reported if setting is not None)
 
 
 class _Comparison:
     """The runs of a comparison and their results."""
 
-    def __init__(self, run: Run, grid: Grid, recipe: Recipe):
-        self.run, self.grid, self.recipe = run, grid, recipe
+    def __init__(self, run: Run, grid: Grid, recipe: Recipe, retry_failed: bool):
+        self.run, self.grid, self.recipe, self.retry_failed = run, grid, recipe, retry_failed
         self.passes, self.bases = Passes(run), Bases()
         self.pairs = Method(recipe, self.passes).pairs  # all variants share them
         self.runs: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
         self._judge: Scorer | None = None
         self._drawn = float("-inf")
 
     def method(self, recipe: Recipe, seed: int) -> Method:
         return method_of(recipe, self.passes, self.grid, seed, self.pairs)
 
-    def choose(self, variant: str, group: list[Setting]) -> Setting:
-        """The best setting of a finished sweep."""
+    def choose(self, variant: str, group: list[Setting]) -> Setting | None:
+        """The best setting of a finished sweep; None if every setting failed."""
         rows = summarise_runs([one for one in self.runs if one["variant"] == variant], self.grid.kl)
+        if not rows:
+            log(f"[{variant}] every setting of the sweep failed: not reported")
+            return None
         label = best_setting(rows, variant)
         log(f"[{variant}] best of {len(group)} settings: {label}")
         return next(setting for setting in group if setting.label == label)
@@ -327,19 +341,31 @@ class _Comparison:
         stage = run_stage(method, self.grid, reported, self.bases, self._scorer)
         key = f"run-{digest({name: value for name, value in stage.key().items() if name != 'stage'})[:10]}"
         name = " ".join(part for part in (setting.variant, setting.label, f"seed={seed}") if part)
-        made = self.run.do(stage, self.run.path("runs", key), name=key, title=f"run {name}")
-        self.runs.append(
-            {
-                "variant": setting.variant,
-                "label": setting.label,
-                "seed": seed,
-                "reported": reported,
-                "objective": setting.recipe.policy.objective,
-                "folder": str(made.folder.relative_to(self.run.folder)),
-                **made.results,
-                "points": json.loads((made.folder / stages.POINTS).read_text(encoding="utf-8")),
-            }
-        )
+        folder = self.run.path("runs", key)
+        run: dict[str, Any] = {
+            "variant": setting.variant,
+            "label": setting.label,
+            "seed": seed,
+            "reported": reported,
+            "objective": setting.recipe.policy.objective,
+            "folder": str(folder.relative_to(self.run.folder)),
+        }
+        earlier = folder / FAILED
+        if self.retry_failed:
+            earlier.unlink(missing_ok=True)
+        try:
+            if earlier.is_file():
+                self.run.used[key] = folder
+                raise NonFiniteError(json.loads(earlier.read_text(encoding="utf-8"))["error"])
+            made = self.run.do(stage, folder, name=key, title=f"run {name}")
+        except (NonFiniteLossError, NonFiniteError) as error:
+            log(f"[run {name}] failed: {one_line(error)}; the grid goes on (--retry-failed trains it again)")
+            write_json(earlier, {"error": one_line(error)})
+            shutil.rmtree(folder / "policy", ignore_errors=True)
+            self.failed.append({**run, "error": one_line(error)})
+        else:
+            points = json.loads((made.folder / stages.POINTS).read_text(encoding="utf-8"))
+            self.runs.append({**run, **made.results, "points": points})
         self.results()
 
     def _scorer(self) -> Scorer | None:
@@ -358,6 +384,7 @@ class _Comparison:
             "gold": self.recipe.eval.gold,
             **({} if self.recipe.eval.judge is None else {"judge": judge_in_words(self.recipe.eval.judge)}),
             "environment": environment(),
+            "failed": self.failed,
         }
         # Drawing takes as long as a tiny run, so the figures follow at most once a minute.
         if figures := last or time.monotonic() - self._drawn > _SECONDS_BETWEEN_FIGURES:

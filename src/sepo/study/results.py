@@ -153,7 +153,8 @@ def power_line(seeds: int, prompts: int, std: StdComponents, source: str) -> str
 
 def best_setting(rows: Sequence[Mapping[str, Any]], variant: str) -> str:
     """Label of the variant's setting with the highest value at the comparison's KL, the first among equals."""
-    return max((row for row in rows if row["variant"] == variant), key=lambda row: row["value"])["label"]
+    values = [row for row in rows if row["variant"] == variant]
+    return max(values, key=lambda row: -math.inf if math.isnan(row["value"]) else row["value"])["label"]
 
 
 def write_comparison(
@@ -166,7 +167,7 @@ def write_comparison(
     """Write `compare.md`, the figures and `compare.json` into a folder; returns the content of the JSON.
 
     Args:
-        head: name, kl, also_at, gold, judge (if there is one) and environment.
+        head: name, kl, also_at, gold, judge (if there is one), environment and failed (runs that diverged).
         runs: as for `summarise_runs`.
         shared: stages that the runs share, each with stage, seconds and what.
         figures: False leaves the figures as they are.
@@ -175,7 +176,7 @@ def write_comparison(
     tables = {"rows": summarise_runs(runs, kl), "differences": differences(runs, kl)}
     comparison = {**head, **tables, "runs": list(runs), "shared": list(shared)}
     write_text(folder / "compare.md", comparison_markdown(comparison))
-    if figures:
+    if figures and runs:
         save_comparison_figures(comparison, folder)
     write_json(folder / "compare.json", comparison, indent=1)
     return comparison
@@ -198,6 +199,9 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     for title, rows in (("Reported", reported), ("Sweep (one seed, used to choose)", swept)):
         if rows:
             lines += ["", f"## {title}", "", *_settings_table(rows, value if kl else None)]
+    if failed := comparison.get("failed"):
+        lines += ["", "## Failed", "", "| method | setting | seed | why |", "|---|---|---:|---|"]
+        lines += [f"| {run['variant']} | {run['label'] or '–'} | {run['seed']} | {run['error']} |" for run in failed]
     if comparison["differences"]:
         lines += _differences_section(comparison, value)
     if comparison["shared"]:

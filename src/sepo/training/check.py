@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sepo.errors import UserError, named_error, nearest
@@ -19,19 +19,69 @@ from sepo.recipe.settings import TrainingSettings
 from sepo.training.fit import training_arguments
 from sepo.training.trainer import PreferenceConfig
 
-# Fields of TrainingArguments that packed pairs do not support, with the reason.
-_UNSUPPORTED: dict[str, str] = {
+_NO_EVALUATION = "no pairs are evaluated while a recipe trains"
+_NO_PUSH = "sepo push uploads a finished run"
+_OUR_SCRIPTS = "only the example scripts of Transformers read it"
+# Fields of TrainingArguments that no training of a recipe takes or that change nothing, with the reason. Every field is
+# here, in `_NOT_FOR_PAIRS`, a setting of a recipe, or has an effect: tests/training/test_arguments.py.
+UNSUPPORTED: dict[str, str] = {
     "output_dir": "checkpoints are in the output folder",
     "auto_find_batch_size": "batch_size is the number of pairs per update; tokens_per_row bounds the memory",
-    "label_smoothing_factor": "it applies to cross entropy; the objectives have label_smoothing",
-    "neftune_noise_alpha": "with noise, the policy would differ from its own reference before training",
-    "torch_compile": "gradients are accumulated in place, which a compiled backward pass does not trace",
-    "per_device_train_batch_size": "batch_size is the number of pairs per update, over all processes",
-    "gradient_accumulation_steps": "batch_size is the number of pairs per update, for any number of rows",
     "seed": "the recipe's seed is the seed of every random draw",
     "use_cpu": "the recipe's device decides where to train",
-    "use_liger_kernel": "it would replace the fused kernels of packed rows",
+    "local_rank": "the launcher sets it",
+    "resume_from_checkpoint": "the same command continues from the last checkpoint",
+    "skip_memory_metrics": "memory_gb of a stage is its peak",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _OUR_SCRIPTS),
+    **dict.fromkeys(
+        (
+            *("eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_on_start", "eval_do_concat_batches"),
+            *("eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"),
+            *("prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "label_names", "metric_for_best_model"),
+            *("greater_is_better",),
+        ),
+        _NO_EVALUATION,
+    ),
+    **dict.fromkeys(
+        ("push_to_hub", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _NO_PUSH
+    ),
 }
+# Those that packed pairs do not support, or that change nothing there.
+_NOT_FOR_PAIRS: dict[str, str] = {
+    "label_smoothing_factor": "it applies to cross entropy; the objectives have label_smoothing",
+    "neftune_noise_alpha": "with noise, the policy would differ from its own reference before training",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "gradients are accumulated in place, which a compiled backward pass does not trace",
+    ),
+    "per_device_train_batch_size": "batch_size is the number of pairs per update, over all processes",
+    "gradient_accumulation_steps": "batch_size is the number of pairs per update, for any number of rows",
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it would replace the fused kernels of packed rows"),
+    "average_tokens_across_devices": "the loss is the mean over the pairs of all processes",
+    "include_num_input_tokens_seen": "target_tokens and read_tokens count the tokens of a training",
+    "remove_unused_columns": "a batch holds pairs and has no columns",
+    "use_cache": "packed rows are read without a cache",
+    **dict.fromkeys(("train_sampling_strategy", "length_column_name"), "pairs are drawn at random"),
+}
+_DEFAULTS = {
+    item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+    for item in dataclasses.fields(TrainingArguments)
+}
+# Fields of PreferenceConfig that a recipe sets elsewhere.
+_ELSEWHERE = {
+    **dict.fromkeys(("max_length", "max_prompt_length", "as_chat", "chat_template_kwargs"), "data"),
+    **dict.fromkeys(("objective", "gamma", "margin", "alpha", "rate"), "policy"),
+}
+
+
+def check_arguments(settings: TrainingSettings, section: str, refused: Mapping[str, str]) -> None:
+    """Raise a UserError for an argument that is a setting of the recipe, or that would change nothing."""
+    for key, value in settings.arguments.items():
+        if key in TrainingSettings.model_fields:
+            raise UserError(f"{section}.arguments.{key}: set {section}.{key} instead")
+        unset = value is None or value is False
+        if key in refused and not (unset and _DEFAULTS[key] in (None, False)):
+            raise UserError(f"{section}.arguments.{key} cannot be used here: {refused[key]}; leave it out")
 
 
 def check_training(
@@ -46,16 +96,15 @@ def check_training(
         here: the training is for this machine, so the setup can be tested.
         objective: fields of `PreferenceConfig`.
     """
-    names = {item.name for item in dataclasses.fields(PreferenceConfig)}
-    for key, value in settings.arguments.items():
-        if key not in names:
-            raise UserError(f"{section}.arguments.{key}: not a TrainingArguments field{nearest(key, names)}")
-        if key in TrainingSettings.model_fields:
-            raise UserError(f"{section}.arguments.{key}: set {section}.{key} instead")
-        if key in _UNSUPPORTED and value is not None and value is not False:
-            raise UserError(f"{section}.arguments.{key} cannot be used here: {_UNSUPPORTED[key]}; leave it out")
-    if settings.arguments.get("train_sampling_strategy", "random") != "random":
-        raise UserError(f"{section}.arguments.train_sampling_strategy: pairs are drawn at random; leave it out")
+    parent = section.rpartition(".")[0]
+    for key in settings.arguments:
+        if key in _DEFAULTS or key in TrainingSettings.model_fields:
+            continue
+        if key not in (item.name for item in dataclasses.fields(PreferenceConfig)):
+            raise UserError(f"{section}.arguments.{key}: not a TrainingArguments field{nearest(key, _DEFAULTS)}")
+        where = f"set {_ELSEWHERE.get(key, parent)}.{key} instead" if key != "layout" else "leave it out"
+        raise UserError(f"{section}.arguments.{key} cannot be used: it is no TrainingArguments field; {where}")
+    check_arguments(settings, section, {**UNSUPPORTED, **_NOT_FOR_PAIRS})
     if isinstance(config := settings.arguments.get("deepspeed"), str):
         try:
             read_json_object(Path(config))

@@ -15,7 +15,7 @@ from sepo.errors import UserError
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import SftSettings, TrainingSettings
-from sepo.training.check import require_setup
+from sepo.training.check import UNSUPPORTED, check_arguments, require_setup
 from sepo.training.checkpoints import SaveEvery, existing_model, training_fingerprint
 from sepo.training.fit import run_training, training_arguments
 from sepo.training.logs import ProgressBar
@@ -51,14 +51,19 @@ def check_sft(settings: SftSettings, device: str = "auto") -> None:
     """Raise a UserError if the data or the settings of the fine-tuning cannot be used."""
     _require_trl()
     section = "reference.sft.training"
-    for key in ("output_dir", "auto_find_batch_size"):
-        if settings.training.arguments.get(key):
-            raise UserError(f"{section}.arguments.{key} cannot be used here; leave it out")
+    check_arguments(settings.training, section, UNSUPPORTED)
 
     def arguments(training: TrainingSettings, folder: Path) -> Any:
         return sft_arguments(settings, training, folder, seed=0, device=device)
 
     require_setup(settings.training, section, arguments)
+    made = arguments(settings.training, Path("check"))
+    rows = made.per_device_train_batch_size * made.gradient_accumulation_steps * processes.launched()
+    if rows != settings.training.batch_size:
+        raise UserError(
+            f"{section}.arguments: per_device_train_batch_size and gradient_accumulation_steps make {rows} rows an "
+            f"update over all processes, but batch_size is {settings.training.batch_size}"
+        )
     _rows(settings)
 
 
@@ -76,7 +81,7 @@ def sft_arguments(settings: SftSettings, training: TrainingSettings, out: Path, 
 
 def _require_trl() -> None:
     if importlib.util.find_spec("trl") is None:
-        raise UserError('reference.sft needs TRL: run pip install "sepo[sft]"')
+        raise UserError('reference.sft needs TRL: run pip install -e ".[sft]"')
 
 
 # The columns that TRL's SFTTrainer reads.

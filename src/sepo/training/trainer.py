@@ -15,14 +15,17 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import torch
 from accelerate.utils import DistributedType
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from sepo import processes
 from sepo.data.encoding import tokenize_pairs
@@ -37,8 +40,10 @@ from sepo.forward.packing import PackedBatch, Pair
 from sepo.forward.prepare import prepare_model, training_noise
 from sepo.forward.scoring import dataset_logps, read_like, require_readable, tokens_per_row_for
 from sepo.forward.token_kl import token_logps_and_kl
-from sepo.models.adapters import causal_lm
+from sepo.models.adapters import causal_lm, with_adapter
 from sepo.models.sharding import gather_by_block, sharded_twin
+from sepo.models.tokenizer import load_tokenizer
+from sepo.models.weights import load_model
 from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.training.batches import (
     PairCollator,
@@ -161,7 +166,8 @@ class PreferenceTrainer(Trainer):
         reference_logps: a table of kind "logps" for the rows of `train_dataset`, for the objectives with a reference.
             If None, computed once before training from the initial model.
         eval_reference_logps: the same for `eval_dataset`.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer; by default that of the model's name, if a dataset is text.
+        peft_config: train a new adapter of this kind (`peft.LoraConfig(...)`) instead of all weights.
 
     Example:
         >>> config = PreferenceConfig("oracle", objective="dpo")
@@ -182,16 +188,21 @@ class PreferenceTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        peft_config: PeftConfig | None = None,
     ):
         args = args or PreferenceConfig("preference_trainer")
-        _check_types(args, processing_class, callbacks)
+        _check_types(args, processing_class, callbacks, peft_config)
         if isinstance(model, str | os.PathLike):
-            from sepo.models import load_model, load_tokenizer
-
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model, train=True)
         if not isinstance(model, nn.Module):
             raise wrong_type("model", model, "a name, a folder or a causal language model in memory")
+        if peft_config is not None:
+            if isinstance(model, PeftModel):
+                raise UserError("the model has an adapter already: leave peft_config out, or merge the adapter first")
+            model = with_adapter(causal_lm(model), peft_config, args.seed)
+        if processing_class is None and any(isinstance(d, datasets.Dataset) for d in (train_dataset, eval_dataset)):
+            processing_class = _tokenizer_of(model)
         if args.device.type == "cuda" and not _has_device_placement(model):
             model = model.to(args.device)  # prepare_model tests it on the device of the training
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
@@ -247,7 +258,8 @@ class PreferenceTrainer(Trainer):
         if data is None:
             return None
         if not isinstance(data, pa.Table):
-            data = _tokenized(args, require_dataset(f"{part}_dataset", data), tokenizer)
+            data = require_dataset(f"{part}_dataset", data)
+            data = _tokenized(args, data, tokenizer or _tokenizer_of(model))
         objective = OBJECTIVES[args.objective]
         # A table of scores has the columns of pairs as well, but training on key tokens needs a selection.
         kinds = ("selection",) if "chosen_rewards" in data.column_names and objective.reads_selection else ("pairs",)
@@ -516,6 +528,8 @@ class PreferenceTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self.as_configured():
             super()._save(output_dir, state_dict)
+        # Transformers pickles its arguments beside the weights; nothing reads them.
+        Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def as_configured(self) -> contextlib.AbstractContextManager[None]:
         """Inside this context, the model's config has its original dropout values, for saving."""
@@ -579,18 +593,32 @@ class PreferenceTrainer(Trainer):
         return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
 
 
-def _check_types(args: object, processing_class: object, callbacks: object) -> None:
+def _check_types(args: object, processing_class: object, callbacks: object, peft_config: object) -> None:
     if not isinstance(args, PreferenceConfig):
         raise wrong_type("args", args, "a PreferenceConfig, which takes all of TrainingArguments")
     if not hasattr(processing_class, "get_vocab") and processing_class is not None:
         raise wrong_type("processing_class", processing_class, "a tokenizer in memory (load_tokenizer gives one)")
     if not isinstance(callbacks, list | None):
         raise wrong_type("callbacks", callbacks, "a list of TrainerCallback")
+    if not isinstance(peft_config, PeftConfig | None):
+        raise wrong_type("peft_config", peft_config, "a configuration of PEFT, such as peft.LoraConfig(r=16)")
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise UserError("peft_config adds virtual tokens, which packed rows cannot hold: use peft.LoraConfig(...)")
 
 
-def _tokenized(args: PreferenceConfig, data: Any, tokenizer: PreTrainedTokenizerBase | None) -> pa.Table:
-    if tokenizer is None:
-        raise UserError("a dataset of text needs processing_class: pass the model's tokenizer")
+def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights that a model in memory was loaded from."""
+    name = causal_lm(model).config.name_or_path
+    how = "pass processing_class, such as sepo.models.load_tokenizer(NAME)"
+    if not name:
+        raise UserError(f"a dataset of text needs a tokenizer, and the model has no name to find one by: {how}")
+    try:
+        return load_tokenizer(name)
+    except UserError as error:
+        raise UserError(f"a dataset of text needs a tokenizer, and '{name}' has none ({error}): {how}") from None
+
+
+def _tokenized(args: PreferenceConfig, data: Any, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     table, report = tokenize_pairs(
         data,
         tokenizer,
