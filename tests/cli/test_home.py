@@ -73,6 +73,7 @@ def at_home(home, monkeypatch, tmp_path) -> Path:
 NO_PATH = {
     *("overrides", "training", "split", "column", "pairs_from", "chat_template", "objective", "device"),
     "recipe name",  # a built-in recipe's
+    *("key_header", "header", "request", "judge temperature"),
     *("server", "key_variable", "model_name", "prompt_name", "judge"),  # a judge is a kind with a name, tried below
     "run until",
     *("generate name", "winrate baseline", "push to", "push base", "push license"),
@@ -117,7 +118,8 @@ NO_PATH_SETTINGS = {
     *("name", "device", "data.split", "data.config_name", "data.held_out_split", "data.pairs_from"),
     *("reference.sft.split", "reference.sft.config_name", "reference.revision", "policy.revision"),
     "oracle.reward_columns",
-    *(f"eval.judge.{name}" for name in ("function", "key_variable", "model", "prompt_name", "revision", "server")),
+    *(f"eval.judge.{name}" for name in ("function", "key_variable", "key_header", "model")),
+    *(f"eval.judge.{name}" for name in ("prompt_name", "revision", "server")),
     *(f"{part}.lora.target_modules" for part in ("oracle", "policy")),
     *(
         f"{part}.training.{name}"

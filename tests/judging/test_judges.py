@@ -130,21 +130,16 @@ def test_a_server_that_hangs_costs_its_timeout_and_no_more(tmp_path):
 @pytest.mark.parametrize(
     ("reply", "failure"),
     [
-        (b"<html>busy</html>", "malformed"),
-        (b"", "malformed"),
         (b'{"choices": []}', "malformed"),
-        (b"[" * 50_000, "malformed"),
-        (b"[]", "malformed"),
         ({"choices": [{"message": {}}]}, "malformed"),
         ({"choices": [{"message": {"content": None}}], "usage": {"prompt_tokens": "many"}}, "empty"),
         (completion(""), "empty"),
         (completion("  \n"), "empty"),
         (completion(["A"]), "empty"),
         (b'{"choices": "' + b"x" * (17 * 2**20) + b'"}', "malformed"),
-        ({"error": {"message": "too long"}}, "malformed reply {'message': 'too long'}"),
     ],
 )
-def test_a_malformed_reply_was_paid_for_so_it_is_kept_and_counted(reply, failure, tmp_path):
+def test_a_whole_reply_without_an_answer_was_paid_for_so_it_is_kept_and_counted(reply, failure, tmp_path):
     with serving(lambda body, before: reply) as judge:
         (got,), spent = ask(endpoint(judge.url, tmp_path), "a")
         assert got.failure.startswith(failure)
@@ -380,6 +375,19 @@ def test_asking_in_both_orders_cancels_a_preference_for_the_first_answer(tmp_pat
     assert all(len(one.orders) == 1 for one in once)
 
 
+@pytest.mark.parametrize(
+    ("question", "model_first"),
+    [
+        ("What are the names of some famous actors that started their careers on Broadway?", True),
+        ("How did US states get their names?", True), ("Name a fruit.", False), ("Name a bird.", True), ("2+2", False),
+        ("2+3", True), ("", False),
+    ],
+)  # fmt: skip
+def test_the_seeded_order_is_that_of_alpaca_eval(question, model_first):
+    """Values of alpaca_eval 0.6.6: `PairwiseAnnotator`'s own processor with its seed 0."""
+    assert answer_orders(Contest((question,), ("a",), ("b",)), "seeded") == (model_first,)
+
+
 def test_the_seeded_order_is_a_function_of_the_prompt_alone():
     found = [answer_orders(Contest((f"question {i}",), ("a",), ("b",)), "seeded")[0] for i in range(200)]
     again = [answer_orders(Contest((f"question {i}",), ("x",), ("y",)), "seeded")[0] for i in range(200)]
@@ -422,7 +430,7 @@ def test_with_a_hostile_judge_nothing_is_lost_or_paid_twice(tmp_path, words, cap
         if kind == 2 and not healed.is_set():
             return 500
         if kind == 3:
-            return b"{not json"
+            return {"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 3}}
         if kind == 4:
             return completion("Both. Neither. m M")
         if kind == 5 and before == 0:
@@ -433,7 +441,7 @@ def test_with_a_hostile_judge_nothing_is_lost_or_paid_twice(tmp_path, words, cap
     with serving(answer) as hostile:
         options = ["--judge", f"server:{hostile.url}", "--model-name", "j", "--prompt", str(words), "--retries", "2"]
         options += ["--prices", "10", "30"]
-        assert judge(tmp_path, ours, theirs, *options) == 0
+        assert judge(tmp_path, ours, theirs, *options) == 1
         record = json.loads((tmp_path / "out" / "judging.json").read_text())
         result = json.loads((tmp_path / "out" / "scores.json").read_text())
         # Of 23 pairs, kinds 0, 1 and 5 are judged (4 + 4 + 3), kind 2 has no reply, kinds 3 and 4 are paid but useless.
@@ -449,7 +457,7 @@ def test_with_a_hostile_judge_nothing_is_lost_or_paid_twice(tmp_path, words, cap
         assert "the same command asks the questions without a reply again" in out.err
         before = len(hostile.asked)
         healed.set()
-        assert judge(tmp_path, ours, theirs, *options) == 0
+        assert judge(tmp_path, ours, theirs, *options) == 1
         assert len(hostile.asked) - before == 8
         result = json.loads((tmp_path / "out" / "scores.json").read_text())
         assert (result["n_total"], result["n_unusable"]) == (15, 8)
@@ -623,7 +631,7 @@ def test_mt_bench_is_graded_by_turn_with_references_for_the_categories_that_need
             "--reference-answers",
             str(bench / "reference_answer_gpt-4.jsonl"),
         ]
-        assert judge(tmp_path, answers, None, *options) == 0
+        assert judge(tmp_path, answers, None, *options) == 1  # two grades are missing
         assert len(asked.asked) == 160
         texts = [said(body) for body in asked.asked]
     assert sum("eference" in text for text in texts) >= 2 * 20

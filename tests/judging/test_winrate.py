@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy.special import expit
@@ -328,6 +330,89 @@ def test_a_file_without_judgements_is_refused_in_one_line(name, content, says, t
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["gz", "zst", "index", "list", "split", "utf16"])
+def test_annotations_are_read_in_the_forms_that_pandas_and_others_write(form, tmp_path):
+    rows = made_up(12)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    text = json.dumps(rows)
+    path = tmp_path / "annotations.json"
+    if form == "gz":
+        path = tmp_path / "annotations.json.gz"
+        path.write_bytes(gzip.compress(text.encode()))
+    elif form == "zst":
+        path = tmp_path / "annotations.jsonl.zst"
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        with pa.CompressedOutputStream(str(path), "zstd") as out:
+            out.write(lines.encode())
+    elif form == "index":
+        path.write_text(
+            json.dumps({name: {str(i): v for i, v in enumerate(values)} for name, values in columns.items()})
+        )
+    elif form == "list":
+        path.write_text(json.dumps(columns))
+    elif form == "split":
+        path.write_text(json.dumps({"columns": list(columns), "data": [list(row.values()) for row in rows]}))
+    else:
+        path.write_bytes(text.encode("utf-16"))
+    assert judgements.read_rows(path) == rows
+
+
+@pytest.mark.parametrize("name", ["annotations.json", "a.jsonl", "a.parquet", "a.csv", "a.json.gz"])
+def test_a_pointer_of_git_lfs_is_named(name, tmp_path, capsys):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n")
+    assert main(["winrate", str(tmp_path / name)]) == 2
+    assert "pointer of Git LFS" in capsys.readouterr().err
+
+
+def test_preferences_from_zero_to_one_are_named(tmp_path, capsys):
+    shares = [1, 1, 1, 0.5, 0, 1, 1, 0, 1, 1]
+    path = write(tmp_path / "own.json", [annotation(i, share) for i, share in enumerate(shares)])
+    assert main(["winrate", str(path)]) == 2
+    assert "no preference is above 1" in capsys.readouterr().err
+    path = write(tmp_path / "own.json", [annotation(i, int(share)) for i, share in enumerate(shares)])
+    assert main(["winrate", str(path)]) == 0
+    assert "no preference is above 1" in capsys.readouterr().err
+    path = write(tmp_path / "own.json", [annotation(i, 1 + share) for i, share in enumerate(shares)])
+    assert main(["winrate", str(path)]) == 0
+    assert "no preference is above 1" not in capsys.readouterr().err
+
+
+def grade(question: int, score: float, judge, **more) -> dict:
+    return {"question_id": question, "model": "m", "judge": judge, "score": score, "turn": 1, **more}
+
+
+def duel(question: int, winner: str, judge) -> dict:
+    names = {"question_id": question, "model_1": "m", "model_2": "base", "turn": 1}
+    return {**names, "judge": judge, "g1_winner": winner, "g2_winner": winner}
+
+
+def game(question: int, good: bool, judge: str) -> dict:
+    verdicts = ("B>A", "A>B") if good else ("A>B", "B>A")
+    return {**arena_row(question, *verdicts), "judge": judge}
+
+
+# Rows of a judge, by the model's success; their figure; its value for success and for failure.
+BY_JUDGE = {
+    "arena": (game, "score", 100, 0),
+    "grades": (lambda i, good, judge: grade(i, 9 if good else 2, [judge, f"single-{i % 2}"]), "score", 9, 2),
+    "duels": (lambda i, good, judge: duel(i, "model_1" if good else "model_2", [judge, "pair"]), "win_rate", 100, 0),
+}
+
+
+@pytest.mark.parametrize("kind", BY_JUDGE)
+@pytest.mark.parametrize("files", [1, 2])
+def test_judgements_of_two_judges_are_split_and_a_question_counts_once(kind, files, tmp_path, capsys):
+    row, figure, good, bad = BY_JUDGE[kind]
+    kind_rows = [[row(i, True, "kind") for i in range(6)], [row(i, False, "strict") for i in range(6)]]
+    groups = kind_rows if files == 2 else [kind_rows[0] + kind_rows[1]]
+    paths = [write(tmp_path / f"{i}.json", rows) for i, rows in enumerate(groups)]
+    results = [one for name, one in judgements.score_files(paths).items() if name.startswith("m")]
+    assert {one["judge"]: one[figure] for one in results} == {"kind": good, "strict": bad}
+    assert {one["n_total"] for one in results} == {6}
+    assert main(["winrate", str(write(tmp_path / "twice.json", [*kind_rows[0], kind_rows[0][3]]))]) == 2
+    assert "twice" in capsys.readouterr().err
 
 
 # --- MT-Bench -------------------------------------------------------------------------------------------------------

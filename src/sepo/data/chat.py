@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 from sepo.data.messages import DropRow, Message, leaves, map_text
 from sepo.data.rows import TextPair
-from sepo.data.templates import THINKING, Template, closes_thinking, leaves_thinking_open, render
+from sepo.data.templates import Template, render
+from sepo.data.thinking import THINKING, closes_thinking, leaves_thinking_open
 from sepo.errors import one_line
 
 

@@ -39,7 +39,8 @@ from sepo.data.messages import DropRow
 from sepo.data.ragged import ragged
 from sepo.data.rows import ROWS_AT_ONCE, DataReport, TextPair, normalise_row, transcript_text
 from sepo.data.tables import make_table, with_provenance
-from sepo.data.templates import THINKING, any_of, probe_template, special_tokens
+from sepo.data.templates import any_of, probe_template, special_tokens
+from sepo.data.thinking import THINKING
 from sepo.errors import UserError, check_number, wrong_type
 
 

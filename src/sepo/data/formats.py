@@ -101,6 +101,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [row if isinstance(row, dict) else {} for row in _json_rows(data, path)]
 
 
+def file_content(path: Path) -> tuple[str, bytes]:
+    """The format of a file (its suffix without a compression) and its content, decompressed; text as UTF-8.
+
+    Raises:
+        UserError: as `read_file`.
+    """
+    suffix = _suffix(path)
+    with _readable(path, suffix):
+        return suffix.removesuffix(next((packed for packed in _COMPRESSED if suffix.endswith(packed)), "")), _content(
+            path, suffix
+        )
+
+
 def _suffix(path: Path) -> str:
     suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
     if suffix is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sepo.data.thinking import THINKING
 from sepo.errors import UserError, one_line
 
 # The default date of Llama 3's template.
@@ -25,22 +26,6 @@ _FIXED_NOW = (
     + "".join(f" | replace('{code}', '{FIXED_DATE.strftime(code)}')" for code in _DATE_CODES)
     + " }}{% endmacro %}"
 )
-# Tags that open and close thinking, for all known models.
-THINKING = re.compile(
-    r"<(?P<close>/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(?P<close2>/?)THINK\]"
-    r"|<\|(?:START|(?P<close3>END))_THINKING\|>|◁(?P<close4>/?)think▷"
-)
-
-
-def closes_thinking(tag: re.Match) -> bool:
-    """Is this match of `THINKING` a closing tag?"""
-    return any(tag.groups())
-
-
-def leaves_thinking_open(text: str) -> bool:
-    """Does a text end inside thinking?"""
-    tags = list(THINKING.finditer(text))
-    return bool(tags) and not closes_thinking(tags[-1])
 
 
 def render(

@@ -31,8 +31,8 @@ _MARK = "<!-- Written by sepo"
 _PATH = re.compile(r"(?!package:)\S*[/\\]\S*")
 # Settings about places and speed, not about the method, and secrets.
 _NOT_SHOWN = {
-    "output_dir", "device", "server", "cache", "key_variable", "concurrency", "retries", "timeout", "hub_token",
-    "push_to_hub_token",
+    "output_dir", "device", "server", "cache", "key_variable", "key_header", "headers", "concurrency", "retries",
+    "timeout", "hub_token", "push_to_hub_token",
 }  # fmt: skip
 
 METRICS = {

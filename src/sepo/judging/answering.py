@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sepo.bars import progress_bar
+from sepo.data.thinking import without_thinking
 from sepo.errors import UserError, one_line
 from sepo.files import append_line, digest, grown_lines, write_json, write_text
 from sepo.judging.endpoint import Endpoint
@@ -225,10 +227,18 @@ def transformers_engine(
                 )
                 for i, response in zip(batch, responses, strict=True):
                     response_ids = response.response_ids
-                    text = str(tokenizer.decode(response_ids, skip_special_tokens=True)).strip()
-                    done(jobs[i], Turn(text, len(response_ids), response.finished))
+                    done(jobs[i], _local_turn(tokenizer, response_ids, response.finished))
 
     return run
+
+
+def _local_turn(tokenizer: Any, ids: Sequence[int], finished: bool) -> Turn:
+    """The answer of a local model, without its thinking. A text that ends inside the thinking stays as it is."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    answer = without_thinking(text)
+    if answer is None or answer == text:
+        return Turn(text, len(ids), finished)
+    return Turn(answer, len(tokenizer(answer, add_special_tokens=False)["input_ids"]), finished)
 
 
 def check_fits(prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: Any) -> None:
@@ -243,11 +253,14 @@ def check_fits(prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: An
         raise UserError(f"a prompt holds the token {largest}, but the model has {limits.vocabulary} embeddings")
 
 
-def server_engine(endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: list[Spent]) -> Engine:
-    """An engine that is an OpenAI-compatible server, through the cache of replies.
+def server_engine(
+    endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: list[Spent], failures: Counter[str]
+) -> Engine:
+    """An engine that is an OpenAI-compatible server, through the cache of replies. It leaves empty answers out.
 
     Args:
         spent: gets the cost of each call.
+        failures: counts the reasons of replies without an answer.
     """
 
     def run(jobs: Sequence[Job], done: Done) -> None:
@@ -262,9 +275,10 @@ def server_engine(endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: 
         ]
 
         def take(number: int, reply: Reply) -> None:
-            # An empty answer is an answer too.
-            if reply.failure is None or reply.failure == "empty reply":
-                done(jobs[number], Turn(reply.text.strip(), reply.usage[1]))
+            if reply.failure is None:
+                done(jobs[number], Turn(reply.text.strip(), reply.tokens, False if reply.cut else None))
+            else:
+                failures[reply.failure] += 1
 
         _, paid = endpoint.ask_all(requests, "ask", take)
         spent.append(paid)
@@ -325,8 +339,7 @@ def vllm_engine(
             prompts = [{"prompt_token_ids": list(prompt)} for prompt in ids[part]]
             for job, output in zip(jobs[part], llm.generate(prompts, settings[part], **request), strict=True):
                 answer = output.outputs[0]
-                text = str(tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)).strip()
-                done(job, Turn(text, len(answer.token_ids), answer.finish_reason == "stop"))
+                done(job, _local_turn(tokenizer, list(answer.token_ids), answer.finish_reason == "stop"))
 
     return run
 

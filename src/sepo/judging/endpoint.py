@@ -2,22 +2,25 @@
 
 Paid replies must neither be lost nor be paid twice. So every reply is written to disk before anything else happens with
 it, under a digest of its request, and the same question is asked once: in this run, in the next one and from another
-folder. A malformed reply was paid for too: it is kept and handed on, and the caller counts it. Only a question without
-any reply (429, 5xx, a broken connection, a server that hangs) is asked again, after a growing pause. A question that
-fails every time is not cached, so the same command asks it again.
+folder. A whole reply without an answer was paid for too: it is kept, and the caller counts it. So is a refusal of a
+question (too long), once the server answers others. Only a question without a whole reply (429, 5xx, a broken
+connection, a server that hangs) is asked again, after a growing pause. A question that fails every time is not cached,
+so the same command asks it again.
 
-The key comes from an environment variable, is sent to one address in one header (redirects are not followed), and is
-removed from every text of the server.
+The key comes from an environment variable, is sent to one address in one header (redirects are not followed), never
+over plain http to another machine, and is removed from every text of the server.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -25,9 +28,13 @@ from urllib.parse import urlsplit
 from sepo.bars import progress_bar
 from sepo.errors import UserError, check_number, one_line
 from sepo.files import digest, expand_home, write_json
-from sepo.judging.replies import UNANSWERED, Reply, Spent, read_reply
+from sepo.judging.replies import REFUSED_TEXT, UNANSWERED, Reply, Spent, read_reply, refusal
+from sepo.processes import log_once
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+# The two names of the length limit.
+LENGTH_NAMES = ("max_tokens", "max_completion_tokens")
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+KEY_VARIABLE, KEY_HEADER = "OPENAI_API_KEY", "Authorization"
 
 
 @dataclass(frozen=True)
@@ -38,16 +45,22 @@ class Endpoint:
         url: up to and including the version, such as `http://localhost:8000/v1`.
         model: its name there.
         key_variable: environment variable with the key; it may be unset.
+        key_header: header that holds the key; "Authorization" holds `Bearer KEY`, another one the key alone.
+        headers: further headers of every request.
+        more: further fields of every request, such as `{"top_p": 1}`; None removes a field.
         concurrency: number of simultaneous requests.
         timeout: seconds that a request may take in all.
         retries: how often a question without a reply is asked again.
         cache: folder of the replies; None for `$SEPO_CACHE/replies`, else `~/.cache/sepo/replies`.
-        retry_malformed: ask again where the reply on disk is malformed.
+        retry_malformed: ask again where the reply on disk is no answer.
     """
 
     url: str
     model: str
     key_variable: str = KEY_VARIABLE
+    key_header: str = KEY_HEADER
+    headers: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
     concurrency: int = 8
     timeout: float = 300.0
     retries: int = 6
@@ -72,12 +85,47 @@ class Endpoint:
         check_number("retries", self.retries, whole=True, least=0, most=100)
         if not self._key.isascii() or not self._key.isprintable():
             raise UserError(f"${self.key_variable} holds characters that no key has: set it again, without line ends")
+        for name, value in {**self.headers, self.key_header: ""}.items():
+            if not _HEADER.fullmatch(name) or not value.isascii() or not value.isprintable():
+                raise UserError(
+                    f"the header '{one_line(name, 60)}' cannot be sent: expected a name and a line of ASCII"
+                )
         if importlib.util.find_spec("openai") is None:
             raise UserError(f'the server {self.url} needs the package openai: run `pip install -e ".[judge]"`')
 
     @property
     def _key(self) -> str:
-        return os.environ.get(self.key_variable, "")
+        """The key; empty without one, and where plain http would show it to others."""
+        return os.environ.get(self.key_variable, "") if self._is_private else ""
+
+    @property
+    def _is_private(self) -> bool:
+        """Is the way to the server encrypted, or within this machine?"""
+        parts = urlsplit(self.url)
+        host = str(parts.hostname)
+        if parts.scheme == "https" or host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
+    def _all_headers(self) -> dict[str, str]:
+        if not self._key:
+            return dict(self.headers)
+        bearer = "Bearer " if self.key_header.lower() == "authorization" else ""
+        return {**self.headers, self.key_header: bearer + self._key}
+
+    def log_key(self) -> None:
+        """Log where the key goes, once."""
+        parts = urlsplit(self.url)
+        if self._key:
+            log_once(f"the key in ${self.key_variable} goes to {parts.scheme}://{parts.netloc}")
+        elif os.environ.get(self.key_variable) and not self._is_private:
+            log_once(
+                f"the key in ${self.key_variable} is not sent to {parts.scheme}://{parts.netloc}, because plain http "
+                "would show it to others: use https, or a tunnel to localhost"
+            )
 
     @property
     def cache_folder(self) -> Path:
@@ -88,7 +136,8 @@ class Endpoint:
 
     def request(self, messages: Sequence[Mapping[str, str]], **settings: Any) -> dict[str, Any]:
         """The body of a question; `settings` are the server's (temperature, max_tokens, seed, logprobs, ...)."""
-        return {"model": self.model, "messages": [dict(message) for message in messages], **settings}
+        body = {"model": self.model, "messages": [dict(message) for message in messages], **settings, **self.more}
+        return {name: value for name, value in body.items() if value is not None}
 
     def cached(self, request: Mapping[str, Any]) -> Reply | None:
         """The reply on disk to a question; None without one, or if its file is damaged."""
@@ -96,8 +145,10 @@ class Endpoint:
             stored = json.loads(self._path(request).read_text(encoding="utf-8"))
             if stored["request"] != request:
                 return None
+            if not {"choices", "refused"} & stored["reply"].keys():
+                return None  # older versions kept broken bodies too
             reply = read_reply(stored["reply"])._replace(seconds=float(stored["seconds"]), cached=True)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return None if self.retry_malformed and reply.failure else reply
 
@@ -106,12 +157,8 @@ class Endpoint:
         name = digest({"url": self.url.rstrip("/"), "request": request})
         return self.cache_folder / name[:2] / f"{name}.json"
 
-    def _keep(self, request: Mapping[str, Any], text: str, seconds: float) -> Reply:
+    def _keep(self, request: Mapping[str, Any], stored: Mapping[str, Any], seconds: float) -> Reply:
         """Write a reply to disk, then read it."""
-        try:
-            stored = json.loads(text)
-        except (ValueError, RecursionError):
-            stored = {"unreadable": one_line(text, 2000)}
         # The request is stored beside the reply, so that people can check the cache.
         write_json(self._path(request), {"request": request, "reply": stored, "seconds": seconds}, indent=None)
         return read_reply(stored)._replace(seconds=seconds)
@@ -155,20 +202,42 @@ class Endpoint:
                 else:
                     take(numbers, reply)
             if new:
-                from sepo.judging.client import Client
-
-                client = Client(
-                    self.url,
-                    self._key,
-                    concurrency=self.concurrency,
-                    timeout=self.timeout,
-                    retries=self.retries,
-                    keep=self._keep,
-                )
-                client.ask_all([requests[numbers[0]] for numbers in new], lambda i, reply: take(new[i], reply))
-                spent.retried = client.sent - len(new)
+                self._ask_new([requests[numbers[0]] for numbers in new], lambda i, reply: take(new[i], reply), spent)
         spent.elapsed = time.monotonic() - began
         return replies, spent
+
+    def _ask_new(self, requests: Sequence[Mapping[str, Any]], take: Callable[[int, Reply], None], spent: Spent) -> None:
+        """Ask questions that have no reply on disk. A refusal is stored once the server answers other questions."""
+        from sepo.judging.client import Client
+
+        self.log_key()
+        answers = spent.cached > spent.refused
+        refused: list[tuple[Mapping[str, Any], Reply]] = []
+
+        def take_new(number: int, reply: Reply) -> None:
+            nonlocal answers
+            answers = answers or reply.answered
+            if reply.refused:
+                refused.append((requests[number], reply))
+            for refused_one in list(refused):
+                if answers or str(refused_one[1].failure).startswith(REFUSED_TEXT):
+                    self._keep(refused_one[0], refusal(refused_one[1]), 0.0)
+                    refused.remove(refused_one)
+            take(number, reply)
+
+        client = Client(
+            self.url,
+            self._key,
+            headers=self._all_headers(),
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+            retries=self.retries,
+            keep=self._keep,
+        )
+        try:
+            client.ask_all(requests, take_new, answers)
+        finally:
+            spent.retried = client.sent - len(requests)
 
 
 class CallEstimate(NamedTuple):
@@ -202,7 +271,7 @@ def estimate_calls(
         else:
             known.append(reply.seconds)
     characters = sum(len(message["content"]) for request in new.values() for message in request["messages"])
-    completion = sum(int(request.get("max_tokens", 0)) for request in new.values())
+    completion = sum(int(request.get(name) or 0) for request in new.values() for name in LENGTH_NAMES)
     each = sum(known) / len(known) if known else seconds_each
     spent = Spent(prompt_tokens=characters // 4 + 8 * len(new), completion_tokens=completion)
     return CallEstimate(

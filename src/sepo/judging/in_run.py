@@ -36,7 +36,9 @@ def check_judge(settings: JudgeSettings) -> None:
     elif settings.oracle is not None:
         find_oracle(settings)
     elif settings.server is not None:
-        ServerJudge.of(settings).pair_requests([Contest(("question",), ("one",), ("other",))])
+        judge = ServerJudge.of(settings)
+        judge.pair_requests([Contest(("question",), ("one",), ("other",))])
+        judge.endpoint.log_key()
     else:
         name = str(settings.reward_model)
         folder = Path(name)

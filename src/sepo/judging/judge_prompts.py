@@ -18,13 +18,19 @@ from typing import NamedTuple
 import yaml
 
 from sepo.errors import UserError, nearest
-from sepo.judging.replies import Reply
+from sepo.judging.replies import CUT, Reply
 
 # How a reply names the better answer.
 TOKENS, LETTERS, ARENA, OUTPUTS, RATING = "tokens", "letters", "arena", "outputs", "rating"
 _SHOWS_ANSWERS = re.compile(r"\{(output_[12]|answer(_[ab])?(_\d)?|ANSWER_[AB])\}")
 _TURN = re.compile(r"<\|im_start\|>\s*(system|user|assistant)\s*\n?(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 _ARENA_SCALE = {"A>>B": 1.0, "A>B": 1.25, "A=B": 1.5, "B>A": 1.75, "B>>A": 2.0}
+_ARENA = r"[AB<>=]+"
+_VERDICT = re.compile(r"\[\[([^\[\]]{1,20})\]\]")
+_GRADES = (
+    re.compile(r"\[\[\s*(\d+\.?\d*)\s*\]\]"),
+    re.compile(r"(?:\A\s*|(?:rating|score|grade)[^\[\]\n]{0,20})\[\s*(\d+\.?\d*)\s*\]", re.IGNORECASE),
+)
 _ARENA_SAME = {"B<<A": "A>>B", "B<A": "A>B", "B=A": "A=B", "A<B": "B>A", "A<<B": "B>>A"}
 
 
@@ -168,17 +174,19 @@ def read_preference(prompt: JudgePrompt, reply: Reply) -> tuple[float | None, st
 
     TOKENS: `m` is the first and `M` the second; with log-probabilities 1 + P(M) / (P(m) + P(M)), as AlpacaEval's.
     LETTERS: [[A]], [[B]], [[C]] for a tie. OUTPUTS: "Output (a)" at the start of a line. ARENA: [[A>>B]] to [[B>>A]],
-    as 1, 1.25, 1.5, 1.75, 2.
+    as 1, 1.25, 1.5, 1.75, 2. A text that the length limit cut off has no verdict, but one token is always cut off.
     """
     if reply.failure is not None:
         return None, reply.failure
     if prompt.verdict == TOKENS:
-        return _token_preference(reply)
+        value, failure = _token_preference(reply)
+        return value, CUT if value is None and reply.cut and reply.tokens > 1 else failure
+    if reply.cut:
+        return None, CUT
     if prompt.verdict == LETTERS:
-        verdicts = set(re.findall(r"\[\[(A|B|C)\]\]", reply.text))
-        return _single_verdict(verdicts, {"A": 1.0, "B": 2.0, "C": 1.5})
+        return _single_verdict(_verdicts(reply.text, r"[ABC]"), {"A": 1.0, "B": 2.0, "C": 1.5})
     if prompt.verdict == ARENA:
-        verdicts = {name.strip() for name in re.findall(r"\[\[([AB<>=]+)\]\]", reply.text)}
+        verdicts = _verdicts(reply.text, _ARENA)
         return _single_verdict({_ARENA_SAME.get(name, name) for name in verdicts}, _ARENA_SCALE)
     verdicts = {match.lower() for match in re.findall(r"(?:^|\n)\s*Output \(([ab])\)", reply.text, re.IGNORECASE)}
     return _single_verdict(verdicts, {"a": 1.0, "b": 2.0})
@@ -186,8 +194,14 @@ def read_preference(prompt: JudgePrompt, reply: Reply) -> tuple[float | None, st
 
 def arena_verdict(reply: Reply) -> str | None:
     """The verdict of a reply in Arena-Hard's notation; None if there is none, or two."""
-    verdicts = set(re.findall(r"\[\[([AB<>=]+)\]\]", reply.text))
+    verdicts = set() if reply.failure is not None or reply.cut else _verdicts(reply.text, _ARENA)
     return verdicts.pop() if len(verdicts) == 1 and verdicts <= {*_ARENA_SCALE, *_ARENA_SAME} else None
+
+
+def _verdicts(text: str, form: str) -> set[str]:
+    """The texts in double brackets that have a form; spaces do not count."""
+    found = {"".join(verdict.split()) for verdict in _VERDICT.findall(text)}
+    return {verdict for verdict in found if re.fullmatch(form, verdict)}
 
 
 def _single_verdict(verdicts: set[str], meaning: Mapping[str, float]) -> tuple[float | None, str | None]:
@@ -211,11 +225,11 @@ def _token_preference(reply: Reply) -> tuple[float | None, str | None]:
 
 
 def read_grade(reply: Reply) -> tuple[float | None, str | None]:
-    """The grade from 1 to 10 in a reply, `[[7]]` or `[7]`; or None and why."""
-    if reply.failure is not None:
-        return None, reply.failure
-    for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]"):
-        grades = {float(match) for match in re.findall(pattern, reply.text)}
+    """The grade from 1 to 10 in a reply, or None and why: `[[7]]`, else "rating: [7]". A citation [1] is no grade."""
+    if reply.failure is not None or reply.cut:
+        return None, reply.failure or CUT
+    for pattern in _GRADES:
+        grades = {float(match) for match in pattern.findall(reply.text)}
         if len(grades) > 1:
             return None, "contradictory grades"
         if grades:

@@ -6,35 +6,41 @@ comparison, and `score` with `turn` its grading of single answers.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sepo.errors import UserError, named_error
+from sepo.data.formats import SUFFIXES as FORMATS
+from sepo.data.formats import file_content
+from sepo.errors import UserError, named_error, one_line
 from sepo.judging import benchmark_scores
-from sepo.judging.winrate import OfficialData, judgement_of, summarise
+from sepo.judging.winrate import OfficialData, judgement_of, number_of, summarise
 
 Row = Mapping[str, Any]
-SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a json (a list), jsonl, parquet or csv file; a row that is no object becomes an empty one.
+    """Rows of a json (a list, or by column), jsonl, parquet or csv file; text files may be compressed.
+
+    A row that is no object becomes an empty one.
 
     Raises:
-        UserError: the file is missing, has another format, is damaged, or holds no rows.
+        UserError: the file is missing, has another format, is damaged, a pointer of Git LFS, or holds no rows.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"'{path}' does not exist: expected a file ending in {', '.join(SUFFIXES)}")
-    if path.suffix.lower() not in SUFFIXES:
+    if not path.name.lower().endswith(SUFFIXES):
         raise UserError(f"'{path}' has an unknown format: expected a file ending in {', '.join(SUFFIXES)}")
+    suffix, data = file_content(path)
     try:
-        rows = _readers()[path.suffix.lower()](path)
+        rows = _READERS[suffix](data, path)
     except (ValueError, OSError, RecursionError) as error:  # ArrowInvalid and JSON's are ValueErrors
-        raise UserError(f"'{path}' cannot be read ({named_error(error)}): expected rows as {path.suffix}") from None
+        raise UserError(f"'{path}' cannot be read ({named_error(error)}): expected rows as {suffix}") from None
     if not isinstance(rows, list):
         raise UserError(f"'{path}' holds one {type(rows).__name__}: expected a list of rows")
     if not any(isinstance(row, Mapping) and row for row in rows):
@@ -42,27 +48,32 @@ def read_rows(path: str | Path) -> list[Row]:
     return [row if isinstance(row, Mapping) else {} for row in rows]
 
 
-def _readers() -> dict[str, Callable[[Path], Any]]:
-    return {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
-
-
-def _read_json(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8-sig")
+def _read_json(data: bytes, path: Path) -> Any:
+    text = data.decode()
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
         if text.lstrip().startswith("{"):  # the content is jsonl
-            return _rows_by_line(text, path)
+            return _read_jsonl(data, path)
         raise
+    return _by_column(value) if isinstance(value, dict) else value
 
 
-def _read_jsonl(path: Path) -> list[Any]:
-    return _rows_by_line(path.read_text(encoding="utf-8-sig"), path)
+def _by_column(value: dict[str, Any]) -> Any:
+    """The rows of a table that pandas or datasets wrote by column; any other object as it is."""
+    if "columns" in value and isinstance(value.get("data"), list):
+        return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
+    columns = list(value.values())
+    if columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        return [{name: column[key] for name, column in value.items()} for key in columns[0]]
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return value
 
 
-def _rows_by_line(text: str, path: Path) -> list[Any]:
+def _read_jsonl(data: bytes, path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a text
+    for number, line in enumerate(data.decode().split("\n"), 1):  # splitlines would also cut at U+2028 inside a text
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -71,21 +82,29 @@ def _rows_by_line(text: str, path: Path) -> list[Any]:
     return rows
 
 
-def _read_parquet(path: Path) -> list[Any]:
+def _read_parquet(data: bytes, path: Path) -> list[Any]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_table(str(path)).to_pylist()
+    return pq.read_table(pa.BufferReader(data)).to_pylist()
 
 
-def _read_csv(path: Path) -> list[Any]:
-    import csv
-
+def _read_csv(data: bytes, path: Path) -> list[Any]:
     csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            return [{name: value for name, value in row.items() if name is not None} for row in csv.DictReader(file)]
-        except csv.Error as error:
-            raise ValueError(str(error)) from None
+    try:
+        rows = csv.DictReader(io.StringIO(data.decode(), newline=""))
+        return [{name: value for name, value in row.items() if name is not None} for row in rows]
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
+
+
+_READERS: dict[str, Callable[[bytes, Path], Any]] = {
+    ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv,
+}  # fmt: skip
+SUFFIXES = tuple(suffix for suffix in FORMATS if suffix.startswith(tuple(_READERS)))
+
+
+_TOO_LOW = "no preference is above 1, but AlpacaEval's go from 1 (the baseline) to 2 (the model), and 0 is a tie"
 
 
 def score_files(
@@ -108,13 +127,13 @@ def score_files(
         UserError: a file cannot be read, has an unknown format, or holds no usable judgement.
     """
     results: dict[str, dict[str, Any]] = {}
-    arena: dict[str, dict[str, list[Row]]] = {}
+    arena: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for path in map(Path, paths):
         rows = read_rows(path)
         if any("games" in row for row in rows):
             for row in rows:
-                category = str(row.get("category") or "arena-hard-v0.1")
-                arena.setdefault(category, {}).setdefault(_text(row, "model") or path.stem, []).append(row)
+                group = (str(row.get("category") or "arena-hard-v0.1"), _judge(row))
+                arena.setdefault(group, {}).setdefault(_text(row, "model") or path.stem, []).append(row)
         else:
             for name, result in _scores_of(rows, path, official).items():
                 results[_free(name, path, results)] = result
@@ -122,14 +141,17 @@ def score_files(
 
 
 def _arena_results(
-    arena: Mapping[str, Mapping[str, list[Row]]],
+    arena: Mapping[tuple[str, str], Mapping[str, list[Row]]],
     styles: dict[str, dict[str, list[float]]] | None,
     baseline: str | None,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of the models of each category of Arena-Hard."""
+    """Scores of the models of each category of Arena-Hard, by each judge."""
     results: dict[str, dict[str, Any]] = {}
-    for category, models in arena.items():
+    categories, judges = ({group[i] for group in arena} for i in (0, 1))
+    for (category, judge), models in arena.items():
+        for model, rows in models.items():
+            _check_once(rows, f"the judgements of '{model}'", "uid", "question_id")
         against = baseline or benchmark_scores.BASELINES.get(category)
         if styles is not None and (against is None or against not in styles):
             raise UserError(
@@ -140,8 +162,10 @@ def _arena_results(
         for model, result in scores.items():
             if not result["n_total"]:
                 raise UserError(f"no judgement of '{model}' in '{category}' has two verdicts such as 'A>B'")
-            name = model if len(arena) == 1 else f"{model} ({category})"
-            results[name] = {"benchmark": "arena_hard", "category": category, "baseline": against, **result}
+            name = f"{model} ({category})" if len(categories) > 1 else model
+            name = f"{name} by {judge or 'an unnamed judge'}" if len(judges) > 1 else name
+            head = {"benchmark": "arena_hard", "category": category, "judge": judge or None, "baseline": against}
+            results[name] = {**head, **result}
     return results
 
 
@@ -149,25 +173,73 @@ def _scores_of(rows: Sequence[Row], path: Path, official: OfficialData | None) -
     if any("preference" in row for row in rows):
         return _alpaca_scores(rows, path, official)
     if any("g1_winner" in row for row in rows):
-        models = dict.fromkeys(name for row in rows for name in (_text(row, "model_1"), _text(row, "model_2")) if name)
-        results = {}
-        for model in models:
-            of_model = [row for row in rows if model in (row.get("model_1"), row.get("model_2"))]
-            results[model] = {"benchmark": "mt_bench", **benchmark_scores.mt_bench_pair_scores(of_model, model)}
-        return _usable(results, path, "a verdict model_1, model_2 or tie in both orders")
+        return _usable(_bench_pair_scores(rows, path), path, "a verdict model_1, model_2 or tie in both orders")
     if any("score" in row and "turn" in row for row in rows):
-        groups: dict[str, list[Row]] = {}
-        for row in rows:
-            groups.setdefault(_text(row, "model") or path.stem, []).append(row)
-        results = {
-            model: {"benchmark": "mt_bench", **benchmark_scores.mt_bench_scores(group)}
-            for model, group in groups.items()
-        }
-        return _usable(results, path, "a score from 0 to 10")
+        return _usable(_bench_scores(rows, path), path, "a score from 0 to 10")
     raise UserError(
         f"'{path}' holds no known judgements: expected rows with preference (AlpacaEval), score and turn or g1_winner "
         "(MT-Bench), or games (Arena-Hard)"
     )
+
+
+def _bench_scores(rows: Sequence[Row], path: Path) -> dict[str, dict[str, Any]]:
+    """MT-Bench's grades of each model by each judge."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((_text(row, "model") or path.stem, _judge(row)), []).append(row)
+    results = {}
+    for (model, judge), group in groups.items():
+        _check_once(group, f"'{path}'", "question_id", and_turn=True)
+        name = _by_judge(model, judge, groups)
+        results[name] = {"benchmark": "mt_bench", "judge": judge or None, **benchmark_scores.mt_bench_scores(group)}
+    return results
+
+
+def _bench_pair_scores(rows: Sequence[Row], path: Path) -> dict[str, dict[str, Any]]:
+    """MT-Bench's pairwise win rates of each model by each judge."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    pairs: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        names = [name for name in (_text(row, "model_1"), _text(row, "model_2")) if name]
+        pairs.setdefault((_judge(row), *sorted(names)), []).append(row)
+        for name in names:
+            groups.setdefault((name, _judge(row)), []).append(row)
+    for group in pairs.values():
+        _check_once(group, f"'{path}'", "question_id", and_turn=True)
+    return {
+        _by_judge(model, judge, groups): {
+            "benchmark": "mt_bench",
+            "judge": judge or None,
+            **benchmark_scores.mt_bench_pair_scores(group, model),
+        }
+        for (model, judge), group in groups.items()
+    }
+
+
+def _judge(row: Row) -> str:
+    """The judge of a row of MT-Bench or Arena-Hard; FastChat writes a list of the judge and its prompt."""
+    judge = row.get("judge")
+    judge = judge[0] if isinstance(judge, list | tuple) and judge else judge
+    return judge if isinstance(judge, str) else ""
+
+
+def _by_judge(model: str, judge: str, groups: Mapping[tuple[str, str], Any]) -> str:
+    """The name of a result: of the model, and of the judge if there are several."""
+    several = sum(name == model for name, _ in groups) > 1
+    return f"{model} by {judge or 'an unnamed judge'}" if several else model
+
+
+def _check_once(rows: Sequence[Row], where: str, *names: str, and_turn: bool = False) -> None:
+    """Raise a UserError if one judge judges a question (or a turn of it) twice."""
+    seen = set()
+    for row in rows:
+        question = next((row[name] for name in names if row.get(name) is not None), None)
+        key = (str(question), str(row.get("turn")) if and_turn else "")
+        if question is not None and key in seen:
+            raise UserError(
+                f"{where} hold question {one_line(question, 60)} twice by one judge: leave one of the two out"
+            )
+        seen.add(key)
 
 
 def _alpaca_scores(rows: Sequence[Row], path: Path, official: OfficialData | None) -> dict[str, dict[str, Any]]:
@@ -176,6 +248,10 @@ def _alpaca_scores(rows: Sequence[Row], path: Path, official: OfficialData | Non
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row, *key in zip(rows, *names, strict=True):
         groups.setdefault((key[0] or path.stem, *key[1:]), []).append(row)
+    given = [value for row in rows if math.isfinite(value := number_of(row.get("preference")))]
+    too_low = bool(given) and max(given) <= 1
+    if too_low and any(0 < value < 1 for value in given):
+        raise UserError(f"'{path}': {_TOO_LOW}; these are in [0, 1]: add 1 to the share of the model")
     results = {}
     for (model, base, annotator), group in groups.items():
         # A model with several baselines or judges has a result for each.
@@ -186,6 +262,7 @@ def _alpaca_scores(rows: Sequence[Row], path: Path, official: OfficialData | Non
         judgements = [judgement_of(row, i) for i, row in enumerate(group)]
         head = {"model": model, "baseline": base or None, "annotator": annotator or None}
         summary = summarise(judgements, official, same_model=bool(base) and base == model)
+        summary["warnings"] += [_TOO_LOW] * too_low
         results[name] = {"benchmark": "alpaca_eval", **head, **summary}
     return _usable(results, path, "a preference in [1, 2]")
 

@@ -1,26 +1,49 @@
-"""Replies of a server to chat completions, and what they cost."""
+"""What a server sends to a question, understood in one place: docs/judging.md has the table.
+
+`completion_of` decides whether a body is a whole chat completion, which is kept for good. Anything else stands for an
+HTTP status and is treated as that status: asked again (5xx), or refused (4xx). `read_reply` reads the answer of a kept
+completion: its text without thinking, and whether the length limit cut it off.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from sepo.data.thinking import without_thinking
 from sepo.errors import one_line
 
-UNANSWERED = "no reply"
+# Beginnings of a failure: the server sent no reply, refused the question (for its text), or reached the length limit.
+UNANSWERED, REFUSED, CUT = "no reply", "refused", "cut off at the length limit"
+REFUSED_TEXT = f"{REFUSED} for its text"
+_AT_LIMIT = ("length", "max_tokens", "model_length", "max_output_tokens")
+_BROKEN_OFF = ("error", "abort")
+_TEXT_PARTS = ("text", "output_text")
+# The key of a stored refusal, beside the keys of a chat completion.
+_REFUSAL = "refused"
+_OF_QUESTION = re.compile(
+    r"context[ _-]?(length|window|size)|too (long|large|many tokens)|maximum (context|input|model) |prompt.{0,40}longer"
+    r"|exceeds? .{0,40}(tokens|length|limit)|content[ _](policy|filter|management)|moderation|flagged",
+    re.IGNORECASE,
+)
 
 
 class Reply(NamedTuple):
     """The answer of a server, or why there is none.
 
     Attributes:
-        text: of the message; empty without one.
-        logprobs: log-probabilities in nats of the alternatives of each token of the text; empty if not returned.
+        text: of the answer, without thinking; empty without an answer.
+        logprobs: log-probabilities in nats of the alternatives of each token of the text; empty if not returned, or if
+            thinking precedes the answer.
         failure: why this is no answer; None for an answer.
         usage: tokens of prompt and completion, as counted by the server.
         seconds: duration of the request.
         cached: the reply was on disk and cost nothing now.
+        cut: the length limit ended the text, not the model.
+        tokens: number of tokens of the text; an estimate if the server counts thinking with it.
     """
 
     text: str
@@ -29,11 +52,23 @@ class Reply(NamedTuple):
     usage: tuple[int, int] = (0, 0)
     seconds: float = 0.0
     cached: bool = False
+    cut: bool = False
+    tokens: int = 0
 
     @property
     def unanswered(self) -> bool:
-        """The server sent no reply at all. Such a question is asked again by the next command."""
+        """The server sent no reply. Such a question is asked again by the next command."""
         return self.failure is not None and self.failure.startswith(UNANSWERED)
+
+    @property
+    def refused(self) -> bool:
+        """The server refused the question for good. It is not asked again."""
+        return self.failure is not None and self.failure.startswith(REFUSED)
+
+    @property
+    def answered(self) -> bool:
+        """The server sent a whole chat completion, which is paid for."""
+        return not self.unanswered and not self.refused
 
 
 @dataclass
@@ -43,6 +78,8 @@ class Spent:
     Attributes:
         asked, cached, retried: questions sent and answered, questions found on disk, requests sent again.
         malformed, unanswered: replies that are no answer (kept), and questions without a reply (asked again next time).
+        refused: questions that the server refuses for good (kept).
+        cut: replies that the length limit cut off before an answer (kept).
         prompt_tokens, completion_tokens: of the questions asked now, as counted by the server.
         seconds: sum over all requests; `elapsed`: wall time.
     """
@@ -52,6 +89,8 @@ class Spent:
     retried: int = 0
     malformed: int = 0
     unanswered: int = 0
+    refused: int = 0
+    cut: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
@@ -59,10 +98,12 @@ class Spent:
 
     def count(self, reply: Reply) -> None:
         """Add one question's reply."""
-        self.malformed += reply.failure is not None and not reply.unanswered
+        self.malformed += reply.failure is not None and reply.answered and not reply.cut
         self.unanswered += reply.unanswered
+        self.refused += reply.refused
+        self.cut += reply.failure is not None and reply.cut
         self.cached += reply.cached
-        if not reply.cached and not reply.unanswered:
+        if reply.answered and not reply.cached:
             self.asked += 1
             self.prompt_tokens += reply.usage[0]
             self.completion_tokens += reply.usage[1]
@@ -79,6 +120,8 @@ class Spent:
         """Counts, tokens, time and, with prices, cost in one line."""
         parts = [f"{self.asked} calls", f"{self.cached} from the cache", f"{self.retried} retries"]
         parts += [f"{self.malformed} malformed replies"] * bool(self.malformed)
+        parts += [f"{self.cut} cut off at the length limit"] * bool(self.cut)
+        parts += [f"{self.refused} refused"] * bool(self.refused)
         parts += [f"{self.unanswered} without a reply"] * bool(self.unanswered)
         parts.append(f"{self.prompt_tokens:,} + {self.completion_tokens:,} tokens in {self.elapsed:.0f} s")
         if prices is not None:
@@ -86,30 +129,175 @@ class Spent:
         return ", ".join(parts)
 
 
-def read_reply(stored: Any) -> Reply:
-    """Read a chat completion; a reply of another form gets a failure."""
-    usage = _usage(stored)
+# --- a body -> a whole chat completion ------------------------------------------------------------------------------
+
+
+class NoCompletion(Exception):
+    """A body of status 200 that is no whole chat completion.
+
+    Attributes:
+        status: the HTTP status that the body stands for.
+    """
+
+    def __init__(self, status: int, reason: object):
+        super().__init__(one_line(reason, 300))
+        self.status = status
+
+
+def completion_of(body: str) -> dict[str, Any]:
+    """The chat completion in a body; the chunks of a stream are joined.
+
+    Raises:
+        NoCompletion: the body is an error, broke off, or is something else.
+    """
+    stored = _joined(body) if body.lstrip().startswith(("data:", "event:", ":")) else _parsed(body)
+    if not isinstance(stored, dict):
+        raise NoCompletion(502, f"unreadable reply {one_line(body, 100) if body.strip() else 'without a text'}")
+    choice = _first_choice(stored)
+    error = stored.get("error") or choice.get("error") or (stored if stored.get("object") == "error" else None)
+    if error:
+        raise NoCompletion(_status_of(error), _message_of(error))
+    if not isinstance(stored.get("choices"), list):
+        raise NoCompletion(502, f"no chat completion {one_line(body, 100)}")
+    if choice.get("finish_reason") in _BROKEN_OFF:
+        raise NoCompletion(502, f"the server ended the reply ({choice['finish_reason']})")
+    return stored
+
+
+def is_of_question(status: int, text: str) -> bool:
+    """Whether a refusal is about the text of the question (too long, not allowed), not about a setting or the key."""
+    return status in (400, 403, 413, 422) and (status == 413 or _OF_QUESTION.search(text) is not None)
+
+
+def refusal(reply: Reply) -> dict[str, str]:
+    """The stored form of a refused question."""
+    return {_REFUSAL: str(reply.failure)}
+
+
+def _parsed(text: str) -> Any:
     try:
-        choice = stored["choices"][0]
-        text = choice["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        message = stored.get("error", stored.get("unreadable", "")) if isinstance(stored, dict) else ""
-        failure = f"malformed reply {one_line(message, 100)}" if message else "malformed reply"
-        return Reply("", failure=failure, usage=usage)
-    if not isinstance(text, str) or not text.strip():
-        return Reply("", _logprobs(choice), "empty reply", usage)
-    return Reply(text, _logprobs(choice), None, usage)
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
-def _usage(stored: Any) -> tuple[int, int]:
-    usage = stored.get("usage") if isinstance(stored, dict) else None
-    counts = usage if isinstance(usage, dict) else {}
+def _joined(body: str) -> dict[str, Any] | None:
+    """The completion in the chunks of a stream; None if the stream broke off."""
+    text: dict[str, str] = {}
+    logprobs: list[Any] = []
+    whole: dict[str, Any] = {}
+    ended, reason = False, None
+    for line in body.splitlines():
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or not data:
+            continue
+        if data == "[DONE]":
+            ended = True
+            break
+        if not isinstance(chunk := _parsed(data), dict):
+            return None
+        if chunk.get("error") or chunk.get("object") == "error":
+            return chunk
+        whole |= {name: value for name, value in chunk.items() if name != "choices" and value is not None}
+        choice = _first_choice(chunk)
+        reason = choice.get("finish_reason") or reason
+        if isinstance(tokens := choice.get("logprobs"), dict):
+            logprobs += tokens.get("content") or []
+        delta = choice.get("delta") or choice.get("message")
+        for name, value in delta.items() if isinstance(delta, dict) else ():
+            if isinstance(value, str) and name != "role":
+                text[name] = text.get(name, "") + value
+    if not ended and reason is None:
+        return None
+    choice = {"index": 0, "message": {"role": "assistant", **text}, "finish_reason": reason}
+    return {**whole, "choices": [choice | ({"logprobs": {"content": logprobs}} if logprobs else {})]}
 
-    def number(name: str) -> int:
-        value = counts.get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9 else 0
 
-    return number("prompt_tokens"), number("completion_tokens")
+def _first_choice(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    choices = stored.get("choices")
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+
+
+def _status_of(error: Any) -> int:
+    """The HTTP status that an error inside a body stands for; 502 where it names none."""
+    fields = error if isinstance(error, dict) else {}
+    for name in ("code", "status", "status_code", "http_status"):
+        code = str(fields.get(name, ""))
+        if code.isdecimal() and 400 <= int(code) < 600:
+            return int(code)
+    words = f"{fields.get('code')} {fields.get('type')} {fields.get('status')}".lower()
+    if "quota" in words:
+        return 429
+    refused = ("invalid_request", "badrequest", "bad_request", "invalid_argument", "context_length", "unprocessable")
+    return 400 if any(word in words for word in refused) else 502
+
+
+def _message_of(error: Any) -> object:
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) and message.strip() else error
+
+
+# --- a chat completion -> an answer ---------------------------------------------------------------------------------
+
+
+def read_reply(stored: Any) -> Reply:
+    """Read a kept reply: a chat completion, or a refusal."""
+    if not isinstance(stored, dict):
+        return Reply("", failure="malformed reply")
+    if _REFUSAL in stored:
+        return Reply("", failure=one_line(stored[_REFUSAL], 300))
+    usage = _usage(stored)
+    choice = _first_choice(stored)
+    message = choice.get("message")
+    if not isinstance(message, dict) or not message:
+        reason = one_line(stored["unreadable"], 100) if stored.get("unreadable") else ""
+        return Reply("", failure=f"malformed reply {reason}".strip(), usage=usage)
+    cut = choice.get("finish_reason") in _AT_LIMIT
+    written, apart = _texts(message)
+    text = without_thinking(written)
+    thought = apart or text is None or text != written
+    failure = None
+    if text is None:
+        failure = f"{CUT}, while thinking" if cut else "the thinking has no end"
+    elif choice.get("finish_reason") == "content_filter":
+        failure = "stopped by the server's content filter"
+    elif not text.strip():
+        refused = message.get("refusal")
+        failure = f"empty reply: {one_line(refused, 100)}" if isinstance(refused, str) and refused else "empty reply"
+        failure = f"{CUT}, before an answer" if cut else failure
+    if failure is not None:
+        return Reply("", failure=failure, usage=usage, cut=cut)
+    assert text is not None
+    tokens = _answer_tokens(stored, usage[1], len(text) / len(written) if thought else 1.0)
+    return Reply(text, () if thought else _logprobs(choice), None, usage, cut=cut, tokens=tokens)
+
+
+def _texts(message: Mapping[str, Any]) -> tuple[str, bool]:
+    """The text of a message, its parts joined; and whether the message holds thinking beside its text."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS]
+    fields = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return "".join(text for text in texts if isinstance(text, str)), len(texts) < len(parts) or any(fields)
+
+
+def _answer_tokens(stored: Mapping[str, Any], completion: int, share: float) -> int:
+    """Tokens of the answer: without the server's count of thinking, or the answer's share of the characters."""
+    usage = stored.get("usage")
+    details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
+    thinking = _count(details, "reasoning_tokens")
+    if 0 < thinking < completion:
+        return completion - thinking
+    return min(completion, -int(-completion * share // 1))
+
+
+def _usage(stored: Mapping[str, Any]) -> tuple[int, int]:
+    return _count(stored.get("usage"), "prompt_tokens"), _count(stored.get("usage"), "completion_tokens")
+
+
+def _count(counts: Any, name: str) -> int:
+    value = counts.get(name) if isinstance(counts, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9 else 0
 
 
 def _logprobs(choice: Any) -> tuple[Mapping[str, float], ...]:

@@ -96,6 +96,9 @@ class ServerJudge(NamedTuple):
             str(settings.server),
             str(settings.model),
             key_variable=settings.key_variable,
+            key_header=settings.key_header,
+            headers=settings.headers,
+            more=settings.request,
             concurrency=settings.concurrency,
             timeout=settings.timeout,
             retries=settings.retries,
@@ -137,7 +140,7 @@ class ServerJudge(NamedTuple):
     def _request(self, prompt: JudgePrompt, values: Mapping[str, str]) -> dict[str, Any]:
         one_token = prompt.verdict == TOKENS
         options: dict[str, Any] = {
-            "temperature": self.settings.temperature,
+            "temperature": self.settings.temperature,  # None leaves it out
             "max_tokens": self.settings.max_tokens or (1 if one_token else _REPLY_TOKENS),
         }
         if one_token and self.settings.logprobs:
@@ -148,12 +151,13 @@ class ServerJudge(NamedTuple):
 def answer_orders(contest: Contest, order: str) -> tuple[bool, ...]:
     """For each request about a contest, whether the model's answer comes first.
 
-    "seeded" asks once; the order depends on the prompt alone, by AlpacaEval's rule.
+    "seeded" asks once; the order depends on the prompt alone, by AlpacaEval's rule with its seed 0
+    (`RandomSwitchTwoColumnsProcessor`).
     """
     if order == "both":
         return (False, True)
-    seed = "is_switched_outputs" + contest.questions[-1] + "123"
-    return (random.Random(seed).choice([False, True]),)
+    seed = "is_switched_outputs" + contest.questions[-1] + "0"
+    return (random.Random(seed).choices([False, True], k=1)[0],)
 
 
 def read_verdicts(

@@ -400,11 +400,22 @@ class JudgeSettings(Settings):
         "both", description="server: ask in both orders, or once in an order drawn from the prompt (AlpacaEval)"
     )
     logprobs: bool = Field(True, description="server: ask for log-probabilities if the verdict is one token")
-    temperature: float = Field(0.0, ge=0, description="server: sampling temperature of the judge")
+    temperature: float | None = Field(
+        0.0, ge=0, description="server: sampling temperature of the judge; null leaves it to the server"
+    )
     max_tokens: int | None = Field(
         None, ge=1, description="server: length limit of a reply; default: 1 for a verdict of one token, else 2048"
     )
-    key_variable: str = Field("OPENAI_API_KEY", description="server: environment variable with the API key")
+    request: dict[str, Any] = Field(
+        default_factory=dict, description="server: further fields of a request, e.g. {top_p: 1}; null removes a field"
+    )
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="server: environment variable with the API key; its name ends in _API_KEY"
+    )
+    key_header: str = Field(
+        "Authorization", description="server: header that holds the key, e.g. api-key for Azure; Authorization: Bearer"
+    )
+    headers: dict[str, str] = Field(default_factory=dict, description="server: further headers of a request")
     concurrency: int = Field(8, ge=1, le=1024, description="server: requests at once")
     timeout: float = Field(300.0, gt=0, le=86_400, description="server: seconds that a request may take in all")
     retries: int = Field(6, ge=0, le=100, description="server: how often a question without a reply is repeated")
@@ -431,6 +442,11 @@ class JudgeSettings(Settings):
             raise ValueError("function is MODULE:NAME, such as my_judges:politeness")
         if self.server is not None and (self.model is None or self.prompt is None):
             raise ValueError("a server needs model, its name there, and prompt, a file with the judge's prompt")
+        if not self.key_variable.endswith("_API_KEY"):
+            raise ValueError(
+                "key_variable must end in _API_KEY, so that a recipe sends no other secret; "
+                "`sepo judge --key-variable` takes any name"
+            )
         return self
 
     @property
@@ -442,7 +458,8 @@ class JudgeSettings(Settings):
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that verdicts depend on, without those of the connection and the cache."""
-        return self.model_dump(mode="json", exclude={"key_variable", "concurrency", "timeout", "retries", "cache"})
+        connection = {"key_variable", "key_header", "headers", "concurrency", "timeout", "retries", "cache"}
+        return self.model_dump(mode="json", exclude=connection if self.request else {*connection, "request"})
 
 
 _OF_OTHER_STAGES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from sepo.judging.endpoint import Endpoint
     from sepo.judging.replies import Spent
 
+# Sampling settings that no request holds.
+_SERVERS_OWN = (
+    "top_p, top_k and repetition_penalty are the server's own, often from the model's generation_config.json: "
+    "--request top_p=1 sets one"
+)
 HELP = "answer the questions of a file or a benchmark, in the benchmark's format"
 
 
@@ -55,10 +61,43 @@ def server_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--key-variable", metavar="NAME", help="environment variable with the key (default OPENAI_API_KEY)"
     )
+    group.add_argument(
+        "--key-header", metavar="NAME", help="header that holds the key, e.g. api-key for Azure (default Authorization)"
+    )
+    group.add_argument(
+        "--header", action="append", default=[], metavar="NAME=VALUE", help="a further header of a request; repeatable"
+    )
+    group.add_argument(
+        "--request",
+        action="append",
+        default=[],
+        metavar="name=value",
+        help="a further field of a request, e.g. top_p=1; null removes a field; repeatable",
+    )
     group.add_argument("--concurrency", type=int, help="simultaneous requests (default 8)")
     group.add_argument("--timeout", type=float, help="total seconds of a request (default 300)")
     group.add_argument("--retries", type=int, help="how often a question without a reply is asked again (default 6)")
     group.add_argument("--cache", type=path, metavar="DIR", help="folder of replies (default: sepo's cache)")
+    group.add_argument("--retry-failed", action="store_true", help="ask again where the stored reply is no answer")
+
+
+def server_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`--header` and `--request` as mappings, where they are given.
+
+    Raises:
+        UserError: one of them is not NAME=VALUE.
+    """
+    from sepo.recipe.reading import parse_override
+
+    values: dict[str, Any] = {}
+    if arguments.header:
+        pairs = [item.partition("=") for item in arguments.header]
+        if not all(name and equals for name, equals, _ in pairs):
+            raise UserError("--header: expected NAME=VALUE")
+        values["header"] = {name: value for name, _, value in pairs}
+    if arguments.request:
+        values["request"] = dict(parse_override(item) for item in arguments.request)
+    return values
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,9 +124,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"'{arguments.prompts}' has questions of several turns, which AlpacaEval's format does not allow"
         )
-    endpoint = None if arguments.server is None else _endpoint(arguments)
+    endpoint = None if arguments.server is None else _endpoint(arguments, options)
     record = _record(arguments, digest, benchmark, options)
+    if endpoint is not None and arguments.request:
+        record["request"] = dict(endpoint.more)
     spent: list[Spent] = []
+    failures: Counter[str] = Counter()
     with writing_to(arguments) as out:
         claim_folder(out, record)
         finished = AnswerLog.read(out / FINISHED)
@@ -102,16 +144,30 @@ def run(arguments: argparse.Namespace) -> int:
         log(f"{len(questions)} questions, {open_questions()} to be answered")
         if open_questions():
             with log_kept_on_interrupt(kept):
-                engine = _engine(arguments, options, endpoint, spent)
+                if endpoint is not None:
+                    log(_SERVERS_OWN)
+                engine = _engine(arguments, options, endpoint, spent, failures)
                 answer_all(questions, benchmark, finished, engine, arguments.temperature)
         name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
         file = write_answers(out, questions, benchmark, finished, name)
         remaining = open_questions()
+    cost = sum(spent, Spent())
     if spent:
-        log(sum(spent, Spent()).in_words())
+        log(cost.in_words())
     print(file)
+    turns = {(question.key, turn) for question in questions for turn in range(len(question.turns))}
+    cut = sum(turn.finished is False for place, turn in finished.turns.items() if place in turns)
+    if cut:
+        log(
+            f"{cut} of {len(turns)} answers are cut off at --max-new-tokens {arguments.max_new_tokens} "
+            f'("finished": false in {FINISHED})'
+        )
     if remaining:
-        log(f"{remaining} of {len(questions)} questions have no answer: the same command asks again")
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in failures.items())
+        again = "the same command asks again"
+        if cost.malformed + cost.cut + cost.refused:
+            again += ", for a reply that is kept with --retry-failed"
+        log(f"{remaining} of {len(questions)} questions have no answer{f' ({reasons})' if reasons else ''}: {again}")
     return 1 if remaining else 0
 
 
@@ -128,12 +184,18 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         check_number("--limit", arguments.limit, whole=True, least=1)
 
 
-def _endpoint(arguments: argparse.Namespace) -> Endpoint:
+def _endpoint(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Endpoint:
     from sepo.judging.endpoint import Endpoint
 
-    given = {name: getattr(arguments, name) for name in ("key_variable", "concurrency", "timeout", "retries", "cache")}
-    given = {name: value for name, value in given.items() if value is not None}
-    return Endpoint(arguments.server, arguments.model, **given)
+    names = ("key_variable", "key_header", "concurrency", "timeout", "retries", "cache")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    values = server_values(arguments)
+    # vLLM, SGLang and llama.cpp take the keywords of the chat template as a field.
+    more = ({"chat_template_kwargs": dict(options)} if options else {}) | values.get("request", {})
+    return Endpoint(
+        arguments.server, arguments.model, headers=values.get("header", {}), more=more,
+        retry_malformed=arguments.retry_failed, **given,
+    )  # fmt: skip
 
 
 def _record(arguments: argparse.Namespace, digest: str, benchmark: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,14 +218,18 @@ def _record(arguments: argparse.Namespace, digest: str, benchmark: str, options:
 
 
 def _engine(
-    arguments: argparse.Namespace, options: Mapping[str, Any], endpoint: Endpoint | None, spent: list[Spent]
+    arguments: argparse.Namespace,
+    options: Mapping[str, Any],
+    endpoint: Endpoint | None,
+    spent: list[Spent],
+    failures: Counter[str],
 ) -> Engine:
     """Load the model, or use the server."""
     from sepo.judging.answering import server_engine, transformers_engine, vllm_engine
 
     settings = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
     if endpoint is not None:
-        return server_engine(endpoint, **settings, spent=spent)
+        return server_engine(endpoint, **settings, spent=spent, failures=failures)
     from sepo.models.folders import adapter_base, is_adapter
     from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sepo.command import oracle_judge_of, oracle_judge_options, out_option, path, quiet_libraries, writing_to
-from sepo.errors import UserError
-from sepo.judging.commands.generate import server_options
+from sepo.errors import UserError, check_number
+from sepo.judging.commands.generate import server_options, server_values
 from sepo.judging.commands.winrate import print_scores, write_scores
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ ANNOTATIONS, GAMES, GRADES = "annotations.json", "model_judgment.jsonl", "judgem
 _SERVER_OPTIONS = {
     "model_name": "model", "prompt": "prompt", "prompt_name": "prompt_name", "order": "order", "logprobs": "logprobs",
     "temperature": "temperature", "max_tokens": "max_tokens", "key_variable": "key_variable",
+    "key_header": "key_header", "header": "headers", "request": "request",
     "concurrency": "concurrency", "timeout": "timeout", "retries": "retries", "cache": "cache",
 }  # fmt: skip
 
@@ -63,12 +64,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--no-logprobs", dest="logprobs", action="store_const", const=False, help="do not ask for log-probabilities"
     )
-    server.add_argument("--temperature", type=float, help="sampling temperature of the judge (default 0)")
+    server.add_argument(
+        "--temperature", metavar="T", help="sampling temperature of the judge (default 0); none leaves it to the server"
+    )
     server.add_argument(
         "--max-tokens", type=int, help="length limit of a reply (default: 1 for a verdict of one token, else 2048)"
     )
     server_options(server)
-    server.add_argument("--retry-failed", action="store_true", help="ask again where the stored reply is malformed")
     server.add_argument(
         "--prices",
         type=float,
@@ -80,11 +82,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--dry-run", action="store_true", help="estimate calls, tokens and cost; ask nothing")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     from sepo.files import write_json
     from sepo.judging.judge import mean_scores, prepare_judge, read_matches
     from sepo.judging.judgements import score_files
-    from sepo.judging.replies import Spent
+    from sepo.judging.replies import CUT, Spent
     from sepo.processes import log
 
     settings = _judge_of(arguments)
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
         log(line)
     _announce_cost(prepared, prices, arguments.max_cost)
     if arguments.dry_run:
-        return
+        return 0
     if settings.reward_model is not None or settings.oracle is not None:
         quiet_libraries()
     with writing_to(arguments) as out:
@@ -110,10 +112,14 @@ def run(arguments: argparse.Namespace) -> None:
         write_json(out / "judging.json", {"judge": settings.model_dump(mode="json", exclude_none=True), **record})
         for reason, number in failures.items():
             log(f"{number} without a verdict: {reason}")
+        if any(CUT in reason for reason in failures):
+            log("a judge that is cut off, above all one that thinks, needs more --max-tokens")
         if prepared.endpoint is not None:
             log(Spent(**spent).in_words(prices))
             if spent["unanswered"]:
                 log("the same command asks the questions without a reply again; all replies are in the cache")
+            if kept := spent["malformed"] + spent["cut"] + spent["refused"]:
+                log(f"{kept} kept replies are no answer: --retry-failed asks those again")
         results = {} if files else mean_scores(rows, settings.name)
         for file in files:
             suffix = ", games" if file.name == GAMES else ""
@@ -121,6 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
         write_scores(out / "scores.json", results)
     print_scores(results)
     print("  ".join([f"{out}/scores.json", "judging.json", *(file.name for file in files)]))
+    return 1 if failures and prepared.endpoint is not None else 0
 
 
 def _judge(
@@ -189,18 +196,37 @@ def _judge_of(arguments: argparse.Namespace) -> JudgeSettings:
     if field is None or not name:
         raise UserError(f"--judge {arguments.judge}: expected {JUDGE_FORMS}")
     values: dict[str, Any] = {field: name, **oracle_judge_of(arguments)}
-    for option, key in _SERVER_OPTIONS.items():
-        if (value := getattr(arguments, option)) is not None:
-            if field != "server":
-                raise UserError(f"--{option.replace('_', '-')} is for a judge behind a server: leave it out")
-            values[key] = value
+    given = {option: value for option in _SERVER_OPTIONS if (value := getattr(arguments, option)) not in (None, [])}
+    if given and field != "server":
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} is for a judge behind a server: leave it out")
+    values |= {_SERVER_OPTIONS[option]: value for option, value in (given | server_values(arguments)).items()}
+    if "temperature" in given:
+        values["temperature"] = _temperature(arguments.temperature)
+    # A recipe may name only keys; the command line may name any variable.
+    key_variable = values.pop("key_variable", None)
     if field == "server" and not (arguments.model_name and arguments.prompt):
         raise UserError(
             "a judge behind a server needs --model-name, its name there, and --prompt, the file of its prompt"
         )
     settings = parse_recipe({"eval": {"judge": values}}, "command line").eval.judge
     assert settings is not None
-    return settings
+    return settings if key_variable is None else settings.model_copy(update={"key_variable": key_variable})
+
+
+def _temperature(text: str) -> float | None:
+    """The value of `--temperature`; "none" leaves it to the server.
+
+    Raises:
+        UserError: it is no number of at least 0.
+    """
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        value: object = float(text)
+    except ValueError:
+        value = text
+    check_number("--temperature", value, least=0)
+    return float(text)
 
 
 def _prices_of(arguments: argparse.Namespace) -> tuple[float, float] | None:
