@@ -339,3 +339,18 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, command, message):
 def test_tables_of_other_pairs_are_not_compared():
     with pytest.raises(UserError, match="has other pairs than the first"):
         analysis.check_same_pairs(scores().slice(1), scores(), "b")
+
+
+def test_special_tokens_without_a_role_are_no_words():
+    """Gemma's end of turn is special and in no role, so `all_special_ids` lacks it."""
+    from transformers import AddedToken
+
+    from sepo.analyse.measures import CLASSES, token_classes
+    from tiny_models import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True)])
+    token = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert token not in tokenizer.all_special_ids
+    classes = token_classes(tokenizer, np.array([token]), np.array([False]))
+    assert CLASSES[classes[0]] == "special"

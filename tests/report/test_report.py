@@ -8,6 +8,8 @@ import html
 import itertools
 import json
 import re
+import shutil
+import subprocess
 import unicodedata
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+import sepo.report
 from properties import examples
 from report_fixtures import END, byte_tokenizer, score_table, word_tokenizer
 from sepo.credit.selection import select_key_tokens
@@ -684,3 +687,15 @@ def test_the_figures_of_a_large_table_are_of_a_sample_and_its_counts_of_all(tmp_
     assert whole.rows.equals(part.rows)
     exact = summarise(whole.rewards, whole.prompts)
     assert all(summaries[0][name] == pytest.approx(exact[name]) for name in ("pairs", "tokens", "accuracy"))
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_a_chart_is_drawn_inside_its_axes() -> None:
+    """Margins that are all positive: neither the guide at 0 nor the outer bins lie outside."""
+    script = Path(__file__).with_name("drawn_axes.mjs")
+    source = Path(sepo.report.__file__).with_name("report.js")
+    outside, drawn = subprocess.run(
+        ["node", str(script), str(source)], capture_output=True, text=True, check=True
+    ).stdout.split()  # fmt: skip
+    assert int(outside) == 0
+    assert int(drawn) > 10
