@@ -32,6 +32,7 @@ from sepo.errors import UserError
 from sepo.files import append_line, grown_lines, write_text
 from sepo.forward.layers import fast_linear_layers
 from sepo.forward.scoring import NonFiniteError
+from sepo.models.adapters import causal_lm
 from sepo.models.sharding import is_sharded
 
 _BLOCK = 256
@@ -172,7 +173,7 @@ class _Sampler:
         seed: int,
     ):
         # A PEFT model's adapters are inside the model that it wraps, whose `generate` is the plain one.
-        self.inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.inner: Any = causal_lm(model) if isinstance(model, PeftModel) else model
         self.stops = stop_ids(self.inner, tokenizer)
         self.config = _plain_config(tokenizer, self.stops, max_new_tokens)
         self.device = next(self.inner.parameters()).device

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sepo.errors import UserError, named_error, wrong_type
 from sepo.models.checkpoint import adapter_state, require_same_weights
-from sepo.models.folders import check_folder, is_adapter, read_json_object
+from sepo.models.folders import check_adapter_kind, check_folder, is_adapter, read_json_object
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import LoraSettings
 
@@ -117,9 +117,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """Return the Transformers causal LM: the model itself, or the base of a `PeftModel`.
 
     Raises:
-        UserError: the model is of another kind.
+        UserError: the model is of another kind, or its adapter is more than a change of weights.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = model
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            check_adapter_kind(vars(config), "the model's adapter")
+        inner = model.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise wrong_type("the model", inner, "a Transformers causal language model in memory (see load_model)")
     return inner
