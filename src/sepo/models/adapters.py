@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sepo.errors import UserError, named_error, wrong_type
-from sepo.models.checkpoint import adapter_state, require_same_weights
+from sepo.models.checkpoint import adapter_generation_config, adapter_state, require_same_weights
 from sepo.models.folders import check_adapter_kind, check_folder, is_adapter, read_json_object
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import LoraSettings
@@ -31,8 +31,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, train: bool
     except Exception as error:
         raise UserError(f"the adapter '{adapter}' does not fit its base model ({named_error(error)})") from None
     require_same_weights(folder, {key: tuple(value.shape) for key, value in adapter_state(peft_model).items()})
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = adapter_generation_config(folder) or model.generation_config
     return peft_model
 
 

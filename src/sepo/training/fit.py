@@ -105,6 +105,7 @@ def train_model(
     """Train a model on a pairs or selection table and save it to `out`.
 
     Args:
+        reference_logps: log-probabilities under `model` as it is here, of the rows of `table`.
         callbacks: additional callbacks beside those for the progress bar and the checkpoints.
         objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
 
@@ -142,8 +143,8 @@ def train_model(
             ProgressBar(str(objective.get("objective", "training")).upper()),
             *callbacks,
         ],
+        reference_is_start=True,
     )
-    trainer.reference_is_start = True
     trainer.remove_callback(PrinterCallback)
     return run_training(trainer, tokenizer, out, made_with)
 

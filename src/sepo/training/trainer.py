@@ -18,6 +18,7 @@ from inspect import Parameter, Signature, signature
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.utils import DistributedType
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from sepo import processes
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.loading import require_dataset
+from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import provenance_of, require_table
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
@@ -35,7 +37,7 @@ from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import PackedBatch, Pair
 from sepo.forward.prepare import prepare_model, training_noise
-from sepo.forward.scoring import dataset_logps, read_like, require_readable, tokens_per_row_for
+from sepo.forward.scoring import dataset_logps, numerics, require_readable, tokens_per_row_for
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import gather_by_block, sharded_twin
@@ -159,9 +161,11 @@ class PreferenceTrainer(Trainer):
             `datasets.Dataset` with prompt, chosen and rejected, which `processing_class` tokenises.
         eval_dataset: the same, optional.
         reference_logps: a table of kind "logps" for the rows of `train_dataset`, for the objectives with a reference.
-            If None, computed once before training from the initial model.
+            Used as given. If None, computed once before training from the initial model.
         eval_reference_logps: the same for `eval_dataset`.
         processing_class: the tokenizer.
+        reference_is_start: `reference_logps` are those of the initial model. Where they were computed in other types
+            than the training's, they are computed again, and refused if they are another model's.
 
     Example:
         >>> config = PreferenceConfig("oracle", objective="dpo")
@@ -182,6 +186,7 @@ class PreferenceTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        reference_is_start: bool = False,
     ):
         args = args or PreferenceConfig("preference_trainer")
         _check_types(args, processing_class, callbacks)
@@ -196,7 +201,11 @@ class PreferenceTrainer(Trainer):
             model = model.to(args.device)  # prepare_model tests it on the device of the training
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
         prepare_model(model, args.layout, longest=0, tokens_per_row=0, device=args.device)
-        train = self._dataset(model, args, train_dataset, reference_logps, processing_class, "train")
+        # True: the reference log-probabilities must be those of the initial model.
+        self.reference_is_start = reference_logps is None or reference_is_start
+        train = self._dataset(
+            model, args, train_dataset, reference_logps, processing_class, "train", self.reference_is_start
+        )
         evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class, "eval")
         longest = max(data.pairs.longest if data is not None else 0 for data in (train, evaluation))
         layout = prepare_model(
@@ -204,8 +213,6 @@ class PreferenceTrainer(Trainer):
         )
         if args.device.type == "cpu":
             keep_freed_memory()
-        # True: the stored reference log-probabilities must be those of the initial model.
-        self.reference_is_start = reference_logps is None
         self._start_checked = False
         self._disabled_dropout = disable_dropout(model)
         self._eval_only = eval_only_modules(model)
@@ -242,7 +249,7 @@ class PreferenceTrainer(Trainer):
         plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
     @staticmethod
-    def _dataset(model, args, data, reference_logps, tokenizer, part: str) -> PairDataset | None:
+    def _dataset(model, args, data, reference_logps, tokenizer, part: str, is_start=False) -> PairDataset | None:
         """Pairs and reference log-probabilities of `train_dataset` ("train" as `part`) or `eval_dataset` ("eval")."""
         if data is None:
             return None
@@ -266,14 +273,18 @@ class PreferenceTrainer(Trainer):
             return PairDataset(data)
         if reference_logps is not None:
             require_table("reference_logps" if part == "train" else "eval_reference_logps", reference_logps, "logps")
-        if reference_logps is None or not _same_numerics(args, model, reference_logps):
-            # A policy that the training shards may not fit on one device.
-            reference = sharded_twin(model, args.device) if processes.read_sharded() else model.to(args.device)
-            with _autocast(args):
-                reference_logps = dataset_logps(
-                    reference, data, tokens_per_row=args.tokens_per_row, over_processes=True
+        if reference_logps is None:
+            reference_logps = _logps_of_start(args, model, data)
+        elif difference := _difference_of_numerics(args, model, reference_logps):
+            if is_start:
+                given, reference_logps = reference_logps, _logps_of_start(args, model, data)
+                _require_same_model(given, reference_logps)
+            else:
+                processes.log(
+                    f"reference_logps were computed in {difference}: they are used as they are, but sums over a "
+                    "response may differ by about a nat from the policy's; without reference_logps the initial model "
+                    "gives them in the types of the training"
                 )
-            del reference
         if args.objective == "tgdpo":
             alpha = objective.alpha_or_default(args.alpha)
             data = reweighted(data, lambda rewards, sign: guided_weights(rewards, sign, alpha, args.beta))
@@ -635,16 +646,41 @@ def _autocast(args: TrainingArguments) -> torch.autocast:
     return torch.autocast(args.device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16))
 
 
-def _same_numerics(args: TrainingArguments, model: nn.Module, logps: pa.Table) -> bool:
-    """Whether stored log-probabilities were computed in the dtype of the training's forward.
+def _logps_of_start(args: PreferenceConfig, model: nn.Module, data: pa.Table) -> pa.Table:
+    """Log-probabilities under the initial model, in the types of the training."""
+    # A policy that the training shards may not fit on one device.
+    reference = sharded_twin(model, args.device) if processes.read_sharded() else model.to(args.device)
+    with _autocast(args):
+        return dataset_logps(reference, data, tokens_per_row=args.tokens_per_row, over_processes=True)
+
+
+def _difference_of_numerics(args: TrainingArguments, model: nn.Module, logps: pa.Table) -> str:
+    """In what other types than the training's stored log-probabilities were computed; "" if in the same, or unknown.
 
     In bfloat16 the sum over a response differs by about a nat from the same sum in float32, as much as training changes
     it. A reference in another dtype makes the first loss differ from ln 2 and biases all later ones.
     """
-    if "dtype" not in provenance_of(logps):  # the user made this table
-        return not (args.fp16 or args.bf16)
+    stored = provenance_of(logps)
+    if "dtype" not in stored:  # the user made this table
+        return ""
     with _autocast(args):
-        return read_like(logps, model)
+        here = numerics(model)
+    differing = [name for name, value in here.items() if stored.get(name) != value]
+    return ", ".join(f"{name} {stored.get(name)} (the training: {here[name]})" for name in differing)
+
+
+# Mean difference of a token's log-probability, in nats. Types alone differ by 0.06, a quantised model by up to 0.3.
+_OTHER_MODEL = 0.5
+
+
+def _require_same_model(given: pa.Table, computed: pa.Table) -> None:
+    """Raise a UserError unless log-probabilities in other types are those of the same model and rows."""
+    if given.column("pair_id").to_pylist() != computed.column("pair_id").to_pylist():
+        raise UserError("the reference log-probabilities belong to other pairs: compute them again")
+    for side in SIDES:
+        stored, again = (flat(table.column(f"{side}_logps"))[0] for table in (given, computed))
+        if len(stored) != len(again) or not np.abs(stored - again).mean() <= _OTHER_MODEL:
+            raise UserError("the reference log-probabilities are not those of the policy's start: compute them again")
 
 
 def _bind_packed_forward(model: nn.Module) -> None:
