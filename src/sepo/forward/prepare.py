@@ -282,7 +282,7 @@ def _vocabulary(lm: PreTrainedModel) -> int:
 
 
 def _logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    return read_logps(model, batch.to(next(model.parameters()).device)).double()
+    return read_logps(model, batch.to(next(model.parameters()).device))
 
 
 def _own_logps(lm: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
@@ -299,7 +299,7 @@ def _own_sequence(lm: PreTrainedModel, pair: Pair, side: int) -> Tensor:
     # All logits of a long text would take gigabytes.
     few = {"logits_to_keep": kept} if "logits_to_keep" in signature(type(lm).forward).parameters else {}
     logits = lm(input_ids=tokens, use_cache=False, **few).logits[0, -kept:-1]
-    logps = torch.log_softmax(logits.double(), -1)
+    logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
     return logps.gather(1, tokens[0, 1 - kept :, None])[:, 0]
 
 

@@ -143,8 +143,33 @@ class PreferenceConfig(TrainingArguments):
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
-def _no_metrics(device: torch.device) -> Tensor:
-    return torch.zeros(len(METRICS) + 1, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+class _RunningSums:
+    """Sums of METRICS and the number of pairs since the last log, in float64, which some devices (MPS) do not have.
+
+    Each batch's sums wait on the device, so that no batch waits for a copy to the host.
+    """
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(len(METRICS) + 1)
+        self._waiting: list[Tensor] = []
+
+    def add(self, sums: Tensor) -> None:
+        """Add `[len(METRICS) + 1]` sums of one batch."""
+        self._waiting.append(sums)
+        if len(self._waiting) == 256:
+            self.take_in()
+
+    def take_in(self) -> np.ndarray:
+        """The sums of all batches."""
+        if self._waiting:
+            for sums in torch.stack(self._waiting).cpu().numpy():
+                self._sums += sums
+            self._waiting.clear()
+        return self._sums
+
+    def reset(self) -> None:
+        self._sums[:] = 0
+        self._waiting.clear()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -223,8 +248,7 @@ class PreferenceTrainer(Trainer):
         self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
         self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
         _bind_packed_forward(model)
-        # Running sums of METRICS and the number of pairs since the last log, on the device.
-        self._metrics = {mode: _no_metrics(args.device) for mode in ("train", "eval")}
+        self._metrics = {mode: _RunningSums() for mode in ("train", "eval")}
         self._update_pairs: list[int] = []  # pair ids of the current update, to name the pair of a bad gradient
         super().__init__(
             model=model,
@@ -374,9 +398,8 @@ class PreferenceTrainer(Trainer):
         if mode:
             with torch.no_grad():
                 values = (losses, chosen, rejected, chosen - rejected, accuracy(chosen, rejected))
-                sums = torch.stack([value.sum() for value in values]).to(self._metrics[mode].dtype)
-                self._metrics[mode][:-1] += sums
-                self._metrics[mode][-1] += len(losses)
+                number = losses.new_tensor(len(losses))
+                self._metrics[mode].add(torch.stack([*(value.sum() for value in values), number]))
         return losses
 
     def _require_finite(self, losses: list[Tensor], pair_ids: list[int]) -> None:
@@ -556,7 +579,7 @@ class PreferenceTrainer(Trainer):
         model = self.model_wrapped
         training = model.training
         model.eval()
-        self._metrics["eval"].zero_()
+        self._metrics["eval"].reset()
         all_losses: list[Tensor] = []
         pair_ids: list[int] = []
         with torch.no_grad():
@@ -581,12 +604,12 @@ class PreferenceTrainer(Trainer):
 
     def _take(self, mode: str) -> dict[str, float]:
         """Return the means of the running metrics over all processes and reset them. A collective call."""
-        sums = self._metrics[mode]
+        sums = self._metrics[mode].take_in()
         if self.args.world_size > 1:
             # Every process gets the same numbers, even if it had no pair since the last log.
-            sums = self.accelerator.reduce(sums.clone(), "sum")
+            sums = self.accelerator.reduce(torch.from_numpy(sums).to(self.args.device), "sum")
         *totals, count = sums.tolist()
-        self._metrics[mode].zero_()
+        self._metrics[mode].reset()
         return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
 
 
