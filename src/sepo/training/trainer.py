@@ -72,6 +72,16 @@ from sepo.training.objectives import (
 )
 
 
+def use_one_device(args: TrainingArguments) -> None:
+    """One process drives one device.
+
+    By default Trainer wraps the model for all visible GPUs (nn.DataParallel), multiplies the batch by their number, and
+    fails on packed rows.
+    """
+    _ = args.device  # sets _n_gpu
+    args._n_gpu = min(args._n_gpu, 1)
+
+
 @dataclass
 class PreferenceConfig(TrainingArguments):
     """Settings of a `PreferenceTrainer`: all of `transformers.TrainingArguments`, and these.
@@ -128,10 +138,7 @@ class PreferenceConfig(TrainingArguments):
             raise UserError(f"layout is '{self.layout}': expected auto, packed or padded")
         # Batches hold pairs, not model inputs, so Trainer must not drop columns by name.
         self.remove_unused_columns = False
-        # One process drives one device. By default Trainer would wrap the model for all visible GPUs
-        # (nn.DataParallel), multiply the batch by their number, and fail on packed rows.
-        _ = self.device  # sets _n_gpu
-        self._n_gpu = min(self._n_gpu, 1)
+        use_one_device(self)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps of warm-up; 0 if warm-up would take the whole training, whose first step has learning rate 0."""
