@@ -36,7 +36,7 @@ from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import PackedBatch, Pair
-from sepo.forward.prepare import prepare_model, training_noise
+from sepo.forward.prepare import prepare_model, training_layout, training_noise
 from sepo.forward.scoring import dataset_logps, numerics, require_readable, tokens_per_row_for
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm
@@ -232,7 +232,9 @@ class PreferenceTrainer(Trainer):
         if args.device.type == "cuda" and not _has_device_placement(model):
             model = model.to(args.device)  # prepare_model tests it on the device of the training
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
-        prepare_model(model, args.layout, longest=0, tokens_per_row=0, device=args.device)
+        layout = prepare_model(model, args.layout, longest=0, tokens_per_row=0, device=args.device)
+        if not processes.sharding():
+            training_layout(model, layout, args.layout, _autocast(args))
         # True: the reference log-probabilities must be those of the initial model.
         self.reference_is_start = reference_logps is None or reference_is_start
         train = self._dataset(
