@@ -56,14 +56,15 @@ class LogitTransform:
     @classmethod
     def from_config(cls, config) -> LogitTransform:
         """Read `final_logit_softcapping` (Gemma), `logits_soft_cap` (RecurrentGemma), `logit_scale` (Cohere) and
-        `logits_scaling` (Granite).
+        `logits_scaling` (Granite divides by it, HyperCLOVA X multiplies).
         """
         config = config.get_text_config()
         scale = 1.0
         if getattr(config, "logit_scale", None) is not None:
             scale = float(config.logit_scale)
         elif getattr(config, "logits_scaling", None) is not None:
-            scale = 1.0 / float(config.logits_scaling)
+            scale = float(config.logits_scaling)
+            scale = scale if config.model_type.startswith("hyperclovax") else 1.0 / scale
         softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         return cls(scale=scale, softcap=softcap)
 

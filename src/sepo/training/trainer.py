@@ -388,8 +388,10 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad():
             ratios = torch.stack([sums.chosen - sums.reference_chosen, sums.rejected - sums.reference_rejected])
             difference = ratios.abs().max().item()
-            largest = torch.stack([sums.chosen_counts.max(), sums.rejected_counts.max()]).max().item()
-            scale = batch.weights.max().item()
+            # Weights may be negative (rewards), and 0 has no difference.
+            sizes = replace(batch, weights=batch.weights.abs())
+            largest = torch.stack(segment_weights(sizes)).max().item()
+            scale = sizes.weights.max().item() or 1.0
         # Rounding errors add up like a random walk: about 1e-6 nats a token in float32, 0.06 in bfloat16.
         allowed = (0.25 if self.args.bf16 or self.args.fp16 else 1e-3) * scale * math.sqrt(largest / scale + 1)
         if difference <= allowed:
