@@ -19,9 +19,7 @@ def no_compiler(*args, **kwargs):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
-def test_a_kernel_that_cannot_be_built_leaves_the_models_own_layers_and_is_said_once(
-    capsys, monkeypatch, architecture
-):
+def test_a_kernel_that_cannot_be_built_leaves_the_models_own_layers_and_is_said_once(capsys, monkeypatch, architecture):
     """A CPU that passes for a GPU: no kernel runs there."""
     monkeypatch.setattr(processes, "_logged", set())
     monkeypatch.setattr(layers_cuda, "available", lambda x: True)

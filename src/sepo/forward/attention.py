@@ -10,9 +10,9 @@ On a CPU each block is one kernel call (`attention_cpu.py`); on a GPU one call c
 Elsewhere (soft-capping on a CPU, an unknown device) one masked softmax per document computes the same; the tests
 compare the fast paths with it.
 
-The functions are registered in Transformers' attention interface as `ATTENTION`. They refuse any tensor that they do not
-use, such as the keys that a sparse layer chose. A forward without a `layout`
-(generation, evaluation by other code) uses ordinary SDPA.
+The functions are registered in Transformers' attention interface as `ATTENTION`. They refuse any tensor that they do
+not use, such as the keys that a sparse layer chose. A forward without a `layout` (generation, evaluation by other code)
+uses ordinary SDPA.
 """
 
 from __future__ import annotations

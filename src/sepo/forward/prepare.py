@@ -500,7 +500,9 @@ def _training_problem(model: nn.Module, layout: str, autocast: torch.autocast) -
     if not finite:
         return "its gradients are not finite"
     # The mean: the model's own logits are rounded to half precision, up to 0.25 nats for large ones.
-    return None if difference <= 0.25 else f"its log-probabilities differ by {difference:.3g} nats from its own forward's"
+    return (
+        None if difference <= 0.25 else f"its log-probabilities differ by {difference:.3g} nats from its own forward's"
+    )
 
 
 # With layers that are skipped in one pass of ten, all but two of 10,000 two-layer models show it.
