@@ -81,7 +81,8 @@ def test_a_choice_of_keys_that_begins_in_a_long_row_is_refused_in_one_line(gives
 
 
 UNUSED = {
-    "indices": torch.zeros(1), "block_indices": [torch.zeros(1)], "s_aux": torch.zeros(1), "anything": {"a": torch.ones(1)},
+    "indices": torch.zeros(1), "block_indices": [torch.zeros(1)], "s_aux": torch.zeros(1),
+    "anything": {"a": torch.ones(1)},
 }  # fmt: skip
 
 

@@ -28,8 +28,9 @@ MENDED = {
     "cache": ({"use_cache": False, "cache_implementation": "static"}, {"use_cache": False}),
 }
 REFUSED = {
-    "tokens": {"max_new_tokens": -5}, "words": {"max_new_tokens": "many"}, "kind of cache": {"cache_implementation": "a"},
-    "stopping": {"early_stopping": "maybe"}, "sequences": {"num_return_sequences": 4}, "mark": {"watermarking_config": {"a": 7}},
+    "tokens": {"max_new_tokens": -5}, "words": {"max_new_tokens": "many"}, "cache": {"cache_implementation": "a"},
+    "stopping": {"early_stopping": "maybe"}, "sequences": {"num_return_sequences": 4},
+    "mark": {"watermarking_config": {"a": 7}},
 }  # fmt: skip
 
 

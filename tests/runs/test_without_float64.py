@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tiny_run
-from pairs import some_pairs
 from sepo.cli import main
 from sepo.judging.scorers import _RewardModel
 from sepo.models.adapters import new_adapter
