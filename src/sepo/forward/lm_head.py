@@ -124,8 +124,11 @@ def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
 
     Half precision is summed and returned in float32: bfloat16 rounds a logit of 20 by up to 0.06.
     """
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    if not plain or compute_dtype(head.weight) not in _HALF:
+    if (
+        not isinstance(head, nn.Linear)
+        or type(head).forward is not nn.Linear.forward
+        or compute_dtype(head.weight) not in _HALF
+    ):
         return head(hidden).to(_float(hidden))
     if waits_for_call(head):
         return inside_call(head, lambda h: _HeadLogits.apply(h, head.weight, head.bias), hidden)

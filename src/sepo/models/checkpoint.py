@@ -107,7 +107,8 @@ def savable(config: GenerationConfig, name: str) -> GenerationConfig:
     Published models have such values: sampling settings with `do_sample=False`, `pad_token_id` -1, settings of beams
     without beams. Sampling settings are kept, with `do_sample=True`; a line names the values that are left out.
     """
-    changed, left_out = config, {}
+    changed: GenerationConfig = config
+    left_out: dict[str, Any] = {}
     if not _can_be_saved(config):
         as_published, sampling = _largest_savable(config), _largest_savable(config, do_sample=True)
         changed, left_out = min(as_published, sampling, key=lambda result: len(result[1]))
@@ -129,7 +130,8 @@ def _largest_savable(config: GenerationConfig, **changes: Any) -> tuple[Generati
     """A copy of the config with `changes` and with as many of its values as can be saved, and the other values."""
     defaults = type(config)()
     values = {key: getattr(config, key) for key in vars(config) if not key.startswith("_")} | changes
-    kept, left_out = copy.deepcopy(config), {}
+    kept = copy.deepcopy(config)
+    left_out: dict[str, Any] = {}
     for key in values:
         setattr(kept, key, getattr(defaults, key, None))
     # The settings on which the validity of others depends come first.
