@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from pairs import awkward_pairs
+from sepo.forward.lm_head import head_logits
+from sepo.forward.logps import target_hidden, token_logps
 from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
 from sepo.forward.token_kl import token_logps_and_kl
@@ -61,3 +63,42 @@ def test_a_token_that_only_the_other_model_gives_is_infinitely_far_or_adds_nothi
             prepare_model(one)
         _, kl = token_logps_and_kl(model, reference, pack(awkward_pairs()[:1]), direction)
     assert bool(kl.isinf().all() if direction == "forward" else kl.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_log_probabilities_beside_a_kl_are_rounded_as_those_of_the_stored_reference(kind, grad):
+    """In bfloat16 both sum float32 logits: equal models have log-ratios of 0, and no logit is rounded."""
+    model, frozen = (tiny_model("llama", torch.bfloat16 if kind == "bfloat16" else torch.float32) for _ in range(2))
+    with torch.no_grad():
+        for one in (model, frozen):
+            one.lm_head.weight.mul_(8)  # logits of up to 40, which bfloat16 rounds by 0.1
+    prepare_model(model)
+    prepare_model(frozen)
+    batch = pack(awkward_pairs())
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        stored = token_logps(frozen, batch)
+        logps, kl = token_logps_and_kl(model, frozen, batch, "forward")
+        exact = target_hidden(model, batch).to(torch.bfloat16).float() @ model.lm_head.weight.bfloat16().float().t()
+    assert logps.dtype == kl.dtype == torch.float32
+    torch.testing.assert_close(logps, stored, atol=1e-4, rtol=0)
+    if kind == "bfloat16":
+        expected = exact.log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
+        torch.testing.assert_close(logps, expected, atol=1e-3, rtol=0)
+    if grad:
+        logps.sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_gradients_of_half_precision_logits_are_those_of_float32_ones():
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 48, dtype=torch.bfloat16, requires_grad=True)
+    head = nn.Linear(48, VOCAB_SIZE, dtype=torch.bfloat16)
+    weights = torch.randn(7, VOCAB_SIZE)
+    (head_logits(head, hidden).log_softmax(-1) * weights).sum().backward()
+    got = [hidden.grad.float(), head.weight.grad.float(), head.bias.grad.float()]
+    wide, plain_head = hidden.detach().float().requires_grad_(), nn.Linear(48, VOCAB_SIZE)
+    plain_head.load_state_dict({name: value.float() for name, value in head.state_dict().items()})
+    (plain_head(wide).log_softmax(-1) * weights).sum().backward()
+    for ours, expected in zip(got, [wide.grad, plain_head.weight.grad, plain_head.bias.grad], strict=True):
+        torch.testing.assert_close(ours, expected, atol=0.02 * float(expected.abs().max()), rtol=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 
 import peft
@@ -11,14 +12,18 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
+from pairs import config as trainer_config
 from pairs import some_pairs
 from sepo.errors import UserError
+from sepo.evaluate.generate import generate_responses
 from sepo.forward.scoring import dataset_logps
-from sepo.models.adapters import new_adapter
-from sepo.models.names import check_model
+from sepo.models.adapters import check_lora, new_adapter
+from sepo.models.config import load_config
+from sepo.models.names import check_model, resolve_model
 from sepo.models.saving import save_model
 from sepo.models.weights import load_model
 from sepo.recipe.settings import LoraSettings
+from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
 # Settings that a kind needs to fit a tiny Llama.
@@ -160,6 +165,45 @@ def test_a_prompt_adapter_is_refused_before_anything_is_loaded(tmp_path, bases):
     for check in (check_model, lambda folder: load_model(folder, device="cpu")):
         with pytest.raises(UserError, match=r"\(PREFIX_TUNING\) changes the model's input"):
             check(tmp_path / "prefix")
+
+
+BEYOND_WEIGHTS = {
+    "alora": ({"alora_invocation_tokens": [4]}, "invocation tokens"),
+    "arrow": ({"arrow_config": {"top_k": 2}}, "other adapters"),
+    "random": ({"sample_at_inference": True}, "random numbers"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", BEYOND_WEIGHTS)
+def test_an_adapter_that_acts_by_position_or_by_other_adapters_is_refused_in_every_role(tmp_path, bases, kind):
+    """As oracle, reference, start, judge (they read a folder) and where a model is in memory."""
+    settings, reason = BEYOND_WEIGHTS[kind]
+    made_by_peft = settings if kind == "alora" else {}  # the others need more adapters, or another kind of layer
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **made_by_peft)
+    base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model = peft.get_peft_model(base, config)
+    for name, value in settings.items():
+        setattr(model.peft_config["default"], name, value)
+    folder = tmp_path / kind
+    model.save_pretrained(folder)
+    stored = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**stored, **settings}))
+    for read in (
+        check_model,
+        resolve_model,
+        load_config,
+        lambda folder: load_model(folder, device="cpu"),
+        lambda folder: load_model(folder, device="cpu", train=True),
+        lambda folder: load_model(bases["llama"], device="cpu", adapter=folder),
+        lambda folder: check_lora(str(folder), LoraSettings(), "policy.lora"),
+        lambda folder: dataset_logps(model, some_pairs(4)),
+        lambda folder: PreferenceTrainer(model, trainer_config(tmp_path, objective="simpo"), some_pairs(4)),
+        lambda folder: generate_responses(model, tiny_tokenizer(), [[5, 6]], max_new_tokens=2),
+    ):
+        with pytest.raises(UserError, match=reason) as refused:
+            read(folder)
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -111,15 +112,42 @@ def test_the_dropout_of_an_adapter_stays(tmp_path):
     assert losses[0][2] != losses[1][2]
 
 
-def test_a_reference_read_in_another_type_is_read_again(tmp_path):
+def test_the_start_read_in_another_type_is_read_again(tmp_path):
     """Adapters on bfloat16 weights, trained without autocast: stored float32 log-probabilities do not fit."""
     table = some_pairs(6)
     stored = dataset_logps(tiny_model("llama"), table)
     model = new_adapter(tiny_model("llama", torch.bfloat16), LoraSettings(r=4))
-    trainer = PreferenceTrainer(model, config(tmp_path, objective="dpo", max_steps=1), table, reference_logps=stored)
+    settings = config(tmp_path, objective="dpo", max_steps=1)
+    trainer = PreferenceTrainer(model, settings, table, reference_logps=stored, reference_is_start=True)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("types", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "tbpo", "selective_dpo"])
+def test_a_reference_of_another_model_is_used_as_given_in_any_type(tmp_path, capfd, types, objective):
+    table, low = some_pairs(6), torch.bfloat16 if types == "bfloat16" else torch.float32
+    other = dataset_logps(tiny_model("llama", seed=1), table)
+    losses = []
+    for dtype, bf16 in ((torch.float32, False), (low, types == "autocast")):
+        settings = config(tmp_path, objective=objective, max_steps=1, bf16=bf16, disable_tqdm=True)
+        trainer = PreferenceTrainer(tiny_model("llama", dtype), settings, table, reference_logps=other)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    own = PreferenceTrainer(tiny_model("llama", low), settings, table)
+    assert np.abs(own.train_dataset.reference - trainer.train_dataset.reference).max() > 1
+    assert capfd.readouterr().err.count("they are used as they are") == 1
+
+
+def test_a_start_that_is_another_model_is_refused_in_any_type(tmp_path):
+    table = some_pairs(6)
+    other = dataset_logps(tiny_model("llama", seed=1), table)
+    settings = config(tmp_path, objective="dpo", max_steps=1, bf16=True)
+    with pytest.raises(UserError, match="not those of the policy's start"):
+        PreferenceTrainer(tiny_model("llama"), settings, table, reference_logps=other, reference_is_start=True)
 
 
 def test_the_dropout_of_any_adapter_is_the_users(tmp_path):

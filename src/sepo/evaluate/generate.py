@@ -32,6 +32,7 @@ from sepo.errors import UserError
 from sepo.files import append_line, grown_lines, write_text
 from sepo.forward.layers import fast_linear_layers
 from sepo.forward.scoring import NonFiniteError
+from sepo.models.adapters import causal_lm
 from sepo.models.sharding import is_sharded
 
 _BLOCK = 256
@@ -172,7 +173,7 @@ class _Sampler:
         seed: int,
     ):
         # A PEFT model's adapters are inside the model that it wraps, whose `generate` is the plain one.
-        self.inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.inner: Any = causal_lm(model) if isinstance(model, PeftModel) else model
         self.stops = stop_ids(self.inner, tokenizer)
         self.config = _plain_config(tokenizer, self.stops, max_new_tokens)
         self.device = next(self.inner.parameters()).device
@@ -189,7 +190,7 @@ class _Sampler:
                 for prompt, sample in batch
             ]
         )
-        draw = _Draw(self._temperature, torch.from_numpy(uniform))
+        draw = _Draw(self._temperature, uniform)
         try:
             new_ids = _generate_batch(self.inner, prompts, self.config, self.device, draw, self._together)
         except torch.OutOfMemoryError:
@@ -239,12 +240,12 @@ def _uniforms(seed: int, prompt: Sequence[int], occurrence: int, sample: int, st
     return np.random.default_rng([seed, sample, occurrence, len(prompt), *prompt]).random(steps)
 
 
-def draw_tokens(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def draw_tokens(probabilities: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
     """Draw one entry of each row by inverting its cumulative distribution function.
 
     PyTorch's multinomial draws an exponential for every entry of the vocabulary: 110 ms for 84 rows of 49,152 on two
     CPU cores, a sixth of the time of sampling from SmolLM2. One number per row, searched first among the sums of blocks
-    and then within a block, takes 2 ms.
+    and then within a block, takes 2 ms. Sums are float64 on the host: some devices (MPS) have no float64.
 
     Args:
         probabilities: `[rows, V]`, not negative; they need not sum to one.
@@ -253,33 +254,35 @@ def draw_tokens(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Ten
     Returns:
         `[rows]` indices, each with a probability above zero.
 
-    >>> draw_tokens(torch.tensor([[0.5, 0.0, 0.5], [0.5, 0.0, 0.5]]), torch.tensor([0.4, 0.6]).double()).tolist()
+    >>> draw_tokens(torch.tensor([[0.5, 0.0, 0.5], [0.5, 0.0, 0.5]]), np.array([0.4, 0.6])).tolist()
     [0, 2]
     """
     rows, vocabulary = probabilities.shape
     blocks = torch.nn.functional.pad(probabilities, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
-    shares = blocks.sum(dim=-1).double()
-    at = uniform[:, None] * shares.sum(dim=-1, keepdim=True)
+    shares = np.asarray(blocks.sum(dim=-1).float().cpu(), np.float64)
+    at = np.asarray(uniform, np.float64)[:, None] * shares.sum(-1, keepdims=True)
     block = _passes(shares, at)
-    before = (shares.cumsum(dim=-1) - shares).gather(-1, block)
-    inner = blocks[torch.arange(rows, device=block.device), block[:, 0]].double()
-    return (block * _BLOCK + _passes(inner, at - before))[:, 0]
+    before = np.take_along_axis(shares.cumsum(-1) - shares, block, -1)
+    row = torch.arange(rows, device=blocks.device)
+    inner = blocks[row, torch.from_numpy(block[:, 0]).to(blocks.device)]
+    drawn = block * _BLOCK + _passes(np.asarray(inner.float().cpu(), np.float64), at - before)
+    return torch.from_numpy(drawn[:, 0]).to(blocks.device)
 
 
-def _passes(weights: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+def _passes(weights: np.ndarray, at: np.ndarray) -> np.ndarray:
     """First entry of each row whose cumulative weight is above `at`; the last one with a weight if none is."""
-    cumulative = weights.cumsum(dim=-1)
+    cumulative = weights.cumsum(-1)
     # An entry without weight repeats the sum before it, so the first to reach the total is the last with a weight.
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.minimum(torch.searchsorted(cumulative, at, right=True), last)
+    last = (cumulative < cumulative[:, -1:]).sum(-1, keepdims=True)
+    return np.minimum((cumulative <= at).sum(-1, keepdims=True), last)
 
 
 class _Draw(LogitsProcessor):
     """Draw each row's next token, keep its log-probability, and set its score to infinity in place."""
 
-    def __init__(self, temperature: float, uniform: torch.Tensor):
+    def __init__(self, temperature: float, uniform: np.ndarray):
         self.temperature = temperature
-        self.uniform = uniform  # [rows, steps] float64, on the host: a step needs one column
+        self.uniform = uniform  # [rows, steps]
         self._steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -292,8 +295,7 @@ class _Draw(LogitsProcessor):
         if self.temperature:
             if self.temperature != 1:
                 weights = ((scores - highest) / self.temperature).exp_()
-            uniform = self.uniform[:, len(self._steps)].to(scores.device)
-            drawn = draw_tokens(weights, uniform)[:, None]
+            drawn = draw_tokens(weights, self.uniform[:, len(self._steps)])[:, None]
         else:
             drawn = scores.argmax(dim=-1, keepdim=True)
         self._steps.append(scores.gather(-1, drawn) - total)

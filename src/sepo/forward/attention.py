@@ -10,11 +10,14 @@ On a CPU each block is one kernel call (`attention_cpu.py`); on a GPU one call c
 Elsewhere (soft-capping on a CPU, an unknown device) one masked softmax per document computes the same; the tests
 compare the fast paths with it.
 
-The functions are registered in Transformers' attention interface as `ATTENTION`. A forward without a `layout`
-(generation, evaluation by other code) uses ordinary SDPA.
+The functions are registered in Transformers' attention interface as `ATTENTION`. They refuse any tensor that they do
+not use, such as the keys that a sparse layer chose. A forward without a `layout` (generation, evaluation by other code)
+uses ordinary SDPA.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +25,20 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from sepo.errors import UserError
 from sepo.forward.attention_cpu import BlockAttention, lse_dtype
 from sepo.forward.attention_cuda import packed_attention
 from sepo.forward.packing import Layout
 
 ATTENTION = "sepo_packed"
+
+# Tensors that models pass to their attention function and that change nothing here: a row's layout has the positions.
+_WITHOUT_EFFECT = ("position_ids", "position_embeddings", "cache_position")
+_NAMES = {"s_aux": "attention sinks (s_aux)", "position_bias": "position biases (position_bias)"}
+
+
+class UnsupportedAttention(UserError, NotImplementedError):
+    """A model passes something to its attention function that this function does not use."""
 
 
 def packed_attention_forward(
@@ -47,9 +59,11 @@ def packed_attention_forward(
     Returns `[1, T, heads, dim]` and None. Without a `layout` this is SDPA (or a plain softmax with soft-capping).
 
     Raises:
-        NotImplementedError: the layer uses attention sinks, position biases or attention dropout, which packed rows do
-            not support; `prepare.prepare_model` then picks the padded layout.
+        UnsupportedAttention: the layer passes a tensor that is not used here (attention sinks, position biases, the
+            keys that a sparse layer chose), a mask of its own, or attention dropout. In its trial of the packed layout
+            `prepare.prepare_model` then picks the padded one, where the model's own attention runs.
     """
+    _refuse_unused(module, attention_mask, dropout, layout, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is None:
         if softcap is None:
@@ -58,8 +72,6 @@ def packed_attention_forward(
             )
         allowed = _causal_mask(query.shape[2], query.device) if attention_mask is None else attention_mask
         return _softmax_attention(query, key, value, allowed, scaling, softcap).transpose(1, 2), None
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None or dropout:
-        raise NotImplementedError("packed rows support no attention sinks, position biases or attention dropout")
 
     kind = query.device.type
     # Under autocast, rotary embeddings leave queries and keys in float32 beside lower-precision values.
@@ -73,6 +85,29 @@ def packed_attention_forward(
     else:
         output = plain_packed_attention(query, key, value, layout, scaling, sliding_window, softcap)
     return output.transpose(1, 2), None
+
+
+def _refuse_unused(
+    module: torch.nn.Module, mask: Tensor | None, dropout: float, layout: Layout | None, rest: dict[str, Any]
+) -> None:
+    """Raise an UnsupportedAttention for anything that would change the result and that would be ignored."""
+    given = sorted(name for name, value in rest.items() if name not in _WITHOUT_EFFECT and _has_tensor(value))
+    unused = [_NAMES.get(name, name) for name in given]
+    if layout is not None:
+        # `target_hidden` passes a mask of one element. One that a layer made, or changed, has one for each key.
+        unused += ["a mask of its own"] if mask is not None and mask.numel() > 1 else []
+        unused += ["attention dropout"] if dropout else []
+    if unused:
+        raise UnsupportedAttention(
+            f"the attention of {type(module).__name__} uses {', '.join(unused)}, which packed rows do not support: "
+            "use layout=padded"
+        )
+
+
+def _has_tensor(value: object) -> bool:
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_has_tensor, value)))
 
 
 AttentionInterface.register(ATTENTION, packed_attention_forward)

@@ -252,7 +252,7 @@ def flex_packed_attention(
         query, key, value = (torch.nn.functional.pad(x, (0, narrow, 0, missing)) for x in (query, key, value))
     call = kernel or _compiled_flex()
     # Makes the soft cap a constant of the graph: as a tensor it cannot be lowered.
-    with torch._dynamo.config.patch(specialize_float=True):
+    with torch._dynamo.config.patch(specialize_float=True, fail_on_recompile_limit_hit=True):
         output = call(
             query,
             key,

@@ -7,8 +7,13 @@ autocast each linear layer would otherwise make and keep its own copy. `layers.p
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+from sepo.errors import one_line
+from sepo.processes import log_once
 
 try:
     import triton
@@ -24,7 +29,25 @@ _ELEMENTS = 1024  # per program of an elementwise kernel
 
 def available(x: Tensor) -> bool:
     """Whether the kernels take tensors of this device, type and width."""
-    return triton is not None and x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= _WIDEST
+    return x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= _WIDEST and can_build(x.device)
+
+
+@lru_cache
+def can_build(device: torch.device) -> bool:
+    """Whether Triton builds and runs a kernel on this GPU, tried once a process: slim images have no C compiler."""
+    if triton is None:
+        return False
+    try:
+        norm_forward(torch.ones(2, 16, device=device), torch.ones(16, device=device), 1e-6, 0.0, torch.float32)
+    except Exception as error:  # of a compiler, a driver or a linker
+        log_not_built(error)
+        return False
+    return True
+
+
+def log_not_built(error: Exception) -> None:
+    """Say once a process that models run without the kernels of this module."""
+    log_once(f"  GPU kernels cannot be built here ({one_line(error, 200)}): models run without them, which is slower")
 
 
 if triton is not None:

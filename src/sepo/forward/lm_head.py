@@ -56,14 +56,15 @@ class LogitTransform:
     @classmethod
     def from_config(cls, config) -> LogitTransform:
         """Read `final_logit_softcapping` (Gemma), `logits_soft_cap` (RecurrentGemma), `logit_scale` (Cohere) and
-        `logits_scaling` (Granite).
+        `logits_scaling` (Granite divides by it, HyperCLOVA X multiplies).
         """
         config = config.get_text_config()
         scale = 1.0
         if getattr(config, "logit_scale", None) is not None:
             scale = float(config.logit_scale)
         elif getattr(config, "logits_scaling", None) is not None:
-            scale = 1.0 / float(config.logits_scaling)
+            scale = float(config.logits_scaling)
+            scale = scale if config.model_type.startswith("hyperclovax") else 1.0 / scale
         softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         return cls(scale=scale, softcap=softcap)
 
@@ -118,9 +119,53 @@ def target_logps(hidden: Tensor, head: nn.Module, target_ids: Tensor, transform:
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=_float(hidden))
 
 
+def head_logits(head: nn.Module, hidden: Tensor) -> Tensor:
+    """All logits of the LM head before their transform, `[N, V]`, rounded as those of `target_logps`.
+
+    Half precision is summed and returned in float32: bfloat16 rounds a logit of 20 by up to 0.06.
+    """
+    if (
+        not isinstance(head, nn.Linear)
+        or type(head).forward is not nn.Linear.forward
+        or compute_dtype(head.weight) not in _HALF
+    ):
+        return head(hidden).to(_float(hidden))
+    if waits_for_call(head):
+        return inside_call(head, lambda h: _HeadLogits.apply(h, head.weight, head.bias), hidden)
+    return _HeadLogits.apply(hidden, head.weight, head.bias)
+
+
+class _HeadLogits(torch.autograd.Function):
+    """`h W^T (+ b)` in half precision, summed and returned in float32."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = compute_dtype(weight)
+        h, w = hidden.to(dtype), compute_copy(weight, dtype)
+        ctx.save_for_backward(h, w)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return _logits(h, w, bias, LogitTransform())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        h, w = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad
+        low = grad.to(h.dtype)
+        of_hidden, of_weight, of_bias = ctx.dtypes
+        return (
+            matmul_nt(low, w.t()).to(of_hidden) if need_hidden else None,
+            (low.t() @ h).to(of_weight) if need_weight else None,
+            grad.sum(0).to(of_bias) if need_bias else None,
+        )
+
+
 def _chunk_logps(head: nn.Module, transform: LogitTransform, hidden: Tensor, target_ids: Tensor) -> Tensor:
     logits = transform.apply(head(hidden).to(_float(hidden)))
     return logits.gather(1, target_ids[:, None])[:, 0] - logits.logsumexp(1)
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _float(tensor: Tensor) -> torch.dtype:
@@ -241,7 +286,13 @@ def _inside(target_ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 
 def _logits(h: Tensor, w: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    logits = matmul_nt(h, w).to(_float(h))
+    if h.dtype not in _HALF:
+        logits = matmul_nt(h, w)
+    elif h.is_cuda:
+        logits = lm_head_cuda.matmul_float32(h, w)
+    else:
+        with torch.autocast(h.device.type, enabled=False):  # it would round the product
+            logits = matmul_nt(h.float(), w.float())
     if bias is not None:
         logits += bias
     return transform.apply_(logits)

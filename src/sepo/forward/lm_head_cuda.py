@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sepo.forward.layers_cuda import lines
+from sepo.forward.layers_cuda import can_build, lines
 
 try:
     import triton
@@ -25,7 +25,7 @@ _COLUMNS = 2048  # per step of a program
 
 def available(hidden: Tensor) -> bool:
     """Whether the kernels take hidden states of this type on this device."""
-    return triton is not None and hidden.device.type == "cuda" and hidden.dtype in (torch.float16, torch.bfloat16)
+    return hidden.device.type == "cuda" and hidden.dtype in (torch.float16, torch.bfloat16) and can_build(hidden.device)
 
 
 def matmul_float32(x: Tensor, w: Tensor) -> Tensor:

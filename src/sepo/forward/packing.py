@@ -380,7 +380,7 @@ def fill_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:
     documents = documents[len(longer) :]
     number = -(-sum(length for length, _ in documents) // tokens_per_row)
     while (rows := _balanced_rows(documents, number, tokens_per_row)) is None:
-        number += 1 + number // 50
+        number = min(number + 1 + number // 50, len(documents))  # one row each always fits
     return [*longer, *rows]
 
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from sepo.errors import UserError, one_line
 from sepo.forward.attention import ATTENTION
+from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.layers import use_fast_layers
 from sepo.forward.logps import LayoutTrials, read_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, pack, pad
@@ -282,7 +283,7 @@ def _vocabulary(lm: PreTrainedModel) -> int:
 
 
 def _logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    return read_logps(model, batch.to(next(model.parameters()).device)).double()
+    return read_logps(model, batch.to(next(model.parameters()).device))
 
 
 def _own_logps(lm: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
@@ -299,7 +300,7 @@ def _own_sequence(lm: PreTrainedModel, pair: Pair, side: int) -> Tensor:
     # All logits of a long text would take gigabytes.
     few = {"logits_to_keep": kept} if "logits_to_keep" in signature(type(lm).forward).parameters else {}
     logits = lm(input_ids=tokens, use_cache=False, **few).logits[0, -kept:-1]
-    logps = torch.log_softmax(logits.double(), -1)
+    logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
     return logps.gather(1, tokens[0, 1 - kept :, None])[:, 0]
 
 
@@ -450,6 +451,58 @@ def training_noise(model: nn.Module, train: Callable[[], object] | None = None) 
             if worst > _CLEAR or _random_states(device) == before:
                 break
         return worst
+
+
+def training_layout(model: nn.Module, layout: str, required: str, autocast: torch.autocast) -> str:
+    """The layout in which a prepared model trains: short texts are read and differentiated as in the training.
+
+    Half-precision kernels and backward passes run here for the first time; the trial of `prepare_model` has neither.
+
+    Args:
+        layout: the result of `prepare_model`.
+        required: the layout that the user insists on, or "auto".
+
+    Raises:
+        UserError: no layout that is left can be trained under this autocast.
+    """
+    problem = _training_problem(model, layout, autocast)
+    while problem is not None:
+        name = causal_lm(model).config.name_or_path or type(causal_lm(model)).__name__
+        if layout != "packed" or required == "packed":
+            raise UserError(f"model '{name}' cannot be trained in {layout} rows here ({problem})")
+        log_once(f"  model '{name}' cannot be trained in packed rows here ({problem}): it is read in padded batches")
+        layout = prepare_model(model, "padded", longest=0, tokens_per_row=0)
+        problem = _training_problem(model, layout, autocast)
+    return layout
+
+
+def _training_problem(model: nn.Module, layout: str, autocast: torch.autocast) -> str | None:
+    """What is wrong with one forward and backward pass over short texts; None if nothing is."""
+    lm = causal_lm(model)
+    probe = [_within(pair, _vocabulary(lm)) for pair in _SHORT]
+    try:
+        with _modes_kept(model), _unguarded(lm), autocast, torch.enable_grad():
+            model.eval()
+            with torch.no_grad():
+                expected = _own_logps(lm, probe)
+            with gradients_in_place(may_accumulate_in_place(model)):
+                got = torch.cat([_logps(model, batch) for batch in _batches(layout, probe, [])])
+                if got.requires_grad:
+                    got.sum().backward()
+        finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+        difference = float((got.detach() - expected).abs().mean())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any error of a model, a compiler or a kernel
+        return one_line(error, 200)
+    finally:
+        model.zero_grad(set_to_none=True)
+    if not finite:
+        return "its gradients are not finite"
+    # The mean: the model's own logits are rounded to half precision, up to 0.25 nats for large ones.
+    return (
+        None if difference <= 0.25 else f"its log-probabilities differ by {difference:.3g} nats from its own forward's"
+    )
 
 
 # With layers that are skipped in one pass of ten, all but two of 10,000 two-layer models show it.

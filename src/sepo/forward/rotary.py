@@ -74,7 +74,7 @@ def use_fused_rotary(lm: PreTrainedModel) -> None:
                     gradients = torch.autograd.grad([(x * x.sin()).sum() for x in outputs], inputs)
                 results.append([*outputs, *gradients])
             same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
-        except (RuntimeError, TypeError, ValueError):
+        except Exception:  # of a function with other arguments, or of a compiler
             same = False
         if same:
             sys.modules[name].apply_rotary_pos_emb = fused  # type: ignore[attr-defined]

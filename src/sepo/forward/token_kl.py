@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sepo.forward.lm_head import LogitTransform
+from sepo.forward.lm_head import LogitTransform, head_logits
 from sepo.forward.logps import read_hidden, target_hidden
 from sepo.forward.packing import PackedBatch
 from sepo.models.adapters import causal_lm
@@ -78,9 +78,7 @@ class _Heads:
 
     @staticmethod
     def _log_softmax(head: nn.Module, transform: LogitTransform, hidden: Tensor) -> Tensor:
-        logits = head(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return transform.apply(logits).log_softmax(1)
+        return transform.apply(head_logits(head, hidden)).log_softmax(1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

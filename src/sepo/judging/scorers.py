@@ -196,5 +196,6 @@ class _RewardModel:
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
         device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.double().cpu().numpy()
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu().numpy()
+        logits = logits.astype(np.float64)  # here: some devices (MPS) have no float64
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sepo.errors import UserError, named_error, nearest, wrong_type
-from sepo.models.checkpoint import adapter_state, require_same_weights
-from sepo.models.folders import check_folder, is_adapter, read_json_object
+from sepo.models.checkpoint import adapter_generation_config, adapter_state, require_same_weights
+from sepo.models.folders import check_adapter_kind, check_folder, is_adapter, read_json_object
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import LoraSettings
 
@@ -31,8 +31,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, train: bool
     except Exception as error:
         raise UserError(f"the adapter '{adapter}' does not fit its base model ({named_error(error)})") from None
     require_same_weights(folder, {key: tuple(value.shape) for key, value in adapter_state(peft_model).items()})
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = adapter_generation_config(folder) or model.generation_config
     return peft_model
 
 
@@ -133,9 +132,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """Return the Transformers causal LM: the model itself, or the base of a `PeftModel`.
 
     Raises:
-        UserError: the model is of another kind.
+        UserError: the model is of another kind, or its adapter is more than a change of weights.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = model
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            check_adapter_kind(vars(config), "the model's adapter")
+        inner = model.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise wrong_type("the model", inner, "a Transformers causal language model in memory (see load_model)")
     return inner

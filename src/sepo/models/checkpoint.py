@@ -8,6 +8,7 @@ and only the headers of the files are read.
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
-from sepo.errors import UserError, named_error
+from sepo.errors import UserError, named_error, one_line
 from sepo.models.folders import read_json_object
+from sepo.processes import log_once
 
 # Weights that do not affect the logits: heads of reward and value models, other modalities, multi-token prediction.
 _BESIDE = re.compile(
@@ -46,6 +48,8 @@ def load_whole(folder: Path, name: str, **options: Any) -> PreTrainedModel:
     """
     model, report = _load(AutoModelForCausalLM, folder, name, options)
     _require_whole(report, model, name)
+    if model.can_generate():
+        model.generation_config = savable(model.generation_config, name)
     return model
 
 
@@ -97,6 +101,62 @@ def _not_by_deepspeed() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = config
 
 
+def savable(config: GenerationConfig, name: str) -> GenerationConfig:
+    """A generation config without the values that Transformers refuses to save, which it does after the training.
+
+    Published models have such values: sampling settings with `do_sample=False`, `pad_token_id` -1, settings of beams
+    without beams. Sampling settings are kept, with `do_sample=True`; a line names the values that are left out.
+    """
+    changed: GenerationConfig = config
+    left_out: dict[str, Any] = {}
+    if not _can_be_saved(config):
+        as_published, sampling = _largest_savable(config), _largest_savable(config, do_sample=True)
+        changed, left_out = min(as_published, sampling, key=lambda result: len(result[1]))
+    if left_out:
+        values = ", ".join(f"{key}={value!r}" for key, value in left_out.items())
+        log_once(f"  generation_config.json of '{name}': {one_line(values)} cannot be saved and is left out")
+    return changed
+
+
+def _can_be_saved(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except Exception:  # values of a wrong type raise any class
+        return False
+    return True
+
+
+def _largest_savable(config: GenerationConfig, **changes: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+    """A copy of the config with `changes` and with as many of its values as can be saved, and the other values."""
+    defaults = type(config)()
+    values = {key: getattr(config, key) for key in vars(config) if not key.startswith("_")} | changes
+    kept = copy.deepcopy(config)
+    left_out: dict[str, Any] = {}
+    for key in values:
+        setattr(kept, key, getattr(defaults, key, None))
+    # The settings on which the validity of others depends come first.
+    for key in sorted(values, key=lambda key: key not in ("do_sample", "num_beams", "use_cache")):
+        setattr(kept, key, values[key])
+        if not _can_be_saved(kept):
+            left_out[key] = values[key]
+            setattr(kept, key, getattr(defaults, key, None))
+    return kept, left_out
+
+
+def adapter_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation config that is stored with an adapter, `savable`.
+
+    Raises:
+        UserError: the file holds no generation config.
+    """
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return savable(GenerationConfig.from_pretrained(folder), str(folder))
+    except Exception as error:  # values of a wrong type raise any class
+        raise UserError(f"cannot read '{folder / 'generation_config.json'}' ({named_error(error)})") from None
+
+
 def check_weights(folder: Path, name: str) -> PreTrainedModel | None:
     """Check the headers of a checkpoint; return the model on the device "meta".
 
@@ -120,6 +180,7 @@ def check_adapter_weights(folder: Path, base: PreTrainedModel) -> PeftModel | No
         UserError: no module of the base is adapted, or names the weights that are missing, unexpected or of another
             size.
     """
+    adapter_generation_config(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         with torch.device("meta"):

@@ -39,7 +39,10 @@ def choose_device(device: str = "auto") -> torch.device:
     except RuntimeError:
         raise UserError(f"device '{device}' is unknown: expected auto, cpu, cuda, cuda:N or mps") from None
     if chosen.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", "0")) if chosen.index is None else chosen.index
+        of_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        index = of_rank if chosen.index is None else chosen.index
+        if index != of_rank and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"device '{device}': each process of a launch has its own GPU; use device=cuda")
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
             found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
             raise UserError(f"device '{device}' is not there: this machine has {found}; use device=auto or device=cpu")
@@ -48,6 +51,21 @@ def choose_device(device: str = "auto") -> torch.device:
         raise UserError("device 'mps' is not there: this machine has no Metal GPU; use device=auto or device=cpu")
     if chosen.type not in ("cpu", "mps"):
         raise UserError(f"device '{device}' is not supported: expected auto, cpu, cuda, cuda:N or mps")
+    return chosen
+
+
+def choose_training_device(device: str = "auto") -> torch.device:
+    """`choose_device` for a training, which runs on the first visible GPU of its process.
+
+    Raises:
+        UserError: as `choose_device`, or another GPU than the first is meant.
+    """
+    chosen = choose_device(device)
+    if chosen.type == "cuda" and chosen.index != int(os.environ.get("LOCAL_RANK", "0")):
+        raise UserError(
+            f"device '{device}': a training runs on the first visible GPU; start the command with "
+            f"CUDA_VISIBLE_DEVICES={chosen.index} and device=cuda"
+        )
     return chosen
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ _CHANGES_THE_INPUT = {
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
     "XLORA", "POLY", "SHADOW",
 }  # fmt: skip
+
+
+# Settings of PEFT's adapters of layers whose effect is not one of weights alone, with the reason.
+_BEYOND_WEIGHTS = {
+    "alora_invocation_tokens": "acts only after its invocation tokens (an activated LoRA)",
+    "arrow_config": "routes each token to other adapters, which are not in its folder (Arrow)",
+    "sample_at_inference": "draws random numbers in every forward pass",
+}
 
 
 def check_folder(folder: Path, weights: bool = True) -> None:
@@ -44,11 +53,22 @@ def _check_adapter_folder(folder: Path) -> None:
             f"'{folder}' holds two models, an adapter (adapter_config.json) and the weights of a whole one "
             f"({whole[0]}): remove one of them"
         )
-    kind = str(read_json_object(folder / "adapter_config.json").get("peft_type"))
+    check_adapter_kind(read_json_object(folder / "adapter_config.json"), f"the adapter '{folder}'")
+
+
+def check_adapter_kind(config: Mapping[str, Any], what: str) -> None:
+    """Raise a UserError for an adapter that is more than a change of weights: packed rows and generation bypass it.
+
+    Args:
+        config: the fields of PEFT's config.
+    """
+    kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
+    reason = next((reason for key, reason in _BEYOND_WEIGHTS.items() if config.get(key)), None)
     if kind in _CHANGES_THE_INPUT:
+        reason = "changes the model's input or its forward pass rather than its weights"
+    if reason is not None:
         raise UserError(
-            f"the adapter '{folder}' ({kind}) changes the model's input or its forward pass rather than its weights, "
-            "which is not supported: expected an adapter of layers, such as LoRA"
+            f"{what} ({kind}) {reason}, which is not supported: expected an adapter of layers, such as LoRA"
         )
 
 

@@ -101,11 +101,11 @@ def _untie(lm: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _probe(model: nn.Module) -> torch.Tensor:
-    """Log-probabilities after a few tokens spread over the vocabulary: `[tokens, V]` float64."""
+    """Log-probabilities after a few tokens spread over the vocabulary: `[tokens, V]`."""
     training = model.training
     model.eval()
     weights = cast(Any, causal_lm(model).get_input_embeddings()).weight
     tokens = torch.linspace(0, len(weights) - 1, min(len(weights), 32), device=weights.device).long()[None]
-    logps = model(input_ids=tokens, use_cache=False).logits[0].double().log_softmax(-1)
+    logps = model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
     model.train(training)
     return logps

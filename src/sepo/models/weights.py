@@ -136,10 +136,4 @@ def _load_base(
         ) from None
     if device.type == "mps" and not placed_by_launcher and not sharded:
         model.to(device)  # type: ignore[arg-type]
-    # Some published chat models have sampling settings together with do_sample=False. Saving, which is after the
-    # training, would reject them.
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config.do_sample = True
     return model

@@ -78,7 +78,7 @@ def training_fingerprint(model: str, training: TrainingSettings, **rest: Any) ->
     }
 
 
-def existing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | None:
+def existing_model(out: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
     """Return the results of a finished training with this fingerprint if `out` has its unmodified model, else None.
 
     Raises:
@@ -95,7 +95,8 @@ def existing_model(out: Path, made_with: dict[str, Any]) -> dict[str, float] | N
         if problem := differing_file(out, state["files"]):
             log(f"  {out}: {problem}; trained again")
             return None
-        results = {name: float(value) for name, value in state["results"].items()}
+        # A training shorter than its logging has no loss.
+        results = {name: None if value is None else float(value) for name, value in state["results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     keep_logs(out)
@@ -148,10 +149,25 @@ def _checkpoint_problem(folder: Path) -> str | None:
         return f"{_SEAL} is damaged"
 
 
+def _require_same_processes(folder: Path, number: Path) -> None:
+    """Raise a UserError if DeepSpeed's checkpoints are of another number of processes, which it cannot read."""
+    if processes.sharding() != "deepspeed" or not any(folder.glob("checkpoint-*")):
+        return
+    try:
+        before = int(json.loads(number.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # of an earlier release
+        return
+    if before != processes.size():
+        raise UserError(
+            f"the checkpoints in '{folder}' are of {before} processes, and DeepSpeed cannot continue them with "
+            f"{processes.size()}: start {before} processes, or delete the folder to train from the beginning"
+        )
+
+
 def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
     """Return the last complete checkpoint of this training. Removes incomplete ones and those of other trainings."""
     folder = out / "checkpoints"
-    record = folder / "made_with.json"
+    record, number = folder / "made_with.json", folder / "processes.json"
     # A checkpoint loads only with the sharding it was saved with.
     text = json.dumps({**made_with, "sharding": processes.sharding()}, sort_keys=True, default=str)
     if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):
@@ -160,7 +176,9 @@ def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
         keep_logs(out)
         shutil.rmtree(folder)
     write_text(record, text)
+    _require_same_processes(folder, number)
     numbered = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    write_text(number, json.dumps(processes.size()))
     for _, checkpoint in sorted(numbered.items(), reverse=True):
         problem = _checkpoint_problem(checkpoint)
         if problem is None:

@@ -20,7 +20,7 @@ from sepo import processes
 from sepo.data.tables import table_digest
 from sepo.errors import Interrupted, UserError, log_kept_on_interrupt, one_line
 from sepo.files import file_digests, replace_folder, write_json
-from sepo.models.devices import choose_device, fast_bfloat16
+from sepo.models.devices import choose_training_device, fast_bfloat16
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
@@ -45,7 +45,8 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
     number = processes.launched()
     if settings.batch_size % number:
         raise UserError(f"batch_size {settings.batch_size} is not a multiple of the {number} processes")
-    use_cpu = device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    chosen = choose_training_device(device)
+    use_cpu = chosen.type == "cpu"
     arguments: dict[str, Any] = {
         "output_dir": str(out / "checkpoints"),
         "learning_rate": settings.learning_rate,
@@ -56,7 +57,7 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
         "warmup_steps": settings.warmup_ratio,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "bf16": settings.bf16 if settings.bf16 is not None else fast_bfloat16(choose_device(device)),
+        "bf16": settings.bf16 if settings.bf16 is not None else fast_bfloat16(chosen),
         "activation_checkpointing": settings.activation_checkpointing,
         "optim": "adamw_torch_fused",
         "save_strategy": "no" if not settings.save_minutes else "steps",
@@ -105,6 +106,7 @@ def train_model(
     """Train a model on a pairs or selection table and save it to `out`.
 
     Args:
+        reference_logps: log-probabilities under `model` as it is here, of the rows of `table`.
         callbacks: additional callbacks beside those for the progress bar and the checkpoints.
         objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
 
@@ -142,8 +144,8 @@ def train_model(
             ProgressBar(str(objective.get("objective", "training")).upper()),
             *callbacks,
         ],
+        reference_is_start=True,
     )
-    trainer.reference_is_start = True
     trainer.remove_callback(PrinterCallback)
     return run_training(trainer, tokenizer, out, made_with)
 

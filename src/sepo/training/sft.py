@@ -19,6 +19,7 @@ from sepo.training.check import UNSUPPORTED, check_arguments, require_setup
 from sepo.training.checkpoints import SaveEvery, existing_model, training_fingerprint
 from sepo.training.fit import run_training, training_arguments
 from sepo.training.logs import ProgressBar
+from sepo.training.trainer import use_one_device
 
 
 def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int = 0, device: str = "auto") -> Path:
@@ -76,7 +77,9 @@ def sft_arguments(settings: SftSettings, training: TrainingSettings, out: Path, 
     rows = arguments["per_device_train_batch_size"]
     micro = next(size for size in (8, 4, 2, 1) if rows % size == 0)
     arguments |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
-    return SFTConfig(**arguments | training.arguments, max_length=settings.max_length)
+    config = SFTConfig(**arguments | training.arguments, max_length=settings.max_length)
+    use_one_device(config)
+    return config
 
 
 def _require_trl() -> None:

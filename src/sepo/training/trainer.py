@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.utils import DistributedType
@@ -30,6 +31,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from sepo import processes
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.loading import require_dataset
+from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import provenance_of, require_table
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
@@ -37,8 +39,8 @@ from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import PackedBatch, Pair
-from sepo.forward.prepare import prepare_model, training_noise
-from sepo.forward.scoring import dataset_logps, read_like, require_readable, tokens_per_row_for
+from sepo.forward.prepare import prepare_model, training_layout, training_noise
+from sepo.forward.scoring import dataset_logps, numerics, require_readable, tokens_per_row_for
 from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm, with_adapter
 from sepo.models.sharding import gather_by_block, sharded_twin
@@ -73,6 +75,16 @@ from sepo.training.objectives import (
     selective_marks,
     tbpo,
 )
+
+
+def use_one_device(args: TrainingArguments) -> None:
+    """One process drives one device.
+
+    By default Trainer wraps the model for all visible GPUs (nn.DataParallel), multiplies the batch by their number, and
+    fails on packed rows.
+    """
+    _ = args.device  # sets _n_gpu
+    args._n_gpu = min(args._n_gpu, 1)
 
 
 @dataclass
@@ -131,10 +143,7 @@ class PreferenceConfig(TrainingArguments):
             raise UserError(f"layout is '{self.layout}': expected auto, packed or padded")
         # Batches hold pairs, not model inputs, so Trainer must not drop columns by name.
         self.remove_unused_columns = False
-        # One process drives one device. By default Trainer would wrap the model for all visible GPUs
-        # (nn.DataParallel), multiply the batch by their number, and fail on packed rows.
-        _ = self.device  # sets _n_gpu
-        self._n_gpu = min(self._n_gpu, 1)
+        use_one_device(self)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps of warm-up; 0 if warm-up would take the whole training, whose first step has learning rate 0."""
@@ -146,8 +155,33 @@ class PreferenceConfig(TrainingArguments):
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
-def _no_metrics(device: torch.device) -> Tensor:
-    return torch.zeros(len(METRICS) + 1, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+class _RunningSums:
+    """Sums of METRICS and the number of pairs since the last log, in float64, which some devices (MPS) do not have.
+
+    Each batch's sums wait on the device, so that no batch waits for a copy to the host.
+    """
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(len(METRICS) + 1)
+        self._waiting: list[Tensor] = []
+
+    def add(self, sums: Tensor) -> None:
+        """Add `[len(METRICS) + 1]` sums of one batch."""
+        self._waiting.append(sums)
+        if len(self._waiting) == 256:
+            self.take_in()
+
+    def take_in(self) -> np.ndarray:
+        """The sums of all batches."""
+        if self._waiting:
+            for sums in torch.stack(self._waiting).cpu().numpy():
+                self._sums += sums
+            self._waiting.clear()
+        return self._sums
+
+    def reset(self) -> None:
+        self._sums[:] = 0
+        self._waiting.clear()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -164,10 +198,12 @@ class PreferenceTrainer(Trainer):
             `datasets.Dataset` with prompt, chosen and rejected, which `processing_class` tokenises.
         eval_dataset: the same, optional.
         reference_logps: a table of kind "logps" for the rows of `train_dataset`, for the objectives with a reference.
-            If None, computed once before training from the initial model.
+            Used as given. If None, computed once before training from the initial model.
         eval_reference_logps: the same for `eval_dataset`.
         processing_class: the tokenizer; by default that of the model's name, if a dataset is text.
         peft_config: train a new adapter of this kind (`peft.LoraConfig(...)`) instead of all weights.
+        reference_is_start: `reference_logps` are those of the initial model. Where they were computed in other types
+            than the training's, they are computed again, and refused if they are another model's.
 
     Example:
         >>> config = PreferenceConfig("oracle", objective="dpo")
@@ -189,6 +225,7 @@ class PreferenceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config: PeftConfig | None = None,
+        reference_is_start: bool = False,
     ):
         args = args or PreferenceConfig("preference_trainer")
         _check_types(args, processing_class, callbacks, peft_config)
@@ -206,8 +243,14 @@ class PreferenceTrainer(Trainer):
         if args.device.type == "cuda" and not _has_device_placement(model):
             model = model.to(args.device)  # prepare_model tests it on the device of the training
         self.tokens_per_row = args.tokens_per_row or tokens_per_row_for(args.device)
-        prepare_model(model, args.layout, longest=0, tokens_per_row=0, device=args.device)
-        train = self._dataset(model, args, train_dataset, reference_logps, processing_class, "train")
+        layout = prepare_model(model, args.layout, longest=0, tokens_per_row=0, device=args.device)
+        if not processes.sharding():
+            training_layout(model, layout, args.layout, _autocast(args))
+        # True: the reference log-probabilities must be those of the initial model.
+        self.reference_is_start = reference_logps is None or reference_is_start
+        train = self._dataset(
+            model, args, train_dataset, reference_logps, processing_class, "train", self.reference_is_start
+        )
         evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class, "eval")
         longest = max(data.pairs.longest if data is not None else 0 for data in (train, evaluation))
         layout = prepare_model(
@@ -215,8 +258,6 @@ class PreferenceTrainer(Trainer):
         )
         if args.device.type == "cpu":
             keep_freed_memory()
-        # True: the stored reference log-probabilities must be those of the initial model.
-        self.reference_is_start = reference_logps is None
         self._start_checked = False
         self._disabled_dropout = disable_dropout(model)
         self._eval_only = eval_only_modules(model)
@@ -227,8 +268,7 @@ class PreferenceTrainer(Trainer):
         self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
         self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
         _bind_packed_forward(model)
-        # Running sums of METRICS and the number of pairs since the last log, on the device.
-        self._metrics = {mode: _no_metrics(args.device) for mode in ("train", "eval")}
+        self._metrics = {mode: _RunningSums() for mode in ("train", "eval")}
         self._update_pairs: list[int] = []  # pair ids of the current update, to name the pair of a bad gradient
         super().__init__(
             model=model,
@@ -253,7 +293,7 @@ class PreferenceTrainer(Trainer):
         plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
     @staticmethod
-    def _dataset(model, args, data, reference_logps, tokenizer, part: str) -> PairDataset | None:
+    def _dataset(model, args, data, reference_logps, tokenizer, part: str, is_start=False) -> PairDataset | None:
         """Pairs and reference log-probabilities of `train_dataset` ("train" as `part`) or `eval_dataset` ("eval")."""
         if data is None:
             return None
@@ -278,14 +318,18 @@ class PreferenceTrainer(Trainer):
             return PairDataset(data)
         if reference_logps is not None:
             require_table("reference_logps" if part == "train" else "eval_reference_logps", reference_logps, "logps")
-        if reference_logps is None or not _same_numerics(args, model, reference_logps):
-            # A policy that the training shards may not fit on one device.
-            reference = sharded_twin(model, args.device) if processes.read_sharded() else model.to(args.device)
-            with _autocast(args):
-                reference_logps = dataset_logps(
-                    reference, data, tokens_per_row=args.tokens_per_row, over_processes=True
+        if reference_logps is None:
+            reference_logps = _logps_of_start(args, model, data)
+        elif difference := _difference_of_numerics(args, model, reference_logps):
+            if is_start:
+                given, reference_logps = reference_logps, _logps_of_start(args, model, data)
+                _require_same_model(given, reference_logps)
+            else:
+                processes.log(
+                    f"reference_logps were computed in {difference}: they are used as they are, but sums over a "
+                    "response may differ by about a nat from the policy's; without reference_logps the initial model "
+                    "gives them in the types of the training"
                 )
-            del reference
         if args.objective == "tgdpo":
             alpha = objective.alpha_or_default(args.alpha)
             data = reweighted(data, lambda rewards, sign: guided_weights(rewards, sign, alpha, args.beta))
@@ -356,8 +400,10 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad():
             ratios = torch.stack([sums.chosen - sums.reference_chosen, sums.rejected - sums.reference_rejected])
             difference = ratios.abs().max().item()
-            largest = torch.stack([sums.chosen_counts.max(), sums.rejected_counts.max()]).max().item()
-            scale = batch.weights.max().item()
+            # Weights may be negative (rewards), and 0 has no difference.
+            sizes = replace(batch, weights=batch.weights.abs())
+            largest = torch.stack(segment_weights(sizes)).max().item()
+            scale = sizes.weights.max().item() or 1.0
         # Rounding errors add up like a random walk: about 1e-6 nats a token in float32, 0.06 in bfloat16.
         allowed = (0.25 if self.args.bf16 or self.args.fp16 else 1e-3) * scale * math.sqrt(largest / scale + 1)
         if difference <= allowed:
@@ -375,9 +421,8 @@ class PreferenceTrainer(Trainer):
         if mode:
             with torch.no_grad():
                 values = (losses, chosen, rejected, chosen - rejected, accuracy(chosen, rejected))
-                sums = torch.stack([value.sum() for value in values]).to(self._metrics[mode].dtype)
-                self._metrics[mode][:-1] += sums
-                self._metrics[mode][-1] += len(losses)
+                number = losses.new_tensor(len(losses))
+                self._metrics[mode].add(torch.stack([*(value.sum() for value in values), number]))
         return losses
 
     def _require_finite(self, losses: list[Tensor], pair_ids: list[int]) -> None:
@@ -559,7 +604,7 @@ class PreferenceTrainer(Trainer):
         model = self.model_wrapped
         training = model.training
         model.eval()
-        self._metrics["eval"].zero_()
+        self._metrics["eval"].reset()
         all_losses: list[Tensor] = []
         pair_ids: list[int] = []
         with torch.no_grad():
@@ -584,12 +629,12 @@ class PreferenceTrainer(Trainer):
 
     def _take(self, mode: str) -> dict[str, float]:
         """Return the means of the running metrics over all processes and reset them. A collective call."""
-        sums = self._metrics[mode]
+        sums = self._metrics[mode].take_in()
         if self.args.world_size > 1:
             # Every process gets the same numbers, even if it had no pair since the last log.
-            sums = self.accelerator.reduce(sums.clone(), "sum")
+            sums = self.accelerator.reduce(torch.from_numpy(sums).to(self.args.device), "sum")
         *totals, count = sums.tolist()
-        self._metrics[mode].zero_()
+        self._metrics[mode].reset()
         return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
 
 
@@ -663,16 +708,41 @@ def _autocast(args: TrainingArguments) -> torch.autocast:
     return torch.autocast(args.device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16))
 
 
-def _same_numerics(args: TrainingArguments, model: nn.Module, logps: pa.Table) -> bool:
-    """Whether stored log-probabilities were computed in the dtype of the training's forward.
+def _logps_of_start(args: PreferenceConfig, model: nn.Module, data: pa.Table) -> pa.Table:
+    """Log-probabilities under the initial model, in the types of the training."""
+    # A policy that the training shards may not fit on one device.
+    reference = sharded_twin(model, args.device) if processes.read_sharded() else model.to(args.device)
+    with _autocast(args):
+        return dataset_logps(reference, data, tokens_per_row=args.tokens_per_row, over_processes=True)
+
+
+def _difference_of_numerics(args: TrainingArguments, model: nn.Module, logps: pa.Table) -> str:
+    """In what other types than the training's stored log-probabilities were computed; "" if in the same, or unknown.
 
     In bfloat16 the sum over a response differs by about a nat from the same sum in float32, as much as training changes
     it. A reference in another dtype makes the first loss differ from ln 2 and biases all later ones.
     """
-    if "dtype" not in provenance_of(logps):  # the user made this table
-        return not (args.fp16 or args.bf16)
+    stored = provenance_of(logps)
+    if "dtype" not in stored:  # the user made this table
+        return ""
     with _autocast(args):
-        return read_like(logps, model)
+        here = numerics(model)
+    differing = [name for name, value in here.items() if stored.get(name) != value]
+    return ", ".join(f"{name} {stored.get(name)} (the training: {here[name]})" for name in differing)
+
+
+# Mean difference of a token's log-probability, in nats. Types alone differ by 0.06, a quantised model by up to 0.3.
+_OTHER_MODEL = 0.5
+
+
+def _require_same_model(given: pa.Table, computed: pa.Table) -> None:
+    """Raise a UserError unless log-probabilities in other types are those of the same model and rows."""
+    if given.column("pair_id").to_pylist() != computed.column("pair_id").to_pylist():
+        raise UserError("the reference log-probabilities belong to other pairs: compute them again")
+    for side in SIDES:
+        stored, again = (flat(table.column(f"{side}_logps"))[0] for table in (given, computed))
+        if len(stored) != len(again) or not np.abs(stored - again).mean() <= _OTHER_MODEL:
+            raise UserError("the reference log-probabilities are not those of the policy's start: compute them again")
 
 
 def _bind_packed_forward(model: nn.Module) -> None:
