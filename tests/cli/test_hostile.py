@@ -353,7 +353,7 @@ def test_columns_of_any_type_end_in_counted_drops_or_one_line(columns, suffix, a
 def test_values_that_are_no_text_are_dropped_by_reason(tmp_path, value):
     good = {"prompt": ["Hi", "Hi"], "rejected": ["a", "a"]}
     pq.write_table(pa.table({**good, "chosen": pa.array([value, value])}), tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match="wrong type 2"):
+    with pytest.raises(UserError, match=r"(wrong type|invalid Unicode) 2"):
         tokenize_pairs(load_preferences(tmp_path / "rows.parquet"), tiny_tokenizer(), progress=False)
 
 

@@ -223,5 +223,5 @@ def test_messages_stand_on_lines_of_their_own_beside_a_bar(place, tmp_path):
     lines = text.splitlines()  # also at a carriage return, with which a bar is drawn anew
     assert "  stopping with a checkpoint when this step is done; Ctrl-C again stops at once" in lines
     (last,) = [line for line in text.split("\n") if "interrupted" in line]
-    assert re.fullmatch(r"sepo: interrupted: the checkpoint of step \d+ of 1200 is kept; .* goes on from there", last)
+    assert re.fullmatch(r"sepo: interrupted: the checkpoint of step \d+ of 1200 is kept; .* continues from there", last)
     shutil.rmtree(tmp_path / "out")

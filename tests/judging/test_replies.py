@@ -21,6 +21,7 @@ from sepo.data.thinking import without_thinking
 from sepo.judging.endpoint import Endpoint
 from sepo.judging.judge_prompts import JudgePrompt, read_grade, read_preference
 from sepo.judging.replies import CUT, REFUSED, UNANSWERED, completion_of, read_reply
+from tiny_models import tiny_model, tiny_tokenizer
 
 KEPT, AGAIN, ENDS = "kept", "asked again", "ends the command"
 LETTERS = JudgePrompt("t", (("user", "{output_1} {output_2}"),), "letters")
@@ -450,7 +451,10 @@ def test_a_recipe_names_keys_only(tmp_path, monkeypatch, capsys):
     assert main(["run", "quickstart", "--dry-run", judge_of]) == 2
     assert "must end in _API_KEY" in capsys.readouterr().err
     monkeypatch.setenv("OTHER_API_KEY", "sk-other")
-    assert main(["run", "quickstart", "--dry-run", judge_of.replace("HF_TOKEN", "OTHER_API_KEY")]) == 0
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(f"reference: {{model: {tmp_path / 'model'}}}\ndata: {{held_out: 4}}\n")
+    assert main(["run", str(tmp_path / "run.yaml"), "--dry-run", judge_of.replace("HF_TOKEN", "OTHER_API_KEY")]) == 0
     assert "the key in $OTHER_API_KEY goes to https://x\n" in capsys.readouterr().err
     monkeypatch.setenv("MY_SECRET", "given-by-hand")
     with serving(lambda body, before: said("[[A]]")) as server:

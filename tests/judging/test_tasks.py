@@ -90,7 +90,7 @@ def test_the_cache_key_of_the_evaluation_leaves_tasks_out():
 
 @pytest.mark.skipif(WITH_HARNESS, reason="lm_eval is installed")
 def test_without_the_harness_tasks_are_refused_before_anything_starts(tmp_path):
-    with pytest.raises(UserError, match=r"sepo\[tasks\]"):
+    with pytest.raises(UserError, match=r"\.\[tasks\]"):
         check_tasks(["hellaswag"])
 
 

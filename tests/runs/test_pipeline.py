@@ -142,7 +142,7 @@ def test_a_contrastive_oracle_is_measured_against_its_opposite_and_its_rewards_c
             "cannot be read as parquet with pair_id and lists of numbers in good",
         ),
         (["oracle.count=2"], "rewards are given: leave model and count out"),
-        (["oracle.contrastive=true"], "contrastive trains two models, but rewards names what exists"),
+        (["oracle.contrastive=true"], "contrastive trains two models, but rewards is given"),
     ):
         assert main([*command, *imported, *change, f"output_dir={tmp_path / 'none'}"]) == 2
         assert words in capsys.readouterr().err

@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sepo.data.delimited import Delimited
 from sepo.errors import UserError, one_line
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
@@ -78,6 +77,8 @@ def read_file(path: Path, text_columns: Collection[str] = ()) -> pa.Table:
         if suffix in _BINARY:
             return _with_texts(_read_arrow(data), text_columns)
         if "sv" in suffix:
+            from sepo.data.delimited import Delimited
+
             return Delimited(data, path, text_columns).table(text_columns)
         return _json_table(data, path)
 
@@ -96,6 +97,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     with _readable(path, suffix):
         data = _content(path, suffix)
         if "sv" in suffix:
+            from sepo.data.delimited import Delimited
+
             header, *rows = Delimited(data, path).rows()
             return [dict(zip(header, row, strict=True)) for row in rows]
         return [row if isinstance(row, dict) else {} for row in _json_rows(data, path)]

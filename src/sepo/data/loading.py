@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 
 from sepo.data.folders import KNOWN_SPLITS, check_no_config, check_single_split, read_folder
 from sepo.data.formats import SUFFIXES, read_file, table_of
-from sepo.data.pairing import make_pairs, preset_of, suggestion
 from sepo.data.rows import (
     DROP_COLUMN,
     EXTRA_COLUMNS,
@@ -70,15 +69,21 @@ def load_preferences(
     Raises:
         UserError: the source, the split or a column is missing, or the data is empty or unreadable.
     """
-    preset = preset_of(pairs_from)
+    preset = None
+    if pairs_from is not None:
+        from sepo.data.pairing import make_pairs, preset_of
+
+        preset = preset_of(pairs_from)
     columns = {} if columns is None else columns
     if not isinstance(columns, Mapping) or not all(isinstance(name, str) for pair in columns.items() for name in pair):
         raise wrong_type("columns", columns, "our names -> names in the dataset, such as {'prompt': 'instruction'}")
-    wanted = {**preset.columns, **columns}
+    wanted = {**({} if preset is None else preset.columns), **columns}
     _, slice_text = _parse_split(split)
     name = "the dataset" if not isinstance(source, str | os.PathLike) else str(source)
-    dataset = _load_whole_split(source, split, config_name, {*COLUMNS, *wanted.values()}, preset.data_dir)
-    if preset.pairs_from is not None:
+    dataset = _load_whole_split(
+        source, split, config_name, {*COLUMNS, *wanted.values()}, None if preset is None else preset.data_dir
+    )
+    if preset is not None and preset.pairs_from is not None:
         prompt = wanted.pop("prompt", "prompt" if "prompt" in dataset.column_names else preset.pairs_from.group_by)
         if replaced := {"chosen", "rejected"} & wanted.keys():
             raise UserError(
@@ -239,7 +244,7 @@ def _rename_columns(dataset: datasets.Dataset, columns: Mapping[str, str], sourc
     for ours, theirs in wanted.items():
         if theirs not in existing:
             listed = ", ".join(f"'{name}'" for name in existing[:20])
-            hint = suggestion(existing) or f"; name the column that holds '{ours}' with `columns`"
+            hint = _suggestion(existing) or f"; name the column that holds '{ours}' with `columns`"
             raise UserError(f"'{source}' has no column '{theirs}'{nearest(theirs, existing)}: found {listed}{hint}")
     if len(set(wanted.values())) < len(wanted):
         raise UserError(f"`columns` uses one column of '{source}' twice: {dict(columns)}; expected different columns")
@@ -282,7 +287,7 @@ def _check_prompt_is_named(dataset: datasets.Dataset, source: str) -> None:
         # A column with few values is a label, such as a subset.
         if 2 * len(asked) > len(rows) and 10 * len(set(asked)) >= len(rows):
             listed = ", ".join(f"'{column}'" for column in dataset.column_names[:20])
-            hint = suggestion(dataset.column_names) or f"; name it with `columns`: {{prompt: {name}}}"
+            hint = _suggestion(dataset.column_names) or f"; name it with `columns`: {{prompt: {name}}}"
             raise UserError(
                 f"'{source}' has no column 'prompt', but '{name}' seems to hold the question: found {listed}{hint}; "
                 "leave the column out if chosen and rejected begin with their prompt"
@@ -377,12 +382,18 @@ def require_dataset(what: str, value: object) -> datasets.Dataset:
     return value
 
 
+def _suggestion(columns: list[str]) -> str:
+    from sepo.data.pairing import suggestion
+
+    return suggestion(columns)
+
+
 def relevant_columns(dataset: datasets.Dataset) -> datasets.Dataset:
     """Select the columns that `normalise_row` reads."""
     for name in ("chosen", "rejected"):
         if name not in dataset.column_names:
             found = ", ".join(dataset.column_names)
-            hint = suggestion(dataset.column_names)
+            hint = _suggestion(dataset.column_names)
             raise UserError(
                 f"the dataset has no column '{name}'{nearest(name, dataset.column_names)}: found {found}{hint}"
             )

@@ -27,7 +27,6 @@ from transformers.masking_utils import sdpa_mask
 
 from sepo.errors import UserError
 from sepo.forward.attention_cpu import BlockAttention, lse_dtype
-from sepo.forward.attention_cuda import packed_attention
 from sepo.forward.packing import Layout
 
 ATTENTION = "sepo_packed"
@@ -78,6 +77,8 @@ def packed_attention_forward(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kind == "cuda":
+        from sepo.forward.attention_cuda import packed_attention
+
         window = sliding_window if _windowed(layout, sliding_window) else None
         output = packed_attention(query, key, value, layout, scaling, window, softcap)
     elif kind == "cpu" and softcap is None and not _windowed(layout, sliding_window):

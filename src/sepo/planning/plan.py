@@ -22,7 +22,6 @@ from sepo.files import digest
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.numbers import duration, size
-from sepo.planning.example import example_lines
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
@@ -118,6 +117,8 @@ def plan_run(recipe: Recipe, extension: Extension | None = None, target: Target 
 
 def _example(method: Method) -> list[str]:
     """One pair as the reference reads it, and as a policy with another tokenizer does."""
+    from sepo.planning.example import example_lines
+
     reference, policy = method.recipe.reference, method.recipe.policy
     tokenizer = load_tokenizer(reference.model, revision=reference.revision)
     lines = example_lines(method.pairs.folder, tokenizer, reference.model)

@@ -41,7 +41,6 @@ from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import PackedBatch, Pair
 from sepo.forward.prepare import prepare_model, training_layout, training_noise
 from sepo.forward.scoring import dataset_logps, numerics, require_readable, tokens_per_row_for
-from sepo.forward.token_kl import token_logps_and_kl
 from sepo.models.adapters import causal_lm, with_adapter
 from sepo.models.sharding import gather_by_block, sharded_twin
 from sepo.models.tokenizer import load_tokenizer
@@ -759,6 +758,8 @@ def _bind_packed_forward(model: nn.Module) -> None:
         if packed_batch is None:
             return original(*args, **kwargs)
         if kl_reference is not None:
+            from sepo.forward.token_kl import token_logps_and_kl
+
             return token_logps_and_kl(self, kl_reference, packed_batch, kl_direction)
         return token_logps(self, packed_batch)
 
