@@ -88,7 +88,17 @@ def planned_stages(recipe, folder: Path) -> list[str]:
     return list(planner.stages)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# One objective of each way to read tables; the others in the nightly run.
+_ORDINARY = {"objective sepo", "objective dpo", "objective tgdpo", "objective tbpo"}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.nightly if kind.startswith("objective ") and kind not in _ORDINARY else [])
+        for kind in KINDS
+    ],
+)
 def test_a_plan_has_exactly_the_stages_of_the_run(workplace, tmp_path, monkeypatch, kind):
     monkeypatch.syspath_prepend(str(workplace))
     overrides = [item.replace("WORKPLACE", str(workplace)) for item in KINDS[kind]]
