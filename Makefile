@@ -1,6 +1,6 @@
 # make quickstart    set up, then run the embedded example: preference pairs -> aligned policy -> report
-# make check         lint, types, import contracts and the fast tests: under a minute
-# make test          set up, then everything that CI runs: lint, types, the tests, two workers: under six minutes
+# make check         lint, types, import contracts and the fast tests: the inner loop
+# make test          set up, then everything that CI runs: lint, types, the tests, two workers: about ten minutes
 # make nightly       make test with long variants: many faults, tutorials, the wheel, the browser, all inputs of properties
 # make docs          build the documentation into site/, strictly
 # make gpu           on a machine with a GPU: its tests, its figures beside TRL's (benchmarks/gpu.sh), methods compared

@@ -57,13 +57,13 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
     return pipeline.run(recipe, extension, until, progress, _write_pages)
 
 
-def plan_run(recipe: Recipe, target: Target | None = None) -> RunPlan:
-    """Plan a run without training: its stages with counts, time and, for a `target`, memory."""
+def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = None) -> RunPlan:
+    """Plan a run without training: its stages (up to `until`) with counts, time and, for a `target`, memory."""
     if not isinstance(recipe, Recipe):
         raise wrong_type("recipe", recipe, "a Recipe: load_recipe reads one from a file")
     from sepo.planning import plan
 
-    return plan.plan_run(recipe, extension_of(recipe), target)
+    return plan.plan_run(recipe, extension_of(recipe), target, until)
 
 
 def extension_of(recipe: Recipe) -> Extension | None:

@@ -7,11 +7,13 @@ are imported inside functions, so that `--help` and a misspelt option answer at 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,8 +172,8 @@ def join(device: str) -> Any:
     return processes
 
 
-def quiet_libraries() -> None:
-    """Import the heavy libraries, without their progress bars and notices."""
+def quiet_libraries(*modules: str) -> None:
+    """Import the heavy libraries and further modules, without progress bars and notices of the libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Users cannot act on deprecations inside the libraries.
@@ -182,20 +184,21 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    freeze_libraries()
+    for module in modules:
+        import_module(module)
+    _freeze_libraries()
 
 
-def freeze_libraries() -> None:
-    """Exempt every object that exists now from garbage collection.
+def _freeze_libraries() -> None:
+    """Exempt every object that exists now from garbage collection, once in a process.
 
     Importing PyTorch, Transformers and TRL makes a million objects, and every collection would visit them: more than
     half of the CPU time of a small run. They are thawed at exit, because nanobind reports frozen objects as leaks.
     """
-    import atexit
-
+    if gc.get_freeze_count():
+        return
     gc.collect()
     gc.freeze()
-    atexit.unregister(gc.unfreeze)
     atexit.register(gc.unfreeze)
 
 

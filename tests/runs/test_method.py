@@ -124,6 +124,25 @@ def test_a_run_until_a_stage_ends_there_and_the_whole_run_continues_it(workplace
     assert all(f"[{name}] unchanged, reused" in said for name in done)
 
 
+def test_a_dry_run_until_a_stage_plans_no_further(workplace, capsys):
+    from sepo.cli import main
+
+    folder = workplace / "runs" / "planned"
+    assert main(["run", str(workplace / "recipe.yaml"), f"output_dir={folder}", "--dry-run", "--until", "score"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nscore " in shown
+    assert "\nselect " not in shown
+
+
+def test_the_help_names_every_stage_that_a_run_can_end_with(capsys):
+    from sepo.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(list(UNTIL)[:-1]) + f" or {list(UNTIL)[-1]}" in shown
+
+
 def test_a_stage_that_does_not_exist_is_refused_before_anything_starts(workplace, capsys):
     from sepo.cli import main
 

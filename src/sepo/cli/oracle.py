@@ -6,6 +6,7 @@ import argparse
 import shutil
 
 from sepo import command
+from sepo.errors import UserError
 
 HELP = "train an oracle: DPO on a reference model"
 
@@ -36,7 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
         folders = {"data": work / "pairs", "reference_logps": work / "logps", "oracle": out}
         walker = CommandWalker(folders)
         method = Method(recipe, walker)
-        check_method_pairs(method)
-        method.until("oracle")
+        try:
+            check_method_pairs(method)
+            method.until("oracle")
+        except UserError:
+            if processes.is_main():  # the other ranks may have ended for another reason
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         processes.on_main(lambda: shutil.rmtree(work, ignore_errors=True))
     command.print_metrics(f"oracle: {arguments.out}", walker.results["oracle"].results)

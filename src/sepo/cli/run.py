@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sepo.command import freeze_libraries, join, path, print_metrics, print_plan, quiet_libraries
+from sepo.command import join, path, print_metrics, print_plan, quiet_libraries
 from sepo.errors import UserError
 
 HELP = (
@@ -35,16 +35,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     devices, memory = _target_of(arguments)
-    quiet_libraries()
-    import sepo.runs.pipeline  # noqa: F401  the libraries of training are frozen with the others
+    quiet_libraries("sepo.runs.pipeline")
     from sepo.api import plan_run, run_recipe
 
-    freeze_libraries()
     if arguments.dry_run:
         from sepo.planning.plan import RunPlan, Target
 
         processes = join("cpu")
-        plan = RunPlan(**processes.on_main(lambda: vars(plan_run(recipe, Target(devices, memory)))))
+        plan = RunPlan(**processes.on_main(lambda: vars(plan_run(recipe, Target(devices, memory), arguments.until))))
         if processes.is_main():
             print_plan(f"plan of {recipe.name}", plan.stages)
             if plan.memory:

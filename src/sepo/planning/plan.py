@@ -25,7 +25,7 @@ from sepo.numbers import duration, size
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
-from sepo.runs.method import Method
+from sepo.runs.method import Method, check_until
 from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
 from sepo.stages.cost import Cost, FrozenMemory, TrainingMemory
 from sepo.stages.stage import Model, Stage, StageResult
@@ -91,8 +91,11 @@ class RunPlan:
     example: list[str]
 
 
-def plan_run(recipe: Recipe, extension: Extension | None = None, target: Target | None = None) -> RunPlan:
+def plan_run(
+    recipe: Recipe, extension: Extension | None = None, target: Target | None = None, until: str | None = None
+) -> RunPlan:
     """Plan a run: its stages, how long they take here, and for a `target` the memory that each needs of a device."""
+    check_until(until)
     target = target or Target()
     elsewhere = target.memory is not None
     check_inputs(recipe, extension, elsewhere)
@@ -100,7 +103,7 @@ def plan_run(recipe: Recipe, extension: Extension | None = None, target: Target 
         planner = Planner(Path(folder))
         method = Method(recipe, planner, judge=extension and extension.judge)
         check_method_pairs(method)
-        plan_stages(method, extension)
+        plan_stages(method, extension, until)
         sizes = method_sizes(method, device_kind(recipe, target), target.processes)
         throughputs = throughputs_of(method, target)
         example = _example(method)

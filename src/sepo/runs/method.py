@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
+from sepo.errors import UserError, nearest
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import PolicySettings, Recipe, ReferenceSettings
 from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
@@ -38,6 +39,12 @@ UNTIL = {
     "train": "policy",
     "eval": "evaluation",
 }
+
+
+def check_until(until: str | None) -> None:
+    """Raise a UserError for a stage that does not exist."""
+    if until is not None and until not in UNTIL:
+        raise UserError(f"there is no stage '{until}'{nearest(until, UNTIL)}: expected one of {', '.join(UNTIL)}")
 
 
 class Walker(Protocol):
@@ -173,14 +180,15 @@ class Method:
     @cached_property
     def policy_start_logps(self) -> StageResult:
         """Log-probabilities under the policy's start."""
-        if self.starts_from_reference and self.recipe.oracle.rewards is None:
+        if self.start_is_scored:
             return self.reference_logps
         return self._logps(self.policy_start, self.policy_pairs, "policy_start")
 
     @cached_property
-    def starts_from_reference(self) -> bool:
-        """Is the policy's start the oracle's reference?"""
-        return not self.transfers and self.policy_start.content == self.reference.content
+    def start_is_scored(self) -> bool:
+        """Is the policy's start the reference, which token rewards have scored already?"""
+        scored = self.recipe.oracle.rewards is None and not self.transfers
+        return scored and self.policy_start.content == self.reference.content
 
     @cached_property
     def policy(self) -> StageResult:
@@ -193,8 +201,7 @@ class Method:
     def evaluation(self) -> StageResult:
         """Everything that is measured about the policy."""
         policy = Model.of(self.policy)
-        scored = self.starts_from_reference and self.recipe.oracle.rewards is None
-        start_logps = self.policy_start_logps if scored or train.needs_reference(self.recipe) else None
+        start_logps = self.policy_start_logps if self.start_is_scored or train.needs_reference(self.recipe) else None
         stage = evaluate.stage(
             self.recipe,
             policy,

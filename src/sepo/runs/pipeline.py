@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 from sepo import processes
 from sepo.data.tables import read_table
-from sepo.errors import UserError, nearest
 from sepo.files import write_json
 from sepo.recipe.settings import Recipe
 from sepo.runs.folder import ProgressLine, Run, check_run_folder, open_run
-from sepo.runs.method import UNTIL, Method
+from sepo.runs.method import Method, check_until
 from sepo.stages import data, evaluate, oracle, reference, select, train
 from sepo.stages.evaluate import RunJudge
 from sepo.stages.reference import hash_model
@@ -91,8 +90,7 @@ def run(
     Returns:
         the metrics that `metrics.json` holds; with `until` none.
     """
-    if until is not None and until not in UNTIL:
-        raise UserError(f"there is no stage '{until}'{nearest(until, UNTIL)}: expected one of {', '.join(UNTIL)}")
+    check_until(until)
     processes.join(recipe.device)
     processes.on_main(lambda: check_inputs(recipe, extension))
     with open_run(recipe) as folder:
