@@ -13,9 +13,9 @@ from sepo.cli import main
 from sepo.credit.selection import select_key_tokens
 from sepo.data.tables import make_table, write_table
 from sepo.errors import UserError
-from sepo.evaluate.statistics import rank_correlation
 from sepo.files import write_text
 from sepo.recipe.reading import dump_recipe, parse_recipe
+from sepo.report.statistics import rank_correlation
 from tiny_models import tiny_model, tiny_tokenizer
 
 CHOSEN = ["good day", "a nice one", "great"]

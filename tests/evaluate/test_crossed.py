@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sepo.evaluate.statistics import StdComponents, crossed_mean, mean_and_se, smallest_difference
+from sepo.evaluate.statistics import mean_and_se
+from sepo.study.crossed import StdComponents, crossed_mean, smallest_difference
 from sepo.study.results import power_line
 
 DESIGNS = [

@@ -14,11 +14,11 @@ from scipy import stats
 
 from properties import examples
 from sepo.cli import main
-from sepo.evaluate.edges import Measured, measured, nothing_learnt, ranking_caution
 from sepo.evaluate.statistics import mean_and_se
 from sepo.hub.card import METRICS as CARD
 from sepo.hub.card import metrics_with_intervals
 from sepo.recipe.reading import parse_recipe
+from sepo.report.edges import Measured, measured, nothing_learnt, ranking_caution
 from sepo.report.run_summary import cautions, metrics_table, print_summary, summary_of
 
 RECIPE = parse_recipe({"name": "mine", "eval": {"gold": "vader"}}, "test")

@@ -18,8 +18,9 @@ from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import evaluate_run
-from sepo.evaluate.statistics import crossed_mean, over_seeds
+from sepo.report.statistics import over_seeds
 from sepo.study import comparison
+from sepo.study.crossed import crossed_mean
 from sepo.study.curves import at_kl
 from sepo.study.grid import load_grid
 from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator

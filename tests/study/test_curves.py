@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from properties import examples
-from sepo.documents import blocks, html_document, print_document
-from sepo.evaluate.statistics import StdComponents, crossed_mean, smallest_difference
 from sepo.report.build import page_style
+from sepo.report.documents import blocks, html_document, print_document
+from sepo.study.crossed import StdComponents, crossed_mean, smallest_difference
 from sepo.study.curves import at_kl, at_kl_by_prompt, quality
 from sepo.study.results import (
     best_setting,

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import get_args
 
 from sepo.command import named_path, path, quiet_libraries
-from sepo.documents import print_document
 from sepo.errors import UserError
 from sepo.files import check_writable
+from sepo.report.documents import print_document
 
 HELP = "show what token rewards look like, and how far to trust them"
 

@@ -22,8 +22,8 @@ from sepo.data.splits import prompt_numbers
 from sepo.data.tables import make_table, provenance_of
 from sepo.evaluate.accuracy import preference_accuracy
 from sepo.evaluate.fidelity import combine, fidelity
-from sepo.evaluate.statistics import auc, correlation, rank_correlation
 from sepo.evaluate.words import special_ids, word_valences
+from sepo.report.statistics import auc, correlation, rank_correlation
 from sepo.report.summary import cumulative_share
 
 POSITION_BINS = 10

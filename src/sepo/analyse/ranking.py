@@ -32,8 +32,8 @@ from sepo.credit.selection import effective_number, select_key_tokens
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.errors import UserError
 from sepo.evaluate.fidelity import weighted_auc
-from sepo.evaluate.statistics import interval, over_seeds
 from sepo.evaluate.words import word_valences
+from sepo.report.statistics import interval, over_seeds
 
 MEASURES = (
     "auc", "lift", "lift_chosen", "lift_rejected", "mass", "weight_right", "weight_wrong", "cosine", "effective",

@@ -17,11 +17,11 @@ import yaml
 from huggingface_hub import DatasetCardData, ModelCard, ModelCardData, try_to_load_from_cache
 
 from sepo.errors import one_line
-from sepo.evaluate.edges import measured
 from sepo.files import write_text
 from sepo.models.folders import is_adapter, read_json_object
 from sepo.numbers import number
 from sepo.recipe.settings import EMBEDDED_DATA, Recipe
+from sepo.report.edges import measured
 from sepo.report.run_summary import RunSummary, cautions, short_name, summary_of_folder, task_scores
 from sepo.runs.folder import CARD
 

@@ -10,7 +10,9 @@ template.html, report.css, report.js   the page itself
 notebook.py      `display`: the page for one pair, in a notebook
 figures.py       figures as PNG, SVG or PDF, and the style of all figures
 run_summary.py   the summary of a run in the terminal
-numbers.py       numbers as text
+statistics.py    intervals, means over seeds, correlations
+edges.py         words for little data
+documents.py     Markdown pages in a terminal and as HTML
 """
 
 from sepo.lazy import lazy_names

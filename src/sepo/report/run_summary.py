@@ -18,9 +18,9 @@ from sepo.data.ragged import SIDES, flat
 from sepo.data.tables import read_table
 from sepo.errors import one_line
 from sepo.evaluate import EXAMPLES
-from sepo.evaluate.edges import few_groups, measured, nothing_learnt, ranking_caution
 from sepo.numbers import duration, error_text, number, with_error
 from sepo.recipe.settings import Recipe
+from sepo.report.edges import few_groups, measured, nothing_learnt, ranking_caution
 
 # Limits above which the summary warns: KL in nats per response, and relative change of length.
 _FAR, _LONGER = 20.0, 0.15

@@ -7,6 +7,7 @@ stages.py             two stages of its own: samples of the start, and a trainin
 policy_evaluator.py   measures a policy while it trains
 kl_probe.py           finds when a policy in training passes a KL
 curves.py             reads gain at a KL off a run's measurements
+crossed.py            statistics over seeds and prompts
 results.py            table, JSON and pictures of a comparison
 plan.py               dry run of a grid
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sepo.command import path, print_plan, quiet_libraries
-from sepo.documents import print_document
+from sepo.report.documents import print_document
 
 HELP = "train every method of a grid at one budget and compare them"
 

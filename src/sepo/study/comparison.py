@@ -24,8 +24,6 @@ from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import prompt_numbers
 from sepo.data.tables import read_table
 from sepo.errors import UserError, one_line
-from sepo.evaluate.edges import measured
-from sepo.evaluate.statistics import StdComponents
 from sepo.files import check_writable, digest, write_json
 from sepo.forward.scoring import NonFiniteError
 from sepo.judging import stages as judging_stages
@@ -37,6 +35,7 @@ from sepo.models.weights import load_model
 from sepo.numbers import MISSING
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
+from sepo.report.edges import measured
 from sepo.runs.folder import Run, environment, open_run
 from sepo.runs.method import Method, Walker
 from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
@@ -44,6 +43,7 @@ from sepo.stages import train
 from sepo.stages.reference import hash_model
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.study import stages
+from sepo.study.crossed import StdComponents
 from sepo.study.grid import Assumed, Grid, Setting
 from sepo.study.results import (
     best_setting,

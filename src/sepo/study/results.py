@@ -12,19 +12,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from sepo.documents import html_document
-from sepo.evaluate.statistics import (
-    StdComponents,
-    crossed_mean,
-    interval,
-    over_seeds,
-    smallest_difference,
-    spread_seen,
-)
 from sepo.files import write_json, write_text
 from sepo.numbers import MISSING, NO_SPREAD, number, with_error
 from sepo.report.build import page_style
+from sepo.report.documents import html_document
 from sepo.report.figures import GREY, MARKERS, SERIES, make_figure, write_png
+from sepo.report.statistics import interval, over_seeds, spread_seen
+from sepo.study.crossed import StdComponents, crossed_mean, smallest_difference
 from sepo.study.curves import (
     at_ceiling,
     at_kl,

@@ -92,7 +92,7 @@ def print_scores(results: dict[str, dict[str, Any]]) -> None:
 
 def _shown(result: dict[str, Any]) -> dict[str, str]:
     """The figures of a model as texts; those that it lacks are missing."""
-    from sepo.evaluate.edges import Measured  # it imports NumPy
+    from sepo.report.edges import Measured  # it imports NumPy
 
     score = "win_rate" if "win_rate" in result else "score"
     # A win rate and Arena-Hard's score are per cent.

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sepo.evaluate.statistics import spread_seen, student_reach, wilson
 from sepo.numbers import number, with_error
+from sepo.report.statistics import spread_seen, student_reach, wilson
 
 # Independent groups below which a summary says that there are few.
 FEW = 10
