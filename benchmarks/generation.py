@@ -120,8 +120,8 @@ def measure(
     arguments: argparse.Namespace, contender: str, number: int, batch_size: int | None, in_order: bool
 ) -> dict[str, Any]:
     """Answer prompts and count tokens; `in_order` sorts the prompts by length, longest first."""
-    from sepo.data.prompts import encode_prompts
     from sepo.data.templates import stop_ids
+    from sepo.judging.prompts import encode_prompts
     from sepo.models.tokenizer import load_tokenizer
     from sepo.models.weights import load_model
 

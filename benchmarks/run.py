@@ -528,9 +528,9 @@ def compare_pipeline(arguments) -> dict[str, Any]:
 
 def sweep(arguments) -> dict[str, Any]:
     """How our cost grows with one quantity, all others fixed."""
-    from sepo.models.config import describe_model, load_config
+    from sepo.models.names import load_config
 
-    own = describe_model(load_config(arguments.model))["vocab"]
+    own = load_config(arguments.model).get_text_config().vocab_size
     values: dict[str, list] = {
         "length": [128, 256, 512, 1024],
         "vocabulary": [own, 2 * own, 4 * own],

@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 
 from sepo.files import write_text
-from sepo.models.config import describe_model, load_config
 from sepo.models.shrink import shrink_model
+from sepo.planning.shapes import load_shape
 from sepo.recipe.settings import DEFAULT_MODEL, DataSettings
 from sepo.stages.data import read_split
 
@@ -40,7 +40,7 @@ def main() -> None:
     kept = shrink_model(arguments.model, arguments.keep, arguments.out)
     rows = healing_rows()
     write_text(arguments.out / "heal.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    size = describe_model(load_config(arguments.out))["parameters"]
+    size = load_shape(arguments.out).parameters
     print(f"{arguments.out}: layers {kept}, {size / 1e6:.0f}M parameters; {len(rows)} responses in heal.jsonl")
 
 

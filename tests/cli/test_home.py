@@ -25,10 +25,9 @@ from sepo.data.loading import load_rows, source_fingerprint
 from sepo.data.tables import iter_tables, read_table, table_paths, write_table
 from sepo.errors import UserError
 from sepo.files import expand_home
-from sepo.models.config import load_config
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.gguf import _cache_root
-from sepo.models.names import check_model, resolve_model
+from sepo.models.names import check_model, load_config, resolve_model
 from sepo.models.saving import save_model
 from sepo.recipe.reading import load_recipe, parse_recipe, set_key
 from sepo.recipe.settings import Recipe

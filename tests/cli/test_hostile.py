@@ -32,7 +32,7 @@ from sepo.data.loading import load_preferences
 from sepo.data.rows import DROP_REASONS
 from sepo.data.tables import SCHEMAS, make_table, provenance_of, read_table, write_shard, write_table
 from sepo.errors import UserError
-from sepo.models.config import load_config
+from sepo.models.names import load_config
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import Recipe, TrainingSettings

@@ -16,13 +16,13 @@ from judge_server import completion, serving
 from sepo.cli import main
 from sepo.data.conversation import conversations_of, in_words
 from sepo.data.encoding import tokenize_pairs
-from sepo.data.prompts import encode_answers
 from sepo.data.splits import prompt_rows
 from sepo.data.tables import write_table
 from sepo.errors import UserError
 from sepo.evaluate.measure import evaluate_run
 from sepo.judging.in_run import judge_responses
 from sepo.judging.judge import read_matches
+from sepo.judging.prompts import encode_answers
 from sepo.judging.scorers import as_messages
 from sepo.judging.server_judge import contest_of
 from sepo.judging.stages import run_judge

@@ -18,8 +18,7 @@ from sepo.errors import UserError
 from sepo.evaluate.generate import generate_responses
 from sepo.forward.scoring import dataset_logps
 from sepo.models.adapters import check_lora, new_adapter
-from sepo.models.config import load_config
-from sepo.models.names import check_model, resolve_model
+from sepo.models.names import check_model, load_config, resolve_model
 from sepo.models.saving import save_model
 from sepo.models.weights import load_model
 from sepo.recipe.settings import LoraSettings

@@ -21,13 +21,13 @@ from sepo.errors import UserError
 from sepo.files import replace_folder
 from sepo.models import devices, gguf, hub
 from sepo.models.adapters import reference_weights
-from sepo.models.config import describe_model, load_config
 from sepo.models.devices import check_quantization, choose_device, choose_dtype
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
-from sepo.models.names import check_model, resolve_model
+from sepo.models.names import check_model, load_config, resolve_model
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
+from sepo.planning.shapes import load_shape, model_shape
 from sepo.recipe.settings import DEFAULT_MODEL, LoraSettings
 from tiny_models import TINY_MODELS, tiny_model, tiny_tokenizer
 
@@ -351,9 +351,9 @@ def test_smollm2_answers_and_stops(smollm2_dir):
 
 
 def test_smollm2_is_described_before_it_is_loaded(smollm2_dir):
-    figures = describe_model(load_config(DEFAULT_MODEL))
-    assert figures["parameters"] == 134_515_008  # tied embeddings counted once
-    assert (figures["layers"], figures["hidden"], figures["vocab"]) == (30, 576, 49_152)
+    shape = load_shape(DEFAULT_MODEL)
+    assert shape.parameters == 134_515_008  # tied embeddings counted once
+    assert (shape.layers, shape.hidden, shape.vocab) == (30, 576, 49_152)
 
 
 # --- tokenizer ---
@@ -679,17 +679,17 @@ def test_a_gguf_and_its_converted_folder_are_one_model(tmp_path):
 @pytest.mark.parametrize("architecture", sorted(TINY_MODELS))
 def test_a_config_is_described_as_its_model_is(architecture):
     model = tiny_model(architecture)
-    figures = describe_model(model)
-    assert describe_model(model.config) == figures
-    assert figures["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert (figures["vocab"], figures["dtype"]) == (101, "float32")
+    shape = model_shape(model)
+    assert model_shape(model.config) == shape
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.vocab == 101
 
 
 def test_an_adapters_trainable_weights_are_counted(llama_dir):
-    figures = describe_model(load_model(llama_dir, device="cpu", lora=LoraSettings(r=4), train=True))
+    model = load_model(llama_dir, device="cpu", lora=LoraSettings(r=4), train=True)
     # r * (in + out) of the seven linear layers of each of two blocks
     per_block = 4 * (2 * (48 + 48) + 2 * (48 + 24) + 3 * (48 + 80))
-    assert figures["trainable"] == 2 * per_block
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * per_block
 
 
 @pytest.mark.parametrize("tensor", ["blk.1.ffn_down.weight", "output_norm.weight", "token_embd.weight"])

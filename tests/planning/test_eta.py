@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 
 from sepo import bars
-from sepo.models.config import load_shape
 from sepo.planning.eta import Eta, RunLine, estimates_of_process
+from sepo.planning.shapes import load_shape
 from sepo.recipe.settings import LoraSettings
 from sepo.stages.cost import Cost, Estimate, ModelSize
 from tiny_models import tiny_model

@@ -10,8 +10,8 @@ from sepo.api import run_recipe
 from sepo.cli import main
 from sepo.evaluate import generate
 from sepo.forward import scoring as passes
-from sepo.models.config import load_shape
 from sepo.planning.plan import Planner, plan_stages, throughputs_of
+from sepo.planning.shapes import load_shape
 from sepo.planning.sizes import method_sizes
 from sepo.recipe.reading import load_recipe
 from sepo.runs.method import Method

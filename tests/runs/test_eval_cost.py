@@ -1,7 +1,7 @@
 """What a dry run says of the memory that evaluation needs."""
 
-from sepo.models.config import model_shape
 from sepo.planning.memory import parts_of
+from sepo.planning.shapes import model_shape
 from sepo.recipe.reading import parse_recipe
 from sepo.stages import evaluate
 from sepo.stages.cost import ModelSize, PairSizes, Sizes

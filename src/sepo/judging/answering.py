@@ -21,12 +21,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sepo.bars import progress_bar
-from sepo.data.thinking import without_thinking
 from sepo.errors import UserError, one_line
 from sepo.files import append_line, digest, grown_lines, write_json, write_text
 from sepo.judging.endpoint import Endpoint
 from sepo.judging.questions import Question, answer_row, temperature_of
 from sepo.judging.replies import Reply, Spent
+from sepo.judging.thinking import without_thinking
 
 FINISHED, RECORD = "finished.jsonl", "generate.json"
 _AT_ONCE = 512  # prompts of one vLLM call, which batches them by itself and returns when all are answered
@@ -199,8 +199,8 @@ def transformers_engine(
         batch_size: None for the budget of `generate.py`.
         options: keywords for the chat template.
     """
-    from sepo.data.prompts import encode_prompts
     from sepo.evaluate.generate import generate_responses, responses_at_once
+    from sepo.judging.prompts import encode_prompts
     from sepo.models.limits import model_limits
 
     limits = model_limits(model.get_base_model() if hasattr(model, "get_base_model") else model)
@@ -305,8 +305,8 @@ def vllm_engine(
         raise UserError("--engine vllm needs the package vllm: run `pip install vllm`, or leave it out") from None
     from transformers import AutoConfig, GenerationConfig
 
-    from sepo.data.prompts import encode_prompts
     from sepo.data.templates import stop_ids
+    from sepo.judging.prompts import encode_prompts
 
     saved = os.path.isfile(os.path.join(folder, "generation_config.json"))
     configs = SimpleNamespace(

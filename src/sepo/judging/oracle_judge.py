@@ -20,9 +20,9 @@ import numpy as np
 
 from sepo.bars import progress_bar
 from sepo.data.fingerprints import check_same_tokenizer
-from sepo.data.prompts import encode_answers
 from sepo.errors import UserError
 from sepo.forward.scoring import summed_logps
+from sepo.judging.prompts import encode_answers
 from sepo.judging.scorers import Judged, Scorer, as_messages
 from sepo.models.adapters import causal_lm, reference_weights
 from sepo.models.checkpoint import adapter_is_idle

@@ -169,7 +169,7 @@ class _RewardModel:
 
     def _encode(self, conversations: Sequence[Judged]) -> list[list[int]]:
         """The ids of each conversation; none where the template refuses it."""
-        from sepo.data.prompts import encode_answers
+        from sepo.judging.prompts import encode_answers
 
         if not conversations:
             return []

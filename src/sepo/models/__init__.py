@@ -1,12 +1,12 @@
 """Models: any name a user may type -> one local folder -> weights in memory, and back to a folder.
 
-names  hub  gguf  folders   name -> folder
+names  hub  gguf  folders   name -> folder, config
 tokenizer  weights          folder -> tokenizer, weights in memory
 devices  adapters           devices and dtypes; LoRA through PEFT
 checkpoint                  are all weights present, and all read?
 sharding                    models sharded over the processes of a launch
 saving  shrink              weights -> folder; models with fewer layers
-fingerprint  config         hashes of models; config, size and shape
+fingerprint                 hashes of models
 limits                      vocabulary and positions of a model
 """
 

@@ -16,9 +16,9 @@ import os
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from sepo.errors import UserError
+from sepo.errors import UserError, named_error
 from sepo.files import expand_home
 from sepo.models.checkpoint import check_adapter_weights, check_weights
 from sepo.models.folders import adapter_base, check_folder, is_adapter, is_outline
@@ -101,6 +101,36 @@ def resolve_model(
         check_folder(Path(name))
         return name
     return download(name, revision)
+
+
+def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedConfig:
+    """Load a model's config without its weights. A GGUF file is not converted. An adapter has its base's config.
+
+    Raises:
+        UserError: no such model, or a config that Transformers does not know.
+    """
+    name = expand_home(name_or_path, "the model")
+    gguf = gguf_path(name)
+    try:
+        if gguf is not None:
+            converted = converted_folder(gguf, None)
+            if is_converted(converted):
+                return AutoConfig.from_pretrained(converted, trust_remote_code=False)
+            check_gguf(gguf)
+            return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        if os.path.isdir(name):
+            check_folder(Path(name), weights=False)
+            if is_adapter(Path(name)):
+                base, base_revision = adapter_base(Path(name))
+                return load_config(base, revision=base_revision)
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        commit, cached = hub_snapshot(name, revision)
+        where = {} if cached else {"revision": commit}
+        return AutoConfig.from_pretrained(cached or name, trust_remote_code=False, **where)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read the config of the model '{name}' ({named_error(error)})") from None
 
 
 def gguf_path(name: str) -> Path | None:

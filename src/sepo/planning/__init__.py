@@ -2,6 +2,7 @@
 
 plan.py          dry runs: walks the method without doing it
 sizes.py         counts of the pairs, shapes of the models
+shapes.py        the shape of a model, from its config or its weights
 throughput.py    seconds of compute on this machine, measured or from FLOPs
 eta.py           the line of a run: stage, progress, time left
 memory.py        bytes of a device, from a model's shape

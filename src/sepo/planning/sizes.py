@@ -12,7 +12,7 @@ from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_shard, read_table, table_paths
 from sepo.forward.packing import fill_rows, pack, read_length
 from sepo.forward.scoring import table_pairs, tokens_per_row_for
-from sepo.models.config import load_shape, model_shape
+from sepo.planning.shapes import load_shape, model_shape
 from sepo.recipe.settings import Recipe
 from sepo.runs.method import Method
 from sepo.stages import reference

@@ -6,12 +6,64 @@ Each stage has a `cost`. `planning` turns compute into seconds and memory into b
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from sepo.models.config import Shape
     from sepo.recipe.settings import LoraSettings, OracleSettings, PolicySettings, TrainingSettings
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that determine time and memory of a model.
+
+    Attributes:
+        parameters: number of weights, tied weights once.
+        block: weights of the largest decoder block.
+        head: weights of the LM head.
+        embedding: weights of the input embedding and, if it is not tied, the LM head.
+        linears: name, inputs and outputs of every linear layer except the LM head.
+        layers, hidden, intermediate, vocab: sizes of the decoder; `intermediate` counts the experts of one token.
+        queries, keys: total width of the query heads, and of the key heads.
+    """
+
+    parameters: int
+    block: int
+    head: int
+    embedding: int
+    linears: tuple[tuple[str, int, int], ...]
+    layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    queries: int
+    keys: int
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers without the LM head."""
+        return sum(inputs * outputs for _, inputs, outputs in self.linears)
+
+    def adapted_by(self, lora: LoraSettings) -> list[tuple[str, int, int]]:
+        """The linear layers that LoRA adapts, in its decoder layers only."""
+        layers = lora.adapted_layers(self.layers)
+        numbered = ((linear, re.search(r"\.(\d+)\.", linear[0])) for linear in self.adapted(lora.target_modules))
+        return [linear for linear, number in numbered if number is None or int(number[1]) in layers]
+
+    def reached(self, lora: LoraSettings) -> int:
+        """Weights of the linear layers from the first adapted one on; a backward pass ends there."""
+        adapted = self.adapted_by(lora)
+        first = self.linears.index(adapted[0]) if adapted else len(self.linears)
+        return sum(inputs * outputs for _, inputs, outputs in self.linears[first:])
+
+    def adapted(self, targets: str | list[str]) -> list[tuple[str, int, int]]:
+        """The linear layers that LoRA adapts, by the rules of PEFT's `target_modules`."""
+        if targets == "all-linear":
+            return list(self.linears)
+        if isinstance(targets, str):
+            return [layer for layer in self.linears if re.fullmatch(targets, layer[0])]
+        return [layer for layer in self.linears if any(layer[0] == t or layer[0].endswith(f".{t}") for t in targets)]
 
 
 class ModelSize(NamedTuple):

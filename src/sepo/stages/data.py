@@ -21,8 +21,8 @@ from sepo.data.rows import DataReport
 from sepo.data.splits import group_by_prompt, near_duplicates, shared_prompts, split_pairs, take_pairs
 from sepo.data.tables import write_table
 from sepo.errors import UserError, nearest
-from sepo.models.config import load_config
 from sepo.models.limits import ModelLimits, check_ids, check_lengths, model_limits
+from sepo.models.names import load_config
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log
 from sepo.recipe.settings import EMBEDDED_DATA, DataSettings, Recipe

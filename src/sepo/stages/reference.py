@@ -11,9 +11,8 @@ from transformers import PreTrainedConfig
 from sepo import processes
 from sepo.data.loading import source_fingerprint
 from sepo.errors import UserError
-from sepo.models.config import load_config
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
-from sepo.models.names import check_model, resolve_model
+from sepo.models.names import check_model, load_config, resolve_model
 from sepo.recipe.settings import Recipe
 from sepo.stages.cost import Cost, FineTuningMemory, Sizes
 from sepo.stages.stage import Model, Stage
