@@ -181,7 +181,7 @@ def _model(arguments, train: bool = False):
 def _result(seconds: float, pairs: list, flops: float) -> dict[str, float]:
     import torch
 
-    from sepo.forward.gradients import matmul_rate
+    from sepo.planning.throughput import matmul_rate
 
     memory = _peak_memory()
     rate = matmul_rate(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seconds=1.0)

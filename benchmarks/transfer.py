@@ -178,8 +178,7 @@ def with_random_rewards(pairs: pa.Table, seed: int = 0) -> pa.Table:
     for side in SIDES:
         lengths = flat(pairs.column(f"{side}_ids"))[1]
         columns[f"{side}_rewards"] = ragged(rng.standard_normal(int(lengths.sum())).astype(np.float32), lengths)
-    provenance = {key: value for key, value in provenance_of(pairs).items() if key not in ("format", "version")}
-    return make_table("scores", columns, provenance)
+    return make_table("scores", columns, provenance_of(pairs))
 
 
 def rows_of(texts: list[str]) -> datasets.Dataset:

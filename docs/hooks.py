@@ -149,7 +149,7 @@ def _text(lines: str | list[str]) -> str:
 def settings_page() -> str:
     """The output of `sepo recipe` as a page."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from sepo.recipe.reading import describe_recipe
+    from sepo.cli.recipe import describe_recipe
 
     return (
         "# Settings\n\nEvery setting of a recipe with its default and meaning, as `sepo recipe` prints them. "

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from sepo.files import write_json, write_text
-from sepo.forward.gradients import matmul_rate
 from sepo.planning.plan import Planner, plan_stages
 from sepo.planning.sizes import method_sizes
+from sepo.planning.throughput import matmul_rate
 from sepo.recipe.reading import load_recipe
 from sepo.runs.method import Method
 from sepo.stages.stage import StageResult

@@ -142,17 +142,6 @@ def cannot_write(path: object, error: OSError, instead: str) -> Exception:
     return UserError(f"cannot write to '{one_line(path, 200)}' ({error.strerror or one_line(error, 100)}): {instead}")
 
 
-# Errors of the system for an impossible file name; pathlib raises them when testing for existence, too.
-_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
-
-
-def impossible_path(error: BaseException) -> str | None:
-    """Return one line for an impossible path in the input, None for other errors."""
-    if isinstance(error, OSError) and error.errno in _NO_PATH:
-        return f"'{one_line(error.filename, 100)}' cannot be a path ({error.strerror}): expected a file or folder"
-    return None
-
-
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

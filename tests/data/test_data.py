@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sepo.data import rows
 from sepo.data.encoding import tokenize_pairs, truncate_pair
-from sepo.data.fingerprints import check_same_tokenizer, dataset_fingerprint, tokenizer_fingerprint
+from sepo.data.fingerprints import check_same_tokenizer, tokenizer_fingerprint, update_digest
 from sepo.data.formats import read_rows
-from sepo.data.loading import load_preferences
+from sepo.data.loading import load_preferences, relevant_columns
+from sepo.data.loading import read_rows as columns_of_rows
 from sepo.data.rows import DROP_REASONS, DropRow, TextPair, normalise_row
 from sepo.data.splits import group_by_prompt, sample_pairs, sample_prompts, split_pairs
 from sepo.data.tables import make_table, provenance_of, read_table, write_table
@@ -50,6 +52,14 @@ GEMMA = (
     "m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+
+
+def dataset_fingerprint(dataset: datasets.Dataset) -> str:
+    """The digest of a dataset as tables record it, computed in one piece."""
+    digest = hashlib.sha256()
+    dataset = relevant_columns(dataset)
+    update_digest(digest, columns_of_rows(dataset, 0, len(dataset)))
+    return digest.hexdigest()[:16]
 
 
 def byte_level(special: list[str], *, bos: str | None = None, eos: str | None = None, template: str | None = None,

@@ -27,7 +27,6 @@ from sepo.evaluate import generate, gold
 from sepo.evaluate.accuracy import preference_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.generate import draw_tokens, generate_responses
-from sepo.evaluate.measure import sample_kl
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.evaluate.words import token_pieces, token_words, word_valences
 from sepo.forward.attention import ATTENTION
@@ -35,6 +34,7 @@ from sepo.forward.scoring import NonFiniteError
 from sepo.models.weights import load_model
 from sepo.recipe.settings import Gold
 from sepo.report.statistics import auc
+from sepo.study.policy_evaluator import sample_kl
 from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -16,14 +16,14 @@ from sepo.data.tables import provenance_of, with_provenance, write_table
 from sepo.evaluate import measure
 from sepo.evaluate.generate import generate_responses
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
-from sepo.evaluate.measure import evaluate_run, own_logps, response_logps, sample_kl
+from sepo.evaluate.measure import Evaluation, own_logps, response_logps
 from sepo.forward.scoring import dataset_logps, read_like
 from sepo.recipe.reading import parse_recipe
 from sepo.recipe.settings import EvalSettings
 from sepo.stages.logps import logps_pass
 from sepo.stages.stage import Model
 from sepo.study import stages as measured
-from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, start_of
+from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, sample_kl, start_of
 from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -48,10 +48,10 @@ def test_a_model_does_not_differ_from_itself_whatever_was_stored(folder, dtype, 
     model = str(folder / "model")
     if stored:
         logps_pass(model, folder / "pairs", folder / "logps", device="cpu", dtype=stored)
-    metrics = evaluate_run(
+    metrics = Evaluation(
         model, model, folder / "pairs", folder / "eval", SETTINGS,
         base_logps=folder / "logps" if stored else None, device="cpu", dtype=dtype,
-    )  # fmt: skip
+    ).measure()  # fmt: skip
     assert metrics["policy/accuracy"] == 0.5  # margins of exactly 0: ties
     assert metrics["policy/accuracy_se"] == 0
     kl = pq.read_table(folder / "eval" / "generations.parquet").column("policy_kl").to_numpy()
@@ -142,9 +142,9 @@ def test_policy_and_base_are_not_in_memory_together(folder, monkeypatch):
         return model
 
     monkeypatch.setattr(measure, "load_model", watched)
-    evaluate_run(
+    Evaluation(
         str(folder / "model"), str(folder / "model"), folder / "pairs", folder / "eval", SETTINGS, device="cpu"
-    )
+    ).measure()
     assert len(loaded) == 2
 
 
@@ -180,9 +180,9 @@ def test_policy_and_base_score_the_set_number_of_pairs(folder, monkeypatch, numb
     model = str(folder / "model")
     logps_pass(model, folder / "pairs", folder / "logps", device="cpu")
     settings = SETTINGS.model_copy(update={"pairs": number})
-    metrics = evaluate_run(
+    metrics = Evaluation(
         model, model, folder / "pairs", folder / "eval", settings, base_logps=folder / "logps", device="cpu"
-    )
+    ).measure()
     assert metrics.get("policy/pairs", 0) == read
     assert [count for count in seen if count != 12] == ([read] if read else [])  # 12 are the responses
 
@@ -190,7 +190,7 @@ def test_policy_and_base_score_the_set_number_of_pairs(folder, monkeypatch, numb
 def test_examples_are_some_of_the_prompts_at_their_own_temperature(folder):
     model = str(folder / "model")
     cold = SETTINGS.model_copy(update={"examples": 3, "examples_temperature": 1e-3, "gold": "vader"})
-    evaluate_run(model, model, folder / "pairs", folder / "eval", cold, device="cpu")
+    Evaluation(model, model, folder / "pairs", folder / "eval", cold, device="cpu").measure()
     rows = pq.read_table(folder / "eval" / "examples.parquet").to_pylist()
     assert len(rows) == 3
     assert all(row["base"] == row["policy"] and row["base_gold"] == row["policy_gold"] for row in rows)
@@ -198,5 +198,5 @@ def test_examples_are_some_of_the_prompts_at_their_own_temperature(folder):
     plain = generate_responses(tiny_model("llama"), tokenizer, prompts, max_new_tokens=9, temperature=0, progress=False)
     assert {row["policy"] for row in rows} <= set(measure.decoded(tokenizer, plain))  # the most likely tokens
     none = SETTINGS.model_copy(update={"examples": 0})
-    evaluate_run(model, model, folder / "pairs", folder / "other", none, device="cpu")
+    Evaluation(model, model, folder / "pairs", folder / "other", none, device="cpu").measure()
     assert not (folder / "other" / "examples.parquet").exists()

@@ -19,7 +19,7 @@ from sepo.data.encoding import tokenize_pairs
 from sepo.data.splits import prompt_rows
 from sepo.data.tables import write_table
 from sepo.errors import UserError
-from sepo.evaluate.measure import evaluate_run
+from sepo.evaluate.measure import Evaluation
 from sepo.judging.in_run import judge_responses
 from sepo.judging.judge import read_matches
 from sepo.judging.prompts import encode_answers
@@ -135,7 +135,7 @@ def test_a_run_judges_real_turns(judge, workplace):
             if judge == "server"
             else judge,
         )
-        metrics = evaluate_run(
+        metrics = Evaluation(
             "policy",
             "base",
             workplace / "held_out",
@@ -143,7 +143,7 @@ def test_a_run_judges_real_turns(judge, workplace):
             settings,
             device="cpu",
             judge=run_judge(settings.judge).judge,
-        )
+        ).measure()
     assert metrics["judge/judged"] == 4
     words = [in_words(prompt) for prompt in prompts]
     rows = json.loads((workplace / "eval" / "annotations.json").read_text())

@@ -19,8 +19,8 @@ from transformers import GenerationConfig
 from properties import examples
 from sepo.errors import UserError
 from sepo.files import replace_folder
+from sepo.judging.oracle_judge import reference_weights
 from sepo.models import devices, gguf, hub
-from sepo.models.adapters import reference_weights
 from sepo.models.devices import check_quantization, choose_device, choose_dtype
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, load_config, resolve_model

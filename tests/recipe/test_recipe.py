@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from properties import examples
+from sepo.cli.recipe import describe_recipe
 from sepo.errors import UserError
-from sepo.recipe.reading import describe_recipe, dump_recipe, load_recipe, parse_recipe
+from sepo.recipe.reading import dump_recipe, load_recipe, parse_recipe
 from sepo.recipe.settings import Recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -17,7 +17,7 @@ from sepo.cli import main
 from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
-from sepo.evaluate.measure import evaluate_run
+from sepo.evaluate.measure import Evaluation
 from sepo.report.statistics import over_seeds
 from sepo.study import comparison
 from sepo.study.crossed import crossed_mean
@@ -393,7 +393,7 @@ def test_a_run_that_was_measured_is_what_evaluation_says_of_the_trained_model(fi
     _, settings = load_grid(folder / "grid.yaml")
     run = next(run for run in results["runs"] if run["variant"] == "dpo")
     held_out = next((folder / "grid" / "shared").glob("data-*")) / "held_out"
-    metrics = evaluate_run(
+    metrics = Evaluation(
         str(folder / "grid" / run["folder"] / "policy"),
         str(place / "model"),
         held_out,
@@ -401,7 +401,7 @@ def test_a_run_that_was_measured_is_what_evaluation_says_of_the_trained_model(fi
         settings["dpo"][0].recipe.eval,
         seed=run["seed"],
         device="cpu",
-    )
+    ).measure()
     last = run["points"][-1]
     assert last["kl"] == pytest.approx(metrics["kl"], abs=1e-4)
     assert last["gold_difference"] == pytest.approx(metrics["gold_reward/difference"], abs=1e-9)

@@ -19,7 +19,7 @@ from sepo.forward.packing import CHOSEN, REJECTED, Pair, pack
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import dataset_logps
 from sepo.forward.token_kl import token_logps_and_kl
-from sepo.recipe.objectives import OBJECTIVES, markdown_table
+from sepo.recipe.objectives import OBJECTIVES, Objective, names_with_label_smoothing
 from sepo.recipe.reading import parse_recipe
 from sepo.recipe.settings import PolicySettings
 from sepo.training import objectives
@@ -297,8 +297,34 @@ def test_the_defaults_of_the_formulas_are_those_of_the_table():
         assert (defaults.get("alpha"), defaults.get("rate")) == (objective.alpha, objective.rate), name
 
 
+def markdown_table() -> str:
+    """The table of docs/objectives.md."""
+    lines = ["| `objective` | paper | tokens | reference | settings |", "|---|---|---|---|---|"]
+    for name, objective in OBJECTIVES.items():
+        paper = f"{objective.title}, [{objective.paper}](https://arxiv.org/abs/{objective.paper})"
+        settings = ", ".join(_setting_text(objective, setting) for setting in objective.settings)
+        lines.append(f"| `{name}` | {paper} | {objective.tokens} | {_reference_text(objective)} | {settings} |")
+    smoothed = names_with_label_smoothing()
+    return "\n".join([*lines, "", f"`label_smoothing` is defined for {smoothed}. The others refuse it."])
+
+
+def _setting_text(objective: Objective, setting: str) -> str:
+    default = {"alpha": objective.alpha, "rate": objective.rate}.get(setting)
+    value = "" if default is None else f" = {default:g}"
+    meaning = objective.settings[setting]
+    return f"`{setting}`{value}" + (f" ({meaning})" if meaning else "")
+
+
+def _reference_text(objective: Objective) -> str:
+    if not objective.reads_reference:
+        return "no"
+    if objective.kl is None:
+        return "stored"
+    return "stored, and beside the policy" + (" if `alpha` is above 0" if objective.kl_needs_alpha else "")
+
+
 def test_the_documentation_has_the_table_of_the_objectives():
-    """To renew it: python -c "from sepo.recipe.objectives import markdown_table; print(markdown_table())"."""
+    """To renew it, print `markdown_table()`."""
     text = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
     assert f"\n\n{markdown_table()}\n\n" in text
 

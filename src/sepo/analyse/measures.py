@@ -251,7 +251,7 @@ def baseline_tables(scores: pa.Table, reference_logps: pa.Table | None, seed: in
         for name, values in order.items():
             columns[name][f"{side}_rewards"] = ragged((sign * values).astype(np.float32), lengths)
     keys = {name: scores.column(name) for name in scores.column_names if not name.endswith("_rewards")}
-    provenance = {key: value for key, value in provenance_of(scores).items() if key not in ("format", "version")}
+    provenance = provenance_of(scores)
     return {name: make_table("scores", {**keys, **rewards}, provenance) for name, rewards in columns.items() if rewards}
 
 

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     command.quiet_libraries()
     from sepo.api import extension_of
-    from sepo.evaluate.measure import evaluate_run
+    from sepo.evaluate.measure import Evaluation
     from sepo.files import write_json
     from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
@@ -72,8 +72,9 @@ def run(arguments: argparse.Namespace) -> None:
         processes.on_main(lambda: write_pairs(out))
         policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
         judge = None if extension is None or extension.judge is None else extension.judge.judge
-        metrics = evaluate_run(
+        evaluation = Evaluation(
             policy, base, out / "pairs", out, recipe.eval, seed=recipe.seed, device=recipe.device, judge=judge
         )
+        metrics = evaluation.measure()
         processes.on_main(lambda: write_json(out / "metrics.json", metrics))
     command.print_metrics(f"eval: {out}", metrics)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sepo.command import print_plan
+from sepo.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 HELP = "print every setting of a recipe, or a recipe that comes with the package"
 
@@ -21,14 +27,62 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.recipe import builtin
 
     if arguments.list:
-        print_plan("built in", [{"name": name, "what": builtin.about(path)} for name, path in builtin.names().items()])
+        print_plan("built in", [{"name": name, "what": _about(path)} for name, path in builtin.names().items()])
     elif arguments.schema:
         from sepo.recipe.settings import Recipe
 
         print(json.dumps(Recipe.model_json_schema(), indent=2))
     elif arguments.name is not None:
-        print(builtin.read(arguments.name), end="")
+        print(_built_in(arguments.name), end="")
     else:
-        from sepo.recipe.reading import describe_recipe
-
         print(describe_recipe())
+
+
+def _built_in(name: str) -> str:
+    """The text of a built-in recipe or grid.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    from sepo.recipe import builtin
+
+    path = builtin.find(name)
+    if path is None:
+        raise UserError(f"no built-in recipe '{name}'{nearest(name, builtin.names())}: see `sepo recipe --list`")
+    return path.read_text(encoding="utf-8")
+
+
+def _about(path: Path) -> str:
+    """What a recipe says of itself: the first sentence of the comment at its head."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").strip())
+    text = " ".join(lines)
+    end = text.find(". ")
+    return text if end < 0 else text[: end + 1]
+
+
+def describe_recipe(model: type[BaseModel] | None = None, indent: int = 0) -> str:
+    """Return a YAML text of all settings at their defaults, each with its description as a comment."""
+    import yaml
+
+    from sepo.recipe.reading import settings_class
+    from sepo.recipe.settings import Recipe
+
+    lines = []
+    pad = "  " * indent
+    for name, info in (model or Recipe).model_fields.items():
+        inner = settings_class(info.annotation)
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
+        if inner is not None and default is not None:
+            lines.append(f"{pad}{name}:  # {info.description}")
+            lines.append(describe_recipe(inner, indent + 1))
+        elif inner is not None:
+            lines.append(f"{pad}{name}: null  # {info.description}; keys if given:")
+            lines += [f"{pad}  # {line}" for line in describe_recipe(inner).splitlines()]
+        else:
+            shown = "REQUIRED" if info.is_required() else yaml.safe_dump(default, default_flow_style=True).strip()
+            lines.append(f"{pad}{name}: {shown.removesuffix('...').strip()}  # {info.description}")
+    return "\n".join(lines)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sepo import command
+from sepo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HELP = "carry a score table over to a policy's tokenizer"
 
@@ -46,11 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
     from sepo.stages import data
-    from sepo.stages.transfer import carry_table, tokenizer_of_table
+    from sepo.stages.transfer import carry_table
 
     def write_scores(out: Path) -> dict[str, float]:
         table = Path(arguments.table)
-        source, name = tokenizer_of_table(table, arguments.table_tokenizer)
+        source, name = _tokenizer_of_table(table, arguments.table_tokenizer)
         data.check(recipe)
         target = load_tokenizer(arguments.tokenizer)
         readers = token_bytes(source, name), token_bytes(target, arguments.tokenizer)
@@ -66,3 +71,35 @@ def run(arguments: argparse.Namespace) -> None:
         figures = processes.on_main(lambda: write_scores(out))
     accuracy = oracle_accuracy(read_table(arguments.out, "scores"))
     command.print_metrics(f"scores: {arguments.out}", {**figures, **accuracy})
+
+
+def _tokenizer_of_table(table: Path, given: str | None = None) -> tuple[PreTrainedTokenizerBase, str]:
+    """Find the tokenizer of a score table; returns it and its name.
+
+    Args:
+        table: a folder, or a file in one.
+        given: a model; default: the places where `sepo score` and `sepo run` put the tokenizer.
+
+    Raises:
+        UserError: there is none, or the given one differs.
+    """
+    from sepo.data.fingerprints import tokenizer_fingerprint
+    from sepo.data.tables import provenance_of, read_schema, table_paths
+    from sepo.models.tokenizer import has_tokenizer, load_tokenizer
+    from sepo.recipe.reading import load_recipe
+
+    made_with = provenance_of(read_schema(table_paths(table, "scores")[0])).get("tokenizer")
+    folder = table if table.is_dir() else table.parent
+    around = [folder / "tokenizer", *(folder.parent / name for name in ("oracle", "reference", "policy"))]
+    places = [given] if given is not None else [str(place) for place in around if has_tokenizer(place)]
+    if given is None and (recipe := folder.parent / "recipe.yaml").is_file():
+        places.append(load_recipe(recipe).reference.model)
+    for place in places:
+        tokenizer = load_tokenizer(place)
+        if made_with in (None, tokenizer_fingerprint(tokenizer)):
+            return tokenizer, place
+    if given is not None:
+        raise UserError(f"'{table}' was made with another tokenizer than that of '{given}': name the oracle's model")
+    raise UserError(
+        f"the tokenizer of '{table}' is not beside it: name the oracle's model with --table-tokenizer MODEL"
+    )

@@ -7,11 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import pyarrow as pa
 
-from sepo.data.loading import read_rows, relevant_columns
-from sepo.data.rows import ROWS_AT_ONCE
 from sepo.data.tables import provenance_of
 from sepo.errors import UserError
 from sepo.processes import log_once
@@ -33,18 +30,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
     return short_digest(json.dumps([vocabulary, special, list(tokenizer(_PROBE)["input_ids"])]))
-
-
-def dataset_fingerprint(dataset: datasets.Dataset) -> str:
-    """Return 16 hex digits of the prompts, responses and pair ids of a dataset.
-
-    The fingerprint depends on content and order only, not on file format, column order, other columns or the process.
-    """
-    digest = hashlib.sha256()
-    dataset = relevant_columns(dataset)
-    for start in range(0, len(dataset), ROWS_AT_ONCE):
-        update_digest(digest, read_rows(dataset, start, min(start + ROWS_AT_ONCE, len(dataset))))
-    return digest.hexdigest()[:16]
 
 
 def update_digest(digest: Any, rows: Sequence[dict[str, Any] | None]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,224 +45,194 @@ Judge = Callable[
 ]
 
 
-def evaluate_run(
-    policy: str,
-    base: str,
-    held_out: Path,
-    out: Path,
-    settings: EvalSettings,
-    *,
-    scores: Path | None = None,
-    scores_held_out: Path | None = None,
-    selection: Path | None = None,
-    base_logps: Path | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    tokens_per_row: int | None = None,
-    judge: Judge | None = None,
-) -> dict[str, float]:
-    """Measure a policy against the model it started from, on held-out pairs and prompts.
+class Readings(NamedTuple):
+    """What one of the two models gave.
 
-    All processes of a launch call this and get the metrics; the main process writes the files. The main process also
-    runs both models, unless a launch with FSDP shards them: then all processes score and generate together.
+    Attributes:
+        logps: log-probabilities of the pairs, a table of kind "logps"; None without pairs.
+        responses: sampled responses.
+        examples: responses to the example prompts.
+        sums: `[responses]`, log-probabilities of the policy's responses, in nats.
+    """
+
+    logps: pa.Table | None
+    responses: list[Generation]
+    examples: list[Generation]
+    sums: np.ndarray
+
+
+@dataclass
+class Evaluation:
+    """A policy against the model it started from, on held-out pairs and prompts.
 
     Both models use the same types, so that they never differ by rounding alone. They are loaded one after the other, so
     that one is in memory at a time.
 
-    Args:
+    Attributes:
         policy, base: models after and before training, with one tokenizer.
         held_out: a pairs table that was not trained on.
-        out: folder for `generations.parquet` and `examples.parquet`, and `annotations.json` with a judge.
+        out: folder for `generations.parquet` and `examples.parquet`, and `annotations.json` with a judge. It keeps
+            finished responses until the evaluation is complete (`FINISHED`).
         scores, selection: token rewards and key tokens of the training pairs, for fidelity (with a gold reward).
         scores_held_out: token rewards of the held-out pairs, for the oracle's accuracy.
         base_logps: the base's stored log-probabilities of `held_out`. They are computed if this is None, or if their
             types or kind of device are not the policy's.
         tokens_per_row: token budget of a packed row when scoring; a default for the device if None.
         judge: compares the answers of policy and base.
-
-    Returns:
-        flat metrics, floats by name.
-    """
-    load = partial(load_model, device=device, dtype=dtype, sharded=processes.read_sharded())
-
-    def read() -> Readings | None:
-        stored = None if base_logps is None else read_table(base_logps, "logps")
-        return read_models(policy, base, held_out, settings, load, stored, seed, tokens_per_row, out)
-
-    def measure(readings: Readings | None) -> dict[str, float]:
-        return {} if readings is None else _metrics_of_models(readings, policy, held_out, out, settings, device, judge)
-
-    def metrics_of_tables() -> dict[str, float]:
-        if judge is not None:
-            conversations_of(read_table(held_out, "pairs").slice(0, 1))
-        return _metrics_of_tables(policy, held_out, settings, scores, scores_held_out, selection)
-
-    metrics = processes.on_main(metrics_of_tables)
-    if processes.read_sharded():
-        readings = read()
-        metrics |= processes.on_main(lambda: measure(readings))
-    else:
-        metrics |= processes.on_main(lambda: measure(read()))
-    if not metrics.get("judge/unanswered"):  # else the judge will be asked again about these responses
-        processes.on_main(lambda: _forget_finished(out))
-    return metrics
-
-
-def _forget_finished(out: Path) -> None:
-    for path in out.glob(FINISHED.format("*")):
-        path.unlink()
-
-
-class Readings(NamedTuple):
-    """Results of running both models.
-
-    Attributes:
-        before, after: tables of kind "logps" of the pairs under base and policy; None without pairs.
-        base, policy: sampled responses.
-        kl: `[responses]`, log-ratio of each of the policy's responses, in nats.
-        shown: indices of the example prompts.
-        examples: responses to these prompts, by "base" and "policy".
     """
 
-    before: pa.Table | None
-    after: pa.Table | None
-    base: list[Generation]
-    policy: list[Generation]
-    kl: np.ndarray
-    shown: list[int]
-    examples: dict[str, list[Generation]]
+    policy: str
+    base: str
+    held_out: Path
+    out: Path
+    settings: EvalSettings
+    scores: Path | None = None
+    scores_held_out: Path | None = None
+    selection: Path | None = None
+    base_logps: Path | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    tokens_per_row: int | None = None
+    judge: Judge | None = None
 
+    def measure(self) -> dict[str, float]:
+        """Run both models, and return all metrics, floats by name.
 
-def read_models(
-    policy: str,
-    base: str,
-    held_out: Path,
-    settings: EvalSettings,
-    load: Callable[[str], nn.Module],
-    base_logps: pa.Table | None,
-    seed: int,
-    tokens_per_row: int | None,
-    out: Path,
-) -> Readings | None:
-    """Run policy and base, one after the other; returns None without held-out pairs.
+        All processes of a launch call this and get the metrics; the main process writes the files. The main process
+        also runs both models, unless a launch with FSDP shards them: then all processes score and generate together.
+        """
+        metrics = processes.on_main(self._metrics_of_tables)
+        if processes.read_sharded():
+            readings = self._read_models()
+            metrics |= processes.on_main(lambda: self._metrics_of_models(*readings))
+        else:
+            metrics |= processes.on_main(lambda: self._metrics_of_models(*self._read_models()))
+        if not metrics.get("judge/unanswered"):  # else the judge will be asked again about these responses
+            processes.on_main(self._forget_finished)
+        return metrics
 
-    Args:
-        load: loads a model from a folder to its device. If it shards the model, all processes must call this.
-        base_logps: a table, as in `evaluate_run`.
-        out: folder that keeps finished responses until the evaluation is complete (`FINISHED`).
-    """
-    tokenizer = load_tokenizer(policy)
-    pairs = read_table(held_out, "pairs")
-    if not len(pairs):
-        return None
-    prompts = sample_prompts(pairs, settings.prompts)
-    read_by_both = _scored(pairs, settings)
-    if base_logps is not None:
-        base_logps = _scored(base_logps, settings) if len(read_by_both) else None
+    @cached_property
+    def _pairs(self) -> pa.Table:
+        return read_table(self.held_out, "pairs")
 
-    shown = np.linspace(0, len(prompts) - 1, min(settings.examples, len(prompts))).round().astype(int).tolist()
-    examples: dict[str, list[Generation]] = {}
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.policy)
 
-    def read(
-        name: str, path: str, stored: pa.Table | None, answers: list[Generation] | None
-    ) -> tuple[pa.Table | None, list, np.ndarray]:
-        """Log-probabilities of the pairs, responses, and log-probabilities of `answers` (the responses if None)."""
-        model = load(path)
+    @cached_property
+    def _prompts(self) -> list[list[int]]:
+        return sample_prompts(self._pairs, self.settings.prompts)
 
-        def answer(asked: list[list[int]], how: EvalSettings, what: str) -> list[Generation]:
-            kept = None
-            if not is_sharded(model):
-                depends = [model_fingerprint(path), usage_fingerprint(path), numerics(model), asked, seed]
-                how_written = how.model_dump(include={"samples", "max_new_tokens", "temperature"})
-                kept = FinishedResponses(out / FINISHED.format(what), digest([*depends, how_written]))
-            return sample(model, tokenizer, asked, how, seed, progress=what == name, finished=kept)
+    @cached_property
+    def _shown(self) -> list[int]:
+        """Indices of the example prompts."""
+        number = min(self.settings.examples, len(self._prompts))
+        return np.linspace(0, len(self._prompts) - 1, number).round().astype(int).tolist()
 
-        if len(read_by_both) and (stored is None or not read_like(stored, model)):
-            stored = dataset_logps(model, read_by_both, tokens_per_row=tokens_per_row)
-        if not prompts:
-            return stored, [], np.zeros(0)
-        own = answer(prompts, settings, name)
-        if shown:
-            examples[name] = answer([prompts[i] for i in shown], settings.of_examples(), f"{name}-examples")
-        sums = own_logps(model, prompts, own) if answers is None else response_logps(model, prompts, answers)
-        return stored, own, sums
+    def _forget_finished(self) -> None:
+        for path in self.out.glob(FINISHED.format("*")):
+            path.unlink()
 
-    after, answers, policy_sums = read("policy", policy, None, None)
-    _release_memory()
-    before, base_answers, base_sums = read("base", base, base_logps, answers)
-    _release_memory()
-    return Readings(before, after, base_answers, answers, policy_sums - base_sums, shown, examples)
+    def _read_models(self) -> tuple[Readings, Readings]:
+        """Run policy and base, one after the other. If the launch shards models, all processes must call this."""
+        policy = self._read("policy", self.policy, None, None)
+        _release_memory()
+        stored = None if self.base_logps is None else _scored(read_table(self.base_logps, "logps"), self.settings)
+        base = self._read("base", self.base, stored, policy.responses)
+        _release_memory()
+        return policy, base
+
+    def _read(self, name: str, path: str, logps: pa.Table | None, answers: list[Generation] | None) -> Readings:
+        """Run one model; `sums` are of `answers`, or of the model's own responses if this is None."""
+        if not len(self._pairs):
+            return Readings(None, [], [], np.zeros(0))
+        pairs = _scored(self._pairs, self.settings)
+        model = load_model(path, device=self.device, dtype=self.dtype, sharded=processes.read_sharded())
+        if not len(pairs):
+            logps = None
+        elif logps is None or not read_like(logps, model):
+            logps = dataset_logps(model, pairs, tokens_per_row=self.tokens_per_row)
+        if not self._prompts:
+            return Readings(logps, [], [], np.zeros(0))
+        responses = self._answers(model, path, self._prompts, self.settings, name)
+        shown = [self._prompts[index] for index in self._shown]
+        how = self.settings.of_examples()
+        examples = self._answers(model, path, shown, how, f"{name}-examples") if shown else []
+        if answers is None:
+            return Readings(logps, responses, examples, own_logps(model, self._prompts, responses))
+        return Readings(logps, responses, examples, response_logps(model, self._prompts, answers))
+
+    def _answers(
+        self, model: nn.Module, path: str, asked: list[list[int]], how: EvalSettings, name: str
+    ) -> list[Generation]:
+        """A model's responses to prompts; finished ones of an earlier attempt are reused."""
+        finished = None
+        if not is_sharded(model):
+            depends = [model_fingerprint(path), usage_fingerprint(path), numerics(model), asked, self.seed]
+            how_written = how.model_dump(include={"samples", "max_new_tokens", "temperature"})
+            finished = FinishedResponses(self.out / FINISHED.format(name), digest([*depends, how_written]))
+        progress = name in ("base", "policy")
+        return sample(model, self._tokenizer, asked, how, self.seed, progress=progress, finished=finished)
+
+    def _metrics_of_tables(self) -> dict[str, float]:
+        """Metrics that need no model: the oracle's accuracy, and the fidelity of token rewards."""
+        if self.judge is not None:
+            conversations_of(self._pairs.slice(0, 1))
+        metrics: dict[str, float] = {}
+        if self.scores_held_out is not None and len(self._pairs):
+            scored = read_table(self.scores_held_out, "scores")
+            metrics |= oracle_accuracy(scored) if len(scored) else {}  # given rewards may cover training pairs only
+        if self.scores is not None and self.settings.gold is not None:
+            chosen = read_table(self.selection, "selection") if self.selection is not None else None
+            valence = gold_reward(self.settings.gold).valence
+            found = fidelity(self._tokenizer, read_table(self.scores, "scores"), chosen, valence=valence)
+            metrics |= _prefixed("fidelity", found)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def _metrics_of_models(self, policy: Readings, base: Readings) -> dict[str, float]:
+        """Metrics of both models' results; writes the responses to `out`."""
+        if not len(self._pairs):
+            return {}
+        self.out.mkdir(parents=True, exist_ok=True)
+        metrics: dict[str, float] = {}
+        if base.logps is not None and policy.logps is not None:
+            metrics |= policy_accuracy(base.logps, policy.logps, _scored(self._pairs, self.settings))
+        if self._prompts:
+            asked = prompt_rows(self._pairs, self.settings.prompts)
+            questions = questions_of(asked, self._tokenizer)
+            generations = {"base": base.responses, "policy": policy.responses}
+            kl = policy.sums - base.sums
+            found, table = judge_generations(generations, kl, self._tokenizer, self._prompts, self.settings)
+            numbers = [response.prompt_index for response in base.responses]
+            table = table.append_column("question", pa.array([questions[number] for number in numbers]))
+            metrics |= found
+            if self.judge is not None:
+                metrics_of_judge, table = self._judged(self.judge, conversations_of(asked), numbers, table)
+                metrics |= metrics_of_judge
+            write_parquet(self.out / GENERATIONS, table)
+            if self._shown:
+                shown = [questions[number] for number in self._shown]
+                answers = {"base": base.examples, "policy": policy.examples}
+                write_parquet(self.out / EXAMPLES, _side_by_side(shown, answers, self._tokenizer, self.settings))
+        return {name: float(value) for name, value in metrics.items()}
+
+    def _judged(
+        self, judge: Judge, conversations: Sequence[Conversation], numbers: Sequence[int], table: pa.Table
+    ) -> tuple[dict[str, float], pa.Table]:
+        """The judge's metrics, and the table of responses with its verdicts; writes its annotations."""
+        asked = [conversations[number] for number in numbers]
+        answers = table["base"].to_pylist(), table["policy"].to_pylist()
+        metrics, verdicts, annotations = judge(asked, *answers, numbers, self.device)
+        for name, values in verdicts.items():
+            table = table.append_column(name, pa.array(values))
+        write_json(self.out / ANNOTATIONS, annotations, indent=1)
+        return metrics, table
 
 
 def _scored(table: pa.Table, settings: EvalSettings) -> pa.Table:
     """The pairs that both models score. They are drawn from all: a source is often sorted."""
     return table if settings.pairs is None else take_pairs(table, settings.pairs)
-
-
-def _metrics_of_tables(
-    policy: str,
-    held_out: Path,
-    settings: EvalSettings,
-    scores: Path | None,
-    scores_held_out: Path | None,
-    selection: Path | None,
-) -> dict[str, float]:
-    """Metrics that need no model: the oracle's accuracy, and the fidelity of token rewards."""
-    metrics: dict[str, float] = {}
-    if scores_held_out is not None and len(read_table(held_out, "pairs")):
-        scored = read_table(scores_held_out, "scores")
-        metrics |= oracle_accuracy(scored) if len(scored) else {}  # given rewards may cover training pairs only
-    if scores is not None and settings.gold is not None:
-        chosen = read_table(selection, "selection") if selection is not None else None
-        valence = gold_reward(settings.gold).valence
-        found = fidelity(load_tokenizer(policy), read_table(scores, "scores"), chosen, valence=valence)
-        metrics |= _prefixed("fidelity", found)
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _metrics_of_models(
-    readings: Readings,
-    policy: str,
-    held_out: Path,
-    out: Path,
-    settings: EvalSettings,
-    device: str,
-    judge: Judge | None,
-) -> dict[str, float]:
-    """Metrics of both models' results; writes the responses to `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(policy)
-    pairs = read_table(held_out, "pairs")
-    metrics: dict[str, float] = {}
-    if readings.before is not None and readings.after is not None:
-        metrics |= policy_accuracy(readings.before, readings.after, _scored(pairs, settings))
-    asked = prompt_rows(pairs, settings.prompts)
-    if prompts := asked.column("prompt_ids").to_pylist():
-        questions = questions_of(asked, tokenizer)
-        generations = {"base": readings.base, "policy": readings.policy}
-        found, table = judge_generations(generations, readings.kl, tokenizer, prompts, settings)
-        metrics |= found
-        numbers = [one.prompt_index for one in readings.base]
-        table = table.append_column("question", pa.array([questions[number] for number in numbers]))
-        if judge is not None:
-            conversations = conversations_of(asked)
-            found, verdicts, rows = judge(
-                [conversations[one.prompt_index] for one in readings.policy],
-                table["base"].to_pylist(),
-                table["policy"].to_pylist(),
-                [one.prompt_index for one in readings.policy],
-                device,
-            )
-            metrics |= found
-            for name, values in verdicts.items():
-                table = table.append_column(name, pa.array(values))
-            write_json(out / ANNOTATIONS, rows, indent=1)
-        write_parquet(out / GENERATIONS, table)
-    if readings.shown:
-        shown = [questions[number] for number in readings.shown]
-        write_parquet(out / EXAMPLES, _side_by_side(shown, readings.examples, tokenizer, settings))
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def questions_of(pairs: pa.Table, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -318,7 +289,7 @@ def judge_generations(
 
     Args:
         generations: responses of "base" and "policy" to the same prompts.
-        kl: `[responses]`, log-ratio of each of the policy's responses (`sample_kl`).
+        kl: `[responses]`, log-ratio of each of the policy's responses.
 
     Returns:
         metrics, and a table with a row for each prompt and sample.
@@ -368,17 +339,6 @@ def _side_by_side(
         if settings.gold is not None:
             columns[f"{name}_gold"] = gold_reward(settings.gold).scores(texts)
     return pa.table(columns)
-
-
-def sample_kl(
-    policy: nn.Module, base: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]
-) -> np.ndarray:
-    """Sum over each response's tokens of log pi_policy - log pi_base, `[responses]` in nats.
-
-    For responses sampled from the policy at temperature 1 the mean is an unbiased estimate of KL(policy || base) per
-    response.
-    """
-    return own_logps(policy, prompts, generations) - response_logps(base, prompts, generations)
 
 
 def own_logps(policy: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]) -> np.ndarray:

@@ -10,7 +10,6 @@ On a CPU, float32 matmuls use oneDNN instead of MKL: 200 against 170 GFLOP/s on 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -39,22 +38,6 @@ def matmul_nt(x: Tensor, w: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= FEW_ROWS and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return torch.mm(x, w.t())
-
-
-def matmul_rate(device: torch.device, seconds: float = 0.3) -> float:
-    """Measure a device's matmul FLOP/s in its training type, by its fastest library; estimates of time use it."""
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    left, right = (torch.randn(shape, device=device).to(kind) for shape in ((1024, 1024), (4096, 1024)))
-    rates = []
-    for multiply in (matmul_nt, lambda x, w: x @ w.t()):
-        done, started = 0, time.perf_counter()
-        while done == 0 or time.perf_counter() - started < seconds / 2:
-            product = multiply(left, right)
-            if device.type != "cpu":
-                product[0, 0].item()  # wait for it
-            done += 1
-        rates.append(done * 2 * 1024 * 1024 * 4096 / (time.perf_counter() - started))
-    return max(rates)
 
 
 # Lower-precision copies of the weights in one training step; None outside `gradients_in_place`. Shared by all threads:

@@ -4,7 +4,7 @@ questions           benchmarks' questions and answers, in each benchmark's own f
 answering           answers by Transformers, vLLM or a server, resumable
 prompts  thinking   questions -> token ids; an answer without its thinking
 judge               two models' answers to the same questions -> verdicts, grades, annotations
-scorers             judges that score an answer: a reward model, a Python function
+scorers  classifier judges that score an answer: a reward model, a Python function
 oracle_judge        a DPO oracle as such a judge
 server_judge        a language model behind a server as judge
 judge_prompts       its prompts, and how its replies are read

@@ -14,13 +14,13 @@ from sepo.data.conversation import Conversation
 from sepo.errors import UserError
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import digest, file_digest
+from sepo.judging.classifier import load_classifier
 from sepo.judging.judge import Prepared, judge_pairs, prepare_judge
 from sepo.judging.oracle_judge import find_oracle, held_out_accuracy
 from sepo.judging.replies import Spent
 from sepo.judging.scorers import Scorer, source_file, user_function
 from sepo.judging.server_judge import Contest, ServerJudge, contest_of
 from sepo.judging.winrate import FEW, judgement_of, length_controlled
-from sepo.models.checkpoint import load_classifier
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.folders import check_folder, is_adapter
 from sepo.models.hub import hub_snapshot

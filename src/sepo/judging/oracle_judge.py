@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from peft import PeftModel
+from torch import nn
 
 from sepo.bars import progress_bar
 from sepo.data.fingerprints import check_same_tokenizer
@@ -24,7 +26,7 @@ from sepo.errors import UserError
 from sepo.forward.scoring import summed_logps
 from sepo.judging.prompts import encode_answers
 from sepo.judging.scorers import Judged, Scorer, as_messages
-from sepo.models.adapters import causal_lm, reference_weights
+from sepo.models.adapters import causal_lm
 from sepo.models.checkpoint import adapter_is_idle
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.folders import adapter_base, is_adapter
@@ -203,3 +205,19 @@ def _is_base(oracle: OracleJudge) -> bool:
     """Is the base of an adapter the oracle's reference?"""
     base, revision = adapter_base(Path(oracle.folder))
     return model_fingerprint(resolve_model(base, revision=revision)) == model_fingerprint(oracle.reference)
+
+
+@contextmanager
+def reference_weights(model: nn.Module) -> Iterator[None]:
+    """Disable the adapter of a model, so that the model computes the reference.
+
+    Raises:
+        TypeError: the model has no adapter, so it does not contain the reference. Using the trained model as reference
+            would silently make every token reward zero.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"reference_weights needs a PeftModel, found {type(model).__name__}: load the reference separately"
+        )
+    with model.disable_adapter():
+        yield

@@ -122,7 +122,7 @@ def reward_scorer(
         UserError: no such model, pickled weights only, a checkpoint without the weights of its head, or more than two
             outputs.
     """
-    from sepo.models.checkpoint import load_classifier
+    from sepo.judging.classifier import load_classifier
     from sepo.models.devices import choose_device, choose_dtype
     from sepo.models.folders import check_folder, is_adapter
     from sepo.models.names import resolve_model

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -110,22 +108,6 @@ def check_lora(
     if model is not None:
         with torch.device("meta"):
             new_adapter(model, lora, section=section)
-
-
-@contextmanager
-def reference_weights(model: nn.Module) -> Iterator[None]:
-    """Disable the adapter of a model, so that the model computes the reference.
-
-    Raises:
-        TypeError: the model has no adapter, so it does not contain the reference. Using the trained model as reference
-            would silently make every token reward zero.
-    """
-    if not isinstance(model, PeftModel):
-        raise TypeError(
-            f"reference_weights needs a PeftModel, found {type(model).__name__}: load the reference separately"
-        )
-    with model.disable_adapter():
-        yield
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
 from sepo.errors import UserError, named_error, one_line
@@ -25,12 +25,12 @@ from sepo.models.folders import read_json_object
 from sepo.processes import log_once
 
 # Weights that do not affect the logits: heads of reward and value models, other modalities, multi-token prediction.
-_BESIDE = re.compile(
+BESIDE = re.compile(
     r"(^|\.)(v_head|value_head|score|classifier|classification_head|summary|reward_head|regression_head|(embed_)?vision\w*|visual"
     r"|image\w*|(embed_)?audio\w*|speech\w*|multi_modal_projector|mm_projector|mtp\w*)(\.|$)"
 )
 # Embeddings and head of a base that PEFT may store with an adapter; they are read into the base.
-_ENDS = re.compile(r"(^|\.)(embed\w*|wte|word_embeddings|lm_head|output)(\.base_layer)?\.weight$")
+ENDS = re.compile(r"(^|\.)(embed\w*|wte|word_embeddings|lm_head|output)(\.base_layer)?\.weight$")
 # Names of PEFT adapters stored among the weights of a whole model.
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_\w+|hada_\w+|lokr_\w+|oft_\w+)(\.|$)")
 
@@ -46,37 +46,17 @@ def load_whole(folder: Path, name: str, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: names the weights that are missing, unexpected or of another size.
     """
-    model, report = _load(AutoModelForCausalLM, folder, name, options)
+    model, report = load_reported(AutoModelForCausalLM, folder, name, options)
     _require_whole(report, model, name)
     if model.can_generate():
         model.generation_config = savable(model.generation_config, name)
     return model
 
 
-def load_classifier(folder: Path, name: str, **options: Any) -> PreTrainedModel:
-    """`AutoModelForSequenceClassification.from_pretrained` that fails on missing weights; one or two outputs.
-
-    Raises:
-        UserError: names the weights that are missing (a language model has no classification head) or of another size,
-            or the number of outputs.
-    """
-    model, report = _load(AutoModelForSequenceClassification, folder, name, options)
-    what = f"the checkpoint of '{name}'"
-    if missing := report["missing_keys"]:
-        raise UserError(
-            f"{what} lacks {_list(missing)}: they would be drawn at random; is it a reward model "
-            "(sequence classification)?"
-        )
-    if mismatched := report["mismatched_keys"]:
-        raise UserError(f"{what} holds {_list(key for key, *_ in mismatched)} in another size than config.json says")
-    if unread := [key for key in report["unexpected_keys"] if not _BESIDE.search(key) and not _ENDS.search(key)]:
-        raise UserError(f"{what} holds {_list(unread)}, for which {type(model).__name__} has no place")
-    if (model.config.num_labels or 0) > 2:
-        raise UserError(f"'{name}' has {model.config.num_labels} outputs: expected one (a reward), or two (bad, good)")
-    return model
-
-
-def _load(kind: Any, folder: Path, name: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+def load_reported(
+    kind: Any, folder: Path, name: str, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A model, and Transformers' report of missing, unexpected and mismatched weights."""
     load: Any = kind.from_pretrained
     try:
         with _not_by_deepspeed():
@@ -215,16 +195,16 @@ def require_same_weights(folder: Path, expected: Mapping[str, tuple[int, ...]]) 
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     what = f"the adapter '{folder}'"
     if missing := expected.keys() - stored.keys():
-        raise UserError(f"{what} lacks {_list(missing)}: they would be drawn at random; save it again")
-    unread = {key for key in stored.keys() - expected.keys() if not _ENDS.search(key)}
+        raise UserError(f"{what} lacks {listed(missing)}: they would be drawn at random; save it again")
+    unread = {key for key in stored.keys() - expected.keys() if not ENDS.search(key)}
     if unread:
         raise UserError(
-            f"{what} holds {_list(unread)}, for which its base has no place; was it trained on another base?"
+            f"{what} holds {listed(unread)}, for which its base has no place; was it trained on another base?"
         )
     if mismatched := {key for key in expected if stored[key] != expected[key]}:
         key = min(mismatched)
         raise UserError(
-            f"{what} holds {_list(mismatched)} in another size than its config says "
+            f"{what} holds {listed(mismatched)} in another size than its config says "
             f"({stored[key]} against {expected[key]})"
         )
 
@@ -236,24 +216,24 @@ def _require_whole(report: Mapping[str, Any], model: PreTrainedModel, name: str)
         hint = "save the whole model again"
         if head is not None and all(model.get_submodule(key.rpartition(".")[0]) is head for key in missing):
             hint = "is it a reward model or a classifier? a causal language model is needed"
-        raise UserError(f"{what} lacks {_list(missing)}: they would be drawn at random; {hint}")
+        raise UserError(f"{what} lacks {listed(missing)}: they would be drawn at random; {hint}")
     if mismatched := report["mismatched_keys"]:
         _, stored, expected = min(mismatched)
         raise UserError(
-            f"{what} holds {_list(key for key, *_ in mismatched)} in another size than config.json says "
+            f"{what} holds {listed(key for key, *_ in mismatched)} in another size than config.json says "
             f"({tuple(stored)} against {tuple(expected)})"
         )
     if errors := report.get("error_msgs"):
         raise UserError(f"{what} cannot be read ({errors})")
-    unread = [key for key in report["unexpected_keys"] if not _BESIDE.search(key)]
+    unread = [key for key in report["unexpected_keys"] if not BESIDE.search(key)]
     if unread:
         hint = "config.json and weights belong to different models"
         if any(_ADAPTER.search(key) for key in unread):
             hint = "an adapter among the weights of a whole model: merge it, or save it as an adapter"
-        raise UserError(f"{what} holds {_list(unread)}, for which {type(model).__name__} has no place; {hint}")
+        raise UserError(f"{what} holds {listed(unread)}, for which {type(model).__name__} has no place; {hint}")
 
 
-def _list(names: Iterable[str], shown: int = 3) -> str:
+def listed(names: Iterable[str], shown: int = 3) -> str:
     """The first names, and the number of further names."""
     ordered = sorted(names)
     more = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""

@@ -39,7 +39,7 @@ def load_model(
     """Load a causal language model, ready to score (`train=False`) or to train.
 
     An adapter (a folder or hub id with `adapter_config.json`, or the argument `adapter`) gives a `PeftModel` of its
-    base. Its base weights serve as reference (see `reference_weights`) and as oracle.
+    base. Its base weights serve as reference, and as oracle.
 
     Args:
         name_or_path: see `resolve_model`.

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.forward.gradients import matmul_rate
+from sepo.forward.gradients import matmul_nt
 from sepo.forward.packing import Pair, fill_rows, pack
 from sepo.forward.scoring import dataset_logps, table_pairs
 from sepo.models.adapters import causal_lm
@@ -66,6 +66,22 @@ def estimated(estimate: Estimate, rate: float) -> Throughput:
     if estimate.kind == "load":
         return Throughput(0.0, 4e-9 * estimate.model.shape.parameters, False)
     return Throughput(1 / rate * (_STEP if estimate.kind == "generate" else 1), 0.0, False)
+
+
+def matmul_rate(device: torch.device, seconds: float = 0.3) -> float:
+    """Measure a device's matmul FLOP/s in its training type, by its fastest library; estimates of time use it."""
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    left, right = (torch.randn(shape, device=device).to(kind) for shape in ((1024, 1024), (4096, 1024)))
+    rates = []
+    for multiply in (matmul_nt, lambda x, w: x @ w.t()):
+        done, started = 0, time.perf_counter()
+        while done == 0 or time.perf_counter() - started < seconds / 2:
+            product = multiply(left, right)
+            if device.type != "cpu":
+                product[0, 0].item()  # wait for it
+            done += 1
+        rates.append(done * 2 * 1024 * 1024 * 4096 / (time.perf_counter() - started))
+    return max(rates)
 
 
 @cache

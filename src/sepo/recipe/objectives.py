@@ -158,32 +158,6 @@ def meanings_of_alpha() -> str:
     )
 
 
-def markdown_table() -> str:
-    """The table of docs/objectives.md."""
-    lines = ["| `objective` | paper | tokens | reference | settings |", "|---|---|---|---|---|"]
-    for name, objective in OBJECTIVES.items():
-        paper = f"{objective.title}, [{objective.paper}](https://arxiv.org/abs/{objective.paper})"
-        settings = ", ".join(_setting_text(objective, setting) for setting in objective.settings)
-        lines.append(f"| `{name}` | {paper} | {objective.tokens} | {_reference_text(objective)} | {settings} |")
-    smoothed = names_with_label_smoothing()
-    return "\n".join([*lines, "", f"`label_smoothing` is defined for {smoothed}. The others refuse it."])
-
-
-def _setting_text(objective: Objective, setting: str) -> str:
-    default = {"alpha": objective.alpha, "rate": objective.rate}.get(setting)
-    value = "" if default is None else f" = {default:g}"
-    meaning = objective.settings[setting]
-    return f"`{setting}`{value}" + (f" ({meaning})" if meaning else "")
-
-
-def _reference_text(objective: Objective) -> str:
-    if not objective.reads_reference:
-        return "no"
-    if objective.kl is None:
-        return "stored"
-    return "stored, and beside the policy" + (" if `alpha` is above 0" if objective.kl_needs_alpha else "")
-
-
 def _list_of(names: Iterable[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last

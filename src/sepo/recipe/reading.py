@@ -115,26 +115,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def describe_recipe(model: type[BaseModel] = Recipe, indent: int = 0) -> str:
-    """Return a YAML text of all settings at their defaults, each with its description as a comment."""
-    lines = []
-    pad = "  " * indent
-    for name, info in model.model_fields.items():
-        inner = _settings_class(info.annotation)
-        default = None if info.is_required() else info.get_default(call_default_factory=True)
-        if inner is not None and default is not None:
-            lines.append(f"{pad}{name}:  # {info.description}")
-            lines.append(describe_recipe(inner, indent + 1))
-        elif inner is not None:
-            lines.append(f"{pad}{name}: null  # {info.description}; keys if given:")
-            lines += [f"{pad}  # {line}" for line in describe_recipe(inner).splitlines()]
-        else:
-            shown = "REQUIRED" if info.is_required() else yaml.safe_dump(default, default_flow_style=True).strip()
-            lines.append(f"{pad}{name}: {shown.removesuffix('...').strip()}  # {info.description}")
-    return "\n".join(lines)
-
-
-def _settings_class(annotation: Any) -> type[Settings] | None:
+def settings_class(annotation: Any) -> type[Settings] | None:
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Settings)), None)
 
@@ -239,7 +220,7 @@ def _below(key: str, owner: type[BaseModel]) -> str:
         return key
     places = []
     for name, info in owner.model_fields.items():
-        group = _settings_class(info.annotation)
+        group = settings_class(info.annotation)
         if group is not None and (place := _below(key, group)):
             places.append(f"{name}.{place}")
     return places[0] if len(places) == 1 else ""
@@ -249,7 +230,7 @@ def _owner(path: Sequence[Any], root: type[BaseModel]) -> type[BaseModel] | None
     owner: type[BaseModel] | None = root
     for part in path:
         info = owner.model_fields.get(str(part)) if owner else None
-        owner = _settings_class(info.annotation) if info else None
+        owner = settings_class(info.annotation) if info else None
     return owner
 
 

@@ -56,10 +56,10 @@ def stage(
             for name in (GENERATIONS, EXAMPLES, ANNOTATIONS):
                 (folder / name).unlink(missing_ok=True)  # of other settings
 
-        from sepo.evaluate.measure import evaluate_run
+        from sepo.evaluate.measure import Evaluation
 
         processes.on_main(forget)
-        return evaluate_run(
+        evaluation = Evaluation(
             policy=policy.folder,
             base=start.folder,
             held_out=pairs.folder / "held_out",
@@ -75,6 +75,7 @@ def stage(
             tokens_per_row=recipe.tokens_per_row,
             judge=None if judge is None else judge.judge,
         )
+        return evaluation.measure()
 
     return Stage(
         kind="eval",

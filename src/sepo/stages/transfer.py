@@ -35,7 +35,6 @@ from sepo.errors import UserError
 from sepo.models.folders import is_outline
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
 from sepo.processes import log
-from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import Recipe, TransferSettings
 from sepo.stages import data
 from sepo.stages.cost import Cost, Sizes
@@ -157,33 +156,6 @@ def stage(
     )
 
 
-def tokenizer_of_table(table: Path, given: str | None = None) -> tuple[PreTrainedTokenizerBase, str]:
-    """Find the tokenizer of a score table; returns it and its name.
-
-    Args:
-        table: a folder, or a file in one.
-        given: a model; default: the places where `sepo score` and `sepo run` put the tokenizer.
-
-    Raises:
-        UserError: there is none, or the given one differs.
-    """
-    made_with = provenance_of(read_schema(table_paths(table, "scores")[0])).get("tokenizer")
-    folder = table if table.is_dir() else table.parent
-    around = [folder / "tokenizer", *(folder.parent / name for name in ("oracle", "reference", "policy"))]
-    places = [given] if given is not None else [str(place) for place in around if has_tokenizer(place)]
-    if given is None and (recipe := folder.parent / "recipe.yaml").is_file():
-        places.append(load_recipe(recipe).reference.model)
-    for place in places:
-        tokenizer = load_tokenizer(place)
-        if made_with in (None, tokenizer_fingerprint(tokenizer)):
-            return tokenizer, place
-    if given is not None:
-        raise UserError(f"'{table}' was made with another tokenizer than that of '{given}': name the oracle's model")
-    raise UserError(
-        f"the tokenizer of '{table}' is not beside it: name the oracle's model with --table-tokenizer MODEL"
-    )
-
-
 def carry_table(
     source: Path,
     kind: str,
@@ -218,8 +190,12 @@ def carry_table(
     total = TransferReport()
     for index, (path, target) in enumerate(zip(paths, targets, strict=False)):
         table, report = carry(read_shard(path, kind), target, *readers, allocation)
-        own = {key: value for key, value in provenance_of(table).items() if key not in ("format", "version")}
-        write_shard(out, index, with_provenance(table, kind, {**own, "transferred_from": provenance}), len(paths))
+        write_shard(
+            out,
+            index,
+            with_provenance(table, kind, {**provenance_of(table), "transferred_from": provenance}),
+            len(paths),
+        )
         total += report
     if total.pairs and not total.kept:
         clear_shards(out)

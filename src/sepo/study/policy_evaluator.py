@@ -24,7 +24,7 @@ from sepo.errors import UserError
 from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import decoded, sample, sample_kl
+from sepo.evaluate.measure import decoded, own_logps, response_logps, sample
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
 from sepo.forward.memory import PeakMemory
@@ -249,3 +249,14 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
         return []
     valid = isinstance(points, list) and all(isinstance(point, dict) and "step" in point for point in points)
     return points if valid else []
+
+
+def sample_kl(
+    policy: nn.Module, base: nn.Module, prompts: list[list[int]], generations: Sequence[Generation]
+) -> np.ndarray:
+    """Sum over each response's tokens of log pi_policy - log pi_base, `[responses]` in nats.
+
+    For responses sampled from the policy at temperature 1 the mean is an unbiased estimate of KL(policy || base) per
+    response.
+    """
+    return own_logps(policy, prompts, generations) - response_logps(base, prompts, generations)
