@@ -34,7 +34,7 @@ def test_sepo_is_the_contrast_of_mean_log_probabilities():
     chosen, rejected = [-3.0, -40.0, -0.5], [-8.0, -2.0, -0.5]
     counts, other_counts = [2.0, 5.0, 1.0], [4.0, 1.0, 1.0]
     tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (chosen, rejected)]
-    losses = objectives.sepo(*tensors, torch.tensor(counts), torch.tensor(other_counts), gamma=2.3, margin=0.4)
+    losses = objectives.sepo(tensors, (torch.tensor(counts), torch.tensor(other_counts)), gamma=2.3, margin=0.4)
     for i in range(3):
         u = 2.3 * chosen[i] / counts[i] - 2.3 * rejected[i] / other_counts[i] - 0.4
         assert losses[i].item() == pytest.approx(-log_sigmoid(u), rel=1e-9)
@@ -46,7 +46,7 @@ def test_sepo_is_the_contrast_of_mean_log_probabilities():
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_dpo_is_the_published_formula(smoothing):
     values = [torch.tensor(x, dtype=torch.float64) for x in ([-3.0, -40.0], [-8.0, -2.0], [-3.5, -30.0], [-7.0, -2.0])]
-    losses = objectives.dpo(*values, beta=0.3, label_smoothing=smoothing)
+    losses = objectives.dpo(values[:2], values[2:], beta=0.3, label_smoothing=smoothing)
     for i in range(2):
         policy_chosen, policy_rejected, ref_chosen, ref_rejected = (v[i].item() for v in values)
         h = 0.3 * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
@@ -61,8 +61,8 @@ def test_equal_responses_carry_no_signal():
     pair = awkward_pairs()[3]
     assert pair.chosen_ids == pair.rejected_ids
     batch = pack([pair])
-    chosen, rejected = segment_sums(token_logps(model, batch), batch)
-    loss = objectives.sepo(chosen, rejected, *segment_weights(batch)).sum()
+    sums = segment_sums(token_logps(model, batch), batch)
+    loss = objectives.sepo(sums, segment_weights(batch)).sum()
     assert loss.item() == pytest.approx(math.log(2))
     loss.backward()
     assert max(p.grad.abs().max() for p in model.parameters() if p.grad is not None) < 1e-6
@@ -70,8 +70,8 @@ def test_equal_responses_carry_no_signal():
 
 def test_losses_stay_finite_far_from_balance():
     far = torch.tensor([-1e4, 1e4])
-    assert objectives.sepo(far, -far, torch.ones(2), torch.ones(2)).isfinite().all()
-    assert objectives.dpo(far, -far, torch.zeros(2), torch.zeros(2), beta=1.0).isfinite().all()
+    assert objectives.sepo((far, -far), (torch.ones(2), torch.ones(2))).isfinite().all()
+    assert objectives.dpo((far, -far), (torch.zeros(2), torch.zeros(2)), beta=1.0).isfinite().all()
 
 
 def gradients_of(model):
@@ -181,7 +181,7 @@ def test_the_loss_is_the_mean_over_pairs_however_they_fall_into_rows():
         prepare_model(model, layout)
         total = 0.0
         for batch in PairCollator(layout, budget)(items)["batches"]:
-            chosen, rejected = segment_sums(token_logps(model, batch), batch, weighted=True)
-            total += objectives.sepo(chosen, rejected, *segment_weights(batch)).sum().item()
+            sums = segment_sums(token_logps(model, batch), batch, weighted=True)
+            total += objectives.sepo(sums, segment_weights(batch)).sum().item()
         losses.append(total / len(items))
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)

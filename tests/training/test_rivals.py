@@ -339,8 +339,8 @@ def test_label_smoothing_is_refused_where_it_is_not_defined(objective):
 def test_losses_and_gradients_stay_finite_far_from_balance(objective):
     far = [torch.tensor([-1e4, -1e-9, -3.0, 0.0], requires_grad=True) for _ in range(2)]
     other = torch.tensor([0.0, -1e4, -3.0, -1e-9])
-    kls = (other.abs(), other.abs())
-    sums = PairSums(far[0], far[1] + other, torch.ones(4), torch.ones(4), other, -other, *kls, (far[0] - other) ** 2)
+    counts, kls = (torch.ones(4), torch.ones(4)), (other.abs(), other.abs())
+    sums = PairSums((far[0], far[1] + other), counts, (other, -other), kls, (far[0] - other) ** 2)
     sums.matched = objectives.tbpo(torch.stack([far[0], far[1]], 1).flatten(), torch.arange(8), 4, 0.1, 1.0)
     losses, chosen, rejected = pair_losses(objective, sums, alpha=1.0)
     assert losses.shape == chosen.shape == rejected.shape == (4,)
@@ -398,14 +398,15 @@ def test_rate_is_refused_for_objectives_that_do_not_read_it():
 
 def test_confpo_gives_no_loss_to_a_pair_without_a_marked_token():
     sums = torch.tensor([-3.0, 0.0]), torch.tensor([-4.0, -2.0])
-    losses = objectives.confpo(*sums, torch.tensor([2.0, 0.0]), torch.tensor([2.0, 1.0]))
+    losses = objectives.confpo(sums, (torch.tensor([2.0, 0.0]), torch.tensor([2.0, 1.0])))
     assert losses[0] > 0
     assert losses[1] == 0
 
 
 def test_tis_dpo_with_a_mask_is_dpo_on_those_tokens():
     values = [torch.tensor(x) for x in ([-3.0, -1.0], [-4.0, -2.0], [-3.5, -1.0], [-3.0, -2.5])]
-    torch.testing.assert_close(objectives.tis_dpo(*values, beta=0.2), objectives.dpo(*values, beta=0.2))
+    sides = values[:2], values[2:]
+    torch.testing.assert_close(objectives.tis_dpo(*sides, beta=0.2), objectives.dpo(*sides, beta=0.2))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "gpt2"])
@@ -538,7 +539,7 @@ def test_orpo_odds_ratio_agrees_with_trl_values_and_gradients():
     (-means[0] - ratios).sum().backward()
     expected = [tensor.grad.clone() for tensor in means]
     ours = [(tensor.detach() * counts).requires_grad_() for tensor in means]
-    losses = objectives.orpo(*ours, counts, counts, alpha=0.4)
+    losses = objectives.orpo(ours, (counts, counts), alpha=0.4)
     torch.testing.assert_close(losses, (-means[0] - ratios).detach())
     losses.sum().backward()
     for tensor, gradient in zip(ours, expected, strict=True):

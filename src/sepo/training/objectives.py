@@ -1,8 +1,9 @@
 """Losses over pairs: pure functions of log-probability sums (and counts) of the two responses.
 
-Every argument and every result is a `[pairs]` tensor; the caller averages over pairs. Sums run over the targets, each
-times its weight: all response tokens, or the selected ones. The losses do not include the auxiliary router losses of
-mixture-of-experts models, which TRL adds if the config has `output_router_logits`.
+Arguments are `[pairs]` tensors of the chosen and the rejected responses, results are `[pairs]` losses; the caller
+averages over pairs. Sums run over the targets, each times its weight: all response tokens, or the selected ones. The
+losses do not include the auxiliary router losses of mixture-of-experts models, which TRL adds if the config has
+`output_router_logits`.
 
 The table `sepo.recipe.objectives.OBJECTIVES` lists what each objective reads; docs/objectives.md compares them.
 `LOSSES` maps the names to the formulas, and the trainer calls `pair_losses`.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,70 +22,50 @@ from torch.nn.functional import logsigmoid
 
 from sepo.recipe.objectives import OBJECTIVES, Objective
 
+# `[pairs]` values of the chosen and of the rejected responses.
+Sides = tuple[Tensor, Tensor]
+Given = TypeVar("Given")
 
-def sepo(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    chosen_counts: Tensor,
-    rejected_counts: Tensor,
-    gamma: float = 2.0,
-    margin: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+
+def sepo(sums: Sides, counts: Sides, gamma: float = 2.0, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """SePO, the contrast of mean log-probabilities over the key tokens (arXiv 2408.13518, equation 9).
 
         u = gamma / |S| * sum over S of log pi(y_i | x, y_<i)
         L = -log sigmoid(u_chosen - u_rejected - margin)
 
     Args:
-        chosen_sums, rejected_sums: `[pairs]` (weighted) sums of policy log-probabilities over the key tokens.
-        chosen_counts, rejected_counts: `[pairs]` number of key tokens, or sum of their weights.
+        sums: (weighted) sums of policy log-probabilities over the key tokens.
+        counts: number of key tokens, or sum of their weights.
         gamma: reward scale. The paper searched 2.1 to 2.5.
         margin: the reward difference that the loss aims for.
         label_smoothing: probability that a label is flipped, as in `dpo`; 0 in the paper.
     """
-    difference = gamma * (chosen_sums / chosen_counts - rejected_sums / rejected_counts)
-    return _contrast(difference - margin, label_smoothing)
+    chosen, rejected = _means(sums, counts)
+    return _contrast(gamma * (chosen - rejected) - margin, label_smoothing)
 
 
-def simpo(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    chosen_counts: Tensor,
-    rejected_counts: Tensor,
-    gamma: float = 2.0,
-    margin: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def simpo(sums: Sides, counts: Sides, gamma: float = 2.0, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """SimPO (arXiv 2405.14734, equation 6): SePO's loss with every response token in the sums.
 
         L = -log sigmoid(gamma / |y_w| log pi(y_w) - gamma / |y_l| log pi(y_l) - margin)
 
     The names are SePO's: `gamma` is the paper's beta (2.0 to 2.5), and `margin` is the paper's gamma (0.5 to 1.6).
     """
-    return sepo(chosen_sums, rejected_sums, chosen_counts, rejected_counts, gamma, margin, label_smoothing)
+    return sepo(sums, counts, gamma, margin, label_smoothing)
 
 
-def confpo(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    chosen_counts: Tensor,
-    rejected_counts: Tensor,
-    gamma: float = 2.0,
-    margin: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def confpo(sums: Sides, counts: Sides, gamma: float = 2.0, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """ConfPO (arXiv 2506.08712): SimPO over the tokens that `below_mean_probability` marks.
 
     The loss of a pair is 0 if a response has no token below its mean (one token, or equal probabilities), as in the
     authors' code.
 
     Args:
-        chosen_sums, rejected_sums, chosen_counts, rejected_counts: `[pairs]`, over the marked tokens; counts may be 0.
+        sums, counts: over the marked tokens; counts may be 0.
     """
-    usable = (chosen_counts > 0) & (rejected_counts > 0)
-    counts = chosen_counts.clamp(min=1), rejected_counts.clamp(min=1)
-    return sepo(chosen_sums, rejected_sums, *counts, gamma, margin, label_smoothing) * usable
+    chosen, rejected = counts
+    usable = (chosen > 0) & (rejected > 0)
+    return sepo(sums, (chosen.clamp(min=1), rejected.clamp(min=1)), gamma, margin, label_smoothing) * usable
 
 
 def below_mean_probability(logps: Tensor, segments: Tensor, num_segments: int) -> Tensor:
@@ -106,38 +88,22 @@ def below_mean_probability(logps: Tensor, segments: Tensor, num_segments: int) -
     return probabilities < (sums / counts.clamp(min=1))[segments] * margin
 
 
-def dpo(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    reference_chosen_sums: Tensor,
-    reference_rejected_sums: Tensor,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def dpo(sums: Sides, reference: Sides, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """DPO (arXiv 2305.18290, equation 7), with label smoothing as in its conservative form (cDPO).
 
         h = beta * [(log pi_chosen - log ref_chosen) - (log pi_rejected - log ref_rejected)]
         L = -(1 - e) log sigmoid(h) - e log sigmoid(-h)
 
     Args:
-        chosen_sums, rejected_sums: `[pairs]` sums of policy log-probabilities over all response tokens.
-        reference_chosen_sums, reference_rejected_sums: `[pairs]`, the same under the reference.
+        sums: sums of policy log-probabilities over all response tokens.
+        reference: the same under the reference.
         beta: strength of the KL constraint.
         label_smoothing: e, the probability that a label is flipped; 0 to below 0.5.
     """
-    margins = (chosen_sums - reference_chosen_sums) - (rejected_sums - reference_rejected_sums)
-    return _contrast(beta * margins, label_smoothing)
+    return _contrast(beta * _margins(sums, reference), label_smoothing)
 
 
-def ipo(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    chosen_counts: Tensor,
-    rejected_counts: Tensor,
-    reference_chosen_sums: Tensor,
-    reference_rejected_sums: Tensor,
-    beta: float = 0.1,
-) -> Tensor:
+def ipo(sums: Sides, counts: Sides, reference: Sides, beta: float = 0.1) -> Tensor:
     """IPO (arXiv 2310.12036, equation 17) on log-ratios per token.
 
         h = (log pi_chosen - log ref_chosen) / |y_w| - (log pi_rejected - log ref_rejected) / |y_l|
@@ -146,31 +112,22 @@ def ipo(
     The paper has sums. Its authors ran means over tokens (confirmed to TRL, which does the same), so that a long
     response does not need a larger margin.
     """
-    chosen = (chosen_sums - reference_chosen_sums) / chosen_counts
-    rejected = (rejected_sums - reference_rejected_sums) / rejected_counts
+    chosen, rejected = ((own - theirs) / count for own, theirs, count in zip(sums, reference, counts, strict=True))
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
-def cpo(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    chosen_counts: Tensor,
-    beta: float = 0.1,
-    alpha: float = 1.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def cpo(sums: Sides, counts: Sides, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0) -> Tensor:
     """CPO (arXiv 2401.08417, equation 5): DPO with a uniform reference, and a likelihood term on the chosen side.
 
         L = -log sigmoid(beta log pi(y_w) - beta log pi(y_l)) - alpha / |y_w| log pi(y_w)
 
     The likelihood term is a mean over the response's tokens, so that it does not grow with length.
     """
-    return _contrast(beta * (chosen_sums - rejected_sums), label_smoothing) - alpha * chosen_sums / chosen_counts
+    chosen, rejected = sums
+    return _contrast(beta * (chosen - rejected), label_smoothing) - alpha * chosen / counts[0]
 
 
-def orpo(
-    chosen_sums: Tensor, rejected_sums: Tensor, chosen_counts: Tensor, rejected_counts: Tensor, alpha: float = 0.1
-) -> Tensor:
+def orpo(sums: Sides, counts: Sides, alpha: float = 0.1) -> Tensor:
     """ORPO (arXiv 2403.07691, equations 4, 6 and 7): likelihood of the chosen response plus a log odds ratio.
 
         P(y) = exp(1 / |y| log pi(y)),   odds(y) = P(y) / (1 - P(y))
@@ -180,15 +137,13 @@ def orpo(
     The likelihood term is a mean over the response's tokens. TRL's is a mean over all tokens of a batch, prompts
     included, so it also trains on prompts and weights longer responses more.
     """
-    chosen = (chosen_sums / chosen_counts).clamp(max=-1e-6)
-    rejected = (rejected_sums / rejected_counts).clamp(max=-1e-6)
+    means = _means(sums, counts)
+    chosen, rejected = (mean.clamp(max=-1e-6) for mean in means)
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
-    return -chosen_sums / chosen_counts - alpha * logsigmoid(log_odds)
+    return -means[0] - alpha * logsigmoid(log_odds)
 
 
-def rrhf(
-    chosen_sums: Tensor, rejected_sums: Tensor, chosen_counts: Tensor, rejected_counts: Tensor, alpha: float = 1.0
-) -> Tensor:
+def rrhf(sums: Sides, counts: Sides, alpha: float = 1.0) -> Tensor:
     """RRHF (arXiv 2304.05302, equations 1 to 4) for two responses: a hinge on mean log-probabilities, and likelihood.
 
         p(y) = 1 / |y| log pi(y)
@@ -196,61 +151,33 @@ def rrhf(
 
     The likelihood term is a mean over tokens as in the authors' code (a sum in their equation 3).
     """
-    chosen, rejected = chosen_sums / chosen_counts, rejected_sums / rejected_counts
+    chosen, rejected = _means(sums, counts)
     return torch.relu(rejected - chosen) - alpha * chosen
 
 
-def tdpo1(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    reference_chosen_sums: Tensor,
-    reference_rejected_sums: Tensor,
-    chosen_kls: Tensor,
-    rejected_kls: Tensor,
-    beta: float = 0.1,
-) -> Tensor:
+def tdpo1(sums: Sides, reference: Sides, kls: Sides, beta: float = 0.1) -> Tensor:
     """TDPO1 (arXiv 2404.11999, equations 14 to 16): DPO with the difference of the sequential forward KLs.
 
         u = beta * [(log pi_w - log ref_w) - (log pi_l - log ref_l)]
         L = -log sigmoid(u - beta (D(y_l) - D(y_w))),   D(y) = sum over t of KL(ref || pi)(. | x, y_<t)
 
     Args:
-        chosen_kls, rejected_kls: `[pairs]`, D of each response, with gradient (see `token_kl.py`).
+        kls: D of each response, with gradient (see `token_kl.py`).
     """
-    margins = (chosen_sums - reference_chosen_sums) - (rejected_sums - reference_rejected_sums)
-    return -logsigmoid(beta * (margins - (rejected_kls - chosen_kls)))
+    return -logsigmoid(beta * (_margins(sums, reference) - (kls[1] - kls[0])))
 
 
-def tdpo2(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    reference_chosen_sums: Tensor,
-    reference_rejected_sums: Tensor,
-    chosen_kls: Tensor,
-    rejected_kls: Tensor,
-    beta: float = 0.1,
-    alpha: float = 0.5,
-) -> Tensor:
+def tdpo2(sums: Sides, reference: Sides, kls: Sides, beta: float = 0.1, alpha: float = 0.5) -> Tensor:
     """TDPO2 (arXiv 2404.11999, equation 17): TDPO1 with a weight, and no gradient through the chosen side's KL.
 
         L = -log sigmoid(u - alpha beta (D(y_l) - stop_gradient(D(y_w))))
 
     with u and D of `tdpo1`.
     """
-    margins = (chosen_sums - reference_chosen_sums) - (rejected_sums - reference_rejected_sums)
-    return -logsigmoid(beta * (margins - alpha * (rejected_kls - chosen_kls.detach())))
+    return -logsigmoid(beta * (_margins(sums, reference) - alpha * (kls[1] - kls[0].detach())))
 
 
-def tis_dpo(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    reference_chosen_sums: Tensor,
-    reference_rejected_sums: Tensor,
-    chosen_kls: Tensor | float = 0.0,
-    rejected_kls: Tensor | float = 0.0,
-    beta: float = 0.1,
-    alpha: float = 0.0,
-) -> Tensor:
+def tis_dpo(sums: Sides, reference: Sides, kls: Sides | None = None, beta: float = 0.1, alpha: float = 0.0) -> Tensor:
     """TIS-DPO (arXiv 2410.04350, equation 13): DPO with an importance weight on every token.
 
         u = beta * [sum w_i (log pi - log ref)(y_w,i) - sum w_i (log pi - log ref)(y_l,i)]
@@ -262,20 +189,13 @@ def tis_dpo(
     oracle and reference as the pair. With weights of 0 and 1 this is DPO on the selected tokens.
 
     Args:
-        chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums: `[pairs]`, weighted.
-        chosen_kls, rejected_kls: `[pairs]`, weighted; not needed when alpha is 0.
+        sums, reference, kls: weighted; `kls` are not needed when alpha is 0.
     """
-    margins = (chosen_sums - reference_chosen_sums) - (rejected_sums - reference_rejected_sums)
-    return -logsigmoid(beta * (margins - alpha * (chosen_kls - rejected_kls)))
+    chosen_kls, rejected_kls = (0.0, 0.0) if kls is None else kls
+    return -logsigmoid(beta * (_margins(sums, reference) - alpha * (chosen_kls - rejected_kls)))
 
 
-def tgdpo(
-    chosen_sums: Tensor,
-    rejected_sums: Tensor,
-    reference_chosen_sums: Tensor,
-    reference_rejected_sums: Tensor,
-    beta: float = 0.1,
-) -> Tensor:
+def tgdpo(sums: Sides, reference: Sides, beta: float = 0.1) -> Tensor:
     """TGDPO (arXiv 2506.14574), as in the authors' code: DPO whose beta grows with the token's reward.
 
         L = -log sigmoid(sum beta (1 + alpha beta s_t) d_t over y_w - sum beta (1 - alpha beta s_t) d_t over y_l)
@@ -284,10 +204,9 @@ def tgdpo(
     beta 0.1.
 
     Args:
-        chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums: `[pairs]`, each token weighted by
-            1 ± alpha beta s_t (`guided_weights`).
+        sums, reference: each token weighted by 1 ± alpha beta s_t (`guided_weights`).
     """
-    return dpo(chosen_sums, rejected_sums, reference_chosen_sums, reference_rejected_sums, beta)
+    return dpo(sums, reference, beta)
 
 
 def guided_weights(rewards: np.ndarray, sign: int, alpha: float = 0.5, beta: float = 0.1) -> np.ndarray:
@@ -372,6 +291,15 @@ def _basu(log_ratios: Tensor, power: float) -> Tensor:
     return (torch.exp((1 + power) * log_ratios) / (1 + power) + rest) / 4
 
 
+def _means(sums: Sides, counts: Sides) -> Sides:
+    return sums[0] / counts[0], sums[1] / counts[1]
+
+
+def _margins(sums: Sides, reference: Sides) -> Tensor:
+    """Log-ratio of the chosen response minus that of the rejected one: `[pairs]`."""
+    return (sums[0] - reference[0]) - (sums[1] - reference[1])
+
+
 def _contrast(logits: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
 
@@ -383,50 +311,32 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 @dataclass
 class PairSums:
-    """The inputs of an objective, each `[pairs]`: (weighted) sums over the targets of each side.
+    """The inputs of an objective: (weighted) sums over the targets of each side.
 
     Attributes:
-        chosen, rejected: log-probabilities under the policy.
-        chosen_counts, rejected_counts: sums of the weights; the number of targets where all weights are 1.
-        reference_chosen, reference_rejected: log-probabilities under the reference; None without one.
-        chosen_kls, rejected_kls: KL between policy and reference at each target; None if the objective reads none.
-        chosen_errors: squared errors of `wspo`; None for the others.
-        matched: losses of `tbpo`; None for the others.
+        policy: log-probabilities under the policy.
+        counts: sums of the weights; the number of targets where all weights are 1.
+        reference: log-probabilities under the reference; None without one.
+        kls: KL between policy and reference at each target; None if the objective reads none.
+        chosen_errors: `[pairs]` squared errors of `wspo`; None for the others.
+        matched: `[pairs]` losses of `tbpo`; None for the others.
     """
 
-    chosen: Tensor
-    rejected: Tensor
-    chosen_counts: Tensor
-    rejected_counts: Tensor
-    reference_chosen: Tensor | None = None
-    reference_rejected: Tensor | None = None
-    chosen_kls: Tensor | None = None
-    rejected_kls: Tensor | None = None
+    policy: Sides
+    counts: Sides
+    reference: Sides | None = None
+    kls: Sides | None = None
     chosen_errors: Tensor | None = None
     matched: Tensor | None = None
 
-    @property
-    def policy(self) -> tuple[Tensor, Tensor]:
-        return self.chosen, self.rejected
+    def of_reference(self) -> Sides:
+        return _given(self.reference, "log-probabilities under the reference")
 
-    @property
-    def counts(self) -> tuple[Tensor, Tensor]:
-        return self.chosen_counts, self.rejected_counts
-
-    @property
-    def reference(self) -> tuple[Tensor, Tensor]:
-        return (
-            _given(self.reference_chosen, "log-probabilities under the reference"),
-            _given(self.reference_rejected, "log-probabilities under the reference"),
-        )
-
-    @property
-    def kls(self) -> tuple[Tensor, Tensor]:
-        name = "the KL between policy and reference at every target"
-        return _given(self.chosen_kls, name), _given(self.rejected_kls, name)
+    def of_kls(self) -> Sides:
+        return _given(self.kls, "the KL between policy and reference at every target")
 
 
-def _given(value: Tensor | None, name: str) -> Tensor:
+def _given(value: Given | None, name: str) -> Given:
     if value is None:
         raise ValueError(f"the objective needs {name}")
     return value
@@ -443,26 +353,21 @@ class LossSettings:
     label_smoothing: float
 
 
-def _tis_dpo(sums: PairSums, s: LossSettings) -> Tensor:
-    kls: tuple[Tensor | float, Tensor | float] = (0.0, 0.0) if sums.chosen_kls is None else sums.kls
-    return tis_dpo(*sums.policy, *sums.reference, *kls, s.beta, s.alpha)
-
-
 LOSSES: dict[str, Callable[[PairSums, LossSettings], Tensor]] = {
-    "sepo": lambda sums, s: sepo(*sums.policy, *sums.counts, s.gamma, s.margin, s.label_smoothing),
-    "dpo": lambda sums, s: dpo(*sums.policy, *sums.reference, s.beta, s.label_smoothing),
-    "ipo": lambda sums, s: ipo(*sums.policy, *sums.counts, *sums.reference, s.beta),
-    "simpo": lambda sums, s: simpo(*sums.policy, *sums.counts, s.gamma, s.margin, s.label_smoothing),
-    "cpo": lambda sums, s: cpo(*sums.policy, sums.chosen_counts, s.beta, s.alpha, s.label_smoothing),
-    "orpo": lambda sums, s: orpo(*sums.policy, *sums.counts, s.alpha),
-    "rrhf": lambda sums, s: rrhf(*sums.policy, *sums.counts, s.alpha),
-    "tdpo1": lambda sums, s: tdpo1(*sums.policy, *sums.reference, *sums.kls, s.beta),
-    "tdpo2": lambda sums, s: tdpo2(*sums.policy, *sums.reference, *sums.kls, s.beta, s.alpha),
-    "confpo": lambda sums, s: confpo(*sums.policy, *sums.counts, s.gamma, s.margin, s.label_smoothing),
-    "tis_dpo": _tis_dpo,
-    "tgdpo": lambda sums, s: tgdpo(*sums.policy, *sums.reference, s.beta),
-    "wspo": lambda sums, s: wspo(_given(sums.chosen_errors, "the squared errors of chosen tokens"), sums.chosen_counts),
-    "selective_dpo": lambda sums, s: dpo(*sums.policy, *sums.reference, s.beta, s.label_smoothing),
+    "sepo": lambda sums, s: sepo(sums.policy, sums.counts, s.gamma, s.margin, s.label_smoothing),
+    "dpo": lambda sums, s: dpo(sums.policy, sums.of_reference(), s.beta, s.label_smoothing),
+    "ipo": lambda sums, s: ipo(sums.policy, sums.counts, sums.of_reference(), s.beta),
+    "simpo": lambda sums, s: simpo(sums.policy, sums.counts, s.gamma, s.margin, s.label_smoothing),
+    "cpo": lambda sums, s: cpo(sums.policy, sums.counts, s.beta, s.alpha, s.label_smoothing),
+    "orpo": lambda sums, s: orpo(sums.policy, sums.counts, s.alpha),
+    "rrhf": lambda sums, s: rrhf(sums.policy, sums.counts, s.alpha),
+    "tdpo1": lambda sums, s: tdpo1(sums.policy, sums.of_reference(), sums.of_kls(), s.beta),
+    "tdpo2": lambda sums, s: tdpo2(sums.policy, sums.of_reference(), sums.of_kls(), s.beta, s.alpha),
+    "confpo": lambda sums, s: confpo(sums.policy, sums.counts, s.gamma, s.margin, s.label_smoothing),
+    "tis_dpo": lambda sums, s: tis_dpo(sums.policy, sums.of_reference(), sums.kls, s.beta, s.alpha),
+    "tgdpo": lambda sums, s: tgdpo(sums.policy, sums.of_reference(), s.beta),
+    "wspo": lambda sums, s: wspo(_given(sums.chosen_errors, "the squared errors of chosen tokens"), sums.counts[0]),
+    "selective_dpo": lambda sums, s: dpo(sums.policy, sums.of_reference(), s.beta, s.label_smoothing),
     "tbpo": lambda sums, s: _given(sums.matched, "the losses of the matched tokens"),
 }
 
@@ -491,14 +396,15 @@ def pair_losses(
 def _implicit_rewards(objective: Objective, sums: PairSums, settings: LossSettings) -> tuple[Tensor, Tensor]:
     """The quantity that the loss contrasts: the scaled log-ratio to the reference, or the scaled (mean) logps."""
     if objective.reads_reference:
-        reference = sums.reference
-        return settings.beta * (sums.chosen - reference[0]), settings.beta * (sums.rejected - reference[1])
+        reference = sums.of_reference()
+        return settings.beta * (sums.policy[0] - reference[0]), settings.beta * (sums.policy[1] - reference[1])
+    chosen, rejected = sums.policy
     if "gamma" in objective.settings:
         chosen_counts, rejected_counts = (count.clamp(min=1e-6) for count in sums.counts)
-        return settings.gamma * sums.chosen / chosen_counts, settings.gamma * sums.rejected / rejected_counts
+        return settings.gamma * chosen / chosen_counts, settings.gamma * rejected / rejected_counts
     if "beta" in objective.settings:
-        return settings.beta * sums.chosen, settings.beta * sums.rejected
-    return sums.chosen / sums.chosen_counts, sums.rejected / sums.rejected_counts
+        return settings.beta * chosen, settings.beta * rejected
+    return _means(sums.policy, sums.counts)
 
 
 def accuracy(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:

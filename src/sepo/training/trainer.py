@@ -230,13 +230,7 @@ class PreferenceTrainer(Trainer):
         _check_types(args, processing_class, callbacks, peft_config)
         if isinstance(model, str | os.PathLike):
             processing_class = processing_class or load_tokenizer(model)
-            model = load_model(model, train=True)
-        if not isinstance(model, nn.Module):
-            raise wrong_type("model", model, "a name, a folder or a causal language model in memory")
-        if peft_config is not None:
-            if isinstance(model, PeftModel):
-                raise UserError("the model has an adapter already: leave peft_config out, or merge the adapter first")
-            model = with_adapter(causal_lm(model), peft_config, args.seed)
+        model = _loaded(model, peft_config, args.seed)
         if processing_class is None and any(isinstance(d, datasets.Dataset) for d in (train_dataset, eval_dataset)):
             processing_class = _tokenizer_of(model)
         if args.device.type == "cuda" and not _has_device_placement(model):
@@ -355,10 +349,10 @@ class PreferenceTrainer(Trainer):
         if baselines is not None and not objective.reads_token_rewards:  # they are the reference's log-probabilities
             reference = torch.stack(segment_sums(baselines, batch, weighted=True))
         sums = PairSums(
-            *segment_sums(logps, batch, weighted=True),
-            *segment_weights(batch),
-            *((None, None) if reference is None else reference),
-            *((None, None) if token_kls is None else segment_sums(token_kls, batch, weighted=True)),
+            segment_sums(logps, batch, weighted=True),
+            segment_weights(batch),
+            None if reference is None else (reference[0], reference[1]),
+            None if token_kls is None else segment_sums(token_kls, batch, weighted=True),
         )
         if args.objective == "wspo":
             sums.chosen_errors = segment_sums((args.beta * (logps - baselines)) ** 2, batch)[0]
@@ -394,11 +388,8 @@ class PreferenceTrainer(Trainer):
         self._start_checked = True
         if self._adapters_have_dropout:  # a setting of the user
             return
-        assert sums.reference_chosen is not None
-        assert sums.reference_rejected is not None
         with torch.no_grad():
-            ratios = torch.stack([sums.chosen - sums.reference_chosen, sums.rejected - sums.reference_rejected])
-            difference = ratios.abs().max().item()
+            difference = (torch.stack(sums.policy) - torch.stack(sums.of_reference())).abs().max().item()
             # Weights may be negative (rewards), and 0 has no difference.
             sizes = replace(batch, weights=batch.weights.abs())
             largest = torch.stack(segment_weights(sizes)).max().item()
@@ -648,6 +639,19 @@ def _check_types(args: object, processing_class: object, callbacks: object, peft
         raise wrong_type("peft_config", peft_config, "a configuration of PEFT, such as peft.LoraConfig(r=16)")
     if getattr(peft_config, "is_prompt_learning", False):
         raise UserError("peft_config adds virtual tokens, which packed rows cannot hold: use peft.LoraConfig(...)")
+
+
+def _loaded(model: Any, peft_config: PeftConfig | None, seed: int) -> nn.Module:
+    """The model of a name, or the given one, with a new adapter if there is a config for it."""
+    if isinstance(model, str | os.PathLike):
+        model = load_model(model, train=True)
+    if not isinstance(model, nn.Module):
+        raise wrong_type("model", model, "a name, a folder or a causal language model in memory")
+    if peft_config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise UserError("the model has an adapter already: leave peft_config out, or merge the adapter first")
+    return with_adapter(causal_lm(model), peft_config, seed)
 
 
 def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
