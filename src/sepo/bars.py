@@ -40,10 +40,9 @@ class Bar(Protocol):
     def __exit__(self, *error: Any) -> Any: ...
 
 
-def redraws(stream: Any = None) -> bool:
+def redraws() -> bool:
     """Is progress shown in a terminal or a notebook, where a line can be redrawn?"""
-    stream = sys.stderr if stream is None else stream
-    return stream.isatty() or _in_notebook()
+    return sys.stderr.isatty() or _in_notebook()
 
 
 def _in_notebook() -> bool:

@@ -86,11 +86,11 @@ def test_rates_outside_zero_to_one_are_refused_by_name(rate):
 
 def test_one_sort_ranks_each_response_on_its_own():
     rewards, lengths, counts = np.array([5.0, 1, 9, 0, 3, 4]), np.array([2, 4]), np.array([1, 2])
-    positions, kept = extreme_positions(rewards, lengths, counts, highest=True)
+    positions, kept = extreme_positions(rewards, lengths, counts)
     assert positions.tolist() == [0, 0, 3]
     assert kept.tolist() == [1, 2]
     eligible = np.array([False, False, False, True, False, True])
-    positions, kept = extreme_positions(rewards, lengths, np.array([1, 3]), highest=True, eligible=eligible)
+    positions, kept = extreme_positions(rewards, lengths, np.array([1, 3]), eligible=eligible)
     assert positions.tolist() == [0, 1, 3]  # a response without an eligible token keeps its best one
     assert kept.tolist() == [1, 2]
 

@@ -57,15 +57,14 @@ def keep_counts(lengths: np.ndarray, rate: float) -> np.ndarray:
 
 
 def extreme_positions(
-    rewards: np.ndarray, lengths: np.ndarray, counts: np.ndarray, highest: bool, eligible: np.ndarray | None = None
+    rewards: np.ndarray, lengths: np.ndarray, counts: np.ndarray, eligible: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the `counts[i]` highest (or lowest) rewards in each response, ascending within a response.
+    """Positions of the `counts[i]` highest rewards in each response, ascending within a response.
 
     Args:
         rewards: `[sum(lengths)]`, all responses one after the other.
         lengths: `[n]` tokens in each response.
-        counts: `[n]` tokens to keep of each, at most its length.
-        highest: keep the highest rewards, else the lowest; ties go to the earlier token.
+        counts: `[n]` tokens to keep of each, at most its length; ties go to the earlier token.
         eligible: `[sum(lengths)]` bool, the tokens that may be kept; a response without any keeps its best token.
 
     Returns:
@@ -76,7 +75,7 @@ def extreme_positions(
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     position = np.arange(len(rewards)) - starts
     excluded = np.zeros(len(rewards), bool) if eligible is None else ~eligible
-    order = np.lexsort((position, -rewards if highest else rewards, excluded, response))
+    order = np.lexsort((position, -rewards, excluded, response))
     rank = position  # of the sorted tokens: sorting leaves responses in place
     allowed = np.bincount(response[~excluded], minlength=len(lengths))
     kept_counts = np.minimum(counts, np.maximum(1, allowed))
@@ -149,11 +148,8 @@ def select_key_tokens(
         UserError: a rate lies outside (0, 1], or a setting is unknown or impossible.
     """
     require_table("scores", scores, "scores")
-    if settings is None:
-        settings = select_settings(k_chosen=k_chosen, k_rejected=k_rejected, include_end=include_end, **keywords)
-    elif keywords or (k_chosen, k_rejected, include_end) != (0.3, 0.3, False):
-        raise UserError("select_key_tokens got settings and keywords: expected one of them")
-    check_rule(settings)
+    given = {"k_chosen": k_chosen, "k_rejected": k_rejected, "include_end": include_end, **keywords}
+    settings = _settings_of(settings, given)
     check_number("seed", seed, whole=True, least=0)
     if settings.label_log_odds and statistics is None:
         statistics = label_statistics([scores])
@@ -170,6 +166,16 @@ def select_key_tokens(
     # Settings that came later are recorded only where they are used, so that older tables keep their digests.
     used = {name: value for name, value in settings.model_dump().items() if value or name not in _LATER}
     return make_table("selection", columns, {**provenance_of(scores), **used, "seed": seed})
+
+
+def _settings_of(settings: SelectSettings | None, given: dict[str, Any]) -> SelectSettings:
+    """The settings, or those of keywords, checked."""
+    if settings is None:
+        settings = select_settings(**given)
+    elif given != {"k_chosen": 0.3, "k_rejected": 0.3, "include_end": False}:
+        raise UserError("select_key_tokens got settings and keywords: expected one of them")
+    check_rule(settings)
+    return settings
 
 
 _LATER = ("skip_shared", "label_log_odds", "confidence")
@@ -247,7 +253,7 @@ def _key_positions(
         counts = np.minimum(*(flat(scores.column(f"{name}_rewards"))[1] for name in SIDES))
     else:
         counts = keep_counts(lengths, rate)
-    return extreme_positions(order, lengths, counts, highest=True, eligible=eligible)
+    return extreme_positions(order, lengths, counts, eligible)
 
 
 def _weights(rewards: np.ndarray, counts: np.ndarray, sign: int, settings: SelectSettings) -> np.ndarray:

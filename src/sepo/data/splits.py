@@ -72,9 +72,9 @@ def prompt_rows(table: pa.Table, limit: int, after: int = 0) -> pa.Table:
     return table.take(pa.array(sorted(row for _, row in places[after : after + limit]), type=pa.int64()))
 
 
-def sample_prompts(table: pa.Table, limit: int, after: int = 0) -> list[list[int]]:
+def sample_prompts(table: pa.Table, limit: int) -> list[list[int]]:
     """Token ids of the prompts of `prompt_rows`."""
-    return prompt_rows(table, limit, after).column("prompt_ids").to_pylist()
+    return prompt_rows(table, limit).column("prompt_ids").to_pylist()
 
 
 def shared_prompts(table: pa.Table, other: pa.Table) -> int:

@@ -130,12 +130,11 @@ def generate_responses(
 
     sharded = is_sharded(model)
     ranks, rank = (processes.size(), processes.rank()) if sharded else (1, 0)
-    sampler = _Sampler(model, tokenizer, prompt_ids, max_new_tokens, temperature, seed)
+    sampler = _Sampler(model, tokenizer, prompt_ids, max_new_tokens, temperature, seed, finished)
     jobs = [(prompt, sample) for prompt in range(len(prompt_ids)) for sample in range(samples)]
     # The longest first: a batch that does not fit fails at once. A stable sort keeps the samples of a prompt together.
     jobs.sort(key=lambda job: -len(prompt_ids[job[0]]))
-    lengths = [len(prompt_ids[prompt]) + max_new_tokens for prompt, _ in jobs]
-    of_ranks = [_batches(jobs[i::ranks], lengths[i::ranks], batch_size, sampler.device) for i in range(ranks)]
+    of_ranks = [sampler.batches(jobs[i::ranks], batch_size) for i in range(ranks)]
     batches = of_ranks[rank]
     # Ranks of a sharded model must generate equally many batches.
     dummies = [jobs[-1:]] * (max(map(len, of_ranks)) - len(batches))
@@ -143,15 +142,7 @@ def generate_responses(
     bar = progress_bar(progress and processes.is_main(), total=len(jobs), desc="generate", unit="response")
     with _undisturbed(model, sampler.inner, sampler.config), bar:
         for batch in batches:
-            stored = [] if finished is None else [finished.found[job] for job in batch if job in finished.found]
-            if len(stored) == len(batch):
-                results += stored
-                bar.update(len(batch))
-                continue
-            generated = sampler.sample(batch)
-            if finished is not None:
-                finished.add(generated)
-            results += generated
+            results += sampler.sample(batch)
             bar.update(min(len(batch) * ranks, len(jobs) - bar.n))
         for batch in dummies:
             sampler.sample(batch)
@@ -171,6 +162,7 @@ class _Sampler:
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        finished: FinishedResponses | None,
     ):
         # A PEFT model's adapters are inside the model that it wraps, whose `generate` is the plain one.
         self.inner: Any = causal_lm(model) if isinstance(model, PeftModel) else model
@@ -180,9 +172,23 @@ class _Sampler:
         self._together = is_sharded(model)
         self._prompt_ids, self._occurrences = prompt_ids, _occurrences(prompt_ids)
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
+        self._finished = finished
+
+    def batches(self, jobs: list[tuple[int, int]], batch_size: int | None) -> list[list[tuple[int, int]]]:
+        """Divide jobs, the longest first, into batches that fit the device's memory."""
+        batches: list[list[tuple[int, int]]] = []
+        at = 0
+        while at < len(jobs):
+            longest = len(self._prompt_ids[jobs[at][0]]) + self._max_new_tokens
+            number = batch_size or responses_at_once(longest, self.device)
+            batches.append(jobs[at : at + number])
+            at += number
+        return batches
 
     def sample(self, batch: Sequence[tuple[int, int]]) -> list[Generation]:
-        """Sample one response for each (prompt, sample) of a batch."""
+        """One response for each (prompt, sample) of a batch: those of an earlier attempt, or new ones."""
+        if self._finished is not None and all(job in self._finished.found for job in batch):
+            return [self._finished.found[job] for job in batch]
         prompts = [self._prompt_ids[prompt] for prompt, _ in batch]
         uniform = np.stack(
             [
@@ -203,20 +209,9 @@ class _Sampler:
         for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
             ids, ended = _cut(ids, self.stops)
             generated.append(Generation(prompt, sample, ids, ended, logps[: len(ids)]))
+        if self._finished is not None:
+            self._finished.add(generated)
         return generated
-
-
-def _batches(
-    jobs: list[tuple[int, int]], lengths: list[int], batch_size: int | None, device: torch.device
-) -> list[list[tuple[int, int]]]:
-    """Divide jobs, the longest first, into batches that fit the device's memory."""
-    batches: list[list[tuple[int, int]]] = []
-    at = 0
-    while at < len(jobs):
-        number = batch_size or responses_at_once(lengths[at], device)
-        batches.append(jobs[at : at + number])
-        at += number
-    return batches
 
 
 def responses_at_once(longest: int, device: torch.device | str) -> int:

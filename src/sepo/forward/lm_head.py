@@ -248,30 +248,26 @@ class _TargetLogps(torch.autograd.Function):
                 )  # fmt: skip
                 if d_hidden is not None:
                     add_product(d_hidden[rows], d_logits, w[columns])
-                if need_weight and ctx.in_place:
-                    add_gradient(weight, d_logits, h[rows], columns)
-                elif d_weight is not None:
-                    d_weight[columns] += (d_logits.t() @ h[rows]).to(d_weight.dtype)
-                continue
-            if 2 * index < len(kept):
-                exponentials, shift = kept[2 * index : 2 * index + 2]
             else:
-                shift = normalisers[rows]
-                exponentials = _logits(h[rows], w[columns], None if bias is None else bias[columns], ctx.transform)
-                exponentials.sub_(shift[:, None]).exp_()
-            capped = None
-            if ctx.transform.softcap is not None:
-                # Where the exponential is 0 the logit is unknown, but its share of the gradient is 0 too.
-                capped = exponentials.clamp_min(torch.finfo(exponentials.dtype).tiny).log_().add_(shift[:, None])
-            d_logits = exponentials.mul_((-grad[rows] * torch.exp(shift - normalisers[rows]))[:, None])
-            ctx.transform.backward_(d_logits, capped)
-            inside, local = _inside(target_ids[rows], columns)
-            d_logits.scatter_add_(1, local[:, None], (d_targets[rows] * inside)[:, None])
-            if d_bias is not None:
-                d_bias[columns] += d_logits.sum(0).to(d_bias.dtype)
-            d_logits = d_logits.to(h.dtype)
-            if d_hidden is not None:
-                d_hidden[rows] += matmul_nt(d_logits, w[columns].t())
+                if 2 * index < len(kept):
+                    exponentials, shift = kept[2 * index : 2 * index + 2]
+                else:
+                    shift = normalisers[rows]
+                    exponentials = _logits(h[rows], w[columns], None if bias is None else bias[columns], ctx.transform)
+                    exponentials.sub_(shift[:, None]).exp_()
+                capped = None
+                if ctx.transform.softcap is not None:
+                    # Where the exponential is 0 the logit is unknown, but its share of the gradient is 0 too.
+                    capped = exponentials.clamp_min(torch.finfo(exponentials.dtype).tiny).log_().add_(shift[:, None])
+                d_logits = exponentials.mul_((-grad[rows] * torch.exp(shift - normalisers[rows]))[:, None])
+                ctx.transform.backward_(d_logits, capped)
+                inside, local = _inside(target_ids[rows], columns)
+                d_logits.scatter_add_(1, local[:, None], (d_targets[rows] * inside)[:, None])
+                if d_bias is not None:
+                    d_bias[columns] += d_logits.sum(0).to(d_bias.dtype)
+                d_logits = d_logits.to(h.dtype)
+                if d_hidden is not None:
+                    d_hidden[rows] += matmul_nt(d_logits, w[columns].t())
             if need_weight and ctx.in_place:
                 add_gradient(weight, d_logits, h[rows], columns)
             elif d_weight is not None:

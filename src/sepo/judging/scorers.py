@@ -124,13 +124,12 @@ def reward_scorer(
     """
     from sepo.judging.classifier import load_classifier
     from sepo.models.devices import choose_device, choose_dtype
-    from sepo.models.folders import check_folder, is_adapter
+    from sepo.models.folders import is_adapter
     from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
 
     chosen = choose_device(device)
     folder = Path(resolve_model(name, revision=revision))
-    check_folder(folder)
     if is_adapter(folder):
         raise UserError(f"the reward model '{name}' is an adapter: merge it into its base first")
     model: Any = load_classifier(folder, name, dtype=choose_dtype(dtype, chosen))

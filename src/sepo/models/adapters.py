@@ -14,14 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from sepo.errors import UserError, named_error, nearest, wrong_type
 from sepo.models.checkpoint import adapter_generation_config, adapter_state, require_same_weights
-from sepo.models.folders import check_adapter_kind, check_folder, is_adapter, read_json_object
+from sepo.models.folders import check_adapter_kind, is_adapter, read_json_object
 from sepo.models.names import check_model, resolve_model
 from sepo.recipe.settings import LoraSettings
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, train: bool) -> PeftModel:
     folder = Path(resolve_model(adapter))
-    check_folder(folder)
     if not is_adapter(folder):
         raise UserError(f"'{adapter}' is not an adapter: expected adapter_config.json and adapter_model.safetensors")
     try:

@@ -233,8 +233,8 @@ def _require_whole(report: Mapping[str, Any], model: PreTrainedModel, name: str)
         raise UserError(f"{what} holds {listed(unread)}, for which {type(model).__name__} has no place; {hint}")
 
 
-def listed(names: Iterable[str], shown: int = 3) -> str:
-    """The first names, and the number of further names."""
+def listed(names: Iterable[str]) -> str:
+    """The first three names, and the number of further names."""
     ordered = sorted(names)
-    more = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
-    return ", ".join(ordered[:shown]) + more
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more

@@ -14,12 +14,7 @@ import torch
 
 from sepo.errors import UserError, wrong_type
 
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -83,7 +78,7 @@ def choose_dtype(dtype: str = "auto", device: torch.device | None = None, *, tra
     if dtype != "auto":
         if dtype not in _DTYPES:
             raise UserError(f"dtype '{dtype}' is unknown: expected auto, {', '.join(_DTYPES)}")
-        return _DTYPES[dtype]
+        return getattr(torch, dtype)
     device = device or choose_device()
     return torch.bfloat16 if fast_bfloat16(device) and not trained else torch.float32
 

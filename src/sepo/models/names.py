@@ -97,10 +97,9 @@ def resolve_model(
     gguf = gguf_path(name)
     if gguf is not None:
         return str(convert_gguf(gguf, cache_dir))
-    if os.path.isdir(name):
-        check_folder(Path(name))
-        return name
-    return download(name, revision)
+    folder = name if os.path.isdir(name) else download(name, revision)
+    check_folder(Path(folder))
+    return folder
 
 
 def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None) -> PreTrainedConfig:

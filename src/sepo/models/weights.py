@@ -16,7 +16,7 @@ from sepo.files import expand_home
 from sepo.models.adapters import LoraSettings, is_separate, load_adapter, new_adapter
 from sepo.models.checkpoint import load_whole
 from sepo.models.devices import check_quantization, choose_device, choose_dtype
-from sepo.models.folders import adapter_base, check_folder, is_adapter
+from sepo.models.folders import adapter_base, is_adapter
 from sepo.models.names import resolve_model
 from sepo.models.sharding import sharded_loading, sharded_twin
 
@@ -66,7 +66,6 @@ def load_model(
     if not isinstance(lora, LoraSettings | None):
         raise wrong_type("lora", lora, "LoraSettings, such as LoraSettings(r=16)")
     folder = Path(resolve_model(name, revision=revision))
-    check_folder(folder)
     if adapter is None and is_adapter(folder):
         adapter = folder
         name, revision = adapter_base(folder)

@@ -94,9 +94,7 @@ def build_report(
     scores = reading.read_scores(sources.table, max_pairs)
     token_texts = TokenTexts(None if sources.tokenizer is None else load_vocabulary(sources.tokenizer))
     documents = reading.read_documents(run, scores.provenance)
-    manifest = documents.get("manifest")
-    recorded = manifest.get("name") if isinstance(manifest, dict) else None
-    title = title or str(recorded or (run or sources.table).resolve().name)
+    title = title or _title(documents, run or sources.table)
     header = {
         "title": title,
         "k": _starting_rates(sources.selection, {"chosen": k_chosen, "rejected": k_rejected}),
@@ -105,14 +103,26 @@ def build_report(
     }
     if run is not None and (answers := reading.read_answers(run / "eval" / GENERATIONS)) is not None:
         header["answers"] = answers | reading.answer_settings(run)
-    oracle_pairs = None
-    if run is not None and sources.oracle_tokenizer is not None:
-        rows = reading.rows_of(run / "scores", scores.rows["pair_id"])
-        oracle_pairs = rows, TokenTexts(load_vocabulary(sources.oracle_tokenizer))
+    oracle_pairs = _oracle_pairs(run, sources, scores)
     data = payload_of(scores, token_texts, header, sources.selection, sources.logps, oracle_pairs)
     out = Path(expand_home(out, "out"))
     write_bytes(out, page(title, data).encode("utf-8"))
     return out
+
+
+def _title(documents: Mapping[str, object], place: Path) -> str:
+    """The name in the run's manifest, or that of the folder or table."""
+    manifest = documents.get("manifest")
+    recorded = manifest.get("name") if isinstance(manifest, dict) else None
+    return str(recorded or place.resolve().name)
+
+
+def _oracle_pairs(run: Path | None, sources: _Sources, scores: Scores) -> tuple[pa.Table, TokenTexts] | None:
+    """The shown pairs under the oracle's tokenizer, if the policy has its own."""
+    if run is None or sources.oracle_tokenizer is None:
+        return None
+    rows = reading.rows_of(run / "scores", scores.rows["pair_id"])
+    return rows, TokenTexts(load_vocabulary(sources.oracle_tokenizer))
 
 
 def _sources(

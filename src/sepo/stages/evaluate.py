@@ -120,9 +120,9 @@ def at_once(recipe: Recipe, sizes: Sizes) -> int:
     return recipe.eval.batch_size or responses_at_once(longest, sizes.device)
 
 
-def sampling_estimates(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Estimate, ...]:
-    """One model answers the held-out prompts; every answer has full length."""
-    number, model = responses(recipe, sizes), sizes.large
+def sampling_estimates(recipe: Recipe, sizes: Sizes, dtype: str, number: int | None = None) -> tuple[Estimate, ...]:
+    """One model answers the held-out prompts, or `number` prompts once more; every answer has full length."""
+    number, model = responses(recipe, sizes) if number is None else number, sizes.large
     if not number:
         return ()
     width = min(number, at_once(recipe, sizes))
@@ -131,18 +131,6 @@ def sampling_estimates(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Estima
     return (
         Estimate("score", model, prompts, number, dtype=dtype),
         Estimate("generate", model, steps=batches * recipe.eval.max_new_tokens, width=width, dtype=dtype),
-    )
-
-
-def example_estimates(recipe: Recipe, sizes: Sizes, dtype: str) -> tuple[Estimate, ...]:
-    """One model answers a few prompts once more, as examples."""
-    number = min(recipe.eval.examples, recipe.eval.prompts, sizes.prompts)
-    if not number:
-        return ()
-    prompts = number * sizes.prompt_tokens / sizes.prompts
-    return (
-        Estimate("score", sizes.large, prompts, number, dtype=dtype),
-        Estimate("generate", sizes.large, steps=recipe.eval.max_new_tokens, width=number, dtype=dtype),
     )
 
 
@@ -159,6 +147,7 @@ def cost(recipe: Recipe, sizes: Sizes, title: str, start_scored: bool) -> Cost:
     held_out, dtype, model = sizes.held_out, recipe.dtype, sizes.large
     number, length = responses(recipe, sizes), recipe.eval.max_new_tokens
     passes = 1 if start_scored else 2
+    examples = min(recipe.eval.examples, recipe.eval.prompts, sizes.prompts)
     share = 1.0 if recipe.eval.pairs is None else min(recipe.eval.pairs / max(held_out.pairs, 1), 1.0)
     scoring = Estimate("score", model, held_out.scored, held_out.responses, dtype=dtype).times(share)
     load = Estimate("load", model, dtype=dtype)
@@ -167,7 +156,7 @@ def cost(recipe: Recipe, sizes: Sizes, title: str, start_scored: bool) -> Cost:
         load,
         *[scoring] * passes,
         *sampling_estimates(recipe, sizes, dtype) * 2,
-        *example_estimates(recipe, sizes, dtype) * 2,
+        *sampling_estimates(recipe, sizes, dtype, examples) * 2,
         *kl_estimates(recipe, sizes, dtype),
     )
     budget = min(max(tokens_per_row_for(sizes.device, scoring=True), held_out.longest), max(held_out.scored, 1))

@@ -45,11 +45,6 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
 
 
-def reads_selection(recipe: Recipe) -> bool:
-    """Does training read the key tokens or the pair weights of a selection?"""
-    return OBJECTIVES[recipe.policy.objective].reads_selection or recipe.select.confidence > 0
-
-
 def needs_reference(recipe: Recipe) -> bool:
     """Does the objective compare the policy with its start?"""
     return OBJECTIVES[recipe.policy.objective].reads_reference

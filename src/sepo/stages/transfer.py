@@ -93,7 +93,7 @@ def pairs_stage(recipe: Recipe, pairs: StageResult) -> Stage:
     )
 
 
-def prepare_pairs(recipe: Recipe, pairs: Path, out: Path, progress: bool = True) -> dict[str, Any]:
+def prepare_pairs(recipe: Recipe, pairs: Path, out: Path) -> dict[str, Any]:
     """Write the pairs of `pairs/train` and `pairs/held_out` under the policy's tokenizer.
 
     Returns:
@@ -103,7 +103,7 @@ def prepare_pairs(recipe: Recipe, pairs: Path, out: Path, progress: bool = True)
     both = tokenizers(recipe)
     names = recipe.reference.model, str(recipe.policy.model)
     readers = _readers(both, names)
-    table, held_out, reports = data.read_sources(recipe.data, both[1], progress)
+    table, held_out, reports = data.read_sources(recipe.data, both[1])
     data.log_reports({f"{name}, the policy's tokens": report for name, report in reports.items()})
     results: dict[str, Any] = {"report": {name: report.to_dict() for name, report in reports.items()}}
     for part in PARTS:
@@ -190,12 +190,8 @@ def carry_table(
     total = TransferReport()
     for index, (path, target) in enumerate(zip(paths, targets, strict=False)):
         table, report = carry(read_shard(path, kind), target, *readers, allocation)
-        write_shard(
-            out,
-            index,
-            with_provenance(table, kind, {**provenance_of(table), "transferred_from": provenance}),
-            len(paths),
-        )
+        marked = with_provenance(table, kind, {**provenance_of(table), "transferred_from": provenance})
+        write_shard(out, index, marked, len(paths))
         total += report
     if total.pairs and not total.kept:
         clear_shards(out)

@@ -34,6 +34,7 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.numbers import MISSING
 from sepo.processes import log
+from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe
 from sepo.report.edges import measured
 from sepo.runs.folder import Run, environment, open_run
@@ -281,7 +282,7 @@ def run_stage(
     return stages.run_stage(
         recipe,
         start,
-        method.selection if train.reads_selection(recipe) else None,
+        method.selection if _reads_selection(recipe) else None,
         start_logps if reference else None,
         method.policy_pairs,
         method.walker.do(stages.start_stage(recipe, start, method.policy_pairs, measured), "start"),
@@ -398,3 +399,8 @@ class _Comparison:
 def _text(record: dict[str, Any], name: str) -> str:
     value = measured(record, name)
     return MISSING if value is None else value.text(".3f")
+
+
+def _reads_selection(recipe: Recipe) -> bool:
+    """Does training read the key tokens or the pair weights of a selection?"""
+    return OBJECTIVES[recipe.policy.objective].reads_selection or recipe.select.confidence > 0

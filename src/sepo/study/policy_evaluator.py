@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ from sepo.study.kl_probe import Passing
 from sepo.training.batches import pairs_seen
 
 
+@dataclass
 class PolicyEvaluator:
     """Measures policies that start from one base on the same prompts.
 
-    Args:
+    Attributes:
         base: the start, on its device, in the types of the policies in training.
         held_out: pairs that are not trained on; policies answer their first `settings.prompts` distinct prompts.
         base_logps: stored log-probabilities of `held_out` under the base, for the accuracy without a gold reward.
@@ -52,23 +54,17 @@ class PolicyEvaluator:
         conversations: of the prompts, for a judge.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: list[list[int]],
-        settings: EvalSettings,
-        seed: int,
-        start: Mapping[str, list[Any]],
-        held_out: pa.Table,
-        base_logps: pa.Table | None = None,
-        tokens_per_row: int | None = None,
-        scorer: Callable[[], Scorer | None] | None = None,
-        conversations: Sequence[Conversation] = (),
-    ):
-        self.base, self.tokenizer, self.prompts, self.settings, self.seed = base, tokenizer, prompts, settings, seed
-        self.start, self.held_out, self.base_logps = start, held_out, base_logps
-        self.tokens_per_row, self.scorer, self.conversations = tokens_per_row, scorer, conversations
+    base: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    settings: EvalSettings
+    seed: int
+    start: Mapping[str, list[Any]]
+    held_out: pa.Table
+    base_logps: pa.Table | None = None
+    tokens_per_row: int | None = None
+    scorer: Callable[[], Scorer | None] | None = None
+    conversations: Sequence[Conversation] = ()
 
     def _logps(self, model: nn.Module) -> pa.Table:
         return dataset_logps(model, self.held_out, tokens_per_row=self.tokens_per_row)

@@ -139,21 +139,7 @@ def run_stage(
             table = read_table(targets.folder, "selection")
             if not OBJECTIVES[policy.objective].reads_selection:
                 table = whole_responses(table)
-        held_out = read_table(pairs.folder / "held_out", "pairs")
-        asked = rows_to_answer(recipe, held_out, choosing)
-        evaluator = PolicyEvaluator(
-            measured.base(),
-            load_tokenizer(start.folder),
-            asked.column("prompt_ids").to_pylist(),
-            recipe.eval,
-            seed,
-            json.loads((samples.folder / SAMPLES).read_text(encoding="utf-8")),
-            held_out,
-            None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
-            recipe.tokens_per_row,
-            measured.scorer,
-            conversations_of(asked) if recipe.eval.judge is not None else (),
-        )
+        evaluator = _evaluator(recipe, start, pairs, samples, held_out_logps, measured)
         reference_logps = None if logps is None else read_table(logps.folder, "logps")
         return _train_measured(recipe, start, table, reference_logps, evaluator, measured, folder)
 
@@ -178,6 +164,32 @@ def run_stage(
         outputs=(POINTS, PROBES) if at_kl else (POINTS,),
         run=run,
         cost=lambda sizes: run_cost(recipe, sizes.of_policy, grid),
+    )
+
+
+def _evaluator(
+    recipe: Recipe,
+    start: Model,
+    pairs: StageResult,
+    samples: StageResult,
+    held_out_logps: StageResult | None,
+    measured: Measured,
+) -> PolicyEvaluator:
+    """What measures a policy on its way; arguments as in `run_stage`."""
+    held_out = read_table(pairs.folder / "held_out", "pairs")
+    asked = rows_to_answer(recipe, held_out, measured.choosing)
+    return PolicyEvaluator(
+        measured.base(),
+        load_tokenizer(start.folder),
+        asked.column("prompt_ids").to_pylist(),
+        recipe.eval,
+        measured.seed,
+        json.loads((samples.folder / SAMPLES).read_text(encoding="utf-8")),
+        held_out,
+        None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
+        recipe.tokens_per_row,
+        measured.scorer,
+        conversations_of(asked) if recipe.eval.judge is not None else (),
     )
 
 

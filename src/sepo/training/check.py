@@ -157,17 +157,16 @@ def _with_one_default(settings: TrainingSettings) -> list[tuple[str, TrainingSet
     """For each setting that the user changed: its name, and the settings with this one at its default."""
     default = type(settings)()
     changed = [
-        (f"arguments.{key}", settings.model_copy(update={"arguments": _without(settings.arguments, key)}))
+        (
+            f"arguments.{key}",
+            settings.model_copy(update={"arguments": {k: v for k, v in settings.arguments.items() if k != key}}),
+        )
         for key in settings.arguments
     ]
     for name in type(settings).model_fields:
         if name != "arguments" and getattr(settings, name) != getattr(default, name):
             changed.append((name, settings.model_copy(update={name: getattr(default, name)})))
     return changed
-
-
-def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name != key}
 
 
 def _tiny_model() -> PreTrainedModel:
