@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from judge_server import completion, serving
 from properties import examples
 from sepo.cli import main
+from sepo.data.thinking import without_thinking
 from sepo.judging.endpoint import Endpoint
 from sepo.judging.judge_prompts import JudgePrompt, read_grade, read_preference
 from sepo.judging.replies import CUT, REFUSED, UNANSWERED, completion_of, read_reply
-from sepo.judging.thinking import without_thinking
 from tiny_models import tiny_model, tiny_tokenizer
 
 KEPT, AGAIN, ENDS = "kept", "asked again", "ends the command"

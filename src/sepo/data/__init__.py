@@ -4,7 +4,7 @@ loading  formats    sources: hub id, folder, file, rows in memory; file formats
 pairing             labels, scores and ranks -> chosen and rejected
 messages  rows      any preference format -> prompt, chosen, rejected
 templates  chat     rendering of conversations by the model's chat template
-thinking            the tags of thinking before an answer
+thinking            the thinking before an answer
 encoding            text -> token ids, with a fixed boundary between prompt and response
 vocabulary          token id -> bytes
 splits              train and held-out pairs by prompt

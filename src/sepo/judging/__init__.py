@@ -2,7 +2,7 @@
 
 questions           benchmarks' questions and answers, in each benchmark's own format
 answering           answers by Transformers, vLLM or a server, resumable
-prompts  thinking   questions -> token ids; an answer without its thinking
+prompts             questions and answers -> token ids
 judge               two models' answers to the same questions -> verdicts, grades, annotations
 scorers  classifier judges that score an answer: a reward model, a Python function
 oracle_judge        a DPO oracle as such a judge

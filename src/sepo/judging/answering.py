@@ -21,12 +21,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sepo.bars import progress_bar
+from sepo.data.thinking import without_thinking
 from sepo.errors import UserError, one_line
 from sepo.files import append_line, digest, grown_lines, write_json, write_text
 from sepo.judging.endpoint import Endpoint
 from sepo.judging.questions import Question, answer_row, temperature_of
 from sepo.judging.replies import Reply, Spent
-from sepo.judging.thinking import without_thinking
 
 FINISHED, RECORD = "finished.jsonl", "generate.json"
 _AT_ONCE = 512  # prompts of one vLLM call, which batches them by itself and returns when all are answered

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from sepo.data.thinking import without_thinking
 from sepo.errors import one_line
-from sepo.judging.thinking import without_thinking
 
 # Beginnings of a failure: the server sent no reply, refused the question (for its text), or reached the length limit.
 UNANSWERED, REFUSED, CUT = "no reply", "refused", "cut off at the length limit"
