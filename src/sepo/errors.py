@@ -112,39 +112,8 @@ def named_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-# Messages of libraries when the disk is full; not all of them raise an OSError with an errno.
-_FULL_DISK = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed", "inline_container.cc")
-_LOST_PROCESS = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
-
-
-def known_failure(error: BaseException) -> str | None:
-    """Return one line for a failure of the machine, None for other errors.
-
-    Recognises a full disk, exhausted memory and the loss of another process of the launch, whichever exception the
-    libraries raise for them.
-    """
-    for cause in _chain(error):
-        text = str(cause).lower()
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or any(phrase in text for phrase in _FULL_DISK):
-            return "the disk is full: free some space, then the same command continues where it stopped"
-        if isinstance(cause, MemoryError) or "out of memory" in text:
-            return f"out of memory ({one_line(cause, 200)}); lower tokens_per_row, or use lora"
-        if isinstance(cause, RuntimeError) and any(phrase in text for phrase in _LOST_PROCESS):
-            return "another process of this launch was lost: see its message; the same command continues the run"
-    return None
-
-
 def cannot_write(path: object, error: OSError, instead: str) -> Exception:
-    """The error for a path that cannot be written: a UserError, unless the disk is full (see `known_failure`)."""
+    """The error for a path that cannot be written: a UserError, unless the disk is full."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return error
     return UserError(f"cannot write to '{one_line(path, 200)}' ({error.strerror or one_line(error, 100)}): {instead}")
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__

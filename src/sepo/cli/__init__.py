@@ -7,7 +7,6 @@ A `UserError` ends as one line on standard error and exit code 2.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -16,10 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sepo.cli.arguments import parse_arguments
-from sepo.errors import Interrupted, UserError, known_failure, one_line
-
-# Errors of the system for an impossible file name; pathlib raises them when testing for existence, too.
-_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+from sepo.cli.failures import impossible_path, known_failure
+from sepo.errors import Interrupted, UserError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if text := _impossible_path(error):
+        if text := impossible_path(error):
             return _end(2, text)
         text = known_failure(error)
         if text is None and (isinstance(error, OSError) or type(error).__module__.startswith("sepo.")):
@@ -70,13 +67,6 @@ def _require_folder() -> None:
         raise UserError(
             "the folder that this command was started in no longer exists: change into another one, with `cd`"
         ) from None
-
-
-def _impossible_path(error: BaseException) -> str | None:
-    """Return one line for an impossible path in the input, None for other errors."""
-    if isinstance(error, OSError) and error.errno in _NO_PATH:
-        return f"'{one_line(error.filename, 100)}' cannot be a path ({error.strerror}): expected a file or folder"
-    return None
 
 
 def _end(code: int, text: str) -> int:

@@ -24,10 +24,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from sepo.recipe import builtin
-
     if arguments.list:
-        print_plan("built in", [{"name": name, "what": _about(path)} for name, path in builtin.names().items()])
+        from sepo.recipe.reading import builtin_recipes
+
+        print_plan("built in", [{"name": name, "what": _about(path)} for name, path in builtin_recipes().items()])
     elif arguments.schema:
         from sepo.recipe.settings import Recipe
 
@@ -44,11 +44,11 @@ def _built_in(name: str) -> str:
     Raises:
         UserError: there is none of that name.
     """
-    from sepo.recipe import builtin
+    from sepo.recipe.reading import builtin_recipes, find_builtin
 
-    path = builtin.find(name)
+    path = find_builtin(name)
     if path is None:
-        raise UserError(f"no built-in recipe '{name}'{nearest(name, builtin.names())}: see `sepo recipe --list`")
+        raise UserError(f"no built-in recipe '{name}'{nearest(name, builtin_recipes())}: see `sepo recipe --list`")
     return path.read_text(encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home
-from sepo.recipe import builtin
 from sepo.recipe.settings import Recipe, Settings
 
 
@@ -34,7 +34,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         values = read_settings(path, "recipe")
         values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "sepo")
     for override in overrides:
-        _apply_override(values, override)
+        set_key(values, *parse_override(override), f"override '{override}'")
     return parse_recipe(values, where)
 
 
@@ -43,10 +43,23 @@ def find_file(name: str | Path, kind: str) -> Path:
     path = Path(expand_home(name, f"the {kind}"))
     if path.is_file():
         return path
-    if (found := builtin.find(str(name))) is not None:
+    if (found := find_builtin(str(name))) is not None:
         return found
-    near = nearest(str(name), builtin.names())
+    near = nearest(str(name), builtin_recipes())
     raise UserError(f"no {kind} at '{name}'{near}: expected a YAML file, or a name that `sepo recipe --list` shows")
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The files that come with the package, by name: recipes first, then the grids of `experiments/`."""
+    folder = Path(str(resources.files("sepo.recipes")))
+    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("experiments/*.yaml"))]
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def find_builtin(name: str) -> Path | None:
+    """The file of a built-in recipe or grid; `experiments/` may be left out of a grid's name."""
+    known = builtin_recipes()
+    return known.get(name) or known.get(f"experiments/{name}")
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
@@ -96,18 +109,10 @@ def _check_values(values: Any, where: str) -> None:
             stack += [*value, *value.values()]
         elif isinstance(value, list | tuple | set):
             stack += value
-        elif isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+        elif isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise UserError(
                 f"{where}: {short_text(value)} holds a character that is no text: expected UTF-8 without NUL"
             )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -150,10 +155,6 @@ def _advice(problem: str) -> str:
     if "escape" in problem:
         return ": in double quotes a backslash begins an escape, so write Windows paths in single quotes or with /"
     return ": the file is UTF-16 without its mark; save it as UTF-8" if "#x0000" in problem else ""
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    set_key(values, *parse_override(override), f"override '{override}'")
 
 
 def parse_override(override: str) -> tuple[str, Any]:
