@@ -23,7 +23,14 @@ from sepo.recipe.objectives import OBJECTIVES, Objective, names_with_label_smoot
 from sepo.recipe.reading import parse_recipe
 from sepo.recipe.settings import PolicySettings
 from sepo.training import objectives
-from sepo.training.objectives import LOSSES, PairSums, below_mean_probability, pair_losses, selective_marks
+from sepo.training.objectives import (
+    LOSSES,
+    LossSettings,
+    PairSums,
+    below_mean_probability,
+    pair_losses,
+    selective_marks,
+)
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -342,7 +349,7 @@ def test_losses_and_gradients_stay_finite_far_from_balance(objective):
     counts, kls = (torch.ones(4), torch.ones(4)), (other.abs(), other.abs())
     sums = PairSums((far[0], far[1] + other), counts, (other, -other), kls, (far[0] - other) ** 2)
     sums.matched = objectives.tbpo(torch.stack([far[0], far[1]], 1).flatten(), torch.arange(8), 4, 0.1, 1.0)
-    losses, chosen, rejected = pair_losses(objective, sums, alpha=1.0)
+    losses, chosen, rejected = pair_losses(objective, sums, LossSettings(alpha=1.0))
     assert losses.shape == chosen.shape == rejected.shape == (4,)
     assert losses.isfinite().all()
     losses.sum().backward()

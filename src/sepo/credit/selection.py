@@ -148,8 +148,7 @@ def select_key_tokens(
         UserError: a rate lies outside (0, 1], or a setting is unknown or impossible.
     """
     require_table("scores", scores, "scores")
-    given = {"k_chosen": k_chosen, "k_rejected": k_rejected, "include_end": include_end, **keywords}
-    settings = _settings_of(settings, given)
+    settings = _settings_of(settings, k_chosen=k_chosen, k_rejected=k_rejected, include_end=include_end, **keywords)
     check_number("seed", seed, whole=True, least=0)
     if settings.label_log_odds and statistics is None:
         statistics = label_statistics([scores])
@@ -168,7 +167,7 @@ def select_key_tokens(
     return make_table("selection", columns, {**provenance_of(scores), **used, "seed": seed})
 
 
-def _settings_of(settings: SelectSettings | None, given: dict[str, Any]) -> SelectSettings:
+def _settings_of(settings: SelectSettings | None, **given: Any) -> SelectSettings:
     """The settings, or those of keywords, checked."""
     if settings is None:
         settings = select_settings(**given)

@@ -44,9 +44,6 @@ class Preset:
     data_dir: str | None = None
 
 
-_ARENA = PairsFrom(
-    responses=["conversation_a", "conversation_b"], label="winner", first=["model_a"], second=["model_b"]
-)
 PRESETS: dict[str, Preset] = {
     "ultrafeedback": Preset(
         "openbmb/UltraFeedback",
@@ -99,7 +96,9 @@ PRESETS: dict[str, Preset] = {
     ),
     "arena": Preset(
         "lmsys/chatbot_arena_conversations (33k), lmarena-ai/arena-human-preference-140k",
-        _ARENA,
+        PairsFrom(
+            responses=["conversation_a", "conversation_b"], label="winner", first=["model_a"], second=["model_b"]
+        ),
         known_by=("conversation_a", "conversation_b", "winner"),
     ),
     "orca-dpo-pairs": Preset(

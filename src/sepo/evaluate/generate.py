@@ -125,9 +125,6 @@ def generate_responses(
     """
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or (batch_size is not None and batch_size < 1):
         raise ValueError("samples, max_new_tokens and batch_size must be at least 1, temperature at least 0")
-    if any(len(ids) == 0 for ids in prompt_ids):
-        raise ValueError("a prompt has no token: a response needs at least one token to continue")
-
     sharded = is_sharded(model)
     ranks, rank = (processes.size(), processes.rank()) if sharded else (1, 0)
     sampler = _Sampler(model, tokenizer, prompt_ids, max_new_tokens, temperature, seed, finished)
@@ -164,6 +161,8 @@ class _Sampler:
         seed: int,
         finished: FinishedResponses | None,
     ):
+        if any(len(ids) == 0 for ids in prompt_ids):
+            raise ValueError("a prompt has no token: a response needs at least one token to continue")
         # A PEFT model's adapters are inside the model that it wraps, whose `generate` is the plain one.
         self.inner: Any = causal_lm(model) if isinstance(model, PeftModel) else model
         self.stops = stop_ids(self.inner, tokenizer)

@@ -27,12 +27,9 @@ _GGUF_CACHE_VERSION = 1
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
-def _cache_root(cache_dir: str | os.PathLike | None) -> Path:
-    return Path(expand_home(cache_dir or os.environ.get("SEPO_CACHE") or "~/.cache/sepo", "the cache of models"))
-
-
-def converted_folder(gguf: Path, cache_dir: str | os.PathLike | None) -> Path:
-    return _cache_root(cache_dir) / "gguf" / f"{gguf.stem}-{file_digest(gguf)[:16]}-v{_GGUF_CACHE_VERSION}"
+def converted_folder(gguf: Path) -> Path:
+    root = Path(expand_home(os.environ.get("SEPO_CACHE") or "~/.cache/sepo", "the cache of models"))
+    return root / "gguf" / f"{gguf.stem}-{file_digest(gguf)[:16]}-v{_GGUF_CACHE_VERSION}"
 
 
 def is_converted(folder: Path) -> bool:
@@ -112,9 +109,9 @@ def _gguf_end(data: mmap.mmap) -> int:
     return -(-at // alignment) * alignment + last
 
 
-def convert_gguf(gguf: Path, cache_dir: str | os.PathLike | None) -> Path:
+def convert_gguf(gguf: Path) -> Path:
     """Return the folder of a converted GGUF file; convert it if it is not cached."""
-    target = converted_folder(gguf, cache_dir)
+    target = converted_folder(gguf)
     if is_converted(target):
         return target
     check_gguf(gguf)

@@ -6,13 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors as hub_errors
 
 from sepo.errors import UserError, named_error
 from sepo.models.folders import check_folder
@@ -33,18 +27,18 @@ def hub_snapshot(name: str, revision: str | None) -> tuple[str, Path | None]:
     try:
         # One request without retries fails at once if there is no network; a download would retry for 20 s.
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
-    except HFValidationError:
+    except hub_errors.HFValidationError:
         raise UserError(missing) from None
-    except GatedRepoError:
+    except hub_errors.GatedRepoError:
         raise UserError(f"the model '{name}' is gated: accept its terms on the hub and run: hf auth login") from None
-    except RevisionNotFoundError:
+    except hub_errors.RevisionNotFoundError:
         raise UserError(f"the model '{name}' has no revision '{revision}' on the hub") from None
-    except RepositoryNotFoundError:
+    except hub_errors.RepositoryNotFoundError:
         raise UserError(missing) from None
     except Exception as error:  # no network; the class depends on the hub client
         folder = cached_snapshot(name, revision)
         if folder is None:
-            reason = "offline mode is on" if isinstance(error, OfflineModeIsEnabled) else named_error(error)
+            reason = "offline mode is on" if isinstance(error, hub_errors.OfflineModeIsEnabled) else named_error(error)
             raise UserError(f"{missing} ({reason})") from None
         check_folder(folder)
         return folder.name, folder

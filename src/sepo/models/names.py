@@ -49,7 +49,7 @@ def check_model(
     name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
     if gguf is not None:
-        converted = converted_folder(gguf, None)
+        converted = converted_folder(gguf)
         if is_converted(converted):
             return check_weights(converted, name)
         check_gguf(gguf)
@@ -73,22 +73,16 @@ def check_model(
     return None if base is None else check_adapter_weights(folder, base)
 
 
-def resolve_model(
-    name_or_path: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
-) -> str:
+def resolve_model(name_or_path: str | os.PathLike, *, revision: str | None = None) -> str:
     """Return a local folder that holds the model: config, safetensors and tokenizer, or an adapter.
 
-    A GGUF file is converted once to float32 safetensors (25 s for 135M parameters on two cores) and cached by the hash
-    of its content. A hub id is downloaded into the cache of the hub client; without a network the cached snapshot is
-    used.
+    A GGUF file is converted once to float32 safetensors (25 s for 135M parameters on two cores) and cached in
+    `$SEPO_CACHE` or `~/.cache/sepo`, by the hash of its content. A hub id is downloaded into the cache of the hub
+    client; without a network the cached snapshot is used.
 
     Args:
         name_or_path: a folder, a `.gguf` file, `package:PKG/FILE.gguf` or a hub id.
         revision: branch, tag or commit of a hub id.
-        cache_dir: folder of converted models; default: `$SEPO_CACHE`, else `~/.cache/sepo`.
 
     Raises:
         UserError: as `check_model`, or a conversion or download fails.
@@ -96,7 +90,7 @@ def resolve_model(
     name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
     if gguf is not None:
-        return str(convert_gguf(gguf, cache_dir))
+        return str(convert_gguf(gguf))
     folder = name if os.path.isdir(name) else download(name, revision)
     check_folder(Path(folder))
     return folder
@@ -112,7 +106,7 @@ def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None)
     gguf = gguf_path(name)
     try:
         if gguf is not None:
-            converted = converted_folder(gguf, None)
+            converted = converted_folder(gguf)
             if is_converted(converted):
                 return AutoConfig.from_pretrained(converted, trust_remote_code=False)
             check_gguf(gguf)

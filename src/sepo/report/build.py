@@ -80,8 +80,6 @@ def build_report(
     Raises:
         UserError: a file is missing or cannot be read, or the parts do not belong together.
     """
-    if run is None and table is None:
-        raise UserError("nothing to report on: give a run folder or a score table")
     check_number("max_pairs", max_pairs, whole=True, least=1)
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
         if rate is not None:
@@ -90,7 +88,6 @@ def build_report(
     if run is not None and not run.is_dir():
         raise UserError(f"no run folder at '{run}': expected the folder that `sepo run` wrote")
     sources = _sources(run, table, selection, tokenizer)
-
     scores = reading.read_scores(sources.table, max_pairs)
     token_texts = TokenTexts(None if sources.tokenizer is None else load_vocabulary(sources.tokenizer))
     documents = reading.read_documents(run, scores.provenance)
@@ -103,8 +100,8 @@ def build_report(
     }
     if run is not None and (answers := reading.read_answers(run / "eval" / GENERATIONS)) is not None:
         header["answers"] = answers | reading.answer_settings(run)
-    oracle_pairs = _oracle_pairs(run, sources, scores)
-    data = payload_of(scores, token_texts, header, sources.selection, sources.logps, oracle_pairs)
+    of_oracle = _oracle_pairs(run, sources, scores)
+    data = payload_of(scores, token_texts, header, sources.selection, sources.logps, of_oracle)
     out = Path(expand_home(out, "out"))
     write_bytes(out, page(title, data).encode("utf-8"))
     return out
@@ -132,6 +129,8 @@ def _sources(
     tokenizer: str | os.PathLike | object | None,
 ) -> _Sources:
     """The given parts, completed by those of the run."""
+    if run is None and table is None:
+        raise UserError("nothing to report on: give a run folder or a score table")
     logps = oracle_tokenizer = None
     if table is None and run is not None and reading.has_transfer(run):
         # The policy was trained on its own tokens; the page can show the oracle's tokens below them.

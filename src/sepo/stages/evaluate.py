@@ -52,13 +52,9 @@ def stage(
     """
 
     def run(folder: Path) -> dict[str, Any]:
-        def forget() -> None:
-            for name in (GENERATIONS, EXAMPLES, ANNOTATIONS):
-                (folder / name).unlink(missing_ok=True)  # of other settings
-
         from sepo.evaluate.measure import Evaluation
 
-        processes.on_main(forget)
+        processes.on_main(lambda: _forget(folder))
         evaluation = Evaluation(
             policy=policy.folder,
             base=start.folder,
@@ -96,6 +92,11 @@ def stage(
         verifies=True,  # finished answers carry the digest of what they depend on
         missing=lambda results: unanswered(results.get("judge/unanswered")),
     )
+
+
+def _forget(folder: Path) -> None:
+    for name in (GENERATIONS, EXAMPLES, ANNOTATIONS):
+        (folder / name).unlink(missing_ok=True)  # of other settings
 
 
 def unanswered(calls: float | None) -> str | None:

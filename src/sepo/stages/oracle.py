@@ -102,18 +102,6 @@ def stage(
     """One oracle, or its opposite on `swapped` pairs; `seed` draws its pairs and their order (`seeds`)."""
     settings = recipe.oracle
 
-    def run(folder: Path) -> dict[str, Any]:
-        return train_oracle(
-            reference.folder,
-            pairs.folder / "train",
-            reference_logps.folder,
-            folder,
-            settings,
-            seed=seed,
-            device=recipe.device,
-            swapped=swapped,
-        )
-
     return Stage(
         kind="oracle",
         what=f"DPO on {settings.sample:.0%} of the pairs{', swapped' * swapped}, beta {settings.beta:g}, seed {seed}",
@@ -126,7 +114,7 @@ def stage(
             "swapped": swapped,
         },
         outputs=(".",),
-        run=run,
+        run=lambda folder: train_oracle(recipe, reference, pairs, reference_logps, folder, seed, swapped),
         cost=lambda sizes: cost(recipe, sizes),
         verifies=True,
     )
@@ -155,36 +143,28 @@ def seeds(seed: int, count: int) -> list[int]:
 
 
 def train_oracle(
-    reference: str,
-    pairs: Path,
-    reference_logps: Path,
+    recipe: Recipe,
+    reference: Model,
+    pairs: StageResult,
+    reference_logps: StageResult,
     out: Path,
-    settings: OracleSettings,
-    *,
-    seed: int = 0,
-    device: str = "auto",
-    swapped: bool = False,
-) -> dict[str, float]:
-    """Train one oracle: DPO on the reference, over `settings.sample` of the pairs.
-
-    Args:
-        reference: the starting model.
-        pairs, reference_logps: all training pairs, and their stored log-probabilities under the reference.
-        out: the oracle's folder.
-        seed: draws the pairs and their order.
-        swapped: exchange chosen and rejected, for the opposite of a contrastive oracle.
+    seed: int,
+    swapped: bool,
+) -> dict[str, Any]:
+    """Train one oracle in the folder `out`: DPO on the reference, over `oracle.sample` of the pairs.
 
     Returns:
         the number of `pairs`, and the results of `train_model`.
     """
-    table, logps = read_table(pairs, "pairs"), read_table(reference_logps, "logps")
+    settings = recipe.oracle
+    table, logps = read_table(pairs.folder / "train", "pairs"), read_table(reference_logps.folder, "logps")
     sample = sample_pairs(table, settings.sample, seed=seed)
     rows = np.isin(table.column("pair_id").to_numpy(), sample.column("pair_id").to_numpy())
     logps = logps.filter(pa.array(rows))
     if swapped:
         sample, logps = swap_sides(sample), swap_sides(logps)
     results = train_model(
-        reference,
+        reference.folder,
         sample,
         out,
         settings.training,
@@ -192,7 +172,7 @@ def train_oracle(
         lora=settings.lora,
         quantization=settings.quantization,
         seed=seed,
-        device=device,
+        device=recipe.device,
         objective="dpo",
         beta=settings.beta,
         label_smoothing=settings.label_smoothing,

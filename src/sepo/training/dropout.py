@@ -32,16 +32,20 @@ def disable_dropout(model: nn.Module) -> list[Setting]:
         the changed settings of the model's configs and their old values. `as_configured` restores them for saving.
     """
     changed: list[Setting] = []
-    seen: set[int] = set()
+    configs: dict[int, PreTrainedConfig] = {}
     for module in _base_modules(model):
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):
             if _is_dropout(name, value):
                 setattr(module, name, 0.0)
-            elif isinstance(value, PreTrainedConfig) and id(value) not in seen:
-                seen.add(id(value))
-                changed += _disable_in_config(value)
+            elif isinstance(value, PreTrainedConfig):
+                configs[id(value)] = value
+    for config in configs.values():
+        for name, value in list(vars(config).items()):
+            if _is_dropout(name, value):
+                setattr(config, name, 0.0)
+                changed.append((config, name, value))
     return changed
 
 
@@ -88,15 +92,6 @@ def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
     yield module
     for child in module.children():
         yield from _base_modules(child)
-
-
-def _disable_in_config(config: PreTrainedConfig) -> list[Setting]:
-    changed: list[Setting] = []
-    for name, value in list(vars(config).items()):
-        if _is_dropout(name, value):
-            setattr(config, name, 0.0)
-            changed.append((config, name, value))
-    return changed
 
 
 def _is_dropout(name: str, value: Any) -> bool:

@@ -344,13 +344,17 @@ def _given(value: Given | None, name: str) -> Given:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The settings of an objective; `alpha` is the weight of its second term."""
+    """The settings of an objective.
 
-    beta: float
-    gamma: float
-    margin: float
-    alpha: float
-    label_smoothing: float
+    Attributes:
+        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; the sums of tgdpo and tbpo include it.
+    """
+
+    beta: float = 0.1
+    gamma: float = 2.0
+    margin: float = 0.0
+    alpha: float = 0.0
+    label_smoothing: float = 0.0
 
 
 LOSSES: dict[str, Callable[[PairSums, LossSettings], Tensor]] = {
@@ -372,25 +376,9 @@ LOSSES: dict[str, Callable[[PairSums, LossSettings], Tensor]] = {
 }
 
 
-def pair_losses(
-    objective: str,
-    sums: PairSums,
-    *,
-    beta: float = 0.1,
-    gamma: float = 2.0,
-    margin: float = 0.0,
-    alpha: float | None = None,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and implicit rewards (chosen, rejected) of the objective with this name, each `[pairs]`.
-
-    Args:
-        alpha: weight of the second term of cpo, orpo, rrhf, tdpo2 and tis_dpo; the objective's default when None. The
-            sums of tgdpo and tbpo include it already.
-    """
-    row = OBJECTIVES[objective]
-    settings = LossSettings(beta, gamma, margin, row.alpha_or_default(alpha), label_smoothing)
-    return LOSSES[objective](sums, settings), *_implicit_rewards(row, sums, settings)
+def pair_losses(objective: str, sums: PairSums, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and implicit rewards (chosen, rejected) of the objective with this name, each `[pairs]`."""
+    return LOSSES[objective](sums, settings), *_implicit_rewards(OBJECTIVES[objective], sums, settings)
 
 
 def _implicit_rewards(objective: Objective, sums: PairSums, settings: LossSettings) -> tuple[Tensor, Tensor]:

@@ -66,6 +66,7 @@ from sepo.training.dropout import (
 )
 from sepo.training.logs import reporters
 from sepo.training.objectives import (
+    LossSettings,
     PairSums,
     accuracy,
     below_mean_probability,
@@ -252,11 +253,7 @@ class PreferenceTrainer(Trainer):
         if args.device.type == "cpu":
             keep_freed_memory()
         self._start_checked = False
-        self._disabled_dropout = disable_dropout(model)
-        self._eval_only = eval_only_modules(model)
-        adapters = adapter_modules(model)
-        self._adapters_have_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in adapters)
-        _require_deterministic(model, [*self._eval_only, *adapters])
+        self._turn_off_dropout(model)
         # The KL needs every logit of the reference, which cannot be stored: a frozen copy of the model computes them.
         self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
         self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
@@ -276,6 +273,14 @@ class PreferenceTrainer(Trainer):
         self._set_up_zero_3(model)
         # Losses are already means over pairs: Trainer must not divide them by the accumulation steps.
         self.loss_is_scaled_for_ga = True
+
+    def _turn_off_dropout(self, model: nn.Module) -> None:
+        """Turn off the model's own dropout, and check that no other randomness is left."""
+        self._disabled_dropout = disable_dropout(model)
+        self._eval_only = eval_only_modules(model)
+        adapters = adapter_modules(model)
+        self._adapters_have_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in adapters)
+        _require_deterministic(model, [*self._eval_only, *adapters])
 
     def _set_up_zero_3(self, model: nn.Module) -> None:
         """Under ZeRO-3: gather the weights of a block together, and gather the whole model when saving."""
@@ -356,21 +361,14 @@ class PreferenceTrainer(Trainer):
         )
         if args.objective == "wspo":
             sums.chosen_errors = segment_sums((args.beta * (logps - baselines)) ** 2, batch)[0]
+        alpha = objective.alpha_or_default(args.alpha)
         if args.objective == "tbpo":
-            alpha = objective.alpha_or_default(args.alpha)
             advantages = logps - baselines + token_kls
             sums.matched = tbpo(advantages, batch.segments, batch.num_pairs, args.beta, alpha, args.label_smoothing)
         if reference is not None and model.training and self.state.global_step == 0 and not self._start_checked:
             self._check_start(sums, batch)
-        return pair_losses(
-            args.objective,
-            sums,
-            beta=args.beta,
-            gamma=args.gamma,
-            margin=args.margin,
-            alpha=args.alpha,
-            label_smoothing=args.label_smoothing,
-        )
+        settings = LossSettings(args.beta, args.gamma, args.margin, alpha, args.label_smoothing)
+        return pair_losses(args.objective, sums, settings)
 
     def _marked(self, logps: Tensor, baselines: Tensor | None, batch: PackedBatch) -> Tensor:
         """The tokens that the policy marks in this step: `[targets]` bool."""
