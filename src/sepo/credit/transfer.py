@@ -46,13 +46,6 @@ from sepo.errors import UserError, nearest
 from sepo.recipe.settings import Allocation
 
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
-DROP_REASONS: dict[str, str] = {
-    "no such pair": "the other tokenizer and its chat template dropped the row of this pair_id",
-    "other text": "the responses under both tokenizers are different texts",
-    "no bytes": "a token of a response has no known bytes, such as the unknown token",
-    "nothing scored": "no token of a response lies within the scored text: it was truncated too early",
-    "identical responses": "the scored parts of chosen and rejected are the same under the other tokenizer",
-}
 
 
 @dataclass
@@ -61,7 +54,10 @@ class TransferReport:
 
     Attributes:
         pairs: pairs read.
-        dropped: number of dropped pairs by reason (a key of `DROP_REASONS`).
+        dropped: number of dropped pairs by reason: "no such pair" (the other tokenizer and its chat template dropped
+            the row of this pair_id), "other text" (the responses under both tokenizers are different texts), "no
+            bytes" (a token has no known bytes, such as the unknown token), "nothing scored" (the scored text was
+            truncated too early), "identical responses" (the scored parts are the same under the other tokenizer).
         forms: number of responses by the form in which the texts agree (`alignment.FORMS`).
         cut: responses that continue beyond the scored text under the other tokenizer and are truncated there.
         tokens: response tokens of the other tokenizer, including the end of a response.

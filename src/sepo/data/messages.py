@@ -72,8 +72,7 @@ def read_cell(value: Any) -> str | Messages | None:
         text = check_text(value)
         parsed = parse_messages(text)
         return text if parsed is None else _messages(parsed)
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    value = _as_list(value)
     if isinstance(value, Mapping):
         value = _unwrapped(value)
     if not isinstance(value, list | tuple):
@@ -222,6 +221,11 @@ def _message(message: Any) -> tuple[Message, list[str]]:
     return result, ignored
 
 
+def _as_list(value: Any) -> Any:
+    """A list for an array of numpy; other values unchanged."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | tuple | dict) and not len(value))
 
@@ -231,8 +235,7 @@ def _content(content: Any, may_be_missing: bool) -> str:
         return check_text(content)
     if content is None and may_be_missing:
         return ""
-    if isinstance(content, np.ndarray):
-        content = content.tolist()
+    content = _as_list(content)
     if isinstance(content, list | tuple) and content:
         return "".join(_part(part) for part in content)
     if isinstance(content, Mapping):
@@ -263,8 +266,7 @@ def _tool_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
         values = [message["function_call"]] if not _is_empty(message.get("function_call")) else []
     if isinstance(values, Mapping):
         values = [values]
-    if isinstance(values, np.ndarray):
-        values = values.tolist()
+    values = _as_list(values)
     if not isinstance(values, list | tuple):
         raise DropRow("wrong type")
     calls = []
@@ -311,8 +313,7 @@ def read_tools(value: Any) -> list[Any]:
         value = _json_or_none(value)
         if value is None:
             raise DropRow("tools", "not JSON")
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    value = _as_list(value)
     if _is_empty(value) or (isinstance(value, str) and not value.strip()):
         return []
     tools = [value] if isinstance(value, Mapping) else value

@@ -36,7 +36,12 @@ def check_folder(folder: Path, weights: bool = True) -> None:
         if (folder / name).is_file():
             read_json_object(folder / name)
     if is_adapter(folder):
-        _check_adapter_folder(folder)
+        if whole := sorted(folder.glob("model*.safetensors")):
+            raise UserError(
+                f"'{folder}' holds two models, an adapter (adapter_config.json) and the weights of a whole one "
+                f"({whole[0].name}): remove one of them"
+            )
+        check_adapter_kind(read_json_object(folder / "adapter_config.json"), f"the adapter '{folder}'")
     elif (folder / "model.safetensors").is_file() and (folder / "model.safetensors.index.json").is_file():
         raise UserError(
             f"'{folder}' holds two models, model.safetensors and the shards of model.safetensors.index.json: "
@@ -44,16 +49,6 @@ def check_folder(folder: Path, weights: bool = True) -> None:
         )
     if weights and not weight_files(folder):
         raise UserError(f"the model folder '{folder}' holds no *.safetensors file; {_no_pickle(folder)}")
-
-
-def _check_adapter_folder(folder: Path) -> None:
-    whole = [path.name for path in sorted(folder.glob("model*.safetensors"))]
-    if whole:
-        raise UserError(
-            f"'{folder}' holds two models, an adapter (adapter_config.json) and the weights of a whole one "
-            f"({whole[0]}): remove one of them"
-        )
-    check_adapter_kind(read_json_object(folder / "adapter_config.json"), f"the adapter '{folder}'")
 
 
 def check_adapter_kind(config: Mapping[str, Any], what: str) -> None:
