@@ -137,10 +137,9 @@ def orpo(sums: Sides, counts: Sides, alpha: float = 0.1) -> Tensor:
     The likelihood term is a mean over the response's tokens. TRL's is a mean over all tokens of a batch, prompts
     included, so it also trains on prompts and weights longer responses more.
     """
-    means = _means(sums, counts)
-    chosen, rejected = (mean.clamp(max=-1e-6) for mean in means)
+    chosen, rejected = (mean.clamp(max=-1e-6) for mean in _means(sums, counts))
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
-    return -means[0] - alpha * logsigmoid(log_odds)
+    return -sums[0] / counts[0] - alpha * logsigmoid(log_odds)
 
 
 def rrhf(sums: Sides, counts: Sides, alpha: float = 1.0) -> Tensor:
