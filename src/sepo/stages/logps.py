@@ -28,7 +28,8 @@ from sepo.data.tables import (
     write_shard,
 )
 from sepo.errors import UserError, log_kept_on_interrupt, one_line
-from sepo.forward.scoring import Types, dataset_logps, tokens_per_row_for
+from sepo.forward.prepare import prepare_model
+from sepo.forward.scoring import TablePairs, Types, dataset_logps, tokens_per_row_for
 from sepo.models.devices import choose_device, choose_dtype, dtype_name
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
@@ -123,6 +124,8 @@ def logps_pass(
             quantization=types.quantization,
             sharded=processes.read_sharded() and types.quantization is None,
         )
+        budget = tokens_per_row or tokens_per_row_for(choose_device(device), scoring=True)
+        prepare_model(loaded, longest=max(item["longest"] for item in todo), tokens_per_row=budget)
         low = None if types.autocast is None else choose_dtype(types.autocast)
         for item in todo:
             index = item["index"]
@@ -156,7 +159,9 @@ def _shards_to_do(model: str, pairs: Path, out: Path, types: Types, device: str)
         of_table = {"autocast": types.autocast, "shard": index, "shards": len(paths)}
         problem = _shard_problem(stored, {**expected, **of_table})
         if problem is not None:
-            todo.append({"index": index, "provenance": expected, "pairs": len(table)})
+            todo.append(
+                {"index": index, "provenance": expected, "pairs": len(table), "longest": TablePairs(table).longest}
+            )
             problems += [f"{stored} {problem}"] if stored.exists() else []
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
