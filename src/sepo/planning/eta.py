@@ -49,7 +49,7 @@ class Eta:
 
     def _reset(self, name: str | None) -> None:
         self._name, self._began = name, self._clock()
-        self._bar, self._share = 0, 0.0
+        self._bar, self._share = -1, 1.0
         self._events: list[tuple[float, float]] = []  # the first and the last progress: seconds, finished FLOPs
 
     def begin(self, name: str) -> None:
@@ -66,9 +66,9 @@ class Eta:
 
     def part(self, share: float) -> None:
         """Progress of a bar of the current stage, from 0 to 1; a smaller share than before begins the next bar."""
-        self._bar += share < self._share
-        self._share = share
-        if share > 0:
+        begins = share < self._share or self._bar < 0
+        self._bar, self._share = self._bar + begins, share
+        if not begins:
             self._events = [*self._events[:1], (self._clock(), self._finished())]
 
     def remaining(self) -> tuple[float, list[str]]:
@@ -88,6 +88,8 @@ class Eta:
 
     def _finished(self) -> float:
         bars_of = self.work.get(self._name or "", [])
+        if self._bar < 0:
+            return 0.0
         return sum(bars_of[: self._bar]) + self._share * sum(bars_of[self._bar : self._bar + 1])
 
     def _expected(self, name: str) -> float | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from sepo import processes
@@ -114,8 +115,15 @@ def logps_pass(
         number = sum(shard_path(out, index).is_file() for index in range(shards))
         return f"{number} of {shards} parts of '{out}' are kept; the same command continues with the next"
 
-    total = sum(item["pairs"] for item in todo)
-    bar = progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
+    total = sum(pq.read_metadata(path).num_rows for path in table_paths(pairs, "pairs"))
+    bar = progress_bar(
+        processes.is_main(),
+        total=total,
+        initial=total - sum(item["pairs"] for item in todo),
+        desc=f"  {description}",
+        unit="pair",
+        smoothing=0.05,
+    )
     with log_kept_on_interrupt(kept), bar:
         loaded = load_model(
             model,
