@@ -42,7 +42,7 @@ def eta_of(model, clock) -> Eta:
         "oracle": [Estimate("train", model, tokens=20 / per_token)],
         "oracle_logps": [Estimate("score", model, tokens=60 / per_token)],
         "select": [],
-        "eval": [Estimate("generate", model, steps=1, width=round(60 / per_response))],
+        "eval": [Estimate("generate", model, steps=60 / per_response, width=1)],
     }
     return Eta(estimates, clock)
 

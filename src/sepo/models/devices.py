@@ -94,12 +94,8 @@ def dtype_name(dtype: str, kind: str, *, trained: bool = False) -> str:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Does a device support bfloat16 natively? GPUs before Ampere and most CPUs emulate it, slower than float32.
-
-    A GPU that a plan is for, but that is not here, does.
-    """
-    here = torch.cuda.is_available()
-    return device.type == "cuda" and (not here or torch.cuda.is_bf16_supported(including_emulation=False))
+    """Does a device support bfloat16 natively? GPUs before Ampere and most CPUs emulate it, slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_quantization(

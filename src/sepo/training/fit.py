@@ -84,7 +84,8 @@ def training_types(settings: OracleSettings | PolicySettings, model: str, device
         model: name or folder of the model that is trained.
     """
     training, adapter = settings.training, settings.lora is not None or is_adapter(Path(model))
-    bf16 = fast_bfloat16(torch.device(device)) if training.bf16 is None else training.bf16
+    planned = device == "cuda" and not torch.cuda.is_available()  # a plan for a GPU that is not here
+    bf16 = planned or fast_bfloat16(torch.device(device)) if training.bf16 is None else training.bf16
     low = {"bf16": bf16, **training.arguments}
     autocast = "float16" if low.get("fp16") else "bfloat16" if low["bf16"] else None
     return Types(dtype_name("auto", device, trained=not adapter), settings.quantization, autocast)
