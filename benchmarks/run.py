@@ -372,6 +372,7 @@ def stored_scoring(arguments) -> dict[str, float]:
     import numpy as np
 
     from sepo.data.tables import make_table, write_table
+    from sepo.forward.scoring import Types
     from sepo.models.tokenizer import load_tokenizer
     from sepo.stages.data import PAIRS_PER_SHARD
     from sepo.stages.logps import logps_pass
@@ -389,7 +390,7 @@ def stored_scoring(arguments) -> dict[str, float]:
         del columns
         before = _peak_memory()
         started = time.perf_counter()
-        logps_pass(arguments.model, pairs, out, dtype="float32")
+        logps_pass(arguments.model, pairs, out, types=Types("float32"))
         seconds = time.perf_counter() - started
     return {
         "pairs": arguments.pairs,

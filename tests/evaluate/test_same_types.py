@@ -17,7 +17,7 @@ from sepo.evaluate import measure
 from sepo.evaluate.generate import generate_responses
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import Evaluation, own_logps, response_logps
-from sepo.forward.scoring import dataset_logps, read_like
+from sepo.forward.scoring import Types, dataset_logps, read_like
 from sepo.recipe.reading import parse_recipe
 from sepo.recipe.settings import EvalSettings
 from sepo.stages.logps import logps_pass
@@ -47,7 +47,7 @@ def folder(tmp_path):
 def test_a_model_does_not_differ_from_itself_whatever_was_stored(folder, dtype, stored):
     model = str(folder / "model")
     if stored:
-        logps_pass(model, folder / "pairs", folder / "logps", device="cpu", dtype=stored)
+        logps_pass(model, folder / "pairs", folder / "logps", device="cpu", types=Types(stored))
     metrics = Evaluation(
         model, model, folder / "pairs", folder / "eval", SETTINGS,
         base_logps=folder / "logps" if stored else None, device="cpu", dtype=dtype,
@@ -164,7 +164,7 @@ def test_the_start_of_a_comparison_is_read_in_the_types_that_its_policy_trains_i
 
 def test_sums_of_stored_and_of_new_log_probabilities_are_equal_to_the_last_bit(folder):
     """Stored and new log-probabilities come from the same rows, so a tie stays a tie."""
-    logps_pass(str(folder / "model"), folder / "pairs", folder / "logps", device="cpu", dtype="float32")
+    logps_pass(str(folder / "model"), folder / "pairs", folder / "logps", device="cpu", types=Types("float32"))
     table = pq.read_table(folder / "logps" / "part-00000.parquet")
     again = dataset_logps(tiny_model("llama"), some_pairs(40))
     for one, other in zip(response_sums(table, "logps"), response_sums(again, "logps"), strict=True):

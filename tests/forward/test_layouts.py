@@ -31,6 +31,7 @@ from transformers import (
     Phi3Config,
     PhimoeConfig,
     Qwen2Config,
+    Qwen3MoeConfig,
     RecurrentGemmaConfig,
     SeedOssConfig,
     XGLMConfig,
@@ -38,6 +39,7 @@ from transformers import (
 
 from pairs import attention_inputs, awkward_pairs, config, pairs_table, plain_logps, random_ids
 from sepo import processes
+from sepo.data.tables import read_table, write_table
 from sepo.errors import UserError
 from sepo.forward import prepare
 from sepo.forward.attention import packed_attention_forward
@@ -45,6 +47,7 @@ from sepo.forward.logps import segment_sums, token_logps
 from sepo.forward.packing import Pair, fill_padded_rows, pack, pad
 from sepo.forward.prepare import prepare_model, training_noise
 from sepo.forward.scoring import dataset_logps, make_batches, table_pairs
+from sepo.stages.logps import logps_pass
 from sepo.training.batches import PairCollator, PairDataset
 from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model
@@ -240,6 +243,57 @@ def test_scoring_takes_the_layout_that_each_table_needs_in_any_order():
             got = [row[side] for row in table.to_pylist() for side in ("chosen_logps", "rejected_logps")]
             expected = plain_logps(plain, pairs).detach().numpy()
             np.testing.assert_allclose(np.concatenate(got), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mistral", "longrope"])
+def test_a_table_of_several_shards_is_tried_once_beyond_a_window(name, tmp_path, monkeypatch):
+    """Every shard has a longer text than the one before; the first has none beyond the window."""
+    model_of(BEYOND[name][0]()).save_pretrained(tmp_path / "model")
+    pairs = [Pair(i, (5, 6, 7), tuple(range(20, 25 + 2 * i)), (8, 9)) for i in range(7)]
+    write_table(tmp_path / "pairs", pairs_table(pairs), rows_per_shard=1)
+    tried, try_layouts = [], prepare._try_layouts
+    monkeypatch.setattr(
+        prepare, "_try_layouts", lambda *arguments: tried.append(arguments[-2:]) or try_layouts(*arguments)
+    )
+    logps_pass(str(tmp_path / "model"), tmp_path / "pairs", tmp_path / "logps", device="cpu", tokens_per_row=64)
+    assert len(tried) == len(set(tried)) <= 3  # short texts, beyond the window, and short texts in long rows
+    assert len({document for document, _ in tried}) == 2
+    plain = model_of(BEYOND[name][0]())
+    table = read_table(tmp_path / "logps", "logps")
+    got = [row[side] for row in table.to_pylist() for side in ("chosen_logps", "rejected_logps")]
+    np.testing.assert_allclose(np.concatenate(got), plain_logps(plain, pairs).detach().numpy(), atol=1e-3)
+
+
+DEEPER = {**BASE, "intermediate_size": 64, "num_hidden_layers": 3}
+MIXTURES = {
+    "mixtral": lambda: MixtralConfig(**DEEPER, num_local_experts=8),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **DEEPER, head_dim=12, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+}
+
+
+def mixture(kind: str, seed: int):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(MIXTURES[kind]()).to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_choice_of_experts_that_rounding_changes_is_no_reason_to_pad(kind, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "_logged", set())
+    for seed in range(10):
+        model = mixture(kind, seed)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert prepare_model(model) == "packed"
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        assert model.dtype == torch.bfloat16
+    assert "rounding changes its choice of experts" in capsys.readouterr().err  # of at least one of the ten
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_that_ignores_the_layout_is_padded_in_half_precision_too(kind):
+    for seed in range(10):
+        assert prepare_model(without_layout(mixture(kind, seed))) == "padded"
 
 
 def test_a_training_reads_texts_as_long_as_its_data(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -234,6 +236,30 @@ def test_an_interruption_does_not_wait_for_the_pause_before_a_question_is_asked_
             one.ask_all(requests, done=stop)
         assert time.monotonic() - began < 20
         assert one.cached(requests[1]).text == "fine"
+
+
+def test_a_second_interruption_does_not_wait_for_the_replies_under_way(tmp_path, capfd):
+    release = threading.Event()
+
+    def answer(body, before):
+        if said(body) == "slow":
+            release.wait(60)
+        return completion("fine")
+
+    def stop(number, reply):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        raise KeyboardInterrupt
+
+    with serving(answer) as judge:
+        one = endpoint(judge.url, tmp_path)
+        requests = [one.request([{"role": "user", "content": text}]) for text in ("slow", "b")]
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            one.ask_all(requests, done=stop)
+        assert time.monotonic() - began < 20
+        assert "Ctrl-C again stops at once" in capfd.readouterr().err
+        assert one.cached(requests[1]).text == "fine"
+        release.set()
 
 
 def test_no_more_requests_are_under_way_than_allowed(tmp_path):

@@ -68,6 +68,12 @@ KINDS = {
     "the reference by name as policy, with a reference": ["policy.model=WORKPLACE/model", "policy.objective=dpo"],
     "second tokenizer": ["policy.model=WORKPLACE/foreign"],
     "second tokenizer, with a reference": ["policy.model=WORKPLACE/foreign", "policy.objective=dpo"],
+    "oracle in mixed precision": ["oracle.training.bf16=true"],
+    "policy in mixed precision": ["policy.training.bf16=true", "policy.objective=dpo"],
+    "both in mixed precision": ["oracle.training.bf16=true", "policy.training.bf16=true", "policy.objective=dpo"],
+    "second tokenizer in mixed precision": [
+        *("policy.model=WORKPLACE/foreign", "policy.objective=dpo", "policy.training.bf16=true"),
+    ],
     "gold reward": ["eval.gold=vader"],
     "judge": ["eval.judge=function:judge:length"],
     "benchmark": ["eval.benchmarks={own: WORKPLACE/questions.json}", "eval.benchmark_max_new_tokens=2"],

@@ -112,14 +112,31 @@ def test_the_dropout_of_an_adapter_stays(tmp_path):
     assert losses[0][2] != losses[1][2]
 
 
-def test_the_start_read_in_another_type_is_read_again(tmp_path):
-    """Adapters on bfloat16 weights, trained without autocast: stored float32 log-probabilities do not fit."""
+@pytest.mark.parametrize("types", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_start_read_in_another_type_is_refused(tmp_path, types, seed):
+    """Adapters on bfloat16 weights, or autocast: stored float32 log-probabilities do not fit, whichever model's."""
     table = some_pairs(6)
-    stored = dataset_logps(tiny_model("llama"), table)
-    model = new_adapter(tiny_model("llama", torch.bfloat16), LoraSettings(r=4))
+    stored = dataset_logps(tiny_model("llama", seed=seed), table)
+    low = torch.bfloat16 if types == "bfloat16" else torch.float32
+    model = new_adapter(tiny_model("llama", low), LoraSettings(r=4))
+    settings = config(tmp_path, objective="dpo", max_steps=1, bf16=types == "autocast")
+    with pytest.raises(UserError, match=r"reference_logps were computed in (dtype|autocast) .*training's types"):
+        PreferenceTrainer(model, settings, table, reference_logps=stored, reference_is_start=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_start_read_in_the_types_of_the_training_is_used(tmp_path, seed):
+    """Its first loss is ln 2; that of another model is refused."""
+    table, model = some_pairs(6), new_adapter(tiny_model("llama", torch.bfloat16), LoraSettings(r=4))
+    stored = dataset_logps(tiny_model("llama", torch.bfloat16, seed=seed), table)
     settings = config(tmp_path, objective="dpo", max_steps=1)
     trainer = PreferenceTrainer(model, settings, table, reference_logps=stored, reference_is_start=True)
     trainer.remove_callback(PrinterCallback)
+    if seed:
+        with pytest.raises(UserError, match="the reference is another model"):
+            trainer.train()
+        return
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -140,14 +157,6 @@ def test_a_reference_of_another_model_is_used_as_given_in_any_type(tmp_path, cap
     own = PreferenceTrainer(tiny_model("llama", low), settings, table)
     assert np.abs(own.train_dataset.reference - trainer.train_dataset.reference).max() > 1
     assert capfd.readouterr().err.count("they are used as they are") == 1
-
-
-def test_a_start_that_is_another_model_is_refused_in_any_type(tmp_path):
-    table = some_pairs(6)
-    other = dataset_logps(tiny_model("llama", seed=1), table)
-    settings = config(tmp_path, objective="dpo", max_steps=1, bf16=True)
-    with pytest.raises(UserError, match="not those of the policy's start"):
-        PreferenceTrainer(tiny_model("llama"), settings, table, reference_logps=other, reference_is_start=True)
 
 
 def test_the_dropout_of_any_adapter_is_the_users(tmp_path):

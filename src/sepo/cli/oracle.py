@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
         processes = command.join(arguments.device)
         processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
         work = out.with_name(f".{out.name}-work")  # kept by an interrupted command, for the next one
-        folders = {"data": work / "pairs", "reference_logps": work / "logps", "oracle": out}
+        folders = {"data": work / "pairs", "oracle": out}
+        folders |= dict.fromkeys(("reference_logps", "oracle_start_logps"), work / "logps")  # one of them is read
         walker = CommandWalker(folders)
         method = Method(recipe, walker)
         try:

@@ -101,7 +101,7 @@ def _refuse_unused(
     if unused:
         raise UnsupportedAttention(
             f"the attention of {type(module).__name__} uses {', '.join(unused)}, which packed rows do not support: "
-            "use layout=padded"
+            "use layout=padded, or lower tokens_per_row where only long rows have them"
         )
 
 

@@ -33,7 +33,7 @@ from sepo.forward.layers import use_fast_layers
 from sepo.forward.logps import LayoutTrials, read_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, pack, pad
 from sepo.models.adapters import causal_lm
-from sepo.models.sharding import own_part
+from sepo.models.sharding import is_sharded, own_part
 from sepo.processes import log_once
 
 _ORDER = ("packed", "padded", "unbatched")
@@ -81,6 +81,8 @@ def prepare_model(
     for text, in_row in ((0, 0), (longest, max(tokens_per_row, 2 * longest))):
         (document, document_limit), (row, row_limit) = _reach(documents, text), _reach(rows, in_row)
         key = (required, document, row)
+        held = (k for k in trials.layouts if k[0] == required and _holds(documents, k[1], document))
+        key = next((k for k in held if _holds(rows, k[2], row)), key)
         if key not in trials.layouts:
             with torch.no_grad(), _modes_kept(model), _moved(model, device), _unguarded(lm):
                 model.eval()
@@ -160,6 +162,11 @@ def _reach(lengths: list[int], longest: int) -> tuple[int, float]:
     return (longest, longest) if longest < 2 * below else (2 * below, above)
 
 
+def _holds(lengths: list[int], tried: int, text: int) -> bool:
+    """Whether the trial of one text covers another: no longer, and beyond the same lengths of the config."""
+    return text <= tried and not any(text <= length < tried for length in lengths)
+
+
 # --- the trial ------------------------------------------------------------------------------------------------------
 
 _SHORT = (
@@ -167,6 +174,10 @@ _SHORT = (
     Pair(1, (3, 5, 7), (17, 3), (4, 4, 6)),
     Pair(2, (8,), (9,), (10, 12, 6)),
 )
+
+
+# Largest difference of a token's log-probability between a layout and the model's own forward in float32, in nats.
+_TOLERANCE = 2e-3
 
 
 def _try_layouts(
@@ -183,10 +194,19 @@ def _try_layouts(
     probe = [_within(pair, vocabulary) for pair in (*_SHORT, *([_long_pair(document)] if document else []))]
     fillers = [_within(pair, vocabulary) for pair in _fillers(document, row)]
     # The model's own logits are rounded to its type; those of `token_logps` are not.
-    tolerance = 2e-3 if lm.dtype in (torch.float32, torch.float64) else 0.25
+    tolerance = _TOLERANCE if lm.dtype in (torch.float32, torch.float64) else 0.25
 
     def attention(layout: str) -> str:
         return ATTENTION if layout == "packed" or trials.packs else trials.original_attention
+
+    def difference(layout: str, expected: Tensor) -> float:
+        _set_attention(lm, attention(layout))
+        got = torch.cat([_logps(model, batch) for batch in _batches(layout, probe, fillers)])[-len(expected) :]
+        return float((got - expected).abs().max())
+
+    def differs_in_float32(layout: str) -> bool:
+        _set_attention(lm, trials.original_attention)
+        return not difference(layout, _own_logps(lm, probe)) <= _TOLERANCE
 
     _set_attention(lm, trials.original_attention)
     expected = _expected_logps(lm, name, probe, document)
@@ -194,10 +214,17 @@ def _try_layouts(
     first = trials.layouts.get((required, 0, 0), "padded" if required == "padded" else "packed")
     for layout in _ORDER[_ORDER.index(first) :]:
         try:
-            _set_attention(lm, attention(layout))
-            got = torch.cat([_logps(model, batch) for batch in _batches(layout, probe, fillers)])[-len(expected) :]
-            difference = float((got - expected).abs().max())
-            problem = None if difference <= tolerance else f"its log-probabilities differ by {difference:.3g} nats"
+            nats = difference(layout, expected)
+            problem = None if nats <= tolerance else f"its log-probabilities differ by {nats:.3g} nats"
+            if problem is not None and _may_flip(lm):
+                with _in_float32(lm):
+                    problem = problem if differs_in_float32(layout) else None
+                _set_attention(lm, attention(layout))
+                if problem is None:
+                    log_once(
+                        f"  model '{name}': rounding changes its choice of experts, and a token by {nats:.3g} nats; "
+                        f"{layout} rows give its own log-probabilities in float32"
+                    )
         except Exception as error:  # any error of a model, a compiler or a kernel
             problem = one_line(error, 200)
         if problem is None:
@@ -222,6 +249,30 @@ def _try_layouts(
             f"it is read {how}, which is slower"
         )
     return layout
+
+
+def _may_flip(lm: PreTrainedModel) -> bool:
+    """Whether rounding may send a token to other experts, which changes its log-probability by any amount.
+
+    Two layouts round differently, so such a mixture in half precision is compared again in float32.
+    """
+    experts = any("expert" in name and number > 1 for name, number in _numbers(lm.config.get_text_config().to_dict()))
+    whole = not is_sharded(lm) and not getattr(lm, "is_quantized", False)
+    return experts and whole and lm.dtype in (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def _in_float32(lm: PreTrainedModel) -> Iterator[None]:
+    """Context in which half-precision weights are float32, to the same values."""
+    tensors = [(tensor, tensor.dtype) for tensor in (*lm.parameters(), *lm.buffers())]
+    halves = [(tensor, dtype) for tensor, dtype in tensors if dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for tensor, _ in halves:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _expected_logps(lm: PreTrainedModel, name: str, probe: list[Pair], document: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -114,11 +114,23 @@ def tokens_per_row_for(device: torch.device | str, scoring: bool = False) -> int
     return 8 * budget if scoring and kind == "cpu" else budget
 
 
-def numerics(model: nn.Module) -> dict[str, str | None]:
-    """The types and the device that decide how a model's log-probabilities are rounded at present.
+class Types(NamedTuple):
+    """The types in which a model reads pairs. Both sides of a log-ratio need the same: between float32 and bfloat16 the
+    sum over a response differs by about a nat, as much as training moves it.
 
-    A log-ratio of two models needs equal numerics: between float32 and bfloat16 the sum over a response differs by
-    about a nat, as much as training moves it.
+    Attributes:
+        dtype: of the weights.
+        quantization: of the weights; None without.
+        autocast: dtype that autocast computes in; None without.
+    """
+
+    dtype: str = "float32"
+    quantization: str | None = None
+    autocast: str | None = None
+
+
+def numerics(model: nn.Module) -> dict[str, str | None]:
+    """The types (see `Types`) and the device that decide how a model's log-probabilities are rounded at present.
 
     Returns:
         `dtype` of the weights ("float32", "bfloat16 4bit"), kind of `device`, and `autocast`'s dtype, None without it.

@@ -128,7 +128,10 @@ class Client:
                         take(under_way.pop(future), reply)
             except KeyboardInterrupt:
                 if under_way:
-                    log(f"waiting at most {self._timeout:g} s for {len(under_way)} replies under way, which are kept")
+                    log(
+                        f"waiting at most {self._timeout:g} s for {len(under_way)} replies under way, which are kept; "
+                        "Ctrl-C again stops at once"
+                    )
                 raise
 
     async def _ask(self, request: Mapping[str, Any]) -> Reply:

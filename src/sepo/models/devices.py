@@ -83,6 +83,11 @@ def choose_dtype(dtype: str = "auto", device: torch.device | None = None, *, tra
     return torch.bfloat16 if fast_bfloat16(device) and not trained else torch.float32
 
 
+def dtype_name(dtype: str, kind: str, *, trained: bool = False) -> str:
+    """`choose_dtype` on a kind of device, by name ("bfloat16")."""
+    return str(choose_dtype(dtype, torch.device(kind), trained=trained)).removeprefix("torch.")
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Does a device support bfloat16 natively? GPUs before Ampere and most CPUs emulate it, slower than float32."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

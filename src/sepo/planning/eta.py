@@ -1,7 +1,8 @@
 """The time that a run has left, in one line: the current stage, its progress, and the seconds to the end.
 
-Seconds are estimated from the FLOPs of every stage and corrected by what finished stages took, so a busy machine shows
-within the first scoring pass.
+Seconds come from this run alone: the progress of the current stage, and finished stages that did the same work on
+another model or other pairs. A stage like no other so far is named as not counted, because FLOPs alone were off by a
+factor of two and more.
 """
 
 from __future__ import annotations
@@ -15,96 +16,105 @@ from sepo.models.devices import choose_device
 from sepo.numbers import duration
 from sepo.planning.plan import SHARED, Planner, plan_stages
 from sepo.planning.sizes import method_sizes
-from sepo.planning.throughput import estimated, stage_rate
-from sepo.processes import log
 from sepo.runs.method import Method
 from sepo.runs.pipeline import Extension
 from sepo.stages.cost import Cost, Estimate
 
-# Seconds of a stage's progress before its own speed is used.
-_ENOUGH = 2.0
+# Seconds of progress, and share of the stage, before its speed is used.
+_SECONDS, _SHARE = 2.0, 0.1
 
 
 class Eta:
-    """Expected and spent seconds of the stages of a run.
+    """Work and seconds of the stages of a run.
+
+    The first bit of progress is not measured: it contains the loading of a model and first-time costs.
 
     Attributes:
-        expected: estimated seconds of each stage, in order.
-        kinds: the main kind of compute of each stage ("train", "score", "generate", ...); estimates of one kind share
-            their error.
+        work: FLOPs of each bar of each stage, in order; stages without any take no time.
     """
 
-    def __init__(
-        self, estimates: Mapping[str, Sequence[Estimate]], rate: float, clock: Callable[[], float] = time.monotonic
-    ):
-        self.expected: dict[str, float] = {}
-        self.kinds: dict[str, str] = {}
+    def __init__(self, estimates: Mapping[str, Sequence[Estimate]], clock: Callable[[], float] = time.monotonic):
+        self.work: dict[str, list[float]] = {}
+        self._like: dict[str, tuple] = {}  # stages with equal values take equally long for a FLOP
         self._clock = clock
         self._spent: dict[str, float] = {}  # of stages that ran, not of reused ones
         self._left = list(estimates)
-        self._now: tuple[str, float] | None = None
-        self._part: tuple[float, float] | None = None  # start and finished share of the current part
         for name, parts in estimates.items():
-            seconds = {part.kind: 0.0 for part in parts}
-            for part in parts:
-                seconds[part.kind] += estimated(part, rate).seconds(part)
-            self.expected[name] = sum(seconds.values())
-            self.kinds[name] = max(seconds, key=seconds.__getitem__, default="")
+            kinds = {part.kind for part in parts if part.flops}
+            kind = next((kind for kind in ("generate", "train", "score") if kind in kinds), "")
+            main = [part for part in parts if part.kind == kind and part.flops]
+            self.work[name] = [part.flops for part in main]
+            self._like[name] = _like(main[0]) if main else ()
+        self._reset(None)
 
-    def __str__(self) -> str:
-        parts = [f"{name} {duration(seconds)}" for name, seconds in self.expected.items() if seconds >= 1]
-        return f"about {duration(sum(self.expected.values()))}: {', '.join(parts)}"
+    def _reset(self, name: str | None) -> None:
+        self._name, self._began = name, self._clock()
+        self._bar, self._share = -1, 1.0
+        self._events: list[tuple[float, float]] = []  # the first and the last progress: seconds, finished FLOPs
 
     def begin(self, name: str) -> None:
         """A stage begins; earlier stages are over."""
-        self._now, self._part = (name, self._clock()), None
+        self._reset(name)
         if name in self._left:
             del self._left[: self._left.index(name) + 1]
 
     def end(self, name: str, done: bool) -> None:
         """A stage is over; `done`: it ran, its result was not reused."""
-        if self._now is not None and done:
-            self._spent[name] = self._clock() - self._now[1]
-        self._now = self._part = None
+        if self._name is not None and done:
+            self._spent[name] = self._clock() - self._began
+        self._reset(None)
 
     def part(self, share: float) -> None:
-        """Progress of a part of the current stage, from 0 to 1; 0 begins a part."""
-        began = self._clock() if self._part is None or share < self._part[1] else self._part[0]
-        self._part = began, share
+        """Progress of a bar of the current stage, from 0 to 1; a smaller share than before begins the next bar."""
+        begins = share < self._share or self._bar < 0
+        self._bar, self._share = self._bar + begins, share
+        if not begins:
+            self._events = [*self._events[:1], (self._clock(), self._finished())]
 
-    def remaining(self) -> float:
-        """Seconds left of the run."""
-        return self._rest_of_stage() + sum(self._corrected(name) for name in self._left)
+    def remaining(self) -> tuple[float, list[str]]:
+        """Seconds left of the run, and the stages that they do not count: those that nothing was measured for."""
+        rests = {name: self._expected(name) for name in self._left}
+        if self._name is not None:
+            rests = {self._name: self._rest_of_stage(), **rests}
+        return sum(rest for rest in rests.values() if rest), [name for name, rest in rests.items() if rest is None]
 
     def share(self) -> float:
-        """Finished share of the run by time, from 0 to 1; reused stages do not count."""
-        spent = sum(self._spent.values()) + (self._clock() - self._now[1] if self._now else 0.0)
-        whole = spent + self.remaining()
-        return spent / whole if whole else 1.0
+        """Finished share of the run's FLOPs, from 0 to 1."""
+        left = sum(sum(self.work[name]) for name in self._left)
+        if self._name is not None:
+            left += sum(self.work.get(self._name, [])) - self._finished()
+        whole = sum(map(sum, self.work.values()))
+        return 1 - left / whole if whole else 1.0
 
-    def _corrected(self, name: str) -> float:
-        """Estimated seconds of a stage, times the error of its kind so far, or of all stages."""
-        alike = [other for other in self._spent if self.kinds.get(other) == self.kinds.get(name)]
-        for others in (alike, list(self._spent)):
-            expected = sum(self.expected.get(other, 0.0) for other in others)
-            if expected > 0.5:
-                return self.expected.get(name, 0.0) * sum(self._spent[other] for other in others) / expected
-        return self.expected.get(name, 0.0)
-
-    def _rest_of_stage(self) -> float:
-        if self._now is None:
+    def _finished(self) -> float:
+        bars_of = self.work.get(self._name or "", [])
+        if self._bar < 0:
             return 0.0
-        name, began = self._now
-        now = self._clock()
-        rest = max(self._corrected(name) - (now - began), 0.0)
-        if self._part is None:
-            return rest
-        started, share = self._part
-        if share <= 0 or now - started < _ENOUGH:
-            return rest
-        of_part = (now - started) * (1 - share) / share
-        # Scoring and training have one part; an evaluation has several.
-        return max(rest, of_part) if self.kinds.get(name) == "generate" else of_part
+        return sum(bars_of[: self._bar]) + self._share * sum(bars_of[self._bar : self._bar + 1])
+
+    def _expected(self, name: str) -> float | None:
+        """Seconds of a stage, by finished stages like it."""
+        if not self.work.get(name):
+            return 0.0
+        alike = [other for other in self._spent if self._like.get(other) == self._like[name]]
+        known = sum(sum(self.work[other]) for other in alike)
+        return sum(self.work[name]) * sum(self._spent[other] for other in alike) / known if known else None
+
+    def _rest_of_stage(self) -> float | None:
+        now, name = self._clock(), self._name or ""
+        if len(self._events) == 2:
+            (started, before), (at, finished) = self._events
+            whole = sum(self.work.get(name, []))
+            if at - started >= _SECONDS and finished - before >= _SHARE * whole > 0:
+                return max((whole - finished) * (at - started) / (finished - before) - (now - at), 0.0)
+        expected, spent = self._expected(name), now - self._began
+        # Later an error of the expected seconds would be a large share of what remains.
+        return None if expected is None or spent > 0.2 * expected > 0 else expected - spent
+
+
+def _like(part: Estimate) -> tuple:
+    targets = round(part.targets / part.tokens, 2) if part.tokens else 0
+    return part.kind, part.model.name, part.dtype, str(part.lora), part.quantization, part.width, targets
 
 
 class RunLine:
@@ -143,21 +153,24 @@ class RunLine:
     def _draw(self, text: str, force: bool = False) -> None:
         at = self.names.index(self.stage) + 1 if self.stage in self.names else 0
         of = f" ({at} of {len(self.names)})" if at else ""
-        left = duration(self.eta.remaining())
         self.bar.n = min(self.eta.share(), 1.0)
-        self.bar.set_description_str(f"{self.stage}{of}{': ' if text else ''}{text}; {left} left", refresh=False)
+        self.bar.set_description_str(
+            f"{self.stage}{of}{': ' if text else ''}{text}; {_left(*self.eta.remaining())}", refresh=False
+        )
         bars.draw(self.bar, force)
 
     def close(self) -> None:
         self.bar.close()
 
 
-# Shorter runs are not announced.
-_ANNOUNCED_SECONDS = 10.0
+def _left(seconds: float, unknown: list[str]) -> str:
+    if not seconds and unknown:
+        return "measuring"
+    return f"{duration(seconds)} left{', without ' if unknown else ''}{', '.join(unknown)}"
 
 
 def eta_of(method: Method, extension: Extension | None = None, until: str | None = None) -> Eta:
-    """Estimate the stages of a run whose pairs are there, and announce them."""
+    """The stages of a run whose pairs are there."""
     planner = Planner(done={"data": method.pairs, "policy_pairs": method.policy_pairs})
     planned = Method(method.recipe, planner, judge=method.judge)
     plan_stages(planned, extension, until)
@@ -168,10 +181,7 @@ def eta_of(method: Method, extension: Extension | None = None, until: str | None
         for role, stage in planner.stages.items()
         if role not in planner.done
     }
-    eta = Eta(estimates, stage_rate(kind))
-    if sum(eta.expected.values()) > _ANNOUNCED_SECONDS:
-        log(f"{len(eta.expected)} stages, {eta}")
-    return eta
+    return Eta(estimates)
 
 
 def estimates_of_process(cost: Cost | None, devices: int) -> list[Estimate]:
@@ -186,7 +196,7 @@ def one_line(eta: Eta | None) -> Iterator[RunLine | None]:
     if eta is None or not processes.is_main():
         yield None
         return
-    line = RunLine(eta, list(eta.expected))
+    line = RunLine(eta, list(eta.work))
     try:
         with bars.show_in(line):
             yield line

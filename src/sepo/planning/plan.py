@@ -101,10 +101,11 @@ def plan_run(
     check_inputs(recipe, extension, elsewhere)
     with tempfile.TemporaryDirectory() as folder:
         planner = Planner(Path(folder))
-        method = Method(recipe, planner, judge=extension and extension.judge)
+        kind = device_kind(recipe, target)
+        method = Method(recipe, planner, judge=extension and extension.judge, device=kind)
         check_method_pairs(method)
         plan_stages(method, extension, until)
-        sizes = method_sizes(method, device_kind(recipe, target), target.processes)
+        sizes = method_sizes(method, kind, target.processes)
         throughputs = throughputs_of(method, target)
         example = _example(method)
     costs = {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}

@@ -23,11 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
 from sepo.errors import UserError, nearest
+from sepo.forward.scoring import Types
+from sepo.models.devices import choose_device, dtype_name
 from sepo.models.tokenizer import load_tokenizer
-from sepo.recipe.settings import PolicySettings, Recipe, ReferenceSettings
+from sepo.recipe.settings import OracleSettings, PolicySettings, Recipe, ReferenceSettings
 from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
 from sepo.stages.evaluate import RunJudge
 from sepo.stages.stage import Model, Stage, StageResult
+from sepo.training.fit import training_types
 
 # What `sepo run --until` takes: a stage of the method, and the result of a `Method` that ends with it.
 UNTIL = {
@@ -66,6 +69,7 @@ class Method:
         oracle_seed: of the oracles; default: the recipe's.
         judge: compares answers in the evaluation.
         pairs: tokenised pairs that exist already, such as those that the variants of a comparison share.
+        device: the kind of device that a plan is for; default: the recipe's, on this machine.
     """
 
     def __init__(
@@ -77,12 +81,15 @@ class Method:
         oracle_seed: int | None = None,
         judge: RunJudge | None = None,
         pairs: StageResult | None = None,
+        device: str | None = None,
     ):
         if pairs is not None:
             self.pairs = pairs
         self.recipe, self.walker, self.judge = recipe, walker, judge
         self.seed = recipe.seed if seed is None else seed
         self.oracle_seed = recipe.seed if oracle_seed is None else oracle_seed
+        self._device = device
+        self._passes: dict[tuple[str, str, Types], StageResult] = {}
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -118,8 +125,16 @@ class Method:
 
     @cached_property
     def reference_logps(self) -> StageResult:
-        """Log-probabilities under the reference: DPO's reference term, and half of the token reward."""
+        """Log-probabilities under the reference: half of the token reward."""
         return self._logps(self.reference, self.pairs, "reference")
+
+    @cached_property
+    def oracle_start_logps(self) -> StageResult:
+        """Log-probabilities under the reference in the types of the oracle's training: DPO's reference term."""
+        types = self._training_types(self.recipe.oracle, self.reference)
+        if types == self._scoring_types:
+            return self.reference_logps
+        return self._logps(self.reference, self.pairs, "oracle_start", types)
 
     @cached_property
     def oracles(self) -> dict[str, Model]:
@@ -134,7 +149,7 @@ class Method:
         return {
             name: Model.of(
                 self.walker.do(
-                    oracle.stage(self.recipe, self.reference, self.pairs, self.reference_logps, seed, swapped), name
+                    oracle.stage(self.recipe, self.reference, self.pairs, self.oracle_start_logps, seed, swapped), name
                 )
             )
             for name, seed, swapped in oracle.members(settings, self.oracle_seed)
@@ -179,16 +194,12 @@ class Method:
 
     @cached_property
     def policy_start_logps(self) -> StageResult:
-        """Log-probabilities under the policy's start."""
-        if self.start_is_scored:
-            return self.reference_logps
-        return self._logps(self.policy_start, self.policy_pairs, "policy_start")
+        """Log-probabilities under the policy's start in the types of its training: the objective's reference."""
+        return self.start_logps(self._training_types(self.recipe.policy, self.policy_start))
 
-    @cached_property
-    def start_is_scored(self) -> bool:
-        """Is the policy's start the reference, which token rewards have scored already?"""
-        scored = self.recipe.oracle.rewards is None and not self.transfers
-        return scored and self.policy_start.content == self.reference.content
+    def start_logps(self, types: Types) -> StageResult:
+        """Log-probabilities under the policy's start in any types."""
+        return self._logps(self.policy_start, self.policy_pairs, "policy_start", types)
 
     @cached_property
     def policy(self) -> StageResult:
@@ -201,7 +212,8 @@ class Method:
     def evaluation(self) -> StageResult:
         """Everything that is measured about the policy."""
         policy = Model.of(self.policy)
-        start_logps = self.policy_start_logps if self.start_is_scored or train.needs_reference(self.recipe) else None
+        types = Types(dtype_name(self.recipe.dtype, self._kind))
+        start_logps = self._passes.get((self.policy_start.content, self.policy_pairs.content, types))
         stage = evaluate.stage(
             self.recipe,
             policy,
@@ -220,8 +232,25 @@ class Method:
         """Do everything up to a stage of `UNTIL`."""
         return getattr(self, UNTIL[stage])
 
-    def _logps(self, model: Model, pairs: StageResult, role: str) -> StageResult:
-        return self.walker.do(logps.stage(self.recipe, model, pairs, role), f"{role}_logps")
+    def _logps(self, model: Model, pairs: StageResult, role: str, types: Types | None = None) -> StageResult:
+        """A pass over all pairs in some types (default: those of token rewards), done once whoever asks for it."""
+        types = types or self._scoring_types
+        key = (model.content, pairs.content, types)
+        if key not in self._passes:
+            stage = logps.stage(self.recipe, model, pairs, role, types)
+            self._passes[key] = self.walker.do(stage, f"{role}_logps")
+        return self._passes[key]
+
+    @cached_property
+    def _kind(self) -> str:
+        return self._device or choose_device(self.recipe.device).type
+
+    @property
+    def _scoring_types(self) -> Types:
+        return Types(logps.scoring_dtype(self.recipe))
+
+    def _training_types(self, settings: OracleSettings | PolicySettings, model: Model) -> Types:
+        return training_types(settings, model.folder, self._kind)
 
     def _tokenizer(self, settings: ReferenceSettings | PolicySettings) -> PreTrainedTokenizerBase:
         return load_tokenizer(str(settings.model), revision=settings.revision)

@@ -1,7 +1,8 @@
 """Stage "..._logps": a frozen model scores all pairs; the log-probabilities are stored once and read many times.
 
-Those of the reference are half of the token reward *and* the reference term of the oracle's DPO. Scoring goes shard by
-shard, and keeps an existing shard of the same model and pairs.
+Those of the reference are half of the token reward *and*, where the oracle trains in the same types, the reference term
+of its DPO. A training in other types (bfloat16 autocast) has a pass of its own, stored likewise. Scoring goes shard by
+shard, and keeps an existing shard of the same model, types and pairs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 
 from sepo import processes
 from sepo.bars import progress_bar
@@ -26,8 +29,9 @@ from sepo.data.tables import (
     write_shard,
 )
 from sepo.errors import UserError, log_kept_on_interrupt, one_line
-from sepo.forward.scoring import dataset_logps, tokens_per_row_for
-from sepo.models.devices import choose_device, choose_dtype
+from sepo.forward.prepare import prepare_model
+from sepo.forward.scoring import TablePairs, Types, dataset_logps, tokens_per_row_for
+from sepo.models.devices import choose_device, choose_dtype, dtype_name
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
 from sepo.processes import log
@@ -36,13 +40,14 @@ from sepo.stages.cost import Cost, Estimate, FrozenMemory, ModelSize, Sizes
 from sepo.stages.stage import PARTS, Model, Stage, StageResult
 
 
-def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str) -> Stage:
+def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str, types: Types) -> Stage:
     """Log-probabilities of the training pairs, and of the held-out pairs in `held_out`.
 
     Args:
-        role: the model's role: "reference", an oracle's name, or "policy_start", which reads the policy's own pairs.
+        role: the model's role: "reference", an oracle's name, "oracle_start" (the reference in the types of the
+            oracle's training), or "policy_start", which reads the policy's own pairs.
     """
-    dtype = scoring_dtype(recipe)
+    named = {name: value for name, value in types._asdict().items() if value is not None}
 
     def run(folder: Path) -> dict[str, Any]:
         for part in PARTS:
@@ -51,7 +56,7 @@ def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str) -> Stage:
                 pairs.folder / part,
                 part_of(folder, part),
                 device=recipe.device,
-                dtype=dtype,
+                types=types,
                 tokens_per_row=recipe.tokens_per_row,
                 description=f"{role} {part}",
             )
@@ -60,10 +65,10 @@ def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str) -> Stage:
     return Stage(
         kind="logps",
         what=f"log-probabilities, {Path(model.folder).name}",
-        depends={"model": model.content, "pairs": pairs.content, "dtype": dtype},
+        depends={"model": model.content, "pairs": pairs.content, **named},
         outputs=("part-*.parquet", "held_out/part-*.parquet"),
         run=run,
-        cost=lambda sizes: cost(recipe, sizes, role),
+        cost=lambda sizes: cost(recipe, sizes, role, types),
         verifies=True,
     )
 
@@ -87,18 +92,19 @@ def logps_pass(
     out: Path,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    types: Types | None = None,
     tokens_per_row: int | None = None,
     description: str = "log-probabilities",
 ) -> Path:
     """Store the log-probability of every response token of a pairs table under a frozen model.
 
-    The table is written shard by shard. Existing shards of the same model and pairs are kept, so an interrupted pass
-    continues.
+    The table is written shard by shard. Existing shards of the same model, types and pairs are kept, so an interrupted
+    pass continues.
     """
     processes.join(device)
+    types = types or Types("auto")
     shards = len(table_paths(pairs, "pairs"))
-    todo = processes.on_main(lambda: _shards_to_do(model, pairs, out, dtype, device))
+    todo = processes.on_main(lambda: _shards_to_do(model, pairs, out, types, device))
     if not todo:
         return out
 
@@ -109,28 +115,46 @@ def logps_pass(
         number = sum(shard_path(out, index).is_file() for index in range(shards))
         return f"{number} of {shards} parts of '{out}' are kept; the same command continues with the next"
 
-    total = sum(item["pairs"] for item in todo)
-    bar = progress_bar(processes.is_main(), total=total, desc=f"  {description}", unit="pair", smoothing=0.05)
+    total = sum(pq.read_metadata(path).num_rows for path in table_paths(pairs, "pairs"))
+    bar = progress_bar(
+        processes.is_main(),
+        total=total,
+        initial=total - sum(item["pairs"] for item in todo),
+        desc=f"  {description}",
+        unit="pair",
+        smoothing=0.05,
+    )
     with log_kept_on_interrupt(kept), bar:
-        loaded = load_model(model, device=device, dtype=dtype, sharded=processes.read_sharded())
+        loaded = load_model(
+            model,
+            device=device,
+            dtype=types.dtype,
+            quantization=types.quantization,
+            sharded=processes.read_sharded() and types.quantization is None,
+        )
+        budget = tokens_per_row or tokens_per_row_for(choose_device(device), scoring=True)
+        prepare_model(loaded, longest=max(item["longest"] for item in todo), tokens_per_row=budget)
+        low = None if types.autocast is None else choose_dtype(types.autocast)
         for item in todo:
             index = item["index"]
-            table = dataset_logps(
-                loaded,
-                read_shard(shard_path(pairs, index), "pairs"),
-                tokens_per_row=tokens_per_row,
-                provenance=item["provenance"],
-                progress=lambda done: bar.update(done * processes.size()),
-                over_processes=True,
-            )
+            with torch.autocast(choose_device(device).type, low, enabled=low is not None):
+                table = dataset_logps(
+                    loaded,
+                    read_shard(shard_path(pairs, index), "pairs"),
+                    tokens_per_row=tokens_per_row,
+                    provenance=item["provenance"],
+                    progress=lambda done: bar.update(done * processes.size()),
+                    over_processes=True,
+                )
             processes.on_main(partial(write, index, table))
     return out
 
 
-def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -> list[dict[str, Any]]:
+def _shards_to_do(model: str, pairs: Path, out: Path, types: Types, device: str) -> list[dict[str, Any]]:
     """The shards that are missing or out of date, each with its provenance and number of pairs."""
     chosen = choose_device(device)
-    weights = str(choose_dtype(dtype, chosen)).removeprefix("torch.")
+    weights = dtype_name(types.dtype, chosen.type)
+    weights += "" if types.quantization is None else f" {types.quantization}"
     fingerprint = {"model": model_fingerprint(model), "dtype": weights, "device": chosen.type}
     paths = table_paths(pairs, "pairs")
     todo: list[dict[str, Any]] = []
@@ -140,9 +164,12 @@ def _shards_to_do(model: str, pairs: Path, out: Path, dtype: str, device: str) -
         made_from = {"tokenizer": provenance_of(table).get("tokenizer"), "pairs": table_digest(table)}
         expected = {**fingerprint, **made_from}
         stored = shard_path(out, index)
-        problem = _shard_problem(stored, {**expected, "shard": index, "shards": len(paths)})
+        of_table = {"autocast": types.autocast, "shard": index, "shards": len(paths)}
+        problem = _shard_problem(stored, {**expected, **of_table})
         if problem is not None:
-            todo.append({"index": index, "provenance": expected, "pairs": len(table)})
+            todo.append(
+                {"index": index, "provenance": expected, "pairs": len(table), "longest": TablePairs(table).longest}
+            )
             problems += [f"{stored} {problem}"] if stored.exists() else []
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -170,15 +197,15 @@ def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
     return None
 
 
-def scoring_estimates(recipe: Recipe, sizes: Sizes, model: ModelSize) -> tuple[Estimate, ...]:
+def scoring_estimates(sizes: Sizes, model: ModelSize, types: Types) -> tuple[Estimate, ...]:
     """A frozen model scores all pairs."""
-    dtype = scoring_dtype(recipe)
     parts = (sizes.train, sizes.held_out)
-    reads = [Estimate("score", model, part.scored, part.responses, dtype=dtype) for part in parts if part.pairs]
-    return (*(Estimate("load", model, dtype=dtype) for _ in reads), *reads)
+    computes_in = types.autocast or types.dtype
+    reads = [Estimate("score", model, part.scored, part.responses, dtype=computes_in) for part in parts if part.pairs]
+    return (*(Estimate("load", model, dtype=types.dtype) for _ in reads), *reads)
 
 
-def cost(recipe: Recipe, sizes: Sizes, role: str) -> Cost:
+def cost(recipe: Recipe, sizes: Sizes, role: str, types: Types) -> Cost:
     """A model of some role scores all pairs."""
     model = sizes.small
     if role == "policy_start":
@@ -191,11 +218,11 @@ def cost(recipe: Recipe, sizes: Sizes, role: str) -> Cost:
         "log-probabilities",
         train.pairs + held_out.pairs,
         train.scored + held_out.scored,
-        scoring_estimates(recipe, sizes, model),
+        scoring_estimates(sizes, model, types),
         FrozenMemory(
             model.shape,
             sizes.device,
-            width_of(scoring_dtype(recipe), sizes.device),
+            width_of(types.dtype, sizes.device),
             longest,
             math.ceil(share * longest),
             processes=sizes.processes,

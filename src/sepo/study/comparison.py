@@ -25,7 +25,7 @@ from sepo.data.splits import prompt_numbers
 from sepo.data.tables import read_table
 from sepo.errors import UserError, one_line
 from sepo.files import check_writable, digest, write_json
-from sepo.forward.scoring import NonFiniteError
+from sepo.forward.scoring import NonFiniteError, Types
 from sepo.judging import stages as judging_stages
 from sepo.judging.in_run import judge_in_words
 from sepo.judging.judge import scorer_of
@@ -278,15 +278,16 @@ def run_stage(
     )
     unjudged = recipe.eval.gold is None and recipe.eval.judge is None
     reference = train.needs_reference(recipe)
-    start_logps = method.policy_start_logps if reference or unjudged else None
+    # Policies are measured without autocast, so in other types than they may train in.
+    measured_in = Types(**stages.training_types(recipe, start))
     return stages.run_stage(
         recipe,
         start,
         method.selection if _reads_selection(recipe) else None,
-        start_logps if reference else None,
+        method.policy_start_logps if reference else None,
         method.policy_pairs,
         method.walker.do(stages.start_stage(recipe, start, method.policy_pairs, measured), "start"),
-        start_logps if unjudged else None,
+        method.start_logps(measured_in) if unjudged else None,
         measured,
     )
 

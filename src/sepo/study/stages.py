@@ -23,8 +23,7 @@ from sepo.forward.packing import read_length
 from sepo.forward.scoring import table_pairs
 from sepo.judging.in_run import judge_content
 from sepo.judging.scorers import Scorer
-from sepo.models.devices import choose_device, choose_dtype
-from sepo.models.folders import is_adapter
+from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe
@@ -36,6 +35,7 @@ from sepo.stages.stage import Model, Stage, StageResult
 from sepo.study.grid import Grid
 from sepo.study.kl_probe import PROBES, Passing, Probe
 from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, start_of
+from sepo.training import fit
 from sepo.training.batches import whole_responses
 from sepo.training.checkpoints import STATE_FILE
 from sepo.training.fit import epochs, objective_settings, train_model
@@ -49,10 +49,8 @@ def training_types(recipe: Recipe, start: Model) -> dict[str, Any]:
 
     The start is read in the same: a log-ratio between two types would measure their rounding.
     """
-    policy = recipe.policy
-    adapter = policy.lora is not None or is_adapter(Path(start.folder))
-    dtype = choose_dtype("auto", choose_device(recipe.device), trained=not adapter)
-    return {"dtype": str(dtype).removeprefix("torch."), "quantization": policy.quantization}
+    types = fit.training_types(recipe.policy, start.folder, choose_device(recipe.device).type)
+    return {"dtype": types.dtype, "quantization": types.quantization}
 
 
 @dataclass(frozen=True)

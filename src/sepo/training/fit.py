@@ -20,11 +20,13 @@ from sepo import processes
 from sepo.data.tables import table_digest
 from sepo.errors import Interrupted, UserError, log_kept_on_interrupt, one_line
 from sepo.files import file_digests, replace_folder, write_json
-from sepo.models.devices import choose_training_device, fast_bfloat16
+from sepo.forward.scoring import Types
+from sepo.models.devices import choose_training_device, dtype_name, fast_bfloat16
+from sepo.models.folders import is_adapter
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
-from sepo.recipe.settings import LoraSettings, PolicySettings, TrainingSettings
+from sepo.recipe.settings import LoraSettings, OracleSettings, PolicySettings, TrainingSettings
 from sepo.training.batches import pairs_seen
 from sepo.training.checkpoints import (
     STATE_FILE,
@@ -75,6 +77,20 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
     return {**arguments, **settings.arguments}
 
 
+def training_types(settings: OracleSettings | PolicySettings, model: str, device: str) -> Types:
+    """The types in which a training on a kind of device reads pairs; its reference is read in the same.
+
+    Args:
+        model: name or folder of the model that is trained.
+    """
+    training, adapter = settings.training, settings.lora is not None or is_adapter(Path(model))
+    planned = device == "cuda" and not torch.cuda.is_available()  # a plan for a GPU that is not here
+    bf16 = planned or fast_bfloat16(torch.device(device)) if training.bf16 is None else training.bf16
+    low = {"bf16": bf16, **training.arguments}
+    autocast = "float16" if low.get("fp16") else "bfloat16" if low["bf16"] else None
+    return Types(dtype_name("auto", device, trained=not adapter), settings.quantization, autocast)
+
+
 def pairs_to_see(settings: TrainingSettings, pairs: int) -> int:
     """Number of pairs that a training sees, with repetitions. Trainer runs whole updates."""
     steps = settings.max_steps
@@ -106,7 +122,7 @@ def train_model(
     """Train a model on a pairs or selection table and save it to `out`.
 
     Args:
-        reference_logps: log-probabilities under `model` as it is here, of the rows of `table`.
+        reference_logps: log-probabilities under `model` as it is here, of the rows of `table`, in the `training_types`.
         callbacks: additional callbacks beside those for the progress bar and the checkpoints.
         objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
 
