@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before any Hugging Face import reads them: a test that wants the network must fail at once, not hang.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,29 +15,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
-import torch
 from filelock import FileLock
-from hypothesis import settings
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the GPU's kernels are imported
+import spawn
 
-import properties  # noqa: F401  registers the profiles of Hypothesis
-import tiny_run
-from sepo.errors import UserError
-from sepo.models.names import check_model, resolve_model
-from sepo.recipe.settings import DEFAULT_MODEL
-
-settings.load_profile("ordinary")
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: a thread each, also in the processes that tests start.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-elif "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tests of half a minute each: they start first, so that no worker waits for one at the end.
 LONGEST = ("test_faults", "test_package", "test_tutorials", "test_many_processes", "test_sharded_reading")
@@ -59,8 +43,30 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if is_nightly(config):
-        settings.load_profile("nightly")
+    """Import what all tests import, in a process that runs tests: one that only hands them out to workers does not."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and config.getoption("numprocesses", None):
+        return
+    gc.disable()  # until the tests are collected: importing makes a million objects, and none is garbage
+    import torch
+    from hypothesis import settings
+
+    import properties  # noqa: F401  registers the profiles of Hypothesis
+    import sepo.models.weights  # noqa: F401
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers share the cores: a thread each, also in the processes that tests start.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
+    settings.load_profile("nightly" if is_nightly(config) else "ordinary")
+    spawn.start_server()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the GPU's kernels are imported
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 def is_nightly(config) -> bool:
@@ -91,6 +97,7 @@ def _what_was_imported_is_not_searched_for_garbage():
 
 
 def pytest_unconfigure():
+    spawn.stop_server()
     gc.unfreeze()  # what is left when the interpreter ends, bindings report as leaked
 
 
@@ -103,6 +110,10 @@ def nightly_run(request) -> bool:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> str:
     """The folder of SmolLM2-135M-Instruct in safetensors: converted at the first run, cached from then on."""
+    from sepo.errors import UserError
+    from sepo.models.names import check_model, resolve_model
+    from sepo.recipe.settings import DEFAULT_MODEL
+
     try:
         check_model(DEFAULT_MODEL)
     except UserError as error:
@@ -112,6 +123,8 @@ def smollm2_dir() -> str:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_dir) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(smollm2_dir)
 
 
@@ -140,6 +153,8 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 @pytest.fixture(scope="session")
 def finished_run(made_once) -> Path:
     """The folder of `tiny_run.fill`: a model, preferences, a recipe and its finished run in `run`. Only read it."""
+    import tiny_run
+
     return made_once("run", tiny_run.fill)
 
 
