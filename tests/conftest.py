@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # Tests of half a minute each: they start first, so that no worker waits for one at the end.
 LONGEST = ("test_faults", "test_package", "test_tutorials", "test_many_processes", "test_sharded_reading")
-# Whole runs, launched processes, a browser, thousands of generated inputs: not for the inner loop (`make check`).
+# Not for the inner loop (`make check`): files of whole runs, launched processes, a browser, and the functions that took
+# over half a second when scripts/slow_tests.py recorded them last.
 SLOW = (
     *("runs/", "hub/", "docs/", "cuda/", "test_golden"),
     *("study/test_compare", "study/test_judge_in_compare", "study/test_grid_parts"),
@@ -32,7 +33,7 @@ SLOW = (
     *("judging/test_judge_in_run", "judging/test_judge_killed", "judging/test_benchmarks_in_run"),
     *("judging/test_oracle_judge", "planning/test_plan", "training/test_logs", "report/test_report_browser"),
 )
-
+RECORDED = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
 
 # The tests in a browser that are not left to the nightly run.
 BROWSER = ("test_the_sliders_select_the_tokens", "test_hostile_text_is_shown")
@@ -74,9 +75,10 @@ def is_nightly(config) -> bool:
 
 
 def pytest_collection_modifyitems(config, items):
-    here = os.path.dirname(__file__)
+    here = Path(__file__).parent
     for item in items:
-        if os.path.relpath(item.path, here).startswith(SLOW) or "smollm2_dir" in getattr(item, "fixturenames", ()):
+        name = f"{item.path.relative_to(here).with_suffix('')}::{item.originalname}"
+        if name.startswith(SLOW) or name in RECORDED or "smollm2_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
         if item.path.name == "test_report_browser.py" and not item.originalname.startswith(BROWSER):
             item.add_marker(pytest.mark.nightly)

@@ -38,7 +38,8 @@ PRELOADED = (
     "peft", "trl", "datasets", "accelerate", "matplotlib.pyplot", "scipy.stats", "vaderSentiment.vaderSentiment",
     "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.launcher.api",
     "transformers.models.llama.modeling_llama", "transformers.trainer", "sepo.runs.pipeline", "sepo.report.build",
-    "sepo.training.trainer", "sepo.training.sft", "sepo.models.weights", "sepo.evaluate.generate", "sepo.cli", "fsdp_on_cpu",
+    "sepo.training.trainer", "sepo.training.sft", "sepo.models.weights", "sepo.evaluate.generate", "sepo.cli",
+    "fsdp_on_cpu",
 )  # fmt: skip
 _requests: socket.socket | None = None
 _server = 0
@@ -85,7 +86,7 @@ def start(
     env: dict[str, str] | None = None,
     cwd: object = None,
 ) -> Child:
-    """Start `python ARGUMENTS` (a script, `-c CODE` or `-m MODULE`); the three streams are descriptors, or discarded."""
+    """Start `python ARGUMENTS` (a script, `-c CODE` or `-m MODULE`); the streams are descriptors, or discarded."""
     assert _requests is not None, "start_server() was not called"
     environment = dict(os.environ if env is None else env)
     message = pickle.dumps(([str(argument) for argument in arguments], environment, str(cwd or os.getcwd())))
