@@ -27,7 +27,7 @@ LONGEST = ("test_faults", "test_package", "test_tutorials", "test_many_processes
 # Not for the inner loop (`make check`): files of whole runs, launched processes, a browser, and the functions that took
 # over half a second when scripts/slow_tests.py recorded them last.
 SLOW = (
-    *("runs/", "hub/", "docs/", "cuda/", "test_golden"),
+    *("runs/", "hub/", "docs/", "cuda/", "test_golden", "test_spawn"),
     *("study/test_compare", "study/test_judge_in_compare", "study/test_grid_parts"),
     *("cli/test_hostile", "cli/test_interrupt", "cli/test_terminal", "data/test_data_fuzz"),
     *("judging/test_judge_in_run", "judging/test_judge_killed", "judging/test_benchmarks_in_run"),

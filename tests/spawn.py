@@ -41,6 +41,7 @@ PRELOADED = (
     "sepo.training.trainer", "sepo.training.sft", "sepo.models.weights", "sepo.evaluate.generate", "sepo.cli",
     "fsdp_on_cpu",
 )  # fmt: skip
+OPEN_MAX = os.sysconf("SC_OPEN_MAX")
 _requests: socket.socket | None = None
 _server = 0
 
@@ -93,7 +94,8 @@ def start(
     read, write = os.pipe()
     with open(os.devnull, "r+b", buffering=0) as nothing:
         streams = [nothing.fileno() if stream is None else stream for stream in (stdin, stdout, stderr)]
-        socket.send_fds(_requests, [message], [*streams, write])
+        socket.send_fds(_requests, [struct.pack("I", len(message))], [*streams, write])
+        _requests.sendall(message)
     os.close(write)
     return Child(read)
 
@@ -124,8 +126,7 @@ def run(
 def start_server() -> None:
     """Fork the server, once per test process; it ends with this process."""
     global _requests, _server
-    _requests, served = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    _requests.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    _requests, served = socket.socketpair()
     _server = os.fork()
     if _server == 0:
         with contextlib.suppress(BaseException):
@@ -144,22 +145,21 @@ def stop_server() -> None:
 
 
 def _serve(requests: socket.socket) -> NoReturn:
-    own = os.dup2(requests.fileno(), 1000)
-    requests.detach()
-    os.closerange(3, own)
-    requests = socket.socket(fileno=own)
+    requests = socket.socket(fileno=os.dup2(requests.detach(), 3))
+    os.closerange(4, OPEN_MAX)
     faulthandler.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C of the tests: the server ends when they do
     sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
     sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
     imported = False
     while True:
-        message, received, *_ = socket.recv_fds(requests, 1 << 20, 4)
-        with contextlib.suppress(ChildProcessError):  # the processes that waited for a child; all of them at the end
-            while os.waitpid(-1, os.WNOHANG if message else 0)[0]:
+        length, received, *_ = socket.recv_fds(requests, 4, 4)
+        with contextlib.suppress(ChildProcessError):  # the processes that waited for a child
+            while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        if not message:
+        if not length:
             os._exit(0)
+        message = requests.recv(struct.unpack("I", length)[0], socket.MSG_WAITALL)
         if not imported:
             gc.disable()
             for name in PRELOADED:
@@ -197,7 +197,7 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, stre
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
-        os.closerange(3, 1001)
+        os.closerange(3, OPEN_MAX)
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
