@@ -1,6 +1,6 @@
 # make quickstart    set up, then run the embedded example: preference pairs -> aligned policy -> report
 # make check         lint, types, import contracts and the fast tests: the inner loop
-# make test          set up, then everything that CI runs: lint, types, the tests, two workers: about ten minutes
+# make test          set up, then everything that CI runs: lint, types, the tests, two workers: about six minutes
 # make nightly       make test with long variants: many faults, tutorials, the wheel, the browser, all inputs of properties
 # make docs          build the documentation into site/, strictly
 # make gpu           on a machine with a GPU: its tests, its figures beside TRL's (benchmarks/gpu.sh), methods compared
@@ -18,7 +18,7 @@ WORKERS ?= 2
 PIP := pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test nightly docs gpu faults test-lowest lint clean
+.PHONY: help setup quickstart check test nightly run-check run-test run-nightly docs gpu faults test-lowest lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^PYTHON/q' Makefile
@@ -43,15 +43,16 @@ $(STAMP): $(RUN_STAMP)
 quickstart: $(RUN_STAMP)
 	$(BIN)/sepo run quickstart
 
-check: lint
-	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+# The linters run beside the tests: mypy uses one core.
+check test nightly: setup
+	@$(MAKE) --no-print-directory -j 2 lint run-$@
+
+run-check:
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 # The 25 slowest tests are printed, the time of each is in build/tests.xml.
-test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=25 --junitxml=build/tests.xml
-
-nightly: lint
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=25 --junitxml=build/tests.xml --nightly
+run-test run-nightly:
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --durations=25 --junitxml=build/tests.xml $(if $(filter %-nightly,$@),--nightly)
 
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before any Hugging Face import reads them: a test that wants the network must fail at once, not hang.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,41 +15,25 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
-import torch
 from filelock import FileLock
-from hypothesis import settings
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the GPU's kernels are imported
+import spawn
 
-import properties  # noqa: F401  registers the profiles of Hypothesis
-import tiny_run
-from sepo.errors import UserError
-from sepo.models.names import check_model, resolve_model
-from sepo.recipe.settings import DEFAULT_MODEL
-
-settings.load_profile("ordinary")
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: a thread each, also in the processes that tests start.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-elif "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tests of half a minute each: they start first, so that no worker waits for one at the end.
 LONGEST = ("test_faults", "test_package", "test_tutorials", "test_many_processes", "test_sharded_reading")
-# Whole runs, launched processes, a browser, thousands of generated inputs: not for the inner loop (`make check`).
+# Not for the inner loop (`make check`): files of whole runs, launched processes, a browser, and the functions that took
+# over half a second when scripts/slow_tests.py recorded them last.
 SLOW = (
-    *("runs/", "hub/", "docs/", "cuda/", "test_golden"),
+    *("runs/", "hub/", "docs/", "cuda/", "test_golden", "test_spawn"),
     *("study/test_compare", "study/test_judge_in_compare", "study/test_grid_parts"),
     *("cli/test_hostile", "cli/test_interrupt", "cli/test_terminal", "data/test_data_fuzz"),
     *("judging/test_judge_in_run", "judging/test_judge_killed", "judging/test_benchmarks_in_run"),
     *("judging/test_oracle_judge", "planning/test_plan", "training/test_logs", "report/test_report_browser"),
 )
-
+RECORDED = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
 
 # The tests in a browser that are not left to the nightly run.
 BROWSER = ("test_the_sliders_select_the_tokens", "test_hostile_text_is_shown")
@@ -59,8 +44,30 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if is_nightly(config):
-        settings.load_profile("nightly")
+    """Import what all tests import, in a process that runs tests: one that only hands them out to workers does not."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and config.getoption("numprocesses", None):
+        return
+    gc.disable()  # until the tests are collected: importing makes a million objects, and none is garbage
+    import torch
+    from hypothesis import settings
+
+    import properties  # noqa: F401  registers the profiles of Hypothesis
+    import sepo.models.weights  # noqa: F401
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers share the cores: a thread each, also in the processes that tests start.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, os.cpu_count() or 1))
+    settings.load_profile("nightly" if is_nightly(config) else "ordinary")
+    spawn.start_server()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the GPU's kernels are imported
+
+
+def pytest_collection_finish():
+    gc.enable()
 
 
 def is_nightly(config) -> bool:
@@ -68,9 +75,10 @@ def is_nightly(config) -> bool:
 
 
 def pytest_collection_modifyitems(config, items):
-    here = os.path.dirname(__file__)
+    here = Path(__file__).parent
     for item in items:
-        if os.path.relpath(item.path, here).startswith(SLOW) or "smollm2_dir" in getattr(item, "fixturenames", ()):
+        name = f"{item.path.relative_to(here).with_suffix('')}::{item.originalname}"
+        if name.startswith(SLOW) or name in RECORDED or "smollm2_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
         if item.path.name == "test_report_browser.py" and not item.originalname.startswith(BROWSER):
             item.add_marker(pytest.mark.nightly)
@@ -91,6 +99,7 @@ def _what_was_imported_is_not_searched_for_garbage():
 
 
 def pytest_unconfigure():
+    spawn.stop_server()
     gc.unfreeze()  # what is left when the interpreter ends, bindings report as leaked
 
 
@@ -103,6 +112,10 @@ def nightly_run(request) -> bool:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> str:
     """The folder of SmolLM2-135M-Instruct in safetensors: converted at the first run, cached from then on."""
+    from sepo.errors import UserError
+    from sepo.models.names import check_model, resolve_model
+    from sepo.recipe.settings import DEFAULT_MODEL
+
     try:
         check_model(DEFAULT_MODEL)
     except UserError as error:
@@ -112,6 +125,8 @@ def smollm2_dir() -> str:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_dir) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(smollm2_dir)
 
 
@@ -140,6 +155,8 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 @pytest.fixture(scope="session")
 def finished_run(made_once) -> Path:
     """The folder of `tiny_run.fill`: a model, preferences, a recipe and its finished run in `run`. Only read it."""
+    import tiny_run
+
     return made_once("run", tiny_run.fill)
 
 

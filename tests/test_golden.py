@@ -6,13 +6,13 @@ A change on purpose: `python scripts/golden_run.py --out DIR --record "why"`.
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import spawn
 from sepo.credit.rewards import response_sums
 from sepo.data.tables import read_table
 
@@ -27,8 +27,7 @@ INTEGERS = ("pair_id", "_ids", "_positions")
 @pytest.fixture(scope="module")
 def run(made_once):
     def fill(out):
-        command = [sys.executable, str(SCRIPTS / "golden_run.py"), "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = spawn.run([SCRIPTS / "golden_run.py", "--out", out])
         assert done.returncode == 0, done.stderr[-3000:]
         (out / "printed.json").write_text(done.stdout)
 

@@ -11,13 +11,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import spawn
 from pairs import some_pairs
 from sepo.cli import main
 from sepo.data.tables import make_table, read_table, write_table
@@ -26,8 +25,6 @@ from sepo.stages import logps
 from sepo.training.interrupt import StopSignals
 from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model, tiny_tokenizer
-
-SOURCE = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +108,17 @@ def undisturbed(made_once, place):
     return models_of
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("oracle", signal.SIGINT),
+        ("oracle", signal.SIGTERM),
+        ("train", signal.SIGINT),
+        pytest.param("train", signal.SIGTERM, marks=pytest.mark.nightly),
+        pytest.param("compare", signal.SIGINT, marks=pytest.mark.nightly),
+        ("compare", signal.SIGTERM),
+    ],
+)
 def test_an_interrupted_training_keeps_its_step_and_goes_on_from_there(
     name, number, place, undisturbed, tmp_path, interrupt_at, capsys
 ):
@@ -203,18 +209,21 @@ def test_a_worker_of_the_data_loader_does_not_end_a_training_that_is_interrupted
     assert give("train", place, tmp_path) == 0
 
 
+# A command with a bar that writes a line at every step, although TQDM_DISABLE=1 holds in tests.
+WITH_A_BAR = """
+import sys
+from functools import partial
+from sepo import bars
+from sepo.cli import main
+bars._LOGGED, bars._Lines = 0.0, partial(bars._Lines, disable=False)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_messages_stand_on_lines_of_their_own_beside_a_bar(place, tmp_path):
     command = COMMANDS["oracle"].format(place, tmp_path).split()
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "TQDM_MININTERVAL": "0"}
-    environment.pop("TQDM_DISABLE", None)
     with open(tmp_path / "err", "w") as err:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "sepo", *command, "num_train_epochs=200"],
-            stdout=subprocess.DEVNULL,
-            stderr=err,
-            env=environment,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        child = spawn.start(["-c", WITH_A_BAR, *command, "num_train_epochs=200"], stderr=err.fileno())
         while "/1200 [" not in (tmp_path / "err").read_text() and child.poll() is None:
             time.sleep(0.02)
         child.send_signal(signal.SIGINT)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+import spawn
 from pairs import awkward_pairs, plain_logps
 from sepo.forward import gradients, layers
 from sepo.forward.gradients import gradients_in_place, matmul_nt, may_accumulate_in_place
@@ -333,7 +333,9 @@ def tiny_model_on(model):
 # In a process of its own, without the memory of other tests. It multiplies once before the model is prepared, as a
 # program would that first uses the library for something else.
 MANY_LENGTHS = """
-import sys
+import importlib, sys
+import sepo.forward
+importlib.reload(sepo.forward)  # the process imported it with other variables
 import numpy as np, psutil, torch
 from sepo.forward.packing import Pair, pack
 torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 40, 16))
@@ -364,12 +366,7 @@ def test_rows_of_many_lengths_leave_no_memory_behind(nightly_run):
     """oneDNN caches compiled code by shape; scoring rows of every length must not use ever more memory."""
     environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", MANY_LENGTHS, "500" if nightly_run else "200"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = spawn.run(["-c", MANY_LENGTHS, "500" if nightly_run else "200"], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 40e6  # 200 MB with oneDNN's default limit of 1,024 shapes
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+import spawn
 from judge_server import Server, completion, serving
 from sepo.cli import main
 from sepo.evaluate.generate import FinishedResponses
 from tiny_run import prepare
 
-TESTS = Path(__file__).parents[1]
 RECIPE = """
 data: {source: prefs.jsonl, held_out: 6, as_chat: true}
 reference: {model: model}
@@ -27,26 +25,20 @@ oracle: {training: {learning_rate: 0.002, batch_size: 8}}
 policy: {training: {learning_rate: 0.001, batch_size: 8}}
 eval: {prompts: 4, samples: 2, max_new_tokens: 8, batch_size: 2, examples: 2}
 """
-# For each number n on stdin: fork `sepo run`, so that libraries are imported once. The run reports each stored batch of
-# responses, and kills itself before it stores the n-th.
+# `sepo run`, which reports each stored batch of responses, and kills itself before it stores the n-th.
 WATCHED = """
 import os, signal, sys
-import faults
-def run(left):
-    def hook(event, arguments):
-        nonlocal left
-        if event == "open" and arguments[1] == "a" and "finished-" in str(arguments[0]):
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-            os.write(1, b"#kept\\n")
-    sys.addaudithook(hook)
-    faults.torch.set_num_threads(1)
-    return faults.main(sys.argv[1:])
-for line in sys.stdin:
-    child = faults.fork(lambda: run(int(line)))
-    print("#process", child, flush=True)
-    print("#code", *faults.wait_for([child]), flush=True)
+from sepo.cli import main
+left = int(sys.argv[1])
+def hook(event, arguments):
+    global left
+    if event == "open" and arguments[1] == "a" and "finished-" in str(arguments[0]):
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        os.write(1, b"#kept\\n")
+sys.addaudithook(hook)
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -86,24 +78,13 @@ def test_a_killed_run_repeats_no_finished_response_and_no_paid_request(workplace
     with serving(answer) as served:
         arguments = ["run", "recipe.yaml", "output_dir=run", judged_by(served, "cache")]
 
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent / "src")))}
-        with open("run.log", "w") as log:
-            runs = subprocess.Popen(
-                [sys.executable, "-c", WATCHED, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True, env=environment,
-            )  # fmt: skip
-
         def start(batches: int) -> tuple[int, int]:
             """Run until killed or done; returns the exit code and the number of stored batches."""
-            print(batches, file=runs.stdin, flush=True)
-            kept = 0
-            for line in runs.stdout:
-                kept += line == "#kept\n"
-                if line.startswith("#process"):
-                    children.append(int(line.split()[1]))
-                if line.startswith("#code"):
-                    return int(line.split()[1]), kept
-            raise AssertionError(Path("run.log").read_text())
+            with open("kept", "wb") as kept, open("run.log", "ab") as log:
+                command = ["-c", WATCHED, batches, *arguments]
+                child = spawn.start(command, stdout=kept.fileno(), stderr=log.fileno())
+                children.append(child.pid)
+                return child.wait(300), Path("kept").read_text().count("#kept\n")
 
         whole = 2 * (4 + 1)  # policy and base: 8 responses and 2 examples each, 2 in a batch
         assert start(3) == (-signal.SIGKILL, 3)
@@ -111,7 +92,6 @@ def test_a_killed_run_repeats_no_finished_response_and_no_paid_request(workplace
         assert start(99) == (-signal.SIGKILL, whole - 3)
         assert len(served.asked) == deadly
         assert start(99) == (0, 0), Path("run.log").read_text()[-2000:]
-        runs.communicate()
         asked = questions(served)
     lost = json.dumps(served.asked[deadly - 1], sort_keys=True)
     assert asked.pop(lost) == 2

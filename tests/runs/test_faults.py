@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import spawn
 from report_fixtures import score_table, word_tokenizer
 from sepo import processes
 from sepo.data.tables import read_table, write_table
@@ -19,9 +20,7 @@ HERE = Path(__file__).parents[1]
 
 def python(*arguments, **variables):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), **variables}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=600, env=environment
-    )
+    return spawn.run(arguments, timeout=600, env=environment)
 
 
 def faults(*arguments):

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import spawn
 from sepo.data.tables import read_table
 from sepo.models.weights import load_model
 from sharded_reading import COMPARED, equal
@@ -22,10 +21,8 @@ def folder(made_once, nightly_run):
 
     def fill(place):
         path = os.pathsep.join([str(HERE), str(HERE.parent / "src")])
-        command = [sys.executable, str(HERE / "sharded_reading.py"), str(place), *([] if nightly_run else [ORDINARY])]
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240, check=False
-        )
+        command = [HERE / "sharded_reading.py", place, *([] if nightly_run else [ORDINARY])]
+        done = spawn.run(command, env={**os.environ, "PYTHONPATH": path}, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
 
     return made_once("sharded", fill)

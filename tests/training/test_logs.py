@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+import spawn
 from sepo.errors import UserError
 from sepo.recipe.settings import TrainingSettings
 from sepo.training.check import check_training
@@ -119,9 +118,7 @@ def done(tmp_path_factory) -> tuple[dict, str]:
     path = os.pathsep.join([str(ROOT / "src"), str(folder / "writers")])
     environment = {**os.environ, "PYTHONPATH": path}
     environment.pop("TENSORBOARD_LOGGING_DIR", None)
-    ran = subprocess.run(
-        [sys.executable, "-c", COMMANDS], capture_output=True, text=True, check=False, cwd=folder, env=environment
-    )
+    ran = spawn.run(["-c", COMMANDS], cwd=folder, env=environment)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout.split("RESULTS ")[1]), ran.stderr
 

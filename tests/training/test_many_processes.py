@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import fsdp_on_cpu
+import spawn
 from many_processes import run
 from pairs import some_pairs
 from sepo import processes
@@ -45,8 +44,7 @@ def launch(number, folder, objective, sizes, **variables):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), *command]
     else:
         command.append(str(number))
-    command.insert(0, sys.executable)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = spawn.run(command, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
