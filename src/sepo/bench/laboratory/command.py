@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.pairs:
         sizes = tuple(sorted(set(arguments.pairs)))
         given |= {"sizes": sizes, "policy_sizes": sizes[:3]}
-    results = study(Settings(**given), done=lambda kind: print(f"{kind}: done", flush=True))
+    results = study(Settings(**given), done=lambda kind: print(f"{kind}: done", flush=True), processes=2)
     page = write_results(results, Path(arguments.out))
     print_document(page.read_text(encoding="utf-8"))
     print(f"\n{page}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -132,7 +135,7 @@ class World:
             waiting &= ~passed
         return score
 
-    def label_log_odds(self, shares: Array, number: int) -> Array:
+    def label_counts(self, shares: Array, number: int) -> Array:
         """A score of the token alone: the standardised difference of its counts in chosen and rejected responses."""
         tokens = np.append(np.tile(np.arange(self.tree.tokens), len(self.tree.texts)), self.tree.tokens)
         counts = np.stack([(tokens[self.tree.paths] == token).sum(-1) for token in range(self.tree.tokens)], -1)
@@ -177,11 +180,11 @@ def policies_of(world: World, number: int) -> dict[str, list[float]]:
     first = int(world.rng.integers(2**31))  # all methods begin with the same weights
     return {
         method: (gain_at_kl(world, objective, pairs, first) / most).tolist()
-        for method, objective in _methods(world, score, world.label_log_odds(shares, number)).items()
+        for method, objective in _methods(world, score, world.label_counts(shares, number)).items()
     }
 
 
-def _methods(world: World, score: Array, log_odds: Array) -> dict[str, Objective]:
+def _methods(world: World, score: Array, counts: Array) -> dict[str, Objective]:
     tree, gamma, beta = world.tree, world.settings.gamma, world.settings.beta
     truth = world.truths["advantage"]
 
@@ -201,7 +204,7 @@ def _methods(world: World, score: Array, log_odds: Array) -> dict[str, Objective
         "random 30 %": selected(world.rng.normal(size=truth.shape)),
         "s, 30 %": selected(score),
         "s as weights": weighted(score),
-        "label log-odds, 30 %": selected(log_odds),
+        "label counts, 30 %": selected(counts),
         "advantage, 30 %": selected(truth),
         "advantage as weights": weighted(truth),
         "token reward, 30 %": selected(world.rewards),
@@ -252,19 +255,24 @@ def study_kind(settings: Settings, kind: str) -> dict[str, Any]:
     }
 
 
-def study(settings: Settings, done: Callable[[str], None] = lambda kind: None) -> dict[str, Any]:
-    """Run the laboratory. Two kinds of reward run at a time; results do not depend on their order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def study(settings: Settings, done: Callable[[str], None] = lambda kind: None, processes: int = 1) -> dict[str, Any]:
+    """Run the laboratory, one kind of reward after the other or in several processes; the results are the same.
 
-    def run(kind: str) -> dict[str, Any]:
-        result = study_kind(settings, kind)
-        done(kind)
-        return result
-
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            kinds = dict(zip(settings.kinds, pool.map(run, settings.kinds), strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    Args:
+        done: called with each kind when it is finished.
+    """
+    processes = min(processes, len(settings.kinds))
+    run = partial(study_kind, settings)
+    kinds = {}
+    with ExitStack() as stack:
+        if processes > 1:
+            pool = ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
+            results = stack.enter_context(pool).map(run, settings.kinds)
+        else:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)  # threads only cost time on tensors this small
+            results = map(run, settings.kinds)
+        for kind, result in zip(settings.kinds, results, strict=True):
+            kinds[kind] = result
+            done(kind)
     return {"settings": dataclasses.asdict(settings), "top": TOP, "kinds": kinds}
