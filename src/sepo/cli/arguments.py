@@ -28,6 +28,7 @@ COMMANDS = {
     "judge": "sepo.judging.commands.judge",
     "report": "sepo.report.command",
     "push": "sepo.hub.command",
+    "bench": "sepo.bench.command",
 }
 
 EPILOG = """\
@@ -40,6 +41,7 @@ the usual way:
   sepo recipe --list                            the recipes of the package; `sepo recipe NAME` prints one
   sepo analyse runs/quickstart                  what the token rewards look like, and how far to trust them
   sepo compare objectives                       rival objectives at one budget, over seeds
+  sepo bench laboratory --out laboratory        what token rewards estimate, where every truth is known
 
 stage by stage, without a recipe:
   sepo oracle --reference MODEL --data prefs.parquet --out oracle learning_rate=5e-6
