@@ -214,8 +214,8 @@ def _metrics_of_tables(
         metrics |= oracle_accuracy(scored) if len(scored) else {}  # given rewards may cover training pairs only
     if scores is not None and settings.gold is not None:
         chosen = read_table(selection, "selection") if selection is not None else None
-        valence = gold_reward(settings.gold).valence
-        found = fidelity(load_tokenizer(policy), read_table(scores, "scores"), chosen, valence=valence)
+        truth = gold_reward(settings.gold).truth
+        found = fidelity(load_tokenizer(policy), read_table(scores, "scores"), chosen, truth=truth)
         metrics |= _prefixed("fidelity", found)
     return {name: float(value) for name, value in metrics.items()}
 
@@ -240,7 +240,7 @@ def _metrics_of_models(
     if prompts := asked.column("prompt_ids").to_pylist():
         questions = questions_of(asked, tokenizer)
         generations = {"base": readings.base, "policy": readings.policy}
-        found, table = judge_generations(generations, readings.kl, tokenizer, prompts, settings)
+        found, table = judge_generations(generations, readings.kl, tokenizer, prompts, questions, settings)
         metrics |= found
         numbers = [one.prompt_index for one in readings.base]
         table = table.append_column("question", pa.array([questions[number] for number in numbers]))
@@ -312,6 +312,7 @@ def judge_generations(
     kl: np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    questions: Sequence[str],
     settings: EvalSettings,
 ) -> tuple[dict[str, float], pa.Table]:
     """Gold reward, KL and lengths of responses.
@@ -319,6 +320,7 @@ def judge_generations(
     Args:
         generations: responses of "base" and "policy" to the same prompts.
         kl: `[responses]`, log-ratio of each of the policy's responses (`sample_kl`).
+        questions: the prompts in words (`questions_of`).
 
     Returns:
         metrics, and a table with a row for each prompt and sample.
@@ -338,7 +340,7 @@ def judge_generations(
         columns[name] = texts
         columns[f"{name}_tokens"] = lengths
         if settings.gold is not None:
-            gold[name] = gold_reward(settings.gold).scores(texts)
+            gold[name] = gold_reward(settings.gold).scores([questions[group] for group in groups], texts)
             metrics[f"gold_reward/{name}"], metrics[f"gold_reward/{name}_se"] = mean_and_se(gold[name], groups)
             columns[f"{name}_gold"] = gold[name]
     if gold:
@@ -366,7 +368,7 @@ def _side_by_side(
         texts = decoded(tokenizer, answers[name])
         columns[name] = texts
         if settings.gold is not None:
-            columns[f"{name}_gold"] = gold_reward(settings.gold).scores(texts)
+            columns[f"{name}_gold"] = gold_reward(settings.gold).scores(questions, texts)
     return pa.table(columns)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from sepo.data.conversation import conversations_of
 from sepo.data.ragged import SIDES, flat
 from sepo.data.splits import prompt_rows
 from sepo.data.tables import read_table
@@ -87,8 +86,7 @@ def start_stage(recipe: Recipe, start: Model, pairs: StageResult, measured: Meas
 
     def run(folder: Path) -> dict[str, Any]:
         asked = rows_to_answer(recipe, read_table(pairs.folder / "held_out", "pairs"), choosing)
-        prompts = asked.column("prompt_ids").to_pylist()
-        samples = start_of(measured.base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
+        samples = start_of(measured.base(), load_tokenizer(start.folder), asked, recipe.eval, seed)
         write_json(folder / SAMPLES, samples, indent=None)
         return {name: float(np.mean(values)) for name, values in samples.items() if name != "texts"}
 
@@ -144,7 +142,7 @@ def run_stage(
         evaluator = PolicyEvaluator(
             measured.base(),
             load_tokenizer(start.folder),
-            asked.column("prompt_ids").to_pylist(),
+            asked,
             recipe.eval,
             seed,
             json.loads((samples.folder / SAMPLES).read_text(encoding="utf-8")),
@@ -152,7 +150,6 @@ def run_stage(
             None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
             recipe.tokens_per_row,
             measured.scorer,
-            conversations_of(asked) if recipe.eval.judge is not None else (),
         )
         reference_logps = None if logps is None else read_table(logps.folder, "logps")
         return _train_measured(recipe, start, table, reference_logps, evaluator, measured, folder)
