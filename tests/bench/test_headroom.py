@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sepo.bench.headroom import headroom
+from sepo.bench.credit.headroom import headroom
 
 
 def gains(rng, means, seeds, prompts, seed_std=0.04, prompt_std=0.15, rest=0.4):

@@ -4,9 +4,9 @@
     tracking     "Ann has the red ball and ... swap."         "1: Ann blue, Ben red, Cy green; 2: ..."
     details      "Notes: name Mara; age 34; ..."              "Mara, 34, is a nurse from Oslo. She has a cat."
 
-The same grammar checks made answers (`sepo.bench.tasks`) and answers of models. A step is judged by the step before it,
-as the answer states it: what follows rightly from a wrong step is right. So a planted mistake is wrong in one place, and
-its consequences are not (BIG-Bench-Mistake, arXiv 2311.08516, marks the first wrong step too).
+The same grammar checks made answers (`sepo.bench.credit.tasks`) and answers of models. A step is judged by the step
+before it, as the answer states it: what follows rightly from a wrong step is right. So a planted mistake is wrong in
+one place, and its consequences are not (BIG-Bench-Mistake, arXiv 2311.08516, marks the first wrong step too).
 
 The reward of an answer is the share of the question's steps (facts) that it gives rightly, for `details` less the share
 of false ones. Values of units: 1 where a step is right and had to be worked out, -1 where it is wrong, 0 else. Copying

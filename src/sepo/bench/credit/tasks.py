@@ -1,18 +1,17 @@
-"""Make the tasks with planted truth: answers with wrong steps, and texts to fine-tune a start on.
-
-    python scripts/make_planted_tasks.py --out src/sepo/assets
+"""The planted tasks: questions, answers with wrong steps, preference pairs, and demonstrations for a start.
 
 Each question is answered several times. Every step of an answer is wrong with a probability, and what follows is worked
 out from the wrong step. Pairs are two answers to a question whose rewards differ; the label is a draw from
-sigmoid((a - b) / tau). The questions of the demonstrations, of training and of the held-out pairs differ.
+sigmoid((a - b) / tau). The questions of the demonstrations, of training and of the held-out pairs differ. Everything
+follows from the seed. `sepo.evaluate.planted` checks the answers.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -88,7 +87,7 @@ _FORMS = {
 
 
 def details(rng: np.random.Generator) -> tuple[str, Answer]:
-    """Four of five facts about a person, told in sentences; a wrong step is a false fact, or one that the notes lack."""
+    """Four of five facts about a person, in sentences. A wrong step is a false fact, or one that the notes lack."""
     name = str(rng.choice(PEOPLE))
     known = rng.permutation(list(DETAILS)).tolist()
     notes = {slot: str(rng.choice(DETAILS[slot])) for slot in known[:4]}
@@ -114,82 +113,75 @@ TASKS: dict[str, Callable[[np.random.Generator], tuple[str, Answer]]] = {
 }
 
 
-def make(task: str, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Pairs of both splits, and demonstrations."""
-    rng = np.random.default_rng([args.seed, list(TASKS).index(task)])
-    asked: set[str] = set()
+class Sizes(NamedTuple):
+    """How much of a task is made, and how noisy it is."""
 
-    def question() -> tuple[str, Answer]:
+    train: int = 600  # questions of the training pairs
+    held_out: int = 150  # questions of the held-out pairs
+    demos: int = 64_000  # questions that the start reads
+    right: float = 0.75  # share of the demonstrations, the first, without wrong steps
+    answers: int = 4  # to a question of the pairs
+    wrong: float = 0.3  # probability that a step is wrong
+    gap: float = 0.2  # pairs whose rewards differ by less are not made
+    tau: float = 0.2  # noise of the labels
+
+
+class Task(NamedTuple):
+    """Pairs of both splits as rows of a preference dataset, and demonstrations as (question, answer)."""
+
+    train: list[dict]
+    held_out: list[dict]
+    demos: list[tuple[str, str]]
+
+
+def make_task(name: str, sizes: Sizes = Sizes(), seed: int = 0) -> Task:  # noqa: B008  a constant
+    """Make a planted task. The first pairs of a larger task are those of a smaller one."""
+    questions = _Questions(TASKS[name], [seed, list(TASKS).index(name)])
+    train, held_out = ([*_pairs(name, questions, number, sizes)] for number in (sizes.train, sizes.held_out))
+    demos = []
+    for number in range(sizes.demos):
+        text, answer = questions.next(repeat=True)
+        demos.append((text, answer(questions.rng, 0.0 if number < sizes.right * sizes.demos else sizes.wrong)))
+    return Task(train, held_out, demos)
+
+
+class _Questions:
+    """Questions that do not repeat those of pairs."""
+
+    def __init__(self, task: Callable[[np.random.Generator], tuple[str, Answer]], seed: Sequence[int]):
+        self.task, self.rng, self.asked = task, np.random.default_rng(seed), set[str]()
+
+    def next(self, repeat: bool = False) -> tuple[str, Answer]:
+        """Args: repeat: a question of demonstrations, which may occur twice."""
         while True:
-            text, answer = TASKS[task](rng)
-            if text not in asked:
-                asked.add(text)
+            text, answer = self.task(self.rng)
+            if text not in self.asked:
+                if not repeat:
+                    self.asked.add(text)
                 return text, answer
 
-    demos = []
-    for _ in range(args.demos):
-        text, answer = question()
-        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer(rng, args.wrong)}]
-        demos.append({"messages": turns})
-    rows = []
-    for split, number in (("train", args.train), ("held_out", args.held_out)):
-        for _ in range(number):
-            text, answer = question()
-            texts = list(dict.fromkeys(answer(rng, args.wrong) for _ in range(args.answers)))
-            rewards = scores(CHECKS[task], [text] * len(texts), texts)
-            for one in range(0, len(texts) - 1, 2):
-                first, second = rewards[one], rewards[one + 1]
-                if abs(first - second) < 0.2:
-                    continue
-                swap = rng.random() > 1 / (1 + np.exp(-(first - second) / args.tau))
-                chosen, rejected = (one + 1, one) if swap else (one, one + 1)
-                sides = {
-                    side: [{"role": "assistant", "content": texts[index]}]
-                    for side, index in (("chosen", chosen), ("rejected", rejected))
-                }
-                golds = {"chosen_gold": float(rewards[chosen]), "rejected_gold": float(rewards[rejected])}
-                rows.append({"prompt": [{"role": "user", "content": text}], **sides, **golds, "split": split})
-    return [rows[index] for index in rng.permutation(len(rows))], demos
+
+def _pairs(name: str, questions: _Questions, number: int, sizes: Sizes) -> Iterator[dict]:
+    rng = questions.rng
+    for _ in range(number):
+        text, answer = questions.next()
+        texts = list(dict.fromkeys(answer(rng, sizes.wrong) for _ in range(sizes.answers)))
+        rewards = scores(CHECKS[name], [text] * len(texts), texts)
+        for first in range(0, len(texts) - 1, 2):
+            gap = rewards[first] - rewards[first + 1]
+            if abs(gap) < sizes.gap:
+                continue
+            better = first if rng.random() < 1 / (1 + np.exp(-gap / sizes.tau)) else first + 1
+            sides = {"chosen": better, "rejected": 2 * first + 1 - better}
+            yield {
+                "prompt": [{"role": "user", "content": text}],
+                **{side: [{"role": "assistant", "content": texts[index]}] for side, index in sides.items()},
+                **{f"{side}_gold": float(rewards[index]) for side, index in sides.items()},
+            }
 
 
-def summarise(task: str, rows: Sequence[dict], demos: Sequence[dict]) -> None:
-    for split in ("train", "held_out"):
-        of_split = [row for row in rows if row["split"] == split]
-        chosen, rejected = (np.array([row[f"{side}_gold"] for row in of_split]) for side in ("chosen", "rejected"))
-        print(
-            f"{task} {split}: {len(of_split)} pairs, {len({row['prompt'][0]['content'] for row in of_split})} questions, "
-            f"reward {chosen.mean():.3f} / {rejected.mean():.3f}, against the reward {(chosen < rejected).mean():.1%}"
-        )
-    print(f"{task}: {len(demos)} demonstrations; {rows[0]['prompt'][0]['content']!r}")
-    print(f"  + {rows[0]['chosen'][0]['content']!r}\n  - {rows[0]['rejected'][0]['content']!r}")
-
-
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the parquet files")
-    parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
-    parser.add_argument("--train", type=int, default=300, help="questions of the training pairs")
-    parser.add_argument("--held-out", type=int, default=100, help="questions of the held-out pairs")
-    parser.add_argument("--demos", type=int, default=600, help="texts to fine-tune a start on")
-    parser.add_argument("--answers", type=int, default=4, help="answers to a question")
-    parser.add_argument("--wrong", type=float, default=0.3, help="probability that a step is wrong")
-    parser.add_argument("--tau", type=float, default=0.2, help="label noise: P = sigmoid(reward difference / tau)")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    args = parse_args()
-    for task in args.task or TASKS:
-        rows, demos = make(task, args)
-        summarise(task, rows, demos)
-        made_with = {key: value for key, value in vars(args).items() if key not in ("out", "task")}
-        for name, items in (("pairs", rows), ("demos", demos)):
-            table = pa.Table.from_pylist(items).replace_schema_metadata({"made_with": str(made_with)})
-            write_parquet(args.out / f"{task}_{name}.parquet", table)
-
-
-if __name__ == "__main__":
-    main()
+def write_pairs(task: Task, folder: Path) -> Path:
+    """Write train.parquet and held_out.parquet, preference data for any tool; returns `folder`."""
+    for split, rows in (("train", task.train), ("held_out", task.held_out)):
+        write_parquet(folder / f"{split}.parquet", pa.Table.from_pylist(rows))
+    return folder

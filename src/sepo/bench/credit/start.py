@@ -1,8 +1,9 @@
 """A small start for the planted tasks, trained from scratch in minutes: it answers in the task's form, often wrongly.
 
 SmolLM2 would do as well, but a grid of hundreds of policies should fit two cores. The start is a Llama of 0.8 million
-weights with a byte-level tokenizer of the task's own texts (digits one by one). It first reads right demonstrations, then
-ones in which a step is wrong with the same probability as in the pairs: it knows the task, and errs as the pairs do.
+weights with a byte-level tokenizer of the task's own texts (digits one by one). It first reads right demonstrations,
+then ones in which a step is wrong with the same probability as in the pairs: it knows the task, and errs as the pairs
+do.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _batch(tokenizer: PreTrainedTokenizerFast, demos: Sequence[tuple[str, str]])
     """Padded ids and labels `[demos, tokens]`; only answers are labelled."""
     texts = [(f"<|user|>{question}<|assistant|>", f"{answer}{END}") for question, answer in demos]
     prompts, answers = (
-        [tokenizer(part, add_special_tokens=False)["input_ids"] for part in side] for side in zip(*texts)
+        [tokenizer(part, add_special_tokens=False)["input_ids"] for part in side] for side in zip(*texts, strict=True)
     )
     width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     ids = torch.full((len(texts), width), tokenizer.pad_token_id)
