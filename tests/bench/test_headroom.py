@@ -9,7 +9,7 @@ from sepo.bench.credit.headroom import headroom
 
 
 def gains(rng, means, seeds, prompts, seed_std=0.04, prompt_std=0.15, rest=0.4):
-    """Gains of methods that share prompts, `[methods][seeds, prompts]`: each differs by seed, by prompt and at random."""
+    """Gains of methods that share prompts, `[methods][seeds, prompts]`, which vary by seed, by prompt and at random."""
     shared = rng.normal(0, prompt_std, prompts)
     return [
         mean

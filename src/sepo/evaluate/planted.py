@@ -1,7 +1,7 @@
 """Tasks whose truth is known token by token and is no list of words: the answer is right or wrong step by step.
 
     arithmetic   "Start with 14. Add 5. Double it."           "14 + 5 = 19; 19 x 2 = 38."
-    tracking     "Ann has the red ball and ... swap."         "1: Ann blue, Ben red, Cy green; 2: ..."
+    tracking     "The key is in the red box. ... Move ..."    "1: key blue, coin green; 2: key blue, coin pink; ..."
     details      "Notes: name Mara; age 34; ..."              "Mara, 34, is a nurse from Oslo. She has a cat."
 
 The same grammar checks made answers (`sepo.bench.credit.tasks`) and answers of models. A step is judged by the step
@@ -85,30 +85,30 @@ def check_arithmetic(question: str, answer: str) -> Checked:
 
 
 def check_tracking(question: str, answer: str) -> Checked:
-    """Check who holds what after each swap.
+    """Check where each thing is after each move.
 
-    >>> asked = "Ann has the red ball. Ben has the blue ball. Cy has the green ball. Ann and Cy swap. Ann and Ben swap."
-    >>> check_tracking(asked, "1: Ann green, Ben blue, Cy red; 2: Ann green, Ben blue, Cy red.").reward
-    0.5
+    >>> asked = "The key is in the red box. The coin is in the blue box. Move the key to pink. Move the coin to red."
+    >>> check_tracking(asked, "1: key gold, coin blue; 2: key gold, coin red.")
+    Checked(reward=0.5, values={(7, 11): -1.0, (42, 45): 1.0})
     """
-    holds = dict(re.findall(r"(\w+) has the (\w+) ball", question))
-    swaps = re.findall(r"(\w+) and (\w+) swap", question)
-    states = list(re.finditer(r"(\d+):([^;.]*)", answer))
+    places = dict(re.findall(r"The (\w+) is in the (\w+) box", question))
+    moves = re.findall(r"Move the (\w+) to (\w+)\.", question)
+    states = re.finditer(r"(\d+):([^;.]*)", answer)
     values: dict[tuple[int, int], float] = {}
     right = 0
-    for swap, state in zip(swaps, states, strict=False):
-        expected = {**holds, swap[0]: holds.get(swap[1], ""), swap[1]: holds.get(swap[0], "")}
+    for (thing, box), state in zip(moves, states, strict=False):
+        expected = {**places, thing: box}
         stated = list(re.finditer(r"(\w+) (\w+)", state[2]))
         for match in stated:
             at = state.start(2) + match.start(2), state.start(2) + match.end(2)
             if expected.get(match[1]) != match[2]:
                 values[at] = -1.0
-            elif match[1] in swap:
+            elif match[1] == thing:
                 values[at] = 1.0
         now = {match[1]: match[2] for match in stated}
         right += now == expected
-        holds = {**expected, **{name: value for name, value in now.items() if name in expected}}
-    return Checked(right / max(len(swaps), 1), values)
+        places = {**expected, **{name: value for name, value in now.items() if name in expected}}
+    return Checked(right / max(len(moves), 1), values)
 
 
 def check_details(question: str, answer: str) -> Checked:

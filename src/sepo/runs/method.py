@@ -148,7 +148,7 @@ class Method:
         settings = self.recipe.oracle
         words = self._words(self.recipe.reference)
         if settings.rewards is not None:
-            return self.walker.do(score.given_stage(settings, self.pairs, words), "score")
+            return self.walker.do(score.given_stage(self.recipe, self.pairs, words), "score")
         if words is not None and not self.recipe.reads_oracle:
             return self.walker.do(score.truth_stage(self.pairs, words), "score")
         base = self.reference_logps

@@ -32,8 +32,9 @@ from sepo.evaluate.fidelity import fidelity, token_truth
 from sepo.evaluate.gold import gold_reward
 from sepo.evaluate.words import Truth
 from sepo.processes import log
-from sepo.recipe.settings import OracleSettings
+from sepo.recipe.settings import Recipe
 from sepo.stages.cost import Cost, Sizes
+from sepo.stages.data import has_own_rows
 from sepo.stages.logps import part_of
 from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
 
@@ -88,14 +89,23 @@ def stage(
     )
 
 
-def given_stage(settings: OracleSettings, pairs: StageResult, words: Words | None = None) -> Stage:
-    """Given token rewards, in `scores` and `scores_held_out` (the held-out pairs that have rewards)."""
-    source, names = Path(str(settings.rewards)), settings.reward_columns
+def given_stage(recipe: Recipe, pairs: StageResult, words: Words | None = None) -> Stage:
+    """Given token rewards, in `scores` and `scores_held_out` (the held-out pairs that have rewards).
+
+    A held-out split or source counts its rows from 0 again, so its `pair_id`s do not name rows of the rewards.
+    """
+    source, names = Path(str(recipe.oracle.rewards)), recipe.oracle.reward_columns
     given = processes.on_main(lambda: check_rewards_file(source, names))
 
     def rewards() -> Callable[[pa.Table, str], pa.Table]:
         rewards = read_rewards(source, names)
-        return lambda table, part: given_rewards(table, rewards, names, missing=part == "held_out")
+
+        def of_pairs(table: pa.Table, part: str) -> pa.Table:
+            if part == "held_out" and has_own_rows(recipe.data):
+                table = table.slice(0, 0)
+            return given_rewards(table, rewards, names, missing=part == "held_out")
+
+        return of_pairs
 
     depends = {"given": given, "columns": list(names)}
     return _without_oracle(f"token rewards of {source.name}", depends, rewards, pairs, words)

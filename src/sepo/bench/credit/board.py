@@ -103,6 +103,8 @@ def picture(tasks: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]], out:
     if not rules:
         return
 
+    labelled: set[str] = set()
+
     def draw(axes: Axes) -> None:
         for column, rule in enumerate(rules):
             for index, task in enumerate(found):
@@ -110,7 +112,8 @@ def picture(tasks: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]], out:
                 if closed is None or not math.isfinite(closed.low + closed.high):
                     continue
                 at = column + (index - (len(found) - 1) / 2) * 0.12
-                label = task if rule == next(r for r in rules if found[task].get(r)) else None
+                label = None if task in labelled else task
+                labelled.add(task)
                 axes.errorbar(
                     at, closed.value, [[closed.value - closed.low], [closed.high - closed.value]],
                     fmt="o", color=f"C{index}", label=label, markersize=4,
@@ -120,7 +123,6 @@ def picture(tasks: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]], out:
             axes.text(len(rules) - 0.5, height, name, va="bottom", ha="right", color=GREY, fontsize=8)
         axes.set_xticks(range(len(rules)), rules)
         axes.set_ylabel("headroom closed")
-        axes.legend(fontsize=8)
 
     write_png(make_figure(draw, "Headroom closed by each rule", ""), out)
 

@@ -55,7 +55,7 @@ class Bench(NamedTuple):
 
 
 def bench_of(task: str, out: Path) -> Bench:
-    """The fixed settings of a task; `out` is the folder of the bench, where `run.prepare` has written a planted task."""
+    """The fixed settings of a task; `out` is the folder of the bench, with the planted tasks (`run.prepare`)."""
     if task in EMBEDDED:
         base = load_recipe("quickstart").model_dump(mode="json", exclude_unset=True)
         base["data"]["source"], base["eval"]["gold"], base["eval"]["samples"] = f"embedded:{task}", EMBEDDED[task], 1

@@ -16,12 +16,17 @@ from sepo.study.comparison import compare
 
 
 def run_bench(
-    tasks: Sequence[str], rules: Sequence[str], seeds: Sequence[int], out: Path, weights: Mapping[str, Path]
+    tasks: Sequence[str],
+    rules: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    weights: Mapping[str, Path],
+    sizes: Sizes = Sizes(),  # noqa: B008  a constant
 ) -> str:
     """Do what is missing of a bench and write bench.md and bench.png; returns the leaderboard."""
     for task in tasks:
         if task not in EMBEDDED:
-            prepare(task, out / "tasks" / task)
+            prepare(task, out / "tasks" / task, sizes)
         grid, settings = grid_of(task, out, rules, seeds, weights)
         compare(grid, settings)
         text = write_board([name for name in tasks if (out / name / "compare.json").is_file()], out)

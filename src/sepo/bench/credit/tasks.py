@@ -19,8 +19,8 @@ import pyarrow as pa
 from sepo.data.tables import write_parquet
 from sepo.evaluate.planted import CHECKS, DETAILS, OPERATIONS, scores
 
-NAMES = ("Ann", "Ben", "Cy", "Dora")
-COLOURS = ("red", "blue", "green", "pink")
+THINGS = ("key", "coin", "ring")
+BOXES = ("red", "blue", "green", "pink", "gold", "grey")
 PEOPLE = ("Mara", "Joe", "Lena", "Omar", "Nina", "Paul", "Rita", "Sam", "Tess", "Ugo")
 
 Answer = Callable[[np.random.Generator, float], str]  # (randomness, probability of a wrong step) -> an answer
@@ -59,22 +59,21 @@ def arithmetic(rng: np.random.Generator) -> tuple[str, Answer]:
 
 
 def tracking(rng: np.random.Generator) -> tuple[str, Answer]:
-    """Three people swap balls three times."""
-    names, colours = (rng.choice(values, 3, replace=False).tolist() for values in (NAMES, COLOURS))
-    swaps = [rng.choice(3, 2, replace=False).tolist() for _ in range(3)]
+    """Two things are moved from box to box, four times."""
+    things = rng.choice(THINGS, 2, replace=False).tolist()
+    start = dict(zip(things, rng.choice(BOXES, 2).tolist(), strict=True))
+    moves = [(str(rng.choice(things)), str(rng.choice(BOXES))) for _ in range(4)]
 
     def answer(rng: np.random.Generator, wrong: float) -> str:
-        holds, parts = list(colours), []
-        for number, swap in enumerate(swaps, 1):
-            moves = [[0, 1], [0, 2], [1, 2]]
-            if rng.random() < wrong:
-                swap = moves[int(rng.choice([i for i, move in enumerate(moves) if move != sorted(swap)]))]
-            holds[swap[0]], holds[swap[1]] = holds[swap[1]], holds[swap[0]]
-            parts.append(f"{number}: " + ", ".join(f"{a} {b}" for a, b in zip(names, holds, strict=True)))
+        places, parts = dict(start), []
+        for number, (thing, box) in enumerate(moves, 1):
+            false = [other for other in BOXES if other != box]
+            places[thing] = str(rng.choice(false)) if rng.random() < wrong else box
+            parts.append(f"{number}: " + ", ".join(f"{name} {place}" for name, place in places.items()))
         return "; ".join(parts) + "."
 
-    start = " ".join(f"{name} has the {colour} ball." for name, colour in zip(names, colours, strict=True))
-    return f"{start} " + " ".join(f"{names[a]} and {names[b]} swap." for a, b in swaps), answer
+    begin = " ".join(f"The {thing} is in the {box} box." for thing, box in start.items())
+    return f"{begin} " + " ".join(f"Move the {thing} to {box}." for thing, box in moves), answer
 
 
 _FORMS = {
