@@ -90,5 +90,5 @@ def test_bad_arguments_end_before_anything_is_made(tmp_path, capsys, arguments, 
 
 def test_every_rule_of_the_bench_is_a_valid_recipe(tmp_path):
     for task in grids.TASKS:
-        _, settings = grids.grid_of(task, tmp_path, list(grids.RULES), [1], {})
+        _, settings = grids.grid_of(task, tmp_path, grids.RULES, [1])
         assert list(settings) == list(grids.RULES)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sepo.evaluate.planted import CHECKS
-from sepo.recipe.reading import load_recipe, parse_recipe
+from sepo.recipe.reading import load_recipe, parse_recipe, set_key
 from sepo.recipe.settings import Recipe
 from sepo.study.grid import Grid, Setting
 
@@ -72,13 +72,17 @@ def bench_of(task: str, out: Path) -> Bench:
     return Bench(base, 3.0, 2.0, (0.125, 0.25, 0.5, 1.0))
 
 
+def variants_of(rules: Sequence[str], weights: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """The settings of the bench's rules, and of methods that come as tables of weights."""
+    return {name: RULES[name] for name in rules} | {name: _given(path) for name, path in weights.items()}
+
+
 def grid_of(
-    task: str, out: Path, rules: Sequence[str], seeds: Sequence[int], weights: Mapping[str, Path]
+    task: str, out: Path, variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
 ) -> tuple[Grid, dict[str, list[Setting]]]:
-    """The grid of one task: every rule, and every table of weights, at every seed."""
+    """The grid of one task: every variant at every seed."""
     bench = bench_of(task, out)
-    variants = {name: RULES[name] for name in rules} | {name: _given(path) for name, path in weights.items()}
-    settings = {name: [Setting(name, "", _recipe(task, out, bench, rule))] for name, rule in variants.items()}
+    settings = {name: [Setting(name, "", _recipe(task, out, bench, variant))] for name, variant in variants.items()}
     grid = Grid(
         name=task,
         output_dir=str(out / task),
@@ -87,7 +91,7 @@ def grid_of(
         checkpoints=list(bench.checkpoints),
         kl=bench.kl,
         also_at=[bench.kl / 2],
-        variants={name: {"set": rule} for name, rule in variants.items()},
+        variants={name: {"set": variant} for name, variant in variants.items()},
     )
     return grid, settings
 
@@ -97,11 +101,12 @@ def _given(path: Path) -> dict[str, Any]:
     return {"oracle": {"rewards": str(path)}, "select": {**_ALL_TOKENS, "credit": "reward"}}
 
 
-def _recipe(task: str, out: Path, bench: Bench, rule: Mapping[str, Any]) -> Recipe:
+def _recipe(task: str, out: Path, bench: Bench, variant: Mapping[str, Any]) -> Recipe:
     values = copy.deepcopy(bench.recipe)
-    for section, settings in rule.items():
-        values[section] = {**values.get(section, {}), **settings}
-    if "objective" in rule.get("policy", {}):
+    for section, settings in variant.items():
+        for key, value in settings.items():
+            set_key(values, f"{section}.{key}", value, f"bench, {task}")
+    if "objective" in variant.get("policy", {}):
         training = values["policy"]["training"]
         values["policy"]["training"] = {**training, "learning_rate": bench.faster * training["learning_rate"]}
     return parse_recipe({**values, "name": task, "output_dir": str(out / "work" / task)}, f"bench, {task}")

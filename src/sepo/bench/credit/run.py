@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sepo import processes
 from sepo.bench.credit.board import page, picture
-from sepo.bench.credit.grids import EMBEDDED, bench_of, grid_of
+from sepo.bench.credit.grids import EMBEDDED, bench_of, grid_of, variants_of
 from sepo.bench.credit.start import make_start
 from sepo.bench.credit.tasks import Sizes, make_task, write_pairs
 from sepo.files import write_json, write_text
@@ -27,7 +27,7 @@ def run_bench(
     for task in tasks:
         if task not in EMBEDDED:
             prepare(task, out / "tasks" / task, sizes)
-        grid, settings = grid_of(task, out, rules, seeds, weights)
+        grid, settings = grid_of(task, out, variants_of(rules, weights), seeds)
         compare(grid, settings)
         text = write_board([name for name in tasks if (out / name / "compare.json").is_file()], out)
     return text
