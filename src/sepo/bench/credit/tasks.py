@@ -117,7 +117,7 @@ class Sizes(NamedTuple):
 
     train: int = 600  # questions of the training pairs
     held_out: int = 150  # questions of the held-out pairs
-    demos: int = 64_000  # questions that the start reads
+    demos: int = 48_000  # questions that the start reads
     right: float = 0.75  # share of the demonstrations, the first, without wrong steps
     answers: int = 4  # to a question of the pairs
     wrong: float = 0.3  # probability that a step is wrong
