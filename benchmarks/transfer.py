@@ -39,7 +39,7 @@ from sepo.data.tables import make_table, provenance_of, read_table, write_table
 from sepo.data.vocabulary import token_bytes
 from sepo.evaluate.fidelity import fidelity, weighted_auc
 from sepo.evaluate.gold import lexicon_valence
-from sepo.evaluate.words import token_words
+from sepo.evaluate.words import token_words, word_truth
 from sepo.files import write_json
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import DEFAULT_MODEL, DataSettings
@@ -107,7 +107,9 @@ def measured(tokenizer: Any, table: pa.Table, draws: np.ndarray) -> dict[str, An
     words = word_rewards(tokenizer, table)
     measures = {"word_auc": lambda weights: word_auc(words, weights), **lift(tokenizer, table)}
     ones = np.ones(len(table))
-    result: dict[str, Any] = {"token_auc": fidelity(tokenizer, table, valence=lexicon_valence, resamples=50)["auc"]}
+    result: dict[str, Any] = {
+        "token_auc": fidelity(tokenizer, table, truth=word_truth(lexicon_valence), resamples=50)["auc"]
+    }
     for name, measure in measures.items():
         result[name] = measure(ones)
         result[f"{name}_draws"] = np.array([measure(draw) for draw in draws])

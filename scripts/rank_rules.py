@@ -236,7 +236,7 @@ def main() -> None:
         others = {id(one.scores): [*every, *every][at : at + 3] for at, one in enumerate(every)}
         joins = {"mean": lambda rows: rows.mean(0), "min": lambda rows: rows.min(0), "certain": certain, "t": moderated}
         rules |= {f"three oracles, {name}": keep(of_several(others, join)) for name, join in joins.items()}
-    result = rank_rules(oracles, rules, gold_reward(gold).valence)
+    result = rank_rules(oracles, rules, gold_reward(gold).truth)
     write_json(arguments.out / "ranking.json", result, indent=1)
     write_text(arguments.out / "ranking.md", ranking_markdown(result))
     save_ranking_figure(result, arguments.out)

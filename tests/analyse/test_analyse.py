@@ -13,6 +13,7 @@ from sepo.cli import main
 from sepo.credit.selection import select_key_tokens
 from sepo.data.tables import make_table, write_table
 from sepo.errors import UserError
+from sepo.evaluate.words import word_truth
 from sepo.files import write_text
 from sepo.recipe.reading import dump_recipe, parse_recipe
 from sepo.report.statistics import rank_correlation
@@ -194,7 +195,7 @@ def test_fidelity_ranks_the_truth_above_its_baselines():
             "rejected_logps": [[-1.0] * len(text) for text in REJECTED],
         },
     )
-    found = a.truth({"oracle": table}, tiny_tokenizer(), lexicon_valence, 0.3, logps, seed=0)
+    found = a.truth({"oracle": table}, tiny_tokenizer(), word_truth(lexicon_valence), 0.3, logps, seed=0)
     assert list(found) == ["oracle", "random", "position", "surprisal"]
     assert found["oracle"]["auc"] == 1.0
     assert found["oracle"]["auc_unsigned"] == 1.0
@@ -209,7 +210,7 @@ def test_fidelity_is_undefined_on_a_side_without_words_of_the_right_sign():
     table = scores(*by_letters(plain_valence))  # "horrible", in a rejected response, is the only long word
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = a.truth({"oracle": table}, tiny_tokenizer(), plain_valence, 0.1, None, seed=0)["oracle"]
+        found = a.truth({"oracle": table}, tiny_tokenizer(), word_truth(plain_valence), 0.1, None, seed=0)["oracle"]
     assert found["auc"] == found["auc_unsigned"] == 1.0
     assert found["precision_rejected"] == 2 / 4  # a key token a response, two of the long one
     assert found["lift_rejected"] == pytest.approx((2 / 4) / (8 / 35))

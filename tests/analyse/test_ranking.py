@@ -11,6 +11,7 @@ from sepo.cli import main
 from sepo.credit.selection import select_key_tokens
 from sepo.data.tables import SCHEMAS, make_table, write_table
 from sepo.errors import UserError
+from sepo.evaluate.words import word_truth
 from sepo.files import write_text
 from sepo.recipe.reading import dump_recipe, parse_recipe
 from tiny_models import tiny_tokenizer
@@ -47,7 +48,7 @@ def test_the_measures_equal_those_computed_by_hand():
     texts = {"chosen": "ab cd xy", "rejected": "ab ef xy"}
     one = oracle([5.0, 0, 0, 4, 0, 0, 3, 0], [-2.0, 0, 0, -5, -4, 0, -3, 0], texts)
     # Three of eight are kept: chosen a, c, x (one right, one wrong, one other); rejected e, f, x (two right).
-    found = r.measure_selection(selection(one), r.token_truth(one, valence))
+    found = r.measure_selection(selection(one), r.oracle_truth(one, word_truth(valence)))
     assert found["lift_chosen"] == pytest.approx((1 / 3) / (2 / 8))
     assert found["lift_rejected"] == pytest.approx((2 / 3) / (2 / 8))
     assert found["lift"] == pytest.approx(3 / (6 * 2 / 8))
@@ -67,7 +68,7 @@ def test_soft_weights_count():
     one = oracle([0.0] * 5, [0.0] * 5)
     columns = {name: selection(one, k_chosen=1, k_rejected=1).column(name) for name in SCHEMAS["selection"].names}
     columns["chosen_weights"], columns["rejected_weights"] = [[4.0, 0, 0, 1, 0]], [[0.0, 0, 0, 2, 3]]
-    found = r.measure_selection(make_table("selection", columns), r.token_truth(one, valence))
+    found = r.measure_selection(make_table("selection", columns), r.oracle_truth(one, word_truth(valence)))
     assert found["weight_right"] == pytest.approx((4 + 5) / 10)
     assert found["weight_wrong"] == pytest.approx(1 / 10)
     assert found["effective"] == pytest.approx((25 / 17 + 25 / 13) / 2 / 5)
@@ -95,7 +96,7 @@ def random_oracle(seed, pairs=60, words=("ab", "cd", "ef", "xy", "pq", "uv")):
 
 def test_random_tokens_are_no_better_than_chance_and_the_truth_itself_is_perfect():
     one = random_oracle(0)
-    truth = r.token_truth(one, valence)
+    truth = r.oracle_truth(one, word_truth(valence))
     drawn = r.measure_selection(selection(one, rule_chosen="random", rule_rejected="random"), truth)
     assert drawn["auc"] == pytest.approx(0.5, abs=0.03)
     assert drawn["lift"] == pytest.approx(1.0, abs=0.1)
@@ -118,14 +119,14 @@ def test_random_tokens_are_no_better_than_chance_and_the_truth_itself_is_perfect
 def test_the_measures_depend_on_neither_the_scale_of_weights_nor_the_order_of_pairs():
     one = random_oracle(1)
     plain = selection(one, credit="soft", k_chosen=1, k_rejected=1)
-    truth = r.token_truth(one, valence)
+    truth = r.oracle_truth(one, word_truth(valence))
     columns = {name: plain.column(name) for name in SCHEMAS["selection"].names}
     for side in ("chosen", "rejected"):
         columns[f"{side}_weights"] = [[3 * w for w in row] for row in plain.column(f"{side}_weights").to_pylist()]
     scaled = r.measure_selection(make_table("selection", columns), truth)
     order = np.random.default_rng(2).permutation(len(one.scores))
     moved = r.ScoredOracle(one.scores.take(order), one.tokenizer)
-    again = r.measure_selection(plain.take(order), r.token_truth(moved, valence))
+    again = r.measure_selection(plain.take(order), r.oracle_truth(moved, word_truth(valence)))
     for name, value in r.measure_selection(plain, truth).items():
         assert scaled[name] == pytest.approx(value), name
         assert again[name] == pytest.approx(value), name
@@ -133,7 +134,9 @@ def test_the_measures_depend_on_neither_the_scale_of_weights_nor_the_order_of_pa
 
 def test_a_reward_with_one_pole_judges_the_side_that_has_right_tokens():
     one = random_oracle(3)
-    found = r.measure_selection(selection(one), r.token_truth(one, lambda word: -1.0 if word == "ef" else 0.0))
+    found = r.measure_selection(
+        selection(one), r.oracle_truth(one, word_truth(lambda word: -1.0 if word == "ef" else 0.0))
+    )
     assert math.isnan(found["lift_chosen"])
     assert found["lift"] == pytest.approx(found["lift_rejected"], rel=0.3)
     assert found["weight_wrong"] > 0  # bad words in chosen responses
@@ -143,7 +146,7 @@ def test_a_reward_with_one_pole_judges_the_side_that_has_right_tokens():
 def test_rules_are_compared_with_the_first_oracle_by_oracle():
     oracles = {str(seed): random_oracle(seed, 20) for seed in range(4)}
     rules = r.rules_of({name: r.default_rules(0.4)[name] for name in ("top 0.4", "random")})
-    found = r.rank_rules(oracles, rules, valence)
+    found = r.rank_rules(oracles, rules, word_truth(valence))
     assert found["oracles"] == ["0", "1", "2", "3"]
     assert found["baseline"] == "top 0.4"
     auc = {name: row["auc"] for name, row in found["rules"].items()}
@@ -158,11 +161,11 @@ def test_what_cannot_be_ranked_is_refused():
     one = oracle([1.0, -2, 0, 0, 0], [0.0] * 5)
     rules = r.rules_of({"weights": {"k_chosen": 1, "k_rejected": 1, "credit": "reward"}})
     with pytest.raises(UserError, match="a chosen token has -2"):
-        r.rank_rules({"a": one}, rules, valence)
+        r.rank_rules({"a": one}, rules, word_truth(valence))
     with pytest.raises(UserError, match="no word in 'a' carries the gold reward"):
-        r.rank_rules({"a": one}, r.rules_of(r.default_rules(0.3)), lambda word: 0.0)
+        r.rank_rules({"a": one}, r.rules_of(r.default_rules(0.3)), word_truth(lambda word: 0.0))
     with pytest.raises(UserError, match="nothing to rank"):
-        r.rank_rules({}, {}, valence)
+        r.rank_rules({}, {}, word_truth(valence))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

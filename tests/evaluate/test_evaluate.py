@@ -28,7 +28,7 @@ from sepo.evaluate.accuracy import preference_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.generate import draw_tokens, generate_responses
 from sepo.evaluate.statistics import mean_and_se, paired_difference
-from sepo.evaluate.words import token_pieces, token_words, word_valences
+from sepo.evaluate.words import token_pieces, token_values, token_words, word_truth
 from sepo.forward.attention import ATTENTION
 from sepo.forward.scoring import NonFiniteError
 from sepo.models.weights import load_model
@@ -491,9 +491,8 @@ def test_words_are_split_as_in_the_gold_reward_and_tokens_belong_to_their_word(s
 def test_all_tokens_of_a_long_word_carry_its_valence():
     tokenizer = tiny_tokenizer()  # one token per character
     text = "So good, no? bad"
-    values = word_valences(
-        tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], {"good": 2, "bad": -2}.get
-    )
+    worth = word_truth(lambda word: {"good": 2, "bad": -2}.get(word, 0))
+    values = token_values(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], worth)
     assert values.shape == (len(text),)
     assert values[3:7].tolist() == [2] * 4
     assert values[-3:].tolist() == [-2] * 3
@@ -560,30 +559,32 @@ def _columns(tokenizer, reward, pairs: int = 60, seed: int = 0) -> dict[str, lis
             text = " ".join(rng.choice(["good", "bad", "tree", "house", "of", "we"], size=8)) + "."
             ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], EOS]
             columns[f"{side}_ids"].append(ids)
-            columns[f"{side}_rewards"].append(reward(word_valences(tokenizer, ids, _valence), rng))
+            columns[f"{side}_rewards"].append(reward(token_values(tokenizer, ids, word_truth(_valence)), rng))
     return columns
 
 
 def test_rewards_made_of_valence_and_noise_are_found_faithful():
     tokenizer = tiny_tokenizer()
     clean = _columns(tokenizer, lambda v, rng: np.where(np.isnan(v), 99.0, v))  # tokens outside words must not count
-    result = fidelity(tokenizer, clean, valence=_valence)
+    result = fidelity(tokenizer, clean, truth=word_truth(_valence))
     assert result["auc"] == result["auc_positive"] == result["auc_rejected"] == 1
     assert result["auc_se"] == 0
 
     noisy = _columns(tokenizer, lambda v, rng: np.nan_to_num(v) + rng.normal(size=len(v)) * 2)
-    result = fidelity(tokenizer, noisy, valence=_valence)
+    result = fidelity(tokenizer, noisy, truth=word_truth(_valence))
     # The difference of two such normals has mean 2 and SD 2 * sqrt(2): P(it is above 0) = Phi(0.707) = 0.760.
     assert result["auc"] == pytest.approx(0.760, abs=4 * result["auc_se"])
     assert 0.002 < result["auc_se"] < 0.03
 
     backwards = _columns(tokenizer, lambda v, rng: -np.nan_to_num(v))
-    assert fidelity(tokenizer, backwards, valence=_valence)["auc"] == 0
+    assert fidelity(tokenizer, backwards, truth=word_truth(_valence))["auc"] == 0
 
 
 def test_rewards_of_pure_noise_are_found_to_be_chance():
     tokenizer = tiny_tokenizer()
-    result = fidelity(tokenizer, _columns(tokenizer, lambda v, rng: rng.normal(size=len(v))), valence=_valence)
+    result = fidelity(
+        tokenizer, _columns(tokenizer, lambda v, rng: rng.normal(size=len(v))), truth=word_truth(_valence)
+    )
     for key in ("auc", "auc_chosen", "auc_rejected", "auc_positive", "auc_negative"):
         assert result[key] == pytest.approx(0.5, abs=0.05)
 
@@ -594,7 +595,7 @@ def test_a_reward_level_that_differs_between_the_sides_does_not_raise_the_auc():
     columns["chosen_rewards"] = [row + 5 for row in columns["chosen_rewards"]]
     columns["chosen_ids"] = [tokenizer("good of", add_special_tokens=False)["input_ids"]] * 60
     columns["chosen_rewards"] = [np.full(7, 5.0)] * 60
-    assert fidelity(tokenizer, columns, valence=_valence)["auc"] == 0.5
+    assert fidelity(tokenizer, columns, truth=word_truth(_valence))["auc"] == 0.5
 
 
 def test_sides_and_signs_are_told_apart_and_weighted_by_their_tokens():
@@ -609,7 +610,7 @@ def test_sides_and_signs_are_told_apart_and_weighted_by_their_tokens():
         "rejected_ids": [ids("bad of")],  # 3 target tokens, rewards the wrong way round
         "rejected_rewards": [[1, 1, 1, 0, 0, 0]],
     }
-    result = fidelity(tokenizer, columns, valence=_valence)
+    result = fidelity(tokenizer, columns, truth=word_truth(_valence))
     assert (result["auc_chosen"], result["auc_rejected"]) == (1, 0)
     assert (result["auc_positive"], result["auc_negative"]) == (1, 0)
     assert result["auc"] == pytest.approx(4 / 7)
@@ -626,7 +627,7 @@ def test_precision_is_the_share_of_selected_tokens_in_words_of_the_right_sign():
         "rejected_rewards": [[0.0] * 4, [0.0] * 4],
     }
     selection = {"chosen_positions": [[0, 1], [3, 4]], "rejected_positions": [[0, 3], [1, 2]]}
-    result = fidelity(tokenizer, columns, selection, valence=_valence)
+    result = fidelity(tokenizer, columns, selection, truth=word_truth(_valence))
     assert (result["precision_chosen"], result["base_rate_chosen"]) == (0.5, 0.4)
     assert (result["precision_rejected"], result["base_rate_rejected"]) == (0.25, 3 / 8)
 
@@ -638,23 +639,23 @@ def test_fidelity_reads_tables_and_refuses_a_selection_of_other_pairs():
     table = make_table("scores", columns)
     positions = {f"{side}_{what}": [[0]] * 5 for side in ("chosen", "rejected") for what in ("positions", "weights")}
     selection = make_table("selection", {**columns, **positions})
-    result = fidelity(tokenizer, table, selection, valence=_valence)
+    result = fidelity(tokenizer, table, selection, truth=word_truth(_valence))
     assert result["auc"] == 1
     others = make_table("selection", {**columns, **positions, "pair_id": list(range(1, 6))})
     with pytest.raises(ValueError, match="pair_id"):
-        fidelity(tokenizer, table, others, valence=_valence)
+        fidelity(tokenizer, table, others, truth=word_truth(_valence))
     with pytest.raises(ValueError, match="chosen_rewards"):
-        fidelity(tokenizer, {**columns, "chosen_rewards": [[0.0]] * 5}, valence=_valence)
+        fidelity(tokenizer, {**columns, "chosen_rewards": [[0.0]] * 5}, truth=word_truth(_valence))
 
 
 def test_pairs_of_one_prompt_are_drawn_together():
     tokenizer = tiny_tokenizer()
     columns = _columns(tokenizer, lambda v, rng: np.nan_to_num(v) + rng.normal(size=len(v)) * 3, pairs=40)
     prompts = [[5, number] for number in range(40)]
-    one = fidelity(tokenizer, {**columns, "prompt_ids": prompts}, valence=_valence)
-    assert one["auc_se"] == fidelity(tokenizer, columns, valence=_valence)["auc_se"]  # each pair a prompt
+    one = fidelity(tokenizer, {**columns, "prompt_ids": prompts}, truth=word_truth(_valence))
+    assert one["auc_se"] == fidelity(tokenizer, columns, truth=word_truth(_valence))["auc_se"]  # each pair a prompt
     fourfold = {name: values * 4 for name, values in {**columns, "prompt_ids": prompts}.items()}
-    again = fidelity(tokenizer, fourfold, valence=_valence)
+    again = fidelity(tokenizer, fourfold, truth=word_truth(_valence))
     assert again["auc"] == pytest.approx(one["auc"])
     assert again["auc_se"] == pytest.approx(one["auc_se"])  # the same pairs four times add no information
     # From a table, in random order instead of prompt by prompt.
@@ -662,8 +663,8 @@ def test_pairs_of_one_prompt_are_drawn_together():
     mixed = {name: [values[index] for index in order] for name, values in fourfold.items()}
     table = make_table("scores", {**mixed, "pair_id": list(range(160))})
     # Prompts have other numbers, so other draws: 200 draws give the error to 5 %.
-    assert fidelity(tokenizer, table, valence=_valence)["auc_se"] == pytest.approx(one["auc_se"], rel=0.2)
-    same = fidelity(tokenizer, {**columns, "prompt_ids": [[5]] * 40}, valence=_valence)
+    assert fidelity(tokenizer, table, truth=word_truth(_valence))["auc_se"] == pytest.approx(one["auc_se"], rel=0.2)
+    same = fidelity(tokenizer, {**columns, "prompt_ids": [[5]] * 40}, truth=word_truth(_valence))
     assert np.isnan(same["auc_se"])  # one prompt
 
 
@@ -682,7 +683,7 @@ def test_with_words_of_one_sign_only_figures_of_the_other_sign_are_undefined():
     selection = {"chosen_positions": [[0, 1, 3, 4]], "rejected_positions": [[0, 9]]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a division by zero
-        result = fidelity(tokenizer, columns, selection, valence=gold.plain_valence)
+        result = fidelity(tokenizer, columns, selection, truth=word_truth(gold.plain_valence))
     assert (result["auc_chosen"], result["auc_rejected"]) == (1, 0)
     assert result["auc"] == result["auc_negative"] == pytest.approx(1 / 2)
     assert (result["tokens_positive"], result["tokens_negative"], result["tokens_other"]) == (0, 16, 5)
@@ -694,7 +695,7 @@ def test_with_words_of_one_sign_only_figures_of_the_other_sign_are_undefined():
 
 def test_fidelity_of_no_pairs_is_undefined():
     empty = {"chosen_ids": [], "chosen_rewards": [], "rejected_ids": [], "rejected_rewards": []}
-    result = fidelity(tiny_tokenizer(), empty, valence=_valence)
+    result = fidelity(tiny_tokenizer(), empty, truth=word_truth(_valence))
     assert np.isnan(result["auc"])
     assert result["tokens_other"] == 0
 

@@ -17,6 +17,7 @@ from sepo.evaluate import measure
 from sepo.evaluate.generate import generate_responses
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import Evaluation, own_logps, response_logps
+from sepo.evaluate.words import word_truth
 from sepo.forward.scoring import Types, dataset_logps, read_like
 from sepo.recipe.reading import parse_recipe
 from sepo.recipe.settings import EvalSettings
@@ -99,10 +100,10 @@ def test_stored_log_probabilities_are_used_only_where_the_numerics_are_equal():
 def test_an_unchanged_policy_has_no_kl_and_an_accuracy_of_one_half(dtype):
     base, policy, tokenizer = tiny_model("llama", dtype), tiny_model("llama", dtype), tiny_tokenizer()
     pairs = some_pairs(40)
-    prompts = prompts_of(pairs)
+    asked = pairs.slice(0, 6)
     stored = dataset_logps(tiny_model("llama"), pairs)  # float32, as scoring stores them
     judge = PolicyEvaluator(
-        base, tokenizer, prompts, SETTINGS, 0, start_of(base, tokenizer, prompts, SETTINGS, 0), pairs, stored
+        base, tokenizer, asked, SETTINGS, 0, start_of(base, tokenizer, asked, SETTINGS, 0), pairs, stored
     )
     figures = judge.measure(policy)
     assert (figures["accuracy"], figures["accuracy_se"]) == (0.5, 0)
@@ -112,17 +113,17 @@ def test_an_unchanged_policy_has_no_kl_and_an_accuracy_of_one_half(dtype):
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_policy_in_mixed_precision_that_does_not_move_has_no_kl(tmp_path, lora, monkeypatch):
     """Sampling uses the wrapped forward in bfloat16; scoring bypasses it, in float32."""
-    lengths = GoldReward(lambda texts: np.array([float(len(text)) for text in texts]), lexicon_valence)
+    lengths = GoldReward(
+        lambda questions, texts: np.array([float(len(text)) for text in texts]), word_truth(lexicon_valence)
+    )
     monkeypatch.setitem(GOLD_REWARDS, "vader", lengths)
     base, policy, tokenizer, pairs = tiny_model("llama"), tiny_model("llama"), tiny_tokenizer(), some_pairs(8)
     if lora:
         from peft import LoraConfig, get_peft_model
 
         policy = get_peft_model(policy, LoraConfig(target_modules="all-linear"))
-    prompts, settings = prompts_of(pairs), SETTINGS.model_copy(update={"gold": "vader"})
-    judge = PolicyEvaluator(
-        base, tokenizer, prompts, settings, 0, start_of(base, tokenizer, prompts, settings, 0), pairs
-    )
+    asked, settings = pairs.slice(0, 6), SETTINGS.model_copy(update={"gold": "vader"})
+    judge = PolicyEvaluator(base, tokenizer, asked, settings, 0, start_of(base, tokenizer, asked, settings, 0), pairs)
     watch = Checkpoints(judge, [1.0], tmp_path / "points.json", len(pairs))
     trainer = PreferenceTrainer(
         policy, config(tmp_path, bf16=True, learning_rate=0.0, objective="simpo"), pairs, callbacks=[watch]

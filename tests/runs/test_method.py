@@ -56,6 +56,8 @@ KINDS = {
     "existing oracle": ["oracle.model=WORKPLACE/runs/given/oracle"],
     "given rewards": ["oracle.rewards=WORKPLACE/runs/given/scores"],
     "given rewards, with a reference": ["oracle.rewards=WORKPLACE/runs/given/scores", "policy.objective=dpo"],
+    "truth": ["eval.gold=vader", "select={k_chosen: 1, k_rejected: 1, credit: truth}"],
+    "truth, second tokenizer": ["eval.gold=vader", "select.credit=truth", "policy.model=WORKPLACE/foreign"],
     "several oracles": ["oracle.count=2"],
     "contrastive": ["oracle.contrastive=true"],
     "several contrastive oracles": ["oracle.count=2", "oracle.contrastive=true"],

@@ -18,6 +18,7 @@ from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.evaluate.gold import GOLD_REWARDS, GoldReward, lexicon_valence
 from sepo.evaluate.measure import Evaluation
+from sepo.evaluate.words import word_truth
 from sepo.report.statistics import over_seeds
 from sepo.study import comparison
 from sepo.study.crossed import crossed_mean
@@ -45,8 +46,11 @@ COLORS = ["red", "blue", "green", "pink", "teal", "gold"]
 def a_gold_reward_that_gibberish_moves():
     """The tiny models write no word of VADER's lexicon: judge by the mean character instead."""
     with pytest.MonkeyPatch.context() as patch:
-        judge = lambda texts: np.array([np.mean([ord(c) for c in text] or [0]) / 100 for text in texts])  # noqa: E731
-        patch.setitem(GOLD_REWARDS, "vader", GoldReward(judge, lexicon_valence))
+
+        def judge(questions, texts):
+            return np.array([np.mean([ord(c) for c in text] or [0]) / 100 for text in texts])
+
+        patch.setitem(GOLD_REWARDS, "vader", GoldReward(judge, word_truth(lexicon_valence)))
         yield
 
 

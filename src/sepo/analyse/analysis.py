@@ -170,7 +170,7 @@ def rank(
     Returns:
         The content of `ranking.json`: the result of `rank_rules` and the settings.
     """
-    ranked = rank_rules(oracles, rules_of(rules, seed), gold_reward(gold).valence)
+    ranked = rank_rules(oracles, rules_of(rules, seed), gold_reward(gold).truth)
     result = {**ranked, "gold": gold, "settings": dict(rules), "seed": seed}
     save_ranking_figure(result, out)
     write_text(out / "ranking.md", ranking_markdown(result))
@@ -215,7 +215,7 @@ def analyse(inputs: Inputs, out: Path, *, k: float = 0.3, seed: int = 0) -> dict
         result["agreement"] = agreement(inputs.tables, k)
     if inputs.gold is not None and inputs.tokenizer is not None:
         result["fidelity"] = truth(
-            inputs.tables, inputs.tokenizer, gold_reward(inputs.gold).valence, k, inputs.reference_logps, seed
+            inputs.tables, inputs.tokenizer, gold_reward(inputs.gold).truth, k, inputs.reference_logps, seed
         )
     save_analysis_figures(result, out)
     write_text(out / "analysis.md", analysis_markdown(result))

@@ -8,7 +8,7 @@ oracle. All are pure functions of flat rewards and lengths; no function runs a m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from sepo.data.ragged import SIGNED_SIDES, flat, ragged
 from sepo.data.splits import prompt_numbers
 from sepo.data.tables import make_table, provenance_of
 from sepo.evaluate.accuracy import preference_accuracy
-from sepo.evaluate.fidelity import combine, fidelity
-from sepo.evaluate.words import special_ids, word_valences
+from sepo.evaluate.fidelity import combine, fidelity, token_truth
+from sepo.evaluate.words import Truth, special_ids
 from sepo.report.statistics import auc, correlation, rank_correlation
 from sepo.report.summary import cumulative_share
 
@@ -193,12 +193,12 @@ def agreement(tables: Mapping[str, pa.Table], k: float) -> dict[str, Any]:
 def truth(
     scores: Mapping[str, pa.Table],
     tokenizer: PreTrainedTokenizerBase,
-    valence: Callable[[str], float],
+    known: Truth,
     k: float,
     reference: pa.Table | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Compare token rewards with the values of words (`valence`) in a gold reward, beside baselines without an oracle.
+    """Compare token rewards with the values of words in a gold reward (`known`), beside baselines without an oracle.
 
     Baselines rank the same tokens first on both sides: `random`; `position`, early tokens; `surprisal`, tokens that
     are improbable under the reference.
@@ -211,16 +211,11 @@ def truth(
         these shares to those of all tokens (`lift_chosen`, `lift_rejected`).
     """
     first = next(iter(scores.values()))
-    values = {
-        side: np.concatenate(
-            [word_valences(tokenizer, ids, valence) for ids in first.column(f"{side}_ids").to_pylist()]
-        )
-        for side, _ in SIGNED_SIDES
-    }
+    values = {side: token_truth(tokenizer, first, side, known) for side, _ in SIGNED_SIDES}
     candidates = {**scores, **baseline_tables(first, reference, seed)}
     result = {}
     for name, table in candidates.items():
-        judged = fidelity(tokenizer, table, select_key_tokens(table, k, k), valence=valence, seed=seed)
+        judged = fidelity(tokenizer, table, select_key_tokens(table, k, k), truth=known, seed=seed)
         row = {key: judged[key] for key in ("auc", "auc_se", "precision_chosen", "precision_rejected")}
         unsigned, linear, ranked = [], [], []
         for side, _ in SIGNED_SIDES:

@@ -31,8 +31,8 @@ from transformers import PreTrainedTokenizerBase
 from sepo.credit.selection import effective_number, select_key_tokens
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
 from sepo.errors import UserError
-from sepo.evaluate.fidelity import weighted_auc
-from sepo.evaluate.words import word_valences
+from sepo.evaluate.fidelity import token_truth, weighted_auc
+from sepo.evaluate.words import Truth
 from sepo.report.statistics import interval, over_seeds
 
 MEASURES = (
@@ -94,20 +94,9 @@ def rules_of(settings: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[s
     return {name: rule(keywords) for name, keywords in settings.items()}
 
 
-def token_truth(oracle: ScoredOracle, valence: Callable[[str], float]) -> dict[str, np.ndarray]:
-    """The gold reward of each token's word by side, `[tokens]` float64: 0 in words without value, NaN outside words."""
-    return {
-        side: np.concatenate(
-            [
-                np.zeros(0),
-                *(
-                    word_valences(oracle.tokenizer, ids, valence)
-                    for ids in oracle.scores.column(f"{side}_ids").to_pylist()
-                ),
-            ]
-        )
-        for side in SIDES
-    }
+def oracle_truth(oracle: ScoredOracle, truth: Truth) -> dict[str, np.ndarray]:
+    """What each token is worth by side, `[tokens]` float64: 0 in words without value, NaN outside words."""
+    return {side: token_truth(oracle.tokenizer, oracle.scores, side, truth) for side in SIDES}
 
 
 def token_weights(selection: pa.Table, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -132,7 +121,7 @@ def measure_selection(selection: pa.Table, truth: Mapping[str, np.ndarray]) -> d
 
     Args:
         selection: kind "selection".
-        truth: from `token_truth` for the same pairs.
+        truth: from `oracle_truth` for the same pairs.
     """
     cells: list[tuple[float, float]] = []
     kept_right = expected = mass = mass_kept = weight = right_weight = wrong_weight = 0.0
@@ -171,15 +160,13 @@ def measure_selection(selection: pa.Table, truth: Mapping[str, np.ndarray]) -> d
     }
 
 
-def rank_rules(
-    oracles: Mapping[str, ScoredOracle], rules: Mapping[str, Rule], valence: Callable[[str], float]
-) -> dict[str, Any]:
+def rank_rules(oracles: Mapping[str, ScoredOracle], rules: Mapping[str, Rule], known: Truth) -> dict[str, Any]:
     """The `MEASURES` of every rule on every oracle, their means, and paired differences to the first rule.
 
     Args:
         oracles: by name; their pairs may differ.
         rules: by name, the baseline first.
-        valence: a word's gold reward, 0 for a word without one; it may have one sign only.
+        known: what each word is worth (`GoldReward.truth`); it may have one sign only.
 
     Returns:
         `oracles`, `baseline`, and `rules`: for each rule and measure `mean`, `low` and `high` (Student's t over
@@ -193,7 +180,7 @@ def rank_rules(
         raise UserError("there is nothing to rank: expected a score table and a rule, at least one of each")
     values: dict[str, list[dict[str, float]]] = {name: [] for name in rules}
     for name, oracle in oracles.items():
-        truth = token_truth(oracle, valence)
+        truth = oracle_truth(oracle, known)
         if not any(np.nan_to_num(side).any() for side in truth.values()):
             raise UserError(f"no word in '{name}' carries the gold reward: rules cannot be ranked by it")
         for rule, select in rules.items():

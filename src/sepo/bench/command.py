@@ -9,6 +9,7 @@ HELP = "test token credit where its truth is known"
 
 # The module of each action, with HELP, add_options(parser) and run(arguments) as a command has them.
 ACTIONS = {
+    "credit": "sepo.bench.credit.command",
     "laboratory": "sepo.bench.laboratory.command",
 }
 

@@ -43,6 +43,7 @@ from sepo.recipe.reading import explain
 from sepo.recipe.settings import Rule, SelectSettings
 
 RULES: tuple[str, ...] = get_args(Rule)
+TRUTH_REST = 0.05  # weight of the tokens that the truth does not count for their side
 
 
 def keep_counts(lengths: np.ndarray, rate: float) -> np.ndarray:
@@ -134,7 +135,8 @@ def select_key_tokens(
             threshold_chosen, threshold_rejected: t of rule "threshold".
             credit: weight of a key token. "hard": 1. "soft": exp(±clip(s / temperature, clip_low, clip_high)), plus
             on the chosen side and minus on the rejected. "reward": the reward itself, for imported weights and
-            for tgdpo and wspo. Soft weights with temperature 1, the default clip, k 1 and `normalise` off are those
+            for tgdpo and wspo. "truth": 1 where a reward, the truth of a gold reward, supports the side, else 0.05.
+            Soft weights with temperature 1, the default clip, k 1 and `normalise` off are those
             of TIS-DPO (arXiv 2410.04350, equation 12).
             normalise: scale soft weights to a mean of 1 over the key tokens of each response.
             skip_shared: leave out tokens that both responses of the pair hold (`shared_tokens`).
@@ -261,6 +263,8 @@ def _weights(rewards: np.ndarray, counts: np.ndarray, sign: int, settings: Selec
         return rewards.astype(np.float32)
     if settings.credit == "hard":
         return np.ones(len(rewards), np.float32)
+    if settings.credit == "truth":
+        return np.where(sign * rewards > 0, 1, TRUTH_REST).astype(np.float32)
     scaled = rewards.astype(np.float64) / settings.temperature
     return soft_weights(sign * np.clip(scaled, settings.clip_low, settings.clip_high), counts, settings.normalise)
 
@@ -358,9 +362,9 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 def check_rule(settings: SelectSettings) -> None:
     """Raise a UserError for settings that contradict each other."""
-    if settings.credit == "reward" and settings.label_log_odds:
+    if settings.credit in ("reward", "truth") and settings.label_log_odds:
         raise UserError(
-            "credit 'reward' keeps the reward as weight: leave label_log_odds at 0, or choose another credit"
+            f"credit '{settings.credit}' needs rewards as they are: leave label_log_odds at 0, or choose another credit"
         )
     if settings.clip_low > settings.clip_high:
         raise UserError(f"clip_low {settings.clip_low} is above clip_high {settings.clip_high}")

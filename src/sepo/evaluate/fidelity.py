@@ -1,8 +1,8 @@
 """Fidelity of token rewards: do they find the tokens that matter? A check against a known truth.
 
 A gold reward (`gold.py`) defines the words that carry the preference: with VADER the good and the bad words of its
-lexicon; with `plain` the long words, all bad. A faithful token reward s_i is high on positive words and low on negative
-ones, compared with the other words of the same response side:
+lexicon; with `plain` the long words, all bad; with a planted task the right and the wrong steps. A faithful token
+reward s_i is high on positive words and low on negative ones, compared with the other words of the same response side:
 
     AUC_positive = P(s of a positive word's token > s of another word's token)      ties count one half
     AUC_negative = P(s of a negative word's token < s of another word's token)
@@ -15,16 +15,17 @@ good" the word "good" is positive, which costs some AUC.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from sepo.data.conversation import CONVERSATION, in_words, read_conversation
 from sepo.data.ragged import SIDES
 from sepo.data.splits import prompt_numbers
-from sepo.evaluate.words import word_valences
+from sepo.evaluate.words import Truth, token_values
 
 Columns: TypeAlias = pa.Table | Mapping[str, Sequence[Sequence]]
 
@@ -45,7 +46,7 @@ def fidelity(
     columns: Columns,
     selection: Columns | None = None,
     *,
-    valence: Callable[[str], float],
+    truth: Truth,
     resamples: int = 200,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -53,9 +54,10 @@ def fidelity(
 
     Args:
         columns: a score table, or lists under its names: chosen_ids, rejected_ids, chosen_rewards, rejected_rewards,
-            and optionally prompt_ids and prompt_key; without them each pair counts as a separate prompt.
+            and optionally conversation, prompt_ids and prompt_key; without the last two each pair counts as a separate
+            prompt.
         selection: a selection table of the same pairs, or lists chosen_positions and rejected_positions.
-        valence: a word's part in the gold reward (`GoldReward.valence`); 0 for other words.
+        truth: what each word is worth (`GoldReward.truth`).
         resamples: bootstrap resamples of the prompts for the standard error. All pairs of a prompt are drawn together,
             because they share responses.
 
@@ -70,7 +72,7 @@ def fidelity(
     Raises:
         ValueError: rewards are not as long as their ids, or the selection is of other pairs.
     """
-    sides = [_Side(tokenizer, columns, side, valence) for side in SIDES]
+    sides = [_Side(tokenizer, columns, side, truth) for side in SIDES]
     pairs = sides[0].pairs
     cells = {(side.name, sign): side.cell(sign, np.ones(pairs)) for side in sides for sign in (1, -1)}
     has_prompts = "prompt_ids" in (columns.column_names if isinstance(columns, pa.Table) else columns)
@@ -108,6 +110,16 @@ def _bootstrap_error(sides: Sequence[_Side], prompt: np.ndarray, resamples: int,
     return float(defined.std(ddof=1)) if len(defined) > 1 else float("nan")
 
 
+def token_truth(tokenizer: PreTrainedTokenizerBase, columns: Columns, side: str, truth: Truth) -> np.ndarray:
+    """What each token of one response side is worth (`token_values`), all responses in a row: `[tokens]` float64."""
+    ids = _lists(columns, f"{side}_ids")
+    known = CONVERSATION in (columns.column_names if isinstance(columns, pa.Table) else columns)
+    conversations = _lists(columns, CONVERSATION) if known else []
+    questions = [in_words(read_conversation(text).messages) for text in conversations] or [""] * len(ids)
+    values = (token_values(tokenizer, row, truth, asked) for row, asked in zip(ids, questions, strict=True))
+    return np.concatenate([np.zeros(0), *values])
+
+
 class _Side:
     """All tokens of one response side, flat: their pair, valence and reward (as a rank)."""
 
@@ -116,7 +128,7 @@ class _Side:
         tokenizer: PreTrainedTokenizerBase,
         columns: Columns,
         name: str,
-        valence: Callable[[str], float],
+        truth: Truth,
     ):
         ids, rewards = _lists(columns, f"{name}_ids"), _lists(columns, f"{name}_rewards")
         lengths = [len(response) for response in ids]
@@ -126,9 +138,7 @@ class _Side:
         self.pairs = len(ids)
         self.lengths = np.array(lengths, dtype=np.int64)
         self.pair = np.repeat(np.arange(self.pairs), self.lengths)
-        self.valences = np.concatenate(
-            [np.zeros(0), *(word_valences(tokenizer, response, valence) for response in ids)]
-        )
+        self.valences = token_truth(tokenizer, columns, name, truth)
         values = np.concatenate([np.zeros(0), *(np.asarray(response, np.float64) for response in rewards)])
         self.codes = np.unique(values, return_inverse=True)[1]
 

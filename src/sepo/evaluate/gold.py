@@ -1,40 +1,43 @@
 """Gold rewards: known, independent rewards that evaluate a policy and are never trained on.
 
 A gold reward gives the reward of a text and the words that carry it, so that token rewards can be checked one by one
-(`fidelity.py`). There are two of different kinds, so that no method is tuned to one:
+(`fidelity.py`). They are of different kinds, so that no method is tuned to one:
 
 - `vader` (Hutto and Gilbert, ICWSM 2014) is about meaning: a human-rated sentiment lexicon with a few rules for
   negation, emphasis and contrast. Words are good or bad.
 - `plain` is about form: the share of words that are not long. It has no lexicon and no rules beyond the word. Long
   words are bad; no word is good.
+- `arithmetic`, `tracking` and `details` (`planted.py`) are about what is right: a word is good in one place and bad in
+  another, by the question and by what the response says before it.
 
-Both are deterministic.
+All are deterministic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 
 from sepo.errors import UserError, nearest
-from sepo.evaluate.words import text_words
+from sepo.evaluate import planted
+from sepo.evaluate.words import Truth, text_words, word_truth
 
 LONG = 8  # the fewest letters of a long word: 16 % of the words of the embedded texts are long
 
 
 class GoldReward(NamedTuple):
-    """A known reward, and the words that carry it.
+    """A known reward of answers, and the parts of an answer that carry it.
 
     Attributes:
-        scores: texts -> their rewards, `[texts]` float64.
-        valence: a word -> its part in the reward: above 0 if it raises the reward, below 0 if it lowers it, else 0.
+        scores: (questions, answers) -> rewards of the answers, `[answers]` float64.
+        truth: (question, answer) -> the units of the answer with their part in the reward.
     """
 
-    scores: Callable[[Sequence[str]], np.ndarray]
-    valence: Callable[[str], float]
+    scores: Callable[[Sequence[str], Sequence[str]], np.ndarray]
+    truth: Truth
 
 
 @lru_cache(maxsize=1)
@@ -95,8 +98,12 @@ def plain_valence(word: str) -> float:
 
 
 GOLD_REWARDS: dict[str, GoldReward] = {
-    "vader": GoldReward(vader_scores, lexicon_valence),
-    "plain": GoldReward(plain_scores, plain_valence),
+    "vader": GoldReward(lambda questions, answers: vader_scores(answers), word_truth(lexicon_valence)),
+    "plain": GoldReward(lambda questions, answers: plain_scores(answers), word_truth(plain_valence)),
+    **{
+        name: GoldReward(partial(planted.scores, check), partial(planted.truth, check))
+        for name, check in planted.CHECKS.items()
+    },
 }
 
 
@@ -111,5 +118,5 @@ def gold_reward(name: str) -> GoldReward:
             f"unknown gold reward '{name}'{nearest(name, GOLD_REWARDS)}: expected one of {', '.join(GOLD_REWARDS)}"
         )
     reward = GOLD_REWARDS[name]
-    reward.scores([])  # a missing package should be reported now, not after hours of training
+    reward.scores([], [])  # a missing package should be reported now, not after hours of training
     return reward

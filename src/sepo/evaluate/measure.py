@@ -185,8 +185,8 @@ class Evaluation:
             metrics |= oracle_accuracy(scored) if len(scored) else {}  # given rewards may cover training pairs only
         if self.scores is not None and self.settings.gold is not None:
             chosen = read_table(self.selection, "selection") if self.selection is not None else None
-            valence = gold_reward(self.settings.gold).valence
-            found = fidelity(self._tokenizer, read_table(self.scores, "scores"), chosen, valence=valence)
+            truth = gold_reward(self.settings.gold).truth
+            found = fidelity(self._tokenizer, read_table(self.scores, "scores"), chosen, truth=truth)
             metrics |= _prefixed("fidelity", found)
         return {name: float(value) for name, value in metrics.items()}
 
@@ -203,7 +203,7 @@ class Evaluation:
             questions = questions_of(asked, self._tokenizer)
             generations = {"base": base.responses, "policy": policy.responses}
             kl = policy.sums - base.sums
-            found, table = judge_generations(generations, kl, self._tokenizer, self._prompts, self.settings)
+            found, table = judge_generations(generations, kl, self._tokenizer, self._prompts, questions, self.settings)
             numbers = [response.prompt_index for response in base.responses]
             table = table.append_column("question", pa.array([questions[number] for number in numbers]))
             metrics |= found
@@ -283,6 +283,7 @@ def judge_generations(
     kl: np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    questions: Sequence[str],
     settings: EvalSettings,
 ) -> tuple[dict[str, float], pa.Table]:
     """Gold reward, KL and lengths of responses.
@@ -290,6 +291,7 @@ def judge_generations(
     Args:
         generations: responses of "base" and "policy" to the same prompts.
         kl: `[responses]`, log-ratio of each of the policy's responses.
+        questions: the prompts in words (`questions_of`).
 
     Returns:
         metrics, and a table with a row for each prompt and sample.
@@ -309,7 +311,7 @@ def judge_generations(
         columns[name] = texts
         columns[f"{name}_tokens"] = lengths
         if settings.gold is not None:
-            gold[name] = gold_reward(settings.gold).scores(texts)
+            gold[name] = gold_reward(settings.gold).scores([questions[group] for group in groups], texts)
             metrics[f"gold_reward/{name}"], metrics[f"gold_reward/{name}_se"] = mean_and_se(gold[name], groups)
             columns[f"{name}_gold"] = gold[name]
     if gold:
@@ -337,7 +339,7 @@ def _side_by_side(
         texts = decoded(tokenizer, answers[name])
         columns[name] = texts
         if settings.gold is not None:
-            columns[f"{name}_gold"] = gold_reward(settings.gold).scores(texts)
+            columns[f"{name}_gold"] = gold_reward(settings.gold).scores(questions, texts)
     return pa.table(columns)
 
 

@@ -1,13 +1,30 @@
-"""The words of a response, and the word of each token."""
+"""The words of a response, the word of each token, and what each token is worth by a known truth."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+
+class Unit(NamedTuple):
+    """A part of a response that a truth values: a word or a number, from character `start` to `stop`.
+
+    Attributes:
+        value: above 0 if the unit raises the gold reward, below 0 if it lowers it, 0 if it is neutral.
+    """
+
+    start: int
+    stop: int
+    value: float
+
+
+# (question, response) -> the units of the response, in order.
+Truth: TypeAlias = Callable[[str, str], Iterable[Unit]]
 
 
 def text_words(text: str) -> Iterator[tuple[int, str]]:
@@ -54,14 +71,35 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iter
 def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[list[str], np.ndarray]:
     """Find the words of a response (`text_words`) and the word that each token belongs to.
 
-    Special tokens separate words.
-
     Returns:
         words, and for each token the index of the first word that it has a character of, or -1: `[tokens]` int64.
     """
+    text, owners, counts = _characters(tokenizer, ids)
+    words = list(text_words(text))
+    return [word for _, word in words], _first_unit([(at, at + len(word)) for at, word in words], owners, counts)
+
+
+def token_values(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], truth: Truth, question: str = ""
+) -> np.ndarray:
+    """Return the value of each token's unit, `[tokens]` float64; NaN for tokens outside all units.
+
+    A token with characters of several units has the value of the first.
+    """
+    text, owners, counts = _characters(tokenizer, ids)
+    units = list(truth(question, text))
+    values = np.array([unit.value for unit in units] + [np.nan])  # index -1 reads the last
+    return values[_first_unit([unit[:2] for unit in units], owners, counts)]
+
+
+def _characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int], list[int]]:
+    """The text of a response; by character its token, the first of a joined piece; by token the tokens of its piece.
+
+    Special tokens become spaces, so that they separate words.
+    """
     special = special_ids(tokenizer)
-    owners: list[int] = []  # the token of each character of `text`; for a joined piece the first token
-    counts: list[int] = []  # by token: the number of tokens in its piece, 0 for all but the first
+    owners: list[int] = []
+    counts: list[int] = []  # 0 for all but the first token of a piece
     text = ""
     at = 0
     for count, piece in token_pieces(tokenizer, ids):
@@ -71,15 +109,17 @@ def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
         owners.extend([at] * len(piece))
         counts.extend([count] + [0] * (count - 1))
         at += count
+    return text, owners, counts
 
-    words: list[str] = []
-    index = np.full(len(ids), -1, dtype=np.int64)
-    for start, word in text_words(text):
-        for token in dict.fromkeys(owners[start : start + len(word)]):
+
+def _first_unit(spans: Sequence[tuple[int, int]], owners: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+    """For each token the first span that it has a character of, or -1: `[tokens]` int64."""
+    index = np.full(len(counts), -1, dtype=np.int64)
+    for number, (start, stop) in enumerate(spans):
+        for token in dict.fromkeys(owners[start:stop]):
             span = index[token : token + counts[token]]
-            span[span < 0] = len(words)
-        words.append(word)
-    return words, index
+            span[span < 0] = number
+    return index
 
 
 _SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
@@ -93,10 +133,6 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return _SPECIAL[tokenizer]
 
 
-def word_valences(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], valence: Callable[[str], float]
-) -> np.ndarray:
-    """Return the valence of each token's word, `[tokens]` float64: 0 for neutral words, NaN outside words."""
-    words, index = token_words(tokenizer, ids)
-    values = np.array([valence(word) for word in words] + [np.nan])  # index -1 reads the last
-    return values[index]
+def word_truth(valence: Callable[[str], float]) -> Truth:
+    """The truth whose units are words, each with its `valence` wherever it stands."""
+    return lambda question, text: (Unit(at, at + len(word), valence(word)) for at, word in text_words(text))

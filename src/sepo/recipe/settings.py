@@ -39,7 +39,7 @@ else:
     ObjectiveName = Literal[tuple(OBJECTIVES)]
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
 Allocation = Literal["bytes", "group", "first"]
-Gold = Literal["vader", "plain"]
+Gold = Literal["vader", "plain", "arithmetic", "tracking", "details"]
 
 
 class Settings(BaseModel):
@@ -292,10 +292,10 @@ class SelectSettings(Settings):
     rule_rejected: Rule = Field("top", description="how rejected tokens are picked; top is their lowest rewards")
     threshold_chosen: float = Field(0.0, description="rule threshold: keep rewards of at least this")
     threshold_rejected: float = Field(0.0, description="rule threshold: keep rewards of at most this")
-    credit: Literal["hard", "soft", "reward"] = Field(
+    credit: Literal["hard", "soft", "reward", "truth"] = Field(
         "hard",
-        description="weight of a key token: 1 (hard), a function of its reward (soft), or the reward itself "
-        "(given weights)",
+        description="weight of a key token: 1 (hard), a function of its reward (soft), the reward itself "
+        "(given weights); truth: 1 where the gold reward counts the token for its side, else 0.05, without an oracle",
     )
     temperature: float = Field(1.0, gt=0, description="soft credit: exp(±clip(reward / temperature))")
     clip_low: float = Field(-0.5, description="soft credit: lower end of the clip")
@@ -539,6 +539,11 @@ class Recipe(Settings):
     select: SelectSettings = Field(default_factory=SelectSettings, description="key tokens")
     policy: PolicySettings = Field(default_factory=PolicySettings, description="the model to align")
     eval: EvalSettings = Field(default_factory=EvalSettings, description="measurements")
+
+    @property
+    def reads_oracle(self) -> bool:
+        """Do token rewards come from an oracle? Given rewards and the truth of a gold reward need none."""
+        return self.oracle.rewards is None and self.select.credit != "truth"
 
     @property
     def run_folder(self) -> Path:

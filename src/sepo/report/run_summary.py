@@ -138,6 +138,8 @@ def _trained(
     lines = []
     if recipe.oracle.rewards is not None:
         text = f"none; token rewards from {short_name(recipe.oracle.rewards)}"
+    elif not recipe.reads_oracle:
+        text = f"none; the gold reward {recipe.eval.gold} says which tokens count"
     elif recipe.oracle.model is None:
         some = "" if recipe.oracle.sample == 1 else f"{recipe.oracle.sample:.0%} of "
         count = f"{recipe.oracle.count} times " if recipe.oracle.count > 1 else ""

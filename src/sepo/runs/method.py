@@ -140,7 +140,7 @@ class Method:
     def oracles(self) -> dict[str, Model]:
         """The oracles by name, an existing one or those that are trained, and their opposites (`oracle.members`)."""
         settings = self.recipe.oracle
-        if settings.rewards is not None:
+        if not self.recipe.reads_oracle:
             return {}
         if settings.model is not None:
             existing = self.walker.model(settings.model)
@@ -161,12 +161,14 @@ class Method:
     def scores(self) -> StageResult:
         """Token rewards under the oracle's tokenizer."""
         settings = self.recipe.oracle
+        words = self._words(self.recipe.reference)
         if settings.rewards is not None:
-            return self.walker.do(score.given_stage(settings, self.pairs, self._words(self.recipe.reference)), "score")
+            return self.walker.do(score.given_stage(self.recipe, self.pairs, words), "score")
+        if words is not None and not self.recipe.reads_oracle:
+            return self.walker.do(score.truth_stage(self.pairs, words), "score")
         base = self.reference_logps
         logps_of = {name: self._logps(model, self.pairs, name) for name, model in self.oracles.items()}
         opposites = [logps_of.pop(name) for name, _, swapped in oracle.members(settings) if swapped]
-        words = self._words(self.recipe.reference)
         return self.walker.do(score.stage(self.pairs, list(logps_of.values()), opposites or base, words), "score")
 
     @cached_property

@@ -81,6 +81,12 @@ def _is_embedded(source: str) -> bool:
     return source.startswith("embedded:")
 
 
+def has_own_rows(settings: DataSettings) -> bool:
+    """Do held-out pairs come from other rows than the training pairs, with `pair_id`s of their own?"""
+    own_split = settings.held_out_split is not None and not _is_embedded(settings.source)
+    return settings.held_out_source is not None or own_split
+
+
 def _place(source: str) -> str:
     return str(embedded_data(source)) if _is_embedded(source) else source
 

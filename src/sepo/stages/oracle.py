@@ -33,6 +33,7 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
     settings = recipe.oracle
     if settings.rewards is not None:
         check_rewards_file(Path(settings.rewards), settings.reward_columns)
+    if not recipe.reads_oracle:
         return
     check_quantization(settings.quantization, train=True, lora=settings.lora is not None, installed=not elsewhere)
     if settings.model is None:

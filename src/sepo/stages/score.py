@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -13,12 +14,27 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
 from sepo.credit.rewards import combine_scores, given_rewards, require_rewards, token_rewards
-from sepo.data.tables import arrow_file, clear_shards, read_shard, read_table, table_digest, table_paths, write_shard
+from sepo.data.ragged import SIDES, flat, ragged
+from sepo.data.tables import (
+    arrow_file,
+    clear_shards,
+    make_table,
+    provenance_of,
+    read_shard,
+    read_table,
+    table_digest,
+    table_paths,
+    write_shard,
+)
 from sepo.errors import UserError, one_line
 from sepo.evaluate.accuracy import oracle_accuracy
+from sepo.evaluate.fidelity import fidelity, token_truth
+from sepo.evaluate.gold import gold_reward
+from sepo.evaluate.words import Truth
 from sepo.processes import log
-from sepo.recipe.settings import OracleSettings
+from sepo.recipe.settings import Recipe
 from sepo.stages.cost import Cost, Sizes
+from sepo.stages.data import has_own_rows
 from sepo.stages.logps import part_of
 from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
 
@@ -73,31 +89,70 @@ def stage(
     )
 
 
-def given_stage(settings: OracleSettings, pairs: StageResult, words: Words | None = None) -> Stage:
-    """Given token rewards, in `scores` and `scores_held_out` (the held-out pairs that have rewards)."""
-    source, names = Path(str(settings.rewards)), settings.reward_columns
+def given_stage(recipe: Recipe, pairs: StageResult, words: Words | None = None) -> Stage:
+    """Given token rewards, in `scores` and `scores_held_out` (the held-out pairs that have rewards).
+
+    A held-out split or source counts its rows from 0 again, so its `pair_id`s do not name rows of the rewards.
+    """
+    source, names = Path(str(recipe.oracle.rewards)), recipe.oracle.reward_columns
     given = processes.on_main(lambda: check_rewards_file(source, names))
 
-    def write(folder: Path) -> dict[str, Any]:
+    def rewards() -> Callable[[pa.Table, str], pa.Table]:
         rewards = read_rewards(source, names)
+
+        def of_pairs(table: pa.Table, part: str) -> pa.Table:
+            if part == "held_out" and has_own_rows(recipe.data):
+                table = table.slice(0, 0)
+            return given_rewards(table, rewards, names, missing=part == "held_out")
+
+        return of_pairs
+
+    depends = {"given": given, "columns": list(names)}
+    return _without_oracle(f"token rewards of {source.name}", depends, rewards, pairs, words)
+
+
+def truth_stage(pairs: StageResult, words: Words) -> Stage:
+    """What each token is worth by the gold reward, in place of token rewards."""
+
+    def rewards() -> Callable[[pa.Table, str], pa.Table]:
+        truth = gold_reward(words.gold).truth
+        return lambda table, part: true_rewards(words.tokenizer, table, truth)
+
+    return _without_oracle(f"the truth by {words.gold}", {"truth": True}, rewards, pairs, words)
+
+
+def true_rewards(tokenizer: PreTrainedTokenizerBase, pairs: pa.Table, truth: Truth) -> pa.Table:
+    """A table of kind "scores" with the value of each token, 0 outside words (`evaluate.fidelity.token_truth`)."""
+    columns: dict[str, object] = {name: pairs.column(name) for name in pairs.column_names}
+    for side in SIDES:
+        values = np.nan_to_num(token_truth(tokenizer, pairs, side, truth)).astype(np.float32)
+        columns[f"{side}_rewards"] = ragged(values, flat(pairs.column(f"{side}_ids"))[1])
+    return make_table("scores", columns, {**provenance_of(pairs), "oracle": None, "reference": None})
+
+
+def _without_oracle(
+    what: str,
+    depends: dict[str, Any],
+    rewards: Callable[[], Callable[[pa.Table, str], pa.Table]],
+    pairs: StageResult,
+    words: Words | None,
+) -> Stage:
+    """Token rewards that no model gives: `rewards()` returns a function from pairs, and their part, to scores."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        of_pairs = rewards()
         for part in PARTS:
             shards = table_paths(pairs.folder / part, "pairs")
             clear_shards(folder / _TABLES[part])
             for index, path in enumerate(shards):
-                table = given_rewards(read_shard(path, "pairs"), rewards, names, missing=part == "held_out")
-                write_shard(folder / _TABLES[part], index, table, len(shards))
+                write_shard(folder / _TABLES[part], index, of_pairs(read_shard(path, "pairs"), part), len(shards))
         require_rewards([read_table(folder / SCORES, "scores")])
         return _judged(folder, words)
 
     return Stage(
         kind="score",
-        what=f"token rewards of {source.name}",
-        depends={
-            "given": given,
-            "columns": list(names),
-            "pairs": pairs.content,
-            "words": words is not None and words.gold,
-        },
+        what=what,
+        depends={**depends, "pairs": pairs.content, "words": words is not None and words.gold},
         outputs=(SCORES, SCORES_HELD_OUT),
         run=lambda folder: processes.on_main(lambda: write(folder)),
         cost=cost,
@@ -115,10 +170,7 @@ def words_found(scores: Path, words: Words | None) -> dict[str, float]:
     """AUC of token rewards for the words that carry a gold reward; nothing without one."""
     if words is None:
         return {}
-    from sepo.evaluate.fidelity import fidelity
-    from sepo.evaluate.gold import gold_reward
-
-    judged = fidelity(words.tokenizer, read_table(scores, "scores"), valence=gold_reward(words.gold).valence)
+    judged = fidelity(words.tokenizer, read_table(scores, "scores"), truth=gold_reward(words.gold).truth)
     return {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
 
 

@@ -23,6 +23,10 @@ from sepo.stages.stage import SCORES, Stage, StageResult
 def check(recipe: Recipe) -> None:
     """Check the rule and its settings."""
     check_rule(recipe.select)
+    if recipe.select.credit == "truth" and recipe.eval.gold is None:
+        raise UserError("select.credit truth needs eval.gold, the gold reward that says which tokens count")
+    if recipe.select.credit == "truth" and OBJECTIVES[recipe.policy.objective].reads_token_rewards:
+        raise UserError(f"{recipe.policy.objective} reads token rewards: select.credit truth has none, choose another")
 
 
 def settings_of(recipe: Recipe) -> SelectSettings:

@@ -19,13 +19,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from sepo.credit.rewards import response_sums
-from sepo.data.conversation import Conversation
+from sepo.data.conversation import conversations_of
 from sepo.data.splits import prompt_numbers
 from sepo.errors import UserError
 from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import decoded, own_logps, response_logps, sample
+from sepo.evaluate.measure import decoded, own_logps, questions_of, response_logps, sample
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
 from sepo.forward.memory import PeakMemory
@@ -44,19 +44,19 @@ class PolicyEvaluator:
 
     Attributes:
         base: the start, on its device, in the types of the policies in training.
-        held_out: pairs that are not trained on; policies answer their first `settings.prompts` distinct prompts.
+        asked: a pair for each prompt that policies answer.
+        held_out: pairs that are not trained on.
         base_logps: stored log-probabilities of `held_out` under the base, for the accuracy without a gold reward.
             Computed again if they are missing, or come from other types or another kind of device than the policy's.
         start: from `start_of` for the same base, prompts, settings and seed.
         tokens_per_row: token budget of a packed row when scoring; a default for the device if None.
         scorer: returns the scorer of a judge in memory, or None for a judge behind a server. Without it, every
             measurement loads the judge again.
-        conversations: of the prompts, for a judge.
     """
 
     base: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[list[int]]
+    asked: pa.Table
     settings: EvalSettings
     seed: int
     start: Mapping[str, list[Any]]
@@ -64,7 +64,9 @@ class PolicyEvaluator:
     base_logps: pa.Table | None = None
     tokens_per_row: int | None = None
     scorer: Callable[[], Scorer | None] | None = None
-    conversations: Sequence[Conversation] = ()
+
+    def __post_init__(self) -> None:
+        self.prompts = self.asked.column("prompt_ids").to_pylist()
 
     def _logps(self, model: nn.Module) -> pa.Table:
         return dataset_logps(model, self.held_out, tokens_per_row=self.tokens_per_row)
@@ -90,7 +92,7 @@ class PolicyEvaluator:
         result["length"], result["length_se"] = mean_and_se(lengths, groups)
         if self.settings.gold is not None:
             before = np.array(self.start["gold"])
-            after = gold_of(generations, self.tokenizer, self.settings.gold)
+            after = gold_of(generations, self.tokenizer, self.settings.gold, self.asked)
             result["gold"], result["gold_se"] = mean_and_se(after, groups)
             result["gold_difference"], result["gold_difference_se"] = paired_difference(after, before, groups)
             result["by_prompt"] = prompt_means(after - before, groups)
@@ -124,9 +126,10 @@ class PolicyEvaluator:
     def _judged(self, policy: nn.Module, generations: Sequence[Generation], judge: JudgeSettings) -> dict[str, Any]:
         """The judge's win rate of the policy's answers against the start's."""
         groups = [generation.prompt_index for generation in generations]
+        conversations = conversations_of(self.asked)
         metrics, columns, _ = judge_responses(
             judge,
-            [self.conversations[group] for group in groups],
+            [conversations[group] for group in groups],
             self.start["texts"],
             decoded(self.tokenizer, generations),
             groups,
@@ -150,21 +153,32 @@ def prompt_means(values: np.ndarray, prompts: Sequence[int] | np.ndarray) -> lis
 
 
 def start_of(
-    base: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], settings: EvalSettings, seed: int
+    base: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: pa.Table,
+    settings: EvalSettings,
+    seed: int,
 ) -> dict[str, list[Any]]:
     """Sample from the start: `length` of each response, `gold` (with a gold reward) and `texts` (with a judge)."""
-    generations = sample(base, tokenizer, prompts, settings, seed)
+    generations = sample(base, tokenizer, asked.column("prompt_ids").to_pylist(), settings, seed)
     start: dict[str, list[Any]] = {"length": [float(len(generation.response_ids)) for generation in generations]}
     if settings.gold is not None:
-        start["gold"] = gold_of(generations, tokenizer, settings.gold).tolist()
+        start["gold"] = gold_of(generations, tokenizer, settings.gold, asked).tolist()
     if settings.judge is not None:
         start["texts"] = decoded(tokenizer, generations)
     return start
 
 
-def gold_of(generations: Sequence[Generation], tokenizer: PreTrainedTokenizerBase, name: str) -> np.ndarray:
-    """Gold reward of each response, `[responses]`."""
-    return gold_reward(name).scores(decoded(tokenizer, generations))
+def gold_of(
+    generations: Sequence[Generation],
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    asked: pa.Table,
+) -> np.ndarray:
+    """Gold reward of each response, `[responses]`; `asked` has a row for each prompt."""
+    questions = questions_of(asked, tokenizer)
+    of_response = [questions[generation.prompt_index] for generation in generations]
+    return gold_reward(name).scores(of_response, decoded(tokenizer, generations))
 
 
 class Checkpoints(TrainerCallback):

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from sepo.data.conversation import conversations_of
 from sepo.data.ragged import SIDES, flat
 from sepo.data.splits import prompt_rows
 from sepo.data.tables import read_table
@@ -85,8 +84,7 @@ def start_stage(recipe: Recipe, start: Model, pairs: StageResult, measured: Meas
 
     def run(folder: Path) -> dict[str, Any]:
         asked = rows_to_answer(recipe, read_table(pairs.folder / "held_out", "pairs"), choosing)
-        prompts = asked.column("prompt_ids").to_pylist()
-        samples = start_of(measured.base(), load_tokenizer(start.folder), prompts, recipe.eval, seed)
+        samples = start_of(measured.base(), load_tokenizer(start.folder), asked, recipe.eval, seed)
         write_json(folder / SAMPLES, samples, indent=None)
         return {name: float(np.mean(values)) for name, values in samples.items() if name != "texts"}
 
@@ -179,7 +177,7 @@ def _evaluator(
     return PolicyEvaluator(
         measured.base(),
         load_tokenizer(start.folder),
-        asked.column("prompt_ids").to_pylist(),
+        asked,
         recipe.eval,
         measured.seed,
         json.loads((samples.folder / SAMPLES).read_text(encoding="utf-8")),
@@ -187,7 +185,6 @@ def _evaluator(
         None if held_out_logps is None else read_table(held_out_logps.folder / "held_out", "logps"),
         recipe.tokens_per_row,
         measured.scorer,
-        conversations_of(asked) if recipe.eval.judge is not None else (),
     )
 
 

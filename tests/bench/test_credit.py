@@ -1,0 +1,94 @@
+"""The bench of token credit, small but whole: tasks, start, oracles, policies, leaderboard."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sepo.bench.credit import grids
+from sepo.bench.credit.board import rows_of
+from sepo.bench.credit.headroom import headroom
+from sepo.bench.credit.run import run_bench
+from sepo.bench.credit.tasks import Sizes
+from sepo.cli import main
+from sepo.data.tables import read_table
+
+SIZES = Sizes(train=8, held_out=6, demos=64)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench") / "out"
+    run_bench(["details"], ["all", "truth", "hard"], [1, 2, 3], out, {}, SIZES)
+    return out
+
+
+def test_a_bench_ranks_rules_and_goes_on_where_it_was(bench, capsys):
+    text = (bench / "bench.md").read_text()
+    assert "| details | 3 |" in text
+    assert "\n| hard | " in text
+    assert (bench / "bench.png").stat().st_size > 1000
+    capsys.readouterr()
+    assert run_bench(["details"], ["all", "truth", "hard"], [1, 2, 3], bench, {}, SIZES) == text
+    assert "unchanged, reused" in capsys.readouterr().err
+
+
+def test_the_truth_trains_no_oracle_and_weighs_what_the_gold_reward_counts(bench):
+    stages = json.loads((bench / "work" / "details" / "manifest.json").read_text())["stages"]
+    assert sum(name.startswith("oracle") for name in stages) == 3  # those of `hard`
+    tables = [read_table(path, "selection") for path in (bench / "work" / "details" / "shared").glob("select-*")]
+    weights = [set(np.concatenate(table.column("chosen_weights").to_pylist()).round(6)) for table in tables]
+    assert {0.05, 1.0} in weights  # the truth's
+    assert {1.0} in weights  # of hard key tokens
+
+
+def test_a_method_enters_with_a_table_of_weights(bench, tmp_path):
+    copy = tmp_path / "bench"
+    shutil.copytree(bench, copy)
+    (pairs,) = (copy / "work" / "details" / "shared").glob("data-*")
+    table = read_table(pairs / "train", "pairs")
+    ones = {f"{side}_rewards": [[1.0] * len(ids) for ids in table.column(f"{side}_ids").to_pylist()]
+            for side in ("chosen", "rejected")}  # fmt: skip
+    pq.write_table(pa.table({"pair_id": table.column("pair_id"), **ones}), tmp_path / "weights.parquet")
+    text = run_bench(["details"], ["all", "truth"], [1, 2, 3], copy, {"ones": tmp_path / "weights.parquet"}, SIZES)
+    assert "\n| ones | " in text
+
+
+def test_rows_hold_the_headroom_of_common_seeds():
+    rng = np.random.default_rng(0)
+
+    def run(rule, seed, mean):
+        gains = (mean + rng.normal(0, 0.1, 20)).tolist()
+        point = {"kl": 4.0, "gold_difference": float(np.mean(gains)), "by_prompt": gains}
+        return {"variant": rule, "seed": seed, "points": [point]}
+
+    runs = [run(rule, seed, mean) for rule, mean in (("all", 0.2), ("truth", 0.6), ("mine", 0.4)) for seed in range(4)]
+    runs.append(run("mine", 9, 5.0))  # no counterpart
+    found = {row.rule: row for row in rows_of("task", runs, 4.0)}
+    gains = {rule: np.array([r["points"][0]["by_prompt"] for r in runs if r["variant"] == rule][:4]) for rule in found}
+    assert found["mine"].closed == headroom(gains["mine"], gains["all"], gains["truth"])
+    assert found["mine"].seeds == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "chess"], "--task chess: expected one of"),
+        (["--rule", "best"], "--rule best: expected one of"),
+        (["--weights", "hard=x.parquet"], "a name that no rule of the bench has"),
+        (["--seeds", "2"], "expected 3 or more"),
+    ],
+)
+def test_bad_arguments_end_before_anything_is_made(tmp_path, capsys, arguments, message):
+    assert main(["bench", "credit", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_rule_of_the_bench_is_a_valid_recipe(tmp_path):
+    for task in grids.TASKS:
+        _, settings = grids.grid_of(task, tmp_path, grids.RULES, [1])
+        assert list(settings) == list(grids.RULES)
