@@ -43,14 +43,12 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
     digest = hashlib.sha256()
     dataset = relevant_columns(dataset)
     for start in range(0, len(dataset), ROWS_AT_ONCE):
-        update_digest(digest, read_rows(dataset, start, min(start + ROWS_AT_ONCE, len(dataset))))
+        digest.update(rows_as_bytes(read_rows(dataset, start, min(start + ROWS_AT_ONCE, len(dataset)))))
     return digest.hexdigest()[:16]
 
 
-def update_digest(digest: Any, rows: Sequence[dict[str, Any] | None]) -> None:
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        digest.update(b"\n")
+def rows_as_bytes(rows: Sequence[dict[str, Any] | None]) -> bytes:
+    return b"".join(json.dumps(row, sort_keys=True, default=str).encode() + b"\n" for row in rows)
 
 
 def short_digest(text: str) -> str:
