@@ -131,7 +131,7 @@ class DataSettings(Settings):
     )
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="processes that tokenise, with the same result; auto: one for every 10,000 rows, at most one a core",
+        description="processes that tokenise, with the same result; auto: one per 10,000 rows, at most one per core",
     )
 
     @field_validator("held_out")
