@@ -124,6 +124,10 @@ WRONG: dict[str, dict[str, list[Call]]] = {
             lambda have: sepo.tokenize_pairs(have.dataset, have.tokenizer, chat_template_kwargs=["a"]),
             lambda have: sepo.tokenize_pairs(have.dataset, have.tokenizer, chat_template_kwargs="a=b"),
         ],
+        "workers is": [
+            lambda have, n=n: sepo.tokenize_pairs(have.dataset, have.tokenizer, workers=n)
+            for n in (0, "two", 1.5, None)
+        ],
     },
     "sample_pairs": {
         "the sample fraction is": [

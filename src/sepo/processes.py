@@ -273,7 +273,7 @@ def require_shared(folder: Path) -> None:
 
     token = Path(on_main(write_token))
     unseen = np.zeros(size(), np.int64)
-    unseen[rank()] = not _appears(token)
+    unseen[rank()] = not appears(token)
     unseen = add_up(unseen)
 
     def conclude() -> None:
@@ -288,7 +288,8 @@ def require_shared(folder: Path) -> None:
     on_main(conclude)
 
 
-def _appears(path: Path) -> bool:
+def appears(path: Path) -> bool:
+    """Whether a file that another process wrote is seen here within some seconds."""
     deadline = time.monotonic() + _VISIBLE_WITHIN
     while not path.exists():
         if time.monotonic() > deadline:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sepo.data import rows
 from sepo.data.encoding import tokenize_pairs, truncate_pair
-from sepo.data.fingerprints import check_same_tokenizer, tokenizer_fingerprint, update_digest
+from sepo.data.fingerprints import check_same_tokenizer, rows_as_bytes, tokenizer_fingerprint
 from sepo.data.formats import read_rows
 from sepo.data.loading import load_preferences, relevant_columns
 from sepo.data.loading import read_rows as columns_of_rows
@@ -58,7 +58,7 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
     """The digest of a dataset as tables record it, computed in one piece."""
     digest = hashlib.sha256()
     dataset = relevant_columns(dataset)
-    update_digest(digest, columns_of_rows(dataset, 0, len(dataset)))
+    digest.update(rows_as_bytes(columns_of_rows(dataset, 0, len(dataset))))
     return digest.hexdigest()[:16]
 
 

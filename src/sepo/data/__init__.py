@@ -6,6 +6,7 @@ messages  rows      any preference format -> prompt, chosen, rejected
 templates  chat     rendering of conversations by the model's chat template
 thinking            the thinking before an answer
 encoding            text -> token ids, with a fixed boundary between prompt and response
+workers             work on parts of a dataset in other processes
 vocabulary          token id -> bytes
 splits              train and held-out pairs by prompt
 tables  ragged      parquet tables with provenance; list columns as flat arrays

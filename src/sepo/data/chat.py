@@ -127,6 +127,10 @@ class ChatWriter:
     options: Mapping[str, Any]
     _unwritten: dict[tuple, str | None] = field(default_factory=dict)
 
+    def forget(self) -> None:
+        """Test the template again: what one conversation showed is no longer used for the next."""
+        self._unwritten.clear()
+
     def write(self, pair: TextPair) -> Written:
         """Render one pair.
 

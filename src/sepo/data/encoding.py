@@ -12,8 +12,9 @@ Text of a dataset cannot become structure. A separator splits a control token ty
 the chat template is rendered (chat.py). The separator is an extra token of a private copy of the tokenizer: the whole
 text is still tokenised in one pass, and the id of the separator is removed afterwards.
 
-Cost: three encodings a pair (prompt, prompt + chosen, prompt + rejected), in batches through the Rust tokenizer.
-4,538 AlpacaEval pairs (2.3 M tokens) take about 4 s on two cores.
+Cost: three encodings a pair (prompt, prompt + chosen, prompt + rejected), in batches through the Rust tokenizer, and
+three renderings: 4,538 AlpacaEval pairs (2.3 M tokens) take 10 s of CPU time, half of it in the tokenizer. Processes
+share the rows in parts of 1,000 (`workers.py`); only the hash of the rows, and truncation, are done in this one.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -33,15 +35,19 @@ from tokenizers import AddedToken, Tokenizer
 from sepo.bars import progress_bar
 from sepo.data.chat import ChatWriter, Guard
 from sepo.data.conversation import CONVERSATION, PROMPT_KEY, conversation_text, prompt_key
-from sepo.data.fingerprints import short_digest, tokenizer_fingerprint, update_digest
+from sepo.data.fingerprints import rows_as_bytes, short_digest, tokenizer_fingerprint
 from sepo.data.loading import note_unread_columns, read_rows, relevant_columns, require_dataset
 from sepo.data.messages import DropRow
-from sepo.data.ragged import ragged
+from sepo.data.ragged import Ragged
 from sepo.data.rows import ROWS_AT_ONCE, DataReport, TextPair, normalise_row, transcript_text
 from sepo.data.tables import make_table, with_provenance
 from sepo.data.templates import any_of, probe_template, special_tokens
 from sepo.data.thinking import THINKING
+from sepo.data.workers import cores, in_workers
 from sepo.errors import UserError, check_number, wrong_type
+
+# Starting a worker costs as much as tokenising some 3,000 rows.
+ROWS_OF_A_WORKER = 10_000
 
 
 class _Item(NamedTuple):
@@ -100,11 +106,11 @@ class Encoder:
         is_bare_space = bool(ids) and self.backend.id_to_token(ids[0]) == "▁"
         return ids[1:] if is_bare_space and not text.startswith(" ") else ids
 
-    def item(self, pair: TextPair, report: DataReport) -> _Item:
-        """Write the text of the prompt, and of each response up to its end of turn."""
+    def item(self, pair: TextPair, notes: list[str]) -> _Item:
+        """Write the text of the prompt, and of each response up to its end of turn. Remarks are added to `notes`."""
         if isinstance(pair.prompt, str):
             if self.writer is not None:
-                report.note(PLAIN_TEXT)
+                notes.append(PLAIN_TEXT)
             return _Item(self.guard(pair.prompt), self.guard(pair.chosen), self.guard(pair.rejected), False)
         if self.writer is None:
             if not pair.transcript:
@@ -115,8 +121,7 @@ class Encoder:
             prompt = transcript_text(pair.prompt)
             return _Item(self.guard(prompt), self.guard(" " + pair.chosen), self.guard(" " + pair.rejected), False)
         written = self.writer.write(pair)
-        for note in written.notes:
-            report.note(note)
+        notes += written.notes
         return _Item(*written[:3], True)
 
     def ids_of(self, item: _Item, prompt: list[int], chosen: list[int], rejected: list[int]) -> list[list[int]]:
@@ -127,13 +132,17 @@ class Encoder:
             responses.append(joint[len(prompt) :] if keeps_prompt else self.encode_alone(text))
         for ids, text in zip((prompt, *responses), (item.prompt, item.chosen, item.rejected), strict=True):
             # Checked on every text, because a normaliser might create a control token.
-            if sum(i in self.control_ids for i in ids) != count_matches(self.guard.control, text):
-                raise DropRow("control token in text")
+            self.check_control_ids(ids, text)
         if not all(responses):
             raise DropRow("no response")
         if item.is_chat:
             return [prompt, *(ids + self.chat_tail for ids in responses)]
         return [self.plain_prompt(prompt), *(ids + self.tail for ids in responses)]
+
+    def check_control_ids(self, ids: list[int], text: str) -> None:
+        """Raise DropRow unless the control tokens among the ids are those that the text spells out."""
+        if sum(map(self.control_ids.__contains__, ids)) != sum(1 for _ in self.guard.control.finditer(text)):
+            raise DropRow("control token in text")
 
     def plain_prompt(self, ids: list[int]) -> list[int]:
         if self.head or ids:
@@ -150,10 +159,6 @@ class Encoder:
         if self.head and prompt[: len(self.head)] == self.head:
             return len(self.head)
         return int(prompt[0] == self.tokenizer.bos_token_id and prompt[0] not in prompt[1:])
-
-
-def count_matches(pattern: re.Pattern, text: str) -> int:
-    return sum(1 for _ in pattern.finditer(text))
 
 
 def make_encoder(tokenizer: Any, options: Mapping[str, Any]) -> Encoder:
@@ -212,6 +217,7 @@ def tokenize_pairs(
     as_chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
+    workers: int | Literal["auto"] = "auto",
 ) -> tuple[pa.Table, DataReport]:
     """Turn the rows of a preference dataset into a table of token ids.
 
@@ -233,6 +239,8 @@ def tokenize_pairs(
         as_chat: wrap plain-text prompts as one user turn.
         chat_template_kwargs: keywords for the chat template, such as `{"enable_thinking": False}`.
         progress: show a progress bar.
+        workers: processes that tokenise; 1: this one alone. "auto": one for every 10,000 rows, at most one a core. The
+            result is the same.
 
     Returns:
         A table of kind "pairs" and the report of dropped and truncated rows. The provenance of the table holds the
@@ -243,38 +251,31 @@ def tokenize_pairs(
             `as_chat`) with a tokenizer without a chat template.
     """
     dataset = require_dataset("dataset", dataset)
-    _check_lengths(max_length, max_prompt_length)
-    if not isinstance(chat_template_kwargs, Mapping | None):
-        raise wrong_type("chat_template_kwargs", chat_template_kwargs, "keywords, such as {'enable_thinking': False}")
-    options = dict(chat_template_kwargs or {})
-    encoder = make_encoder(tokenizer, options)
-    if as_chat and encoder.writer is None:
-        raise UserError("`as_chat` needs a chat template, but the tokenizer has none: use an instruct model")
+    encoder = _checked_encoder(tokenizer, chat_template_kwargs, as_chat, max_length, max_prompt_length)
     report = DataReport(rows=len(dataset))
     note_unread_columns(dataset, report)
-    digest = hashlib.sha256()
     dataset = relevant_columns(dataset)
     if "pair_id" in dataset.column_names and len(set(ids := dataset["pair_id"][:])) < len(ids):
         dataset = dataset.remove_columns("pair_id")
         report.note("numbered again, because pair_ids occur twice (were several datasets joined?)", len(dataset))
-    encoded: list[_Encoded] = []
+    digest = hashlib.sha256()
+    tables: list[pa.Table] = []
     markup = 0
-    bar = progress_bar(progress, total=len(dataset), desc="tokenise", unit="row")
-    for start in range(0, len(dataset), ROWS_AT_ONCE):
-        rows = read_rows(dataset, start, min(start + ROWS_AT_ONCE, len(dataset)))
-        update_digest(digest, rows)
-        items = []
-        for pair_id, pair in _pairs(rows, start, as_chat, report):
-            markup += _is_rendered(pair, encoder.guard.control)
-            try:
-                items.append((pair_id, pair, encoder.item(pair, report)))
-            except DropRow as drop:
-                report.drop(drop.reason, pair_id, drop.detail)
-        encoded += _encode(items, encoder, report)
-        bar.update(len(rows))
-    bar.close()
+    with (
+        closing(_encoded(dataset, encoder, as_chat, workers)) as parts,
+        progress_bar(progress, total=len(dataset), desc="tokenise", unit="row") as bar,
+    ):
+        for part in parts:
+            digest.update(part.digested)
+            for drop in part.drops:
+                report.drop(*drop)
+            for note in part.notes:
+                report.note(note)
+            markup += part.markup
+            tables.append(part.table)
+            bar.update(part.rows)
     _check_markup(markup, report)
-    table = _fitted(encoded, max_length, max_prompt_length, report)
+    table = _fitted(tables, max_length, max_prompt_length, report)
     report.kept = len(table)
     if not report.kept:
         drops = report.reasons() or "there is no row"
@@ -288,9 +289,29 @@ def tokenize_pairs(
         "as_chat": as_chat,
         "end_ids": _end_ids(encoder),
     }
-    if options:  # older tables without options keep their digests
-        provenance["chat_template_kwargs"] = options
+    if chat_template_kwargs:  # older tables without options keep their digests
+        provenance["chat_template_kwargs"] = dict(chat_template_kwargs)
     return with_provenance(table, "pairs", provenance), report
+
+
+def _checked_encoder(
+    tokenizer: Any, options: object, as_chat: bool, max_length: int, max_prompt_length: int | None
+) -> Encoder:
+    """The encoder of `tokenize_pairs`, after a check of its arguments."""
+    check_number("max_length", max_length, whole=True, least=2)
+    if max_prompt_length is not None:
+        check_number("max_prompt_length", max_prompt_length, whole=True)
+        if not 1 <= max_prompt_length < max_length:
+            raise UserError(
+                f"max_prompt_length is {max_prompt_length}: expected 1 to {max_length - 1}, so that max_length "
+                f"{max_length} leaves room for a response"
+            )
+    if not isinstance(options, Mapping | None):
+        raise wrong_type("chat_template_kwargs", options, "keywords, such as {'enable_thinking': False}")
+    encoder = make_encoder(tokenizer, dict(options or {}))
+    if as_chat and encoder.writer is None:
+        raise UserError("`as_chat` needs a chat template, but the tokenizer has none: use an instruct model")
+    return encoder
 
 
 PLAIN_TEXT = (
@@ -341,15 +362,21 @@ _FEW_ROWS = 2  # a dataset this small is a trial, so no error
 
 
 class _Encoded(NamedTuple):
-    """A pair as token ids, before truncation."""
+    """Consecutive rows of a dataset as token ids, before truncation.
 
-    pair_id: int
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-    kept_head: int
-    conversation: str
-    prompt_key: str
+    Attributes:
+        table: the columns of a table of pairs, and `kept_head`, the leading ids of the prompt that truncation keeps.
+        drops, notes: arguments for `DataReport`, in order.
+        markup: rows that hold markup of a chat template as text.
+        digested: the rows as bytes, for the fingerprint of the dataset.
+    """
+
+    rows: int
+    table: pa.Table
+    drops: list[tuple[str, int, str]]
+    notes: list[str]
+    markup: int
+    digested: bytes
 
 
 def _end_ids(encoder: Encoder) -> list[int]:
@@ -360,38 +387,68 @@ def _end_ids(encoder: Encoder) -> list[int]:
     return sorted(ids - {None})
 
 
-def _check_lengths(max_length: int, max_prompt_length: int | None) -> None:
-    check_number("max_length", max_length, whole=True, least=2)
-    if max_prompt_length is not None:
-        check_number("max_prompt_length", max_prompt_length, whole=True)
-        if not 1 <= max_prompt_length < max_length:
-            raise UserError(
-                f"max_prompt_length is {max_prompt_length}: expected 1 to {max_length - 1}, so that max_length "
-                f"{max_length} leaves room for a response"
-            )
+def _encoded(
+    dataset: datasets.Dataset, encoder: Encoder, as_chat: bool, workers: int | Literal["auto"]
+) -> Generator[_Encoded]:
+    """The rows of a dataset as token ids, in parts of `ROWS_AT_ONCE`."""
+    starts = range(0, len(dataset), ROWS_AT_ONCE)
+    number = _workers(workers, len(dataset), encoder)
+    if number == 1:
+        for start in starts:
+            rows = read_rows(dataset, start, min(start + ROWS_AT_ONCE, len(dataset)))
+            yield _encode_rows(encoder, as_chat, start, rows)
+        return
+    arrow = dataset.with_format("arrow")
+    parts = ((start, _to_bytes(arrow[start : start + ROWS_AT_ONCE])) for start in starts)
+    with closing(in_workers(_encode_part, (encoder, as_chat), parts, number)) as results:
+        yield from results
 
 
-def _pairs(
-    rows: Sequence[dict[str, Any] | None], start: int, as_chat: bool, report: DataReport
-) -> Iterable[tuple[int, TextPair]]:
+def _workers(workers: int | Literal["auto"], rows: int, encoder: Encoder) -> int:
+    if workers != "auto":
+        check_number("workers", workers, whole=True, least=1)
+        return min(workers, -(-rows // ROWS_AT_ONCE))
+    # A worker imports the tokenizer's class, but not a script or notebook that defines one.
+    of_library = type(encoder.tokenizer).__module__.startswith("transformers.")
+    return max(1, min(cores(), rows // ROWS_OF_A_WORKER)) if of_library else 1
+
+
+def _encode_part(common: tuple[Encoder, bool], part: tuple[int, bytes]) -> _Encoded:
+    """`_encode_rows` in a worker."""
+    (encoder, as_chat), (start, content) = common, part
+    rows = datasets.Dataset(pa.ipc.open_stream(content).read_all())
+    return _encode_rows(encoder, as_chat, start, read_rows(rows, 0, len(rows)))
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    """A table without the rest of its buffers, which pickle would keep."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _encode_rows(encoder: Encoder, as_chat: bool, start: int, rows: Sequence[dict[str, Any] | None]) -> _Encoded:
+    """Tokenise rows from number `start` on. The result depends on these rows alone, whatever was encoded before."""
+    if encoder.writer is not None:
+        encoder.writer.forget()
+    drops: list[tuple[str, int, str]] = []
+    notes: list[str] = []
+    markup = 0
+    items: list[tuple[int, TextPair, _Item]] = []
     for index, row in enumerate(rows, start):
         pair_id = index if row is None else row.get("pair_id", index)
         try:
             if row is None:
                 raise DropRow("invalid Unicode")
             pair = normalise_row(row, as_chat=as_chat)
+            notes += pair.notes
+            markup += _is_rendered(pair, encoder.guard.control)
+            items.append((pair_id, pair, encoder.item(pair, notes)))
         except DropRow as drop:
-            report.drop(drop.reason, pair_id, drop.detail)
-            continue
-        for note in pair.notes:
-            report.note(note)
-        yield pair_id, pair
-
-
-def _encode(items: Sequence[tuple[int, TextPair, _Item]], encoder: Encoder, report: DataReport) -> Iterable[_Encoded]:
-    texts = [
-        text for *_, item in items for text in (item.prompt, item.prompt + item.chosen, item.prompt + item.rejected)
-    ]
+            drops.append((drop.reason, pair_id, drop.detail))
+    kept = []
+    texts = [text for *_, (prompt, *sides, _) in items for text in (prompt, *(prompt + side for side in sides))]
     encoded = encoder.encode(texts) if texts else []
     for (pair_id, pair, item), *ids in zip(items, encoded[::3], encoded[1::3], encoded[2::3], strict=True):
         try:
@@ -399,65 +456,66 @@ def _encode(items: Sequence[tuple[int, TextPair, _Item]], encoder: Encoder, repo
             if chosen == rejected:
                 raise DropRow("identical responses")
         except DropRow as drop:
-            report.drop(drop.reason, pair_id, drop.detail)
+            drops.append((drop.reason, pair_id, drop.detail))
             continue
-        yield _Encoded(
-            pair_id,
-            _ids(prompt),
-            _ids(chosen),
-            _ids(rejected),
-            encoder.kept_head(prompt),
-            conversation_text(pair.messages, pair.tools),
-            prompt_key(pair.messages),
-        )
+        talk = conversation_text(pair.messages, pair.tools), prompt_key(pair.messages)
+        kept.append((pair_id, prompt, chosen, rejected, *talk, encoder.kept_head(prompt)))
+    table = pa.table(dict(zip(_ENCODED.names, zip(*kept, strict=True) if kept else [()] * 7, strict=True)), _ENCODED)
+    return _Encoded(len(rows), table, drops, notes, markup, rows_as_bytes(rows))
 
 
-def _ids(tokens: list[int]) -> np.ndarray:
-    return np.asarray(tokens, dtype=np.int32)
+_PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_ENCODED = pa.schema(
+    [
+        ("pair_id", pa.int64()),
+        *((name, pa.list_(pa.int32())) for name in _PARTS),
+        (CONVERSATION, pa.string()),
+        (PROMPT_KEY, pa.string()),
+        ("kept_head", pa.int64()),
+    ]
+)
 
 
-def _fitted(pairs: Sequence[_Encoded], max_length: int, max_prompt_length: int | None, report: DataReport) -> pa.Table:
+def _fitted(tables: Sequence[pa.Table], max_length: int, max_prompt_length: int | None, report: DataReport) -> pa.Table:
     """Truncate the pairs and make their table.
 
     All pairs of a prompt truncate it to the same length, so that it stays one prompt.
     """
-    longest: dict[bytes, int] = {}
-    for pair in pairs:
-        key = pair.prompt.tobytes()
-        longest[key] = max(longest.get(key, 0), len(pair.chosen), len(pair.rejected))
-    kept: list[_Encoded] = []
-    columns: dict[str, list[np.ndarray]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-    for pair in pairs:
-        parts = pair.prompt, pair.chosen, pair.rejected
-        longest_response = longest[pair.prompt.tobytes()]
-        if len(pair.prompt) + longest_response > max_length or len(pair.prompt) > (max_prompt_length or max_length):
-            cut = truncate_pair(
-                *(part.tolist() for part in parts),
-                max_length=max_length,
-                max_prompt_length=max_prompt_length,
-                keep=pair.kept_head,
-                longest_response=longest_response,
-            )
-            if cut[1] == cut[2]:
-                report.drop("identical after truncation", pair.pair_id)
-                continue
-            report.truncated_prompts += len(cut[0]) < len(pair.prompt)
-            report.truncated_responses += sum(len(cut[i]) < len(parts[i]) for i in (1, 2))
-            parts = _ids(cut[0]), _ids(cut[1]), _ids(cut[2])
-        kept.append(pair)
-        for column, values in zip(columns.values(), parts, strict=True):
-            column.append(values)
-    talk = {
-        "pair_id": [pair.pair_id for pair in kept],
-        CONVERSATION: [pair.conversation for pair in kept],
-        PROMPT_KEY: [pair.prompt_key for pair in kept],
-    }
-    return make_table("pairs", talk | {name: _list_column(ids) for name, ids in columns.items()})
+    longest: dict[bytes, int] = {}  # prompts of pairs that are too long -> tokens of the longest response
+    for table in tables:
+        prompts, *sides = (Ragged(table.column(name)) for name in _PARTS)
+        responses = np.maximum(*(side.lengths for side in sides))
+        too_long = (prompts.lengths + responses > max_length) | (prompts.lengths > (max_prompt_length or max_length))
+        for row in np.flatnonzero(too_long).tolist():
+            key = prompts[row].tobytes()
+            longest[key] = max(longest.get(key, 0), int(responses[row]))
 
+    def truncated(table: pa.Table) -> pa.Table:
+        keys = [ids.tobytes() for ids in Ragged(table.column("prompt_ids"))] if longest else []
+        if longest.keys().isdisjoint(keys):
+            return table
+        kept = []
+        for key, row in zip(keys, table.to_pylist(), strict=True):
+            if key in longest:
+                parts = [row[name] for name in _PARTS]
+                cut = truncate_pair(
+                    *parts,
+                    max_length=max_length,
+                    max_prompt_length=max_prompt_length,
+                    keep=row["kept_head"],
+                    longest_response=longest[key],
+                )
+                if cut[1] == cut[2]:
+                    report.drop("identical after truncation", row["pair_id"])
+                    continue
+                report.truncated_prompts += len(cut[0]) < len(parts[0])
+                report.truncated_responses += sum(len(cut[i]) < len(parts[i]) for i in (1, 2))
+                row.update(zip(_PARTS, cut, strict=True))
+            kept.append(row)
+        return pa.Table.from_pylist(kept, _ENCODED)
 
-def _list_column(ids: list[np.ndarray]) -> pa.Array:
-    lengths = np.array([len(row) for row in ids], dtype=np.int64)
-    return ragged(np.concatenate([*ids, np.zeros(0, np.int32)]).astype(np.int32, copy=False), lengths)
+    table = pa.concat_tables([truncated(table) for table in tables] or [_ENCODED.empty_table()])
+    return make_table("pairs", {name: table.column(name) for name in table.column_names})
 
 
 def truncate_pair(

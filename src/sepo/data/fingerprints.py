@@ -32,10 +32,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return short_digest(json.dumps([vocabulary, special, list(tokenizer(_PROBE)["input_ids"])]))
 
 
-def update_digest(digest: Any, rows: Sequence[dict[str, Any] | None]) -> None:
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        digest.update(b"\n")
+def rows_as_bytes(rows: Sequence[dict[str, Any] | None]) -> bytes:
+    return b"".join(json.dumps(row, sort_keys=True, default=str).encode() + b"\n" for row in rows)
 
 
 def short_digest(text: str) -> str:

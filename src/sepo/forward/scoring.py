@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +46,9 @@ LAYOUTS = {
 }
 # In training; without gradients a row may be larger, since nothing is kept for a backward pass.
 TOKENS_PER_ROW = {"cpu": 512, "cuda": 16384, "mps": 4096}
+
+
+T, U = TypeVar("T"), TypeVar("U")
 
 
 class NonFiniteError(RuntimeError):
@@ -161,17 +166,6 @@ def require_readable(model: nn.Module, pairs: pa.Table) -> None:
     check_lengths(pairs, name, limits)
 
 
-def _rows_of_rank(rows: list[list[Pair]], over_processes: bool, sharded: bool) -> list[tuple[list[Pair], bool]]:
-    """This rank's rows. The flag is False for a dummy row that only keeps collectives in step."""
-    if not over_processes:
-        return [(row, True) for row in rows]
-    number = processes.size()
-    of_rank = [(row, True) for row in rows[processes.rank() :: number]]
-    if sharded and len(of_rank) < -(-len(rows) // number):
-        of_rank.append(([min((pair for row in rows for pair in row), key=read_length)], False))
-    return of_rank
-
-
 def summed_logps(
     model: nn.Module,
     prompts: Sequence[Ids],
@@ -202,13 +196,11 @@ def single_responses(prompts: Sequence[Ids], responses: Sequence[Ids]) -> pa.Tab
     )
 
 
-@torch.no_grad()
 def dataset_logps(
     model: nn.Module,
     pairs: pa.Table,
     *,
     tokens_per_row: int | None = None,
-    provenance: dict | None = None,
     progress: Callable[[int], None] | None = None,
     over_processes: bool = False,
 ) -> pa.Table:
@@ -218,7 +210,6 @@ def dataset_logps(
         model: a causal LM, on its device.
         pairs: a table with the columns of kind "pairs".
         tokens_per_row: token budget of a packed row; a default for the device if None.
-        provenance: entries added to the table's provenance.
         progress: called with the number of pairs finished since the last call.
         over_processes: divide the rows among the processes of the launch. All processes must call this, and all get the
             whole table. The rows are the same as in one process, so the numbers are too. Always on for a sharded model.
@@ -233,43 +224,119 @@ def dataset_logps(
     require_table("pairs", pairs, "pairs")
     if tokens_per_row is not None:
         check_number("tokens_per_row", tokens_per_row, whole=True, least=1)
-    require_readable(model, pairs)
+    ((table,),) = logps_of_parts(
+        model,
+        [([pairs], over_processes or is_sharded(causal_lm(model)))],
+        tokens_per_row=tokens_per_row,
+        progress=progress,
+    )
+    return table
+
+
+@torch.no_grad()
+def logps_of_parts(
+    model: nn.Module,
+    parts: Iterable[tuple[Iterable[pa.Table], bool]],
+    *,
+    tokens_per_row: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[list[pa.Table]]:
+    """`dataset_logps` of each table of each part, part by part. The next rows are laid out while the device computes.
+
+    Args:
+        parts: tables, and whether the processes of the launch divide their rows among them. A sharded model needs that
+            they do.
+    """
     device = next(model.parameters()).device
-    budget = tokens_per_row or tokens_per_row_for(device, scoring=True)
-    rows = table_pairs(pairs.select(["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]))
-    sharded = is_sharded(model)
-    over_processes = over_processes or sharded
-    layout = prepare_model(model, longest=rows.longest, tokens_per_row=budget)
-    fill, lay_out = LAYOUTS[layout]
-    logps = _ResponseLogps(rows)
     training = model.training
     model.eval()
     try:
-        for row, counts in _rows_of_rank(fill(rows, budget), over_processes, sharded):
-            batch = lay_out(row)
+        for item, batch in _ahead(partial(_laid_out, device), _rows(model, parts, tokens_per_row)):
+            if isinstance(item, _Part):
+                yield item.tables(model)
+                continue
             values = read_logps(model, batch.to(device)).float().cpu().numpy()
-            if not counts:
+            if item.logps is None:
                 continue
             if not np.isfinite(values).all():
                 bad = np.unique(batch.segments.numpy()[~np.isfinite(values)] // 2)
                 ids = [batch.pair_ids[index] for index in bad]
                 raise NonFiniteError(f"log-probabilities of pair {ids[0]} (of {len(ids)} pairs) are not finite")
-            logps.put(batch.pair_ids, values)
+            item.logps.put(batch.pair_ids, values)
             if progress:
                 progress(batch.num_pairs)
     finally:
         model.train(training)
-    if over_processes:
-        logps.values = [processes.add_up(values) for values in logps.values]
-    return make_table(
-        "logps",
-        {
-            "pair_id": pairs.column("pair_id"),
-            "chosen_logps": ragged(logps.values[CHOSEN], logps.lengths[:, CHOSEN]),
-            "rejected_logps": ragged(logps.values[REJECTED], logps.lengths[:, REJECTED]),
-        },
-        {**{name: value for name, value in numerics(model).items() if value is not None}, **(provenance or {})},
-    )
+
+
+class _Row(NamedTuple):
+    """Pairs to read together, and where their log-probabilities go; `logps` is None for a row that keeps step only."""
+
+    layout: str
+    pairs: list[Pair]
+    logps: _ResponseLogps | None
+
+
+class _Part(NamedTuple):
+    """The end of a part, whose rows come before it."""
+
+    logps: list[_ResponseLogps]
+    shared: bool
+
+    def tables(self, model: nn.Module) -> list[pa.Table]:
+        provenance = {name: value for name, value in numerics(model).items() if value is not None}
+        return [logps.table(provenance, self.shared) for logps in self.logps]
+
+
+def _rows(
+    model: nn.Module, parts: Iterable[tuple[Iterable[pa.Table], bool]], tokens_per_row: int | None
+) -> Iterator[_Row | _Part]:
+    """The rows of this process, and after the rows of each part the part."""
+    budget = tokens_per_row or tokens_per_row_for(next(model.parameters()).device, scoring=True)
+    for tables, shared in parts:
+        rows: list[_Row] = []
+        part = _Part([], shared)
+        for table in tables:
+            require_readable(model, table)
+            pairs = table_pairs(table.select(["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]))
+            part.logps.append(_ResponseLogps(pairs))
+            layout = prepare_model(model, longest=pairs.longest, tokens_per_row=budget)
+            rows += (_Row(layout, row, part.logps[-1]) for row in LAYOUTS[layout][0](pairs, budget))
+        # By layout: the processes of a sharded model run the same forwards at the same time.
+        for layout in dict.fromkeys(row.layout for row in rows):
+            same = [row for row in rows if row.layout == layout]
+            yield from _of_this_process(same, is_sharded(model)) if shared else same
+        yield part
+
+
+def _of_this_process(rows: list[_Row], in_step: bool) -> list[_Row]:
+    """This process's share of rows; with `in_step` as many as any other's, the last one possibly a dummy."""
+    number = processes.size()
+    mine = rows[processes.rank() :: number]
+    if in_step and len(mine) < -(-len(rows) // number):
+        layout, pairs, _ = min(rows, key=lambda row: min(map(read_length, row.pairs)))
+        mine.append(_Row(layout, [min(pairs, key=read_length)], None))
+    return mine
+
+
+def _laid_out(device: torch.device, item: _Row | _Part) -> tuple[_Row | _Part, Any]:
+    """A row and its batch, in pinned memory for a GPU."""
+    if isinstance(item, _Part):
+        return item, None
+    batch = LAYOUTS[item.layout][1](item.pairs)
+    return item, batch.pin_memory() if device.type == "cuda" else batch
+
+
+def _ahead(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """`function` of each item, computed in a thread for the next two items while the caller works."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[U]] = deque()
+        for item in items:
+            waiting.append(thread.submit(function, item))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class _ResponseLogps:
@@ -285,6 +352,7 @@ class _ResponseLogps:
         self._starts = np.zeros_like(self.lengths)
         np.cumsum(self.lengths[:-1], axis=0, out=self._starts[1:])
         self.values = [np.zeros(total, np.float32) for total in self.lengths.sum(0)]
+        self._pair_ids = pairs.pair_ids
         self._index = {pair_id: index for index, pair_id in enumerate(pairs.pair_ids.tolist())}
 
     def put(self, pair_ids: Sequence[int], values: np.ndarray) -> None:
@@ -296,3 +364,9 @@ class _ResponseLogps:
                 size, start = self.lengths[index, side], self._starts[index, side]
                 self.values[side][start : start + size] = values[at : at + size]
                 at += size
+
+    def table(self, provenance: Mapping[str, Any], shared: bool) -> pa.Table:
+        """The table of kind "logps"; `shared`: the sum over the processes, each of which filled other pairs."""
+        values = [processes.add_up(side) for side in self.values] if shared else self.values
+        columns = {f"{name}_logps": ragged(values[side], self.lengths[:, side]) for side, name in enumerate(SIDES)}
+        return make_table("logps", {"pair_id": self._pair_ids, **columns}, provenance)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sepo.data.encoding import Encoder, count_matches, make_encoder
+from sepo.data.encoding import Encoder, make_encoder
 from sepo.data.messages import DropRow
-from sepo.data.rows import DataReport, TextPair
+from sepo.data.rows import TextPair
 from sepo.errors import UserError
 
 Turns = Sequence[Mapping[str, Any]]
@@ -44,8 +44,7 @@ def _prompt(encoder: Encoder, messages: Turns) -> list[int]:
         pair = TextPair([dict(message) for message in messages], "a", "b")
         text = encoder.writer.opening(pair)
     (ids,) = encoder.encode([text])
-    if sum(i in encoder.control_ids for i in ids) != count_matches(encoder.guard.control, text):
-        raise DropRow("control token in text")
+    encoder.check_control_ids(ids, text)
     return ids if encoder.writer is not None else encoder.plain_prompt(ids)
 
 
@@ -66,7 +65,7 @@ def encode_answers(
         plain = "\n\n".join(turn["content"] for turn in turns)
         pair = TextPair(plain if encoder.writer is None else turns, answer, answer, tools=tuple(tools))
         try:
-            item = encoder.item(pair, DataReport(rows=1))
+            item = encoder.item(pair, [])
             ids = encoder.encode([item.prompt, item.prompt + item.chosen])
             prompt, response, _ = encoder.ids_of(item, ids[0], ids[1], ids[1])
             results.append((prompt, response))

@@ -129,6 +129,10 @@ class DataSettings(Settings):
     max_prompt_length: int | None = Field(
         None, ge=1, description="tokens of the prompt; longer prompts lose their start"
     )
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="processes that tokenise, with the same result; auto: one per 10,000 rows, at most one per core",
+    )
 
     @field_validator("held_out")
     @classmethod

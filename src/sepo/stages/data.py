@@ -46,7 +46,7 @@ def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
         kind="data",
         what=settings.source,
         depends={
-            "data": settings.model_dump(mode="json"),
+            "data": settings.model_dump(mode="json", exclude={"workers"}),
             "seed": seed,
             "columns": [CONVERSATION, PROMPT_KEY],  # earlier releases wrote tables without them
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -258,6 +258,7 @@ def _tokenize(
         as_chat=settings.as_chat,
         chat_template_kwargs=settings.chat_template_kwargs,
         progress=progress,
+        workers=settings.workers,
     )
 
 

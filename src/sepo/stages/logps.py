@@ -1,14 +1,13 @@
 """Stage "..._logps": a frozen model scores all pairs; the log-probabilities are stored once and read many times.
 
 Those of the reference are half of the token reward *and*, where the oracle trains in the same types, the reference term
-of its DPO. A training in other types (bfloat16 autocast) has a pass of its own, stored likewise. Scoring goes shard by
-shard, and keeps an existing shard of the same model, types and pairs.
+of its DPO. A training in other types (bfloat16 autocast) has a pass of its own, stored likewise. Each process scores
+shards of its own, and keeps an existing shard of the same model, types and pairs.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,12 @@ from sepo.data.tables import (
     shard_path,
     table_digest,
     table_paths,
+    with_provenance,
     write_shard,
 )
 from sepo.errors import UserError, log_kept_on_interrupt, one_line
 from sepo.forward.prepare import prepare_model
-from sepo.forward.scoring import TablePairs, Types, dataset_logps, tokens_per_row_for
+from sepo.forward.scoring import TablePairs, Types, logps_of_parts, tokens_per_row_for
 from sepo.models.devices import choose_device, choose_dtype, dtype_name
 from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
@@ -108,9 +108,6 @@ def logps_pass(
     if not todo:
         return out
 
-    def write(index: int, table: pa.Table) -> None:
-        write_shard(out, index, table, shards)
-
     def kept() -> str:
         number = sum(shard_path(out, index).is_file() for index in range(shards))
         return f"{number} of {shards} parts of '{out}' are kept; the same command continues with the next"
@@ -134,20 +131,42 @@ def logps_pass(
         )
         budget = tokens_per_row or tokens_per_row_for(choose_device(device), scoring=True)
         prepare_model(loaded, longest=max(item["longest"] for item in todo), tokens_per_row=budget)
+        parts = _parts(todo)
+        tables = logps_of_parts(
+            loaded,
+            (
+                ((read_shard(shard_path(pairs, item["index"]), "pairs") for item in part), shared)
+                for part, shared in parts
+            ),
+            tokens_per_row=tokens_per_row,
+            progress=lambda done: bar.update(done * processes.size()),
+        )
         low = None if types.autocast is None else choose_dtype(types.autocast)
-        for item in todo:
-            index = item["index"]
-            with torch.autocast(choose_device(device).type, low, enabled=low is not None):
-                table = dataset_logps(
-                    loaded,
-                    read_shard(shard_path(pairs, index), "pairs"),
-                    tokens_per_row=tokens_per_row,
-                    provenance=item["provenance"],
-                    progress=lambda done: bar.update(done * processes.size()),
-                    over_processes=True,
-                )
-            processes.on_main(partial(write, index, table))
+        with torch.autocast(choose_device(device).type, low, enabled=low is not None):
+            for (part, shared), scored in zip(parts, tables, strict=True):
+                for place, (item, table) in enumerate(zip(part, scored, strict=True)):
+                    if not shared or place == processes.rank():
+                        provenance = {**provenance_of(table), **item["provenance"]}
+                        write_shard(out, item["index"], with_provenance(table, "logps", provenance), shards)
+        processes.wait()
+        unseen = [path for item in todo if not processes.appears(path := shard_path(out, item["index"]))]
+        if unseen:
+            raise UserError(f"'{unseen[0]}', which another process wrote, does not appear here: use one shared folder")
     return out
+
+
+def _parts(todo: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], bool]]:
+    """The shards that this process scores, part by part, and whether all processes divide the rows of a part.
+
+    A process scores whole shards, so that no process waits for another; the last shards, fewer than processes, are
+    divided. Those of a sharded model are all divided, as many as processes at a time.
+    """
+    number = processes.size()
+    parts = [todo[start : start + number] for start in range(0, len(todo), number)]
+    return [
+        (part, True) if processes.read_sharded() or len(part) < number else ([part[processes.rank()]], False)
+        for part in parts
+    ]
 
 
 def _shards_to_do(model: str, pairs: Path, out: Path, types: Types, device: str) -> list[dict[str, Any]]:
