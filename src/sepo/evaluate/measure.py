@@ -19,6 +19,7 @@ from sepo.data.conversation import CONVERSATION, Conversation, conversations_of,
 from sepo.data.previews import previews
 from sepo.data.splits import prompt_rows, sample_prompts, take_pairs
 from sepo.data.tables import read_table, write_parquet
+from sepo.data.thinking import answer_of
 from sepo.evaluate import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
@@ -37,9 +38,9 @@ from sepo.recipe.settings import EvalSettings
 FINISHED = "finished-{}.jsonl"
 
 # A judge of the policy's answers: (conversations, answers of the base, of the policy, number of each prompt, device) ->
-# metrics, columns for the table of generations, annotations.
+# metrics, columns for the table of generations, annotations. An answer is None where the thinking has no end.
 Judge = Callable[
-    [Sequence[Conversation], Sequence[str], Sequence[str], Sequence[int], str],
+    [Sequence[Conversation], Sequence[str | None], Sequence[str | None], Sequence[int], str],
     tuple[dict[str, float], dict[str, list[Any]], list[dict[str, Any]]],
 ]
 
@@ -248,8 +249,7 @@ def _metrics_of_models(
             conversations = conversations_of(asked)
             found, verdicts, rows = judge(
                 [conversations[one.prompt_index] for one in readings.policy],
-                table["base"].to_pylist(),
-                table["policy"].to_pylist(),
+                *(answers_of(tokenizer, generations[name], prompts) for name in ("base", "policy")),
                 [one.prompt_index for one in readings.policy],
                 device,
             )
@@ -305,6 +305,13 @@ def sample(
 def decoded(tokenizer: PreTrainedTokenizerBase, generations: Sequence[Generation]) -> list[str]:
     """The texts of responses, without special tokens."""
     return [str(tokenizer.decode(one.response_ids, skip_special_tokens=True)) for one in generations]
+
+
+def answers_of(
+    tokenizer: PreTrainedTokenizerBase, generations: Sequence[Generation], prompts: Sequence[Sequence[int]]
+) -> list[str | None]:
+    """The texts of responses without thinking, for a judge; None where the thinking has no end."""
+    return [answer_of(tokenizer, one.response_ids, prompts[one.prompt_index]) for one in generations]
 
 
 def judge_generations(

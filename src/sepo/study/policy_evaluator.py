@@ -24,7 +24,7 @@ from sepo.errors import UserError
 from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import decoded, sample, sample_kl
+from sepo.evaluate.measure import answers_of, decoded, sample, sample_kl
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
 from sepo.forward.memory import PeakMemory
@@ -132,7 +132,7 @@ class PolicyEvaluator:
             judge,
             [self.conversations[group] for group in groups],
             self.start["texts"],
-            decoded(self.tokenizer, generations),
+            answers_of(self.tokenizer, generations, self.prompts),
             groups,
             str(next(policy.parameters()).device),
             None if self.scorer is None else self.scorer(),
@@ -162,7 +162,7 @@ def start_of(
     if settings.gold is not None:
         start["gold"] = gold_of(generations, tokenizer, settings.gold).tolist()
     if settings.judge is not None:
-        start["texts"] = decoded(tokenizer, generations)
+        start["texts"] = answers_of(tokenizer, generations, prompts)
     return start
 
 

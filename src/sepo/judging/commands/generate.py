@@ -106,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         AnswerLog,
         answer_all,
         claim_folder,
+        failure_of,
+        is_open,
         is_whole,
         questions_digest,
         write_answers,
@@ -135,10 +137,10 @@ def run(arguments: argparse.Namespace) -> int:
         finished = AnswerLog.read(out / FINISHED)
 
         def open_questions() -> int:
-            return sum(not is_whole(question, finished) for question in questions)
+            return sum(is_open(question, finished) for question in questions)
 
         def kept() -> str:
-            done = len(questions) - open_questions()
+            done = sum(is_whole(question, finished) for question in questions)
             return f"{done} of {len(questions)} questions are answered; the same command does the rest"
 
         log(f"{len(questions)} questions, {open_questions()} to be answered")
@@ -150,7 +152,8 @@ def run(arguments: argparse.Namespace) -> int:
                 answer_all(questions, benchmark, finished, engine, arguments.temperature)
         name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
         file = write_answers(out, questions, benchmark, finished, name)
-        remaining = open_questions()
+        remaining = sum(not is_whole(question, finished) for question in questions)
+        unwritten = Counter(failure for question in questions if (failure := failure_of(question, finished)))
     cost = sum(spent, Spent())
     if spent:
         log(cost.in_words())
@@ -163,8 +166,10 @@ def run(arguments: argparse.Namespace) -> int:
             f'("finished": false in {FINISHED})'
         )
     if remaining:
-        reasons = ", ".join(f"{reason}: {number}" for reason, number in failures.items())
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in (failures + unwritten).items())
         again = "the same command asks again"
+        if unwritten:
+            again = "they are left out; a model that thinks needs more --max-new-tokens"
         if cost.malformed + cost.cut + cost.refused:
             again += ", for a reply that is kept with --retry-failed"
         log(f"{remaining} of {len(questions)} questions have no answer{f' ({reasons})' if reasons else ''}: {again}")
