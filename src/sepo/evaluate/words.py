@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterator, Sequence
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from sepo.data.vocabulary import special_ids
 
 
 def text_words(text: str) -> Iterator[tuple[int, str]]:
@@ -80,17 +81,6 @@ def token_words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
             span[span < 0] = len(words)
         words.append(word)
     return words, index
-
-
-_SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of special tokens: those with a role, such as EOS, and others, such as Gemma's end of turn."""
-    if tokenizer not in _SPECIAL:
-        unnamed = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-        _SPECIAL[tokenizer] = frozenset([*tokenizer.all_special_ids, *unnamed])
-    return _SPECIAL[tokenizer]
 
 
 def word_valences(
