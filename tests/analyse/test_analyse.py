@@ -369,7 +369,10 @@ def test_the_figure_of_fidelity_has_intervals_of_few_prompts(tmp_path, monkeypat
     result = {
         "concentration": {"magnitude": {}, "mass": {}, "share": []},
         "position": {side: {"mean": [None] * 10} for side in ("chosen", "rejected")},
-        "fidelity": {"run": {"auc": 0.7, "auc_se": 0.05, "prompts": 4}, "all": {"auc": 1.0, "auc_se": 0.0, "prompts": 4}},
+        "fidelity": {
+            "run": {"auc": 0.7, "auc_se": 0.05, "prompts": 4},
+            "all": {"auc": 1.0, "auc_se": 0.0, "prompts": 4},
+        },
     }
     page.save_analysis_figures(result, tmp_path)
     for (value, reach), row in zip(drawn, result["fidelity"].values(), strict=True):

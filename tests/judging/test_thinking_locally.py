@@ -54,7 +54,9 @@ def test_an_answer_is_what_follows_the_thinking_whether_its_tags_are_special_tok
 def thinker(tmp_path):
     """The folder of a model that the chat template lets think; its weights never end the thinking."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}"
+    )
     assert "<think>" in tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "thinker")
     tiny_model("llama").save_pretrained(tmp_path / "thinker")

@@ -105,13 +105,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         values = list(_json_lines(data, path)) if values is None else values
     listed = suffix.startswith(_LINES) or _first_line(data).startswith(b"[")
     if not listed and len(values) == 1 and isinstance(values[0], dict):
-        if (values := _rows_of_columns(values[0])) is None:
-            raise UserError(f"'{path}' holds one object: expected a list of rows, or one object a line")
+        values = _rows_of_columns(values[0], path)
     return [row if isinstance(row, dict) else {} for row in values]
 
 
-def _rows_of_columns(value: dict[str, Any]) -> list[Any] | None:
-    """The rows of a table that pandas or datasets wrote by column; None for another object."""
+def _rows_of_columns(value: dict[str, Any], path: Path) -> list[Any]:
+    """The rows of a table that pandas or datasets wrote by column."""
     if "columns" in value and isinstance(value.get("data"), list):
         return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
     columns = list(value.values())
@@ -119,7 +118,7 @@ def _rows_of_columns(value: dict[str, Any]) -> list[Any] | None:
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]
     if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
         return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-    return None
+    raise UserError(f"'{path}' holds one object: expected a list of rows, or one object a line")
 
 
 def _suffix(path: Path) -> str:

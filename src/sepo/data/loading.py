@@ -316,7 +316,7 @@ def _is_question_of(value: Any, chosen: Any, rejected: Any) -> bool:
 
 def _is_text_beside(value: Any, chosen: str, rejected: str) -> bool:
     """Is a value a text of several words, beside two responses whose common beginning is hardly a prompt?"""
-    shared = os.path.commonprefix([chosen, rejected])
+    shared = chosen[: next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)]
     return isinstance(value, str) and len(value.split()) > 1 and len(shared.split()) < _FEWEST_WORDS
 
 

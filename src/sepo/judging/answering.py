@@ -166,7 +166,7 @@ def is_whole(question: Question, finished: AnswerLog) -> bool:
 
 
 def failure_of(question: Question, finished: AnswerLog) -> str | None:
-    """Why a local model has no whole answer to a question; None for an answer, and for a question that is still open."""
+    """Why a local model has no whole answer to a question; None for an answer and for an open question."""
     turns = [finished.turns.get((question.key, turn)) for turn in range(len(question.turns))]
     return next((turn.failure for turn in turns if turn is not None and turn.failure is not None), None)
 

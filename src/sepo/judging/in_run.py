@@ -63,7 +63,8 @@ def judge_content(settings: JudgeSettings) -> str:
     if settings.oracle is not None:
         oracle = find_oracle(settings)
         models = (oracle.folder, oracle.reference)
-        return digest([oracle.beta, *map(model_fingerprint, models), usage_fingerprint(oracle.folder)])
+        options = [oracle.options] if oracle.options else []
+        return digest([oracle.beta, *map(model_fingerprint, models), usage_fingerprint(oracle.folder), *options])
     return model_fingerprint(str(settings.reward_model), revision=settings.revision)
 
 
@@ -129,7 +130,10 @@ def judge_responses(
         metrics |= held_out_accuracy(Path(settings.oracle))
     table: dict[str, list[Any]] = {"preference": _preferences(rows).tolist()}
     if settings.server is None:
-        scores = {side: np.array([more.get(f"score_{i}", np.nan) for more in columns]) for i, side in ((1, "base"), (2, "policy"))}
+        scores = {
+            side: np.array([more.get(f"score_{i}", np.nan) for more in columns])
+            for i, side in ((1, "base"), (2, "policy"))
+        }
         both = np.isfinite(scores["base"]) & np.isfinite(scores["policy"])
         kept = [group for group, good in zip(groups, both, strict=True) if good]
         for side, values in scores.items():

@@ -77,9 +77,7 @@ def find_questions(name: str) -> tuple[Path, str]:
     if name not in BENCHMARKS:
         path = Path(name)
         if not path.is_file():
-            raise UserError(
-                f"no prompts at '{name}': expected {EXPECTED}, or one of {', '.join(BENCHMARKS)}"
-            )
+            raise UserError(f"no prompts at '{name}': expected {EXPECTED}, or one of {', '.join(BENCHMARKS)}")
         return path, ""
     if (place := _IN_PACKAGES.get(name)) is not None:
         spec = importlib.util.find_spec(place[0])

@@ -106,7 +106,7 @@ def plan_run(
         plan_stages(method, extension, until)
         sizes = method_sizes(method, device_kind(recipe, target), target.processes)
         throughputs = throughputs_of(method, target)
-        example = sum(examples_of(method).values(), [])
+        example = [line for lines in examples_of(method).values() for line in lines]
     costs = {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
     seconds = {role: _seconds(cost, throughputs, target) for role, cost in costs.items()}
     rows = [_row(role, cost, seconds[role], throughputs) for role, cost in costs.items()]

@@ -92,7 +92,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
     number = sum(map(len, runs.values()))
     what = f"{_checkpoints(grid)}, {answers} responses each"
     rows += [power, _row("total", what, number, _seconds(everything, throughputs))]
-    return GridPlan(rows, sum(examples.values(), []))
+    return GridPlan(rows, [line for lines in examples.values() for line in lines])
 
 
 class _Sizes:

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sepo.command import device_options, out_option, path, quiet_libraries, writing_to
+from sepo.command import (
+    chat_template_option,
+    device_options,
+    model_option,
+    out_option,
+    path,
+    quiet_libraries,
+    writing_to,
+)
 from sepo.errors import UserError, check_number, log_kept_on_interrupt
 
 if TYPE_CHECKING:
@@ -25,9 +33,7 @@ HELP = "answer the questions of a file or a benchmark, in the benchmark's format
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=path, required=True, metavar="MODEL", help="the model that answers; with --server its name"
-    )
+    model_option(parser, "--model", "the model that answers; with --server its name")
     parser.add_argument(
         "--prompts",
         type=path,
@@ -42,9 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, help="sampling temperature; 0 for greedy (default: the benchmark's)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="answer only the first N questions")
-    parser.add_argument(
-        "--chat-template", action="append", default=[], metavar="key=value", help="a keyword for the chat template"
-    )
+    chat_template_option(parser)
     parser.add_argument(
         "--engine", choices=["transformers", "vllm"], help="library that runs the model (default transformers)"
     )
@@ -54,6 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("a model behind a server")
     server.add_argument("--server", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
     server_options(server)
+    retry_option(server)
 
 
 def server_options(group: argparse._ArgumentGroup) -> None:
@@ -78,6 +83,10 @@ def server_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--timeout", type=float, help="total seconds of a request (default 300)")
     group.add_argument("--retries", type=int, help="how often a question without a reply is asked again (default 6)")
     group.add_argument("--cache", type=path, metavar="DIR", help="folder of replies (default: sepo's cache)")
+
+
+def retry_option(group: argparse._ArgumentGroup) -> None:
+    """Ask again where an earlier command kept a reply that is no answer."""
     group.add_argument("--retry-failed", action="store_true", help="ask again where the stored reply is no answer")
 
 
