@@ -108,7 +108,6 @@ def test_the_reward_is_beta_times_the_token_rewards_of_sepo_score(folder, tmp_pa
         np.testing.assert_allclose(found, BETA * expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("folder", ["made/oracle", "adapter"])
 def test_the_chat_template_has_the_keywords_of_the_oracles_training(tmp_path):
     tokenizer = tiny_tokenizer()
     opening = "{% if add_generation_prompt %}<|assistant|>"
@@ -130,6 +129,7 @@ def test_the_chat_template_has_the_keywords_of_the_oracles_training(tmp_path):
     np.testing.assert_allclose(found, BETA * response_sums(scores, "rewards")[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("folder", ["made/oracle", "adapter"])
 def test_a_preference_is_bradley_terry_s_and_reverses_with_the_sides(folder, tmp_path):
     ours = outputs(tmp_path / "ours.json", "mine", ["Yes, red!", "same", "z" * 600, "no"])
     theirs = outputs(tmp_path / "theirs.json", "base", ["no red", "same", "short", "Yes, indeed"])

@@ -249,6 +249,16 @@ def test_unusable_judgements_are_counted_and_left_out(tmp_path):
     assert any("8 of 13 judgements" in line for line in result["warnings"])
 
 
+@pytest.mark.parametrize("values", [[0, 100, 50, 80], [-1, 0, 1, 1], [1, 5, 3, 2], [1, 2, 3], [-0.5, 0.5]])
+def test_preferences_of_another_scale_are_named(values, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([annotation(i, value) for i, value in enumerate(values)]))
+    assert main(["winrate", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "AlpacaEval's" in error
+
+
 def test_missing_answers_do_not_end_the_count(tmp_path):
     rows = made_up(60)
     rows[0]["output_2"] = None

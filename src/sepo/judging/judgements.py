@@ -183,6 +183,12 @@ def _alpaca_scores(rows: Sequence[Row], path: Path, official: OfficialData | Non
     too_low = bool(given) and max(given) <= 1
     if too_low and any(0 < value < 1 for value in given):
         raise UserError(f"'{path}': {_TOO_LOW}; these are in [0, 1]: add 1 to the share of the model")
+    outside = [value for value in given if not 0 <= value <= 2]
+    if 3 * len(outside) >= len(given) > 0 or (too_low and outside):
+        raise UserError(
+            f"'{path}': preferences go from {min(given):g} to {max(given):g}, but AlpacaEval's from 1 (the baseline) to 2 "
+            "(the model), and 0 is a tie: convert them"
+        )
     results = {}
     for (model, base, annotator), group in groups.items():
         # A model with several baselines or judges has a result for each.
