@@ -56,6 +56,12 @@ def data_options(parser: argparse.ArgumentParser) -> None:
         help="make pairs from the labels or scores of a public dataset (docs/data.md)",
     )
     parser.add_argument("--as-chat", action="store_true", help="wrap plain-text prompts as one user turn")
+    chat_template_option(parser)
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and response (default 2048)")
+
+
+def chat_template_option(parser: argparse.ArgumentParser) -> None:
+    """Keywords for the chat template."""
     parser.add_argument(
         "--chat-template",
         action="append",
@@ -63,7 +69,11 @@ def data_options(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="keyword for the chat template, e.g. enable_thinking=false; repeatable",
     )
-    parser.add_argument("--max-length", type=int, help="tokens of prompt and response (default 2048)")
+
+
+def model_option(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    """A model that a command needs: a hub id or a folder."""
+    parser.add_argument(name, type=path, required=True, metavar="MODEL", help=text)
 
 
 def out_option(parser: argparse.ArgumentParser, text: str) -> None:
@@ -87,13 +97,6 @@ def training_options(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="training settings as in a recipe: learning_rate=5e-6 batch_size=64 num_train_epochs=1 ...",
     )
-
-
-def oracle_judge_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a judge that is a DPO oracle."""
-    group = parser.add_argument_group("oracle as judge", "needed only if the oracle's folder has no training metadata")
-    group.add_argument("--judge-reference", type=path, metavar="MODEL", help="the model that the oracle started from")
-    group.add_argument("--judge-beta", type=float, metavar="BETA", help="beta of the oracle's DPO")
 
 
 def recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
@@ -139,15 +142,6 @@ def training_of(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.lora is not None:
         values["lora"] = {"r": arguments.lora}
     return values
-
-
-def oracle_judge_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Reference and beta of a judge that is an oracle, where given, under their names in a recipe."""
-    given = {"reference": arguments.judge_reference, "beta": arguments.judge_beta}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and not (arguments.judge or "").startswith("oracle:"):
-        raise UserError(f"--judge-{next(iter(given))} is for a judge that is an oracle: leave it out")
-    return given
 
 
 # --- running --------------------------------------------------------------------------------------------------------

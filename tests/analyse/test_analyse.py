@@ -355,3 +355,28 @@ def test_special_tokens_without_a_role_are_no_words():
     assert token not in tokenizer.all_special_ids
     classes = token_classes(tokenizer, np.array([token]), np.array([False]))
     assert CLASSES[classes[0]] == "special"
+
+
+def test_the_figure_of_fidelity_has_intervals_of_few_prompts(tmp_path, monkeypatch):
+    """With 4 prompts ±1.96 standard errors cover far less than 95 %; an AUC of 1 has an interval too."""
+    from matplotlib.axes import Axes
+    from sepo.evaluate.edges import Measured
+
+    from sepo.analyse import page
+
+    drawn = []
+    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, xerr, **options: drawn.append((x[0], xerr)))
+    monkeypatch.setattr(page, "write_png", lambda figure, path: path)
+    result = {
+        "concentration": {"magnitude": {}, "mass": {}, "share": []},
+        "position": {side: {"mean": [None] * 10} for side in ("chosen", "rejected")},
+        "fidelity": {
+            "run": {"auc": 0.7, "auc_se": 0.05, "prompts": 4},
+            "all": {"auc": 1.0, "auc_se": 0.0, "prompts": 4},
+        },
+    }
+    page.save_analysis_figures(result, tmp_path)
+    for (value, reach), row in zip(drawn, result["fidelity"].values(), strict=True):
+        low, high = Measured(row["auc"], row["auc_se"], 4, share=True).interval
+        assert (value - reach[0][0], value + reach[1][0]) == pytest.approx((low, high))
+        assert reach[0][0] > 1.96 * row["auc_se"]

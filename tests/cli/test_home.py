@@ -72,7 +72,7 @@ def at_home(home, monkeypatch, tmp_path) -> Path:
 NO_PATH = {
     *("overrides", "training", "split", "column", "pairs_from", "chat_template", "objective", "device"),
     "recipe name",  # a built-in recipe's
-    *("key_header", "header", "request", "judge temperature"),
+    *("key_header", "header", "request", "judge_temperature"),
     *("server", "key_variable", "model_name", "prompt_name", "judge"),  # a judge is a kind with a name, tried below
     "run until",
     *("generate name", "winrate baseline", "push to", "push base", "push license"),

@@ -198,7 +198,10 @@ def test_tables_of_earlier_releases_are_read(tmp_path, capsys):
         conversations_of(read_table(tmp_path / "pairs", "pairs"))
 
 
-@pytest.mark.parametrize("column", ["question", "instruction", "query", "input", "Question", "context", "problem"])
+@pytest.mark.parametrize(
+    "column",
+    ["question", "instruction", "query", "input", "Question", "context", "problem", "user", "task", "text", "title"],
+)
 def test_a_column_that_holds_the_question_is_named(column, tmp_path, capsys):
     rows = [
         {column: "What colour is the sky?", "chosen": "It is blue.", "rejected": "It is green."},
@@ -234,3 +237,17 @@ def test_a_label_beside_responses_is_no_prompt(tmp_path):
     rows = [{"context": "chat", "chosen": f"Say {i} now. Yes!", "rejected": f"Say {i} now. No."} for i in range(30)]
     _, train, _ = prepared(tmp_path, rows, held_out=0)
     assert len(train) == 30
+
+
+@pytest.mark.parametrize("more", ["The better answer is kind.", "annotator 17", "It is, I think, better."])
+def test_a_text_beside_responses_that_begin_with_their_prompt_is_no_prompt(more, tmp_path):
+    rows = [
+        {
+            "why": f"{more} {i}",
+            "chosen": f"Tell me about {i}, please. Yes!",
+            "rejected": f"Tell me about {i}, please. No.",
+        }
+        for i in range(6)
+    ]
+    _, train, _ = prepared(tmp_path, rows, held_out=0)
+    assert len(train) == 6

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from properties import examples
+from sepo import processes
 from sepo.data import formats
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.formats import read_rows
@@ -510,3 +511,11 @@ def test_a_column_that_counts_rows_to_another_split_is_named(tmp_path):
 
 def test_rows_of_a_folder_with_any_columns_are_found_alike(clone):
     assert len(load_rows(clone, config_name="fr")) == 3
+
+
+def test_missing_shards_are_counted_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "_logged", set())
+    for number in (0, 2):
+        (tmp_path / f"train-{number:05d}-of-00004.jsonl").write_text(json.dumps(ROW | {"prompt": f"q{number}"}) + "\n")
+    assert len(load_preferences(str(tmp_path))) == 2
+    assert f"'{tmp_path}' holds 2 of 4 shards of train-*-of-00004.jsonl" in capsys.readouterr().err

@@ -198,8 +198,10 @@ def test_token_rewards_go_up_as_a_dataset_that_others_can_read(finished, hub, tm
     selection = read_table(finished / "run" / "selection", "selection").to_pylist()[0]
     scores = read_table(finished / "run" / "scores", "scores").to_pylist()[0]
     assert row["pair_id"] == selection["pair_id"]
-    assert row["prompt"] == tiny_tokenizer().decode(scores["prompt_ids"])
-    assert WILD in row["prompt"]
+    assert row["prompt_text"] == tiny_tokenizer().decode(scores["prompt_ids"])
+    assert WILD in row["prompt_text"]
+    assert row["prompt"] == json.loads(scores["conversation"])["messages"]
+    assert WILD in row["prompt"][-1]["content"]
     for side in ("chosen", "rejected"):
         assert "".join(row[f"{side}_tokens"]) == row[side]  # one character a token
         assert row[f"{side}_rewards"] == scores[f"{side}_rewards"]

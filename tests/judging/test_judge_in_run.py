@@ -121,3 +121,38 @@ def test_an_unusable_judge_ends_the_run_before_it_starts(judge, says, workplace,
     assert says in error or "is no address" in error
     assert error.count("\n") == 1
     assert not (workplace / "run").exists()
+
+
+def test_sepo_eval_takes_a_judge_behind_a_server(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path, RECIPE, rows=4)
+    (tmp_path / "words.txt").write_text("[{instruction}] m: {output_1} M: {output_2}. Say m or M.")
+    command = ["eval", "--policy", "model", "--base", "model", "--data", "prefs.jsonl", "--as-chat", "--device", "cpu"]
+    command += ["--prompts", "2", "--max-new-tokens", "4", "--out", "out"]
+    down = [True]
+    with serving(lambda body, before: 500 if down[0] and "Is it 1?" in str(body) else completion("M")) as server:
+        command += [
+            "--judge",
+            f"server:{server.url}",
+            "--model-name",
+            "j",
+            "--prompt",
+            "words.txt",
+            "--order",
+            "seeded",
+        ]
+        command += ["--cache", "cache", "--retries", "0", "--judge-temperature", "none", "--request", "top_p=1"]
+        for down[0], code in ((True, (0, 1)), (False, (0,))):
+            assert main(command) in code
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["judge/judged"] == 2
+        assert all(body["top_p"] == 1 and "temperature" not in body for body in server.asked)
+    for options, says in (
+        (["--judge-beta", "0.1"], "--judge-beta is for a judge that is an oracle"),
+        (["--order", "both"], "--order is for a judge behind a server"),
+        (["--judge", "server:http://localhost:1/v1"], "needs --model-name"),
+    ):
+        capsys.readouterr()
+        assert main([*command[: command.index("--judge")], *options]) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1

@@ -108,6 +108,27 @@ def test_the_reward_is_beta_times_the_token_rewards_of_sepo_score(folder, tmp_pa
         np.testing.assert_allclose(found, BETA * expected, atol=1e-5)
 
 
+def test_the_chat_template_has_the_keywords_of_the_oracles_training(tmp_path):
+    tokenizer = tiny_tokenizer()
+    opening = "{% if add_generation_prompt %}<|assistant|>"
+    assert opening in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(opening, f"{opening}{{% if brief %}}Brief: {{% endif %}}")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    data = ["--data", "prefs.jsonl", "--as-chat", "--chat-template", "brief=true", "--device", "cpu"]
+    data += ["--reference", str(tmp_path / "model")]
+    folder = str(tmp_path / "oracle")
+    assert main(["oracle", *data, "--out", folder, "learning_rate=0.05", "batch_size=8", "--beta", str(BETA)]) == 0
+    assert main(["score", *data, "--oracle", folder, "--out", str(tmp_path / "scores")]) == 0
+    scores = read_table(tmp_path / "scores", "scores")
+    assert "Brief: " in tokenizer.decode(scores["prompt_ids"][0].as_py())
+    settings = JudgeSettings(oracle=folder, reference=str(tmp_path / "model"))
+    found = oracle_scorer(find_oracle(settings), device="cpu", progress=False)(
+        [((row["prompt"],), row["chosen"]) for row in PAIRS]
+    )
+    np.testing.assert_allclose(found, BETA * response_sums(scores, "rewards")[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("folder", ["made/oracle", "adapter"])
 def test_a_preference_is_bradley_terry_s_and_reverses_with_the_sides(folder, tmp_path):
     ours = outputs(tmp_path / "ours.json", "mine", ["Yes, red!", "same", "z" * 600, "no"])

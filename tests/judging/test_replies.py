@@ -83,6 +83,11 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             (said("<|channel|>analysis<|message|>[[B]]<|end|><|channel|>final<|message|>[[A]]"), "[[A]]"),
             (said([{"type": "text", "text": "<think>[[B]]</think>[[A]]"}]), "[[A]]"),
             (said("<think>The tag </think> is in it, [[B]]?</think>[[A]]"), "[[A]]"),
+            (said("<Think>[[B]]</Think>[[A]]"), "[[A]]"),
+            (said("<mm:think>[[B]]</mm:think>[[A]]"), "[[A]]"),
+            (said("<|begin_of_thought|>[[B]]<|end_of_thought|>[[A]]"), "[[A]]"),
+            (said("<|channel>thought\n[[B]]<channel|>[[A]]"), "[[A]]"),
+            (said("analysisWe need [[B]].assistantfinal[[A]]"), "[[A]]"),
         ],
     ),
     "thinking without an end": (
@@ -118,6 +123,8 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
         [
             (stream("My ", "[[A]]"), "My [[A]]"),
             (b": ping\n\n" + stream("[[", "A]]"), "[[A]]"),
+            (stream("[[A]]").replace(b"\n", b"\r\n"), "[[A]]"),
+            (stream("X").replace(b"X", "of two\u2028lines\x85".encode()), "of two\u2028lines\x85"),
             (stream("<think>[[B]]", "</think>[[A]]"), "[[A]]"),
             (stream("[[A]]", reasoning_content="[[B]]"), "[[A]]"),
         ],
@@ -304,6 +311,15 @@ def test_thinking_is_taken_off_or_the_text_stays(pieces):
 )
 def test_a_text_about_tags_stays_whole(text):
     assert without_thinking(text) == text
+
+
+@pytest.mark.parametrize(
+    "reason", ["length", "MAX_TOKENS", "max_completion_tokens", "LENGTH", "model_context_window_exceeded", "truncated"]
+)
+def test_a_length_limit_by_any_name_leaves_no_verdict(reason):
+    assert read_preference(LETTERS, read_reply(said("I would say [[A]], but", reason))) == (None, CUT)
+    assert read_preference(LETTERS, read_reply(said("[[A]]", "eos_token"))) == (1.0, None)
+    assert read_preference(LETTERS, read_reply(said("[[A]]", "SAFETY")))[0] is None
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -249,6 +249,16 @@ def test_unusable_judgements_are_counted_and_left_out(tmp_path):
     assert any("8 of 13 judgements" in line for line in result["warnings"])
 
 
+@pytest.mark.parametrize("values", [[0, 100, 50, 80], [-1, 0, 1, 1], [1, 5, 3, 2], [1, 2, 3], [-0.5, 0.5]])
+def test_preferences_of_another_scale_are_named(values, tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([annotation(i, value) for i, value in enumerate(values)]))
+    assert main(["winrate", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "AlpacaEval's" in error
+
+
 def test_missing_answers_do_not_end_the_count(tmp_path):
     rows = made_up(60)
     rows[0]["output_2"] = None
@@ -310,15 +320,17 @@ def test_judges_and_baselines_are_not_mixed(tmp_path):
     [
         ("a.json", "[]", "holds no row"),
         ("a.json", "[1, 2]", "holds no row"),
-        ("a.json", '{"preference": 1}', "expected a list"),
-        ("a.json", "[{", "cannot be read"),
-        ("a.json", "[" * 100_000, "cannot be read"),
+        ("a.json", '{"preference": 1}', "expected a list of rows"),
+        ("a.json", "[{", "is not JSON"),
+        ("a.json", "[" * 100_000, "is not JSON"),
         ("a.json", '[{"preference": null}]', "no judgement"),
         ("a.json", '[{"text": "hello"}]', "no known judgements"),
         ("a.jsonl", '{"preference": 1}\n{"pref', "line 2"),
-        ("a.parquet", "not parquet", "cannot be read"),
-        ("a.txt", "hello", "has an unknown format"),
-        ("a.json", "\udcff\udcfe", "cannot be read"),
+        ("a.parquet", "not parquet", "is not a readable parquet file"),
+        ("a.txt", "hello", "is not a dataset file"),
+        ("a.json", "\udcff\udcfe", "holds no row"),
+        ("a.json", "\udce9\udce9", "is not UTF-8"),
+        ("a.csv", 'preference,generator_2\n1,"m" n\n', "line 2"),
         ("missing.json", None, "does not exist"),
     ],
 )

@@ -20,9 +20,10 @@ from sepo.credit.selection import effective_number, ends_response, select_key_to
 from sepo.data.ragged import SIGNED_SIDES, flat, ragged
 from sepo.data.splits import prompt_numbers
 from sepo.data.tables import make_table, provenance_of
+from sepo.data.vocabulary import special_ids
 from sepo.evaluate.accuracy import preference_accuracy
 from sepo.evaluate.fidelity import combine, fidelity, token_truth
-from sepo.evaluate.words import Truth, special_ids
+from sepo.evaluate.words import Truth
 from sepo.report.statistics import auc, correlation, rank_correlation
 from sepo.report.summary import cumulative_share
 
@@ -204,8 +205,8 @@ def truth(
     are improbable under the reference.
 
     Returns:
-        By table and baseline: `auc` and `auc_se` (sign-aware, see `evaluate.fidelity`); `auc_unsigned` (|s| of words
-        with a value against |s| of other words); `correlation` and `rank_correlation` of s with the word's value over
+        By table and baseline: `auc` and `auc_se` (sign-aware, see `evaluate.fidelity`), `prompts`; `auc_unsigned` (|s|
+        of words with a value against |s| of others); `correlation` and `rank_correlation` of s with the word's value over
         word tokens (mean of the sides); the share of key tokens at rate k in positive words of chosen responses
         (`precision_chosen`) and in negative words of rejected responses (`precision_rejected`), and the ratios of
         these shares to those of all tokens (`lift_chosen`, `lift_rejected`).
@@ -217,6 +218,7 @@ def truth(
     for name, table in candidates.items():
         judged = fidelity(tokenizer, table, select_key_tokens(table, k, k), truth=known, seed=seed)
         row = {key: judged[key] for key in ("auc", "auc_se", "precision_chosen", "precision_rejected")}
+        row["prompts"] = len(set(prompt_numbers(table).tolist()))
         unsigned, linear, ranked = [], [], []
         for side, _ in SIGNED_SIDES:
             rewards = flat(table.column(f"{side}_rewards"))[0].astype(np.float64)

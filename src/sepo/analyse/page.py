@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from sepo.analyse.measures import POSITION_BINS
 from sepo.data.ragged import SIDES
+from sepo.evaluate.edges import Measured
 from sepo.numbers import number, share, with_error
 from sepo.report.figures import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES, make_figure, write_png
 
@@ -255,9 +256,10 @@ def save_analysis_figures(result: Mapping[str, Any], folder: Path) -> list[Path]
 
     def fidelities(axes: Axes) -> None:
         rows = result["fidelity"]
-        errors = [1.96 * row["auc_se"] for row in rows.values()]
-        values = [row["auc"] for row in rows.values()]
-        axes.errorbar(values, range(len(rows)), xerr=errors, fmt="o", color=PLAIN, capsize=3)
+        for at, row in enumerate(rows.values()):
+            value = row["auc"]
+            low, high = Measured(value, row["auc_se"], row["prompts"], share=True).interval or (value, value)
+            axes.errorbar([value], [at], xerr=[[value - low], [high - value]], fmt="o", color=PLAIN, capsize=3)
         axes.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()

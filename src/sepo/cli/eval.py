@@ -8,39 +8,36 @@ from typing import get_args
 
 from sepo import command
 from sepo.errors import UserError
+from sepo.judging.commands.judge import judge_of, judge_options
 from sepo.recipe.settings import Gold
 
 HELP = "measure a policy against the model it started from"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--policy", type=command.path, required=True, metavar="MODEL", help="trained model")
-    parser.add_argument("--base", type=command.path, required=True, metavar="MODEL", help="model it was trained from")
+    command.model_option(parser, "--policy", "trained model")
+    command.model_option(parser, "--base", "model it was trained from")
     command.data_options(parser)
     command.out_option(parser, "folder for metrics.json and generations.parquet")
     parser.add_argument("--gold", choices=get_args(Gold), help="gold reward of the generations")
-    parser.add_argument(
-        "--judge",
-        metavar="JUDGE",
-        help="reward:MODEL, oracle:FOLDER or function:MODULE:NAME compares the generations (docs/judging.md)",
-    )
-    command.oracle_judge_options(parser)
     parser.add_argument("--prompts", type=int, help="prompts to generate for (default 100)")
     parser.add_argument("--samples", type=int, help="generations a prompt (default 1)")
     parser.add_argument("--temperature", type=float, help="sampling temperature (default 1)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit of a generation (default 256)")
     parser.add_argument("--batch-size", type=int, help="generations at a time (default: what the device holds)")
     command.device_options(parser)
+    judge_options(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    names = ("gold", "judge", "prompts", "samples", "temperature", "max_new_tokens", "batch_size")
+def run(arguments: argparse.Namespace) -> int:
+    names = ("gold", "prompts", "samples", "temperature", "max_new_tokens", "batch_size")
     settings = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if given := command.oracle_judge_of(arguments):
-        settings["judge"] = {"oracle": arguments.judge.removeprefix("oracle:"), **given}
     recipe = command.recipe_of(
         arguments, reference={"model": arguments.base}, policy={"model": arguments.policy}, eval=settings
     )
+    if (settings_of_judge := judge_of(arguments)) is not None:
+        judged = recipe.eval.model_copy(update={"judge": settings_of_judge})
+        recipe = recipe.model_copy(update={"eval": judged})
     command.quiet_libraries()
     from sepo.api import extension_of
     from sepo.evaluate.measure import Evaluation
@@ -78,3 +75,6 @@ def run(arguments: argparse.Namespace) -> None:
         metrics = evaluation.measure()
         processes.on_main(lambda: write_json(out / "metrics.json", metrics))
     command.print_metrics(f"eval: {out}", metrics)
+    if missing := evaluate.unanswered(metrics.get("judge/unanswered")):
+        processes.log(f"{missing}: the same command asks again")
+    return 1 if missing else 0

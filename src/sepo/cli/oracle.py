@@ -12,7 +12,7 @@ HELP = "train an oracle: DPO on a reference model"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", type=command.path, required=True, metavar="MODEL", help="model to start from")
+    command.model_option(parser, "--reference", "model to start from")
     command.data_options(parser)
     command.out_option(parser, "folder for the oracle model")
     parser.add_argument("--beta", type=float, help="DPO's KL strength (default 0.1)")

@@ -11,8 +11,8 @@ HELP = "score every response token: log-probability under the oracle minus that 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--oracle", type=command.path, required=True, metavar="MODEL", help="model trained with DPO")
-    parser.add_argument("--reference", type=command.path, required=True, metavar="MODEL", help="model it started from")
+    command.model_option(parser, "--oracle", "model trained with DPO")
+    command.model_option(parser, "--reference", "model it started from")
     command.data_options(parser)
     command.out_option(parser, "folder for the score table; pairs and log-probabilities are kept in it")
     parser.add_argument("--tokens-per-row", type=int, help="token budget of a packed row; bounds the memory")

@@ -10,13 +10,7 @@ HELP = "train a policy on key tokens, or by a rival objective"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--policy",
-        type=command.path,
-        required=True,
-        metavar="MODEL",
-        help="model to align, with the selection's tokenizer",
-    )
+    command.model_option(parser, "--policy", "model to align, with the selection's tokenizer")
     parser.add_argument(
         "--selection", type=command.path, required=True, metavar="DIR", help="selection table, from `sepo select`"
     )

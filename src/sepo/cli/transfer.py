@@ -21,13 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--table", type=command.path, required=True, metavar="DIR", help="score table, from `sepo score`"
     )
     command.data_options(parser)
-    parser.add_argument(
-        "--tokenizer",
-        type=command.path,
-        required=True,
-        metavar="MODEL",
-        help="the policy, or any model with its tokenizer",
-    )
+    command.model_option(parser, "--tokenizer", "the policy, or any model with its tokenizer")
     parser.add_argument(
         "--table-tokenizer",
         type=command.path,

@@ -55,6 +55,7 @@ def read_folder(
         files = _files_of_split(folder, names, split)
         _note_folders(folder, files, split)
     _check_no_copies(files)
+    _note_missing_shards(files)
     tables = [read_file(path, text_columns) for path in files]
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -262,6 +263,20 @@ def _check_no_copies(files: Iterable[Path]) -> None:
         for path in alike if len(alike) > 1 else []:
             if (earlier := by_content.setdefault(file_digest(path), path)) is not path:
                 raise _copies(earlier, path, "hold the same bytes")
+
+
+_SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
+
+
+def _note_missing_shards(files: Iterable[Path]) -> None:
+    """Name a table in one line of whose counted shards (`train-00000-of-00002`) some are missing."""
+    tables: dict[tuple[Path, str, str, str], list[int]] = {}
+    for path in files:
+        if match := _SHARD.fullmatch(path.name):
+            tables.setdefault((path.parent, match[1], match[3], match[4]), []).append(int(match[2]))
+    for (parent, start, number, end), found in tables.items():
+        if len(found) < int(number):
+            log_once(f"  '{parent}' holds {len(found)} of {int(number)} shards of {start}*-of-{number}{end}")
 
 
 def _copies(first: Path, second: Path, why: str) -> UserError:

@@ -86,10 +86,10 @@ def read_file(path: Path, text_columns: Collection[str] = ()) -> pa.Table:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read a data file into rows whose values are as in the file: JSON values of JSON, texts of a csv.
 
-    A JSON row that is not an object becomes an empty row.
+    A JSON row that is not an object becomes an empty row. JSON that was saved by columns is read too.
 
     Raises:
-        UserError: as `read_file`.
+        UserError: as `read_file`, or the file holds one object that is no table.
     """
     suffix = _suffix(path)
     if suffix in _BINARY:
@@ -101,20 +101,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
             header, *rows = Delimited(data, path).rows()
             return [dict(zip(header, row, strict=True)) for row in rows]
-        return [row if isinstance(row, dict) else {} for row in _json_rows(data, path)]
+        values = _whole_json(data, path)
+        values = list(_json_lines(data, path)) if values is None else values
+    listed = suffix.startswith(_LINES) or _first_line(data).startswith(b"[")
+    if not listed and len(values) == 1 and isinstance(values[0], dict):
+        values = _rows_of_columns(values[0], path)
+    return [row if isinstance(row, dict) else {} for row in values]
 
 
-def file_content(path: Path) -> tuple[str, bytes]:
-    """The format of a file (its suffix without a compression) and its content, decompressed; text as UTF-8.
-
-    Raises:
-        UserError: as `read_file`.
-    """
-    suffix = _suffix(path)
-    with _readable(path, suffix):
-        return suffix.removesuffix(next((packed for packed in _COMPRESSED if suffix.endswith(packed)), "")), _content(
-            path, suffix
-        )
+def _rows_of_columns(value: dict[str, Any], path: Path) -> list[Any]:
+    """The rows of a table that pandas or datasets wrote by column."""
+    if "columns" in value and isinstance(value.get("data"), list):
+        return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
+    columns = list(value.values())
+    if columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        return [{name: column[key] for name, column in value.items()} for key in columns[0]]
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    raise UserError(f"'{path}' holds one object: expected a list of rows, or one object a line")
 
 
 def _suffix(path: Path) -> str:

@@ -276,14 +276,22 @@ def _check_prompt_is_named(dataset: datasets.Dataset, source: str) -> None:
     """Refuse plain-text responses without a prompt column beside a column that holds their question.
 
     Otherwise the common first words of the responses would be the prompt. Responses that repeat the question, or that
-    are whole conversations, hold their prompt themselves.
+    are whole conversations, hold their prompt themselves. A column of another name than a question's counts where the
+    responses share few words.
     """
-    names = [name for name in dataset.column_names if name.lower() in {*_QUESTIONS, "prompt"}]
-    if "prompt" in dataset.column_names or not names:
+    if "prompt" in dataset.column_names:
         return
+    known = {*_QUESTIONS, "prompt"}
+    names = [name for name in dataset.column_names if not name.lower().startswith(("chosen", "rejected"))]
+    names.sort(key=lambda name: name.lower() not in known)
     rows = [row for row in read_rows(dataset, 0, min(len(dataset), _LOOKED_AT)) if row is not None]
     for name in names:
-        asked = [repr(row[name]) for row in rows if _is_question_of(row[name], row["chosen"], row["rejected"])]
+        asked = [
+            repr(row[name])
+            for row in rows
+            if _is_question_of(row[name], row["chosen"], row["rejected"])
+            and (name.lower() in known or _is_text_beside(row[name], row["chosen"], row["rejected"]))
+        ]
         # A column with few values is a label, such as a subset.
         if 2 * len(asked) > len(rows) and 10 * len(set(asked)) >= len(rows):
             listed = ", ".join(f"'{column}'" for column in dataset.column_names[:20])
@@ -306,6 +314,13 @@ def _is_question_of(value: Any, chosen: Any, rejected: Any) -> bool:
     return isinstance(value, list | dict) and bool(value)
 
 
+def _is_text_beside(value: Any, chosen: str, rejected: str) -> bool:
+    """Is a value a text of several words, beside two responses whose common beginning is hardly a prompt?"""
+    shared = chosen[: next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)]
+    return isinstance(value, str) and len(value.split()) > 1 and len(shared.split()) < _FEWEST_WORDS
+
+
+_FEWEST_WORDS = 4  # of a prompt that both responses begin with
 # Columns that influence which response is better, but are read only if the user maps them.
 _CONTEXT = {
     "system": "map it with columns: {{system: {0}}}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from sepo.data.vocabulary import special_ids
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 def previews(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[str]:
     """The text of each prompt without the beginning and end that most prompts share."""
     rows = [list(prompt) for prompt in prompts]
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
 
     def is_boundary(token: int) -> bool:
         return token in special or "\n" in tokenizer.decode([token])

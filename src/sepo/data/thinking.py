@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
-# Tags that open and close thinking, for all known models.
+# Tags that open and close thinking in chat templates.
 THINKING = re.compile(
     r"<(?P<close>/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(?P<close2>/?)THINK\]"
     r"|<\|(?:START|(?P<close3>END))_THINKING\|>|◁(?P<close4>/?)think▷"
 )
-# gpt-oss writes into channels; its answer is in the channel "final".
+# The same in what models write, in any case and with any prefix: <Think>, <mm:think>.
+_WRITTEN = re.compile(
+    r"<(?P<close>/?)(?:[a-z]+[:_]|ant)?(?:think(?:ing)?|thoughts?|reasoning)\s*>|\[(?P<close2>/?)THINK\]"
+    r"|<\|(?:START|(?P<close3>END))_THINKING\|>|<\|(?:begin|(?P<close4>end))_of_thought\|>|◁(?P<close5>/?)think▷"
+    r"|<\|channel>thought|(?P<close6><channel\|>)|<unused94>thought|(?P<close7><unused95>)",
+    re.IGNORECASE,
+)
+# gpt-oss writes into channels; its answer is in the channel "final". Some servers drop the marks of the channels.
 _CHANNELS = re.compile(r"\s*(?:<\|start\|>assistant)?<\|channel\|>")
 _FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>(.*?)(?:<\|(?:end|return|start)\|>|\Z)", re.DOTALL)
+_UNMARKED = re.compile(r"\s*analysis\S.*assistantfinal(.*)", re.DOTALL)
+_OPENING = 32  # last tokens of a prompt, which may open the thinking
 _QUOTES = "`'\"“”‘’"
 
 
@@ -40,8 +51,10 @@ def without_thinking(text: str) -> str | None:
     if _CHANNELS.match(text):
         final = _FINAL.findall(text)
         return final[-1].strip() if final else None
+    if unmarked := _UNMARKED.match(text):
+        return unmarked[1].strip()
     kept, start, opened, mentioned = "", 0, False, False
-    for tag in THINKING.finditer(text):
+    for tag in _WRITTEN.finditer(text):
         if not closes_thinking(tag):
             if not opened and _starts_line(tag, start):
                 kept, opened = kept + text[start : tag.start()], True
@@ -55,6 +68,24 @@ def without_thinking(text: str) -> str | None:
     if opened:
         return None
     return (kept + text[start:]).strip() if start else text
+
+
+def answer_of(tokenizer: Any, ids: Sequence[int], prompt_ids: Sequence[int]) -> str | None:
+    """The answer in generated tokens, without thinking and special tokens; None if the thinking has no end.
+
+    The tags of many models are special tokens, and the prompt may open the thinking (R1), so both are read as tokens.
+    """
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    marked = str(tokenizer.decode(list(ids), skip_special_tokens=False))
+    before = str(tokenizer.decode(list(prompt_ids[-_OPENING:]), skip_special_tokens=False))
+    tag = next((tag for tag in _WRITTEN.finditer(before) if not before[tag.end() :].strip()), None)
+    opened = tag is not None and not closes_thinking(tag)
+    answer = without_thinking(f"<think>{marked}" if opened else marked)
+    if answer is None or answer == marked:
+        return text if answer is not None else None
+    for token in tokenizer.added_tokens_decoder.values():
+        answer = answer.replace(token.content, "") if token.special else answer
+    return answer.strip()
 
 
 def _starts_line(tag: re.Match, start: int) -> bool:

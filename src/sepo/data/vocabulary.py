@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -193,3 +194,14 @@ def token_bytes(tokenizer: Any, name: str) -> TokenBytes:
 
 def _letters(text: str) -> str:
     return "".join(text.split()).casefold()
+
+
+_SPECIAL: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of special tokens: those with a role, such as EOS, and others, such as Gemma's end of turn."""
+    if tokenizer not in _SPECIAL:
+        unnamed = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+        _SPECIAL[tokenizer] = frozenset([*tokenizer.all_special_ids, *unnamed])
+    return _SPECIAL[tokenizer]

@@ -20,6 +20,7 @@ from sepo.data.conversation import CONVERSATION, Conversation, conversations_of,
 from sepo.data.previews import previews
 from sepo.data.splits import prompt_rows, sample_prompts, take_pairs
 from sepo.data.tables import read_table, write_parquet
+from sepo.data.thinking import answer_of
 from sepo.evaluate import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.evaluate.accuracy import _prefixed, oracle_accuracy, policy_accuracy
 from sepo.evaluate.fidelity import fidelity
@@ -38,9 +39,9 @@ from sepo.recipe.settings import EvalSettings
 FINISHED = "finished-{}.jsonl"
 
 # A judge of the policy's answers: (conversations, answers of the base, of the policy, number of each prompt, device) ->
-# metrics, columns for the table of generations, annotations.
+# metrics, columns for the table of generations, annotations. An answer is None where the thinking has no end.
 Judge = Callable[
-    [Sequence[Conversation], Sequence[str], Sequence[str], Sequence[int], str],
+    [Sequence[Conversation], Sequence[str | None], Sequence[str | None], Sequence[int], str],
     tuple[dict[str, float], dict[str, list[Any]], list[dict[str, Any]]],
 ]
 
@@ -208,7 +209,7 @@ class Evaluation:
             table = table.append_column("question", pa.array([questions[number] for number in numbers]))
             metrics |= found
             if self.judge is not None:
-                metrics_of_judge, table = self._judged(self.judge, conversations_of(asked), numbers, table)
+                metrics_of_judge, table = self._judged(self.judge, conversations_of(asked), generations, table)
                 metrics |= metrics_of_judge
             write_parquet(self.out / GENERATIONS, table)
             if self._shown:
@@ -218,11 +219,16 @@ class Evaluation:
         return {name: float(value) for name, value in metrics.items()}
 
     def _judged(
-        self, judge: Judge, conversations: Sequence[Conversation], numbers: Sequence[int], table: pa.Table
+        self,
+        judge: Judge,
+        conversations: Sequence[Conversation],
+        generations: Mapping[str, list[Generation]],
+        table: pa.Table,
     ) -> tuple[dict[str, float], pa.Table]:
         """The judge's metrics, and the table of responses with its verdicts; writes its annotations."""
+        numbers = [response.prompt_index for response in generations["policy"]]
         asked = [conversations[number] for number in numbers]
-        answers = table["base"].to_pylist(), table["policy"].to_pylist()
+        answers = [answers_of(self._tokenizer, generations[name], self._prompts) for name in ("base", "policy")]
         metrics, verdicts, annotations = judge(asked, *answers, numbers, self.device)
         for name, values in verdicts.items():
             table = table.append_column(name, pa.array(values))
@@ -276,6 +282,13 @@ def sample(
 def decoded(tokenizer: PreTrainedTokenizerBase, generations: Sequence[Generation]) -> list[str]:
     """The texts of responses, without special tokens."""
     return [str(tokenizer.decode(one.response_ids, skip_special_tokens=True)) for one in generations]
+
+
+def answers_of(
+    tokenizer: PreTrainedTokenizerBase, generations: Sequence[Generation], prompts: Sequence[Sequence[int]]
+) -> list[str | None]:
+    """The texts of responses without thinking, for a judge; None where the thinking has no end."""
+    return [answer_of(tokenizer, one.response_ids, prompts[one.prompt_index]) for one in generations]
 
 
 def judge_generations(

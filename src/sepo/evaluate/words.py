@@ -5,10 +5,11 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from sepo.data.vocabulary import special_ids
 
 
 class Unit(NamedTuple):
@@ -120,17 +121,6 @@ def _first_unit(spans: Sequence[tuple[int, int]], owners: Sequence[int], counts:
             span = index[token : token + counts[token]]
             span[span < 0] = number
     return index
-
-
-_SPECIAL: WeakKeyDictionary[PreTrainedTokenizerBase, frozenset[int]] = WeakKeyDictionary()
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of special tokens: those with a role, such as EOS, and others, such as Gemma's end of turn."""
-    if tokenizer not in _SPECIAL:
-        unnamed = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
-        _SPECIAL[tokenizer] = frozenset([*tokenizer.all_special_ids, *unnamed])
-    return _SPECIAL[tokenizer]
 
 
 def word_truth(valence: Callable[[str], float]) -> Truth:

@@ -21,6 +21,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from sepo.data.conversation import CONVERSATION, conversations_of
 from sepo.data.ragged import SIDES, flat, ragged
 from sepo.data.tables import PAIR_WEIGHT, iter_tables, number_of_rows, table_paths, write_parquet
 from sepo.errors import UserError, named_error
@@ -274,7 +275,9 @@ def with_texts(scores: pa.Table, selection: Path | None, tokenizer: Any) -> pa.T
 
     columns: dict[str, Any] = {
         "pair_id": scores["pair_id"],
-        "prompt": texts("prompt_ids"),
+        "prompt": _messages(scores),
+        **({CONVERSATION: scores[CONVERSATION]} if CONVERSATION in scores.column_names else {}),
+        "prompt_text": texts("prompt_ids"),
         "chosen": texts("chosen_ids"),
         "rejected": texts("rejected_ids"),
         "prompt_ids": scores["prompt_ids"],
@@ -292,6 +295,15 @@ def with_texts(scores: pa.Table, selection: Path | None, tokenizer: Any) -> pa.T
         offsets = ragged(values, lengths).offsets
         columns[f"{side}_weights"] = pa.ListArray.from_arrays(offsets, pa.array(values), mask=pa.array(~trained))
     return pa.table(columns)
+
+
+def _messages(scores: pa.Table) -> pa.Array:
+    """The messages of each prompt with role and content; null in tables of earlier releases, which do not have them."""
+    type_ = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    if CONVERSATION not in scores.column_names:
+        return pa.nulls(len(scores), type_)
+    rows = [conversation.messages for conversation in conversations_of(scores)]
+    return pa.array([[{name: turn[name] for name in ("role", "content")} for turn in row] for row in rows], type_)
 
 
 def _pair_weights(scores: pa.Table, selection: Path | None) -> tuple[np.ndarray, np.ndarray]:

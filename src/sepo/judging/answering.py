@@ -21,12 +21,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sepo.bars import progress_bar
-from sepo.data.thinking import without_thinking
+from sepo.data.thinking import answer_of
 from sepo.errors import UserError, one_line
 from sepo.files import append_line, digest, grown_lines, write_json, write_text
 from sepo.judging.endpoint import Endpoint
 from sepo.judging.questions import Question, answer_row, temperature_of
-from sepo.judging.replies import Reply, Spent
+from sepo.judging.replies import NO_END, Reply, Spent
 
 FINISHED, RECORD = "finished.jsonl", "generate.json"
 _AT_ONCE = 512  # prompts of one vLLM call, which batches them by itself and returns when all are answered
@@ -39,11 +39,13 @@ class Turn(NamedTuple):
         text: of the answer.
         tokens: its length.
         finished: the model ended it, rather than the length limit; None if unknown.
+        failure: why a local model has no answer, which it would not have again; None for an answer.
     """
 
     text: str
     tokens: int
     finished: bool | None = None
+    failure: str | None = None
 
 
 class Job(NamedTuple):
@@ -85,7 +87,7 @@ class AnswerLog:
         log = cls(path)
         for row in grown_lines(path):
             try:
-                turn = Turn(str(row["text"]), int(row["tokens"]), row["finished"])
+                turn = Turn(str(row["text"]), int(row["tokens"]), row["finished"], row.get("failure"))
                 log.turns[(str(row["key"]), int(row["turn"]))] = turn
             except (ValueError, KeyError, TypeError):
                 continue  # the turn of a damaged line is answered again
@@ -147,7 +149,8 @@ def answer_all(
             jobs = []
             for question in questions:
                 done = [finished.turns.get((question.key, earlier)) for earlier in range(turn)]
-                if turn < len(question.turns) and (question.key, turn) not in finished.turns and None not in done:
+                known = all(answer is not None and answer.failure is None for answer in done)
+                if turn < len(question.turns) and (question.key, turn) not in finished.turns and known:
                     messages = _conversation(question, [answer.text for answer in done if answer is not None])
                     own_temperature = temperature_of(question, benchmark, temperature)
                     jobs.append(Job(question.key, turn, messages, own_temperature))
@@ -158,7 +161,19 @@ def answer_all(
 
 def is_whole(question: Question, finished: AnswerLog) -> bool:
     """Whether all turns of a question are answered."""
-    return all((question.key, turn) in finished.turns for turn in range(len(question.turns)))
+    turns = [finished.turns.get((question.key, turn)) for turn in range(len(question.turns))]
+    return all(turn is not None and turn.failure is None for turn in turns)
+
+
+def failure_of(question: Question, finished: AnswerLog) -> str | None:
+    """Why a local model has no whole answer to a question; None for an answer and for an open question."""
+    turns = [finished.turns.get((question.key, turn)) for turn in range(len(question.turns))]
+    return next((turn.failure for turn in turns if turn is not None and turn.failure is not None), None)
+
+
+def is_open(question: Question, finished: AnswerLog) -> bool:
+    """Whether a question is still to be asked."""
+    return not is_whole(question, finished) and failure_of(question, finished) is None
 
 
 def _conversation(question: Question, answers: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
@@ -226,19 +241,20 @@ def transformers_engine(
                     progress=False,
                 )
                 for i, response in zip(batch, responses, strict=True):
-                    response_ids = response.response_ids
-                    done(jobs[i], _local_turn(tokenizer, response_ids, response.finished))
+                    done(jobs[i], _local_turn(tokenizer, ids[i], response.response_ids, response.finished))
 
     return run
 
 
-def _local_turn(tokenizer: Any, ids: Sequence[int], finished: bool) -> Turn:
-    """The answer of a local model, without its thinking. A text that ends inside the thinking stays as it is."""
-    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    answer = without_thinking(text)
-    if answer is None or answer == text:
+def _local_turn(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], finished: bool) -> Turn:
+    """The answer of a local model, without its thinking."""
+    answer = answer_of(tokenizer, ids, prompt)
+    if answer is None or not answer.strip():
+        return Turn("", len(ids), finished, NO_END if answer is None else "empty answer")
+    text = answer.strip()
+    if text == str(tokenizer.decode(ids, skip_special_tokens=True)).strip():
         return Turn(text, len(ids), finished)
-    return Turn(answer, len(tokenizer(answer, add_special_tokens=False)["input_ids"]), finished)
+    return Turn(text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), finished)
 
 
 def check_fits(prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: Any) -> None:
@@ -337,9 +353,10 @@ def vllm_engine(
         for start in range(0, len(jobs), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             prompts = [{"prompt_token_ids": list(prompt)} for prompt in ids[part]]
-            for job, output in zip(jobs[part], llm.generate(prompts, settings[part], **request), strict=True):
+            outputs = llm.generate(prompts, settings[part], **request)
+            for job, prompt, output in zip(jobs[part], ids[part], outputs, strict=True):
                 answer = output.outputs[0]
-                done(job, _local_turn(tokenizer, list(answer.token_ids), answer.finish_reason == "stop"))
+                done(job, _local_turn(tokenizer, prompt, list(answer.token_ids), answer.finish_reason == "stop"))
 
     return run
 

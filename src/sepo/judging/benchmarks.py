@@ -19,6 +19,7 @@ from sepo.judging.answering import (
     AnswerLog,
     answer_all,
     claim_folder,
+    is_open,
     is_whole,
     transformers_engine,
     write_answers,
@@ -28,6 +29,7 @@ from sepo.judging.judge import annotation_rows, judge_pairs, match_answers, prep
 from sepo.judging.questions import BENCHMARKS, Question, find_questions, read_answers, read_questions
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
+from sepo.processes import log
 from sepo.recipe.settings import JudgeSettings, Recipe
 
 ROLES = ("base", "policy")
@@ -66,7 +68,8 @@ def answer_benchmark(
         key: cache key of the answers; unfinished answers with another key are removed.
 
     Returns:
-        `questions`, and for each role `tokens/ROLE`, the mean length of its answers over all turns.
+        `questions`, and for each role `tokens/ROLE`, the mean length of its answers over all turns, and
+        `no_answer/ROLE`, the number of questions without an answer.
     """
     settings, tokenizer = recipe.eval, load_tokenizer(models["policy"])
     results: dict[str, float] = {"questions": float(len(questions))}
@@ -78,7 +81,7 @@ def answer_benchmark(
             shutil.rmtree(folder)
             claim_folder(folder, key)
         finished = AnswerLog.read(folder / FINISHED)
-        if not all(is_whole(question, finished) for question in questions):
+        if any(is_open(question, finished) for question in questions):
             engine = transformers_engine(
                 load_model(models[role], device=recipe.device, dtype=recipe.dtype),
                 tokenizer,
@@ -91,6 +94,9 @@ def answer_benchmark(
             del engine  # frees the model before the next one is loaded
         write_answers(folder, questions, benchmark, finished, role)
         results[f"tokens/{role}"] = float(np.mean([turn.tokens for turn in finished.turns.values()]))
+        results[f"no_answer/{role}"] = float(sum(not is_whole(question, finished) for question in questions))
+        if number := int(results[f"no_answer/{role}"]):
+            log(f"benchmark: {role} has no answer to {number} of {len(questions)} questions: they are not judged")
     return results
 
 
@@ -106,15 +112,21 @@ def judge_benchmark(
     Returns:
         `win_rate` of the policy in [0, 1] with its `_se`, `length_controlled`, `judged`, `failed`, `unanswered`.
     """
+    logs = [AnswerLog.read(answers / role / FINISHED) for role in ROLES]
+    unanswered = sum(not all(is_whole(question, turns) for turns in logs) for question in questions)
+    if unanswered == len(questions):
+        write_json(out, [])
+        return {"judged": 0.0, "failed": float(unanswered)}
     read = {role: read_answers(_file_of(answers / role)) for role in ROLES}
     matches, _ = match_answers(read["policy"], read["base"], questions)
     contests = [match.contest for match in matches]
     prepared = prepare_judge(judge, contests)
     verdicts, columns, spent = judge_pairs(prepared, contests, device)
-    unanswered = log_spent(prepared, spent)
+    without_reply = log_spent(prepared, spent)
     rows = annotation_rows(matches, verdicts, columns, judge.name)
     write_json(out, rows, indent=1)
-    return rate_of(rows, [match.number for match in matches]) | unanswered
+    metrics = rate_of(rows, [match.number for match in matches]) | without_reply
+    return metrics | {"failed": metrics["failed"] + unanswered}
 
 
 def _file_of(folder: Path) -> Path:

@@ -17,9 +17,9 @@ from sepo.files import digest, file_digest
 from sepo.judging.classifier import load_classifier
 from sepo.judging.judge import Prepared, judge_pairs, prepare_judge
 from sepo.judging.oracle_judge import find_oracle, held_out_accuracy
-from sepo.judging.replies import Spent
+from sepo.judging.replies import NO_END, Spent
 from sepo.judging.scorers import Scorer, source_file, user_function
-from sepo.judging.server_judge import Contest, ServerJudge, contest_of
+from sepo.judging.server_judge import Contest, ServerJudge, Verdict, contest_of
 from sepo.judging.winrate import FEW, judgement_of, length_controlled
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.folders import check_folder, is_adapter
@@ -63,7 +63,8 @@ def judge_content(settings: JudgeSettings) -> str:
     if settings.oracle is not None:
         oracle = find_oracle(settings)
         models = (oracle.folder, oracle.reference)
-        return digest([oracle.beta, *map(model_fingerprint, models), usage_fingerprint(oracle.folder)])
+        options = [oracle.options] if oracle.options else []
+        return digest([oracle.beta, *map(model_fingerprint, models), usage_fingerprint(oracle.folder), *options])
     return model_fingerprint(str(settings.reward_model), revision=settings.revision)
 
 
@@ -79,8 +80,8 @@ def judge_in_words(settings: JudgeSettings) -> str:
 def judge_responses(
     settings: JudgeSettings,
     conversations: Sequence[Conversation],
-    base: Sequence[str],
-    policy: Sequence[str],
+    base: Sequence[str | None],
+    policy: Sequence[str | None],
     groups: Sequence[int],
     device: str = "auto",
     scorer: Scorer | None = None,
@@ -89,7 +90,7 @@ def judge_responses(
 
     Args:
         conversations: of the prompts, one for each sample.
-        base, policy: the texts of the samples.
+        base, policy: the texts of the samples; None where the thinking has no end, which has no verdict.
         groups: the prompt of each sample, for the errors.
         scorer: of this judge, if its models are in memory already (`scorer_of`).
 
@@ -99,10 +100,16 @@ def judge_responses(
         a server `unanswered`, the calls without a reply; for another judge `score/base`, `score/policy` and
         `score/difference`; for an oracle made by a run its `oracle_accuracy` on held-out pairs with `_se`.
     """
-    contests = [contest_of(*sample) for sample in zip(conversations, base, policy, strict=True)]
-    prepared = prepare_judge(settings, contests)
-    verdicts, columns, spent = judge_pairs(prepared, contests, device, scorer)
+    samples = list(zip(conversations, base, policy, strict=True))
+    contests = [contest_of(asked, first or "", second or "") for asked, first, second in samples]
+    whole = [i for i, (_, *answers) in enumerate(samples) if None not in answers]
+    prepared = prepare_judge(settings, [contests[i] for i in whole])
+    judged, judged_columns, spent = judge_pairs(prepared, [contests[i] for i in whole], device, scorer)
     unanswered = log_spent(prepared, spent)
+    verdicts = [Verdict(None, f"no answer: {NO_END}")] * len(samples)
+    columns: list[dict[str, Any]] = [{} for _ in samples]
+    for place, verdict, more in zip(whole, judged, judged_columns, strict=True):
+        verdicts[place], columns[place] = verdict, more
     rows = [
         {
             "instruction": contest.questions[0],
@@ -123,7 +130,10 @@ def judge_responses(
         metrics |= held_out_accuracy(Path(settings.oracle))
     table: dict[str, list[Any]] = {"preference": _preferences(rows).tolist()}
     if settings.server is None:
-        scores = {side: np.array([more[f"score_{i}"] for more in columns]) for i, side in ((1, "base"), (2, "policy"))}
+        scores = {
+            side: np.array([more.get(f"score_{i}", np.nan) for more in columns])
+            for i, side in ((1, "base"), (2, "policy"))
+        }
         both = np.isfinite(scores["base"]) & np.isfinite(scores["policy"])
         kept = [group for group, good in zip(groups, both, strict=True) if good]
         for side, values in scores.items():

@@ -6,17 +6,14 @@ comparison, and `score` with `turn` its grading of single answers.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sepo.data.formats import SUFFIXES as FORMATS
-from sepo.data.formats import file_content
-from sepo.errors import UserError, named_error, one_line
+from sepo.data import formats
+from sepo.data.formats import EXPECTED
+from sepo.errors import UserError, one_line
 from sepo.judging import benchmark_scores
 from sepo.judging.winrate import OfficialData, judgement_of, number_of, summarise
 
@@ -24,84 +21,18 @@ Row = Mapping[str, Any]
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a json (a list, or by column), jsonl, parquet or csv file; text files may be compressed.
-
-    A row that is no object becomes an empty one.
+    """Rows of a data file in any format (`sepo.data.formats`).
 
     Raises:
         UserError: the file is missing, has another format, is damaged, a pointer of Git LFS, or holds no rows.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"'{path}' does not exist: expected a file ending in {', '.join(SUFFIXES)}")
-    if not path.name.lower().endswith(SUFFIXES):
-        raise UserError(f"'{path}' has an unknown format: expected a file ending in {', '.join(SUFFIXES)}")
-    suffix, data = file_content(path)
-    try:
-        rows = _READERS[suffix](data, path)
-    except (ValueError, OSError, RecursionError) as error:  # ArrowInvalid and JSON's are ValueErrors
-        raise UserError(f"'{path}' cannot be read ({named_error(error)}): expected rows as {suffix}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"'{path}' holds one {type(rows).__name__}: expected a list of rows")
-    if not any(isinstance(row, Mapping) and row for row in rows):
+        raise UserError(f"'{path}' does not exist: expected {EXPECTED}")
+    rows = formats.read_rows(path)
+    if not any(rows):
         raise UserError(f"'{path}' holds no row: expected a list of objects")
-    return [row if isinstance(row, Mapping) else {} for row in rows]
-
-
-def _read_json(data: bytes, path: Path) -> Any:
-    text = data.decode()
-    try:
-        value = json.loads(text)
-    except ValueError:
-        if text.lstrip().startswith("{"):  # the content is jsonl
-            return _read_jsonl(data, path)
-        raise
-    return _by_column(value) if isinstance(value, dict) else value
-
-
-def _by_column(value: dict[str, Any]) -> Any:
-    """The rows of a table that pandas or datasets wrote by column; any other object as it is."""
-    if "columns" in value and isinstance(value.get("data"), list):
-        return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
-    columns = list(value.values())
-    if columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
-        return [{name: column[key] for name, column in value.items()} for key in columns[0]]
-    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-    return value
-
-
-def _read_jsonl(data: bytes, path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(data.decode().split("\n"), 1):  # splitlines would also cut at U+2028 inside a text
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"'{path}' line {number} is not JSON ({named_error(error)})") from None
-    return rows
-
-
-def _read_parquet(data: bytes, path: Path) -> list[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    return pq.read_table(pa.BufferReader(data)).to_pylist()
-
-
-def _read_csv(data: bytes, path: Path) -> list[Any]:
-    csv.field_size_limit(2**31 - 1)
-    try:
-        rows = csv.DictReader(io.StringIO(data.decode(), newline=""))
-        return [{name: value for name, value in row.items() if name is not None} for row in rows]
-    except csv.Error as error:
-        raise ValueError(str(error)) from None
-
-
-_READERS: dict[str, Callable[[bytes, Path], Any]] = {
-    ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv,
-}  # fmt: skip
-SUFFIXES = tuple(suffix for suffix in FORMATS if suffix.startswith(tuple(_READERS)))
+    return list(rows)
 
 
 _TOO_LOW = "no preference is above 1, but AlpacaEval's go from 1 (the baseline) to 2 (the model), and 0 is a tie"
@@ -252,6 +183,12 @@ def _alpaca_scores(rows: Sequence[Row], path: Path, official: OfficialData | Non
     too_low = bool(given) and max(given) <= 1
     if too_low and any(0 < value < 1 for value in given):
         raise UserError(f"'{path}': {_TOO_LOW}; these are in [0, 1]: add 1 to the share of the model")
+    outside = [value for value in given if not 0 <= value <= 2]
+    if 3 * len(outside) >= len(given) > 0 or (too_low and outside):
+        raise UserError(
+            f"'{path}': preferences go from {min(given):g} to {max(given):g}, but AlpacaEval's from 1 (the baseline) to 2 "
+            "(the model), and 0 is a tie: convert them"
+        )
     results = {}
     for (model, base, annotator), group in groups.items():
         # A model with several baselines or judges has a result for each.

@@ -49,7 +49,9 @@ def _prompt(encoder: Encoder, messages: Turns) -> list[int]:
 
 
 def encode_answers(
-    conversations: Sequence[tuple[Turns, str, Sequence[Any]]], tokenizer: Any
+    conversations: Sequence[tuple[Turns, str, Sequence[Any]]],
+    tokenizer: Any,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[tuple[list[int], list[int]] | str]:
     """Ids of the prompt and the answer of each conversation, as in a table of pairs; or the reason of a failure.
 
@@ -58,7 +60,7 @@ def encode_answers(
     Args:
         conversations: messages before the answer, the answer, and schemas of tools.
     """
-    encoder = make_encoder(tokenizer, {})
+    encoder = make_encoder(tokenizer, dict(chat_template_kwargs or {}))
     results: list[tuple[list[int], list[int]] | str] = []
     for messages, answer, tools in conversations:
         turns = [dict(message) for message in messages]

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sepo.data.formats import EXPECTED
 from sepo.data.messages import DropRow, Message, read_cell
 from sepo.data.rows import EXTRA_COLUMNS, TextPair, with_columns
 from sepo.errors import UserError
 from sepo.files import digest
-from sepo.judging.judgements import SUFFIXES, read_rows
+from sepo.judging.judgements import read_rows
 
 BENCHMARKS = ("alpaca_eval", "mt_bench", "arena_hard")
 # MT-Bench's sampling temperature by category (FastChat's `temperature_config`); 0.7 for any other category.
@@ -76,9 +77,7 @@ def find_questions(name: str) -> tuple[Path, str]:
     if name not in BENCHMARKS:
         path = Path(name)
         if not path.is_file():
-            raise UserError(
-                f"no prompts at '{name}': expected a file of {', '.join(SUFFIXES)}, or one of {', '.join(BENCHMARKS)}"
-            )
+            raise UserError(f"no prompts at '{name}': expected {EXPECTED}, or one of {', '.join(BENCHMARKS)}")
         return path, ""
     if (place := _IN_PACKAGES.get(name)) is not None:
         spec = importlib.util.find_spec(place[0])

@@ -19,7 +19,10 @@ from sepo.errors import one_line
 # Beginnings of a failure: the server sent no reply, refused the question (for its text), or reached the length limit.
 UNANSWERED, REFUSED, CUT = "no reply", "refused", "cut off at the length limit"
 REFUSED_TEXT = f"{REFUSED} for its text"
-_AT_LIMIT = ("length", "max_tokens", "model_length", "max_output_tokens")
+NO_END = "the thinking has no end"
+# Servers name the length limit "length", "MAX_TOKENS", "model_length", "model_context_window_exceeded", "truncated".
+_AT_LIMIT = re.compile("length|max_|context|truncat", re.IGNORECASE)
+_FILTERED = re.compile("filter|safety|prohibited|blocklist", re.IGNORECASE)
 _BROKEN_OFF = ("error", "abort")
 _TEXT_PARTS = ("text", "output_text")
 # The key of a stored refusal, beside the keys of a chat completion.
@@ -159,7 +162,7 @@ def completion_of(body: str) -> dict[str, Any]:
         raise NoCompletion(_status_of(error), _message_of(error))
     if not isinstance(stored.get("choices"), list):
         raise NoCompletion(502, f"no chat completion {one_line(body, 100)}")
-    if choice.get("finish_reason") in _BROKEN_OFF:
+    if str(choice.get("finish_reason")).lower() in _BROKEN_OFF:
         raise NoCompletion(502, f"the server ended the reply ({choice['finish_reason']})")
     return stored
 
@@ -187,7 +190,7 @@ def _joined(body: str) -> dict[str, Any] | None:
     logprobs: list[Any] = []
     whole: dict[str, Any] = {}
     ended, reason = False, None
-    for line in body.splitlines():
+    for line in body.split("\n"):  # splitlines would also cut at U+2028 inside a text
         data = line.removeprefix("data:").strip()
         if not line.startswith("data:") or not data:
             continue
@@ -252,14 +255,15 @@ def read_reply(stored: Any) -> Reply:
     if not isinstance(message, dict) or not message:
         reason = one_line(stored["unreadable"], 100) if stored.get("unreadable") else ""
         return Reply("", failure=f"malformed reply {reason}".strip(), usage=usage)
-    cut = choice.get("finish_reason") in _AT_LIMIT
+    ended = str(choice.get("finish_reason"))
+    cut = _AT_LIMIT.search(ended) is not None
     written, apart = _texts(message)
     text = without_thinking(written)
     thought = apart or text is None or text != written
     failure = None
     if text is None:
-        failure = f"{CUT}, while thinking" if cut else "the thinking has no end"
-    elif choice.get("finish_reason") == "content_filter":
+        failure = f"{CUT}, while thinking" if cut else NO_END
+    elif _FILTERED.search(ended):
         failure = "stopped by the server's content filter"
     elif not text.strip():
         refused = message.get("refusal")

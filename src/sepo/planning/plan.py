@@ -107,7 +107,7 @@ def plan_run(
         plan_stages(method, extension, until)
         sizes = method_sizes(method, kind, target.processes)
         throughputs = throughputs_of(method, target)
-        example = _example(method)
+        example = [line for lines in examples_of(method).values() for line in lines]
     costs = {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
     seconds = {role: _seconds(cost, throughputs, target) for role, cost in costs.items()}
     rows = [_row(role, cost, seconds[role], throughputs) for role, cost in costs.items()]
@@ -119,17 +119,17 @@ def plan_run(
     return RunPlan(rows, memory, example)
 
 
-def _example(method: Method) -> list[str]:
-    """One pair as the reference reads it, and as a policy with another tokenizer does."""
+def examples_of(method: Method) -> dict[str, list[str]]:
+    """One pair as the reference reads it, and as a policy with another tokenizer does, by the name of the model."""
     from sepo.planning.example import example_lines
 
     reference, policy = method.recipe.reference, method.recipe.policy
     tokenizer = load_tokenizer(reference.model, revision=reference.revision)
-    lines = example_lines(method.pairs.folder, tokenizer, reference.model)
+    examples = {reference.model: example_lines(method.pairs.folder, tokenizer, reference.model)}
     if method.transfers:
         tokenizer = load_tokenizer(str(policy.model), revision=policy.revision)
-        lines += example_lines(method.policy_pairs.folder, tokenizer, str(policy.model))
-    return lines
+        examples[str(policy.model)] = example_lines(method.policy_pairs.folder, tokenizer, str(policy.model))
+    return examples
 
 
 def plan_stages(method: Method, extension: Extension | None, until: str | None = None) -> None:

@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         from sepo.study.plan import plan_grid
 
-        print_plan(f"plan of {grid.name}", plan_grid(grid, settings))
+        plan = plan_grid(grid, settings)
+        print_plan(f"plan of {grid.name}", plan.rows)
+        print("\n".join(["", *plan.example]))
         return
     from sepo.study.comparison import compare
 

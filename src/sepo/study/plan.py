@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from sepo.files import digest
 from sepo.models.devices import choose_device
-from sepo.planning.plan import Planner, approximate, throughputs_of
+from sepo.planning.plan import Planner, approximate, examples_of, throughputs_of
 from sepo.planning.sizes import method_sizes, models_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
@@ -40,19 +41,29 @@ _SHARED = {
 }
 
 
-def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, str]]:
-    """Plan a comparison: a row for each kind of shared stage and for each variant, with numbers and times."""
+class GridPlan(NamedTuple):
+    """A row for each kind of shared stage and for each variant; and one pair as each tokenizer reads it, in lines."""
+
+    rows: list[dict[str, str]]
+    example: list[str]
+
+
+def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
+    """Plan a comparison, with numbers and times."""
     check_grid(settings)
     first = next(iter(settings.values()))[0].recipe
     with tempfile.TemporaryDirectory() as folder:
         planner = Planner(Path(folder))
         pairs = Method(first, planner).pairs
         sizes, throughputs = _Sizes(), None
+        examples: dict[str, list[str]] = {}
         shared: dict[str, list[Cost | None]] = {kind: [] for kind in _SHARED}
         runs: dict[str, dict[str, Cost | None]] = {variant: {} for variant in settings}
         for setting, seed, reported in schedule(grid, settings, lambda variant, group: group[0]):
             method = method_of(setting.recipe, planner, grid, seed, pairs)
             check_method_pairs(method)
+            if not {setting.recipe.reference.model, setting.recipe.policy.model} - {None} <= examples.keys():
+                examples |= examples_of(method)
             if throughputs is None:
                 throughputs = throughputs_of(method)
             elif method.transfers:
@@ -80,7 +91,8 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> list[dict[str, 
     everything = [cost for costs in (*shared.values(), *(of.values() for of in runs.values())) for cost in costs]
     number = sum(map(len, runs.values()))
     what = f"{_checkpoints(grid)}, {answers} responses each"
-    return [*rows, power, _row("total", what, number, _seconds(everything, throughputs))]
+    rows += [power, _row("total", what, number, _seconds(everything, throughputs))]
+    return GridPlan(rows, [line for lines in examples.values() for line in lines])
 
 
 class _Sizes:

@@ -25,7 +25,7 @@ from sepo.errors import UserError
 from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.measure import decoded, own_logps, questions_of, response_logps, sample
+from sepo.evaluate.measure import answers_of, decoded, own_logps, questions_of, response_logps, sample
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
 from sepo.forward.memory import PeakMemory
@@ -131,7 +131,7 @@ class PolicyEvaluator:
             judge,
             [conversations[group] for group in groups],
             self.start["texts"],
-            decoded(self.tokenizer, generations),
+            answers_of(self.tokenizer, generations, self.prompts),
             groups,
             str(next(policy.parameters()).device),
             None if self.scorer is None else self.scorer(),
@@ -165,7 +165,7 @@ def start_of(
     if settings.gold is not None:
         start["gold"] = gold_of(generations, tokenizer, settings.gold, asked).tolist()
     if settings.judge is not None:
-        start["texts"] = decoded(tokenizer, generations)
+        start["texts"] = answers_of(tokenizer, generations, asked.column("prompt_ids").to_pylist())
     return start
 
 

@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from sepo import processes
-from sepo.data.tables import table_digest
+from sepo.data.rows import TEMPLATE_OPTIONS
+from sepo.data.tables import provenance_of, table_digest
 from sepo.errors import Interrupted, UserError, log_kept_on_interrupt, one_line
 from sepo.files import file_digests, replace_folder, write_json
 from sepo.forward.scoring import Types
@@ -138,6 +139,7 @@ def train_model(
         lora=lora.model_dump(mode="json") if lora else None,
         quantization=quantization,
         seed=seed,
+        **{name: value for name, value in provenance_of(table).items() if name == TEMPLATE_OPTIONS},
         **objective,
     )
     existing = processes.on_main(lambda: existing_model(out, made_with))

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sepo.command import device_options, out_option, path, quiet_libraries, writing_to
+from sepo.command import (
+    chat_template_option,
+    device_options,
+    model_option,
+    out_option,
+    path,
+    quiet_libraries,
+    writing_to,
+)
 from sepo.errors import UserError, check_number, log_kept_on_interrupt
 
 if TYPE_CHECKING:
@@ -25,9 +33,7 @@ HELP = "answer the questions of a file or a benchmark, in the benchmark's format
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=path, required=True, metavar="MODEL", help="the model that answers; with --server its name"
-    )
+    model_option(parser, "--model", "the model that answers; with --server its name")
     parser.add_argument(
         "--prompts",
         type=path,
@@ -42,9 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, help="sampling temperature; 0 for greedy (default: the benchmark's)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="answer only the first N questions")
-    parser.add_argument(
-        "--chat-template", action="append", default=[], metavar="key=value", help="a keyword for the chat template"
-    )
+    chat_template_option(parser)
     parser.add_argument(
         "--engine", choices=["transformers", "vllm"], help="library that runs the model (default transformers)"
     )
@@ -54,6 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("a model behind a server")
     server.add_argument("--server", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
     server_options(server)
+    retry_option(server)
 
 
 def server_options(group: argparse._ArgumentGroup) -> None:
@@ -78,6 +83,10 @@ def server_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--timeout", type=float, help="total seconds of a request (default 300)")
     group.add_argument("--retries", type=int, help="how often a question without a reply is asked again (default 6)")
     group.add_argument("--cache", type=path, metavar="DIR", help="folder of replies (default: sepo's cache)")
+
+
+def retry_option(group: argparse._ArgumentGroup) -> None:
+    """Ask again where an earlier command kept a reply that is no answer."""
     group.add_argument("--retry-failed", action="store_true", help="ask again where the stored reply is no answer")
 
 
@@ -106,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
         AnswerLog,
         answer_all,
         claim_folder,
+        failure_of,
+        is_open,
         is_whole,
         questions_digest,
         write_answers,
@@ -135,10 +146,10 @@ def run(arguments: argparse.Namespace) -> int:
         finished = AnswerLog.read(out / FINISHED)
 
         def open_questions() -> int:
-            return sum(not is_whole(question, finished) for question in questions)
+            return sum(is_open(question, finished) for question in questions)
 
         def kept() -> str:
-            done = len(questions) - open_questions()
+            done = sum(is_whole(question, finished) for question in questions)
             return f"{done} of {len(questions)} questions are answered; the same command does the rest"
 
         log(f"{len(questions)} questions, {open_questions()} to be answered")
@@ -150,7 +161,8 @@ def run(arguments: argparse.Namespace) -> int:
                 answer_all(questions, benchmark, finished, engine, arguments.temperature)
         name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
         file = write_answers(out, questions, benchmark, finished, name)
-        remaining = open_questions()
+        remaining = sum(not is_whole(question, finished) for question in questions)
+        unwritten = Counter(failure for question in questions if (failure := failure_of(question, finished)))
     cost = sum(spent, Spent())
     if spent:
         log(cost.in_words())
@@ -163,8 +175,10 @@ def run(arguments: argparse.Namespace) -> int:
             f'("finished": false in {FINISHED})'
         )
     if remaining:
-        reasons = ", ".join(f"{reason}: {number}" for reason, number in failures.items())
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in (failures + unwritten).items())
         again = "the same command asks again"
+        if unwritten:
+            again = "they are left out; a model that thinks needs more --max-new-tokens"
         if cost.malformed + cost.cut + cost.refused:
             again += ", for a reply that is kept with --retry-failed"
         log(f"{remaining} of {len(questions)} questions have no answer{f' ({reasons})' if reasons else ''}: {again}")

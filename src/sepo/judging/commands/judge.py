@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sepo.command import oracle_judge_of, oracle_judge_options, out_option, path, quiet_libraries, writing_to
+from sepo.command import out_option, path, quiet_libraries, writing_to
 from sepo.errors import UserError, check_number
-from sepo.judging.commands.generate import server_options, server_values
+from sepo.judging.commands.generate import retry_option, server_options, server_values
 from sepo.judging.commands.winrate import print_scores, write_scores
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ANNOTATIONS, GAMES, GRADES = "annotations.json", "model_judgment.jsonl", "judgem
 # Options for a judge behind a server, and their names in a recipe.
 _SERVER_OPTIONS = {
     "model_name": "model", "prompt": "prompt", "prompt_name": "prompt_name", "order": "order", "logprobs": "logprobs",
-    "temperature": "temperature", "max_tokens": "max_tokens", "key_variable": "key_variable",
+    "judge_temperature": "temperature", "max_tokens": "max_tokens", "key_variable": "key_variable",
     "key_header": "key_header", "header": "headers", "request": "request",
     "concurrency": "concurrency", "timeout": "timeout", "retries": "retries", "cache": "cache",
 }  # fmt: skip
@@ -37,13 +37,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", type=path, metavar="FILE", help="answers of the baseline; without it the answers are graded"
     )
-    parser.add_argument(
-        "--judge",
-        required=True,
-        metavar="JUDGE",
-        help="reward:MODEL, oracle:FOLDER, function:MODULE:NAME, or server:http://HOST/v1",
-    )
-    oracle_judge_options(parser)
     out_option(parser, "folder for annotations.json, scores.json and judging.json")
     parser.add_argument(
         "--questions", type=path, metavar="FILE", help="file of questions; needed if the answers do not repeat them"
@@ -51,26 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="for a reward model or an oracle: auto, cpu, cuda, cuda:0, mps (default auto)"
     )
-    server = parser.add_argument_group("a judge behind a server")
-    server.add_argument("--model-name", metavar="NAME", help="name of the model on the server")
-    server.add_argument(
-        "--prompt", type=path, metavar="FILE", help="the judge's prompt: the benchmark's txt, jsonl or yaml"
-    )
-    server.add_argument("--prompt-name", metavar="NAME", help="which prompt of a file with several")
+    server = judge_options(parser, required=True, temperature=["--temperature"])
     server.add_argument("--reference-answers", type=path, metavar="FILE", help="right answers, for MT-Bench's grades")
-    server.add_argument(
-        "--order", choices=["both", "seeded"], help="ask in both orders (default), or in one drawn as in AlpacaEval"
-    )
-    server.add_argument(
-        "--no-logprobs", dest="logprobs", action="store_const", const=False, help="do not ask for log-probabilities"
-    )
-    server.add_argument(
-        "--temperature", metavar="T", help="sampling temperature of the judge (default 0); none leaves it to the server"
-    )
-    server.add_argument(
-        "--max-tokens", type=int, help="length limit of a reply (default: 1 for a verdict of one token, else 2048)"
-    )
-    server_options(server)
+    retry_option(server)
     server.add_argument(
         "--prices",
         type=float,
@@ -82,6 +58,49 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--dry-run", action="store_true", help="estimate calls, tokens and cost; ask nothing")
 
 
+def judge_options(
+    parser: argparse.ArgumentParser, *, required: bool = False, temperature: Sequence[str] = ()
+) -> argparse._ArgumentGroup:
+    """Add the options that name a judge (`judge_of`); returns the group of a judge behind a server.
+
+    Args:
+        temperature: further names of `--judge-temperature`.
+    """
+    parser.add_argument(
+        "--judge",
+        required=required,
+        metavar="JUDGE",
+        help="reward:MODEL, oracle:FOLDER, function:MODULE:NAME, or server:http://HOST/v1",
+    )
+    oracle = parser.add_argument_group("oracle as judge", "needed only if the oracle's folder has no training metadata")
+    oracle.add_argument("--judge-reference", type=path, metavar="MODEL", help="the model that the oracle started from")
+    oracle.add_argument("--judge-beta", type=float, metavar="BETA", help="beta of the oracle's DPO")
+    server = parser.add_argument_group("a judge behind a server")
+    server.add_argument("--model-name", metavar="NAME", help="name of the model on the server")
+    server.add_argument(
+        "--prompt", type=path, metavar="FILE", help="the judge's prompt: the benchmark's txt, jsonl or yaml"
+    )
+    server.add_argument("--prompt-name", metavar="NAME", help="which prompt of a file with several")
+    server.add_argument(
+        "--order", choices=["both", "seeded"], help="ask in both orders (default), or in one drawn as in AlpacaEval"
+    )
+    server.add_argument(
+        "--no-logprobs", dest="logprobs", action="store_const", const=False, help="do not ask for log-probabilities"
+    )
+    server.add_argument(
+        *temperature,
+        "--judge-temperature",
+        dest="judge_temperature",
+        metavar="T",
+        help="sampling temperature of the judge (default 0); none leaves it to the server",
+    )
+    server.add_argument(
+        "--max-tokens", type=int, help="length limit of a reply (default: 1 for a verdict of one token, else 2048)"
+    )
+    server_options(server)
+    return server
+
+
 def run(arguments: argparse.Namespace) -> int:
     from sepo.files import write_json
     from sepo.judging.judge import mean_scores, prepare_judge, read_matches
@@ -89,7 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
     from sepo.judging.replies import CUT, Spent
     from sepo.processes import log
 
-    settings = _judge_of(arguments)
+    settings = judge_of(arguments)
+    assert settings is not None  # --judge is required
     prices = _prices_of(arguments)
     if settings.server is None and arguments.reference_answers is not None:
         raise UserError("--reference-answers is for a judge behind a server: leave it out")
@@ -186,22 +206,32 @@ def _announce_cost(prepared: Prepared, prices: tuple[float, float] | None, most:
         raise UserError(f"it may cost {calls.cost:.4g}, more than --max-cost {most:g}: nothing was asked")
 
 
-def _judge_of(arguments: argparse.Namespace) -> JudgeSettings:
-    """The judge that the options name, with a recipe's checks."""
+def judge_of(arguments: argparse.Namespace) -> JudgeSettings | None:
+    """The judge that the options of `judge_options` name, with a recipe's checks; None without `--judge`."""
     from sepo.recipe.reading import parse_recipe
     from sepo.recipe.settings import JUDGE_FORMS, JUDGE_KINDS
 
-    kind, _, name = arguments.judge.partition(":")
+    kind, _, name = (arguments.judge or "").partition(":")
     field = JUDGE_KINDS.get(kind)
-    if field is None or not name:
+    if arguments.judge is not None and (field is None or not name):
         raise UserError(f"--judge {arguments.judge}: expected {JUDGE_FORMS}")
-    values: dict[str, Any] = {field: name, **oracle_judge_of(arguments)}
+    values: dict[str, Any] = {}
+    for option in ("reference", "beta"):
+        if (value := getattr(arguments, f"judge_{option}")) is not None:
+            if field != "oracle":
+                raise UserError(f"--judge-{option} is for a judge that is an oracle: leave it out")
+            values[option] = value
     given = {option: value for option in _SERVER_OPTIONS if (value := getattr(arguments, option)) not in (None, [])}
     if given and field != "server":
         raise UserError(f"--{next(iter(given)).replace('_', '-')} is for a judge behind a server: leave it out")
-    values |= {_SERVER_OPTIONS[option]: value for option, value in (given | server_values(arguments)).items()}
-    if "temperature" in given:
-        values["temperature"] = _temperature(arguments.temperature)
+    if field is None:
+        return None
+    values |= {
+        field: name,
+        **{_SERVER_OPTIONS[key]: value for key, value in (given | server_values(arguments)).items()},
+    }
+    if "temperature" in values:
+        values["temperature"] = _temperature(values["temperature"])
     # A recipe may name only keys; the command line may name any variable.
     key_variable = values.pop("key_variable", None)
     if field == "server" and not (arguments.model_name and arguments.prompt):
