@@ -491,7 +491,8 @@ def _fitted(tables: Sequence[pa.Table], max_length: int, max_prompt_length: int 
             longest[key] = max(longest.get(key, 0), int(responses[row]))
 
     def truncated(table: pa.Table) -> pa.Table:
-        keys = [ids.tobytes() for ids in Ragged(table.column("prompt_ids"))] if longest else []
+        prompts = Ragged(table.column("prompt_ids"))
+        keys = [prompts[row].tobytes() for row in range(len(table))] if longest else []
         if longest.keys().isdisjoint(keys):
             return table
         kept = []

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from queue import SimpleQueue
@@ -33,7 +33,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_workers(function: Callable[..., Any], common: Any, parts: Iterable[Any], workers: int) -> Iterator[Any]:
+def in_workers(function: Callable[..., Any], common: Any, parts: Iterable[Any], workers: int) -> Generator[Any]:
     """Yield `function(common, part)` for each part, in order; at most two parts a worker are in memory.
 
     Args:

@@ -228,8 +228,8 @@ class Evaluation:
         """The judge's metrics, and the table of responses with its verdicts; writes its annotations."""
         numbers = [response.prompt_index for response in generations["policy"]]
         asked = [conversations[number] for number in numbers]
-        answers = [answers_of(self._tokenizer, generations[name], self._prompts) for name in ("base", "policy")]
-        metrics, verdicts, annotations = judge(asked, *answers, numbers, self.device)
+        base, policy = (answers_of(self._tokenizer, generations[name], self._prompts) for name in ("base", "policy"))
+        metrics, verdicts, annotations = judge(asked, base, policy, numbers, self.device)
         for name, values in verdicts.items():
             table = table.append_column(name, pa.array(values))
         write_json(self.out / ANNOTATIONS, annotations, indent=1)

@@ -48,7 +48,8 @@ LAYOUTS = {
 TOKENS_PER_ROW = {"cpu": 512, "cuda": 16384, "mps": 4096}
 
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class NonFiniteError(RuntimeError):

@@ -60,7 +60,7 @@ def rows_of(task: str, runs: Iterable[Mapping[str, Any]], kl: float) -> list[Row
 
 def room_of(task: str, runs: Iterable[Mapping[str, Any]], kl: float) -> Headroom | None:
     """The room of a task: `truth` as the rule; None with fewer than three seeds of `all` and `truth`."""
-    gains = {name: {} for name in (ALL, TRUTH)}
+    gains: dict[str, dict[int, Any]] = {name: {} for name in (ALL, TRUTH)}
     for run in runs:
         if run["variant"] in gains:
             gains[run["variant"]][run["seed"]] = at_kl_by_prompt(run["points"], kl)

@@ -86,11 +86,10 @@ def study_oracles(
         for (name, seed), gain in gains.items():
             recipe = settings[name][0].recipe
             folder = method_of(recipe, passes, grid, seed).scores.folder
-            tables = (read_table(folder / part, "scores") for part in (SCORES, SCORES_HELD_OUT))
+            scores, held_out = (read_table(folder / part, "scores") for part in (SCORES, SCORES_HELD_OUT))
             tokenizer = load_tokenizer(recipe.reference.model)
-            rows.append(
-                {"oracle": name, "seed": seed, "gain": gain} | predictors(tokenizer, *tables, str(recipe.eval.gold))
-            )
+            found = predictors(tokenizer, scores, held_out, str(recipe.eval.gold))
+            rows.append({"oracle": name, "seed": seed, "gain": gain} | found)
     columns = {name: [row[name] for row in rows] for name in PREDICTORS}
     ranks = {name: rank_correlation(values, [row["gain"] for row in rows]) for name, values in columns.items()}
     return {"task": task, "kl": grid.kl, "rule": dict(rule), "rows": rows, "rank_correlation": ranks}

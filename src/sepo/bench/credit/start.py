@@ -34,12 +34,12 @@ def make_start(
     """Train a start on (question, answer) texts, in their order, and save it with its tokenizer; returns `folder`."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer([f"{question} {answer}" for question, answer in demos[:2000]])
-    tokens = {name: tokenizer.convert_tokens_to_ids(name) for name in (END, PAD)}
+    end, pad = (tokenizer.get_vocab()[name] for name in (END, PAD))
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=tokens[END], pad_token_id=tokens[PAD],
+            bos_token_id=None, eos_token_id=end, pad_token_id=pad,
         )
     )  # fmt: skip
     steps = len(demos) // batch

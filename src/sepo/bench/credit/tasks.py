@@ -29,7 +29,8 @@ Answer = Callable[[np.random.Generator, float], str]  # (randomness, probability
 def arithmetic(rng: np.random.Generator) -> tuple[str, Answer]:
     """Four operations on a number; all results lie between 0 and 99."""
     first = int(rng.integers(2, 30))
-    steps, number = [], first
+    steps: list[tuple[str, int]] = []
+    number = first
     while len(steps) < 4:
         name = str(rng.choice(list(OPERATIONS), p=(0.45, 0.45, 0.1)))
         operand = int(rng.integers(2, 4 if name == "Multiply by" else 20))

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 
 from sepo.bench.laboratory.study import INFINITE
 from sepo.bench.laboratory.tree import KINDS
-from sepo.evaluate.statistics import interval, over_seeds
 from sepo.files import write_json, write_text
 from sepo.numbers import number, share
 from sepo.report.figures import MARKERS, SERIES, make_figure, write_png
+from sepo.report.statistics import interval, over_seeds
 
 TRUTHS = ("advantage", "start's advantage", "value change", "Q", "token reward")
 BASE = "all tokens (SimPO)"
