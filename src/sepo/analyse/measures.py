@@ -206,8 +206,8 @@ def truth(
 
     Returns:
         By table and baseline: `auc` and `auc_se` (sign-aware, see `evaluate.fidelity`), `prompts`; `auc_unsigned` (|s|
-        of words with a value against |s| of others); `correlation` and `rank_correlation` of s with the word's value over
-        word tokens (mean of the sides); the share of key tokens at rate k in positive words of chosen responses
+        of words with a value against |s| of others); `correlation` and `rank_correlation` of s with the word's value
+        over word tokens (mean of the sides); the share of key tokens at rate k in positive words of chosen responses
         (`precision_chosen`) and in negative words of rejected responses (`precision_rejected`), and the ratios of
         these shares to those of all tokens (`lift_chosen`, `lift_rejected`).
     """
