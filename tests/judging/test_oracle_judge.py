@@ -110,9 +110,7 @@ def test_the_reward_is_beta_times_the_token_rewards_of_sepo_score(folder, tmp_pa
 
 def test_the_chat_template_has_the_keywords_of_the_oracles_training(tmp_path):
     tokenizer = tiny_tokenizer()
-    opening = "{% if add_generation_prompt %}<|assistant|>"
-    assert opening in tokenizer.chat_template
-    tokenizer.chat_template = tokenizer.chat_template.replace(opening, f"{opening}{{% if brief %}}Brief: {{% endif %}}")
+    tokenizer.chat_template = "{% if brief %}Brief: {% endif %}" + tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "model")
     tiny_model("llama").save_pretrained(tmp_path / "model")
     data = ["--data", "prefs.jsonl", "--as-chat", "--chat-template", "brief=true", "--device", "cpu"]

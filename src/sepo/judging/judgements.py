@@ -186,8 +186,8 @@ def _alpaca_scores(rows: Sequence[Row], path: Path, official: OfficialData | Non
     outside = [value for value in given if not 0 <= value <= 2]
     if 3 * len(outside) >= len(given) > 0 or (too_low and outside):
         raise UserError(
-            f"'{path}': preferences go from {min(given):g} to {max(given):g}, but AlpacaEval's from 1 (the baseline) "
-            "to 2 (the model), and 0 is a tie: convert them"
+            f"'{path}': preferences of {min(given):g} to {max(given):g}, but AlpacaEval's from 1 (the baseline) to "
+            "2 (the model), and 0 is a tie: convert them"
         )
     results = {}
     for (model, base, annotator), group in groups.items():
