@@ -360,9 +360,9 @@ def test_special_tokens_without_a_role_are_no_words():
 def test_the_figure_of_fidelity_has_intervals_of_few_prompts(tmp_path, monkeypatch):
     """With 4 prompts ±1.96 standard errors cover far less than 95 %; an AUC of 1 has an interval too."""
     from matplotlib.axes import Axes
-    from sepo.evaluate.edges import Measured
 
     from sepo.analyse import page
+    from sepo.report.edges import Measured
 
     drawn = []
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, xerr, **options: drawn.append((x[0], xerr)))

@@ -13,7 +13,7 @@ from scipy import optimize, special, stats
 from sepo.bench.laboratory import measures, training, tree
 from sepo.bench.laboratory.study import Settings, World, study
 from sepo.cli import main
-from sepo.evaluate import statistics
+from sepo.report import statistics
 
 SIZES = [(3, 1), (2, 5), (4, 3), (5, 2)]
 

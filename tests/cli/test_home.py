@@ -26,7 +26,7 @@ from sepo.data.tables import iter_tables, read_table, table_paths, write_table
 from sepo.errors import UserError
 from sepo.files import expand_home
 from sepo.models.fingerprint import model_fingerprint
-from sepo.models.gguf import _cache_root
+from sepo.models.gguf import converted_folder
 from sepo.models.names import check_model, load_config, resolve_model
 from sepo.models.saving import save_model
 from sepo.recipe.reading import load_recipe, parse_recipe, set_key
@@ -268,7 +268,7 @@ def test_a_path_in_a_home_folder_that_is_not_known_is_refused_in_one_line(empty,
         with pytest.raises(UserError, match="set HOME"):
             call()
     with pytest.raises(UserError, match="set HOME"):
-        _cache_root(None)
+        converted_folder(tmp_path / "model.gguf")
     assert not list(tmp_path.glob("~*"))
 
 

@@ -228,11 +228,11 @@ def save_tiny(folder: Path) -> None:
 
 def nested_settings(model) -> st.SearchStrategy:
     """Mappings with the recipe's own keys, at its own depth, and any values."""
-    from sepo.recipe.reading import _settings_class
+    from sepo.recipe.reading import settings_class
 
     fields = {}
     for name, info in model.model_fields.items():
-        inner = _settings_class(info.annotation)
+        inner = settings_class(info.annotation)
         fields[name] = json_values if inner is None else st.one_of(nested_settings(inner), json_values)
     return st.fixed_dictionaries({}, optional=fields)
 

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 
 from sepo.analyse.measures import POSITION_BINS
 from sepo.data.ragged import SIDES
-from sepo.evaluate.edges import Measured
 from sepo.numbers import number, share, with_error
+from sepo.report.edges import Measured
 from sepo.report.figures import GREY, PLAIN, SIDE_COLOURS, SIDE_LINES, make_figure, write_png
 
 

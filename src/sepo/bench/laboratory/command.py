@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from sepo.command import out_option, quiet_libraries
-from sepo.documents import print_document
 from sepo.errors import UserError
 from sepo.files import check_writable
+from sepo.report.documents import print_document
 
 HELP = "measure what a DPO oracle's token rewards estimate, in a language small enough to enumerate"
 
