@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sepo.bench.credit import grids
+from sepo.bench.credit import grids, run
 from sepo.bench.credit.board import rows_of
 from sepo.bench.credit.headroom import headroom
 from sepo.bench.credit.run import run_bench
@@ -57,6 +57,15 @@ def test_a_method_enters_with_a_table_of_weights(bench, tmp_path):
     assert "\n| ones | " in text
 
 
+def test_the_command_does_the_same(bench, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "bench"
+    shutil.copytree(bench, copy)
+    prepare = run.prepare
+    monkeypatch.setattr(run, "prepare", lambda task, folder, sizes: prepare(task, folder, SIZES))
+    assert main(["bench", "credit", "--out", str(copy), "--task", "details", "--rule", "hard", "--seeds", "3"]) == 0
+    assert capsys.readouterr().out.strip() == (bench / "bench.md").read_text().strip()
+
+
 def test_rows_hold_the_headroom_of_common_seeds():
     rng = np.random.default_rng(0)
 
@@ -79,6 +88,7 @@ def test_rows_hold_the_headroom_of_common_seeds():
         (["--task", "chess"], "--task chess: expected one of"),
         (["--rule", "best"], "--rule best: expected one of"),
         (["--weights", "hard=x.parquet"], "a name that no rule of the bench has"),
+        (["--weights", "mine=missing.parquet"], "cannot be read as parquet"),
         (["--seeds", "2"], "expected 3 or more"),
     ],
 )

@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.bench.credit.run import run_bench
     from sepo.errors import UserError
     from sepo.evaluate.planted import CHECKS
+    from sepo.files import check_writable
+    from sepo.stages.score import check_rewards_file
 
     quiet_libraries()
     tasks: Sequence[str] = arguments.task or list(CHECKS)
@@ -41,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
         if not name or not file or name in RULES:
             raise UserError(f"--weights {text}: expected NAME=FILE, with a name that no rule of the bench has")
         weights[name] = Path(file)
+        check_rewards_file(weights[name], ("chosen_rewards", "rejected_rewards"))
     if arguments.seeds < 3:
         raise UserError(f"--seeds {arguments.seeds}: expected 3 or more, or there is no interval")
-    print(run_bench(tasks, rules, range(1, arguments.seeds + 1), arguments.out, weights))
+    check_writable(Path(arguments.out))
+    print(run_bench(tasks, rules, range(1, arguments.seeds + 1), Path(arguments.out), weights))
