@@ -398,6 +398,8 @@ def _encoded(
             rows = read_rows(dataset, start, min(start + ROWS_AT_ONCE, len(dataset)))
             yield _encode_rows(encoder, as_chat, start, rows)
         return
+    from sepo.data.workers import in_workers
+
     arrow = dataset.with_format("arrow")
     parts = ((start, _to_bytes(arrow[start : start + ROWS_AT_ONCE])) for start in starts)
     with closing(in_workers(_encode_part, (encoder, as_chat), parts, number)) as results:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,15 +28,15 @@ from sepo.data.tables import (
 )
 from sepo.errors import UserError, one_line
 from sepo.evaluate.accuracy import oracle_accuracy
-from sepo.evaluate.fidelity import fidelity, token_truth
-from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.words import Truth
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
 from sepo.stages.cost import Cost, Sizes
 from sepo.stages.data import has_own_rows
 from sepo.stages.logps import part_of
 from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
+
+if TYPE_CHECKING:
+    from sepo.evaluate.words import Truth
 
 _TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
 
@@ -115,6 +115,8 @@ def truth_stage(pairs: StageResult, words: Words) -> Stage:
     """What each token is worth by the gold reward, in place of token rewards."""
 
     def rewards() -> Callable[[pa.Table, str], pa.Table]:
+        from sepo.evaluate.gold import gold_reward
+
         truth = gold_reward(words.gold).truth
         return lambda table, part: true_rewards(words.tokenizer, table, truth)
 
@@ -123,6 +125,8 @@ def truth_stage(pairs: StageResult, words: Words) -> Stage:
 
 def true_rewards(tokenizer: PreTrainedTokenizerBase, pairs: pa.Table, truth: Truth) -> pa.Table:
     """A table of kind "scores" with the value of each token, 0 outside words (`evaluate.fidelity.token_truth`)."""
+    from sepo.evaluate.fidelity import token_truth
+
     columns: dict[str, object] = {name: pairs.column(name) for name in pairs.column_names}
     for side in SIDES:
         values = np.nan_to_num(token_truth(tokenizer, pairs, side, truth)).astype(np.float32)
@@ -170,6 +174,9 @@ def words_found(scores: Path, words: Words | None) -> dict[str, float]:
     """AUC of token rewards for the words that carry a gold reward; nothing without one."""
     if words is None:
         return {}
+    from sepo.evaluate.fidelity import fidelity
+    from sepo.evaluate.gold import gold_reward
+
     judged = fidelity(words.tokenizer, read_table(scores, "scores"), truth=gold_reward(words.gold).truth)
     return {"fidelity/auc": judged["auc"], "fidelity/auc_se": judged["auc_se"]}
 
