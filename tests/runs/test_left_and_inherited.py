@@ -128,10 +128,8 @@ def test_json_of_a_run_and_of_a_comparison_is_json_where_figures_are_undefined(c
 )
 def test_pairs_seen_are_those_that_were_trained_on(tmp_path, settings):
     model, tokenizer, pairs = tiny_model("llama"), tiny_tokenizer(), some_pairs(17)
-    prompts, measured = pairs.column("prompt_ids").to_pylist()[:1], EvalSettings(prompts=1, max_new_tokens=1)
-    judge = PolicyEvaluator(
-        model, tokenizer, prompts, measured, 0, start_of(model, tokenizer, prompts, measured, 0), pairs
-    )
+    asked, measured = pairs.slice(0, 1), EvalSettings(prompts=1, max_new_tokens=1)
+    judge = PolicyEvaluator(model, tokenizer, asked, measured, 0, start_of(model, tokenizer, asked, measured, 0), pairs)
     watch = Checkpoints(judge, np.linspace(1 / 6, 1, 6).tolist(), tmp_path / "points.json", len(pairs))
     trained = []
 

@@ -43,12 +43,13 @@ def losses(folder) -> list[float]:
 def test_a_run_that_is_interrupted_reads_the_reference_once_in_each_type(tmp_path, monkeypatch):
     tiny_run.prepare(tmp_path, RECIPE.replace("FOLDER", str(tmp_path)))
     recipe = load_recipe(tmp_path / "recipe.yaml", [f"output_dir={tmp_path / 'run'}"])
-    read, again = [], logps.dataset_logps
+    read, again = [], logps.logps_of_parts
     step, stops = PreferenceTrainer.training_step, [("oracle", 1), ("oracle", 2), ("policy", 1)]
 
-    def counted(model, pairs, **settings):
-        read.append((len(pairs), torch.is_autocast_enabled("cpu")))
-        return again(model, pairs, **settings)
+    def counted(model, parts, **settings):
+        for tables in again(model, parts, **settings):
+            read.append((sum(map(len, tables)), torch.is_autocast_enabled("cpu")))
+            yield tables
 
     def interrupted(self, *arguments, **keywords):
         if (str(self.args.output_dir).split("/")[-2], self.state.global_step) in stops[:1]:
@@ -59,7 +60,7 @@ def test_a_run_that_is_interrupted_reads_the_reference_once_in_each_type(tmp_pat
     def never(*arguments):
         raise AssertionError("a trainer reads its reference itself")
 
-    monkeypatch.setattr(logps, "dataset_logps", counted)
+    monkeypatch.setattr(logps, "logps_of_parts", counted)
     monkeypatch.setattr(trainer, "_logps_of_start", never)
     monkeypatch.setattr(PreferenceTrainer, "training_step", interrupted)
     for _ in range(3):

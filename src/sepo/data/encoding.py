@@ -43,7 +43,6 @@ from sepo.data.rows import ROWS_AT_ONCE, DataReport, TextPair, normalise_row, tr
 from sepo.data.tables import make_table, with_provenance
 from sepo.data.templates import any_of, probe_template, special_tokens
 from sepo.data.thinking import THINKING
-from sepo.data.workers import cores, in_workers
 from sepo.errors import UserError, check_number, wrong_type
 
 # Starting a worker costs as much as tokenising some 3,000 rows.
@@ -410,6 +409,10 @@ def _workers(workers: int | Literal["auto"], rows: int, encoder: Encoder) -> int
     if workers != "auto":
         check_number("workers", workers, whole=True, least=1)
         return min(workers, -(-rows // ROWS_AT_ONCE))
+    if rows < 2 * ROWS_OF_A_WORKER:
+        return 1
+    from sepo.data.workers import cores
+
     # A worker imports the tokenizer's class, but not a script or notebook that defines one.
     of_library = type(encoder.tokenizer).__module__.startswith("transformers.")
     return max(1, min(cores(), rows // ROWS_OF_A_WORKER)) if of_library else 1
