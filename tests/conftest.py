@@ -49,6 +49,9 @@ def pytest_configure(config):
         return
     gc.disable()  # until the tests are collected: importing makes a million objects, and none is garbage
     import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton and the GPU's kernels are imported
     from hypothesis import settings
 
     import properties  # noqa: F401  registers the profiles of Hypothesis
@@ -62,8 +65,6 @@ def pytest_configure(config):
         torch.set_num_threads(min(2, os.cpu_count() or 1))
     settings.load_profile("nightly" if is_nightly(config) else "ordinary")
     spawn.start_server()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the GPU's kernels are imported
 
 
 def pytest_collection_finish():
