@@ -148,7 +148,8 @@ def _serve(requests: socket.socket) -> NoReturn:
     requests = socket.socket(fileno=os.dup2(requests.detach(), 3))
     os.closerange(4, OPEN_MAX)
     faulthandler.disable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C of the tests: the server ends when they do
+    # Ctrl-C of the tests: the server ends when they do. Blocked, not ignored: a child gets one that came too early.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
     sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
     imported = False
@@ -195,6 +196,7 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, stre
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         os.closerange(3, OPEN_MAX)
