@@ -21,40 +21,39 @@ SIZES = Sizes(train=8, held_out=6, demos=64)
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
+    """A bench of all tokens, the truth, and a method that comes as a table of weights: 1 for every token."""
     out = tmp_path_factory.mktemp("bench") / "out"
-    run_bench(["details"], ["all", "truth", "hard"], [1, 2, 3], out, {}, SIZES)
+    run_bench(["details"], ["all", "truth"], [1], out, {}, SIZES)
+    (pairs,) = (out / "work" / "details" / "shared").glob("data-*")
+    table = read_table(pairs / "train", "pairs")
+    ones = {
+        f"{side}_rewards": [[1.0] * len(ids) for ids in table.column(f"{side}_ids").to_pylist()]
+        for side in ("chosen", "rejected")
+    }
+    weights = out.parent / "weights.parquet"
+    pq.write_table(pa.table({"pair_id": table.column("pair_id"), **ones}), weights)
+    run_bench(["details"], ["all", "truth"], [1, 2, 3], out, {"ones": weights}, SIZES)
     return out
 
 
 def test_a_bench_ranks_rules_and_goes_on_where_it_was(bench, capsys):
     text = (bench / "bench.md").read_text()
     assert "| details | 1 |" in text
-    assert "\n| hard | " in text
+    assert "\n| ones | " in text
     assert (bench / "bench.png").stat().st_size > 1000
     capsys.readouterr()
-    assert run_bench(["details"], ["all", "truth", "hard"], [1, 2, 3], bench, {}, SIZES) == text
+    weights = {"ones": bench.parent / "weights.parquet"}
+    assert run_bench(["details"], ["all", "truth"], [1, 2, 3], bench, weights, SIZES) == text
     assert "unchanged, reused" in capsys.readouterr().err
 
 
 def test_the_truth_trains_no_oracle_and_weighs_what_the_gold_reward_counts(bench):
     stages = json.loads((bench / "work" / "details" / "manifest.json").read_text())["stages"]
-    assert sum(name.startswith("oracle") for name in stages) == 3  # those of `hard`
+    assert not [name for name in stages if name.startswith("oracle")]
     tables = [read_table(path, "selection") for path in (bench / "work" / "details" / "shared").glob("select-*")]
     weights = [set(np.concatenate(table.column("chosen_weights").to_pylist()).round(6)) for table in tables]
     assert {0.05, 1.0} in weights  # the truth's
-    assert {1.0} in weights  # of hard key tokens
-
-
-def test_a_method_enters_with_a_table_of_weights(bench, tmp_path):
-    copy = tmp_path / "bench"
-    shutil.copytree(bench, copy)
-    (pairs,) = (copy / "work" / "details" / "shared").glob("data-*")
-    table = read_table(pairs / "train", "pairs")
-    ones = {f"{side}_rewards": [[1.0] * len(ids) for ids in table.column(f"{side}_ids").to_pylist()]
-            for side in ("chosen", "rejected")}  # fmt: skip
-    pq.write_table(pa.table({"pair_id": table.column("pair_id"), **ones}), tmp_path / "weights.parquet")
-    text = run_bench(["details"], ["all", "truth"], [1, 2, 3], copy, {"ones": tmp_path / "weights.parquet"}, SIZES)
-    assert "\n| ones | " in text
+    assert {1.0} in weights  # of the table
 
 
 def test_the_command_does_the_same(bench, tmp_path, monkeypatch, capsys):
@@ -62,7 +61,9 @@ def test_the_command_does_the_same(bench, tmp_path, monkeypatch, capsys):
     shutil.copytree(bench, copy)
     prepare = run.prepare
     monkeypatch.setattr(run, "prepare", lambda task, folder, sizes: prepare(task, folder, SIZES))
-    assert main(["bench", "credit", "--out", str(copy), "--task", "details", "--rule", "hard", "--seeds", "3"]) == 0
+    weights = f"ones={bench.parent / 'weights.parquet'}"
+    command = ["--out", str(copy), "--task", "details", "--rule", "truth", "--seeds", "3", "--weights", weights]
+    assert main(["bench", "credit", *command]) == 0
     assert capsys.readouterr().out.strip() == (bench / "bench.md").read_text().strip()
 
 
