@@ -1,12 +1,14 @@
-"""The bench of token credit, small but whole: tasks, start, oracles, policies, leaderboard."""
+"""The bench of token credit, small but whole: tasks, start, policies, leaderboard."""
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from sepo.bench.credit import grids, run
 from sepo.bench.credit.board import rows_of
@@ -67,6 +69,23 @@ def test_the_command_does_the_same(bench, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == (bench / "bench.md").read_text().strip()
 
 
+def test_a_table_of_weights_belongs_to_one_task(bench, tmp_path, capsys):
+    weights = f"mine={bench.parent / 'weights.parquet'}"
+    assert main(["bench", "credit", "--out", str(tmp_path / "out"), "--weights", weights]) == 2
+    assert "belongs to the pairs of one task" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_our_rule_is_the_one_of_the_published_grid():
+    grid = Path(__file__).parents[2] / "recipes" / "experiments" / "credit.yaml"
+    published = yaml.safe_load(grid.read_text())["variants"]
+    assert grids.RULES["own"]["select"] == published["own"]["set"]["select"]
+    recipe = grids.bench_of("sentiment", Path("nowhere")).recipe
+    rate = published["simpo"]["set"]["policy"]["training.learning_rate"]
+    faster = grids.bench_of("sentiment", Path("nowhere")).faster
+    assert faster * recipe["policy"]["training"]["learning_rate"] == pytest.approx(float(rate))
+
+
 def test_rows_hold_the_headroom_of_common_seeds():
     rng = np.random.default_rng(0)
 
@@ -77,7 +96,7 @@ def test_rows_hold_the_headroom_of_common_seeds():
 
     runs = [run(rule, seed, mean) for rule, mean in (("all", 0.2), ("truth", 0.6), ("mine", 0.4)) for seed in range(4)]
     runs.append(run("mine", 9, 5.0))  # no counterpart
-    found = {row.rule: row for row in rows_of("task", runs, 4.0)}
+    found = rows_of(runs, 4.0)
     gains = {rule: np.array([r["points"][0]["by_prompt"] for r in runs if r["variant"] == rule][:4]) for rule in found}
     assert found["mine"].closed == headroom(gains["mine"], gains["all"], gains["truth"])
     assert found["mine"].seeds == 5

@@ -231,6 +231,13 @@ def test_credit_reward_keeps_the_rewards_as_weights_on_both_sides():
     assert (row["chosen_weights"], row["rejected_weights"]) == ([0.5, -2.0], [-1.5])
 
 
+def test_the_truth_weighs_what_counts_for_each_side():
+    truth = [[1.0, 0.0, -1.0]]
+    row = select_key_tokens(scores_table(truth, truth), 1.0, 1.0, include_end=True, credit="truth").to_pylist()[0]
+    assert row["chosen_weights"] == pytest.approx([1, 0.05, 0.05])
+    assert row["rejected_weights"] == pytest.approx([0.05, 0.05, 1])
+
+
 def test_the_dataset_rule_keeps_a_share_of_all_tokens_and_at_least_one_of_each_response():
     chosen = [[9.0, 8.0, 7.0, 6.0], [1.0, 2.0], [0.0, 0.5, 0.1, 0.2]]
     table = select_key_tokens(scores_table(chosen, chosen), 0.3, 0.3, rule_chosen="dataset", rule_rejected="dataset")

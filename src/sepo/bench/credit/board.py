@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,58 +18,43 @@ from sepo.report.figures import GREY, make_figure, write_png
 from sepo.study.crossed import smallest_difference
 from sepo.study.curves import at_kl_by_prompt, reaches
 
+ENDS = (ALL, TRUTH)  # the room lies between them
+
 
 class Row(NamedTuple):
     """One rule on one task.
 
     Attributes:
-        gain: mean gain at the KL; NaN where some run did not get there.
+        gain: mean gain at the KL; a run that did not get there counts with its end.
         reached: number of seeds at which the run reached the KL.
-        closed: headroom closed; None for `all` and `truth`, or with fewer than three common seeds.
+        closed: headroom closed, over the seeds that the rule, `all` and `truth` share; None with fewer than three.
     """
 
-    task: str
-    rule: str
     seeds: int
     gain: float
     reached: int
     closed: Headroom | None
 
 
-def rows_of(task: str, runs: Iterable[Mapping[str, Any]], kl: float) -> list[Row]:
-    """Rows of one task from the runs of its comparison (`compare.json`), over the seeds that a rule, `all` and `truth`
-    share.
-    """
-    gains: dict[str, dict[int, np.ndarray]] = {}
-    reached: dict[str, int] = {}
+def rows_of(runs: Iterable[Mapping[str, Any]], kl: float) -> dict[str, Row]:
+    """The row of each rule from the runs of one task's comparison (`compare.json`)."""
+    gains: dict[str, dict[int, np.ndarray]] = {ALL: {}, TRUTH: {}}
+    reached: Counter[str] = Counter()
     for run in runs:
         by_prompt = at_kl_by_prompt(run["points"], kl)
-        if by_prompt is None:
-            continue
-        gains.setdefault(run["variant"], {})[run["seed"]] = by_prompt
-        reached[run["variant"]] = reached.get(run["variant"], 0) + reaches(run["points"], kl)
-    rows = []
+        if by_prompt is not None:
+            gains.setdefault(run["variant"], {})[run["seed"]] = by_prompt
+            reached[run["variant"]] += reaches(run["points"], kl)
+    rows = {}
     for rule, by_seed in gains.items():
-        common = sorted(set(by_seed) & set(gains.get(ALL, {})) & set(gains.get(TRUTH, {})))
+        common = sorted(set(by_seed) & set(gains[ALL]) & set(gains[TRUTH]))
         closed = None
-        if len(common) >= 3 and rule not in (ALL, TRUTH):
+        if len(common) >= 3:
             closed = headroom(*(np.stack([gains[name][seed] for seed in common]) for name in (rule, ALL, TRUTH)))
-        mean = float(np.mean([values.mean() for values in by_seed.values()]))
-        rows.append(Row(task, rule, len(by_seed), mean, reached[rule], closed))
+        if by_seed:
+            mean = float(np.mean([values.mean() for values in by_seed.values()]))
+            rows[rule] = Row(len(by_seed), mean, reached[rule], closed)
     return rows
-
-
-def room_of(task: str, runs: Iterable[Mapping[str, Any]], kl: float) -> Headroom | None:
-    """The room of a task: `truth` as the rule; None with fewer than three seeds of `all` and `truth`."""
-    gains: dict[str, dict[int, Any]] = {name: {} for name in (ALL, TRUTH)}
-    for run in runs:
-        if run["variant"] in gains:
-            gains[run["variant"]][run["seed"]] = at_kl_by_prompt(run["points"], kl)
-    common = sorted(set(gains[ALL]) & set(gains[TRUTH]))
-    if len(common) < 3:
-        return None
-    everything, truth = (np.stack([gains[name][seed] for seed in common]) for name in (ALL, TRUTH))
-    return headroom(truth, everything, truth)
 
 
 def page(tasks: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]]) -> str:
@@ -77,16 +63,15 @@ def page(tasks: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]]) -> str:
     lines += ["| task | KL | all tokens | truth | room (95 %) | detectable |", "|---|---:|---:|---:|---:|---:|"]
     rows: dict[str, dict[str, Row]] = {}
     for task, (runs, kl) in tasks.items():
-        of_task = {row.rule: row for row in rows_of(task, runs, kl)}
-        found = room_of(task, runs, kl)
-        room, detectable = (MISSING, MISSING) if found is None else _room(found)
+        of_task = rows_of(runs, kl)
+        room, detectable = _room(of_task.get(TRUTH))
         values = " | ".join(_gain(of_task.get(name)) for name in (ALL, TRUTH))
         lines.append(f"| {task} | {kl:g} | {values} | {room} | {detectable} |")
         for rule, row in of_task.items():
             rows.setdefault(rule, {})[task] = row
     lines += ["", "Headroom closed, with its 95 % interval over seeds and prompts. 0: all tokens, 1: truth.", ""]
     lines += [f"| rule | {' | '.join(tasks)} |", "|---|" + "---:|" * len(tasks)]
-    ranked = sorted((rule for rule in rows if rule not in (ALL, TRUTH)), key=lambda rule: -_mean_closed(rows[rule]))
+    ranked = sorted((rule for rule in rows if rule not in ENDS), key=lambda rule: -_mean_closed(rows[rule]))
     lines += [f"| {rule} | {' | '.join(_closed(rows[rule].get(task)) for task in tasks)} |" for rule in ranked]
     lines += ["", "Gain at the KL; a star: some runs did not get there and count with their end.", ""]
     lines += [f"| rule | {' | '.join(tasks)} |", "|---|" + "---:|" * len(tasks)]
@@ -98,8 +83,8 @@ def page(tasks: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]]) -> str:
 
 def picture(tasks: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]], out: Path) -> None:
     """Draw the headroom closed by each rule on each task into a PNG file."""
-    found = {task: {row.rule: row.closed for row in rows_of(task, runs, kl)} for task, (runs, kl) in tasks.items()}
-    rules = list(dict.fromkeys(rule for closed in found.values() for rule, value in closed.items() if value))
+    found = {task: {name: row.closed for name, row in rows_of(runs, kl).items()} for task, (runs, kl) in tasks.items()}
+    rules = [rule for rule in dict.fromkeys(rule for closed in found.values() for rule in closed) if rule not in ENDS]
     if not rules:
         return
 
@@ -127,8 +112,10 @@ def picture(tasks: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]], out:
     write_png(make_figure(draw, "Headroom closed by each rule", ""), out)
 
 
-def _room(found: Headroom) -> tuple[str, str]:
-    room = found.room
+def _room(truth: Row | None) -> tuple[str, str]:
+    if truth is None or truth.closed is None:
+        return MISSING, MISSING
+    room = truth.closed.room
     text = f"{room.mean:+.3f} ({room.low:+.3f} to {room.high:+.3f})"
     return text, f"{smallest_difference(room.error, room.freedom):.3f}" if room.error > 0 else MISSING
 

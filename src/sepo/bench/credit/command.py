@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--weights {text}: expected NAME=FILE, with a name that no rule of the bench has")
         weights[name] = Path(file)
         check_rewards_file(weights[name], ("chosen_rewards", "rejected_rewards"))
+    if weights and len(tasks) != 1:
+        raise UserError("a table of weights belongs to the pairs of one task: name it with --task")
     if arguments.seeds < 3:
         raise UserError(f"--seeds {arguments.seeds}: expected 3 or more, or there is no interval")
     check_writable(Path(arguments.out))

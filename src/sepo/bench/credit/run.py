@@ -10,7 +10,7 @@ from sepo import processes
 from sepo.bench.credit.board import page, picture
 from sepo.bench.credit.grids import EMBEDDED, bench_of, grid_of, variants_of
 from sepo.bench.credit.start import make_start
-from sepo.bench.credit.tasks import Sizes, make_task, write_pairs
+from sepo.bench.credit.tasks import SIZES, Sizes, make_task, write_pairs
 from sepo.files import write_json, write_text
 from sepo.study.comparison import compare
 
@@ -21,7 +21,7 @@ def run_bench(
     seeds: Sequence[int],
     out: Path,
     weights: Mapping[str, Path],
-    sizes: Sizes = Sizes(),  # noqa: B008  a constant
+    sizes: Sizes = SIZES,
 ) -> str:
     """Do what is missing of a bench and write bench.md and bench.png; returns the leaderboard."""
     for task in tasks:
@@ -33,7 +33,7 @@ def run_bench(
     return text
 
 
-def prepare(task: str, folder: Path, sizes: Sizes = Sizes(), seed: int = 0) -> None:  # noqa: B008  a constant
+def prepare(task: str, folder: Path, sizes: Sizes = SIZES, seed: int = 0) -> None:
     """Write the pairs and the start of a planted task, unless they are there."""
     made, wanted = folder / "made.json", {**sizes._asdict(), "seed": seed}
     if made.is_file() and json.loads(made.read_text(encoding="utf-8")) == wanted:

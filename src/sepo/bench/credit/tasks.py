@@ -126,6 +126,9 @@ class Sizes(NamedTuple):
     tau: float = 0.2  # noise of the labels
 
 
+SIZES = Sizes()
+
+
 class Task(NamedTuple):
     """Pairs of both splits as rows of a preference dataset, and demonstrations as (question, answer)."""
 
@@ -134,7 +137,7 @@ class Task(NamedTuple):
     demos: list[tuple[str, str]]
 
 
-def make_task(name: str, sizes: Sizes = Sizes(), seed: int = 0) -> Task:  # noqa: B008  a constant
+def make_task(name: str, sizes: Sizes = SIZES, seed: int = 0) -> Task:
     """Make a planted task. The first pairs of a larger task are those of a smaller one."""
     questions = _Questions(TASKS[name], [seed, list(TASKS).index(name)])
     train, held_out = ([*_pairs(name, questions, number, sizes)] for number in (sizes.train, sizes.held_out))
