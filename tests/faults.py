@@ -608,6 +608,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this with & has it ignored
     gc.collect()
     gc.freeze()
     with tempfile.TemporaryDirectory(prefix="sepo-faults-") as folder:
