@@ -39,7 +39,6 @@ else:
     ObjectiveName = Literal[tuple(OBJECTIVES)]
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
 Allocation = Literal["bytes", "group", "first"]
-Gold = Literal["vader", "plain", "arithmetic", "tracking", "details"]
 
 
 class Settings(BaseModel):
@@ -474,7 +473,9 @@ _OF_OTHER_STAGES = {
 class EvalSettings(Settings):
     """Measurements on the held-out pairs and prompts."""
 
-    gold: Gold | None = Field(None, description="gold reward of the responses; never trained on")
+    gold: str | None = Field(
+        None, description="gold reward of the responses: vader, plain, or one that a package adds; never trained on"
+    )
     judge: JudgeSettings | None = Field(None, description="judge of the policy's answers against the base's")
     pairs: int | None = Field(
         None,
