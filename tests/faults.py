@@ -56,6 +56,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 STAGES = (
     "start", "data", "reference", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval",
 )  # fmt: skip
+# PyTorch writes "[rank1]" at the start of some lines.
+STAGE_LINE = rf"\[({'|'.join(STAGES)})\](?! \d+ s$)"
 MODELS = ("reference", "oracle", "policy")
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 RECIPE = """
@@ -283,7 +285,7 @@ def inject_in_stage(folder: str, log: Path, process: int, stage: str, operation:
 
 def stage_of(log: str) -> str:
     """The stage that a run was in last."""
-    found = re.findall(r"^\[(\w+)\](?! \d+ s$)", log, flags=re.MULTILINE)
+    found = re.findall(rf"^{STAGE_LINE}", log, flags=re.MULTILINE)
     return found[-1] if found else "start"
 
 
@@ -399,7 +401,7 @@ def operations(log: str) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {stage: [] for stage in STAGES}
     stage = "start"
     for line in log.splitlines():
-        if match := re.match(r"\[(\w+)\](?! \d+ s$)", line):
+        if match := re.match(STAGE_LINE, line):
             stage = match[1]
         elif match := re.match(r"#operation (\d+)", line):
             found[stage].append(int(match[1]))
