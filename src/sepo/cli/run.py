@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             print_plan(f"plan of {recipe.name}", plan.stages)
             if plan.memory:
                 print_plan("memory of each device", plan.memory, wide=True)
-            print("\n".join(["", *plan.example]))
+            print("\n".join(["", *plan.notes]))
         return
     metrics = run_recipe(recipe, arguments.until)
     if not join(recipe.device).is_main():
