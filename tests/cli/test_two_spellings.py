@@ -7,7 +7,7 @@ import pytest
 from report_fixtures import score_table, word_tokenizer
 from sepo.cli import main
 from sepo.cli.arguments import build_parser
-from sepo.data.tables import read_table, write_table
+from sepo.data.tables import SCHEMAS, make_table, read_table, write_table
 from sepo.recipe.settings import SelectSettings, TrainingSettings
 
 # command -> the flags that set the same thing as a key.
@@ -36,7 +36,10 @@ def test_every_setting_with_two_spellings_is_in_the_table(command):
 
 @pytest.mark.parametrize(("key", "flag"), PAIRS)
 def test_either_spelling_selects_the_same_and_both_are_refused(key, flag, tmp_path, capsys):
-    write_table(tmp_path / "scores", score_table(word_tokenizer()))
+    table = score_table(word_tokenizer()).select(SCHEMAS["scores"].names)
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    ends = [columns["chosen_ids"][0][-1]]
+    write_table(tmp_path / "scores", make_table("scores", columns, {"tokenizer": "test", "end_ids": ends}))
     value = flag[1] if len(flag) > 1 else "true"
     override = [f"{key}={value}"] + ([f"k_rejected={value}"] if flag[0] == "--k" and key == "k_chosen" else [])
     override += [f"k_chosen={value}"] if flag[0] == "--k" and key == "k_rejected" else []
