@@ -35,6 +35,8 @@ _WAIT = timedelta(days=7)
 _VISIBLE_WITHIN = 10.0
 _group: Any = None
 _logged: set[str] = set()
+# Called while another process holds a folder that this one wants; False: there is nothing to wait for (`work.using`).
+while_taken: Callable[[], bool] = lambda: False  # noqa: E731
 
 
 class MainProcessError(RuntimeError):
@@ -210,13 +212,15 @@ def alone_in(folder: Path, instead: str = "choose another --out") -> Iterator[No
 
 
 def _take(lock: FileLock, folder: Path, instead: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"'{folder}' is in use by another process: wait for it, or {instead}") from None
-    except OSError as error:
-        raise cannot_write(folder, error, instead) from None
+    while not lock.is_locked:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not while_taken():
+                raise UserError(f"'{folder}' is in use by another process: wait for it, or {instead}") from None
+        except OSError as error:
+            raise cannot_write(folder, error, instead) from None
 
 
 def add_up(values: np.ndarray) -> np.ndarray:
