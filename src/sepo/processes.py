@@ -35,8 +35,8 @@ _WAIT = timedelta(days=7)
 _VISIBLE_WITHIN = 10.0
 _group: Any = None
 _logged: set[str] = set()
-# Called while another process holds a folder that this one wants; False: there is nothing to wait for (`work.using`).
-while_taken: Callable[[], bool] = lambda: False  # noqa: E731
+# The engine of this process (`work.using`), which may help another process that holds a folder; None: wait for nobody.
+waiter: Any = None
 
 
 class MainProcessError(RuntimeError):
@@ -205,6 +205,8 @@ def alone_in(folder: Path, instead: str = "choose another --out") -> Iterator[No
     try:
         on_main(lambda: _take(lock, folder, instead))
         yield
+        if waiter is not None:
+            waiter.finish()
     finally:
         lock.release()
         if made and is_main() and folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]:
@@ -217,7 +219,7 @@ def _take(lock: FileLock, folder: Path, instead: str) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            if not while_taken():
+            if waiter is None or not waiter.help():
                 raise UserError(f"'{folder}' is in use by another process: wait for it, or {instead}") from None
         except OSError as error:
             raise cannot_write(folder, error, instead) from None

@@ -110,7 +110,14 @@ class Engine(Protocol):
         """
 
     def help(self) -> bool:
-        """Another process holds the output folder: do some of its units, then return whether it was any use to wait."""
+        """Another process holds the output folder: do some of its units, if there are any. Returns whether to wait on.
+
+        Raises:
+            DoneElsewhere: the other process has finished.
+        """
+
+    def finish(self) -> None:
+        """The command has finished and still holds its output folder."""
 
 
 class Local:
@@ -122,6 +129,9 @@ class Local:
 
     def help(self) -> bool:
         return False
+
+    def finish(self) -> None:
+        pass
 
 
 _engine: Engine = Local()
@@ -141,13 +151,11 @@ def is_local() -> bool:
 def using(engine: Engine) -> Iterator[None]:
     """Let `engine` do the units of the stages in this context."""
     global _engine
-    previous, _engine = _engine, engine
-    processes.while_taken, before = engine.help, processes.while_taken
+    previous, _engine, processes.waiter = _engine, engine, engine
     try:
         yield
     finally:
-        _engine = previous
-        processes.while_taken = before
+        _engine = processes.waiter = previous
 
 
 def absolute(path: str | Path) -> str:

@@ -157,7 +157,7 @@ class Passes:
 
     def __init__(self, settings: Mapping[str, Any]):
         self.settings, self.types = settings, Types(**settings["types"])
-        if not work.is_local() and model_fingerprint(settings["model"]) != settings["fingerprint"]:
+        if model_fingerprint(settings["model"]) != settings["fingerprint"]:
             raise UserError(f"the model '{settings['model']}' is not the same here as where the job was started")
         self.model = load_model(
             settings["model"],
@@ -209,7 +209,7 @@ class Passes:
             "shard": unit.details["index"],
             "shards": settings["shards"],
         }
-        return shard_digest(_path(settings, unit), "logps", {**unit.details["provenance"], **of_table})
+        return shard_digest(_path(settings, unit), {**unit.details["provenance"], **of_table})
 
 
 def _path(settings: Mapping[str, Any], unit: Unit) -> Path:
