@@ -214,11 +214,15 @@ def alone_in(folder: Path, instead: str = "choose another --out") -> Iterator[No
 
 
 def _take(lock: FileLock, folder: Path, instead: str) -> None:
+    waited = False
     while not lock.is_locked:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+            if waited:
+                waiter.check_wanted()
         except Timeout:
+            waited = True
             if waiter is None or not waiter.help():
                 raise UserError(f"'{folder}' is in use by another process: wait for it, or {instead}") from None
         except OSError as error:

@@ -110,11 +110,10 @@ class Engine(Protocol):
         """
 
     def help(self) -> bool:
-        """Another process holds the output folder: do some of its units, if there are any. Returns whether to wait on.
+        """Another process holds the output folder: do some of its units, if there are any. Returns whether to wait on."""
 
-        Raises:
-            DoneElsewhere: the other process has finished.
-        """
+    def check_wanted(self) -> None:
+        """Raise DoneElsewhere if a process that this one waited for has finished their command."""
 
     def finish(self) -> None:
         """The command has finished and still holds its output folder."""
@@ -129,6 +128,9 @@ class Local:
 
     def help(self) -> bool:
         return False
+
+    def check_wanted(self) -> None:
+        pass
 
     def finish(self) -> None:
         pass

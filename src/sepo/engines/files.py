@@ -37,8 +37,14 @@ class Worker:
         self.folder = folder
         self._watch, self._heart = Watch(folder, patience), Heart(folder, beat)
         self.name = self._heart.name
+        self.start = self.first_unit()
         self._kind: Kind | None = None
         self._job: str | None = None
+
+    @staticmethod
+    def first_unit() -> int:
+        """Where this worker starts to look for units: elsewhere than others, so that they seldom ask for the same."""
+        return int.from_bytes(os.urandom(4), "big")
 
     def __enter__(self) -> Worker:
         self._heart.__enter__()
@@ -54,8 +60,7 @@ class Worker:
             Exception: that of a unit. The unit is marked as failed, for others to try.
         """
         held: dict[str, int] = {}
-        start = int(self.name[-8:], 16) if len(folder.job.units) > 1 else 0
-        source = claims(folder, self.name, self._watch, held, start)
+        source = claims(folder, self.name, self._watch, held, self.start)
         number = 0
         try:
             first = next(source, None)
@@ -165,11 +170,14 @@ class Files:
 
     def help(self) -> bool:
         log_once(f"another process has this folder: doing units of '{self.folder}' for it")
-        if _content(self.folder / CLOSED) != self._closed:
-            raise DoneElsewhere("done: another process with this command has finished it")
+        self.check_wanted()
         if not _do_open(self.worker):
             time.sleep(POLL)
         return True
+
+    def check_wanted(self) -> None:
+        if _content(self.folder / CLOSED) != self._closed:
+            raise DoneElsewhere("done: another process with this command has finished it")
 
     def finish(self) -> None:
         write_json(self.folder / CLOSED, {"id": os.urandom(8).hex()})

@@ -83,6 +83,9 @@ class OnRay:
     def help(self) -> bool:
         return False
 
+    def check_wanted(self) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 
