@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,8 +31,9 @@ from sepo.files import digest
 
 Counts = dict[str, Any]
 Progress = Callable[[float], object]
-# Top-level packages whose classes may be kinds. The file of a job names its kind, and importing runs code.
-PACKAGES = {"sepo"}
+# Top-level packages whose classes may be kinds, with those of SEPO_KINDS. A job's file names its kind, and importing
+# runs code.
+PACKAGES = {"sepo", *os.environ.get("SEPO_KINDS", "").split(",")}
 
 
 class Unit(NamedTuple):
@@ -110,7 +112,7 @@ class Engine(Protocol):
         """
 
     def help(self) -> bool:
-        """Another process holds the output folder: do some of its units, if there are any. Returns whether to wait on."""
+        """Another process holds the output folder: do some of its units, if there are any; returns whether to wait."""
 
     def check_wanted(self) -> None:
         """Raise DoneElsewhere if a process that this one waited for has finished their command."""
