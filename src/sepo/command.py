@@ -87,7 +87,8 @@ def engine_option(parser: argparse.ArgumentParser, default: str | None = "local"
         "--engine",
         default=default,
         metavar="ENGINE",
-        help="who scores: local (default), files[:FOLDER] or ray[:ADDRESS] (docs/how-to/many-workers.md)",
+        help="who does the work of the models: local (default), files[:FOLDER] or ray[:ADDRESS] "
+        "(docs/how-to/many-workers.md)",
     )
 
 
