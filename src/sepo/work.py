@@ -102,7 +102,13 @@ class Job:
 
 
 class Engine(Protocol):
-    """Decides who does which unit."""
+    """Decides who does which unit.
+
+    Attributes:
+        folder: all workers see it.
+    """
+
+    folder: Path
 
     def do(self, job: Job, progress: Progress) -> dict[str, Counts]:
         """Do all units; returns the counts by the name of the unit.
@@ -124,6 +130,8 @@ class Engine(Protocol):
 class Local:
     """This process does the units one after the other, or the processes of a launch do."""
 
+    folder = Path(".")
+
     def do(self, job: Job, progress: Progress) -> dict[str, Counts]:
         work = job.kind_class()(job.settings)
         return {unit.name: write() for unit, write in work(job.units, progress)}
@@ -144,6 +152,11 @@ _engine: Engine = Local()
 def do(job: Job, progress: Progress = lambda done: None) -> dict[str, Counts]:
     """Do the units of a job with the present engine; arguments and result as in `Engine.do`."""
     return _engine.do(job, progress) if job.units else {}
+
+
+def shared_folder() -> Path:
+    """A folder for results of units that the stage joins and removes; all workers of the engine see it."""
+    return _engine.folder
 
 
 def is_local() -> bool:

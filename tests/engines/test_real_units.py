@@ -20,7 +20,7 @@ from sepo.errors import UserError
 from sepo.forward.scoring import Types
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.reading import load_recipe
-from sepo.stages import data, logps, transfer
+from sepo.stages import data, encode, logps, transfer
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer_of
 
@@ -195,3 +195,23 @@ def test_a_run_with_engine_files_is_the_run_with_engine_local(place, tmp_path, m
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("local", "files")]
     first, second = ({name: stage["content"] for name, stage in m["stages"].items()} for m in manifests)
     assert first == second
+
+
+def test_tokenising_as_units_gives_the_pairs_and_the_report_of_local(place, tmp_path, monkeypatch):
+    """Also drops, notes and truncation, and pairs whose held-out part is another split."""
+    monkeypatch.setattr(encode, "ROWS_AT_ONCE", 7)
+    rows = [{"prompt": f"Is it {i}?", "chosen": f"Yes {i} " * (1 + i % 9), "rejected": f"no {i}"} for i in range(30)]
+    rows[3]["rejected"], rows[11]["chosen"] = rows[3]["chosen"], None
+    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = load_recipe(place / "recipe.yaml").data.model_copy(
+        update={"source": str(tmp_path / "prefs.jsonl"), "max_length": 24, "held_out": 4}
+    )
+    tokenizer = load_tokenizer(str(place / "small"))
+    results = []
+    for engine in ("local", "files"):
+        with engines.use(engine, tmp_path / engine):
+            results.append(data.prepare_data(settings, tokenizer, tmp_path / engine / "pairs", progress=False))
+    assert results[0] == results[1]
+    assert len(results[0]["report"]["train"]["dropped"]) == 2
+    assert tables(tmp_path / "local" / "pairs") == tables(tmp_path / "files" / "pairs")
+    assert not list((tmp_path / "files" / ".units").glob("parts/*"))
