@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     command.quiet_libraries()
     from sepo import engines
     from sepo.cli.walker import CommandWalker
-    from sepo.data.tables import clear_shards, read_table, table_paths
+    from sepo.data.tables import clear_shards, iter_tables, number_of_rows, table_paths
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
     from sepo.runs.method import Method
@@ -58,5 +58,5 @@ def run(arguments: argparse.Namespace) -> None:
             load_tokenizer(arguments.reference).save_pretrained(out / "tokenizer")
 
         processes.on_main(publish)
-    scores = read_table(out, "scores")
-    command.print_metrics(f"scores: {out}", {"pairs": len(scores), **oracle_accuracy(scores)})
+    rows = sum(number_of_rows(path) for path in table_paths(out, "scores"))
+    command.print_metrics(f"scores: {out}", {"pairs": rows, **oracle_accuracy(iter_tables(out, "scores"))})
