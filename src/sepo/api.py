@@ -41,6 +41,7 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
     """
     if not isinstance(recipe, Recipe):
         raise wrong_type("recipe", recipe, "a Recipe: load_recipe reads one from a file")
+    from sepo import engines
     from sepo.runs import pipeline
 
     extension = extension_of(recipe)
@@ -54,7 +55,8 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
         with one_line(eta if processes.is_main() else None) as line:
             yield line
 
-    return pipeline.run(recipe, extension, until, progress, _write_pages)
+    with engines.use(recipe.engine, recipe.run_folder):
+        return pipeline.run(recipe, extension, until, progress, _write_pages)
 
 
 def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = None) -> RunPlan:

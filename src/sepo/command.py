@@ -82,6 +82,17 @@ def out_option(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help=text)
 
 
+def engine_option(parser: argparse.ArgumentParser, default: str | None = "local") -> None:
+    """Who does the units of work (`sepo.engines`)."""
+    parser.add_argument(
+        "--engine",
+        default=default,
+        metavar="ENGINE",
+        help="who does the work of the models: local (default), files[:FOLDER] or ray[:ADDRESS] "
+        "(docs/how-to/many-workers.md)",
+    )
+
+
 def device_options(parser: argparse.ArgumentParser) -> None:
     """Device and seed."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0, mps (default auto)")

@@ -533,6 +533,12 @@ class Recipe(Settings):
         "auto", description="weights for scoring and generation; auto: float32 to score, bfloat16 to generate on CUDA"
     )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row for scoring")
+    engine: str = Field(
+        "local",
+        pattern=r"^[a-z]+(:.+)?$",
+        description="who does the passes of frozen models and transfers: local, files[:FOLDER] or ray[:ADDRESS]; the "
+        "results are the same",
+    )
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
     reference: ReferenceSettings = Field(
         default_factory=ReferenceSettings, description="the small model that the oracle starts from"
