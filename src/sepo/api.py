@@ -67,15 +67,23 @@ def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = N
 
 
 def extension_of(recipe: Recipe) -> Extension | None:
-    """Judge, benchmarks and tasks of a recipe; None if it has none of them."""
-    settings = recipe.eval
-    if settings.judge is None and not settings.benchmarks and not settings.tasks:
+    """Judge, benchmarks and tasks of a recipe, and sampled data; None if it has none of them."""
+    settings, samples = recipe.eval, recipe.data.on_policy is not None
+    if settings.judge is None and not settings.benchmarks and not settings.tasks and not samples:
         return None
     from sepo.judging import stages
     from sepo.runs.pipeline import Extension
 
     judge = None if settings.judge is None else stages.run_judge(settings.judge)
-    return Extension(stages.check, judge, stages.do_stages)
+    if not samples:
+        return Extension(stages.check, judge, stages.do_stages)
+    from sepo.sampling import stages as sampling
+
+    def check(recipe: Recipe) -> None:
+        stages.check(recipe)
+        sampling.check(recipe)
+
+    return Extension(check, judge, stages.do_stages, sampling.before_data)
 
 
 def _write_pages(run: Run, metrics: dict[str, Any]) -> None:

@@ -102,6 +102,8 @@ def plan_run(
     with tempfile.TemporaryDirectory() as folder:
         planner = Planner(Path(folder))
         kind = device_kind(recipe, target)
+        if extension is not None and extension.before_data is not None:
+            recipe = extension.before_data(recipe, planner)
         method = Method(recipe, planner, judge=extension and extension.judge, device=kind)
         check_method_pairs(method)
         plan_stages(method, extension, until)

@@ -77,7 +77,7 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
         kind="train",
         what=f"{recipe.policy.objective} objective",
         depends={
-            "policy": recipe.policy.model_dump(mode="json"),
+            "policy": recipe.policy.cache_key(),
             "start": model.inherited(),
             "selection": selection.content,
             "logps": None if logps is None else logps.content,
