@@ -180,6 +180,7 @@ def test_a_server_answers_and_another_grades(place, tmp_path, capsys):
     prompt = {"name": "grade", "type": "single", "system_prompt": "", "description": "", "category": "general",
               "prompt_template": "Grade {answer} to {question}", "output_format": "[[rating]]"}  # fmt: skip
     (tmp_path / "grade.jsonl").write_text(json.dumps(prompt))
+
     def reply(body, before):
         text = body["messages"][-1]["content"]
         if "Grade" not in text:

@@ -64,7 +64,7 @@ class Planner:
             return self.done[role]
         if key not in self._made:
             result = StageResult(Path(role), key)
-            if role in ("data", "policy_pairs") and self.folder is not None:
+            if role in ("data", "policy_pairs", "prompts") and self.folder is not None:
                 place = self.folder / key
                 result = StageResult(place, key, stage.run(place) or {})
             self._made[key] = result

@@ -85,6 +85,6 @@ def _in_words(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             words |= _in_words(value, f"{name}, ")
         elif isinstance(value, Sequence) and not isinstance(value, str):
             words[name] = ", ".join(map(str, value))
-        elif value not in (None, "", False):
+        elif value is not None and value != "":
             words[name] = value
     return words

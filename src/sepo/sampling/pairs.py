@@ -33,7 +33,7 @@ _DROPS = {
     "one_answer": "prompts with fewer than two different answers that have a score",
     "no_whole_answer": "prompts whose answers are all cut off",
     "tie": "prompts whose answers all have one score",
-    "gap": "prompts without a whole answer that far above another (min_gap)",
+    "gap": "prompts in which no whole answer scores higher than another, by min_gap at least",
 }
 
 
@@ -205,7 +205,7 @@ def length_caution(figures: Mapping[str, float], prompts: int | None = None) -> 
     share, error = figures.get("length/longer_chosen"), figures.get("length/longer_chosen_se")
     if share is None:
         return ""
-    whole = ranking_caution(Measured(1.0, 0.0, prompts, share=True), share)
+    whole = ranking_caution(Measured(1.0, 0.0, prompts, share=True), share, "sampled pairs")
     if whole.startswith("length explains everything"):
         return whole
     interval = Measured(share, error, prompts, share=True).interval

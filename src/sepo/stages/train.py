@@ -66,6 +66,7 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
             folder,
             recipe.policy.training,
             reference_logps=None if logps is None else read_table(logps.folder, "logps"),
+            reference_is_start=recipe.policy.reference is None,
             lora=recipe.policy.lora,
             quantization=recipe.policy.quantization,
             seed=seed,
