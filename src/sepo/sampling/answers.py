@@ -154,7 +154,11 @@ def engine_source(engine: Engine, prompts: Sequence[Prompt], how: How) -> Source
                 for sample in range(samples)
             ]
             turns: dict[int, dict[int, Turn]] = defaultdict(dict)
-            engine(jobs, lambda job, turn, turns=turns: turns[int(job.key)].__setitem__(job.sample, turn))
+
+            def take_turn(job: Job, turn: Turn, turns: dict[int, dict[int, Turn]] = turns) -> None:
+                turns[int(job.key)][job.sample] = turn
+
+            engine(jobs, take_turn)
             whole = {i: [turns[i][sample] for sample in range(samples)] for i in batch if len(turns[i]) == samples}
             if whole:
                 none: list[Any] = [[] for _ in range(samples)]

@@ -37,7 +37,7 @@ from sepo.sampling.rounds_report import held_out_score, write_rounds
 from sepo.sampling.stages import PAIRS, pairs_stage, sample_stage, score_stage
 from sepo.stages.stage import Stage, StageResult
 
-_LAST_PROMPTS = 100  # prompts that the last policy answers
+_LAST_PROMPTS = 50  # prompts that the last policy answers
 
 # Runs one recipe and returns its metrics: `sepo.api.run_recipe`.
 RunOne = Callable[[Recipe], Mapping[str, Any]]

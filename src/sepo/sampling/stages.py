@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 
 from sepo import processes
@@ -181,8 +182,17 @@ def _plain_prompts(recipe: Recipe, table: pa.Table) -> list[bool]:
     rows = data.read_split(recipe.data, recipe.data.split)
     if recipe.data.as_chat or "prompt" not in rows.column_names:
         return [False] * len(table)
-    cells = rows.select(table.column("pair_id").to_pylist())["prompt"]
+    cells = _rows_of(rows, table)["prompt"]
     return [isinstance(cell, str) and isinstance(read_cell(cell), str) for cell in cells]
+
+
+def _rows_of(rows: datasets.Dataset, pairs: pa.Table) -> datasets.Dataset:
+    """The rows of a source that a table of pairs was made of, in the order of the pairs."""
+    ids = list(rows["pair_id"]) if "pair_id" in rows.column_names else []
+    if len(set(ids)) < len(rows):  # numbered again when they were tokenised
+        ids = list(range(len(rows)))
+    places = {pair_id: place for place, pair_id in enumerate(ids)}
+    return rows.select([places[pair_id] for pair_id in pairs.column("pair_id").to_pylist()])
 
 
 def score_stage(recipe: Recipe, settings: OnPolicySettings, samples: StageResult) -> Stage:
@@ -195,7 +205,7 @@ def score_stage(recipe: Recipe, settings: OnPolicySettings, samples: StageResult
         prompts = [Prompt(tuple(messages)) for messages in _messages(table)]
         columns = ("answers", "finish_reasons", "tokens")
         rows = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
-        answers = [Answers(*row, [], []) for row in rows]
+        answers = [Answers(texts, ends, tokens, [], []) for texts, ends, tokens in rows]
         grown = Grown(folder / SCORED, digest([samples.content, scoring.key()]))
         scores, missing = score_all(prompts, answers, scoring, grown, recipe.device)
         place, column = table.schema.get_field_index("scores"), table.schema.field("scores")
@@ -257,8 +267,8 @@ def pairs_stage(recipe: Recipe, settings: OnPolicySettings, responses: StageResu
 def _write_held_out(recipe: Recipe, prompts: StageResult, path: Path) -> None:
     """The held-out pairs in the notation of their source."""
     settings = recipe.data
-    ids = read_table(prompts.folder / "held_out", "pairs").column("pair_id").to_pylist()
-    if not ids:
+    table = read_table(prompts.folder / "held_out", "pairs")
+    if not len(table):
         return
     own = data.has_own_rows(settings)
     if settings.source.startswith("embedded:") and settings.held_out_source is None:
@@ -267,6 +277,6 @@ def _write_held_out(recipe: Recipe, prompts: StageResult, path: Path) -> None:
         rows = data.read_split(*data.held_out_data(settings, settings.held_out_split))
     else:
         rows = data.read_split(settings, settings.split)
-    rows = rows.select(ids)
-    kept = [name for name in rows.column_names if name != DROP_COLUMN]
+    rows = _rows_of(rows, table)
+    kept = [name for name in rows.column_names if name not in (DROP_COLUMN, "pair_id")]
     write_parquet(path, rows.select_columns(kept).with_format("arrow")[:])
