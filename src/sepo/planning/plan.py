@@ -66,7 +66,7 @@ class Planner:
             return self.done[role]
         if key not in self._made:
             result = StageResult(Path(role), key)
-            if role in ("data", "policy_pairs") and self.folder is not None:
+            if role in ("data", "policy_pairs", "prompts") and self.folder is not None:
                 place = self.folder / key
                 result = StageResult(place, key, stage.run(place) or {})
             self._made[key] = result
@@ -104,6 +104,8 @@ def plan_run(
     with tempfile.TemporaryDirectory() as folder:
         planner = Planner(Path(folder))
         kind = device_kind(recipe, target)
+        if extension is not None and extension.before_data is not None:
+            recipe = extension.before_data(recipe, planner)
         method = Method(recipe, planner, judge=extension and extension.judge, device=kind)
         check_method_pairs(method)
         plan_stages(method, extension, until)

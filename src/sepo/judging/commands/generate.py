@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"'{arguments.prompts}' has questions of several turns, which AlpacaEval's format does not allow"
         )
-    endpoint = None if arguments.server is None else _endpoint(arguments, options)
+    endpoint = None if arguments.server is None else endpoint_of(arguments, options)
     record = _record(arguments, digest, benchmark, options)
     if endpoint is not None and arguments.request:
         record["request"] = dict(endpoint.more)
@@ -161,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
             with log_kept_on_interrupt(kept):
                 if endpoint is not None:
                     log(_SERVERS_OWN)
-                engine = _engine(arguments, options, endpoint, spent, failures)
+                engine = engine_of(arguments, options, endpoint, spent, failures)
                 answer_all(questions, benchmark, finished, engine, arguments.temperature)
         name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
         file = write_answers(out, questions, benchmark, finished, name)
@@ -204,7 +204,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         check_number("--limit", arguments.limit, whole=True, least=1)
 
 
-def _endpoint(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Endpoint:
+def endpoint_of(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Endpoint:
     from sepo.judging.endpoint import Endpoint
 
     names = ("key_variable", "key_header", "concurrency", "timeout", "retries", "cache")
@@ -237,7 +237,7 @@ def _record(arguments: argparse.Namespace, digest: str, benchmark: str, options:
     return {**record, "model": [model_fingerprint(arguments.model), usage_fingerprint(arguments.model)]}
 
 
-def _engine(
+def engine_of(
     arguments: argparse.Namespace,
     options: Mapping[str, Any],
     endpoint: Endpoint | None,
