@@ -13,6 +13,7 @@ import torch
 from judge_server import completion, serving
 from sepo.cli import main
 from sepo.data.loading import load_preferences
+from sepo.errors import UserError
 from sepo.evaluate.generate import generate_responses, prompt_sampler
 from sepo.sampling.answers import How, sample_all, transformers_source
 from sepo.sampling.pairs import length_caution, length_figures, pairs_of, strong_weak_pairs
@@ -61,7 +62,7 @@ def test_answers_are_those_of_one_sample_at_a_time_and_of_any_batch():
 
 def test_each_sample_is_drawn_at_its_own_temperature():
     """A first token is the inverse of the cumulative distribution of softmax(logits / T) at its uniform number."""
-    from sepo.evaluate.generate import _uniforms
+    from sepo.evaluate.generate import uniforms
 
     model = tiny_model("llama", dtype=torch.float64)
     answers = sampled(model, [1], samples=4)
@@ -69,7 +70,7 @@ def test_each_sample_is_drawn_at_its_own_temperature():
         logits = model(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1].double()
     for sample, answer in enumerate(answers):
         weights = (logits / (0.7, 1.0)[sample % 2]).softmax(-1).cumsum(-1)
-        at = _uniforms(3, PROMPTS[1], 0, sample, 9)[0]
+        at = uniforms(3, PROMPTS[1], 0, sample, 9)[0]
         assert answer.response_ids[0] == int((weights <= at).sum())
         assert answer.logps[0] == pytest.approx(float(logits.log_softmax(-1)[answer.response_ids[0]]), abs=1e-5)
 
@@ -294,3 +295,26 @@ def test_prompts_of_embedded_tasks_count_once_and_parts_are_disjoint():
     parts = [some_prompts(prompts, part=(i, 3), seed=1) for i in (1, 2, 3)]
     assert sorted(prompt.words for part in parts for prompt in part) == sorted(prompt.words for prompt in prompts)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_best_of_n_is_the_mean_over_all_draws():
+    from itertools import combinations
+
+    from sepo.sampling.best import best_of, best_shares, kl_bound
+
+    rng = np.random.default_rng(1)
+    scores = [3.0, 1.0, 3.0, -2.0, 0.5]
+    for n in range(1, 6):
+        draws = [max(draw) for draw in combinations(scores, n)]
+        assert best_shares(scores, n) @ scores == pytest.approx(np.mean(draws))
+        assert best_shares(scores, n).sum() == pytest.approx(1)
+    values = rng.normal(size=(6, 4))
+    table = table_of(*[[(f"{i}{j}", v, "stop", 5) for j, v in enumerate(row)] for i, row in enumerate(values)])
+    one, four = best_of(table, [1, 4])
+    assert one.gain == pytest.approx(0)
+    assert four.score == pytest.approx(values.max(1).mean())
+    assert kl_bound(4) == pytest.approx(np.log(4) - 0.75)
+    with pytest.raises(UserError, match="expected 1 to 4"):
+        best_of(table, [5])
+    with pytest.raises(UserError, match="other answers"):
+        best_of(table, [2], table_of([("x", 1.0, "stop", 1)] * 4))

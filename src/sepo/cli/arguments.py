@@ -28,6 +28,7 @@ COMMANDS = {
     "judge": "sepo.judging.commands.judge",
     "sample": "sepo.sampling.commands.sample",
     "pairs": "sepo.sampling.commands.pairs",
+    "best-of": "sepo.sampling.commands.best_of",
     "report": "sepo.report.command",
     "push": "sepo.hub.command",
     "work": "sepo.engines.command",

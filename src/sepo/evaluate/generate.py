@@ -207,7 +207,7 @@ class _Sampler:
         """The random numbers of a batch, `[responses, max_new_tokens]`."""
         steps = self._max_new_tokens
         return np.stack(
-            [_uniforms(self._seed, self._prompt_ids[i], self._occurrences[i], sample, steps) for i, sample in batch]
+            [uniforms(self._seed, self._prompt_ids[i], self._occurrences[i], sample, steps) for i, sample in batch]
         )
 
     def _generate(self, prompts: list[Sequence[int]], draw: _Draw, samples: int = 1) -> list[list[int]]:
@@ -228,7 +228,7 @@ class _Sampler:
     ) -> list[Generation]:
         generated = []
         for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
-            ids, ended = _cut(ids, self.stops)
+            ids, ended = until_stop(ids, self.stops)
             generated.append(Generation(prompt, sample, ids, ended, logps[: len(ids)]))
         return generated
 
@@ -277,7 +277,7 @@ def _occurrences(prompt_ids: Sequence[Sequence[int]]) -> list[int]:
     return numbers
 
 
-def _uniforms(seed: int, prompt: Sequence[int], occurrence: int, sample: int, steps: int) -> np.ndarray:
+def uniforms(seed: int, prompt: Sequence[int], occurrence: int, sample: int, steps: int) -> np.ndarray:
     """The random numbers of one response, `[steps]` float64 in [0, 1)."""
     # The length keeps a prompt's key from being the beginning of another's.
     return np.random.default_rng([seed, sample, occurrence, len(prompt), *prompt]).random(steps)
@@ -413,7 +413,7 @@ def _continue(
     shared shared  pad  pad  own  own | new new
     shared shared  own  own  own  own | new new
     """
-    input_ids, attention_mask = _padded(prompts, shared, config.pad_token_id, device)
+    input_ids, attention_mask = padded(prompts, shared, config.pad_token_id, device)
     if shared:
         cache = DynamicCache(config=model.config)
         model(input_ids=input_ids[:1, :shared], past_key_values=cache, use_cache=True)
@@ -428,7 +428,7 @@ def _continue(
     return output[:, input_ids.shape[1] :].tolist()
 
 
-def _padded(
+def padded(
     prompts: Sequence[Sequence[int]], shared: int, pad: int | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask, `[prompts, longest]`; each row's padding follows its first `shared` tokens."""
@@ -451,7 +451,7 @@ def _continue_once(
     draw: _Draw,
 ) -> list[list[int]]:
     """`samples` responses to each prompt. One pass reads the prompts and gives the logits of all first tokens."""
-    input_ids, attention_mask = _padded(prompts, 0, config.pad_token_id, device)
+    input_ids, attention_mask = padded(prompts, 0, config.pad_token_id, device)
     cache = DynamicCache(config=model.config)
     known = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0), "logits_to_keep": 1}
@@ -545,7 +545,7 @@ class _LogpRecorder(LogitsProcessor):
         return forced
 
 
-def _cut(ids: list[int], stops: list[int]) -> tuple[list[int], bool]:
+def until_stop(ids: list[int], stops: list[int]) -> tuple[list[int], bool]:
     """(tokens up to the first stop token, whether there is one)."""
     for index, token in enumerate(ids):
         if token in stops:

@@ -7,6 +7,7 @@ responses    the responses table: one row a prompt
 pairs        preference pairs of it, and what score and length have in common
 folder       the folder of pairs with its data card
 stages       the stages that `data.on_policy` adds to a run before its data
-rounds       `rounds`: one run after the other, each on the answers of the policy before
-commands     `sepo sample`, `sepo pairs`
+rounds  rounds_report     `rounds`: one run after the other, each on the answers of the policy before
+best         best of n, a baseline without training
+commands     `sepo sample`, `sepo pairs`, `sepo best-of`
 """
