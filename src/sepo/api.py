@@ -47,6 +47,7 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
         from sepo.sampling.rounds import run_rounds
 
         return run_rounds(recipe, run_recipe)
+    from sepo import engines
     from sepo.runs import pipeline
 
     extension = extension_of(recipe)
@@ -60,7 +61,8 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
         with one_line(eta if processes.is_main() else None) as line:
             yield line
 
-    return pipeline.run(recipe, extension, until, progress, _write_pages)
+    with engines.use(recipe.engine, recipe.run_folder):
+        return pipeline.run(recipe, extension, until, progress, _write_pages)
 
 
 def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = None) -> RunPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sepo.command import join, path, print_metrics, print_plan, quiet_libraries
+from sepo.command import engine_option, join, path, print_metrics, print_plan, quiet_libraries
 from sepo.errors import UserError
 
 HELP = (
@@ -22,6 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="stop after this stage: data, reference, oracle, score, select, train or eval; the same command without "
         "it does the rest",
     )
+    engine_option(parser, None)
     parser.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
     parser.add_argument("--verbose", action="store_true", help="at the end, print every metric of metrics.md")
     parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: plan for N devices")
@@ -33,7 +34,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from sepo.recipe.reading import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.engine is not None:
+        overrides.append(f"engine={arguments.engine}")
+    recipe = load_recipe(arguments.recipe, overrides)
     devices, memory = _target_of(arguments)
     quiet_libraries("sepo.runs.pipeline")
     from sepo.api import plan_run, run_recipe
@@ -48,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
             print_plan(f"plan of {recipe.name}{each}", plan.stages)
             if plan.memory:
                 print_plan("memory of each device", plan.memory, wide=True)
-            print("\n".join(["", *plan.example]))
+            print("\n".join(["", *plan.notes]))
         return
     metrics = run_recipe(recipe, arguments.until)
     if not join(recipe.device).is_main():

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,7 +220,7 @@ def transformers_engine(
         batch_size: None for the budget of `generate.py`.
         options: keywords for the chat template.
     """
-    from sepo.evaluate.generate import generate_responses, responses_at_once
+    from sepo.evaluate.generate import generate_responses
     from sepo.judging.prompts import encode_prompts
     from sepo.models.limits import model_limits
 
@@ -230,24 +230,72 @@ def transformers_engine(
     def run(jobs: Sequence[Job], done: Done) -> None:
         ids = encode_prompts([job.messages for job in jobs], tokenizer, options)
         check_fits(ids, max_new_tokens, limits)
-        for temperature in dict.fromkeys(job.temperature for job in jobs):
-            order = [i for i, job in enumerate(jobs) if job.temperature == temperature]
-            order.sort(key=lambda i: -len(ids[i]))
-            while order:
-                number = batch_size or responses_at_once(len(ids[order[0]]) + max_new_tokens, device)
-                batch, order = order[:number], order[number:]
-                responses = generate_responses(
-                    model,
-                    tokenizer,
-                    [ids[i] for i in batch],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seed=seed,
-                    batch_size=len(batch),
-                    progress=False,
-                )
-                for i, response in zip(batch, responses, strict=True):
-                    done(jobs[i], local_turn(tokenizer, ids[i], response.response_ids, response.finished))
+        for temperature, batch in _batches(jobs, ids, max_new_tokens, batch_size, device.type):
+            responses = generate_responses(
+                model,
+                tokenizer,
+                [ids[i] for i in batch],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                batch_size=len(batch),
+                progress=False,
+            )
+            for i, response in zip(batch, responses, strict=True):
+                done(jobs[i], local_turn(tokenizer, ids[i], response.response_ids, response.finished))
+
+    return run
+
+
+def _batches(
+    jobs: Sequence[Job], ids: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int | None, device: str
+) -> Iterator[tuple[float, list[int]]]:
+    """The temperature and the jobs of each batch: sorted by length, within a token budget."""
+    from sepo.evaluate.generate import responses_at_once
+
+    for temperature in dict.fromkeys(job.temperature for job in jobs):
+        order = [i for i, job in enumerate(jobs) if job.temperature == temperature]
+        order.sort(key=lambda i: -len(ids[i]))
+        while order:
+            number = batch_size or responses_at_once(len(ids[order[0]]) + max_new_tokens, device)
+            batch, order = order[:number], order[number:]
+            yield temperature, batch
+
+
+def units_engine(
+    model: str,
+    tokenizer: Any,
+    out: Path,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    options: Mapping = {},
+) -> Engine:
+    """`transformers_engine` for a model that the workers of the present engine hold (`judging.units`)."""
+    from sepo.judging.prompts import encode_prompts
+    from sepo.judging.units import Answers, read_batches
+    from sepo.models.devices import choose_device
+    from sepo.models.limits import model_limits
+    from sepo.models.names import load_config
+
+    settings = {"model": model, "revision": None, "device": device, "dtype": dtype, "seed": seed}
+    settings["max_new_tokens"] = max_new_tokens
+
+    def run(jobs: Sequence[Job], done: Done) -> None:
+        ids = encode_prompts([job.messages for job in jobs], tokenizer, options)
+        check_fits(ids, max_new_tokens, model_limits(load_config(model)))
+        batches = list(_batches(jobs, ids, max_new_tokens, batch_size, choose_device(device).type))
+        details = [
+            (len(batch), {"prompts": [list(map(int, ids[i])) for i in batch], "temperature": temperature})
+            for temperature, batch in batches
+        ]
+        answers = read_batches(Answers, f"answer turn {jobs[0].turn + 1}", settings, details, out)
+        for (_, batch), responses in zip(batches, answers, strict=True):
+            for i, (response, finished) in zip(batch, responses, strict=True):
+                done(jobs[i], local_turn(tokenizer, ids[i], response, finished))
 
     return run
 

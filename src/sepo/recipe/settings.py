@@ -40,7 +40,6 @@ else:
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
 Allocation = Literal["bytes", "group", "first"]
 Pick = Literal["best-worst", "best-random", "all"]
-Gold = Literal["vader", "plain", "arithmetic", "tracking", "details"]
 
 
 class Settings(BaseModel):
@@ -500,7 +499,7 @@ class OnPolicySettings(Settings):
     )
     seed: int | None = Field(None, ge=0, lt=2**32, description="seed of the answers; default: the recipe's")
     judge: JudgeSettings | None = Field(None, description="judge that scores the answers")
-    gold: Gold | None = Field(None, description="gold reward that scores the answers")
+    gold: str | None = Field(None, description="gold reward that scores the answers")
     pick: Pick = Field("best-worst", description=f"pairs of a prompt's answers: {', '.join(get_args(Pick))}")
     min_gap: float = Field(0.0, ge=0, description="smallest difference of the scores of a pair; ties never count")
 
@@ -557,7 +556,9 @@ class EvalSettings(Settings):
     base: PathText | None = Field(
         None, description="the model that the policy is compared with; default: the policy's start"
     )
-    gold: Gold | None = Field(None, description="gold reward of the responses; never trained on")
+    gold: str | None = Field(
+        None, description="gold reward of the responses: vader, plain, or one that a package adds; never trained on"
+    )
     judge: JudgeSettings | None = Field(None, description="judge of the policy's answers against the base's")
     pairs: int | None = Field(
         None,
@@ -615,6 +616,12 @@ class Recipe(Settings):
         "auto", description="weights for scoring and generation; auto: float32 to score, bfloat16 to generate on CUDA"
     )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row for scoring")
+    engine: str = Field(
+        "local",
+        pattern=r"^[a-z]+(:.+)?$",
+        description="who does the passes of frozen models and transfers: local, files[:FOLDER] or ray[:ADDRESS]; the "
+        "results are the same",
+    )
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
     reference: ReferenceSettings = Field(
         default_factory=ReferenceSettings, description="the small model that the oracle starts from"

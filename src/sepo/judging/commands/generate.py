@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sepo import engines
 from sepo.command import (
     chat_template_option,
     device_options,
@@ -50,7 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="answer only the first N questions")
     chat_template_option(parser)
     parser.add_argument(
-        "--engine", choices=["transformers", "vllm"], help="library that runs the model (default transformers)"
+        "--engine",
+        metavar="ENGINE",
+        help="what runs the model: transformers (default), vllm, or Transformers in many workers by files[:FOLDER] or "
+        "ray[:ADDRESS] (docs/how-to/many-workers.md)",
     )
     parser.add_argument("--batch-size", type=int, help="answers at a time (default: fits the device)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="dtype of the weights")
@@ -150,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
         record["request"] = dict(endpoint.more)
     spent: list[Spent] = []
     failures: Counter[str] = Counter()
-    with writing_to(arguments) as out:
+    with engines.use(_units(arguments), Path(arguments.out)), writing_to(arguments) as out:
         claim_folder(out, record)
         finished = AnswerLog.read(out / FINISHED)
 
@@ -195,12 +199,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.engine not in (None, "transformers", "vllm"):
+        engines.check_engine(arguments.engine)
     if arguments.server is not None and arguments.engine is not None:
         raise UserError("--engine is for a local model: leave it out with --server")
     steering = [name for name in ("steer", "oracle", "reference") if getattr(arguments, name) is not None]
     if steering and len(steering) < 3:
         raise UserError("steering needs all of --steer, --oracle and --reference")
-    if steering and (arguments.server is not None or arguments.engine == "vllm"):
+    if steering and (arguments.server is not None or arguments.engine not in (None, "transformers")):
         raise UserError("--steer needs the models' logits: leave --server and --engine out")
     if steering:
         check_number("--steer", arguments.steer)
@@ -231,7 +237,7 @@ def endpoint_of(arguments: argparse.Namespace, options: Mapping[str, Any]) -> En
 def _record(arguments: argparse.Namespace, digest: str, benchmark: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the answers depend on."""
     record: dict[str, Any] = {
-        "engine": arguments.engine or ("server" if arguments.server else "transformers"),
+        "engine": "vllm" if arguments.engine == "vllm" else "server" if arguments.server else "transformers",
         "prompts": digest,
         "benchmark": benchmark,
         "max_new_tokens": arguments.max_new_tokens,
@@ -257,7 +263,7 @@ def engine_of(
     failures: Counter[str],
 ) -> Engine:
     """Load the model, or use the server."""
-    from sepo.judging.answering import server_engine, transformers_engine, vllm_engine
+    from sepo.judging.answering import server_engine, transformers_engine, units_engine, vllm_engine
 
     settings = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
     if endpoint is not None:
@@ -274,10 +280,19 @@ def engine_of(
             base, revision = adapter_base(Path(folder))
             folder, adapter = resolve_model(base, revision=revision), folder
         return vllm_engine(folder, tokenizer, options=options, adapter=adapter, **settings)
+    settings |= {"batch_size": arguments.batch_size, "options": options}
+    if _units(arguments) != "local":
+        out, on = Path(arguments.out), {"device": arguments.device, "dtype": arguments.dtype}
+        return units_engine(arguments.model, tokenizer, out, **on, **settings)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     if getattr(arguments, "steer", None) is not None:
         return _steered(arguments, model, tokenizer, options)
-    return transformers_engine(model, tokenizer, batch_size=arguments.batch_size, options=options, **settings)
+    return transformers_engine(model, tokenizer, **settings)
+
+
+def _units(arguments: argparse.Namespace) -> str:
+    """The engine of units of work; "local" for a model in this process and for vLLM."""
+    return arguments.engine if arguments.engine not in (None, "transformers", "vllm") else "local"
 
 
 def _steered(arguments: argparse.Namespace, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from sepo.command import (
     chat_template_option,
@@ -32,7 +32,6 @@ _CONNECTION = ("key_variable", "key_header", "concurrency", "timeout", "retries"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from sepo.recipe.settings import Gold
 
     model_option(parser, "--model", "the model that answers; with --server its name")
     parser.add_argument(
@@ -55,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="dtype of the weights")
     device_options(parser)
     scores = parser.add_argument_group("scores", "one of --gold, --oracle and --judge; without any, no scores")
-    scores.add_argument("--gold", choices=get_args(Gold), help="a gold reward")
+    scores.add_argument("--gold", metavar="NAME", help="a gold reward (vader, plain, ...)")
     scores.add_argument("--oracle", type=path, metavar="DIR", help="a DPO oracle: beta times its summed token rewards")
     scores.add_argument("--reference", type=path, metavar="MODEL", help="the model that the oracle started from")
     parser.add_argument(
