@@ -39,3 +39,11 @@ def test_token_rewards(here, capsys):
         exec(compile(block, "token-rewards.md", "exec"), names)
     assert "[2, 1]" in capsys.readouterr().out
     assert names["mine"].ids != names["theirs"].ids
+
+
+def test_under_trl(here):
+    names: dict = {}
+    for block in code_of("how-to/under-trl.md"):
+        exec(compile(block, "under-trl.md", "exec"), names)
+    assert names["trainer"].state.global_step == 2
+    assert names["trainer"].sepo_prompt_once

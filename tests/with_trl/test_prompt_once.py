@@ -177,23 +177,29 @@ def test_callbacks_checkpoints_and_generation_stay(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "settings", "message"),
+    ("name", "value"),
     [
-        (dpo, {"disable_dropout": False}, "disable_dropout=False"),
-        (dpo, {"torch_compile": True}, "torch_compile"),
-        (
-            cpo,
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            "use_reentrant",
-        ),
+        ("disable_dropout", False), ("activation_offloading", True), ("torch_compile", True),
+        ("use_liger_kernel", True), ("gradient_checkpointing_kwargs", {"use_reentrant": True}),
     ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_an_option_that_it_does_not_do_is_named_in_one_line(folders, tmp_path, make, settings, message):
-    trainer = make(folders("llama"), tmp_path, **settings)
-    with pytest.raises(UserError, match=message) as caught:
+)  # fmt: skip
+def test_an_option_that_it_does_not_do_is_named_in_one_line(folders, tmp_path, name, value):
+    trainer = cpo(folders("llama"), tmp_path, gradient_checkpointing=True)
+    setattr(trainer.args, name, value)
+    with pytest.raises(UserError, match=f"prompt_once does not support {name}") as caught:
         prompt_once(trainer)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("aux_loss_enabled", "router"), ("_is_vlm", "images"), ("is_fsdp_enabled", "FSDP"), ("is_encoder_decoder", "enc")],
+)
+def test_a_model_or_launch_that_it_does_not_take_is_named_in_one_line(folders, tmp_path, name, message):
+    trainer = dpo(folders("llama"), tmp_path)
+    setattr(trainer, name, True)
+    with pytest.raises(UserError, match=message):
+        prompt_once(trainer)
 
 
 def test_other_versions_and_trainers_are_named_in_one_line(folders, tmp_path, monkeypatch):
