@@ -96,7 +96,10 @@ def extension_of(recipe: Recipe) -> Extension | None:
         stages.check(recipe)
         sampling.check(recipe)
 
-    return Extension(check, judge, stages.do_stages, sampling.before_data)
+    def do_stages(method: Method) -> dict[str, Any]:
+        return {**stages.do_stages(method), **sampling.metrics_of(method)}
+
+    return Extension(check, judge, do_stages, sampling.before_data)
 
 
 def _write_pages(run: Run, metrics: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +14,10 @@ from sepo.cli import main
 from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.recipe.reading import load_recipe
+from sepo.report.run_summary import summarise_run
 from sepo.sampling.rounds import check_rounds, round_recipe
 from sepo.sampling.rounds_report import rounds_page, table_of
+from sepo.study.comparison import check_grid
 from tiny_run import prepare
 
 RECIPE = """
@@ -61,6 +64,10 @@ def test_a_run_trains_on_answers_of_its_own_model(here, capsys):
     assert [row["stage"] for row in plan.stages][:4] == ["prompts", "samples", "responses", "sampled_pairs"]
     metrics = run_recipe(recipe_of())
     pairs = json.loads((here / "run/sampled_pairs/pairs.json").read_text())
+    assert metrics["on_policy/length/gap"] == pairs["length/gap"]
+    summary = summarise_run(recipe_of(), metrics)
+    assert "of the answers of model to 12 prompts" in dict(summary.trained)["pairs"]
+    assert any("Of the sampled pairs: length" in line for line in summary.cautions) == bool(pairs["caution"])
     assert metrics["pairs/train"] == pairs["pairs"] > 0
     assert pairs["prompts"] == 12
     trained = {tuple(ids) for ids in read_table(here / "run/pairs/train", "pairs")["prompt_ids"].to_pylist()}
@@ -131,6 +138,8 @@ def test_the_recipe_of_a_round(here):
     assert third.policy.reference is None  # sepo has no reference
     moving = round_recipe(recipe_of("rounds={number: 2, reference: moving}"), 2, "p")
     assert (moving.reference.model, moving.policy.model, moving.eval.base) == ("p", None, "model")
+    with pytest.raises(UserError, match=r"without data\.on_policy"):
+        check_grid({"one": [SimpleNamespace(recipe=recipe_of())]})
     for options, text in {
         ("rounds={reference: moving, oracle: kept}",): "needs rounds.reference=fixed",
         ("rounds={oracle: kept}", "oracle.count=2"): "keeps one oracle",

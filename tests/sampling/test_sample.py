@@ -15,8 +15,9 @@ from sepo.cli import main
 from sepo.data.loading import load_preferences
 from sepo.errors import UserError
 from sepo.evaluate.generate import generate_responses, prompt_sampler
+from sepo.report.edges import length_caution
 from sepo.sampling.answers import How, sample_all, transformers_source
-from sepo.sampling.pairs import length_caution, length_figures, pairs_of, strong_weak_pairs
+from sepo.sampling.pairs import length_figures, pairs_of, strong_weak_pairs
 from sepo.sampling.prompts import Prompt, read_prompts, some_prompts
 from sepo.sampling.responses import Answers, Grown, read_responses, responses_table
 from tiny_models import tiny_model, tiny_tokenizer
@@ -177,6 +178,27 @@ def test_a_judge_that_fails_for_some_answers_loses_only_those(place, tmp_path, m
     assert f"{lost} answers have no score: they are in no pair" in capsys.readouterr().err
 
 
+def test_an_oracle_scores_by_beta_times_its_summed_token_rewards(place):
+    oracle = tiny_model("llama", seed=4)
+    oracle.save_pretrained(place / "oracle")
+    tiny_tokenizer().save_pretrained(place / "oracle")
+    options = ["--oracle", str(place / "oracle"), "--reference", str(place / "model"), "--judge-beta", "0.5"]
+    assert sample(place, "by_oracle", *options) == 0
+    reference, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    for row in read_responses(place / "by_oracle").to_pylist()[:2]:
+        for text, score in zip(row["answers"], row["scores"], strict=True):
+            asked = tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True
+            )
+            start, ids = asked["input_ids"], [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            sums = []
+            for model in (oracle, reference):
+                with torch.no_grad():
+                    logps = model(input_ids=torch.tensor([[*start, *ids]])).logits[0].double().log_softmax(-1)
+                sums.append(sum(float(logps[len(start) + t - 1, token]) for t, token in enumerate(ids)))
+            assert score == pytest.approx(0.5 * (sums[0] - sums[1]), abs=1e-3)
+
+
 def test_a_server_answers_and_another_grades(place, tmp_path, capsys):
     prompt = {"name": "grade", "type": "single", "system_prompt": "", "description": "", "category": "general",
               "prompt_template": "Grade {answer} to {question}", "output_format": "[[rating]]"}  # fmt: skip
@@ -284,9 +306,9 @@ def test_a_score_that_is_length_is_said_so():
     figures = length_figures(pairs_of(by_length).pairs, by_length)
     assert figures["length/rank_correlation"] == pytest.approx(1)
     assert figures["length/longer_chosen"] == 1
-    assert length_caution(figures, 30).startswith("length explains everything: the longer")
+    assert length_caution({**figures, "prompts": 30}).startswith("length explains everything: the longer")
     some = table_of(*[[(f"{i}", float(rng.random()), "stop", int(n)) for i, n in enumerate(row)] for row in lengths])
-    assert not length_caution(length_figures(pairs_of(some).pairs, some), 30)
+    assert not length_caution(length_figures(pairs_of(some).pairs, some))
 
 
 def test_prompts_of_embedded_tasks_count_once_and_parts_are_disjoint():

@@ -95,12 +95,12 @@ def steered_responses(
         input_ids, mask = drawn, torch.cat([mask, torch.ones_like(drawn)], -1)
         if ended.all():
             break
-    ids, logps, start = (torch.cat(part, -1).tolist() for part in zip(*steps, strict=True))
+    ids, of_steered, of_start = (torch.cat(part, -1).tolist() for part in zip(*steps, strict=True))
     responses, ratios = [], []
     for row, tokens in enumerate(ids):
         kept, finished = until_stop(tokens, stops)
-        responses.append(Generation(row, sample, kept, finished, logps[row][: len(kept)]))
-        ratios.append(sum(logps[row][: len(kept)]) - sum(start[row][: len(kept)]))
+        responses.append(Generation(row, sample, kept, finished, of_steered[row][: len(kept)]))
+        ratios.append(sum(of_steered[row][: len(kept)]) - sum(of_start[row][: len(kept)]))
     return responses, np.array(ratios)
 
 

@@ -141,6 +141,35 @@ def ranking_caution(accuracy: Measured, length_baseline: float, pairs: str = "he
     return ""
 
 
+# Share of sampled pairs in which length and score agree (or disagree), from which length explains the score.
+_BY_LENGTH = 0.75
+
+
+def length_caution(metrics: Mapping[str, Any], prefix: str = "") -> str:
+    """Why the scores of sampled pairs may show no preference but length; empty if they show more.
+
+    Args:
+        metrics: with `length/longer_chosen`, the share of pairs whose chosen answer is the longer one, its `_se`, and
+            `prompts`, all under `prefix`.
+    """
+    share = _number(metrics.get(f"{prefix}length/longer_chosen"))
+    if share is None:
+        return ""
+    prompts = _number(metrics.get(f"{prefix}prompts"))
+    groups = None if prompts is None else int(prompts)
+    whole = ranking_caution(Measured(1.0, 0.0, groups, share=True), share, "sampled pairs")
+    if whole.startswith("length explains everything"):
+        return whole
+    error = _number(metrics.get(f"{prefix}length/longer_chosen_se"))
+    interval = Measured(share, error, groups, share=True).interval
+    if max(share, 1 - share) < _BY_LENGTH or (interval is not None and interval[0] <= 0.5 <= interval[1]):
+        return ""
+    return (
+        f"length explains most of the score: the {'longer' if share > 0.5 else 'shorter'} answer is chosen in "
+        f"{max(share, 1 - share):.0%} of the sampled pairs, so a policy may learn length alone"
+    )
+
+
 def nothing_learnt(metrics: Mapping[str, Any]) -> str:
     """Why a policy cannot be told from its start; empty if it can, or if nothing says so.
 

@@ -20,7 +20,7 @@ from sepo.errors import one_line
 from sepo.evaluate import EXAMPLES
 from sepo.numbers import duration, error_text, number, with_error
 from sepo.recipe.settings import Recipe
-from sepo.report.edges import few_groups, measured, nothing_learnt, ranking_caution
+from sepo.report.edges import few_groups, length_caution, measured, nothing_learnt, ranking_caution
 
 # Limits above which the summary warns: KL in nats per response, and relative change of length.
 _FAR, _LONGER = 20.0, 0.15
@@ -136,6 +136,13 @@ def _trained(
     reference = short_name(recipe.reference.model)
     part = f"{recipe.reference.layers} layers of {reference}" if recipe.reference.layers else reference
     lines = []
+    if (sampled := metrics.get("on_policy/pairs")) is not None:
+        settings = recipe.data.on_policy
+        model = (settings and settings.model) or recipe.policy.model or recipe.reference.model
+        text = f"{sampled:,.0f}, of the answers of {short_name(model)} to {metrics['on_policy/prompts']:,.0f} prompts "
+        text += f"({_took(seconds, 'samples', 'responses', 'sampled_pairs')}). Tokens: chosen "
+        text += f"{metrics['on_policy/length/chosen']:.1f}, rejected {metrics['on_policy/length/rejected']:.1f}"
+        lines.append(("pairs", text))
     if recipe.oracle.rewards is not None:
         text = f"none; token rewards from {short_name(recipe.oracle.rewards)}"
     elif not recipe.reads_oracle:
@@ -266,6 +273,7 @@ def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
     """The limitations of a run's metrics, a sentence each."""
     metrics = _defined(metrics)
     return [
+        *_sampling_cautions(metrics),
         *_edge_cautions(metrics),
         *_judge_cautions(recipe, metrics),
         *_answer_cautions(metrics),
@@ -273,6 +281,12 @@ def cautions(recipe: Recipe, metrics: Mapping[str, Any]) -> list[str]:
         *_oracle_cautions(metrics),
         "This is one seed and one oracle; `sepo compare` repeats a run over seeds, beside controls.",
     ]
+
+
+def _sampling_cautions(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Limitations of pairs that were sampled."""
+    if caution := length_caution(metrics, "on_policy/"):
+        yield f"Of the sampled pairs: {caution}."
 
 
 def _edge_cautions(metrics: Mapping[str, Any]) -> Iterator[str]:

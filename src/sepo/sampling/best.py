@@ -81,7 +81,7 @@ def best_of(table: pa.Table, sizes: Sequence[int], measured: pa.Table | None = N
 def _scored(table: pa.Table, measured: pa.Table) -> list[Mapping[str, Any]]:
     """For each prompt whose answers all have both scores: the scores that choose and those reported, and the tokens."""
     others = {row["conversation"]: row for row in rows_of(measured)}
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     for row in rows_of(table):
         other = others.get(row["conversation"])
         if other is None or other["answers"] != row["answers"]:

@@ -18,7 +18,8 @@ from sepo.data.tables import write_parquet
 from sepo.errors import UserError
 from sepo.files import write_json, write_text
 from sepo.hub.card import CARD, may_write, pairs_card
-from sepo.sampling.pairs import Made, length_caution, length_figures, length_line
+from sepo.report.edges import length_caution
+from sepo.sampling.pairs import Made, length_figures, length_line
 
 RECORD = "pairs.json"
 RULES = {
@@ -56,7 +57,7 @@ def write_pairs_folder(
     if not made.pairs:
         raise UserError(f"no pair can be made: {'; '.join(made.lines())}")
     figures = length_figures(made.pairs, table)
-    caution = length_caution(figures, made.counts["prompts"])
+    caution = length_caution({**figures, "prompts": made.counts["prompts"]})
     file = f"data/train.{form}"
     if form == "jsonl":
         write_text(out / file, "".join(json.dumps(pair) + "\n" for pair in made.pairs))

@@ -23,12 +23,9 @@ from sepo.errors import UserError
 from sepo.evaluate.accuracy import won
 from sepo.evaluate.statistics import mean_and_se
 from sepo.files import digest
-from sepo.report.edges import Measured, ranking_caution
 from sepo.report.statistics import rank_correlation
 from sepo.sampling.responses import CUT, NONE, messages_of, rows_of
 
-# Share of pairs in which length and score agree (or disagree), above which length is said to explain the score.
-BY_LENGTH = 0.75
 _DROPS = {
     "one_answer": "prompts with fewer than two different answers that have a score",
     "no_whole_answer": "prompts whose answers are all cut off",
@@ -198,23 +195,6 @@ def _rank_correlation(row: Mapping[str, Any]) -> float:
     """Rank correlation of score and length among a prompt's answers; NaN with fewer than three, or without spread."""
     known = [(s, t) for s, t in zip(row["scores"], row["tokens"], strict=True) if s is not None]
     return rank_correlation(*zip(*known, strict=True)) if len(known) > 2 else float("nan")
-
-
-def length_caution(figures: Mapping[str, float], prompts: int | None = None) -> str:
-    """Why the scores of the pairs may show no preference but length; empty if they show more."""
-    share, error = figures.get("length/longer_chosen"), figures.get("length/longer_chosen_se")
-    if share is None:
-        return ""
-    whole = ranking_caution(Measured(1.0, 0.0, prompts, share=True), share, "sampled pairs")
-    if whole.startswith("length explains everything"):
-        return whole
-    interval = Measured(share, error, prompts, share=True).interval
-    if max(share, 1 - share) < BY_LENGTH or (interval is not None and interval[0] <= 0.5 <= interval[1]):
-        return ""
-    return (
-        f"length explains most of the score: the {'longer' if share > 0.5 else 'shorter'} answer is chosen in "
-        f"{max(share, 1 - share):.0%} of the pairs, so a policy may learn length alone"
-    )
 
 
 def length_line(figures: Mapping[str, float]) -> str:

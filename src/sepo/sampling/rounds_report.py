@@ -10,11 +10,13 @@ from typing import Any
 from sepo.files import write_json, write_text
 from sepo.numbers import number, with_error
 from sepo.recipe.settings import Recipe
+from sepo.report.edges import length_caution
 
 MARKDOWN, PAGE, JSON = "rounds.md", "rounds.html", "rounds.json"
 # Columns of the table: heading, metric, format.
 _COLUMNS = (
     ("pairs", "pairs/train", ",.0f"),
+    ("chosen − rejected, tokens", "on_policy/length/gap", "+.1f"),
     ("gold reward", "gold_reward/policy", ".3f"),
     ("gain over the first start", "gold_reward/difference", "+.3f"),
     ("judge's win rate", "judge/win_rate", ".2f"),
@@ -43,7 +45,7 @@ def write_rounds(recipe: Recipe, found: Sequence[Mapping[str, Any]], stopped: st
         stopped: why the rounds stopped before their number; empty if they did not.
     """
     folder = recipe.run_folder
-    rows, notes = table_of(found), notes_of(recipe, stopped)
+    rows, notes = table_of(found), notes_of(recipe, found, stopped)
     write_json(folder / JSON, {"rounds": [_plain(row) for row in found], "stopped": stopped, "notes": notes})
     write_text(folder / MARKDOWN, rounds_markdown(recipe.name, rows, notes))
     write_text(folder / PAGE, rounds_page(recipe.name, rows, notes, folder))
@@ -75,7 +77,7 @@ def _cell(row: Mapping[str, Any], name: str, form: str) -> str:
     return number(value, form) if error is None else with_error(value, error, form)
 
 
-def notes_of(recipe: Recipe, stopped: str) -> list[str]:
+def notes_of(recipe: Recipe, found: Sequence[Mapping[str, Any]], stopped: str) -> list[str]:
     """How to read the table."""
     rounds = recipe.rounds
     assert rounds is not None
@@ -96,6 +98,9 @@ def notes_of(recipe: Recipe, stopped: str) -> list[str]:
         "standard errors, clustered by prompt, of one seed.",
         "The last column is the round's oracle on pairs of the answers that its policy gives. An oracle that falls "
         "there knows answers that the policy no longer gives.",
+    ]
+    notes += [
+        f"Round {i}: {caution}." for i, row in enumerate(found, 1) if (caution := length_caution(row, "on_policy/"))
     ]
     return [*notes, stopped[:1].upper() + stopped[1:] + "."] if stopped else notes
 

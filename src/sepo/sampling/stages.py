@@ -21,13 +21,14 @@ from sepo.data.rows import DROP_COLUMN
 from sepo.data.tables import read_table, with_provenance, write_parquet
 from sepo.errors import UserError
 from sepo.files import digest
+from sepo.models.folders import read_json_object
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.processes import log
 from sepo.recipe.settings import OnPolicySettings, Recipe
 from sepo.runs.method import Method, Walker
 from sepo.sampling.answers import How, sample_all, transformers_source
-from sepo.sampling.folder import lines_of, write_pairs_folder
+from sepo.sampling.folder import RECORD, lines_of, write_pairs_folder
 from sepo.sampling.pairs import pairs_of
 from sepo.sampling.prompts import Prompt, prompts_of_pairs, read_prompts, some_prompts
 from sepo.sampling.responses import (
@@ -82,6 +83,15 @@ def before_data(recipe: Recipe, walker: Walker) -> Recipe:
     if not (pairs.folder / PAIRS).is_file():
         return plain
     return plain.model_copy(update={"data": _sampled_data(recipe, pairs)})
+
+
+def metrics_of(method: Method) -> dict[str, float]:
+    """Counts of the sampled pairs, and their lengths, for the metrics of a run; empty in a plan."""
+    record = Path(method.recipe.data.source).parent.parent / RECORD
+    if not record.is_file():
+        return {}
+    values = read_json_object(record)
+    return {f"on_policy/{name}": float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
 def _sampled_data(recipe: Recipe, pairs: StageResult) -> Any:

@@ -121,6 +121,11 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
             raise UserError("compare measures on held-out prompts: set eval.prompts and data.held_out above 0")
         if recipe.eval.tasks or recipe.eval.benchmarks:
             raise UserError("compare runs no tasks and no benchmarks: leave eval.tasks and eval.benchmarks out")
+        if recipe.data.on_policy is not None:
+            raise UserError(
+                "compare trains all variants on the same pairs: make them with `sepo sample` and `sepo pairs`, and "
+                "name them in data.source, without data.on_policy"
+            )
         check_inputs(recipe, EXTENSION)
         if recipe.reference.model != first.model:
             # The pairs are tokenised once, for all variants.

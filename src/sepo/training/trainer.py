@@ -368,6 +368,7 @@ class PreferenceTrainer(Trainer):
             advantages = logps - baselines + token_kls
             sums.matched = tbpo(advantages, batch.segments, batch.num_pairs, args.beta, alpha, args.label_smoothing)
         if args.objective == "opd":
+            assert baselines is not None
             sums.distilled = opd(logps, baselines, sums.of_reference(), batch.segments)
         if reference is not None and model.training and self.state.global_step == 0 and not self._start_checked:
             self._check_start(sums, batch)

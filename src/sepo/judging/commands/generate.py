@@ -306,6 +306,8 @@ def _steered(arguments: argparse.Namespace, model: Any, tokenizer: Any, options:
     names = (arguments.oracle, arguments.reference)
     for role, name in zip(("oracle", "reference"), names, strict=True):
         check_same_tokenizer(f"the {role} '{name}'", load_tokenizer(name), f"the model '{arguments.model}'", tokenizer)
+    if model_fingerprint(arguments.oracle) == model_fingerprint(arguments.reference):
+        raise UserError(f"the oracle '{arguments.oracle}' computes the same as its reference: it steers nothing")
     same = model_fingerprint(arguments.reference) == model_fingerprint(arguments.model)
     oracle, reference = (
         None if same and name is names[1] else load_model(name, device=arguments.device, dtype=arguments.dtype)
