@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sepo.credit.rewards import response_sums, token_rewards
+from sepo.credit.rewards import pair_rewards, response_sums
 from sepo.credit.selection import select_key_tokens
 from sepo.data.ragged import flat
 from sepo.data.tables import read_table
@@ -46,7 +46,7 @@ def scores(models, table, dtype: torch.dtype, autocast: bool, precision: str):
         torch.set_float32_matmul_precision("highest")
         for model, kind in zip(models, before, strict=True):
             model.to(kind)
-    return token_rewards(table, *tables), seconds
+    return pair_rewards(table, *tables), seconds
 
 
 def rewards_of(table) -> np.ndarray:

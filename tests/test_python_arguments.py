@@ -32,7 +32,7 @@ def have(tmp_path_factory) -> SimpleNamespace:
     dataset = datasets.Dataset.from_list(ROWS)
     pairs, _ = sepo.tokenize_pairs(dataset, tokenizer, progress=False)
     logps = sepo.dataset_logps(model, pairs)
-    scores = sepo.token_rewards(pairs, sepo.dataset_logps(tiny_model("llama", seed=1), pairs), logps)
+    scores = sepo.pair_rewards(pairs, sepo.dataset_logps(tiny_model("llama", seed=1), pairs), logps)
     sepo.save_model(model, tokenizer, folder / "model")
     write_table(folder / "scores", scores)
 
@@ -202,18 +202,31 @@ WRONG: dict[str, dict[str, list[Call]]] = {
         ],
         "combine is": [lambda have: sepo.combine_scores([have.scores], None)],
     },
-    "token_rewards": {
+    "pair_rewards": {
         "pairs is": [
-            lambda have: sepo.token_rewards("a", "b", "c"),
-            lambda have: sepo.token_rewards(have.dataset, have.logps, have.logps),
-            lambda have: sepo.token_rewards(have.logps, have.logps, have.pairs),
+            lambda have: sepo.pair_rewards("a", "b", "c"),
+            lambda have: sepo.pair_rewards(have.dataset, have.logps, have.logps),
+            lambda have: sepo.pair_rewards(have.logps, have.logps, have.pairs),
         ],
         "oracle is": [
-            lambda have: sepo.token_rewards(have.pairs, None, have.logps),
-            lambda have: sepo.token_rewards(have.pairs, have.model, have.logps),
-            lambda have: sepo.token_rewards(have.pairs, have.pairs, have.logps),
+            lambda have: sepo.pair_rewards(have.pairs, None, have.logps),
+            lambda have: sepo.pair_rewards(have.pairs, have.model, have.logps),
+            lambda have: sepo.pair_rewards(have.pairs, have.pairs, have.logps),
         ],
-        "reference is": [lambda have: sepo.token_rewards(have.pairs, have.logps, have.scores)],
+        "reference is": [lambda have: sepo.pair_rewards(have.pairs, have.logps, have.scores)],
+    },
+    "token_rewards": {
+        "the oracle is": [
+            lambda have: sepo.token_rewards(None, have.model, "a", ["b"]),
+            lambda have: sepo.token_rewards(have.pairs, have.model, "a", ["b"]),
+        ],
+        "the reference is": [lambda have: sepo.token_rewards(have.name, have.pairs, "a", ["b"], oracle_tokenizer=have)],
+        "prompt is": [lambda have: sepo.token_rewards(have.name, have.model, {"a": 1}, ["b"])],
+        "responses is": [
+            lambda have: sepo.token_rewards(have.name, have.model, "a", "b"),
+            lambda have: sepo.token_rewards(have.name, have.model, "a", [5]),
+        ],
+        "allocation is": [lambda have: sepo.token_rewards(have.name, have.model, "a", ["b"], allocation=3)],
     },
     "select_key_tokens": {
         "scores is": [

@@ -26,7 +26,7 @@ _NAMES = {
     "models.tokenizer": ["load_tokenizer"],
     "models.weights": ["load_model"],
     "models.saving": ["save_model"],
-    "credit.rewards": ["combine_scores", "token_rewards"],
+    "credit.rewards": ["combine_scores", "pair_rewards"],
     "credit.selection": ["select_key_tokens"],
     "forward.packing": ["Pair", "PackedBatch", "pack"],
     "forward.logps": ["token_logps"],
@@ -36,6 +36,7 @@ _NAMES = {
     "report.build": ["build_report"],
     "report.figures": ["save_figures"],
     "report.notebook": ["display"],
+    "rewards.function": ["token_rewards"],
     "api": ["plan_run", "run_recipe"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import gc
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -167,6 +168,21 @@ def writing_to(arguments: argparse.Namespace, check: Callable[[Path], None] = la
     with processes.alone_in(out):
         processes.require_shared(out)
         yield out
+
+
+@contextlib.contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, kept by a command that was interrupted for the next one, and removed otherwise."""
+    from sepo import processes
+
+    folder = out.with_name(f".{out.name}-work")
+    try:
+        yield folder
+    except UserError:
+        if processes.is_main():  # the other ranks may have ended for another reason
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    processes.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def join(device: str) -> Any:

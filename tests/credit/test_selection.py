@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from properties import examples
-from sepo.credit.rewards import combine_scores, response_sums, target_sums, token_rewards
+from sepo.credit.rewards import combine_scores, pair_rewards, response_sums, target_sums
 from sepo.credit.selection import RULES, extreme_positions, keep_counts, select_key_tokens
 from sepo.data.ragged import flat
 from sepo.data.tables import make_table, provenance_of, read_table, with_provenance, write_table
@@ -121,7 +121,7 @@ def test_rewards_are_oracle_minus_reference_for_every_token(tmp_path):
             ("r", [[-1.5, -1.0], [-4.0]], [[-1.0], [-1.0, -1.0]]),
         )
     )
-    table = token_rewards(pairs, oracle, reference)
+    table = pair_rewards(pairs, oracle, reference)
     assert table.column("chosen_rewards").to_pylist() == [[0.5, -1.0], [1.0]]
     assert table.column("rejected_rewards").to_pylist() == [[0.0], [-1.0, 0.5]]
     assert provenance_of(table)["oracle"] == "o"
@@ -129,7 +129,7 @@ def test_rewards_are_oracle_minus_reference_for_every_token(tmp_path):
     assert chosen.tolist() == [-0.5, 1.0]
     assert rejected.tolist() == [0.0, -0.5]
     with pytest.raises(UserError, match="belong to other pairs"):
-        token_rewards(pairs, oracle.slice(1), reference)
+        pair_rewards(pairs, oracle.slice(1), reference)
     write_table(tmp_path / "t", table, rows_per_shard=1)
     assert read_table(tmp_path / "t", "scores").to_pylist() == table.to_pylist()
 

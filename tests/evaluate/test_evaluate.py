@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -33,7 +32,6 @@ from sepo.evaluate.words import token_pieces, token_values, token_words, word_tr
 from sepo.forward.attention import ATTENTION
 from sepo.forward.scoring import NonFiniteError
 from sepo.models.weights import load_model
-from sepo.recipe.settings import Gold
 from sepo.report.statistics import auc
 from sepo.study.policy_evaluator import sample_kl
 from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
@@ -96,8 +94,10 @@ def test_a_word_has_one_sign_under_plain():
     ]
 
 
-def test_the_setting_offers_exactly_the_gold_rewards():
-    assert get_args(Gold) == tuple(gold.GOLD_REWARDS)
+def test_a_package_adds_a_gold_reward_by_an_entry_point():
+    assert gold.gold_reward("details").scores(["Notes: name Mara; age 34."], ["Mara is 34."]).tolist() == [1]
+    with pytest.raises(UserError, match=r"'detail' .did you mean 'details'.*expected one of vader, plain, arithmetic"):
+        gold.gold_reward("detail")
 
 
 def test_an_unknown_gold_reward_is_refused_with_the_nearest_name():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pairs import some_pairs
 from sepo.api import plan_run, run_recipe
-from sepo.credit.rewards import token_rewards
+from sepo.credit.rewards import pair_rewards
 from sepo.data.tables import make_table, provenance_of, read_table, write_table
 from sepo.errors import UserError
 from sepo.forward.scoring import dataset_logps
@@ -223,7 +223,7 @@ def test_scores_that_are_all_zero_are_refused_and_not_kept(tmp_path):
     with pytest.raises(UserError, match="every token reward is 0"):
         score_pairs(tmp_path / "pairs", [tmp_path / "logps"], tmp_path / "logps", tmp_path / "scores")
     assert not list((tmp_path / "scores").glob("*.parquet"))
-    write_table(tmp_path / "zero", token_rewards(pairs, logps, logps), 100)
+    write_table(tmp_path / "zero", pair_rewards(pairs, logps, logps), 100)
     with pytest.raises(UserError, match="every token reward is 0"):
         select(tmp_path / "zero", tmp_path / "selection")
 

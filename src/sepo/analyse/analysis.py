@@ -15,7 +15,7 @@ from sepo.analyse.page import analysis_markdown, ranking_markdown, save_analysis
 from sepo.analyse.ranking import ScoredOracle, default_rules, rank_rules, rules_of
 from sepo.credit.selection import check_rule, select_key_tokens
 from sepo.data.fingerprints import check_table_tokenizer
-from sepo.data.tables import read_table
+from sepo.data.tables import read_table, require_both_sides
 from sepo.errors import UserError
 from sepo.evaluate.gold import gold_reward
 from sepo.files import write_json, write_text
@@ -65,6 +65,7 @@ def run_inputs(
     read = {name: read_table(path, "scores") for name, path in named.items()}
     first = next(iter(read.values()))
     for name, table in read.items():
+        require_both_sides(table, f"'{name}'")
         check_same_pairs(table, first, name)
     if gold is not None:
         gold_reward(gold)

@@ -48,16 +48,23 @@ def run(arguments: argparse.Namespace) -> None:
         processes = join("cpu")
         plan = RunPlan(**processes.on_main(lambda: vars(plan_run(recipe, Target(devices, memory), arguments.until))))
         if processes.is_main():
-            print_plan(f"plan of {recipe.name}", plan.stages)
+            each = "" if recipe.rounds is None else f", each of {recipe.rounds.number} rounds"
+            print_plan(f"plan of {recipe.name}{each}", plan.stages)
             if plan.memory:
                 print_plan("memory of each device", plan.memory, wide=True)
-            print("\n".join(["", *plan.example]))
+            print("\n".join(["", *plan.notes]))
         return
     metrics = run_recipe(recipe, arguments.until)
     if not join(recipe.device).is_main():
         return
     if arguments.until is not None:
         print(f"{recipe.run_folder}: done up to '{arguments.until}'; the same command without --until does the rest")
+        return
+    if recipe.rounds is not None:
+        from sepo.report.documents import print_document
+
+        print_document((recipe.run_folder / "rounds.md").read_text(encoding="utf-8"))
+        print(f"\n{recipe.run_folder}/rounds.html  rounds.json  round-1/ ...")
         return
     from sepo.report.run_summary import print_summary, summarise_run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sepo import command
 
-HELP = "score every response token: log-probability under the oracle minus that under the reference"
+HELP = "score every token of preference pairs or of any answers: log-probability under the oracle minus the reference's"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +35,18 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.data.tables import clear_shards, iter_tables, number_of_rows, table_paths
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
+    from sepo.rewards.file import holds_answers, score_answers
     from sepo.runs.method import Method
     from sepo.runs.pipeline import check_method_pairs
-    from sepo.stages import data, oracle, reference
+    from sepo.stages import oracle, reference
     from sepo.stages.stage import SCORES
 
     with engines.use(arguments.engine, Path(arguments.out)), command.writing_to(arguments) as out:
         processes = command.join(arguments.device)
-        processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
+        processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle)] and None)
+        if processes.on_main(lambda: holds_answers(recipe)):
+            command.print_metrics(f"scores of answers: {out}", score_answers(recipe, out))
+            return
         folders = {"data": out / "pairs", "score": out / "table"}
         folders |= {f"{role}_logps": out / "logps" / role for role in ("reference", "oracle")}
         method = Method(recipe, CommandWalker(folders))

@@ -19,7 +19,7 @@ from sepo.data.tables import make_table, provenance_of, require_table
 from sepo.errors import UserError, wrong_type
 
 
-def token_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.Table:
+def pair_rewards(pairs: pa.Table, oracle: pa.Table, reference: pa.Table) -> pa.Table:
     """Join pairs with two log-probability tables into a table of kind "scores".
 
     Args:

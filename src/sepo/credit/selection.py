@@ -37,7 +37,7 @@ from pydantic import ValidationError
 
 from sepo.credit.label_log_odds import LabelStatistics, label_statistics, with_label_log_odds
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
-from sepo.data.tables import PAIR_WEIGHT, make_table, provenance_of, require_table
+from sepo.data.tables import PAIR_WEIGHT, make_table, provenance_of, require_both_sides, require_table
 from sepo.errors import UserError, check_number, nearest, one_line
 from sepo.recipe.reading import explain
 from sepo.recipe.settings import Rule, SelectSettings
@@ -149,7 +149,7 @@ def select_key_tokens(
     Raises:
         UserError: a rate lies outside (0, 1], or a setting is unknown or impossible.
     """
-    require_table("scores", scores, "scores")
+    require_both_sides(require_table("scores", scores, "scores"), "the score table")
     settings = _settings_of(settings, k_chosen=k_chosen, k_rejected=k_rejected, include_end=include_end, **keywords)
     check_number("seed", seed, whole=True, least=0)
     if settings.label_log_odds and statistics is None:

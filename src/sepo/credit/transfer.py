@@ -40,7 +40,7 @@ from sepo.credit.alignment import (
 )
 from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.ragged import SIDES, flat, ragged
-from sepo.data.tables import make_table, provenance_of, require_table
+from sepo.data.tables import make_table, provenance_of, require_both_sides, require_table
 from sepo.data.vocabulary import TokenBytes
 from sepo.errors import UserError, nearest
 from sepo.recipe.settings import Allocation
@@ -265,6 +265,7 @@ def carry(
         UserError: a table is of another kind, or holds ids that its tokenizer does not have.
     """
     source, target = require_table("source", source, "scores", "pairs"), require_table("target", target, "pairs")
+    require_both_sides(source, "the score table")
     check_allocation(allocation)
     with_rewards = "chosen_rewards" in source.column_names
     report = TransferReport(pairs=len(source))

@@ -287,7 +287,7 @@ def tokenize_pairs(
         "max_length": max_length,
         "max_prompt_length": max_prompt_length,
         "as_chat": as_chat,
-        "end_ids": _end_ids(encoder),
+        "end_ids": end_ids_of(encoder),
     }
     if chat_template_kwargs:  # older tables without options keep their digests
         provenance["chat_template_kwargs"] = dict(chat_template_kwargs)
@@ -383,7 +383,7 @@ class Encoded(NamedTuple):
     digested: bytes
 
 
-def _end_ids(encoder: Encoder) -> list[int]:
+def end_ids_of(encoder: Encoder) -> list[int]:
     """Ids that end a response: the EOS and the chat template's end of turn."""
     ids = {encoder.tokenizer.eos_token_id}
     if encoder.writer is not None:

@@ -106,6 +106,14 @@ def require_table(what: str, value: object, *kinds: str) -> pa.Table:
     return value
 
 
+def require_both_sides(table: pa.Table, what: str) -> None:
+    """Raise a UserError for a table of answers, whose rejected side means nothing (`sepo.rewards`)."""
+    if provenance_of(table).get("answers"):
+        raise UserError(
+            f"{what} holds the scores of answers, not of preference pairs: `sepo report --table` shows them"
+        )
+
+
 def with_provenance(table: pa.Table, kind: str, provenance: Mapping[str, object]) -> pa.Table:
     """Return `table` with its format, version and provenance in the schema metadata.
 

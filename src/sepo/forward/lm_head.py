@@ -144,7 +144,7 @@ class _HeadLogits(torch.autograd.Function):
         h, w = hidden.to(dtype), compute_copy(weight, dtype)
         ctx.save_for_backward(h, w)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return _logits(h, w, bias, LogitTransform())
+        return block_logits(h, w, bias, LogitTransform())
 
     @staticmethod
     @once_differentiable
@@ -176,7 +176,7 @@ def _limits(hidden: Tensor) -> HeadLimits:
     return CPU_LIMITS if hidden.device.type == "cpu" else GPU_LIMITS
 
 
-def _blocks(hidden: Tensor, vocabulary: int) -> Iterator[tuple[slice, slice]]:
+def blocks(hidden: Tensor, vocabulary: int) -> Iterator[tuple[slice, slice]]:
     """(targets, vocabulary) slices of the blocks: all blocks of the first group of targets, then of the next."""
     limits = _limits(hidden)
     for start in range(0, len(hidden), limits.block_targets):
@@ -200,7 +200,7 @@ class _TargetLogps(torch.autograd.Function):
         targets = torch.zeros(len(h), dtype=_float(h), device=h.device)
         normalisers = torch.full_like(targets, float("-inf"))
         ctx.fused = lm_head_cuda.available(h) and bias is None
-        for rows, columns in _blocks(h, len(w)):
+        for rows, columns in blocks(h, len(w)):
             if ctx.fused:
                 raw = lm_head_cuda.matmul_float32(h[rows], w[columns])
                 budget -= raw.numel() * h.element_size()
@@ -212,7 +212,7 @@ class _TargetLogps(torch.autograd.Function):
                 if exponentials is not None:
                     kept.append((exponentials, shift))
                 continue
-            logits = _logits(h[rows], w[columns], None if bias is None else bias[columns], transform)
+            logits = block_logits(h[rows], w[columns], None if bias is None else bias[columns], transform)
             inside, local = _inside(target_ids[rows], columns)
             targets[rows] += torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0)
             # Clamped to the lowest finite number, so that a row of -inf only sums to 0, not NaN.
@@ -237,7 +237,7 @@ class _TargetLogps(torch.autograd.Function):
         d_bias = torch.zeros_like(bias) if need_bias else None
         # d logp / d z = onehot - softmax(z)
         d_targets = ctx.transform.backward_(grad.clone(), targets)
-        for index, (rows, columns) in enumerate(_blocks(h, len(w))):
+        for index, (rows, columns) in enumerate(blocks(h, len(w))):
             if ctx.fused:
                 values, shift = kept[2 * index : 2 * index + 2] if 2 * index < len(kept) else (None, None)
                 if values is None:
@@ -253,7 +253,9 @@ class _TargetLogps(torch.autograd.Function):
                     exponentials, shift = kept[2 * index : 2 * index + 2]
                 else:
                     shift = normalisers[rows]
-                    exponentials = _logits(h[rows], w[columns], None if bias is None else bias[columns], ctx.transform)
+                    exponentials = block_logits(
+                        h[rows], w[columns], None if bias is None else bias[columns], ctx.transform
+                    )
                     exponentials.sub_(shift[:, None]).exp_()
                 capped = None
                 if ctx.transform.softcap is not None:
@@ -281,7 +283,7 @@ def _inside(target_ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, target_ids - columns.start, 0)
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+def block_logits(h: Tensor, w: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
     if h.dtype not in _HALF:
         logits = matmul_nt(h, w)
     elif h.is_cuda:

@@ -56,12 +56,14 @@ class Job(NamedTuple):
         turn: number of the turn, from 0.
         messages: the conversation so far.
         temperature: of sampling.
+        sample: number of the answer, where a question has several.
     """
 
     key: str
     turn: int
     messages: tuple[Mapping[str, Any], ...]
     temperature: float
+    sample: int = 0
 
 
 # An engine answers jobs and passes each answer on as it comes. It skips a job that it cannot answer.
@@ -99,26 +101,30 @@ class AnswerLog:
         append_line(self.path, {"key": job.key, "turn": job.turn, **turn._asdict()})
 
 
-def claim_folder(folder: Path, record: Mapping[str, Any]) -> None:
+def claim_folder(folder: Path, record: Mapping[str, Any], name: str = RECORD, answers: str = FINISHED) -> None:
     """Record the settings of the answers in a folder, or check that they are the recorded ones.
+
+    Args:
+        name: of the file with the settings.
+        answers: name of the file with the answers.
 
     Raises:
         UserError: the folder has answers with other settings; names the first setting that differs.
     """
-    path = folder / RECORD
+    path = folder / name
     if path.is_file():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError):
             earlier = {}
         wanted = json.loads(json.dumps(record))
-        for name in wanted:
-            if earlier.get(name) != wanted[name]:
-                kind = f"with {name} {earlier.get(name)!r}, not {wanted[name]!r}"
-                kind = {"model": "of another model", "prompts": "to other questions"}.get(name, kind)
+        for setting in wanted:
+            if earlier.get(setting) != wanted[setting]:
+                kind = f"with {setting} {earlier.get(setting)!r}, not {wanted[setting]!r}"
+                kind = {"model": "of another model", "prompts": "to other questions"}.get(setting, kind)
                 raise UserError(f"'{folder}' holds answers {one_line(kind, 150)}: choose another --out, or remove it")
-    elif (folder / FINISHED).is_file():
-        raise UserError(f"'{folder}' holds {FINISHED} without {RECORD}: choose another --out")
+    elif (folder / answers).is_file():
+        raise UserError(f"'{folder}' holds {answers} without {name}: choose another --out")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"settings": record})
@@ -236,7 +242,7 @@ def transformers_engine(
                 progress=False,
             )
             for i, response in zip(batch, responses, strict=True):
-                done(jobs[i], _local_turn(tokenizer, ids[i], response.response_ids, response.finished))
+                done(jobs[i], local_turn(tokenizer, ids[i], response.response_ids, response.finished))
 
     return run
 
@@ -289,12 +295,12 @@ def units_engine(
         answers = read_batches(Answers, f"answer turn {jobs[0].turn + 1}", settings, details, out)
         for (_, batch), responses in zip(batches, answers, strict=True):
             for i, (response, finished) in zip(batch, responses, strict=True):
-                done(jobs[i], _local_turn(tokenizer, ids[i], response, finished))
+                done(jobs[i], local_turn(tokenizer, ids[i], response, finished))
 
     return run
 
 
-def _local_turn(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], finished: bool) -> Turn:
+def local_turn(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], finished: bool) -> Turn:
     """The answer of a local model, without its thinking."""
     answer = answer_of(tokenizer, ids, prompt)
     if answer is None or not answer.strip():
@@ -333,7 +339,7 @@ def server_engine(
                 job.messages,
                 temperature=job.temperature,
                 max_tokens=max_new_tokens,
-                seed=prompt_seed(seed, job.messages),
+                seed=prompt_seed(seed, job.messages, job.sample),
             )
             for job in jobs
         ]
@@ -393,7 +399,7 @@ def vllm_engine(
             SamplingParams(
                 temperature=job.temperature,
                 max_tokens=max_new_tokens,
-                seed=prompt_seed(seed, list(prompt)),
+                seed=prompt_seed(seed, list(prompt), job.sample),
                 stop_token_ids=stops,
             )
             for job, prompt in zip(jobs, ids, strict=True)
@@ -404,14 +410,14 @@ def vllm_engine(
             outputs = llm.generate(prompts, settings[part], **request)
             for job, prompt, output in zip(jobs[part], ids[part], outputs, strict=True):
                 answer = output.outputs[0]
-                done(job, _local_turn(tokenizer, prompt, list(answer.token_ids), answer.finish_reason == "stop"))
+                done(job, local_turn(tokenizer, prompt, list(answer.token_ids), answer.finish_reason == "stop"))
 
     return run
 
 
-def prompt_seed(seed: int, prompt: Any) -> int:
-    """A seed of 31 bits for a prompt. With a common seed a server would draw the same numbers for every prompt."""
-    return int(digest([seed, prompt]), 16) % 2**31
+def prompt_seed(seed: int, prompt: Any, sample: int = 0) -> int:
+    """A seed of 31 bits for an answer. With a common seed a server would draw the same numbers for every prompt."""
+    return int(digest([seed, prompt, sample] if sample else [seed, prompt]), 16) % 2**31
 
 
 def _rank(adapter: str) -> int:

@@ -184,6 +184,8 @@ def payload_of(
     end_ids = [] if include_end else scores.provenance.get("end_ids", [])
     margins = np.zeros(len(rows))
     for side, sign in SIGNED_SIDES:
+        if side not in scores.rewards:
+            continue
         rewards, lengths = flat(rows[f"{side}_rewards"])
         arrays[f"{side}_rewards"] = rewards.astype(np.float32)
         ended = ends_response(flat(rows[f"{side}_ids"])[0], lengths, end_ids)
@@ -210,6 +212,7 @@ def payload_of(
         {
             **header,
             **more,
+            "sides": list(scores.rewards),
             "questions": _questions(rows),
             "pair_ids": rows["pair_id"].to_pylist(),
             "pieces": _listed(token_texts),

@@ -57,6 +57,7 @@ def make_figure(draw: Callable[[Axes], None], x_label: str, y_label: str, legend
 
 def _table_figures(summary: dict) -> dict[str, Figure]:
     """Figures of a score table, by file name."""
+    sides = [side for side in SIDES if side in summary["positions"]]
 
     def cumulative(axes: Axes) -> None:
         curves = summary["cumulative"]
@@ -87,7 +88,7 @@ def _table_figures(summary: dict) -> dict[str, Figure]:
 
     def positions(axes: Axes) -> None:
         at = summary["positions"]["position"]
-        for side in SIDES:
+        for side in sides:
             lines = {
                 name: [float("nan") if value is None else value for value in values]
                 for name, values in summary["positions"][side].items()
@@ -99,10 +100,12 @@ def _table_figures(summary: dict) -> dict[str, Figure]:
         axes.xaxis.set_major_formatter(_NUMBER)
 
     figures = {
-        "token-rewards": make_figure(distribution("rewards", SIDES, True), "Token reward s", "Share of tokens"),
+        "token-rewards": make_figure(distribution("rewards", sides, True), "Token reward s", "Share of tokens"),
         "reward-by-position": make_figure(positions, "Position in the response", "Mean reward s"),
-        "pair-margins": make_figure(distribution("margins", ["pairs"], False), "Margin", "Share of pairs"),
     }
+    if len(sides) > 1:
+        margins = make_figure(distribution("margins", ["pairs"], False), "Margin", "Share of pairs")
+        figures["pair-margins"] = margins
     if summary["cumulative"]:
         figures["cumulative-share"] = make_figure(cumulative, "Share of tokens, largest |s| first", "Share of Σ|s|")
     return figures

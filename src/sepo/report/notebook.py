@@ -23,7 +23,7 @@ from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
 from sepo.report.build import page, payload_of
-from sepo.report.reading import Scores, find_tokenizer
+from sepo.report.reading import Scores, find_tokenizer, shown_sides
 from sepo.report.token_texts import TokenTexts
 
 _HEIGHT = 480  # pixels; longer pairs scroll
@@ -84,26 +84,26 @@ def display(
 
 def _scores_of(source: Mapping | pa.Table | str | os.PathLike, index: int) -> Scores:
     """The pair to show as a score table of one row."""
-    row, end_ids = _row(source, index)
+    row, provenance = _row(source, index)
     columns = {name: [row[name]] for name in tables.SCHEMAS["scores"].names}
-    table = tables.make_table("scores", columns)
-    rewards = {side: flat(table[f"{side}_rewards"]) for side in SIDES}
+    table = tables.make_table("scores", columns, provenance)
+    rewards = {side: flat(table[f"{side}_rewards"]) for side in shown_sides(table)}
     for side, (values, lengths) in rewards.items():
         count = len(table[f"{side}_ids"][0])
         if lengths[0] != count or not count:
             raise UserError(f"the pair has {lengths[0]} {side} rewards for {count} tokens: expected one per token")
         if not np.isfinite(values).all():
             raise UserError(f"the pair has a {side} reward that is not finite")
-    return Scores(table, rewards, np.zeros(1, np.int64), {"end_ids": end_ids})
+    return Scores(table, rewards, np.zeros(1, np.int64), provenance)
 
 
-def _row(source: Mapping | pa.Table | str | os.PathLike, index: int) -> tuple[Mapping, list[int]]:
-    """The row to show and the ids that end a response."""
+def _row(source: Mapping | pa.Table | str | os.PathLike, index: int) -> tuple[Mapping, dict]:
+    """The row to show and what is known of its table: the ids that end a response, and whether it holds answers."""
     if isinstance(source, Mapping):
         missing = [f"{side}_{part}" for side in SIDES for part in ("ids", "rewards") if f"{side}_{part}" not in source]
         if missing:
             raise UserError(f"the pair has no '{missing[0]}': expected a row of a score table")
-        return {"pair_id": 0, "prompt_ids": [], **source}, list(source.get("end_ids", ()))
+        return {"pair_id": 0, "prompt_ids": [], **source}, {"end_ids": list(source.get("end_ids", ()))}
     if not isinstance(source, pa.Table | Path):
         raise wrong_type("pair_or_table", source, "a row of a score table, the table, or its path")
     if not isinstance(source, pa.Table):
@@ -113,4 +113,6 @@ def _row(source: Mapping | pa.Table | str | os.PathLike, index: int) -> tuple[Ma
     check_number("index", index, whole=True)
     if not -len(source) <= index < len(source):
         raise UserError(f"no pair at row {index}: the score table has {len(source)} rows")
-    return source.slice(index % len(source), 1).to_pylist()[0], tables.provenance_of(source).get("end_ids", [])
+    provenance = tables.provenance_of(source)
+    kept = {name: provenance[name] for name in ("end_ids", "answers") if name in provenance}
+    return source.slice(index % len(source), 1).to_pylist()[0], kept

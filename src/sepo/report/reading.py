@@ -83,10 +83,11 @@ def read_scores(path: Path, max_pairs: int, figure_pairs: int = FIGURE_PAIRS) ->
     start = 0
     for shard in paths:
         table = tables.read_shard(shard, "scores")
-        sides = [flat(table[f"{side}_rewards"]) for side in SIDES]
-        chosen, rejected = (segment_sums(*side) for side in sides)
-        right += float(won(chosen, rejected).sum())
-        longer += float((sides[0][1] > sides[1][1]).sum())
+        sides = [flat(table[f"{side}_rewards"]) for side in shown_sides(table)]
+        if len(sides) > 1:
+            chosen, rejected = (segment_sums(*side) for side in sides)
+            right += float(won(chosen, rejected).sum())
+            longer += float((sides[0][1] > sides[1][1]).sum())
         tokens += sum(len(values) for values, _ in sides)
         figure_columns = [*_FIGURE_COLUMNS, *([PROMPT_KEY] if PROMPT_KEY in table.column_names else [])]
         for rows, parts, kept in ((picked, shown, None), (of_figures, sampled, figure_columns)):
@@ -98,11 +99,16 @@ def read_scores(path: Path, max_pairs: int, figure_pairs: int = FIGURE_PAIRS) ->
     figures = pa.concat_tables(sampled)
     return Scores(
         rows=pa.concat_tables(shown),
-        rewards={side: flat(figures[f"{side}_rewards"]) for side in SIDES},
+        rewards={side: flat(figures[f"{side}_rewards"]) for side in shown_sides(shown[0])},
         prompts=prompt_numbers(figures),
         provenance=tables.provenance_of(shown[0]),
         totals={"pairs": total, "tokens": int(tokens), "accuracy": right / total, "chosen_longer": longer / total},
     )
+
+
+def shown_sides(table: pa.Table) -> tuple[str, ...]:
+    """The sides that mean something: only "chosen" in a table of answers, which are no pairs."""
+    return SIDES[:1] if tables.provenance_of(table).get("answers") else SIDES
 
 
 def _by_token(

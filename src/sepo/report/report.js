@@ -2,7 +2,9 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const SIDES = ["chosen", "rejected"];
+// A table of answers, which are no pairs, has one side.
+let SIDES = ["chosen", "rejected"];
+const isPairs = () => SIDES.length > 1;
 
 // ---------------------------------------------------------------- data
 
@@ -166,7 +168,7 @@ function pairsView(data) {
   // ------------------------------------------------ cards, filled only near the viewport
 
   const cards = data.pair_ids.map((id, pair) => h("article", {
-    className: "pair", id: `pair-${id}`, tabIndex: 0, "aria-label": `Pair ${id}`, "data-pair": pair, "aria-setsize": count,
+    className: "pair", id: `pair-${id}`, tabIndex: 0, "aria-label": `${isPairs() ? "Pair" : "Answer"} ${id}`, "data-pair": pair, "aria-setsize": count,
   }));
   const live = new Map(); // pair -> { ranks, spans, titles } of the filled cards, each by side
   const heights = new Map();
@@ -176,7 +178,7 @@ function pairsView(data) {
     const narrow = columnWidth < 820;
     const perLine = Math.max(20, (narrow ? columnWidth : (columnWidth - 40) / 2) / 7.2);
     const lines = (side) => Math.ceil((length(side, pair) * 4.4) / perLine) + 1;
-    const text = narrow ? lines("chosen") + lines("rejected") + 2 : Math.max(lines("chosen"), lines("rejected"));
+    const text = narrow ? SIDES.reduce((sum, side) => sum + lines(side), 2) : Math.max(...SIDES.map(lines));
     return 140 + 29 * text;
   }
   const reserve = (pair) => { cards[pair].style.minHeight = `${heights.get(pair) ?? estimate(pair)}px`; };
@@ -269,9 +271,9 @@ function pairsView(data) {
       h("span", { className: "tag" }, `${name}: ${facet.values[facet.codes[pair]] || "none"}`));
     cards[pair].replaceChildren(
       h("header", {},
-        h("h3", {}, `Pair ${data.pair_ids[pair]}`),
-        h("span", { className: "margin" }, `margin ${signed(margin, 2)}`),
-        margin <= 0 ? h("span", { className: "wrong" }, "oracle wrong") : null,
+        h("h3", {}, `${isPairs() ? "Pair" : "Answer"} ${data.pair_ids[pair]}`),
+        isPairs() ? h("span", { className: "margin" }, `margin ${signed(margin, 2)}`) : null,
+        isPairs() && margin <= 0 ? h("span", { className: "wrong" }, "oracle wrong") : null,
         tags),
       promptOf(pair),
       h("div", { className: "sides" }, SIDES.map((side) => responseOf(pair, side, entry))),
@@ -302,7 +304,7 @@ function pairsView(data) {
         keys += key;
         sum += rewards[i];
       });
-      const name = h("b", {}, side === "chosen" ? "Chosen" : "Rejected");
+      const name = h("b", {}, !isPairs() ? "Response" : side === "chosen" ? "Chosen" : "Rejected");
       entry.titles[side].replaceChildren(name, `  ${integer(rewards.length)} tokens · ${integer(keys)} key · sum ${signed(sum, 2)}`);
     }
   }
@@ -350,6 +352,16 @@ function pairsView(data) {
       scheduleRates();
     });
   }
+  if (!isPairs()) {
+    for (const id of ["k-rejected", "verdict", "longer"]) $(id).closest("label").hidden = true;
+    $("k-chosen").closest("label").querySelector(".side-name").textContent = "Key tokens";
+    $("tab-pairs").textContent = "Answers";
+    feed.setAttribute("aria-label", "Answers");
+    feed.classList.add("alone");
+    for (const [value, text] of [["margin-down", "largest sum"], ["margin-up", "smallest sum"]]) {
+      $("sort").querySelector(`[value=${value}]`).textContent = text;
+    }
+  }
   $("stored-switch").hidden = !hasStored;
   $("stored").addEventListener("change", (event) => {
     state.stored = event.target.checked;
@@ -378,7 +390,7 @@ function pairsView(data) {
     const [verdict, which, shortest, longest] = ["verdict", "longer", "shortest", "longest"].map((id) => $(id).value);
     const wanted = facetFields.filter(({ select }) => select.value).map(({ facet, select }) => [facet.codes, Number(select.value)]);
     return data.pair_ids.map((_, pair) => pair).filter((pair) => {
-      const [chosen, rejected] = SIDES.map((side) => length(side, pair));
+      const [chosen, rejected = 0] = SIDES.map((side) => length(side, pair));
       const longer = Math.max(chosen, rejected);
       if (verdict && (arrays.margins[pair] <= 0) !== (verdict === "wrong")) return false;
       if (which && (which === "chosen" ? chosen <= rejected : rejected <= chosen)) return false;
@@ -389,7 +401,7 @@ function pairsView(data) {
     });
   }
 
-  const total = (pair) => length("chosen", pair) + length("rejected", pair);
+  const total = (pair) => SIDES.reduce((sum, side) => sum + length(side, pair), 0);
   const comparisons = {
     "original": (a, b) => a - b,
     "margin-down": (a, b) => arrays.margins[b] - arrays.margins[a] || a - b,
@@ -420,8 +432,8 @@ function pairsView(data) {
     state.order.forEach((pair) => observer.observe(cards[pair]));
     const shown = count < summary.pairs ? ` shown here, of ${integer(summary.pairs)} in the table` : "";
     $("count").textContent = state.order.length === count
-      ? `${integer(count)} pairs${shown}`
-      : `${integer(state.order.length)} of ${integer(count)} pairs${state.order.length ? "" : ": nothing matches"}`;
+      ? `${integer(count)} ${isPairs() ? "pairs" : "answers"}${shown}`
+      : `${integer(state.order.length)} of ${integer(count)} ${isPairs() ? "pairs" : "answers"}${state.order.length ? "" : ": nothing matches"}`;
     $("clear").hidden = filters.every((input) => input.value === "");
   }
 
@@ -823,7 +835,7 @@ function figuresView(data) {
       name: side, ...SIDE_STYLE[side], x: summary.positions.position, y: summary.positions[side].mean, low: summary.positions[side].low, high: summary.positions[side].high,
     })),
   }));
-  charts.push(figure({
+  if (isPairs()) charts.push(figure({
     title: "Margins of the pairs", file: "pair-margins",
     caption: `Summed reward of the chosen response minus that of the rejected one. The oracle ranks ${percent(summary.accuracy, 1)} of these ${tableSide(data.documents)} pairs right (margin above 0). The outermost 1\u00a0% is not drawn.`,
     xLabel: "Margin", yLabel: "Share of pairs", x: { format: short }, y: { low: 0, format: (y) => percent(y, y && y < 0.01 ? 1 : 0), read: (y) => percent(y, 2) },
@@ -832,7 +844,7 @@ function figuresView(data) {
   }));
   $("figures").append(h("section", { className: "group" },
     h("h2", {}, "Token rewards"),
-    h("p", { className: "muted" }, `${summary.figure_pairs < summary.pairs ? `${integer(summary.figure_pairs)} evenly spaced pairs of ${integer(summary.pairs)}` : `All ${integer(summary.pairs)} pairs of the table`}. A token's reward is s = log p(oracle) − log p(reference).`),
+    h("p", { className: "muted" }, `${summary.figure_pairs < summary.pairs ? `${integer(summary.figure_pairs)} evenly spaced ${isPairs() ? "pairs" : "answers"} of ${integer(summary.pairs)}` : `All ${integer(summary.pairs)} ${isPairs() ? "pairs" : "answers"} of the table`}. A token's reward is s = log p(oracle) − log p(reference).`),
     h("div", { className: "charts" }, charts)));
 
   const seriesStyle = (name) => ({
@@ -889,23 +901,23 @@ function leaves(value, path = "") {
 }
 
 const row = (head, ...cells) => h("tr", {}, h("th", { scope: "row" }, head), cells);
-const table = (columns, rows) => h("div", { className: "scroll" }, h("table", {},
+const table = (columns, rows, className = "") => h("div", { className: "scroll" }, h("table", { className },
   columns.length ? h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", className: name === "Key" ? "raw" : "" }, name)))) : null, h("tbody", {}, rows)));
 
 /** Many lines in one cell: closed until they are asked for, so that a row stays one screen high. */
 const folded = (lines) => (lines.length <= 3 ? lines : h("details", {}, h("summary", {}, `${integer(lines.length)} values`), lines));
 
-/** Any JSON value as a table: records of records get a row per record and a column per key, others key and value. */
+/** Any JSON value as a table: records of records get a row per record and a column per key (a block per record where the screen is narrow), others key and value. */
 function describeValue(key, value) {
   if (isSimple(value)) return h("p", {}, simple(key, value));
   const entries = Array.isArray(value) ? value.map((item, i) => [String(i + 1), item]) : Object.entries(value);
   if (entries.length === 0) return h("p", { className: "muted" }, "–");
   const name = (word) => (/version|package/i.test(key) || Array.isArray(value) ? word : words(word));
-  const cell = (column, item) => h("td", {}, item === undefined ? "" : isSimple(item) ? simple(column, item)
+  const cell = (column, item) => h("td", { "data-label": words(column) }, item === undefined ? "" : isSimple(item) ? simple(column, item)
     : folded(leaves(item).map(([path, leaf]) => h("div", {}, h("span", { className: "muted" }, `${words(path)}: `), simple(path, leaf)))));
   const columns = [...new Set(entries.flatMap(([, item]) => (isRecord(item) ? Object.keys(item) : [])))];
   if (entries.length > 1 && columns.length <= 8 && entries.every(([, item]) => isRecord(item) && Object.values(item).some(isSimple))) {
-    return table(["", ...columns.map(words)], entries.map(([word, item]) => row(name(word), columns.map((column) => cell(column, item[column])))));
+    return table(["", ...columns.map(words)], entries.map(([word, item]) => row(name(word), columns.map((column) => cell(column, item[column])))), "records");
   }
   return table([], entries.map(([word, item]) => row(name(word), isSimple(item) ? cell(word, item) : h("td", {}, describeValue(word, item)))));
 }
@@ -1063,14 +1075,14 @@ function tableSide(documents) {
 function facts({ summary, documents }) {
   const heldOut = documents?.metrics?.["oracle/accuracy"];
   const rows = [
-    ["preference pairs", integer(summary.pairs)],
+    [isPairs() ? "preference pairs" : "answers", integer(summary.pairs)],
     ["response tokens", integer(summary.tokens)],
     ...(typeof heldOut === "number" ? [["of held-out pairs ranked right by the oracle", percent(heldOut, 1)]] : []),
-    ["of pairs have the longer response chosen", percent(summary.chosen_longer, 1)],
+    ...(isPairs() ? [["of pairs have the longer response chosen", percent(summary.chosen_longer, 1)]] : []),
   ];
   if (summary.cumulative) rows.push(["of the tokens carry 80 % of the reward", percent(summary.cumulative.share_for_80)]);
   // The oracle may have been trained on the pairs of the table: their accuracy is no result.
-  rows.push([`of the ${tableSide(documents)} pairs below ranked right by the oracle`, percent(summary.accuracy, 1), "minor"]);
+  if (isPairs()) rows.push([`of the ${tableSide(documents)} pairs below ranked right by the oracle`, percent(summary.accuracy, 1), "minor"]);
   $("facts").append(...rows.map(([term, value, className = ""]) => h("div", { className }, h("dt", {}, term), h("dd", {}, value))));
 }
 
@@ -1085,6 +1097,7 @@ async function main() {
     return;
   }
   $("title").textContent = plain(data.title);
+  SIDES = data.sides;
   pairsView(data);
   if (data.single_pair) document.documentElement.dataset.singlePair = "true"; // in a notebook: the style hides the rest
   else {

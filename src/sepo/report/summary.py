@@ -127,27 +127,29 @@ def summarise(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts: np.nd
     """Summarise a score table.
 
     Args:
-        sides: for "chosen" and "rejected", the flat token rewards `[tokens]` and the lengths `[pairs]`.
+        sides: for "chosen" and "rejected", the flat token rewards `[tokens]` and the lengths `[pairs]`; of answers,
+            which are no pairs, for "chosen" only.
         prompts: the number of each pair's prompt `[pairs]` (`data.splits.prompt_numbers`).
 
     Returns:
         Plain numbers and lists: `pairs`, `tokens`, `accuracy` (share of pairs whose chosen response has the higher
         summed reward, ties one half), `chosen_longer`, `colour_limit` (|s| at which the colour scale ends) and the
-        figures `cumulative`, `rewards`, `margins` and `positions`.
+        figures `cumulative`, `rewards`, `margins` (of answers: their sums) and `positions`.
     """
-    (chosen, chosen_lengths), (rejected, rejected_lengths) = sides["chosen"], sides["rejected"]
     sums = {side: segment_sums(*values) for side, values in sides.items()}
-    margins = sums["chosen"] - sums["rejected"]
-    magnitude = np.abs(np.concatenate([chosen, rejected]))
+    others = sums.get("rejected", np.zeros_like(sums["chosen"]))
+    other_lengths = sides["rejected"][1] if "rejected" in sides else sides["chosen"][1]
+    margins = sums["chosen"] - others
+    magnitude = np.abs(np.concatenate([values for values, _ in sides.values()]))
     limit = float(np.quantile(magnitude, 0.98)) if len(magnitude) else 0.0
     return {
         "pairs": len(margins),
-        "tokens": len(chosen) + len(rejected),
-        "accuracy": float(np.mean(won(sums["chosen"], sums["rejected"]))),
-        "chosen_longer": float(np.mean(chosen_lengths > rejected_lengths)),
+        "tokens": len(magnitude),
+        "accuracy": float(np.mean(won(sums["chosen"], others))),
+        "chosen_longer": float(np.mean(sides["chosen"][1] > other_lengths)),
         "colour_limit": limit or 1.0,
         "cumulative": _cumulative_figure(sides),
-        "rewards": _histogram({"chosen": chosen, "rejected": rejected}, 80),
+        "rewards": _histogram({side: values for side, (values, _) in sides.items()}, 80),
         "margins": _histogram({"pairs": margins}, int(np.clip(np.sqrt(len(margins)) * 2, 10, 60))),
         "positions": _position_figure(sides, prompts),
     }

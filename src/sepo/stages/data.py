@@ -47,7 +47,7 @@ def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
         kind="data",
         what=settings.source,
         depends={
-            "data": settings.model_dump(mode="json", exclude={"workers"}),
+            "data": settings.model_dump(mode="json", exclude={"workers", "on_policy"}),
             "seed": seed,
             "columns": [CONVERSATION, PROMPT_KEY],  # earlier releases wrote tables without them
             "tokenizer": tokenizer_fingerprint(tokenizer),

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.credit.rewards import combine_scores, given_rewards, require_rewards, token_rewards
+from sepo.credit.rewards import combine_scores, given_rewards, pair_rewards, require_rewards
 from sepo.data.ragged import SIDES, flat, ragged
 from sepo.data.tables import (
     arrow_file,
@@ -228,7 +228,7 @@ def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path
         table = read_shard(pair, "pairs")
         before, after = stores[: len(bases)], stores[len(bases) :]
         scores = [
-            token_rewards(table, read_shard(oracle, "logps"), read_shard(base, "logps"))
+            pair_rewards(table, read_shard(oracle, "logps"), read_shard(base, "logps"))
             for base, oracle in zip(before, after, strict=True)
         ]
         made.append(write_shard(out, index, scores[0] if len(scores) == 1 else combine_scores(scores), len(shards)))

@@ -59,6 +59,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="answers at a time (default: fits the device)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="dtype of the weights")
     device_options(parser)
+    steering = parser.add_argument_group("steering", "add an oracle's token rewards to the logits; no training")
+    steering.add_argument(
+        "--steer",
+        type=float,
+        metavar="ALPHA",
+        help="sample from log p(MODEL) + ALPHA (log p(oracle) - log p(ref.))",
+    )
+    steering.add_argument("--oracle", type=path, metavar="DIR", help="the oracle")
+    steering.add_argument("--reference", type=path, metavar="MODEL", help="the model that the oracle started from")
     server = parser.add_argument_group("a model behind a server")
     server.add_argument("--server", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
     server_options(server)
@@ -139,7 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"'{arguments.prompts}' has questions of several turns, which AlpacaEval's format does not allow"
         )
-    endpoint = None if arguments.server is None else _endpoint(arguments, options)
+    endpoint = None if arguments.server is None else endpoint_of(arguments, options)
     record = _record(arguments, digest, benchmark, options)
     if endpoint is not None and arguments.request:
         record["request"] = dict(endpoint.more)
@@ -161,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
             with log_kept_on_interrupt(kept):
                 if endpoint is not None:
                     log(_SERVERS_OWN)
-                engine = _engine(arguments, options, endpoint, spent, failures)
+                engine = engine_of(arguments, options, endpoint, spent, failures)
                 answer_all(questions, benchmark, finished, engine, arguments.temperature)
         name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
         file = write_answers(out, questions, benchmark, finished, name)
@@ -194,6 +203,13 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         engines.check_engine(arguments.engine)
     if arguments.server is not None and arguments.engine is not None:
         raise UserError("--engine is for a local model: leave it out with --server")
+    steering = [name for name in ("steer", "oracle", "reference") if getattr(arguments, name) is not None]
+    if steering and len(steering) < 3:
+        raise UserError("steering needs all of --steer, --oracle and --reference")
+    if steering and (arguments.server is not None or arguments.engine not in (None, "transformers")):
+        raise UserError("--steer needs the models' logits: leave --server and --engine out")
+    if steering:
+        check_number("--steer", arguments.steer)
     check_number("--max-new-tokens", arguments.max_new_tokens, whole=True, least=1)
     check_number("--seed", arguments.seed, whole=True, least=0, below=2**32)
     if arguments.temperature is not None:
@@ -204,7 +220,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         check_number("--limit", arguments.limit, whole=True, least=1)
 
 
-def _endpoint(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Endpoint:
+def endpoint_of(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Endpoint:
     from sepo.judging.endpoint import Endpoint
 
     names = ("key_variable", "key_header", "concurrency", "timeout", "retries", "cache")
@@ -234,10 +250,12 @@ def _record(arguments: argparse.Namespace, digest: str, benchmark: str, options:
     quiet_libraries()
     from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 
+    if arguments.steer is not None:
+        record["steer"] = [arguments.steer, *map(model_fingerprint, (arguments.oracle, arguments.reference))]
     return {**record, "model": [model_fingerprint(arguments.model), usage_fingerprint(arguments.model)]}
 
 
-def _engine(
+def engine_of(
     arguments: argparse.Namespace,
     options: Mapping[str, Any],
     endpoint: Endpoint | None,
@@ -267,9 +285,32 @@ def _engine(
         out, on = Path(arguments.out), {"device": arguments.device, "dtype": arguments.dtype}
         return units_engine(arguments.model, tokenizer, out, **on, **settings)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    if getattr(arguments, "steer", None) is not None:
+        return _steered(arguments, model, tokenizer, options)
     return transformers_engine(model, tokenizer, **settings)
 
 
 def _units(arguments: argparse.Namespace) -> str:
     """The engine of units of work; "local" for a model in this process and for vLLM."""
     return arguments.engine if arguments.engine not in (None, "transformers", "vllm") else "local"
+
+
+def _steered(arguments: argparse.Namespace, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Engine:
+    """Load the oracle, and its reference unless that is the model itself."""
+    from sepo.data.fingerprints import check_same_tokenizer
+    from sepo.judging.steering import Steered, steered_engine
+    from sepo.models.fingerprint import model_fingerprint
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.models.weights import load_model
+
+    names = (arguments.oracle, arguments.reference)
+    for role, name in zip(("oracle", "reference"), names, strict=True):
+        check_same_tokenizer(f"the {role} '{name}'", load_tokenizer(name), f"the model '{arguments.model}'", tokenizer)
+    same = model_fingerprint(arguments.reference) == model_fingerprint(arguments.model)
+    oracle, reference = (
+        None if same and name is names[1] else load_model(name, device=arguments.device, dtype=arguments.dtype)
+        for name in names
+    )
+    steered = Steered(model, oracle, reference, arguments.steer)
+    settings = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
+    return steered_engine(steered, tokenizer, batch_size=arguments.batch_size, options=options, **settings)
