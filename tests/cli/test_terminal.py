@@ -82,6 +82,7 @@ def commands(place: Path) -> dict[str, list[str]]:
         "analyse": ["analyse", "--table", f"{place}/scores", "--tokenizer", f"{place}/model", "--out", f"{place}/an"],
         "compare --dry-run": ["compare", f"{place}/grid.yaml", "--dry-run"],
         "compare": ["compare", f"{place}/grid.yaml"],
+        "work": ["work", f"{place}/run", "--wait", "0"],
         "bench": ["bench", "laboratory", "--kinds", "late", "--pairs", "20", "--seeds", "2", "--length", "2",
                   "--out", f"{place}/lab"],
     }  # fmt: skip

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import threading
@@ -89,14 +90,14 @@ def end(*started: multiprocessing.Process) -> None:
 
 def test_one_process_gives_the_tables_of_local_and_leaves_no_files(source, tmp_path, expected):
     shown: list[float] = []
-    with engines.use("files", tmp_path / "out"):
+    with engines.use("files", tmp_path / "out"), processes.alone_in(tmp_path / "out"):
         counts = work.do(make_job(source, tmp_path / "out"), shown.append)
     assert tables(tmp_path / "out") == expected
     assert sorted(found["index"] for found in counts.values()) == list(range(6))
     assert sum(shown) == 30
     assert len(lines(tmp_path / "out", "opened")) == 1
-    assert not list((tmp_path / "out" / FOLDER).glob("*/job.json"))
-    assert not list((tmp_path / "out" / FOLDER / "workers").iterdir())
+    left = [path for path in (tmp_path / "out" / FOLDER).rglob("*") if path.is_file()]
+    assert [path.name for path in left] == ["closed.json"]
 
 
 def test_a_worker_that_joins_gets_work_and_loads_its_model_once(source, tmp_path, expected):
@@ -136,7 +137,7 @@ def test_after_all_are_killed_the_same_command_does_what_is_missing(source, tmp_
     out.mkdir()
     (out / "hold-part-00002").touch()
     driver, worker = start(drive, source, out), start_worker(out)
-    wait_for(lambda: len(lines(out, "order")) == 5)
+    wait_for(lambda: len(list((out / FOLDER).glob("*/done/*.json"))) == 5)
     end(driver, worker)
     written = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
     (out / "hold-part-00002").unlink()
@@ -389,3 +390,69 @@ def test_unknown_engines_and_launches_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start one process"), engines.use("files", tmp_path):
         pass
+
+
+def test_a_job_that_is_asked_for_again_by_a_later_command_is_not_done_again(source, tmp_path, expected):
+    """A command that was killed after a job finished: the records stay until a command ends well."""
+    out = tmp_path / "out"
+    for _ in range(2):
+        drive(source, out)
+    assert tables(out) == expected
+    assert len(lines(out, "order")) == 6
+    (out / "part-00002.parquet").unlink()
+    drive(source, out)
+    assert tables(out) == expected
+    assert len(lines(out, "order")) == 7
+
+
+def test_a_unit_that_a_living_worker_forgot_is_done_by_another(source, tmp_path, expected):
+    """Its job was ended while it worked at the unit, and was taken up again."""
+    out = tmp_path / "out"
+    folder = JobFolder.publish(out / FOLDER, make_job(source, out))
+    with Heart(out / FOLDER, BEAT) as heart:
+        assert folder.claim("part-00002", 1, heart.name)
+        heart.held = {"part-00003": 1}
+        assert folder.claim("part-00003", 1, heart.name)
+        driver = start(drive, source, out)
+        wait_for(lambda: len(folder.done()) == 5)
+        time.sleep(2 * PATIENCE)  # the unit that it names stays its own
+        assert not folder.is_done("part-00003")
+        heart.held = {}
+        driver.join(20)
+    assert driver.exitcode == 0
+    assert tables(out) == expected
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(4))
+def test_commands_killed_and_started_at_random_lose_nothing(tmp_path, seed):
+    """Four processes with one command of two jobs, of which some are killed all the time for three seconds."""
+    draw, source, out = random.Random(seed), make_source(tmp_path / "source", 40), tmp_path / "out"
+    work.do(make_job(source, tmp_path / "local"))
+    work.do(make_job(source, tmp_path / "second", oracle="B", add=3))
+
+    def command() -> None:
+        try:
+            with engines.use("files", out), processes.alone_in(out):
+                work.do(make_job(source, out))
+                work.do(make_job(source, out / "second", oracle="B", add=3))
+        except DoneElsewhere:
+            os._exit(7)
+        except UserError:  # three kills at one unit
+            os._exit(2)
+        os._exit(0)
+
+    began = time.monotonic()
+    while not any(process.exitcode in (0, 7) for process in STARTED):
+        assert time.monotonic() - began < 60
+        alive = [process for process in STARTED if process.is_alive()]
+        if len(alive) < 4:
+            start(command)
+        elif draw.random() < 0.2 and time.monotonic() - began < 3:
+            end(draw.choice(alive))
+        time.sleep(draw.random() / 10)
+    for process in STARTED:
+        process.join(30)
+    assert {process.exitcode for process in STARTED} <= {0, 2, 7, -signal.SIGKILL}
+    assert tables(out) == tables(tmp_path / "local")
+    assert tables(out / "second") == tables(tmp_path / "second")

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sepo.engines.jobs import BEAT, PATIENCE, Heart, JobFolder, Watch, claims, open_jobs
+from sepo.engines.jobs import BEAT, PATIENCE, Heart, JobFolder, Watch, claims, open_jobs, reasons_of_ends
 from sepo.errors import DoneElsewhere, UserError, one_line
 from sepo.files import expand_home, write_json
 from sepo.processes import log, log_once
@@ -60,6 +60,7 @@ class Worker:
             Exception: that of a unit. The unit is marked as failed, for others to try.
         """
         held: dict[str, int] = {}
+        self._heart.held = held
         source = claims(folder, self.name, self._watch, held, self.start)
         number = 0
         try:
@@ -72,9 +73,12 @@ class Worker:
             raise
         try:
             for unit, write in kind(itertools.chain([first], source), progress):
-                if folder.is_open() and not folder.is_done(unit.name):
-                    folder.finish(unit, _written(write))
-                del held[unit.name]
+                recorded = folder.is_done(unit.name)
+                if not recorded and folder.is_open():
+                    recorded = folder.finish(unit, _written(write))
+                attempt = held.pop(unit.name)
+                if not recorded:  # of a job that was ended: whoever takes it up again finds the unit free
+                    _release(folder, {unit.name: attempt})
                 number += 1
         except Exception as error:
             with contextlib.suppress(OSError):  # of a full disk
@@ -130,8 +134,9 @@ class Files:
     def __init__(self, place: str, folder: Path):
         self.folder = Path(os.path.abspath(expand_home(place) if place else folder)) / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._closed = _content(self.folder / CLOSED)
+        self._closed, self._ends = _content(self.folder / CLOSED), reasons_of_ends(self.folder)
         self._worker: Worker | None = None
+        self._done: list[JobFolder] = []
 
     @property
     def worker(self) -> Worker:
@@ -165,7 +170,8 @@ class Files:
                 log_once(f"  {job.title}: waiting for units of other workers")
                 time.sleep(min(POLL, self.patience))
         self.worker.put_down()
-        folder.remove()
+        folder.close()
+        self._done.append(folder)
         return counts
 
     def help(self) -> bool:
@@ -176,10 +182,16 @@ class Files:
         return True
 
     def check_wanted(self) -> None:
+        """Raises UserError, too, if the job of the process that this one waited for was ended."""
+        for end, reason in reasons_of_ends(self.folder).items():
+            if end not in self._ends:
+                raise UserError(reason)
         if _content(self.folder / CLOSED) != self._closed:
             raise DoneElsewhere("done: another process with this command has finished it")
 
     def finish(self) -> None:
+        for folder in self._done:
+            folder.remove()
         write_json(self.folder / CLOSED, {"id": os.urandom(8).hex()})
 
     def close(self) -> None:

@@ -1,16 +1,17 @@
 """A job in a folder that all workers see: its units, which of them are done, and which worker has which.
 
-    FOLDER/ID/job.json              the job
+    FOLDER/ID/job.json              the job, while there is something to do
     FOLDER/ID/done/UNIT.json        counts of a finished unit, and the digest of its result
     FOLDER/ID/claims/UNIT.N         the worker of attempt N
     FOLDER/ID/failures/UNIT.N       why attempt N failed
     FOLDER/ID/ended.json            why the job ended before all units were done
-    FOLDER/workers/WORKER           a number that a living worker changes every `BEAT` seconds
+    FOLDER/workers/WORKER           a number that a living worker raises every `BEAT` seconds, and the units that it has
 
 No clock of one machine is compared with that of another: a worker is dead if its number stays the same for `PATIENCE`
-seconds of the observer. A claim is taken over by making the file of the next attempt. Making a file that must not exist
-is atomic on local disks, NFS and Lustre, so that one observer wins. Nothing that a dead worker left is removed or
-changed, so a worker that was only slow can go on: it finds the unit done, or writes the same bytes.
+seconds of the observer. A claim of a living worker that does not name the unit any more counts for nothing. A claim is
+taken over by making the file of the next attempt. Making a file that must not exist is atomic on local disks, NFS and
+Lustre, so that one observer wins. Nothing that a dead worker left is removed or changed, so a worker that was only slow
+can go on: it finds the unit done, or writes the same bytes.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class JobFolder:
     @classmethod
     def publish(cls, folder: Path, job: Job) -> JobFolder:
         """Write a job for the workers of `folder`, or go on with the same one; unlike jobs with its `out` are ended."""
+        for removed in folder.glob(".*.old"):  # by a process that was killed meanwhile
+            shutil.rmtree(removed, ignore_errors=True)
         for other in open_jobs(folder):
             if other.job.settings.get("out") == job.settings.get("out") and other.job.id != job.id:
                 other.remove()
@@ -89,17 +92,24 @@ class JobFolder:
 
     def end(self, reason: str) -> None:
         """End the job before all units are done, for all workers."""
-        write_json(self.path / "ended.json", {"reason": reason})
+        with contextlib.suppress(FileNotFoundError):
+            _write_new(self.path / "ended.json", {"reason": reason, "id": os.urandom(8).hex()})
 
     def ended(self) -> str | None:
         """Why the job was ended; None for a job that was not."""
         value = _json(self.path / "ended.json")
         return None if value is None else str(value.get("reason"))
 
-    def remove(self) -> None:
-        """The job is finished, or nobody wants it: workers find no job.json and leave it."""
+    def close(self) -> None:
+        """All units are done: workers leave the job. Its records stay until the whole command has finished."""
         (self.path / "job.json").unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+
+    def remove(self) -> None:
+        """The job is finished, or nobody wants it: workers no longer find it, not even a part of it."""
+        aside = self.path.with_name(f".{self.path.name}.{os.urandom(4).hex()}.old")
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     # --- results ----------------------------------------------------------------------------------------------------
 
@@ -121,12 +131,16 @@ class JobFolder:
             return None
         return record["counts"]
 
-    def finish(self, unit: Unit, counts: Counts) -> None:
-        """Record a result that was just written. Does nothing if the job is finished meanwhile."""
+    def finish(self, unit: Unit, counts: Counts) -> bool:
+        """Record a result that was just written; False if the job was ended meanwhile, or the result is gone."""
         digest = self.job.kind_class().result(self.job.settings, unit)
-        with contextlib.suppress(FileNotFoundError):
-            if self.is_open() and digest is not None:
-                _write_new(self.path / "done" / f"{unit.name}.json", {"digest": digest, "counts": counts})
+        if digest is None or not self.is_open():
+            return False
+        try:
+            _write_new(self.path / "done" / f"{unit.name}.json", {"digest": digest, "counts": counts})
+        except FileNotFoundError:
+            return False
+        return True
 
     # --- claims -----------------------------------------------------------------------------------------------------
 
@@ -178,8 +192,14 @@ class JobFolder:
 
 def open_jobs(folder: Path) -> list[JobFolder]:
     """The jobs of a folder whose results are wanted."""
-    found = [JobFolder.read(path.parent) for path in sorted(folder.glob("*/job.json"))]
+    found = [JobFolder.read(path.parent) for path in sorted(folder.glob("[!.]*/job.json"))]
     return [job for job in found if job is not None and job.is_open()]
+
+
+def reasons_of_ends(folder: Path) -> dict[str, str]:
+    """Why jobs of a folder were ended, by an id of each end."""
+    values = [_json(path) for path in folder.glob("*/ended.json")]
+    return {str(value.get("id")): str(value.get("reason")) for value in values if value is not None}
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -209,6 +229,7 @@ class Heart:
         self._path, self._beat, self._stop = folder / "workers" / self.name, beat, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._number = 0
+        self.held: dict[str, int] = {}  # filled by the worker
 
     def __enter__(self) -> Heart:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +249,7 @@ class Heart:
 
     def _write(self) -> None:
         self._number += 1
-        self._path.write_text(str(self._number), encoding="utf-8")
+        self._path.write_text("\n".join([str(self._number), *list(self.held)]), encoding="utf-8")
 
 
 class Watch:
@@ -241,19 +262,39 @@ class Watch:
     def __init__(self, folder: Path, patience: float = PATIENCE):
         self._folder, self._patience = folder / "workers", patience
         self._seen: dict[str, tuple[str, float]] = {}
+        self._without: dict[tuple[str, str], str] = {}
 
     def is_dead(self, worker: str) -> bool:
         """Has a worker not beaten for long?"""
         now = time.monotonic()
-        try:
-            number = (self._folder / worker).read_text(encoding="utf-8") if worker else ""
-        except OSError:
-            number = ""
+        number, _ = self._read(worker)
         before, since = self._seen.setdefault(worker, (number, now))
         if number != before:
             self._seen[worker] = (number, now)
             return False
         return now - since >= self._patience
+
+    def is_free(self, worker: str, unit: str) -> bool:
+        """Is the claim of a worker worth nothing: is it dead, or did it forget the unit?
+
+        A worker names the units that it has with every second beat after a claim at the latest.
+        """
+        if self.is_dead(worker):
+            return True
+        number, held = self._read(worker)
+        first = self._without.setdefault((worker, unit), number)
+        if unit in held or not number or not first:
+            self._without.pop((worker, unit))
+            return False
+        return int(number) >= int(first) + 2
+
+    def _read(self, worker: str) -> tuple[str, set[str]]:
+        """The number of a worker, "" for none, and the units that it has."""
+        try:
+            number, *held = (self._folder / worker).read_text(encoding="utf-8").split("\n") if worker else [""]
+        except OSError:
+            return "", set()
+        return (number if number.isdigit() else ""), set(held)
 
 
 def claims(folder: JobFolder, worker: str, watch: Watch, held: dict[str, int], start: int = 0) -> Iterator[Unit]:
@@ -280,7 +321,7 @@ def claims(folder: JobFolder, worker: str, watch: Watch, held: dict[str, int], s
         if unit.name in done or not folder.is_open():
             continue
         failure = folder.failure(unit.name, attempt) if attempt else None
-        if attempt and failure is None and not watch.is_dead(folder.holder(unit.name, attempt)):
+        if attempt and failure is None and not watch.is_free(folder.holder(unit.name, attempt), unit.name):
             continue
         if attempt >= ATTEMPTS:
             why = f"the last one failed: {failure}" if failure else "the last one died without a word"

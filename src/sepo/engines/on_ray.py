@@ -38,6 +38,7 @@ class OnRay:
         except ImportError:
             raise UserError("engine ray needs the package ray: run `pip install 'sepo[ray]'`") from None
         self._ray, self.folder = ray, Path(os.path.abspath(folder)) / FOLDER
+        self._done: list[JobFolder] = []
         self._started = not ray.is_initialized()
         if self._started:
             try:
@@ -77,7 +78,8 @@ class OnRay:
                         f"{unit.name} of '{job.title}' took {ATTEMPTS} workers down (the last one: {reason}); {remain}"
                     ) from None
                 waiting.insert(0, unit)
-        folder.remove()
+        folder.close()
+        self._done.append(folder)
         return counts
 
     def help(self) -> bool:
@@ -87,7 +89,8 @@ class OnRay:
         pass
 
     def finish(self) -> None:
-        pass
+        for folder in self._done:
+            folder.remove()
 
     def close(self) -> None:
         if self._started:

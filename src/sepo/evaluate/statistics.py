@@ -39,7 +39,7 @@ def mean_and_se(values: ArrayLike, groups: Sequence[Hashable] | np.ndarray | Non
     return float(mean), float(np.sqrt(variance))
 
 
-def _numbered(groups: Sequence[Hashable]) -> tuple[np.ndarray, int]:
+def _numbered(groups: Sequence[Hashable] | np.ndarray) -> tuple[np.ndarray, int]:
     """Labels as numbers from 0 in the order of first occurrence, and how many there are."""
     if isinstance(groups, np.ndarray):
         _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)

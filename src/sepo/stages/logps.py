@@ -174,6 +174,9 @@ class Passes:
         pairs, device = Path(self.settings["pairs"]), choose_device(self.settings["device"])
         taken: deque[tuple[list[Unit], bool]] = deque()
 
+        def scored_pairs(done: int) -> None:
+            progress(done * processes.size())
+
         def parts() -> Iterator[tuple[Iterator[pa.Table], bool]]:
             for part, shared in _parts(units):
                 taken.append((part, shared))
@@ -183,7 +186,7 @@ class Passes:
             self.model,
             parts(),
             tokens_per_row=self.settings["tokens_per_row"],
-            progress=lambda done: progress(done * processes.size()),
+            progress=scored_pairs,
         )
         low = None if self.types.autocast is None else choose_dtype(self.types.autocast)
         while True:
