@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "sepo.judging.commands.generate",
     "judge": "sepo.judging.commands.judge",
     "report": "sepo.report.command",
+    "reward": "sepo.rewards.command",
     "push": "sepo.hub.command",
     "bench": "sepo.bench.command",
 }
@@ -54,6 +55,7 @@ stage by stage, without a recipe:
   sepo report --table scores --tokenizer MODEL  every token coloured by its reward, in the browser
   sepo generate --model policy --prompts alpaca_eval.json --out answers
   sepo judge --answers mine.json --against theirs.json --judge reward:MODEL --out judged
+  sepo reward --oracle oracle --reference MODEL --data reward-bench.parquet --out rewardbench
   sepo push runs/mine --to ORG/NAME             to the hub, with a card (docs/how-to/share-on-the-hub.md)
   sepo winrate annotations.json                 win rate with its error, length-controlled (docs/judging.md)
 
