@@ -7,9 +7,10 @@ A run of all seven stages on the embedded data and a tiny model takes some secon
 fault then gets a run of its own, is injected, and the same command is given again until it succeeds. What comes out
 must equal the undisturbed run: bytes of tables and weights, every step of the loss curves, all metrics but the times.
 
-Faults are drawn from a seed. A kill is a SIGKILL either before the n-th operation that writes to the run folder (an
-audit hook counts openings, renames and removals, so that the moments between two renames are hit too), or after a time.
-Interruptions (SIGINT, SIGTERM) come before such an operation too: one run is interrupted in each of its stages.
+Faults are drawn from a seed. Each comes before the n-th operation of the main process that writes to the run folder (an
+audit hook counts openings, renames and removals, so that the moments between two renames are hit too): a SIGKILL, an
+interruption (SIGINT, SIGTERM), a full disk, the death of another process. A moment in seconds would miss the run on a
+machine that has become faster meanwhile; only some kills of a single process use one, and try again.
 Runs are forked from this process, which has imported everything, so that a run costs no start-up. What was imported is
 frozen: the collections between the stages of a run would look through all of it, a third of a run's time.
 """
@@ -55,6 +56,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 STAGES = (
     "start", "data", "reference", "reference_logps", "oracle", "oracle_logps", "score", "select", "train", "eval",
 )  # fmt: skip
+# PyTorch writes "[rank1]" at the start of some lines.
+STAGE_LINE = rf"\[({'|'.join(STAGES)})\](?! \d+ s$)"
 MODELS = ("reference", "oracle", "policy")
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 RECIPE = """
@@ -107,40 +110,32 @@ class Lab:
         ranks: int = 1,
         environment: dict[str, str] | None = None,
         kill_operation: int | None = None,
-        stop: tuple[str, int, int] | None = None,
-        stop_rank_in: str | None = None,
         kill_after: float | None = None,
-        fill_at: str | None = None,
+        fault: tuple[str, int, int | None] | None = None,
         count: bool = False,
     ) -> Outcome:
         """Run the recipe into `out` in forked processes; a fault hits the last of them, or the disk under `out`.
 
         Args:
-            stop: a stage, the writing operation in it before which the signal comes, and the signal.
-            stop_rank_in: a training in which SIGINT comes after the first checkpoint.
+            fault: a stage, the main process's writing operation in it before which the fault comes, and the signal
+                that the last process gets; None instead of a signal fills the disk.
+            count: log the operations of the main process.
         """
         log = self.folder / f"{out.name}.log"
         arguments = ["run", str(self.folder / "recipe.yaml"), f"output_dir={out}", *overrides]
         started = time.monotonic()
         port, children = free_port(), []
-        for rank in range(ranks):
+        for rank in reversed(range(ranks)):  # the main process last: it must know whom to send a signal
             variables = dict(environment or {})
             if ranks > 1:
                 variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 variables |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            hook = kill_operation if rank == ranks - 1 else None
-            children.append(fork(lambda v=variables, h=hook: child(arguments, log, v, out, h, count, stop)))
-        if stop_rank_in is not None:
-            while not any((out / stop_rank_in).glob("checkpoints/checkpoint-*/sealed.json")):
-                time.sleep(0.001)
-            os.kill(children[-1], signal.SIGINT)
+            watched = {"kill_operation": kill_operation, "count": count, "fault": fault} if rank == 0 else {}
+            last = children[-1] if children else None
+            children.insert(0, fork(lambda v=variables, w=watched, pid=last: child(arguments, log, v, out, pid, **w)))
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(children[-1], signal.SIGKILL)
-        if fill_at is not None:
-            while f"[{fill_at}]" not in (log.read_text() if log.exists() else ""):
-                time.sleep(0.001)
-            fill(out.parent)
         codes = wait_for(children)
         return Outcome(codes, log.read_text(), time.monotonic() - started)
 
@@ -205,7 +200,7 @@ def worker(arguments: list[str], log: Path, kill_step: int | None, doomed: Path)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     if kill_step is not None and os.environ["RANK"] == "1":
         kill_at(kill_step, doomed)
-    if code := child(arguments, log, {}, log, None, False):
+    if code := child(arguments, log, {}, log):
         sys.exit(code)
 
 
@@ -227,10 +222,12 @@ def child(
     log: Path,
     variables: dict[str, str],
     out: Path,
-    kill_operation: int | None,
-    count: bool,
-    stop: tuple[str, int, int] | None = None,
+    last: int | None = None,
+    kill_operation: int | None = None,
+    count: bool = False,
+    fault: tuple[str, int, int | None] | None = None,
 ) -> int:
+    """One process of a run; `last` is the process that a signal is sent to, None for this one."""
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -241,8 +238,8 @@ def child(
     data.PAIRS_PER_SHARD = 30
     if kill_operation is not None or count:
         watch(str(out), kill_operation, count)
-    if stop is not None:
-        stop_in_stage(str(out), log, *stop)
+    if fault is not None:
+        inject_in_stage(str(out), log, last or os.getpid(), *fault)
     return main(arguments)
 
 
@@ -268,23 +265,27 @@ def writes(folder: str, event: str, arguments: tuple) -> bool:
     return bool(opens or event in WRITES) and str(arguments[0]).startswith(folder)
 
 
-def stop_in_stage(folder: str, log: Path, stage: str, operation: int, number: int) -> None:
-    """Send this process a signal before it writes for the n-th time in a stage."""
+def inject_in_stage(folder: str, log: Path, process: int, stage: str, operation: int, number: int | None) -> None:
+    """Send a process a signal, or fill the disk, before this process writes for the n-th time in a stage."""
     left = operation + 1
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal left
         if left and writes(folder, event, arguments) and stage_of(log.read_text()) == stage:
             left -= 1
-            if not left:
-                os.kill(os.getpid(), number)
+            if left:
+                return
+            if number is None:
+                fill(Path(folder).parent)
+            else:
+                os.kill(process, number)
 
     sys.addaudithook(hook)
 
 
 def stage_of(log: str) -> str:
     """The stage that a run was in last."""
-    found = re.findall(r"^\[(\w+)\](?! \d+ s$)", log, flags=re.MULTILINE)
+    found = re.findall(rf"^{STAGE_LINE}", log, flags=re.MULTILINE)
     return found[-1] if found else "start"
 
 
@@ -400,7 +401,7 @@ def operations(log: str) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {stage: [] for stage in STAGES}
     stage = "start"
     for line in log.splitlines():
-        if match := re.match(r"\[(\w+)\](?! \d+ s$)", line):
+        if match := re.match(STAGE_LINE, line):
             stage = match[1]
         elif match := re.match(r"#operation (\d+)", line):
             found[stage].append(int(match[1]))
@@ -448,7 +449,7 @@ def interrupts(lab: Lab, clean: Path, undisturbed: Outcome, stages: list[str], d
         training = stage in ("reference", "oracle", "train")
         # A training writes its checkpoints first and its model last.
         operation = len(numbers) // 3 if training else draw.randrange(len(numbers))
-        outcome = lab.run(out, stop=(stage, operation, number))
+        outcome = lab.run(out, fault=(stage, operation, number))
         lost = complaint(outcome) + ([] if outcome.codes == [128 + number] else [f"exit code {outcome.codes}"])
         if step is not None and f"checkpoint-{step}\n" not in outcome.log:
             lost.append(f"did not go on from step {step}")
@@ -469,8 +470,10 @@ def interrupted_rank(lab: Lab) -> None:
     one, two = (lab.folder / "runs" / name for name in ("unbatched", "both"))
     # Enough steps that the interruption comes before the last.
     changes = ["reference.sft=null", "oracle.training.num_train_epochs=4", "eval.prompts=0"]
-    expected = lab.run(one, *changes)
-    outcome = lab.run(two, *changes, ranks=2, stop_rank_in="oracle")
+    expected = lab.run(one, *changes, count=True)
+    outcome = lab.run(
+        two, *changes, ranks=2, fault=("oracle", len(operations(expected.log)["oracle"]) // 3, signal.SIGINT)
+    )
     lost = [f"exit codes {expected.codes}"] if any(expected.codes) else []
     lost += complaint(outcome) + ([] if outcome.codes == [130, 130] else [f"exit codes {outcome.codes}"])
     said = re.search(r"the checkpoint of step (\d+) of \d+ is kept", outcome.log)
@@ -494,7 +497,7 @@ def fills(lab: Lab, clean: Path, number: int, draw: random.Random) -> str | None
         order = draw.sample(STAGES[1:], len(STAGES) - 1)
         for index in range(number):
             out, stage = disk / f"full-{index}", order[index % len(order)]
-            outcome = lab.run(out, fill_at=stage)
+            outcome = lab.run(out, fault=(stage, 0, None))
             lost = complaint(outcome) + ([] if outcome.codes == [1] else [f"exit code {outcome.codes}"])
             if "the disk is full" not in outcome.log:
                 lost.append("a full disk was not named")
@@ -515,24 +518,23 @@ def ranks(lab: Lab, clean: Path, draw: random.Random, number: int) -> None:
     outcome = lab.run(out, ranks=2)
     lost = [f"exit codes {outcome.codes}"] if any(outcome.codes) else differences(clean, out, exact=False)
     lab.note("none: two processes", outcome.stage, course(outcome), lost)
-    seconds = outcome.seconds
     given = [f"reference.model={clean / 'reference'}", "reference.sft=null", f"oracle.model={clean / 'oracle'}"]
     given += ["policy.training.max_steps=1", "eval.prompts=0"]
-    one, two = (lab.folder / "runs" / name for name in ("given-one", "given-two"))
-    outcomes = [lab.run(one, *given), lab.run(two, *given, ranks=2)]
-    lost = [f"exit codes {o.codes}" for o in outcomes if any(o.codes)] or tables_differ(one, two)
-    lab.note("none: two processes, given oracle", outcomes[1].stage, "the same bytes in every table", lost)
+    two = lab.folder / "runs" / "given"
+    outcome = lab.run(two, *given, ranks=2)
+    lost = [f"exit codes {outcome.codes}"] if any(outcome.codes) else tables_differ(clean, two)
+    lab.note("none: two processes, given oracle", outcome.stage, "the same bytes in every table", lost)
     for index in range(number):
         out = lab.folder / "runs" / f"rank-{index}"
-        moment = draw.uniform(0.3, 0.8) * seconds
-        outcome = lab.run(out, ranks=2, kill_after=moment)
+        stage = draw.choice(STAGES[2:-1])  # a stage that waits for both processes follows
+        outcome = lab.run(out, ranks=2, fault=(stage, draw.randrange(3), signal.SIGKILL))
         lost = [] if all(outcome.codes) else [f"not all processes failed: {outcome.codes}"]
         lost += ["a traceback was shown"] if "Traceback" in outcome.log else []
         (lab.folder / f"{out.name}.log").unlink()
         after = 1 + index % 2
         resumed = lab.run(out, ranks=after)
         lost += [f"exit code {resumed.codes}"] if any(resumed.codes) else differences(clean, out, exact=False)
-        fault = f"one of 2 processes killed after {moment:.1f} s"
+        fault = "one of 2 processes killed"
         lab.note(fault, outcome.stage, f"with {after}: {course(resumed)}", lost)
         shutil.rmtree(out)
 
@@ -540,9 +542,10 @@ def ranks(lab: Lab, clean: Path, draw: random.Random, number: int) -> None:
 def fsdp(lab: Lab, draw: random.Random) -> None:
     """One of two processes that share a model by FSDP2 dies; the run goes on and gives what one process gives."""
     one, two = (lab.folder / "runs" / name for name in ("whole", "sharded"))
-    expected = lab.run(one, "reference.sft=null")
+    lab.run(one, "reference.sft=null")
     arguments = {"ranks": 2, "environment": fsdp_on_cpu.ENVIRONMENT}
-    outcome = lab.run(two, "reference.sft=null", kill_after=draw.uniform(0.4, 0.8) * expected.seconds, **arguments)
+    stage = draw.choice(["oracle", "oracle_logps", "score", "train"])
+    outcome = lab.run(two, "reference.sft=null", fault=(stage, draw.randrange(3), signal.SIGKILL), **arguments)
     lost = [] if all(outcome.codes) else [f"not all processes failed: {outcome.codes}"]
     (lab.folder / f"{two.name}.log").unlink()
     resumed = lab.run(two, "reference.sft=null", **arguments)
@@ -607,6 +610,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this with & has it ignored
     gc.collect()
     gc.freeze()
     with tempfile.TemporaryDirectory(prefix="sepo-faults-") as folder:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from sepo import processes
-from sepo.errors import named_error, wrong_type
+from sepo.errors import UserError, named_error, wrong_type
 from sepo.files import defined, write_text
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
@@ -34,13 +34,20 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
             then write metrics, report and model card.
 
     Returns:
-        the metrics that `metrics.json` holds; with `until` none.
+        the metrics that `metrics.json` holds; with `until` none. With `rounds` those of each round, under `round-N/`.
 
     Raises:
         UserError: bad input.
     """
     if not isinstance(recipe, Recipe):
         raise wrong_type("recipe", recipe, "a Recipe: load_recipe reads one from a file")
+    if recipe.rounds is not None:
+        if until is not None:
+            raise UserError("rounds are run to their end: leave --until out, or rounds")
+        from sepo.sampling.rounds import run_rounds
+
+        return run_rounds(recipe, run_recipe)
+    from sepo import engines
     from sepo.runs import pipeline
 
     extension = extension_of(recipe)
@@ -54,7 +61,8 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
         with one_line(eta if processes.is_main() else None) as line:
             yield line
 
-    return pipeline.run(recipe, extension, until, progress, _write_pages)
+    with engines.use(recipe.engine, recipe.run_folder):
+        return pipeline.run(recipe, extension, until, progress, _write_pages)
 
 
 def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = None) -> RunPlan:
@@ -63,19 +71,32 @@ def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = N
         raise wrong_type("recipe", recipe, "a Recipe: load_recipe reads one from a file")
     from sepo.planning import plan
 
+    if recipe.rounds is not None:
+        from sepo.sampling.rounds import check_rounds, round_recipe
+
+        check_rounds(recipe)
+        recipe = round_recipe(recipe, 1)  # the others do the same
     return plan.plan_run(recipe, extension_of(recipe), target, until)
 
 
 def extension_of(recipe: Recipe) -> Extension | None:
-    """Judge, benchmarks and tasks of a recipe; None if it has none of them."""
-    settings = recipe.eval
-    if settings.judge is None and not settings.benchmarks and not settings.tasks:
+    """Judge, benchmarks and tasks of a recipe, and sampled data; None if it has none of them."""
+    settings, samples = recipe.eval, recipe.data.on_policy is not None
+    if settings.judge is None and not settings.benchmarks and not settings.tasks and not samples:
         return None
     from sepo.judging import stages
     from sepo.runs.pipeline import Extension
 
     judge = None if settings.judge is None else stages.run_judge(settings.judge)
-    return Extension(stages.check, judge, stages.do_stages)
+    if not samples:
+        return Extension(stages.check, judge, stages.do_stages)
+    from sepo.sampling import stages as sampling
+
+    def check(recipe: Recipe) -> None:
+        stages.check(recipe)
+        sampling.check(recipe)
+
+    return Extension(check, judge, stages.do_stages, sampling.before_data)
 
 
 def _write_pages(run: Run, metrics: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import gc
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -79,6 +80,17 @@ def model_option(parser: argparse.ArgumentParser, name: str, text: str) -> None:
 def out_option(parser: argparse.ArgumentParser, text: str) -> None:
     """The folder that a command writes."""
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help=text)
+
+
+def engine_option(parser: argparse.ArgumentParser, default: str | None = "local") -> None:
+    """Who does the units of work (`sepo.engines`)."""
+    parser.add_argument(
+        "--engine",
+        default=default,
+        metavar="ENGINE",
+        help="who does the work of the models: local (default), files[:FOLDER] or ray[:ADDRESS] "
+        "(docs/how-to/many-workers.md)",
+    )
 
 
 def device_options(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +168,21 @@ def writing_to(arguments: argparse.Namespace, check: Callable[[Path], None] = la
     with processes.alone_in(out):
         processes.require_shared(out)
         yield out
+
+
+@contextlib.contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, kept by a command that was interrupted for the next one, and removed otherwise."""
+    from sepo import processes
+
+    folder = out.with_name(f".{out.name}-work")
+    try:
+        yield folder
+    except UserError:
+        if processes.is_main():  # the other ranks may have ended for another reason
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    processes.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def join(device: str) -> Any:

@@ -20,6 +20,10 @@ class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, what was expected and what to do."""
 
 
+class DoneElsewhere(Exception):
+    """Another process has finished the same command. The command line prints the message and exits with code 0."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Stopped by SIGINT (Ctrl-C) or SIGTERM: `number`. The message names the results that were saved."""
 

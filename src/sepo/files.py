@@ -61,7 +61,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Yields a name, not an open file, because Arrow must not write to a file object of Python (`tables.arrow_file`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Process numbers of two machines, or of two containers, may be equal.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
         flush(temporary)

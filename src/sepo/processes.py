@@ -35,6 +35,8 @@ _WAIT = timedelta(days=7)
 _VISIBLE_WITHIN = 10.0
 _group: Any = None
 _logged: set[str] = set()
+# The engine of this process (`work.using`), which may help another process that holds a folder; None: wait for nobody.
+waiter: Any = None
 
 
 class MainProcessError(RuntimeError):
@@ -203,6 +205,8 @@ def alone_in(folder: Path, instead: str = "choose another --out") -> Iterator[No
     try:
         on_main(lambda: _take(lock, folder, instead))
         yield
+        if waiter is not None:
+            waiter.finish()
     finally:
         lock.release()
         if made and is_main() and folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]:
@@ -210,13 +214,19 @@ def alone_in(folder: Path, instead: str = "choose another --out") -> Iterator[No
 
 
 def _take(lock: FileLock, folder: Path, instead: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"'{folder}' is in use by another process: wait for it, or {instead}") from None
-    except OSError as error:
-        raise cannot_write(folder, error, instead) from None
+    waited = False
+    while not lock.is_locked:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            if waited:
+                waiter.check_wanted()
+        except Timeout:
+            waited = True
+            if waiter is None or not waiter.help():
+                raise UserError(f"'{folder}' is in use by another process: wait for it, or {instead}") from None
+        except OSError as error:
+            raise cannot_write(folder, error, instead) from None
 
 
 def add_up(values: np.ndarray) -> np.ndarray:

@@ -21,8 +21,24 @@ from sepo.data.tables import read_table
 SIZES = Sizes(train=8, held_out=6, demos=64)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Short answers and two measurements a run."""
+    whole = grids.bench_of
+
+    def small(task, out):
+        bench = whole(task, out)
+        bench.recipe["eval"]["max_new_tokens"] = 12
+        return bench._replace(checkpoints=(0.5, 1.0))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (grids, run):
+            patch.setattr(module, "bench_of", small)
+        yield
+
+
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def bench(tmp_path_factory, quick):
     """A bench of all tokens, the truth, and a method that comes as a table of weights: 1 for every token."""
     out = tmp_path_factory.mktemp("bench") / "out"
     run_bench(["details"], ["all", "truth"], [1], out, {}, SIZES)

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,11 +19,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from sepo.data.ragged import SIDES
+from sepo.data.splits import prompt_numbers
 from sepo.data.tables import make_table
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError
 from sepo.evaluate import generate, gold
-from sepo.evaluate.accuracy import preference_accuracy
+from sepo.evaluate.accuracy import oracle_accuracy, preference_accuracy
 from sepo.evaluate.fidelity import fidelity
 from sepo.evaluate.generate import draw_tokens, generate_responses
 from sepo.evaluate.statistics import mean_and_se, paired_difference
@@ -32,7 +32,6 @@ from sepo.evaluate.words import token_pieces, token_values, token_words, word_tr
 from sepo.forward.attention import ATTENTION
 from sepo.forward.scoring import NonFiniteError
 from sepo.models.weights import load_model
-from sepo.recipe.settings import Gold
 from sepo.report.statistics import auc
 from sepo.study.policy_evaluator import sample_kl
 from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
@@ -95,8 +94,10 @@ def test_a_word_has_one_sign_under_plain():
     ]
 
 
-def test_the_setting_offers_exactly_the_gold_rewards():
-    assert get_args(Gold) == tuple(gold.GOLD_REWARDS)
+def test_a_package_adds_a_gold_reward_by_an_entry_point():
+    assert gold.gold_reward("details").scores(["Notes: name Mara; age 34."], ["Mara is 34."]).tolist() == [1]
+    with pytest.raises(UserError, match=r"'detail' .did you mean 'details'.*expected one of vader, plain, arithmetic"):
+        gold.gold_reward("detail")
 
 
 def test_an_unknown_gold_reward_is_refused_with_the_nearest_name():
@@ -851,3 +852,17 @@ def test_smollm2_answers_in_words_and_ends_its_turn(smollm2_dir, smollm2_tokeniz
     assert "Paris" in smollm2_tokenizer.decode(answer.response_ids)
     assert answer.finished
     assert smollm2_tokenizer.decode(answer.response_ids[-1:]) == "<|im_end|>"
+
+
+def test_the_accuracy_of_a_table_in_shards_is_that_of_the_whole_table():
+    """To the last bit, with prompts that repeat in other shards by their ids or by their key."""
+    draw = np.random.default_rng(0)
+    ids = [[int(draw.integers(60))] for _ in range(90)]
+    rewards = {f"{side}_rewards": [[float(x)] for x in draw.normal(size=90)] for side in ("chosen", "rejected")}
+    columns = {"pair_id": range(90), "prompt_ids": ids, "chosen_ids": [[1]] * 90, "rejected_ids": [[2]] * 90, **rewards}
+    keys = [str(draw.integers(80)) for _ in range(90)]
+    for more in ({}, {"prompt_key": keys, "conversation": [""] * 90}):
+        table = make_table("scores", {name: list(values) for name, values in {**columns, **more}.items()})
+        whole = oracle_accuracy(table)
+        assert oracle_accuracy(table.slice(start, 40) for start in (0, 40, 80)) == whole
+        assert len(set(prompt_numbers(table).tolist())) not in (1, 90)

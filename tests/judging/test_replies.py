@@ -271,6 +271,10 @@ WRAPPED = {
         [{"type": "thinking", "thinking": thought}, {"type": "text", "text": answer}]
     ),
     "stream": lambda thought, answer: completion_of(stream("<think>", thought, "</think>", answer).decode()),
+    "preface": lambda thought, answer: said(f"<Analysis>{thought}</analysis>\n{answer.strip() or 'none'}"),
+    "turns": lambda thought, answer: said(
+        f"<|im_start|>think\n{thought}<|im_start|>answer\n{answer.strip() or 'none'}"
+    ),
     "no end": lambda thought, answer: said(f"<think>{thought}{answer}"),
 }
 TEXTS = st.lists(st.sampled_from(["[[A]]", "[[B]]", "[[C]]", "\n", "is better", " ", "[1]"]), max_size=6).map("".join)
@@ -307,7 +311,14 @@ def test_thinking_is_taken_off_or_the_text_stays(pieces):
 
 @pytest.mark.parametrize(
     "text",
-    ["Write <think> and </think> around it.", "The tag `</think>` ends it.", 'It ends with "</think>" there.', "a < b"],
+    [
+        "<analysis>The whole answer.</analysis>",
+        "See <analysis>that</analysis> part.",
+        "Write <think> and </think> around it.",
+        "The tag `</think>` ends it.",
+        'It ends with "</think>" there.',
+        "a < b",
+    ],
 )
 def test_a_text_about_tags_stays_whole(text):
     assert without_thinking(text) == text

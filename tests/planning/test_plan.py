@@ -10,13 +10,15 @@ from sepo.api import run_recipe
 from sepo.cli import main
 from sepo.evaluate import generate
 from sepo.forward import scoring as passes
-from sepo.planning.plan import Planner, plan_stages, throughputs_of
+from sepo.planning.plan import Planner, plan_stages, throughputs_of, warm_up_lines
 from sepo.planning.shapes import load_shape
 from sepo.planning.sizes import method_sizes
 from sepo.recipe.reading import load_recipe
+from sepo.recipe.settings import TrainingSettings
 from sepo.runs.method import Method
-from sepo.stages.cost import Cost
+from sepo.stages.cost import Cost, Estimate
 from sepo.training import trainer
+from sepo.training.trainer import PreferenceConfig
 from tiny_models import tiny_model, tiny_tokenizer
 
 RECIPE = """
@@ -101,6 +103,14 @@ def test_the_work_that_is_counted_is_the_work_of_the_run(workplace, tmp_path, co
     assert counted["score", "tokens"] == pytest.approx(expected["score", "tokens"], rel=0.15)
     # A response may end before it must.
     assert 0.5 * expected["generate", "steps"] <= counted["generate", "steps"] <= expected["generate", "steps"]
+
+
+@pytest.mark.parametrize(("ratio", "updates"), [(0.03, 16), (0.5, 2), (0.0, 16), (0.9, 1)])
+def test_a_first_update_without_effect_is_named(ratio, updates, tmp_path):
+    training = TrainingSettings(warmup_ratio=ratio)
+    steps = PreferenceConfig(output_dir=str(tmp_path), warmup_steps=ratio, use_cpu=True).get_warmup_steps(updates)
+    cost = Cost("DPO", estimates=(Estimate("train", None, updates=updates, training=training),))
+    assert [line.split(":")[0] for line in warm_up_lines({"oracle": cost})] == ["oracle"] * (steps > 0)
 
 
 def test_times_are_measured_where_the_model_is_here_and_say_where_not(workplace, tmp_path, capsys):

@@ -429,6 +429,53 @@ def test_no_view_is_wider_than_its_screen(page: sync_api.Page, run: Path, width:
     assert stacked == (width < 860)
 
 
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_finished_run_is_read_without_scrolling_sideways(
+    browser: sync_api.Browser, finished_run: Path, width: int
+) -> None:
+    """N8: rows stay one screen high, tables within their place, and figures draw within their axes."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    open_report(page, finished_run / "run" / "report.html")
+    page.click("#tab-run")
+    rows = page.eval_on_selector_all("#run tr", "all => all.map(row => [row.offsetHeight, row.innerText.slice(0, 60)])")
+    assert [row for row in rows if row[0] > 900] == []
+    cells = (
+        "all => all.map(c => [c.offsetWidth, c.innerText]).filter(([w, text]) => text.length > 12 && w > 0 && w < 60)"
+    )
+    assert page.eval_on_selector_all("#run td", cells) == []  # no column of single letters
+    wide = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 60))"
+    assert page.eval_on_selector_all("#run .scroll", wide) == []
+    page.click("#tab-figures")
+    outside = page.evaluate(
+        """() => [...document.querySelectorAll("#figures .chart")].flatMap((chart) => {
+          const box = (e) => e.getBoundingClientRect();
+          const grid = [...chart.querySelectorAll("svg line")].map(box);
+          const [left, right] = [Math.min(...grid.map((b) => b.left)), Math.max(...grid.map((b) => b.right))];
+          return [...chart.querySelectorAll("svg path, svg polyline, svg rect.bar")].map(box)
+            .filter((b) => b.width > 0 && (b.left < left - 3 || b.right > right + 3))
+            .map((b) => [chart.querySelector("h3").textContent, b.left - left, right - b.right]);
+        })"""
+    )
+    assert outside == []
+    page.close()
+
+
+def test_the_accuracy_in_large_type_is_that_of_held_out_pairs(page: sync_api.Page, finished_run: Path) -> None:
+    """N4: training pairs, which the oracle has seen, stand smaller beside it, and are named."""
+    run = finished_run / "run"
+    open_report(page, run / "report.html")
+    facts = page.eval_on_selector_all(
+        ".facts > div",
+        "all => all.map(f => [f.innerText, parseFloat(getComputedStyle(f.querySelector('dd')).fontSize)])",
+    )
+    metrics = json.loads((run / "metrics.json").read_text())
+    share = f"{100 * metrics['oracle/accuracy']:.1f}"
+    held_out = [size for text, size in facts if "held-out" in text and share in text]
+    training = [size for text, size in facts if "training pairs" in text]
+    assert len(held_out) == len(training) == 1
+    assert held_out[0] > training[0]
+
+
 def test_a_file_cut_short_says_so(browser: sync_api.Browser, run: Path, tmp_path: Path) -> None:
     text = (run / "report.html").read_text(encoding="utf-8")
     start = text.index('id="data">') + len('id="data">')

@@ -41,6 +41,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     report = json.loads((run / "manifest.json").read_text())["stages"]["data"]["results"]["report"]["train"]
     assert report["dropped"] == {"identical responses": 1, "missing value": 1}
     assert not list(run.rglob("*.tmp"))
+    assert not list(run.rglob("logs"))  # nothing reported: the records of checkpoints are no logs
     assert not (run / "policy" / "checkpoints").exists()
 
 

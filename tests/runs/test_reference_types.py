@@ -12,7 +12,8 @@ import torch
 import tiny_run
 from pairs import some_pairs
 from sepo.api import run_recipe
-from sepo.data.tables import provenance_of, read_table, write_table
+from sepo.cli import main
+from sepo.data.tables import make_table, provenance_of, read_table, write_table
 from sepo.errors import Interrupted
 from sepo.models import devices
 from sepo.models.adapters import new_adapter
@@ -78,6 +79,40 @@ def test_a_run_that_is_interrupted_reads_the_reference_once_in_each_type(tmp_pat
         first, *_, last = losses(tmp_path / "run" / model)
         assert first == pytest.approx(math.log(2), abs=1e-6)
         assert last != first
+
+
+def test_a_training_by_a_command_reads_its_reference_once_through_interruptions(tmp_path, monkeypatch):
+    save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "model")
+    pairs = some_pairs(12)
+    everything = {
+        f"{side}_{part}": [value(len(ids)) for ids in pairs.column(f"{side}_ids").to_pylist()]
+        for side in ("chosen", "rejected")
+        for part, value in (("positions", lambda n: list(range(n))), ("weights", lambda n: [1.0] * n))
+    }
+    columns = {name: pairs.column(name).to_pylist() for name in pairs.column_names}
+    write_table(tmp_path / "selection", make_table("selection", columns | everything, provenance_of(pairs)))
+    command = ["train", "--policy", tmp_path / "model", "--selection", tmp_path / "selection", "--out",
+               tmp_path / "out", "--objective", "dpo", "--device", "cpu", "max_steps=3", "batch_size=4"]  # fmt: skip
+    read, again, step = [], logps.logps_of_parts, PreferenceTrainer.training_step
+    stops = [1, 2]
+
+    def counted(model, parts, **settings):
+        read.append(1)
+        yield from again(model, parts, **settings)
+
+    def interrupted(self, *arguments, **keywords):
+        if self.state.global_step in stops[:1]:
+            del stops[0]
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(logps, "logps_of_parts", counted)
+    monkeypatch.setattr(PreferenceTrainer, "training_step", interrupted)
+    codes = [main([str(word) for word in command]) for _ in range(3)]
+    assert codes == [130, 130, 0]
+    assert len(read) == 1
+    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "selection"]
 
 
 @pytest.mark.parametrize("bf16_is_fast", [False, True])

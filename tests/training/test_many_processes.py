@@ -92,6 +92,26 @@ def test_any_number_of_pairs_trains_evaluates_and_saves_as_in_one_process(
         assert results[size]["weights"] == pytest.approx(expected["weights"], rel=1e-5), f"{size} pairs"
 
 
+# Replicas × shards: each weight is whole twice over, in two processes each time.
+HSDP = {
+    **fsdp_on_cpu.ENVIRONMENT, "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}  # fmt: skip
+
+
+@pytest.mark.nightly
+def test_two_replicas_of_two_shards_train_as_one_process(tmp_path, one_process, sizes):
+    """HSDP on four processes: the losses and weights of one, and half of the weights and moments in each."""
+    results = launch(4, tmp_path, "dpo", sizes, **HSDP)
+    shape = model_shape(tiny_model("llama"))
+    for size, expected in one_process["dpo"].items():
+        assert results[size]["losses"] == pytest.approx(expected["losses"], abs=2e-5), f"{size} pairs"
+        assert results[size]["eval"] == pytest.approx(expected["eval"], abs=2e-5), f"{size} pairs"
+        assert results[size]["weights"] == pytest.approx(expected["weights"], rel=1e-5), f"{size} pairs"
+        assert results[size]["own_bytes"] == pytest.approx([2 * shape.parameters, 4 * shape.parameters], rel=0.03)
+        assert results[size]["reduced_every_row"]
+
+
 @slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_adds_up_the_gradients_of_one_process(tmp_path, one_process, sizes, stage):

@@ -184,6 +184,19 @@ class Formulas:
                 terms.append(share * (ratio ** (1 + self.alpha) / (1 + self.alpha) + rest) / 4)
         return sum(terms) / min(len(self.chosen), len(self.rejected))
 
+    def opd(self):
+        losses = []
+        for side in self.weighted:
+            ratio = (sum(row[0] - row[1] for _, row in side) / len(side)).exp().item()
+            gains = []
+            for s, (policy, start, *_) in side:
+                advantage = self.alpha * s - (policy - start).item()
+                importance = ratio * policy.exp() / policy.exp().item()
+                clipped = importance.clamp(0.8, 1.2)
+                gains.append(min(importance * advantage, clipped * advantage))
+            losses.append(-sum(gains) / len(gains))
+        return sum(losses) / 2
+
 
 def with_rewards(pairs):
     """The same pairs with a reward of every token as its weight, as in a selection with credit "reward"."""
@@ -225,6 +238,8 @@ CASES = [(name, None, 0.0) for name in OBJECTIVES] + [
     ("tgdpo", 0.0, 0.0),
     ("tgdpo", 1.5, 0.0),
     ("tbpo", 1.0, 0.0),
+    ("opd", 0.0, 0.0),
+    ("opd", 0.4, 0.0),
     ("tbpo", 0.3, 0.2),
     *((name, None, 0.3) for name in ("sepo", "simpo", "confpo", "dpo", "selective_dpo", "tbpo")),
 ]
@@ -297,7 +312,8 @@ def test_the_recipe_offers_the_objectives_that_have_a_formula():
 
 
 def test_the_defaults_of_the_formulas_are_those_of_the_table():
-    functions = {**{name: getattr(objectives, name, None) for name in OBJECTIVES}, "tgdpo": objectives.guided_weights}
+    functions = {**{name: getattr(objectives, name, None) for name in OBJECTIVES}, "tgdpo": objectives.guided_weights,
+                 "opd": objectives.opd_beta}  # fmt: skip
     functions["selective_dpo"] = selective_marks
     for name, objective in OBJECTIVES.items():
         defaults = {key: item.default for key, item in signature(functions[name]).parameters.items()}
@@ -349,6 +365,8 @@ def test_losses_and_gradients_stay_finite_far_from_balance(objective):
     counts, kls = (torch.ones(4), torch.ones(4)), (other.abs(), other.abs())
     sums = PairSums((far[0], far[1] + other), counts, (other, -other), kls, (far[0] - other) ** 2)
     sums.matched = objectives.tbpo(torch.stack([far[0], far[1]], 1).flatten(), torch.arange(8), 4, 0.1, 1.0)
+    both = torch.stack([far[0], far[1]], 1).flatten()
+    sums.distilled = objectives.opd(both, other.repeat(2), sums.of_reference(), torch.arange(8))
     losses, chosen, rejected = pair_losses(objective, sums, LossSettings(alpha=1.0))
     assert losses.shape == chosen.shape == rejected.shape == (4,)
     assert losses.isfinite().all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
 from sepo.command import named_path, path, quiet_libraries
 from sepo.errors import UserError
@@ -15,8 +14,6 @@ HELP = "show what token rewards look like, and how far to trust them"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from sepo.recipe.settings import Gold
-
     parser.add_argument(
         "run", type=path, nargs="*", metavar="RUN",
         help="run folder with scores, tokenizer and gold reward; several folders with --rules",
@@ -36,7 +33,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="reference log-probabilities, for the surprisal",
     )
-    parser.add_argument("--gold", choices=get_args(Gold), help="gold reward whose word values are the truth")
+    parser.add_argument(
+        "--gold",
+        metavar="NAME",
+        help="gold reward whose word values are the truth: vader, plain, or one that a package adds",
+    )
     parser.add_argument("--k", type=float, default=0.3, help="share of key tokens (default 0.3)")
     parser.add_argument(
         "--rules", type=path, nargs="?", const=True, metavar="FILE",

@@ -16,7 +16,7 @@ from typing import Any
 
 from sepo.cli.arguments import parse_arguments
 from sepo.cli.failures import impossible_path, known_failure
-from sepo.errors import Interrupted, UserError, one_line
+from sepo.errors import DoneElsewhere, Interrupted, UserError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _end(2, one_line(error))
+    except DoneElsewhere as error:
+        failed = False
+        return _end(0, one_line(error))
     except KeyboardInterrupt as error:
         kept = one_line(error) if str(error) else "what was finished is kept; the same command does the rest"
         code = 128 + getattr(error, "number", signal.SIGINT)

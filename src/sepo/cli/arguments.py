@@ -26,9 +26,13 @@ COMMANDS = {
     "winrate": "sepo.judging.commands.winrate",
     "generate": "sepo.judging.commands.generate",
     "judge": "sepo.judging.commands.judge",
+    "sample": "sepo.sampling.commands.sample",
+    "pairs": "sepo.sampling.commands.pairs",
+    "best-of": "sepo.sampling.commands.best_of",
     "report": "sepo.report.command",
     "reward": "sepo.rewards.command",
     "push": "sepo.hub.command",
+    "work": "sepo.engines.command",
     "bench": "sepo.bench.command",
 }
 
@@ -54,8 +58,11 @@ stage by stage, without a recipe:
   sepo eval   --policy policy --base MODEL --data held_out.parquet --out eval
   sepo report --table scores --tokenizer MODEL  every token coloured by its reward, in the browser
   sepo generate --model policy --prompts alpaca_eval.json --out answers
+  sepo sample --model MODEL --prompts prompts.jsonl --gold vader --out sampled
+  sepo pairs  --responses sampled --out pairs   preference data from a model's own answers
   sepo judge --answers mine.json --against theirs.json --judge reward:MODEL --out judged
   sepo reward --oracle oracle --reference MODEL --data reward-bench.parquet --out rewardbench
+  sepo work runs/mine                           do units of a run with --engine files, on any machine
   sepo push runs/mine --to ORG/NAME             to the hub, with a card (docs/how-to/share-on-the-hub.md)
   sepo winrate annotations.json                 win rate with its error, length-controlled (docs/judging.md)
 

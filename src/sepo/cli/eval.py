@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
 from sepo import command
 from sepo.errors import UserError
 from sepo.judging.commands.judge import judge_of, judge_options
-from sepo.recipe.settings import Gold
 
 HELP = "measure a policy against the model it started from"
 
@@ -19,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     command.model_option(parser, "--base", "model it was trained from")
     command.data_options(parser)
     command.out_option(parser, "folder for metrics.json and generations.parquet")
-    parser.add_argument("--gold", choices=get_args(Gold), help="gold reward of the generations")
+    parser.add_argument("--gold", metavar="NAME", help="gold reward of the generations (vader, plain, ...)")
     parser.add_argument("--prompts", type=int, help="prompts to generate for (default 100)")
     parser.add_argument("--samples", type=int, help="generations a prompt (default 1)")
     parser.add_argument("--temperature", type=float, help="sampling temperature (default 1)")

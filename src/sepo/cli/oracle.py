@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 
 from sepo import command
-from sepo.errors import UserError
 
 HELP = "train an oracle: DPO on a reference model"
 
@@ -30,20 +28,13 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.stages import data, oracle, reference
     from sepo.training.checkpoints import check_model_folder
 
-    with command.writing_to(arguments, check_model_folder) as out:
+    with command.writing_to(arguments, check_model_folder) as out, command.work_folder(out) as work:
         processes = command.join(arguments.device)
         processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
-        work = out.with_name(f".{out.name}-work")  # kept by an interrupted command, for the next one
         folders = {"data": work / "pairs", "oracle": out}
         folders |= dict.fromkeys(("reference_logps", "oracle_start_logps"), work / "logps")  # one of them is read
         walker = CommandWalker(folders)
         method = Method(recipe, walker)
-        try:
-            check_method_pairs(method)
-            method.until("oracle")
-        except UserError:
-            if processes.is_main():  # the other ranks may have ended for another reason
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        processes.on_main(lambda: shutil.rmtree(work, ignore_errors=True))
+        check_method_pairs(method)
+        method.until("oracle")
     command.print_metrics(f"oracle: {arguments.out}", walker.results["oracle"].results)

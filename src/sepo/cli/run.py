@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sepo.command import join, path, print_metrics, print_plan, quiet_libraries
+from sepo.command import engine_option, join, path, print_metrics, print_plan, quiet_libraries
 from sepo.errors import UserError
 
 HELP = (
@@ -22,6 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="stop after this stage: data, reference, oracle, score, select, train or eval; the same command without "
         "it does the rest",
     )
+    engine_option(parser, None)
     parser.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
     parser.add_argument("--verbose", action="store_true", help="at the end, print every metric of metrics.md")
     parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: plan for N devices")
@@ -33,7 +34,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from sepo.recipe.reading import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.engine is not None:
+        overrides.append(f"engine={arguments.engine}")
+    recipe = load_recipe(arguments.recipe, overrides)
     devices, memory = _target_of(arguments)
     quiet_libraries("sepo.runs.pipeline")
     from sepo.api import plan_run, run_recipe
@@ -44,16 +48,23 @@ def run(arguments: argparse.Namespace) -> None:
         processes = join("cpu")
         plan = RunPlan(**processes.on_main(lambda: vars(plan_run(recipe, Target(devices, memory), arguments.until))))
         if processes.is_main():
-            print_plan(f"plan of {recipe.name}", plan.stages)
+            each = "" if recipe.rounds is None else f", each of {recipe.rounds.number} rounds"
+            print_plan(f"plan of {recipe.name}{each}", plan.stages)
             if plan.memory:
                 print_plan("memory of each device", plan.memory, wide=True)
-            print("\n".join(["", *plan.example]))
+            print("\n".join(["", *plan.notes]))
         return
     metrics = run_recipe(recipe, arguments.until)
     if not join(recipe.device).is_main():
         return
     if arguments.until is not None:
         print(f"{recipe.run_folder}: done up to '{arguments.until}'; the same command without --until does the rest")
+        return
+    if recipe.rounds is not None:
+        from sepo.report.documents import print_document
+
+        print_document((recipe.run_folder / "rounds.md").read_text(encoding="utf-8"))
+        print(f"\n{recipe.run_folder}/rounds.html  rounds.json  round-1/ ...")
         return
     from sepo.report.run_summary import print_summary, summarise_run
 

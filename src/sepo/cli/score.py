@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from pathlib import Path
 
 from sepo import command
 
@@ -16,6 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     command.data_options(parser)
     command.out_option(parser, "folder for the score table; pairs and log-probabilities are kept in it")
     parser.add_argument("--tokens-per-row", type=int, help="token budget of a packed row; bounds the memory")
+    command.engine_option(parser)
     command.device_options(parser)
 
 
@@ -28,8 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
         tokens_per_row=arguments.tokens_per_row,
     )
     command.quiet_libraries()
+    from sepo import engines
     from sepo.cli.walker import CommandWalker
-    from sepo.data.tables import clear_shards, read_table, table_paths
+    from sepo.data.tables import clear_shards, iter_tables, number_of_rows, table_paths
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
     from sepo.rewards.file import holds_answers, score_answers
@@ -38,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.stages import oracle, reference
     from sepo.stages.stage import SCORES
 
-    with command.writing_to(arguments) as out:
+    with engines.use(arguments.engine, Path(arguments.out)), command.writing_to(arguments) as out:
         processes = command.join(arguments.device)
         processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle)] and None)
         if processes.on_main(lambda: holds_answers(recipe)):
@@ -59,5 +62,5 @@ def run(arguments: argparse.Namespace) -> None:
             load_tokenizer(arguments.reference).save_pretrained(out / "tokenizer")
 
         processes.on_main(publish)
-    scores = read_table(out, "scores")
-    command.print_metrics(f"scores: {out}", {"pairs": len(scores), **oracle_accuracy(scores)})
+    rows = sum(number_of_rows(path) for path in table_paths(out, "scores"))
+    command.print_metrics(f"scores: {out}", {"pairs": rows, **oracle_accuracy(iter_tables(out, "scores"))})

@@ -40,9 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     settings = _settings_of(arguments)
     from sepo.credit.rewards import combine_scores
-    from sepo.data.ragged import SIDES, flat
-    from sepo.data.tables import number_of_rows, read_table, table_paths, write_table
-    from sepo.stages.select import pair_weights, select
+    from sepo.data.ragged import SIDES
+    from sepo.data.tables import iter_tables, number_of_rows, read_table, table_paths, write_table
+    from sepo.stages.select import select, selected
 
     def write_selection(out: Path) -> str:
         scores = Path(arguments.table[0])
@@ -57,12 +57,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     with writing_to(arguments) as out:
         join("cpu").on_main(lambda: write_selection(out))
-    table = read_table(arguments.out, "selection")
-    metrics: dict[str, float] = {"pairs": len(table)}
+    counts, weights = selected(iter_tables(arguments.out, "selection"))
+    metrics: dict[str, float] = {"pairs": counts["pairs"]}
     for side in SIDES:
-        kept, total = (int(flat(table.column(f"{side}_{part}"))[1].sum()) for part in ("positions", "ids"))
+        total, kept = counts[f"{side}/tokens"], counts[f"{side}/key_tokens"]
         metrics |= {f"{side}/tokens": total, f"{side}/key_tokens": kept, f"{side}/share": kept / total}
-    print_metrics(f"selection: {arguments.out}", metrics | pair_weights(table))
+    print_metrics(f"selection: {arguments.out}", metrics | weights)
 
 
 def _settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sepo import command
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from sepo.recipe.settings import Recipe
 
 HELP = "train a policy on key tokens, or by a rival objective"
 
@@ -37,8 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.training.checkpoints import check_model_folder
     from sepo.training.fit import objective_settings, train_model
 
-    with command.writing_to(arguments, check_model_folder) as out:
-        command.join(arguments.device).on_main(lambda: [stage.check(recipe) for stage in (reference, train)] and None)
+    with command.writing_to(arguments, check_model_folder) as out, command.work_folder(out) as work:
+        processes = command.join(arguments.device)
+        processes.on_main(lambda: [stage.check(recipe) for stage in (reference, train)] and None)
         table = read_table(arguments.selection, "selection")
         model = resolve_model(arguments.policy)
         check_table_tokenizer(table, load_tokenizer(model), arguments.selection, arguments.policy)
@@ -48,9 +56,24 @@ def run(arguments: argparse.Namespace) -> None:
             table,
             out,
             policy.training,
+            reference_logps=_start_logps(recipe, model, Path(arguments.selection), work),
             lora=policy.lora,
             seed=recipe.seed,
             device=recipe.device,
             **objective_settings(policy),
         )
     command.print_metrics(f"policy: {arguments.out}", {"pairs": len(table), **results})
+
+
+def _start_logps(recipe: Recipe, model: str, selection: Path, folder: Path) -> pa.Table | None:
+    """Log-probabilities under the policy's start, stored in `folder`; None for an objective without a reference."""
+    from sepo.data.tables import read_table
+    from sepo.models.devices import choose_device
+    from sepo.stages import logps, train
+    from sepo.training.fit import training_types
+
+    if not train.needs_reference(recipe):
+        return None
+    types = training_types(recipe.policy, model, choose_device(recipe.device).type)
+    logps.logps_pass(model, selection, folder, device=recipe.device, types=types, description="policy_start")
+    return read_table(folder, "logps")

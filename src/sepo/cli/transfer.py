@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     allocation = {} if arguments.allocation is None else {"allocation": arguments.allocation}
     recipe = command.recipe_of(arguments, policy={"model": arguments.tokenizer}, transfer=allocation)
     command.quiet_libraries()
-    from sepo.data.tables import read_table
+    from sepo.data.tables import iter_tables
     from sepo.data.vocabulary import token_bytes
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     with command.writing_to(arguments) as out:
         processes = command.join("cpu")
         figures = processes.on_main(lambda: write_scores(out))
-    accuracy = oracle_accuracy(read_table(arguments.out, "scores"))
+    accuracy = oracle_accuracy(iter_tables(arguments.out, "scores"))
     command.print_metrics(f"scores: {arguments.out}", {**figures, **accuracy})
 
 

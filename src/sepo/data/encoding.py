@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -217,7 +217,7 @@ def tokenize_pairs(
     as_chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
-    workers: int | Literal["auto"] = "auto",
+    workers: int | Literal["auto"] | PartsOf = "auto",
 ) -> tuple[pa.Table, DataReport]:
     """Turn the rows of a preference dataset into a table of token ids.
 
@@ -240,7 +240,7 @@ def tokenize_pairs(
         chat_template_kwargs: keywords for the chat template, such as `{"enable_thinking": False}`.
         progress: show a progress bar.
         workers: processes that tokenise; 1: this one alone. "auto": one for every 10,000 rows, at most one a core. The
-            result is the same.
+            result is the same. Or a function that yields the encoded parts (`stages.encode`).
 
     Returns:
         A table of kind "pairs" and the report of dropped and truncated rows. The provenance of the table holds the
@@ -361,7 +361,11 @@ def _check_markup(rows: int, report: DataReport) -> None:
 _FEW_ROWS = 2  # a dataset this small is a trial, so no error
 
 
-class _Encoded(NamedTuple):
+# Yields the parts of a dataset in order, encoded elsewhere, for an encoder and `as_chat`.
+PartsOf = Callable[[datasets.Dataset, Encoder, bool], Generator["Encoded"]]
+
+
+class Encoded(NamedTuple):
     """Consecutive rows of a dataset as token ids, before truncation.
 
     Attributes:
@@ -388,15 +392,18 @@ def end_ids_of(encoder: Encoder) -> list[int]:
 
 
 def _encoded(
-    dataset: datasets.Dataset, encoder: Encoder, as_chat: bool, workers: int | Literal["auto"]
-) -> Generator[_Encoded]:
+    dataset: datasets.Dataset, encoder: Encoder, as_chat: bool, workers: int | Literal["auto"] | PartsOf
+) -> Generator[Encoded]:
     """The rows of a dataset as token ids, in parts of `ROWS_AT_ONCE`."""
+    if callable(workers):
+        yield from workers(dataset, encoder, as_chat)
+        return
     starts = range(0, len(dataset), ROWS_AT_ONCE)
     number = _workers(workers, len(dataset), encoder)
     if number == 1:
         for start in starts:
             rows = read_rows(dataset, start, min(start + ROWS_AT_ONCE, len(dataset)))
-            yield _encode_rows(encoder, as_chat, start, rows)
+            yield encode_rows(encoder, as_chat, start, rows)
         return
     from sepo.data.workers import in_workers
 
@@ -419,11 +426,11 @@ def _workers(workers: int | Literal["auto"], rows: int, encoder: Encoder) -> int
     return max(1, min(cores(), rows // ROWS_OF_A_WORKER)) if of_library else 1
 
 
-def _encode_part(common: tuple[Encoder, bool], part: tuple[int, bytes]) -> _Encoded:
-    """`_encode_rows` in a worker."""
+def _encode_part(common: tuple[Encoder, bool], part: tuple[int, bytes]) -> Encoded:
+    """`encode_rows` in a worker."""
     (encoder, as_chat), (start, content) = common, part
     rows = datasets.Dataset(pa.ipc.open_stream(content).read_all())
-    return _encode_rows(encoder, as_chat, start, read_rows(rows, 0, len(rows)))
+    return encode_rows(encoder, as_chat, start, read_rows(rows, 0, len(rows)))
 
 
 def _to_bytes(table: pa.Table) -> bytes:
@@ -434,7 +441,7 @@ def _to_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _encode_rows(encoder: Encoder, as_chat: bool, start: int, rows: Sequence[dict[str, Any] | None]) -> _Encoded:
+def encode_rows(encoder: Encoder, as_chat: bool, start: int, rows: Sequence[dict[str, Any] | None]) -> Encoded:
     """Tokenise rows from number `start` on. The result depends on these rows alone, whatever was encoded before."""
     if encoder.writer is not None:
         encoder.writer.forget()
@@ -467,7 +474,7 @@ def _encode_rows(encoder: Encoder, as_chat: bool, start: int, rows: Sequence[dic
         talk = conversation_text(pair.messages, pair.tools), prompt_key(pair.messages)
         kept.append((pair_id, prompt, chosen, rejected, *talk, encoder.kept_head(prompt)))
     table = pa.table(dict(zip(_ENCODED.names, zip(*kept, strict=True) if kept else [()] * 7, strict=True)), _ENCODED)
-    return _Encoded(len(rows), table, drops, notes, markup, rows_as_bytes(rows))
+    return Encoded(len(rows), table, drops, notes, markup, rows_as_bytes(rows))
 
 
 _PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")

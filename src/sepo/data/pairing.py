@@ -13,9 +13,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from sepo.data.formats import column_of
@@ -314,15 +315,62 @@ def _ranked(scored: Sequence[tuple[Any, Any]], how: PairsFrom) -> Iterator[tuple
         usable.append((-number if how.lower_is_better else number, response))
     if len(usable) < 2:
         raise DropRow("one response")
-    usable.sort(key=lambda item: -item[0])  # stable: ties keep their order
-    if usable[0][0] == usable[-1][0]:
-        raise DropRow("tie")
-    if how.pick == "extremes":
-        yield usable[0][1], usable[-1][1]
-        return
-    for (high, chosen), (low, rejected) in combinations(usable, 2):
-        if high > low:
-            yield chosen, rejected
+    try:
+        pairs = pick_pairs([Ranked(*item) for item in usable], _PICKS[how.pick])
+    except LookupError:
+        raise DropRow("tie") from None
+    for chosen, rejected in pairs:
+        yield chosen.response, rejected.response
+
+
+class Ranked(NamedTuple):
+    """A response with its score; higher is better. `whole`: it may be chosen."""
+
+    score: float
+    response: Any
+    whole: bool = True
+
+
+_PICKS = {"extremes": "best-worst", "all": "all"}
+
+
+def pick_pairs(
+    ranked: Sequence[Ranked], pick: str, min_gap: float = 0.0, draw: np.random.Generator | None = None
+) -> list[tuple[Ranked, Ranked]]:
+    """Pairs of a chosen and a rejected response to one prompt.
+
+    Args:
+        pick: "best-worst", "best-random" (rejected: a random one of those below the best), or "all".
+        min_gap: the smallest difference of their scores. Equal scores give no pair.
+        draw: for "best-random".
+
+    Raises:
+        LookupError: no pair; its argument is why: "one_answer", "no_whole_answer", "tie", or "gap" (no whole response
+            is that far above another).
+
+    >>> pick_pairs([Ranked(1, "x"), Ranked(3, "y"), Ranked(2, "z")], "best-worst")
+    [(Ranked(score=3, response='y', whole=True), Ranked(score=1, response='x', whole=True))]
+    """
+    if len(ranked) < 2:
+        raise LookupError("one_answer")
+    if not any(one.whole for one in ranked):
+        raise LookupError("no_whole_answer")
+    ranked = sorted(ranked, key=lambda one: -one.score)  # stable: ties keep their order
+    if ranked[0].score == ranked[-1].score:
+        raise LookupError("tie")
+    pairs = [
+        (chosen, rejected)
+        for chosen, rejected in combinations(ranked, 2)
+        if chosen.whole and chosen.score > rejected.score and chosen.score - rejected.score >= min_gap
+    ]
+    if not pairs:
+        raise LookupError("gap")
+    if pick == "all":
+        return pairs
+    below = [pair for pair in pairs if pair[0] is pairs[0][0]]
+    if pick == "best-worst" or draw is None:
+        return below[-1:]
+    return [below[int(draw.integers(len(below)))]]
 
 
 def _grouped(dataset: datasets.Dataset, how: PairsFrom, prompt: str) -> Iterator[dict[str, Any]]:

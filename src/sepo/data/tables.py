@@ -345,6 +345,36 @@ def read_shard(path: Path, kind: str) -> pa.Table:
     return table.replace_schema_metadata({_KEY: json.dumps(metadata, sort_keys=True).encode()} if metadata else None)
 
 
+def shard_problem(path: Path, kind: str, expected: Mapping[str, Any]) -> str | None:
+    """Why a stored shard cannot be reused; None if it is whole and has the expected provenance."""
+    problem = _provenance_problem(path, expected)
+    if problem is None:
+        try:
+            read_shard(path, kind)
+        except (UserError, OSError) as error:
+            return f"is damaged ({one_line(error, 200)})"
+    return problem
+
+
+def shard_digest(path: Path, expected: Mapping[str, Any]) -> str | None:
+    """The recorded digest of a stored shard with the expected provenance, from its footer; None if there is none."""
+    problem = _provenance_problem(path, expected)
+    return None if problem else str(provenance_of(read_schema(path)).get("digest"))
+
+
+def _provenance_problem(path: Path, expected: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    try:
+        provenance = provenance_of(read_schema(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return f"is damaged ({one_line(error, 200)})"
+    for key, value in {"version": FORMAT_VERSION, **expected}.items():
+        if provenance.get(key) != value:
+            return f"was made with another {key}"
+    return None
+
+
 def _cast_column(table: pa.Table, field: pa.Field, path: Path, kind: str) -> pa.Table:
     """Cast a column to the type of the schema (tables from other tools often hold int64 and double)."""
     if table.schema.names.count(field.name) > 1:

@@ -18,6 +18,10 @@ _WRITTEN = re.compile(
     r"|<\|channel>thought|(?P<close6><channel\|>)|<unused94>thought|(?P<close7><unused95>)",
     re.IGNORECASE,
 )
+# Thinking by tags that also mark parts of an answer: only where the text begins with them and goes on after them.
+_PREFACE = re.compile(
+    r"\s*(?:<(?P<name>analysis|scratchpad|reflection|inner_monologue)>|<\|im_start\|>think\b)", re.IGNORECASE
+)
 # gpt-oss writes into channels; its answer is in the channel "final". Some servers drop the marks of the channels.
 _CHANNELS = re.compile(r"\s*(?:<\|start\|>assistant)?<\|channel\|>")
 _FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>(.*?)(?:<\|(?:end|return|start)\|>|\Z)", re.DOTALL)
@@ -53,6 +57,8 @@ def without_thinking(text: str) -> str | None:
         return final[-1].strip() if final else None
     if unmarked := _UNMARKED.match(text):
         return unmarked[1].strip()
+    if preface := _PREFACE.match(text):
+        return _after_preface(text, preface)
     kept, start, opened, mentioned = "", 0, False, False
     for tag in _WRITTEN.finditer(text):
         if not closes_thinking(tag):
@@ -68,6 +74,13 @@ def without_thinking(text: str) -> str | None:
     if opened:
         return None
     return (kept + text[start:]).strip() if start else text
+
+
+def _after_preface(text: str, opening: re.Match) -> str | None:
+    """The text after its `_PREFACE`: None if it has no end, the whole text if nothing follows it."""
+    close = f"</{opening['name']}>" if opening["name"] else "<|im_start|>answer"
+    closing = re.compile(re.escape(close), re.IGNORECASE).search(text, opening.end())
+    return None if closing is None else text[closing.end() :].strip() or text
 
 
 def answer_of(tokenizer: Any, ids: Sequence[int], prompt_ids: Sequence[int]) -> str | None:

@@ -6,15 +6,16 @@ accuracy is reported with the accuracy of length alone, and on the pairs where l
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import compress
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from sepo.credit.rewards import response_sums
-from sepo.data.ragged import flat
-from sepo.data.splits import prompt_numbers
+from sepo.data.ragged import SIDES, flat
+from sepo.data.splits import PromptHashes, prompt_numbers
 from sepo.evaluate.statistics import mean_and_se
 
 
@@ -24,7 +25,7 @@ def preference_accuracy(
     chosen_lengths: ArrayLike,
     rejected_lengths: ArrayLike,
     *,
-    groups: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | np.ndarray | None = None,
 ) -> dict[str, float]:
     """Share of pairs whose chosen response has the higher score; a tie counts one half.
 
@@ -50,7 +51,9 @@ def preference_accuracy(
     wins = won(scores, others)
     not_longer = lengths <= other_lengths
     accuracy, accuracy_se = mean_and_se(wins, groups)
-    kept = None if groups is None else [groups[index] for index in np.flatnonzero(not_longer).tolist()]
+    kept: Sequence[Hashable] | np.ndarray | None = None
+    if groups is not None:
+        kept = np.asarray(groups)[not_longer] if isinstance(groups, np.ndarray) else list(compress(groups, not_longer))
     accuracy_not_longer, accuracy_not_longer_se = mean_and_se(wins[not_longer], kept)
     return {
         "accuracy": accuracy,
@@ -70,9 +73,18 @@ def won(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (values > others) + half
 
 
-def oracle_accuracy(scores: pa.Table) -> dict[str, float]:
-    """Preference accuracy of the oracle's summed token rewards on the pairs of a scores table."""
-    return _prefixed("oracle", _accuracy(*response_sums(scores, "rewards"), scores))
+def oracle_accuracy(scores: pa.Table | Iterable[pa.Table]) -> dict[str, float]:
+    """Preference accuracy of the oracle's summed token rewards on the pairs of a scores table, whole or in shards."""
+    if isinstance(scores, pa.Table):
+        return _prefixed("oracle", _accuracy(*response_sums(scores, "rewards"), scores))
+    prompts = PromptHashes()
+    parts = []
+    for shard in scores:
+        lengths = [flat(shard.column(f"{side}_ids"))[1].astype(np.int32) for side in SIDES]
+        parts.append((*response_sums(shard, "rewards"), *lengths))
+        prompts.add(shard)
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return _prefixed("oracle", preference_accuracy(*columns, groups=prompts.labels()))
 
 
 def policy_accuracy(before: pa.Table, after: pa.Table, pairs: pa.Table) -> dict[str, float]:

@@ -12,9 +12,10 @@ reduces the difference that chance makes between them.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sepo import processes
 from sepo.bars import progress_bar
@@ -189,28 +190,76 @@ class _Sampler:
         if self._finished is not None and all(job in self._finished.found for job in batch):
             return [self._finished.found[job] for job in batch]
         prompts = [self._prompt_ids[prompt] for prompt, _ in batch]
-        uniform = np.stack(
-            [
-                _uniforms(self._seed, self._prompt_ids[prompt], self._occurrences[prompt], sample, self._max_new_tokens)
-                for prompt, sample in batch
-            ]
-        )
-        draw = _Draw(self._temperature, uniform)
-        try:
-            new_ids = _generate_batch(self.inner, prompts, self.config, self.device, draw, self._together)
-        except torch.OutOfMemoryError:
-            longest = max(map(len, prompts)) + self._max_new_tokens
-            raise UserError(
-                f"{len(batch)} responses at once, of up to {longest} tokens with their prompts, do not fit into "
-                f"the memory of {self.device}: set eval.batch_size to a lower number"
-            ) from None
-        generated = []
-        for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
-            ids, ended = _cut(ids, self.stops)
-            generated.append(Generation(prompt, sample, ids, ended, logps[: len(ids)]))
+        draw = _Draw(self._temperature, self._uniform(batch))
+        generated = self._generations(batch, self._generate(prompts, draw), draw)
         if self._finished is not None:
             self._finished.add(generated)
         return generated
+
+    def sample_prompts(self, numbers: Sequence[int], temperatures: Sequence[float]) -> list[Generation]:
+        """`len(temperatures)` responses to each of some prompts; each prompt is read once for all of its responses."""
+        batch = [(prompt, sample) for prompt in numbers for sample in range(len(temperatures))]
+        draw = _Draw(torch.tensor([[temperatures[sample]] for _, sample in batch]), self._uniform(batch))
+        new_ids = self._generate([self._prompt_ids[prompt] for prompt, _ in batch], draw, len(temperatures))
+        return self._generations(batch, new_ids, draw)
+
+    def _uniform(self, batch: Sequence[tuple[int, int]]) -> np.ndarray:
+        """The random numbers of a batch, `[responses, max_new_tokens]`."""
+        steps = self._max_new_tokens
+        return np.stack(
+            [uniforms(self._seed, self._prompt_ids[i], self._occurrences[i], sample, steps) for i, sample in batch]
+        )
+
+    def _generate(self, prompts: list[Sequence[int]], draw: _Draw, samples: int = 1) -> list[list[int]]:
+        """New tokens; with several `samples` each prompt stands that often in a row, and is read once."""
+        try:
+            if samples > 1 and not self._together and _keeps_prompts(self.inner):
+                return _continue_once(self.inner, prompts[::samples], samples, self.config, self.device, draw)
+            return _generate_batch(self.inner, prompts, self.config, self.device, draw, self._together)
+        except torch.OutOfMemoryError:
+            longest = max(map(len, prompts)) + self._max_new_tokens
+            raise UserError(
+                f"{len(prompts)} responses at once, of up to {longest} tokens with their prompts, do not fit into "
+                f"the memory of {self.device}: set eval.batch_size to a lower number"
+            ) from None
+
+    def _generations(
+        self, batch: Sequence[tuple[int, int]], new_ids: Sequence[list[int]], draw: _Draw
+    ) -> list[Generation]:
+        generated = []
+        for (prompt, sample), ids, logps in zip(batch, new_ids, draw.logps(), strict=True):
+            ids, ended = until_stop(ids, self.stops)
+            generated.append(Generation(prompt, sample, ids, ended, logps[: len(ids)]))
+        return generated
+
+
+@contextmanager
+def prompt_sampler(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    seed: int = 0,
+) -> Iterator[Callable[[Sequence[int]], list[Generation]]]:
+    """A function that answers prompts, given by their numbers: `len(temperatures)` responses to each.
+
+    The model reads each prompt once for all of its responses, unless it keeps a recurrent state (`_keeps_prompts`).
+    Random numbers are those of `generate_responses`, so a response does not depend on the batch.
+
+    Args:
+        prompt_ids: all prompts, as for `generate_responses`.
+        temperatures: of each response to a prompt. 0 only if all are 0.
+
+    Raises:
+        ValueError: a prompt without a token, or a number out of range.
+    """
+    if not temperatures or max_new_tokens < 1 or min(temperatures) < 0 or (min(temperatures) == 0 < max(temperatures)):
+        raise ValueError("expected temperatures above 0 (or 0 for all), and max_new_tokens of at least 1")
+    sampler = _Sampler(model, tokenizer, prompt_ids, max_new_tokens, 1.0, seed, None)
+    with _undisturbed(model, sampler.inner, sampler.config):
+        yield lambda numbers: sampler.sample_prompts(numbers, temperatures)
 
 
 def responses_at_once(longest: int, device: torch.device | str) -> int:
@@ -228,7 +277,7 @@ def _occurrences(prompt_ids: Sequence[Sequence[int]]) -> list[int]:
     return numbers
 
 
-def _uniforms(seed: int, prompt: Sequence[int], occurrence: int, sample: int, steps: int) -> np.ndarray:
+def uniforms(seed: int, prompt: Sequence[int], occurrence: int, sample: int, steps: int) -> np.ndarray:
     """The random numbers of one response, `[steps]` float64 in [0, 1)."""
     # The length keeps a prompt's key from being the beginning of another's.
     return np.random.default_rng([seed, sample, occurrence, len(prompt), *prompt]).random(steps)
@@ -274,8 +323,9 @@ def _passes(weights: np.ndarray, at: np.ndarray) -> np.ndarray:
 class _Draw(LogitsProcessor):
     """Draw each row's next token, keep its log-probability, and set its score to infinity in place."""
 
-    def __init__(self, temperature: float, uniform: np.ndarray):
-        self.temperature = temperature
+    def __init__(self, temperature: float | torch.Tensor, uniform: np.ndarray):
+        self.temperature = temperature  # a tensor: [rows, 1]
+        self.greedy = not (temperature.any() if isinstance(temperature, torch.Tensor) else temperature)
         self.uniform = uniform  # [rows, steps]
         self._steps: list[torch.Tensor] = []
 
@@ -286,8 +336,10 @@ class _Draw(LogitsProcessor):
         total = highest + weights.sum(dim=-1, keepdim=True).log_()
         if not torch.isfinite(total).all():
             raise NonFiniteError("the model's logits are not finite, so no token can be drawn; check its weights")
-        if self.temperature:
-            if self.temperature != 1:
+        if not self.greedy:
+            if isinstance(self.temperature, torch.Tensor):
+                weights = ((scores - highest) / self.temperature.to(scores)).exp_()
+            elif self.temperature != 1:
                 weights = ((scores - highest) / self.temperature).exp_()
             drawn = draw_tokens(weights, self.uniform[:, len(self._steps)])[:, None]
         else:
@@ -361,14 +413,7 @@ def _continue(
     shared shared  pad  pad  own  own | new new
     shared shared  own  own  own  own | new new
     """
-    longest = max(len(ids) for ids in prompts)
-    input_ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        for place, part in ((0, ids[:shared]), (longest - len(ids) + shared, ids[shared:])):
-            input_ids[row, place : place + len(part)] = torch.tensor(part)
-            attention_mask[row, place : place + len(part)] = 1
-    input_ids = input_ids.to(device)
+    input_ids, attention_mask = padded(prompts, shared, config.pad_token_id, device)
     if shared:
         cache = DynamicCache(config=model.config)
         model(input_ids=input_ids[:1, :shared], past_key_values=cache, use_cache=True)
@@ -376,11 +421,63 @@ def _continue(
         options["past_key_values"] = cache
     output = model.generate(
         input_ids=input_ids,
-        attention_mask=attention_mask.to(device),
+        attention_mask=attention_mask,
         logits_processor=LogitsProcessorList([processor]),
         **options,
     )
-    return output[:, longest:].tolist()
+    return output[:, input_ids.shape[1] :].tolist()
+
+
+def padded(
+    prompts: Sequence[Sequence[int]], shared: int, pad: int | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, `[prompts, longest]`; each row's padding follows its first `shared` tokens."""
+    longest = max(len(ids) for ids in prompts)
+    input_ids = torch.full((len(prompts), longest), pad or 0, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        for place, part in ((0, ids[:shared]), (longest - len(ids) + shared, ids[shared:])):
+            input_ids[row, place : place + len(part)] = torch.tensor(part)
+            attention_mask[row, place : place + len(part)] = 1
+    return input_ids.to(device), attention_mask.to(device)
+
+
+def _continue_once(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    config: GenerationConfig,
+    device: torch.device,
+    draw: _Draw,
+) -> list[list[int]]:
+    """`samples` responses to each prompt. One pass reads the prompts and gives the logits of all first tokens."""
+    input_ids, attention_mask = padded(prompts, 0, config.pad_token_id, device)
+    cache = DynamicCache(config=model.config)
+    known = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0), "logits_to_keep": 1}
+    options = {name: value for name, value in options.items() if name in known}
+    output = model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **options)
+    input_ids, attention_mask = (part.repeat_interleave(samples, 0) for part in (input_ids, attention_mask))
+    logits = output.logits[:, -1].to(dtype=torch.float32).repeat_interleave(samples, 0)
+    first = draw(input_ids, logits).argmax(-1, keepdim=True)
+    prompt_length, new = input_ids.shape[1], int(config.max_new_tokens or 1)
+    if new == 1:
+        return first.tolist()
+    cache.batch_repeat_interleave(samples)
+    output = model.generate(
+        input_ids=torch.cat([input_ids, first], -1),
+        attention_mask=torch.cat([attention_mask, torch.ones_like(first)], -1),
+        logits_processor=LogitsProcessorList([draw]),
+        past_key_values=cache,
+        max_new_tokens=new - 1,
+    )
+    return output[:, prompt_length:].tolist()
+
+
+def _keeps_prompts(model: Any) -> bool:
+    """Whether a model keeps keys and values alone (no recurrent state), which all samples of a prompt can continue."""
+    kept = (DynamicLayer, DynamicSlidingWindowLayer)
+    return all(type(layer) in kept for layer in DynamicCache(config=model.config).layers)
 
 
 def _shared_start(prompts: Sequence[Sequence[int]]) -> int:
@@ -448,7 +545,7 @@ class _LogpRecorder(LogitsProcessor):
         return forced
 
 
-def _cut(ids: list[int], stops: list[int]) -> tuple[list[int], bool]:
+def until_stop(ids: list[int], stops: list[int]) -> tuple[list[int], bool]:
     """(tokens up to the first stop token, whether there is one)."""
     for index, token in enumerate(ids):
         if token in stops:

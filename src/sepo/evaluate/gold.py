@@ -7,22 +7,21 @@ A gold reward gives the reward of a text and the words that carry it, so that to
   negation, emphasis and contrast. Words are good or bad.
 - `plain` is about form: the share of words that are not long. It has no lexicon and no rules beyond the word. Long
   words are bad; no word is good.
-- `arithmetic`, `tracking` and `details` (`planted.py`) are about what is right: a word is good in one place and bad in
-  another, by the question and by what the response says before it.
 
-All are deterministic.
+A package adds its own by an entry point `NAME = "module:REWARD"` of the group `sepo.gold_rewards`; `sepo.bench` adds
+rewards that check what is right, step by step. All are deterministic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
+from importlib.metadata import entry_points
 from typing import NamedTuple
 
 import numpy as np
 
 from sepo.errors import UserError, nearest
-from sepo.evaluate import planted
 from sepo.evaluate.words import Truth, text_words, word_truth
 
 LONG = 8  # the fewest letters of a long word: 16 % of the words of the embedded texts are long
@@ -100,23 +99,19 @@ def plain_valence(word: str) -> float:
 GOLD_REWARDS: dict[str, GoldReward] = {
     "vader": GoldReward(lambda questions, answers: vader_scores(answers), word_truth(lexicon_valence)),
     "plain": GoldReward(lambda questions, answers: plain_scores(answers), word_truth(plain_valence)),
-    **{
-        name: GoldReward(partial(planted.scores, check), partial(planted.truth, check))
-        for name, check in planted.CHECKS.items()
-    },
 }
 
 
 def gold_reward(name: str) -> GoldReward:
-    """Return the gold reward called `name` (a key of `GOLD_REWARDS`), ready to use.
+    """Return the gold reward called `name`, of `GOLD_REWARDS` or of an entry point, ready to use.
 
     Raises:
         UserError: the name is unknown, or a package that the reward needs is not installed.
     """
-    if name not in GOLD_REWARDS:
-        raise UserError(
-            f"unknown gold reward '{name}'{nearest(name, GOLD_REWARDS)}: expected one of {', '.join(GOLD_REWARDS)}"
-        )
-    reward = GOLD_REWARDS[name]
+    added = {point.name: point for point in entry_points(group="sepo.gold_rewards")}
+    if name not in GOLD_REWARDS and name not in added:
+        known = [*GOLD_REWARDS, *sorted(added)]
+        raise UserError(f"unknown gold reward '{name}'{nearest(name, known)}: expected one of {', '.join(known)}")
+    reward = GOLD_REWARDS[name] if name in GOLD_REWARDS else added[name].load()
     reward.scores([], [])  # a missing package should be reported now, not after hours of training
     return reward

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-def mean_and_se(values: ArrayLike, groups: Sequence[Hashable] | None = None) -> tuple[float, float]:
+def mean_and_se(values: ArrayLike, groups: Sequence[Hashable] | np.ndarray | None = None) -> tuple[float, float]:
     """Mean and its standard error.
 
     With `groups` (one label per value, for example its prompt) the error is clustered: values of one group may depend
@@ -27,9 +27,7 @@ def mean_and_se(values: ArrayLike, groups: Sequence[Hashable] | None = None) -> 
     else:
         if len(groups) != len(values):
             raise ValueError(f"{len(values)} values but {len(groups)} group labels")
-        labels: dict[Hashable, int] = {}
-        index = np.array([labels.setdefault(group, len(labels)) for group in groups], dtype=np.int64)
-        count = len(labels)
+        index, count = _numbered(groups)
     if len(values) == 0:
         return float("nan"), float("nan")
     mean = values.mean()
@@ -39,6 +37,18 @@ def mean_and_se(values: ArrayLike, groups: Sequence[Hashable] | None = None) -> 
     # Cluster-robust variance of a mean, with the G / (G - 1) correction; s^2 / n where each group has one value.
     variance = count / (count - 1) * np.sum(residuals**2) / len(values) ** 2
     return float(mean), float(np.sqrt(variance))
+
+
+def _numbered(groups: Sequence[Hashable]) -> tuple[np.ndarray, int]:
+    """Labels as numbers from 0 in the order of first occurrence, and how many there are."""
+    if isinstance(groups, np.ndarray):
+        _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+        rank = np.empty(len(first), np.int64)
+        rank[np.argsort(first)] = np.arange(len(first))
+        return rank[inverse], len(first)
+    labels: dict[Hashable, int] = {}
+    index = np.array([labels.setdefault(group, len(labels)) for group in groups], dtype=np.int64)
+    return index, len(labels)
 
 
 def paired_difference(

@@ -159,6 +159,36 @@ def table_card(
     )
 
 
+def pairs_card(
+    name: str, how: str, made: Mapping[str, Any], counts: Sequence[str], length: Sequence[str], file: str
+) -> str:
+    """The card of preference pairs made from sampled answers, as a dataset.
+
+    Args:
+        how: the rule by which answers became pairs, one sentence.
+        made: model, judge and settings, by name. Of a path only the last part is shown.
+        counts, length: lines.
+        file: the data, relative to the card.
+    """
+    data = DatasetCardData(
+        task_categories=["text-generation"],
+        tags=["sepo", "preference-optimization", "dpo", "on-policy", "synthetic"],
+        pretty_name=f"{name}: preference pairs from sampled answers",
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": file}]}],
+    )
+    rows = counts[0].split(" ")[0] if counts else "0"
+    return _card(
+        "pairs_card.md",
+        front_matter=f"---\n{data.to_yaml()}\n---",
+        name=plain(name),
+        rows=rows,
+        how=plain(how),
+        made="\n".join(f"- **{plain(key)}**: {plain(str(_shareable(value, ())))}" for key, value in made.items()),
+        counts="\n".join(f"- {plain(line)}" for line in counts),
+        length="\n".join(f"- {plain(line)}" for line in length),
+    )
+
+
 def _card(template: str, **values: str) -> str:
     return Template(resources.files("sepo.hub").joinpath(template).read_text(encoding="utf-8")).substitute(values)
 

@@ -1,4 +1,4 @@
-"""`sepo push`: upload a run's policy, oracle or token rewards to the Hugging Face hub."""
+"""`sepo push`: upload a run's policy, oracle, token rewards or sampled pairs to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sepo.command import path, print_plan, quiet_libraries
 
-HELP = "upload a run's policy, oracle or token rewards to the hub"
+HELP = "upload a run's policy, oracle, token rewards or sampled pairs to the hub"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +15,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="ORG/NAME", help="the repository; created if it is missing")
     parser.add_argument(
         "--what",
-        choices=["policy", "oracle", "scores"],
+        choices=["policy", "oracle", "scores", "pairs"],
         default="policy",
-        help="scores: a dataset of all pairs with texts, token rewards and weights (default policy)",
+        help="scores: a dataset of all pairs with texts, token rewards and weights; pairs: those of `sepo pairs`, "
+        "or of a run with data.on_policy (default policy)",
     )
     parser.add_argument("--private", action="store_true", help="a private repository (default: ORG's setting)")
     parser.add_argument("--base", metavar="ORG/NAME", help="hub id of the base model, if the run used a local folder")

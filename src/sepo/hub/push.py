@@ -33,7 +33,7 @@ from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import Recipe
 from sepo.report.reading import find_tokenizer, has_transfer, read_selection
 
-What = Literal["policy", "oracle", "scores"]
+What = Literal["policy", "oracle", "scores", "pairs"]
 # The files of a model folder to upload: no checkpoints, no event files, and not the training history, which names
 # folders of this machine.
 _MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
@@ -89,6 +89,8 @@ def plan(run: Path, what: What, *, base: str | None = None, license: str | None 
     Raises:
         UserError: the folder is no finished run or lacks `what`, or the adapter's base is not on the hub.
     """
+    if what == "pairs":
+        return _plan_pairs(run)
     if not (run / "recipe.yaml").is_file() or not (run / "metrics.json").is_file():
         raise UserError(f"'{run}' is no finished run (recipe.yaml, metrics.json): expected a folder of `sepo run`")
     recipe = load_recipe(run / "recipe.yaml")
@@ -121,6 +123,16 @@ def plan(run: Path, what: What, *, base: str | None = None, license: str | None 
             recipe, metrics, names=names, base=start_id, adapter=is_adapter(folder), license=license
         )
     return PushPlan("model", [File(card.CARD, text.encode()), *files.values()], [])
+
+
+def _plan_pairs(folder: Path) -> PushPlan:
+    """The folder of `sepo pairs`, or that of a run's sampled pairs, with its card."""
+    folder = folder / "sampled_pairs" if (folder / "sampled_pairs").is_dir() else folder
+    files = sorted((folder / "data").glob("train*")) if (folder / card.CARD).is_file() else []
+    if not files:
+        raise UserError(f"'{folder}' holds no sampled pairs: expected data/ and README.md, as `sepo pairs` writes them")
+    listed = [File(path.relative_to(folder).as_posix(), path) for path in (folder / card.CARD, *files)]
+    return PushPlan("dataset", listed, [])
 
 
 def _plan_scores(run: Path, recipe: Recipe, license: str | None) -> PushPlan:

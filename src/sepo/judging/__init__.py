@@ -2,6 +2,7 @@
 
 questions           benchmarks' questions and answers, in each benchmark's own format
 answering           answers by Transformers, vLLM or a server, resumable
+steering            a start with an oracle's token rewards added to its logits
 prompts             questions and answers -> token ids
 judge               two models' answers to the same questions -> verdicts, grades, annotations
 scorers  classifier judges that score an answer: a reward model, a Python function

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,12 +56,14 @@ class Job(NamedTuple):
         turn: number of the turn, from 0.
         messages: the conversation so far.
         temperature: of sampling.
+        sample: number of the answer, where a question has several.
     """
 
     key: str
     turn: int
     messages: tuple[Mapping[str, Any], ...]
     temperature: float
+    sample: int = 0
 
 
 # An engine answers jobs and passes each answer on as it comes. It skips a job that it cannot answer.
@@ -99,26 +101,30 @@ class AnswerLog:
         append_line(self.path, {"key": job.key, "turn": job.turn, **turn._asdict()})
 
 
-def claim_folder(folder: Path, record: Mapping[str, Any]) -> None:
+def claim_folder(folder: Path, record: Mapping[str, Any], name: str = RECORD, answers: str = FINISHED) -> None:
     """Record the settings of the answers in a folder, or check that they are the recorded ones.
+
+    Args:
+        name: of the file with the settings.
+        answers: name of the file with the answers.
 
     Raises:
         UserError: the folder has answers with other settings; names the first setting that differs.
     """
-    path = folder / RECORD
+    path = folder / name
     if path.is_file():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError):
             earlier = {}
         wanted = json.loads(json.dumps(record))
-        for name in wanted:
-            if earlier.get(name) != wanted[name]:
-                kind = f"with {name} {earlier.get(name)!r}, not {wanted[name]!r}"
-                kind = {"model": "of another model", "prompts": "to other questions"}.get(name, kind)
+        for setting in wanted:
+            if earlier.get(setting) != wanted[setting]:
+                kind = f"with {setting} {earlier.get(setting)!r}, not {wanted[setting]!r}"
+                kind = {"model": "of another model", "prompts": "to other questions"}.get(setting, kind)
                 raise UserError(f"'{folder}' holds answers {one_line(kind, 150)}: choose another --out, or remove it")
-    elif (folder / FINISHED).is_file():
-        raise UserError(f"'{folder}' holds {FINISHED} without {RECORD}: choose another --out")
+    elif (folder / answers).is_file():
+        raise UserError(f"'{folder}' holds {answers} without {name}: choose another --out")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"settings": record})
@@ -214,7 +220,7 @@ def transformers_engine(
         batch_size: None for the budget of `generate.py`.
         options: keywords for the chat template.
     """
-    from sepo.evaluate.generate import generate_responses, responses_at_once
+    from sepo.evaluate.generate import generate_responses
     from sepo.judging.prompts import encode_prompts
     from sepo.models.limits import model_limits
 
@@ -224,29 +230,77 @@ def transformers_engine(
     def run(jobs: Sequence[Job], done: Done) -> None:
         ids = encode_prompts([job.messages for job in jobs], tokenizer, options)
         check_fits(ids, max_new_tokens, limits)
-        for temperature in dict.fromkeys(job.temperature for job in jobs):
-            order = [i for i, job in enumerate(jobs) if job.temperature == temperature]
-            order.sort(key=lambda i: -len(ids[i]))
-            while order:
-                number = batch_size or responses_at_once(len(ids[order[0]]) + max_new_tokens, device)
-                batch, order = order[:number], order[number:]
-                responses = generate_responses(
-                    model,
-                    tokenizer,
-                    [ids[i] for i in batch],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seed=seed,
-                    batch_size=len(batch),
-                    progress=False,
-                )
-                for i, response in zip(batch, responses, strict=True):
-                    done(jobs[i], _local_turn(tokenizer, ids[i], response.response_ids, response.finished))
+        for temperature, batch in _batches(jobs, ids, max_new_tokens, batch_size, device.type):
+            responses = generate_responses(
+                model,
+                tokenizer,
+                [ids[i] for i in batch],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                batch_size=len(batch),
+                progress=False,
+            )
+            for i, response in zip(batch, responses, strict=True):
+                done(jobs[i], local_turn(tokenizer, ids[i], response.response_ids, response.finished))
 
     return run
 
 
-def _local_turn(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], finished: bool) -> Turn:
+def _batches(
+    jobs: Sequence[Job], ids: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int | None, device: str
+) -> Iterator[tuple[float, list[int]]]:
+    """The temperature and the jobs of each batch: sorted by length, within a token budget."""
+    from sepo.evaluate.generate import responses_at_once
+
+    for temperature in dict.fromkeys(job.temperature for job in jobs):
+        order = [i for i, job in enumerate(jobs) if job.temperature == temperature]
+        order.sort(key=lambda i: -len(ids[i]))
+        while order:
+            number = batch_size or responses_at_once(len(ids[order[0]]) + max_new_tokens, device)
+            batch, order = order[:number], order[number:]
+            yield temperature, batch
+
+
+def units_engine(
+    model: str,
+    tokenizer: Any,
+    out: Path,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    options: Mapping = {},
+) -> Engine:
+    """`transformers_engine` for a model that the workers of the present engine hold (`judging.units`)."""
+    from sepo.judging.prompts import encode_prompts
+    from sepo.judging.units import Answers, read_batches
+    from sepo.models.devices import choose_device
+    from sepo.models.limits import model_limits
+    from sepo.models.names import load_config
+
+    settings = {"model": model, "revision": None, "device": device, "dtype": dtype, "seed": seed}
+    settings["max_new_tokens"] = max_new_tokens
+
+    def run(jobs: Sequence[Job], done: Done) -> None:
+        ids = encode_prompts([job.messages for job in jobs], tokenizer, options)
+        check_fits(ids, max_new_tokens, model_limits(load_config(model)))
+        batches = list(_batches(jobs, ids, max_new_tokens, batch_size, choose_device(device).type))
+        details = [
+            (len(batch), {"prompts": [list(map(int, ids[i])) for i in batch], "temperature": temperature})
+            for temperature, batch in batches
+        ]
+        answers = read_batches(Answers, f"answer turn {jobs[0].turn + 1}", settings, details, out)
+        for (_, batch), responses in zip(batches, answers, strict=True):
+            for i, (response, finished) in zip(batch, responses, strict=True):
+                done(jobs[i], local_turn(tokenizer, ids[i], response, finished))
+
+    return run
+
+
+def local_turn(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], finished: bool) -> Turn:
     """The answer of a local model, without its thinking."""
     answer = answer_of(tokenizer, ids, prompt)
     if answer is None or not answer.strip():
@@ -285,7 +339,7 @@ def server_engine(
                 job.messages,
                 temperature=job.temperature,
                 max_tokens=max_new_tokens,
-                seed=prompt_seed(seed, job.messages),
+                seed=prompt_seed(seed, job.messages, job.sample),
             )
             for job in jobs
         ]
@@ -345,7 +399,7 @@ def vllm_engine(
             SamplingParams(
                 temperature=job.temperature,
                 max_tokens=max_new_tokens,
-                seed=prompt_seed(seed, list(prompt)),
+                seed=prompt_seed(seed, list(prompt), job.sample),
                 stop_token_ids=stops,
             )
             for job, prompt in zip(jobs, ids, strict=True)
@@ -356,14 +410,14 @@ def vllm_engine(
             outputs = llm.generate(prompts, settings[part], **request)
             for job, prompt, output in zip(jobs[part], ids[part], outputs, strict=True):
                 answer = output.outputs[0]
-                done(job, _local_turn(tokenizer, prompt, list(answer.token_ids), answer.finish_reason == "stop"))
+                done(job, local_turn(tokenizer, prompt, list(answer.token_ids), answer.finish_reason == "stop"))
 
     return run
 
 
-def prompt_seed(seed: int, prompt: Any) -> int:
-    """A seed of 31 bits for a prompt. With a common seed a server would draw the same numbers for every prompt."""
-    return int(digest([seed, prompt]), 16) % 2**31
+def prompt_seed(seed: int, prompt: Any, sample: int = 0) -> int:
+    """A seed of 31 bits for an answer. With a common seed a server would draw the same numbers for every prompt."""
+    return int(digest([seed, prompt, sample] if sample else [seed, prompt]), 16) % 2**31
 
 
 def _rank(adapter: str) -> int:

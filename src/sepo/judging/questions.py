@@ -110,22 +110,28 @@ def read_questions(path: Path, benchmark: str = "") -> tuple[list[Question], str
     """
     questions = []
     for number, row in enumerate(read_rows(path), 1):
-        try:
-            asked = _asked(row, number)
-        except DropRow as drop:
-            reason = f"{drop.reason} {drop.detail}".rstrip()
-            raise UserError(f"'{path}' row {number} holds a prompt that cannot be asked: {reason}") from None
-        if asked is None:
-            raise UserError(f"'{path}' row {number} holds no prompt: expected instruction, prompt, messages or turns")
-        key, context, turns, own_benchmark = asked
+        question, own_benchmark = read_question(path, row, number)
         benchmark = benchmark or own_benchmark
-        texts = _texts(turns)
-        if not texts or len(texts) < len(turns) or not all(text.strip() for text in texts):
-            raise UserError(f"'{path}' row {number} has an empty turn: expected texts")
-        questions.append(Question(key, texts, str(row.get("category") or ""), row, tuple(context)))
+        questions.append(question)
     if twice := _repeated(questions):
         raise UserError(f"'{path}' asks {twice[:60]!r} twice: expected each question once")
     return questions, benchmark
+
+
+def read_question(path: Path, row: Mapping[str, Any], number: int) -> tuple[Question, str]:
+    """The question in row `number` of a file, and the benchmark whose format the row has. Raises UserError."""
+    try:
+        asked = _asked(row, number)
+    except DropRow as drop:
+        reason = f"{drop.reason} {drop.detail}".rstrip()
+        raise UserError(f"'{path}' row {number} holds a prompt that cannot be asked: {reason}") from None
+    if asked is None:
+        raise UserError(f"'{path}' row {number} holds no prompt: expected instruction, prompt, messages or turns")
+    key, context, turns, benchmark = asked
+    texts = _texts(turns)
+    if not texts or len(texts) < len(turns) or not all(text.strip() for text in texts):
+        raise UserError(f"'{path}' row {number} has an empty turn: expected texts")
+    return Question(key, texts, str(row.get("category") or ""), row, tuple(context)), benchmark
 
 
 def _asked(row: Mapping[str, Any], number: int) -> tuple[str, Sequence[Message], list[Any], str] | None:

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +122,32 @@ def reward_scorer(
         UserError: no such model, pickled weights only, a checkpoint without the weights of its head, or more than two
             outputs.
     """
+    return load_reward_model(name, revision, device, dtype, progress)
+
+
+def load_reward_model(
+    name: str, revision: str | None = None, device: str = "auto", dtype: str = "auto", progress: bool = True
+) -> _RewardModel:
+    """The model of `reward_scorer`."""
     from sepo.judging.classifier import load_classifier
     from sepo.models.devices import choose_device, choose_dtype
-    from sepo.models.folders import is_adapter
-    from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
 
     chosen = choose_device(device)
-    folder = Path(resolve_model(name, revision=revision))
-    if is_adapter(folder):
-        raise UserError(f"the reward model '{name}' is an adapter: merge it into its base first")
+    folder = _reward_folder(name, revision)
     model: Any = load_classifier(folder, name, dtype=choose_dtype(dtype, chosen))
     model.to(chosen).eval()
     return _RewardModel(model, load_tokenizer(str(folder)), progress)
+
+
+def _reward_folder(name: str, revision: str | None) -> Path:
+    from sepo.models.folders import is_adapter
+    from sepo.models.names import resolve_model
+
+    folder = Path(resolve_model(name, revision=revision))
+    if is_adapter(folder):
+        raise UserError(f"the reward model '{name}' is an adapter: merge it into its base first")
+    return folder
 
 
 class _RewardModel:
@@ -143,28 +156,77 @@ class _RewardModel:
     def __init__(self, model: Any, tokenizer: Any, progress: bool):
         from sepo.models.limits import model_limits
 
-        self.model, self.tokenizer, self.progress = model, tokenizer, progress
-        self.limits = model_limits(model)
+        self.model, self.progress = model, progress
+        self.reader = ConversationReader(tokenizer, model_limits(model))
         # A model with a pad token finds the last token of a text by it. A model without one takes the last token of the
         # row, which in a batch would be padding. A token that no text of the batch contains is its pad token then.
         self.pad_token = model.config.get_text_config().pad_token_id
 
     def __call__(self, conversations: Sequence[Judged]) -> np.ndarray:
-        import torch
-
         from sepo.bars import progress_bar
 
         scores = np.full(len(conversations), np.nan)
+        batches = list(self.reader.batches(conversations, self.model.device.type))
+        with progress_bar(self.progress, total=sum(len(places) for places, _ in batches), desc="judge") as bar:
+            for places, rows in batches:
+                scores[places] = self.read_batch(rows)
+                bar.update(len(places))
+        return scores
+
+    def read_batch(self, rows: list[list[int]]) -> np.ndarray:
+        """The score of each row of token ids: `[rows]` float64."""
+        import torch
+
+        with torch.inference_mode():
+            return self._read(rows)
+
+    def _read(self, rows: list[list[int]]) -> np.ndarray:
+        import torch
+
+        used = {token for row in rows for token in row}
+        pad = self.pad_token if self.pad_token is not None else next(i for i in range(len(used) + 1) if i not in used)
+        self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
+        ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        device = self.model.device
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu().numpy()
+        logits = logits.astype(np.float64)  # here: some devices (MPS) have no float64
+        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+
+class ConversationReader:
+    """Conversations as batches of token ids for a reward model.
+
+    Args:
+        tokenizer: of the model.
+        limits: the ids and positions that it can read.
+    """
+
+    def __init__(self, tokenizer: Any, limits: Any):
+        self.tokenizer, self.limits = tokenizer, limits
+
+    @classmethod
+    def of_model(cls, name: str, revision: str | None) -> ConversationReader:
+        """The reader of a model that need not be in memory."""
+        from sepo.models.limits import model_limits
+        from sepo.models.names import load_config
+        from sepo.models.tokenizer import load_tokenizer
+
+        folder = _reward_folder(name, revision)
+        return cls(load_tokenizer(str(folder)), model_limits(load_config(str(folder))))
+
+    def batches(self, conversations: Sequence[Judged], device: str) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """The places of the conversations of a batch, and their ids; those that the model cannot read are left out."""
         encoded = {i: ids for i, ids in enumerate(self._encode(conversations)) if self._fits(ids)}
         waiting = sorted(encoded, key=lambda i: -len(encoded[i]))
-        budget = TOKENS_AT_ONCE.get(self.model.device.type, 4096)
-        with torch.inference_mode(), progress_bar(self.progress, total=len(waiting), desc="judge") as bar:
-            while waiting:
-                number = max(1, budget // len(encoded[waiting[0]]))
-                batch, waiting = waiting[:number], waiting[number:]
-                scores[batch] = self._read([encoded[i] for i in batch])
-                bar.update(len(batch))
-        return scores
+        budget = TOKENS_AT_ONCE.get(device, 4096)
+        while waiting:
+            number = max(1, budget // len(encoded[waiting[0]]))
+            places, waiting = waiting[:number], waiting[number:]
+            yield places, [encoded[i] for i in places]
 
     def _encode(self, conversations: Sequence[Judged]) -> list[list[int]]:
         """The ids of each conversation; none where the template refuses it."""
@@ -182,19 +244,3 @@ class _RewardModel:
     def _fits(self, ids: list[int]) -> bool:
         longest = self.limits.positions or len(ids)
         return bool(ids) and max(ids) < self.limits.vocabulary and len(ids) <= longest
-
-    def _read(self, rows: list[list[int]]) -> np.ndarray:
-        import torch
-
-        used = {token for row in rows for token in row}
-        pad = self.pad_token if self.pad_token is not None else next(i for i in range(len(used) + 1) if i not in used)
-        self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
-        ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu().numpy()
-        logits = logits.astype(np.float64)  # here: some devices (MPS) have no float64
-        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]

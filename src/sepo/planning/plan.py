@@ -7,6 +7,7 @@ computed from the models' configs (`memory.py`), so a plan needs neither the dev
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from sepo.stages.stage import Model, Stage, StageResult
 
 # Kinds of compute that the processes of a launch share.
 SHARED = ("score", "train")
+_FEW_UPDATES = 100  # of more, a first update without effect is less than one per cent
 
 
 class Planner:
@@ -64,7 +66,7 @@ class Planner:
             return self.done[role]
         if key not in self._made:
             result = StageResult(Path(role), key)
-            if role in ("data", "policy_pairs") and self.folder is not None:
+            if role in ("data", "policy_pairs", "prompts") and self.folder is not None:
                 place = self.folder / key
                 result = StageResult(place, key, stage.run(place) or {})
             self._made[key] = result
@@ -83,12 +85,12 @@ class Target:
 class RunPlan:
     """A dry run's tables: `stages` with counts and times, and `memory` (empty unless a target asks for it).
 
-    `example` shows one pair as each tokenizer reads it, in lines.
+    `notes` are lines below them: short warm-ups, and one pair as each tokenizer reads it.
     """
 
     stages: list[dict[str, str]]
     memory: list[dict[str, str]]
-    example: list[str]
+    notes: list[str]
 
 
 def plan_run(
@@ -102,6 +104,8 @@ def plan_run(
     with tempfile.TemporaryDirectory() as folder:
         planner = Planner(Path(folder))
         kind = device_kind(recipe, target)
+        if extension is not None and extension.before_data is not None:
+            recipe = extension.before_data(recipe, planner)
         method = Method(recipe, planner, judge=extension and extension.judge, device=kind)
         check_method_pairs(method)
         plan_stages(method, extension, until)
@@ -116,7 +120,22 @@ def plan_run(
     memory = []
     if elsewhere or target.processes > 1:
         memory = [row for role, cost in costs.items() for row in _memory_rows(role, cost, target)]
-    return RunPlan(rows, memory, example)
+    return RunPlan(rows, memory, [*warm_up_lines(costs), *example])
+
+
+def warm_up_lines(costs: Mapping[str, Cost]) -> list[str]:
+    """A line for each training of few updates whose warm-up begins at learning rate 0, as Transformers' does."""
+    lines = []
+    for role, cost in costs.items():
+        for part in cost.estimates or ():
+            if part.training is None or part.updates >= _FEW_UPDATES:
+                continue
+            if 0 < math.ceil(part.training.warmup_ratio * part.updates) < part.updates:
+                lines.append(
+                    f"{role}: the first of {part.updates:.0f} updates has learning rate 0, as warm-up begins there; "
+                    "a warmup_ratio of 0 trains with it"
+                )
+    return lines
 
 
 def examples_of(method: Method) -> dict[str, list[str]]:

@@ -123,6 +123,10 @@ _ROWS = (
         {"beta": "", "alpha": "power of the generator"},
         reads_reference=True, baselines=True, kl="forward", label_smoothing=True, alpha=0.0,
     ),
+    Objective(
+        "opd", "On-policy distillation", "2306.13649", "rewarded", "all, each with its advantage",
+        {"alpha": "λ, token rewards"}, reads_reference=True, baselines=True, alpha=1.0,
+    ),
 )  # fmt: skip
 
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in _ROWS}

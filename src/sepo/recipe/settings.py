@@ -39,7 +39,7 @@ else:
     ObjectiveName = Literal[tuple(OBJECTIVES)]
 Rule = Literal["top", "random", "reversed", "threshold", "dataset", "mass", "effective", "first", "last", "shorter"]
 Allocation = Literal["bytes", "group", "first"]
-Gold = Literal["vader", "plain", "arithmetic", "tracking", "details"]
+Pick = Literal["best-worst", "best-random", "all"]
 
 
 class Settings(BaseModel):
@@ -132,6 +132,11 @@ class DataSettings(Settings):
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="processes that tokenise, with the same result; auto: one per 10,000 rows, at most one per core",
+    )
+    on_policy: OnPolicySettings | None = Field(
+        None,
+        description="train on answers sampled from a model to the prompts of `source`, instead of on its pairs; the "
+        "held-out pairs stay",
     )
 
     @field_validator("held_out")
@@ -357,9 +362,16 @@ class PolicySettings(Settings):
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description=f"probability that a label is flipped; for {names_with_label_smoothing()}"
     )
+    reference: PathText | None = Field(
+        None, description="the model that an objective with a reference compares with; default: the policy's start"
+    )
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+
+    def cache_key(self) -> dict[str, Any]:
+        """The settings of the training; what it reads of the reference has a digest of its own."""
+        return self.model_dump(mode="json", exclude={"reference"})
 
     @model_validator(mode="after")
     def _check_rate(self) -> PolicySettings:
@@ -466,15 +478,87 @@ class JudgeSettings(Settings):
         return self.model_dump(mode="json", exclude=connection if self.request else {*connection, "request"})
 
 
+class OnPolicySettings(Settings):
+    """Preference pairs from a model's own answers: sample several to each prompt, score them, pair them."""
+
+    model: PathText | None = Field(None, description="the model that answers; default: the policy's start")
+    prompts: PathText | None = Field(
+        None, description="file of prompts, as for `sepo sample`; default: the training prompts of data.source"
+    )
+    limit: int | None = Field(None, ge=1, description="largest number of prompts; default: all")
+    part: tuple[int, int] | None = Field(
+        None, description="[i, n]: part i of n of the prompts, from 1, drawn by the seed; default: all"
+    )
+    samples: int = Field(8, ge=2, description="answers to each prompt")
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
+        [0.7, 1.0], min_length=1, description="sampling temperatures, which the answers to a prompt take in turn"
+    )
+    max_new_tokens: int = Field(256, ge=1, description="length limit of an answer")
+    batch_size: int | None = Field(
+        None, ge=1, description="answers at a time; default: what a token budget for the device holds"
+    )
+    seed: int | None = Field(None, ge=0, lt=2**32, description="seed of the answers; default: the recipe's")
+    judge: JudgeSettings | None = Field(None, description="judge that scores the answers")
+    gold: str | None = Field(None, description="gold reward that scores the answers")
+    pick: Pick = Field("best-worst", description=f"pairs of a prompt's answers: {', '.join(get_args(Pick))}")
+    min_gap: float = Field(0.0, ge=0, description="smallest difference of the scores of a pair; ties never count")
+
+    @model_validator(mode="after")
+    def _check(self) -> OnPolicySettings:
+        if (self.judge is None) == (self.gold is None):
+            raise ValueError("name what scores the answers: judge or gold, one of both")
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            raise ValueError("part is [i, n] with i from 1 to n")
+        return self
+
+    def temperature_of(self) -> list[float]:
+        """The temperature of each answer to a prompt."""
+        return [self.temperatures[i % len(self.temperatures)] for i in range(self.samples)]
+
+
+DataSettings.model_rebuild()
+
+
+class RoundsSettings(Settings):
+    """Rounds: sample from the policy at hand, score, pair, train the oracle, score tokens, train the policy.
+
+    As one number: how many.
+    """
+
+    number: int = Field(1, ge=1, le=100, description="number of rounds")
+    oracle: Literal["again", "kept"] = Field(
+        "again", description="train the oracle again on each round's pairs, or keep the first round's"
+    )
+    reference: Literal["fixed", "moving"] = Field(
+        "fixed",
+        description="fixed: each round starts its oracle from the recipe's reference, and objectives compare with the "
+        "first start; moving: both take the policy of the round before",
+    )
+    prompts: Literal["all", "split"] = Field(
+        "all", description="each round answers all prompts, or a part of its own (split)"
+    )
+    stop: bool = Field(False, description="stop after a round whose held-out score is lower than the one before")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        return {"number": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 _OF_OTHER_STAGES = {
-    "batch_size", "judge", "tasks", "task_limit", "benchmarks", "benchmark_limit", "benchmark_max_new_tokens",
+    "base", "batch_size", "judge", "tasks", "task_limit", "benchmarks", "benchmark_limit", "benchmark_max_new_tokens",
 }  # fmt: skip
 
 
 class EvalSettings(Settings):
     """Measurements on the held-out pairs and prompts."""
 
-    gold: Gold | None = Field(None, description="gold reward of the responses; never trained on")
+    base: PathText | None = Field(
+        None, description="the model that the policy is compared with; default: the policy's start"
+    )
+    gold: str | None = Field(
+        None, description="gold reward of the responses: vader, plain, or one that a package adds; never trained on"
+    )
     judge: JudgeSettings | None = Field(None, description="judge of the policy's answers against the base's")
     pairs: int | None = Field(
         None,
@@ -532,6 +616,12 @@ class Recipe(Settings):
         "auto", description="weights for scoring and generation; auto: float32 to score, bfloat16 to generate on CUDA"
     )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row for scoring")
+    engine: str = Field(
+        "local",
+        pattern=r"^[a-z]+(:.+)?$",
+        description="who does the passes of frozen models and transfers: local, files[:FOLDER] or ray[:ADDRESS]; the "
+        "results are the same",
+    )
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
     reference: ReferenceSettings = Field(
         default_factory=ReferenceSettings, description="the small model that the oracle starts from"
@@ -543,6 +633,15 @@ class Recipe(Settings):
     select: SelectSettings = Field(default_factory=SelectSettings, description="key tokens")
     policy: PolicySettings = Field(default_factory=PolicySettings, description="the model to align")
     eval: EvalSettings = Field(default_factory=EvalSettings, description="measurements")
+    rounds: RoundsSettings | None = Field(
+        None, description="repeat data.on_policy and the training with the policy of the round before; a number, or:"
+    )
+
+    @model_validator(mode="after")
+    def _rounds_sample(self) -> Recipe:
+        if self.rounds is not None and self.data.on_policy is None:
+            raise ValueError("rounds train on a policy's own answers: set data.on_policy")
+        return self
 
     @property
     def reads_oracle(self) -> bool:

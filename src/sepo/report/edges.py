@@ -122,18 +122,19 @@ def _number(value: Any) -> float | None:
 # --- what a run does not show -----------------------------------------------------------------------------------------
 
 
-def ranking_caution(accuracy: Measured, length_baseline: float) -> str:
+def ranking_caution(accuracy: Measured, length_baseline: float, pairs: str = "held-out pairs") -> str:
     """Why an accuracy on pairs may show no preference but length or chance; empty if it shows more.
 
     Args:
         length_baseline: accuracy of always preferring the longer response.
+        pairs: which pairs.
     """
     longer = length_baseline >= 0.5
     by_length = max(length_baseline, 1 - length_baseline)
     if by_length > 0.5 and by_length >= accuracy.value:
         return (
             f"length explains everything: the {'longer' if longer else 'shorter'} response is right in "
-            f"{by_length:.0%} of the held-out pairs, the ranking in {accuracy.value:.0%}"
+            f"{by_length:.0%} of the {pairs}, the ranking in {accuracy.value:.0%}"
         )
     if accuracy.interval is None or accuracy.interval[0] <= by_length:
         return f"hardly better than length or chance ({accuracy.text('.0%')} against {by_length:.0%})"

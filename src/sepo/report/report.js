@@ -901,23 +901,23 @@ function leaves(value, path = "") {
 }
 
 const row = (head, ...cells) => h("tr", {}, h("th", { scope: "row" }, head), cells);
-const table = (columns, rows) => h("div", { className: "scroll" }, h("table", {},
+const table = (columns, rows, className = "") => h("div", { className: "scroll" }, h("table", { className },
   columns.length ? h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", className: name === "Key" ? "raw" : "" }, name)))) : null, h("tbody", {}, rows)));
 
 /** Many lines in one cell: closed until they are asked for, so that a row stays one screen high. */
 const folded = (lines) => (lines.length <= 3 ? lines : h("details", {}, h("summary", {}, `${integer(lines.length)} values`), lines));
 
-/** Any JSON value as a table: records of records get a row per record and a column per key, others key and value. */
+/** Any JSON value as a table: records of records get a row per record and a column per key (a block per record where the screen is narrow), others key and value. */
 function describeValue(key, value) {
   if (isSimple(value)) return h("p", {}, simple(key, value));
   const entries = Array.isArray(value) ? value.map((item, i) => [String(i + 1), item]) : Object.entries(value);
   if (entries.length === 0) return h("p", { className: "muted" }, "–");
   const name = (word) => (/version|package/i.test(key) || Array.isArray(value) ? word : words(word));
-  const cell = (column, item) => h("td", {}, item === undefined ? "" : isSimple(item) ? simple(column, item)
+  const cell = (column, item) => h("td", { "data-label": words(column) }, item === undefined ? "" : isSimple(item) ? simple(column, item)
     : folded(leaves(item).map(([path, leaf]) => h("div", {}, h("span", { className: "muted" }, `${words(path)}: `), simple(path, leaf)))));
   const columns = [...new Set(entries.flatMap(([, item]) => (isRecord(item) ? Object.keys(item) : [])))];
   if (entries.length > 1 && columns.length <= 8 && entries.every(([, item]) => isRecord(item) && Object.values(item).some(isSimple))) {
-    return table(["", ...columns.map(words)], entries.map(([word, item]) => row(name(word), columns.map((column) => cell(column, item[column])))));
+    return table(["", ...columns.map(words)], entries.map(([word, item]) => row(name(word), columns.map((column) => cell(column, item[column])))), "records");
   }
   return table([], entries.map(([word, item]) => row(name(word), isSimple(item) ? cell(word, item) : h("td", {}, describeValue(word, item)))));
 }

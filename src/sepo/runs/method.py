@@ -196,8 +196,12 @@ class Method:
 
     @cached_property
     def policy_start_logps(self) -> StageResult:
-        """Log-probabilities under the policy's start in the types of its training: the objective's reference."""
-        return self.start_logps(self._training_types(self.recipe.policy, self.policy_start))
+        """Log-probabilities under the objective's reference, by default the policy's start, in the training's types."""
+        types = self._training_types(self.recipe.policy, self.policy_start)
+        name = self.recipe.policy.reference
+        if name is None:
+            return self.start_logps(types)
+        return self._logps(self.walker.model(name), self.policy_pairs, "policy_reference", types)
 
     def start_logps(self, types: Types) -> StageResult:
         """Log-probabilities under the policy's start in any types."""
@@ -215,11 +219,12 @@ class Method:
         """Everything that is measured about the policy."""
         policy = Model.of(self.policy)
         types = Types(dtype_name(self.recipe.dtype, self._kind))
-        start_logps = self._passes.get((self.policy_start.content, self.policy_pairs.content, types))
+        base = self.policy_start if self.recipe.eval.base is None else self.walker.model(self.recipe.eval.base)
+        start_logps = self._passes.get((base.content, self.policy_pairs.content, types))
         stage = evaluate.stage(
             self.recipe,
             policy,
-            self.policy_start,
+            base,
             self.policy_pairs,
             self.policy_scores,
             self.selection,

@@ -17,7 +17,7 @@ from sepo.data.tables import read_table
 from sepo.files import write_json
 from sepo.recipe.settings import Recipe
 from sepo.runs.folder import ProgressLine, Run, check_run_folder, open_run
-from sepo.runs.method import Method, check_until
+from sepo.runs.method import Method, Walker, check_until
 from sepo.stages import data, evaluate, oracle, reference, select, train
 from sepo.stages.evaluate import RunJudge
 from sepo.stages.reference import hash_model
@@ -31,11 +31,13 @@ class Extension(NamedTuple):
         check: finds bad input before anything expensive starts.
         judge: compares answers in the evaluation; None without a judge.
         do_stages: does further stages after the evaluation and returns their metrics.
+        before_data: does stages before the data, and returns the recipe that reads what they wrote; None without any.
     """
 
     check: Callable[[Recipe], None]
     judge: RunJudge | None
     do_stages: Callable[[Method], dict[str, Any]]
+    before_data: Callable[[Recipe, Walker], Recipe] | None = None
 
 
 # The folder of a stage in the run folder, by its role.
@@ -94,7 +96,10 @@ def run(
     processes.join(recipe.device)
     processes.on_main(lambda: check_inputs(recipe, extension))
     with open_run(recipe) as folder:
-        method = Method(recipe, RunWalker(folder), judge=extension and extension.judge)
+        walker = RunWalker(folder)
+        if extension is not None and extension.before_data is not None:
+            recipe = extension.before_data(recipe, walker)
+        method = Method(recipe, walker, judge=extension and extension.judge)
         check_method_pairs(method)
         if until == "data":
             return {}
@@ -121,8 +126,8 @@ def check_inputs(recipe: Recipe, extension: Extension | None = None, elsewhere: 
         stage.check(recipe)
     if extension is not None:
         extension.check(recipe)
-    elif recipe.eval.judge is not None or recipe.eval.benchmarks or recipe.eval.tasks:
-        raise ValueError("eval.judge, eval.benchmarks and eval.tasks need sepo.judging: call sepo.api.run_recipe")
+    elif recipe.eval.judge is not None or recipe.eval.benchmarks or recipe.eval.tasks or recipe.data.on_policy:
+        raise ValueError("eval.judge, eval.benchmarks, eval.tasks and data.on_policy need sepo.api.run_recipe")
 
 
 def check_method_pairs(method: Method) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from sepo import processes
+from sepo import processes, work
 from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
@@ -46,7 +47,7 @@ def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
         kind="data",
         what=settings.source,
         depends={
-            "data": settings.model_dump(mode="json", exclude={"workers"}),
+            "data": settings.model_dump(mode="json", exclude={"workers", "on_policy"}),
             "seed": seed,
             "columns": [CONVERSATION, PROMPT_KEY],  # earlier releases wrote tables without them
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -250,6 +251,11 @@ def read_pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progr
 def _tokenize(
     settings: DataSettings, split: str, tokenizer: PreTrainedTokenizerBase, progress: bool
 ) -> tuple[pa.Table, DataReport]:
+    workers: Any = settings.workers
+    if not work.is_local():
+        from sepo.stages.encode import encoded_by_units
+
+        workers = partial(encoded_by_units, settings, split, _place(settings.source))
     return tokenize_pairs(
         read_split(settings, split),
         tokenizer,
@@ -258,7 +264,7 @@ def _tokenize(
         as_chat=settings.as_chat,
         chat_template_kwargs=settings.chat_template_kwargs,
         progress=progress,
-        workers=settings.workers,
+        workers=workers,
     )
 
 

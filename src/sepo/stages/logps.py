@@ -8,6 +8,11 @@ shards of its own, and keeps an existing shard of the same model, types and pair
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +20,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sepo import processes
+from sepo import processes, work
 from sepo.bars import progress_bar
 from sepo.data.tables import (
-    FORMAT_VERSION,
     provenance_of,
-    read_schema,
     read_shard,
+    shard_digest,
     shard_path,
+    shard_problem,
     table_digest,
     table_paths,
     with_provenance,
     write_shard,
 )
-from sepo.errors import UserError, log_kept_on_interrupt, one_line
+from sepo.errors import UserError, log_kept_on_interrupt
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import TablePairs, Types, logps_of_parts, tokens_per_row_for
 from sepo.models.devices import choose_device, choose_dtype, dtype_name
@@ -38,6 +43,7 @@ from sepo.processes import log
 from sepo.recipe.settings import Recipe
 from sepo.stages.cost import Cost, Estimate, FrozenMemory, ModelSize, Sizes
 from sepo.stages.stage import PARTS, Model, Stage, StageResult
+from sepo.work import Counts, Job, Progress, Unit
 
 
 def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str, types: Types) -> Stage:
@@ -103,117 +109,163 @@ def logps_pass(
     """
     processes.join(device)
     types = types or Types("auto")
-    shards = len(table_paths(pairs, "pairs"))
-    todo = processes.on_main(lambda: _shards_to_do(model, pairs, out, types, device))
-    if not todo:
+    paths = table_paths(pairs, "pairs")
+    found, longest = processes.on_main(lambda: _shards_to_do(model, pairs, out, types, device))
+    if not found:
         return out
+    todo = [Unit(*unit) for unit in found]
 
     def kept() -> str:
-        number = sum(shard_path(out, index).is_file() for index in range(shards))
-        return f"{number} of {shards} parts of '{out}' are kept; the same command continues with the next"
+        number = sum(shard_path(out, index).is_file() for index in range(len(paths)))
+        return f"{number} of {len(paths)} parts of '{out}' are kept; the same command continues with the next"
 
-    total = sum(pq.read_metadata(path).num_rows for path in table_paths(pairs, "pairs"))
+    total = sum(pq.read_metadata(path).num_rows for path in paths)
     bar = progress_bar(
         processes.is_main(),
         total=total,
-        initial=total - sum(item["pairs"] for item in todo),
+        initial=total - sum(unit.size for unit in todo),
         desc=f"  {description}",
         unit="pair",
         smoothing=0.05,
     )
+    settings = {
+        "model": work.absolute(model),
+        "fingerprint": todo[0].details["provenance"]["model"],
+        "pairs": work.absolute(pairs),
+        "out": os.path.abspath(out),
+        "types": types._asdict(),
+        "tokens_per_row": tokens_per_row,
+        "longest": longest,
+        "shards": len(paths),
+        "device": device,
+    }
+    job = Job("sepo.stages.logps:Passes", description, settings, tuple(todo), choose_device(device).type)
     with log_kept_on_interrupt(kept), bar:
-        loaded = load_model(
-            model,
-            device=device,
-            dtype=types.dtype,
-            quantization=types.quantization,
-            sharded=processes.read_sharded() and types.quantization is None,
-        )
-        budget = tokens_per_row or tokens_per_row_for(choose_device(device), scoring=True)
-        prepare_model(loaded, longest=max(item["longest"] for item in todo), tokens_per_row=budget)
-        parts = _parts(todo)
-        tables = logps_of_parts(
-            loaded,
-            (
-                ((read_shard(shard_path(pairs, item["index"]), "pairs") for item in part), shared)
-                for part, shared in parts
-            ),
-            tokens_per_row=tokens_per_row,
-            progress=lambda done: bar.update(done * processes.size()),
-        )
-        low = None if types.autocast is None else choose_dtype(types.autocast)
-        with torch.autocast(choose_device(device).type, low, enabled=low is not None):
-            for (part, shared), scored in zip(parts, tables, strict=True):
-                for place, (item, table) in enumerate(zip(part, scored, strict=True)):
-                    if not shared or place == processes.rank():
-                        provenance = {**provenance_of(table), **item["provenance"]}
-                        write_shard(out, item["index"], with_provenance(table, "logps", provenance), shards)
+        work.do(job, bar.update)
         processes.wait()
-        unseen = [path for item in todo if not processes.appears(path := shard_path(out, item["index"]))]
+        unseen = [path for unit in todo if not processes.appears(path := _path(settings, unit))]
         if unseen:
             raise UserError(f"'{unseen[0]}', which another process wrote, does not appear here: use one shared folder")
     return out
 
 
-def _parts(todo: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], bool]]:
+class Passes:
+    """A kind of work: log-probabilities of shards of a pairs table under a frozen model.
+
+    In a launch each process scores whole shards, and yields those that it has to write.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self.settings, self.types = settings, Types(**settings["types"])
+        if model_fingerprint(settings["model"]) != settings["fingerprint"]:
+            raise UserError(f"the model '{settings['model']}' is not the same here as where the job was started")
+        self.model = load_model(
+            settings["model"],
+            device=settings["device"],
+            dtype=self.types.dtype,
+            quantization=self.types.quantization,
+            sharded=processes.read_sharded() and self.types.quantization is None,
+        )
+        budget = settings["tokens_per_row"] or tokens_per_row_for(choose_device(settings["device"]), scoring=True)
+        # The layout of a shard must not depend on the shards that this process happened to read before.
+        prepare_model(self.model, longest=settings["longest"], tokens_per_row=budget)
+
+    def __call__(self, units: Iterable[Unit], progress: Progress) -> Iterator[tuple[Unit, Callable[[], Counts]]]:
+        pairs, device = Path(self.settings["pairs"]), choose_device(self.settings["device"])
+        taken: deque[tuple[list[Unit], bool]] = deque()
+
+        def parts() -> Iterator[tuple[Iterator[pa.Table], bool]]:
+            for part, shared in _parts(units):
+                taken.append((part, shared))
+                yield (read_shard(shard_path(pairs, unit.details["index"]), "pairs") for unit in part), shared
+
+        tables = logps_of_parts(
+            self.model,
+            parts(),
+            tokens_per_row=self.settings["tokens_per_row"],
+            progress=lambda done: progress(done * processes.size()),
+        )
+        low = None if self.types.autocast is None else choose_dtype(self.types.autocast)
+        while True:
+            with torch.autocast(device.type, low, enabled=low is not None):
+                scored = next(tables, None)
+            if scored is None:
+                return
+            part, shared = taken.popleft()
+            for place, (unit, table) in enumerate(zip(part, scored, strict=True)):
+                if not shared or place == processes.rank():
+                    yield unit, partial(self._write, unit, table)
+
+    def _write(self, unit: Unit, table: pa.Table) -> Counts:
+        provenance = {**provenance_of(table), **unit.details["provenance"]}
+        table = with_provenance(table, "logps", provenance)
+        write_shard(Path(self.settings["out"]), unit.details["index"], table, self.settings["shards"])
+        return {"pairs": len(table)}
+
+    @staticmethod
+    def result(settings: Mapping[str, Any], unit: Unit) -> str | None:
+        of_table = {
+            "autocast": settings["types"]["autocast"],
+            "shard": unit.details["index"],
+            "shards": settings["shards"],
+        }
+        return shard_digest(_path(settings, unit), {**unit.details["provenance"], **of_table})
+
+
+def _path(settings: Mapping[str, Any], unit: Unit) -> Path:
+    return shard_path(Path(settings["out"]), unit.details["index"])
+
+
+def _parts(units: Iterable[Unit]) -> Iterator[tuple[list[Unit], bool]]:
     """The shards that this process scores, part by part, and whether all processes divide the rows of a part.
 
     A process scores whole shards, so that no process waits for another; the last shards, fewer than processes, are
     divided. Those of a sharded model are all divided, as many as processes at a time.
     """
-    number = processes.size()
-    parts = [todo[start : start + number] for start in range(0, len(todo), number)]
-    return [
-        (part, True) if processes.read_sharded() or len(part) < number else ([part[processes.rank()]], False)
-        for part in parts
-    ]
+    for part in batched(units, processes.size()):
+        if processes.read_sharded() or len(part) < processes.size():
+            yield part, True
+        else:
+            yield [part[processes.rank()]], False
 
 
-def _shards_to_do(model: str, pairs: Path, out: Path, types: Types, device: str) -> list[dict[str, Any]]:
-    """The shards that are missing or out of date, each with its provenance and number of pairs."""
+def batched(units: Iterable[Unit], number: int) -> Iterator[list[Unit]]:
+    """Lists of `number` units, the last one possibly shorter."""
+    units = iter(units)
+    while part := list(islice(units, number)):
+        yield part
+
+
+def _shards_to_do(model: str, pairs: Path, out: Path, types: Types, device: str) -> tuple[list[Unit], int]:
+    """The shards that are missing or out of date, as units, and the tokens of the longest pair of the table."""
     chosen = choose_device(device)
     weights = dtype_name(types.dtype, chosen.type)
     weights += "" if types.quantization is None else f" {types.quantization}"
     fingerprint = {"model": model_fingerprint(model), "dtype": weights, "device": chosen.type}
     paths = table_paths(pairs, "pairs")
-    todo: list[dict[str, Any]] = []
+    todo: list[Unit] = []
+    longest = 0
     problems: list[str] = []
     for index, path in enumerate(paths):
         table = read_shard(path, "pairs")
+        longest = max(longest, TablePairs(table).longest)
         made_from = {"tokenizer": provenance_of(table).get("tokenizer"), "pairs": table_digest(table)}
         expected = {**fingerprint, **made_from}
         stored = shard_path(out, index)
         of_table = {"autocast": types.autocast, "shard": index, "shards": len(paths)}
-        problem = _shard_problem(stored, {**expected, **of_table})
+        problem = shard_problem(stored, "logps", {**expected, **of_table})
         if problem is not None:
-            todo.append(
-                {"index": index, "provenance": expected, "pairs": len(table), "longest": TablePairs(table).longest}
-            )
+            todo.append(Unit(stored.stem, len(table), {"index": index, "provenance": expected}))
             problems += [f"{stored} {problem}"] if stored.exists() else []
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         log(f"  {problems[0]}{more}: computed again")
     for stale in (
-        *(shard_path(out, item["index"]) for item in todo),
+        *(shard_path(out, u.details["index"]) for u in todo),
         *sorted(out.glob("part-*.parquet"))[len(paths) :],
     ):
         stale.unlink(missing_ok=True)
-    return todo
-
-
-def _shard_problem(path: Path, expected: dict[str, Any]) -> str | None:
-    """Why a stored shard cannot be reused; None if it is complete and has the expected provenance."""
-    if not path.is_file():
-        return "is missing"
-    try:
-        found = provenance_of(read_schema(path))
-        for key, value in {"version": FORMAT_VERSION, **expected}.items():
-            if found.get(key) != value:
-                return f"was made with another {key}"
-        read_shard(path, "logps")
-    except (UserError, OSError, ValueError, pa.ArrowException) as error:
-        return f"is damaged ({one_line(error, 200)})"
-    return None
+    return todo, longest
 
 
 def scoring_estimates(sizes: Sizes, model: ModelSize, types: Types) -> tuple[Estimate, ...]:

@@ -18,7 +18,9 @@ from sepo.data.ragged import SIDES, flat, ragged
 from sepo.data.tables import (
     arrow_file,
     clear_shards,
+    iter_tables,
     make_table,
+    number_of_rows,
     provenance_of,
     read_shard,
     read_table,
@@ -150,7 +152,7 @@ def _without_oracle(
             clear_shards(folder / _TABLES[part])
             for index, path in enumerate(shards):
                 write_shard(folder / _TABLES[part], index, of_pairs(read_shard(path, "pairs"), part), len(shards))
-        require_rewards([read_table(folder / SCORES, "scores")])
+        require_rewards(iter_tables(folder / SCORES, "scores"))
         return _judged(folder, words)
 
     return Stage(
@@ -165,8 +167,9 @@ def _without_oracle(
 
 def _judged(folder: Path, words: Words | None) -> dict[str, Any]:
     """Held-out accuracy of the rewards and, with `words`, their AUC for the words of the gold reward."""
-    held_out = read_table(folder / SCORES_HELD_OUT, "scores")
-    results: dict[str, Any] = oracle_accuracy(held_out) if len(held_out) else {}
+    shards = table_paths(folder / SCORES_HELD_OUT, "scores")
+    rows = sum(number_of_rows(path) for path in shards)
+    results: dict[str, Any] = oracle_accuracy(read_shard(path, "scores") for path in shards) if rows else {}
     return results | words_found(folder / SCORES, words)
 
 
@@ -234,7 +237,7 @@ def score_pairs(pairs: Path, oracle_logps: Sequence[Path], reference_logps: Path
     except UserError:
         clear_shards(out)
         raise
-    _log_if_swapped(oracle_accuracy(read_table(out, "scores")))
+    _log_if_swapped(oracle_accuracy(iter_tables(out, "scores")))
     return out
 
 

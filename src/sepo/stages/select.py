@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from sepo import processes
@@ -12,7 +14,7 @@ from sepo.credit.label_log_odds import label_statistics
 from sepo.credit.rewards import require_rewards
 from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens, select_settings
 from sepo.data.ragged import SIDES, flat
-from sepo.data.tables import PAIR_WEIGHT, clear_shards, read_shard, read_table, table_paths, write_shard
+from sepo.data.tables import PAIR_WEIGHT, clear_shards, iter_tables, read_shard, table_paths, write_shard
 from sepo.errors import UserError
 from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe, SelectSettings
@@ -44,9 +46,9 @@ def stage(recipe: Recipe, scores: StageResult, seed: int) -> Stage:
     rules = rule["rule_chosen"], rule["rule_rejected"]
 
     def write(folder: Path) -> dict[str, Any]:
-        table = read_table(select(scores.folder / SCORES, folder, **rule, seed=seed), "selection")
-        key_tokens = sum(int(flat(table.column(f"{side}_positions"))[1].sum()) for side in SIDES)
-        return {"key_tokens": key_tokens, **pair_weights(table)}
+        found = select(scores.folder / SCORES, folder, **rule, seed=seed)
+        counts, weights = selected(iter_tables(found, "selection"))
+        return {"key_tokens": sum(counts[f"{side}/key_tokens"] for side in SIDES), **weights}
 
     return Stage(
         kind="select",
@@ -81,12 +83,26 @@ def select(
     return out
 
 
-def pair_weights(selection: pa.Table) -> dict[str, float]:
-    """How many pairs have weight 0, and the mean weight; empty without `confidence`."""
-    if PAIR_WEIGHT not in selection.column_names:
-        return {}
-    weights = selection.column(PAIR_WEIGHT).to_numpy()
-    return {"pairs_left_out": int((weights == 0).sum()), "mean_pair_weight": float(weights.mean())}
+def selected(tables: Iterable[pa.Table]) -> tuple[dict[str, int], dict[str, float]]:
+    """What a selection kept, from its shards.
+
+    Returns:
+        `pairs`, and for each side `chosen/tokens` and `chosen/key_tokens`; and, with `confidence`, how many pairs have
+        weight 0 and the mean weight.
+    """
+    counts = {"pairs": 0, **{f"{side}/{part}": 0 for side in SIDES for part in ("tokens", "key_tokens")}}
+    weights: list[np.ndarray] = []
+    for table in tables:
+        counts["pairs"] += len(table)
+        for side in SIDES:
+            counts[f"{side}/tokens"] += int(flat(table.column(f"{side}_ids"))[1].sum())
+            counts[f"{side}/key_tokens"] += int(flat(table.column(f"{side}_positions"))[1].sum())
+        if PAIR_WEIGHT in table.column_names:
+            weights.append(table.column(PAIR_WEIGHT).to_numpy())
+    if not weights:
+        return counts, {}
+    values = np.concatenate(weights)
+    return counts, {"pairs_left_out": int((values == 0).sum()), "mean_pair_weight": float(values.mean())}
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:

@@ -66,6 +66,7 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
             folder,
             recipe.policy.training,
             reference_logps=None if logps is None else read_table(logps.folder, "logps"),
+            reference_is_start=recipe.policy.reference is None,
             lora=recipe.policy.lora,
             quantization=recipe.policy.quantization,
             seed=seed,
@@ -77,7 +78,7 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
         kind="train",
         what=f"{recipe.policy.objective} objective",
         depends={
-            "policy": recipe.policy.model_dump(mode="json"),
+            "policy": recipe.policy.cache_key(),
             "start": model.inherited(),
             "selection": selection.content,
             "logps": None if logps is None else logps.content,

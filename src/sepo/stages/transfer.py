@@ -10,22 +10,27 @@ these tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from sepo import processes
+from sepo import processes, work
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.tables import (
     clear_shards,
-    iter_tables,
     provenance_of,
     read_schema,
     read_shard,
+    shard_digest,
+    shard_path,
     table_digest,
     table_paths,
     with_provenance,
@@ -40,6 +45,7 @@ from sepo.stages import data
 from sepo.stages.cost import Cost, Sizes
 from sepo.stages.score import Words, words_found
 from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
+from sepo.work import Counts, Job, Progress, Unit
 
 if TYPE_CHECKING:
     from sepo.credit.transfer import TransferReport
@@ -127,14 +133,10 @@ def stage(
     settings: TransferSettings = recipe.transfer
 
     def write(folder: Path) -> dict[str, Any]:
-        names = recipe.reference.model, str(recipe.policy.model)
-        readers = _readers(tokenizers(recipe), names)
         results: dict[str, Any] = {}
         for part, table in (("train", SCORES), ("held_out", SCORES_HELD_OUT)):
-            targets = iter_tables(policy_pairs.folder / part, "pairs")
-            found = carry_table(
-                scores.folder / table, "scores", targets, readers, folder / table, settings.allocation, names
-            )
+            targets = policy_pairs.folder / part
+            found = carry_scores(recipe, scores.folder / table, targets, folder / table, f"transfer {part}")
             log(f"  {part}: {found.summary()}")
             if part == "train":
                 results |= found.figures()
@@ -154,6 +156,72 @@ def stage(
         run=lambda folder: processes.on_main(lambda: write(folder)),
         cost=lambda sizes: cost(recipe, sizes),
     )
+
+
+def carry_scores(recipe: Recipe, source: Path, targets: Path, out: Path, title: str) -> TransferReport:
+    """Carry a score table over to the policy's tokenizer: `carry_table` with one shard of each table a unit of work.
+
+    Args:
+        targets: the pairs under the policy's tokenizer, shard by shard those of `source`.
+    """
+    from sepo.credit.transfer import TransferReport
+
+    named = [(recipe.reference.model, recipe.reference.revision), (str(recipe.policy.model), recipe.policy.revision)]
+    paths = table_paths(source, "scores")
+    settings = {
+        "source": work.absolute(source),
+        "targets": work.absolute(targets),
+        "out": os.path.abspath(out),
+        "tokenizers": [[work.absolute(name), revision] for name, revision in named],
+        "fingerprints": [tokenizer_fingerprint(one) for one in tokenizers(recipe)],
+        "targets_digest": _digest(table_paths(targets, "pairs"), "pairs"),
+        "provenance": _provenance(paths, "scores", recipe.transfer.allocation),
+        "shards": len(paths),
+    }
+    units = [Unit(path.stem, pq.read_metadata(path).num_rows, {"index": index}) for index, path in enumerate(paths)]
+    if work.is_local():
+        clear_shards(out)  # a unit replaces its shard; nothing here records which ones an earlier attempt made
+    for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
+        stale.unlink()
+    counts = work.do(Job("sepo.stages.transfer:Carry", title, settings, tuple(units)))
+    total = sum((TransferReport(**counts[unit.name]) for unit in units), TransferReport())
+    _require_pairs(total, source, out, (named[0][0], named[1][0]))
+    return total
+
+
+class Carry:
+    """A kind of work: shards of a score table under the policy's tokenizer."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self.settings = settings
+        named = settings["tokenizers"]
+        first, second = (load_tokenizer(name, revision=revision) for name, revision in named)
+        if [tokenizer_fingerprint(t) for t in (first, second)] != settings["fingerprints"]:
+            raise UserError(f"a tokenizer of {named} is not the same here as where the job was started")
+        self.readers = _readers((first, second), (named[0][0], named[1][0]))
+
+    def __call__(self, units: Iterable[Unit], progress: Progress) -> Iterator[tuple[Unit, Callable[[], Counts]]]:
+        from sepo.credit.transfer import carry
+
+        source, targets = Path(self.settings["source"]), Path(self.settings["targets"])
+        provenance = self.settings["provenance"]
+        for unit in units:
+            index = unit.details["index"]
+            target = read_shard(shard_path(targets, index), "pairs")
+            shard = read_shard(shard_path(source, index), "scores")
+            table, report = carry(shard, target, *self.readers, provenance["allocation"])
+            progress(unit.size)
+            yield unit, partial(self._write, index, table, asdict(report))
+
+    def _write(self, index: int, table: pa.Table, report: Counts) -> Counts:
+        _write_carried(Path(self.settings["out"]), index, table, self.settings["provenance"], self.settings["shards"])
+        return report
+
+    @staticmethod
+    def result(settings: Mapping[str, Any], unit: Unit) -> str | None:
+        index = unit.details["index"]
+        expected = {"transferred_from": settings["provenance"], "shard": index, "shards": settings["shards"]}
+        return shard_digest(shard_path(Path(settings["out"]), index), expected)
 
 
 def carry_table(
@@ -183,23 +251,37 @@ def carry_table(
     paths = table_paths(source, kind)
     if source.resolve() == out.resolve():
         raise UserError(f"'{out}' holds the table itself: choose another folder for what is carried over")
-    provenance = {"table": _digest(paths, kind), "tokenizer": provenance_of(read_schema(paths[0])).get("tokenizer")}
-    if kind == "scores":
-        provenance["allocation"] = allocation
+    provenance = _provenance(paths, kind, allocation)
     clear_shards(out)
     total = TransferReport()
     for index, (path, target) in enumerate(zip(paths, targets, strict=False)):
         table, report = carry(read_shard(path, kind), target, *readers, allocation)
-        marked = with_provenance(table, kind, {**provenance_of(table), "transferred_from": provenance})
-        write_shard(out, index, marked, len(paths))
+        _write_carried(out, index, table, provenance, len(paths))
         total += report
+    _require_pairs(total, source, out, names)
+    return total
+
+
+def _provenance(paths: list[Path], kind: str, allocation: str) -> dict[str, Any]:
+    """What a carried table records about the table that it was made from."""
+    provenance = {"table": _digest(paths, kind), "tokenizer": provenance_of(read_schema(paths[0])).get("tokenizer")}
+    return {**provenance, "allocation": allocation} if kind == "scores" else provenance
+
+
+def _write_carried(out: Path, index: int, table: pa.Table, provenance: Mapping[str, Any], shards: int) -> None:
+    kind = str(provenance_of(table)["format"])
+    write_shard(
+        out, index, with_provenance(table, kind, {**provenance_of(table), "transferred_from": provenance}), shards
+    )
+
+
+def _require_pairs(total: TransferReport, source: Path, out: Path, names: tuple[str, str]) -> None:
     if total.pairs and not total.kept:
         clear_shards(out)
         raise UserError(
             f"no pair of '{source}' can be carried over from the tokenizer of '{names[0]}' to that of '{names[1]}': "
             f"{total.reasons()} (docs/how-to/two-tokenizers.md)"
         )
-    return total
 
 
 def _digest(paths: list[Path], kind: str) -> str:

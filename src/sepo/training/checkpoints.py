@@ -19,7 +19,7 @@ from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.sharding import own_part
 from sepo.processes import log
 from sepo.recipe.settings import TrainingSettings
-from sepo.training.logs import keep_logs
+from sepo.training.logs import RECORDS, keep_logs
 from sepo.training.trainer import NonFiniteLossError
 
 STATE_FILE = "trainer_state.json"
@@ -167,7 +167,7 @@ def _require_same_processes(folder: Path, number: Path) -> None:
 def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
     """Return the last complete checkpoint of this training. Removes incomplete ones and those of other trainings."""
     folder = out / "checkpoints"
-    record, number = folder / "made_with.json", folder / "processes.json"
+    record, number = (folder / name for name in RECORDS)
     # A checkpoint loads only with the sharding it was saved with.
     text = json.dumps({**made_with, "sharding": processes.sharding()}, sort_keys=True, default=str)
     if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):

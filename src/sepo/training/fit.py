@@ -113,6 +113,7 @@ def train_model(
     training: TrainingSettings,
     *,
     reference_logps: pa.Table | None = None,
+    reference_is_start: bool = True,
     lora: LoraSettings | None = None,
     quantization: str | None = None,
     seed: int = 0,
@@ -123,7 +124,8 @@ def train_model(
     """Train a model on a pairs or selection table and save it to `out`.
 
     Args:
-        reference_logps: log-probabilities under `model` as it is here, of the rows of `table`, in the `training_types`.
+        reference_logps: log-probabilities of the rows of `table`, in the `training_types`.
+        reference_is_start: they are those of `model` as it is here; False: of another model, which is logged.
         callbacks: additional callbacks beside those for the progress bar and the checkpoints.
         objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
 
@@ -162,7 +164,7 @@ def train_model(
             ProgressBar(str(objective.get("objective", "training")).upper()),
             *callbacks,
         ],
-        reference_is_start=True,
+        reference_is_start=reference_is_start,
     )
     trainer.remove_callback(PrinterCallback)
     return run_training(trainer, tokenizer, out, made_with)

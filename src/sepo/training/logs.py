@@ -25,6 +25,7 @@ from sepo.errors import UserError, nearest
 from sepo.processes import log_once
 
 LOGS = "logs"
+RECORDS = ("made_with.json", "processes.json")  # of `checkpoints.py`; all other files beside checkpoints are reporters'
 # Reporters that Transformers never lists as installed; it checks for them only when they are used.
 _NEVER_LISTED = ("flyte", "azure_ml")
 
@@ -63,7 +64,7 @@ def keep_logs(out: Path) -> None:
     written = [
         path
         for path in sorted((out / "checkpoints").glob("*"))
-        if path.name != "made_with.json" and not path.name.startswith("checkpoint-")
+        if path.name not in RECORDS and not path.name.startswith("checkpoint-")
     ]
     for path in written:
         (out / LOGS).mkdir(exist_ok=True)

@@ -284,6 +284,49 @@ def tbpo(
     return sums / torch.bincount(pairs, minlength=num_pairs).clamp(min=1)
 
 
+# Range of the importance ratio in `opd`, as usual in PPO.
+OPD_CLIP = 0.2
+
+
+def opd(logps: Tensor, baselines: Tensor, reference: Sides, segments: Tensor, clip: float = OPD_CLIP) -> Tensor:
+    """On-policy distillation towards π_start · exp(λ s), on the policy's own answers: `[pairs]` losses.
+
+        A_t = λ s_t - (log pi - log start)_t                                          without gradient
+        r   = exp((log pi(y) - log start(y)) / |y|)                                   without gradient
+        r_t = r * pi(y_t) / pi(y_t)                 the last denominator without gradient, so r_t = r in value
+        L   = -mean over t of min(r_t A_t, clip(r_t, 1 - e, 1 + e) A_t),              mean over both responses
+
+    The advantage is that of distillation from a teacher on the student's samples (GKD, arXiv 2306.13649; the reverse KL
+    of MiniLLM, 2306.08543). The teacher is log π_start + λ s: with λ = 1 and an oracle trained from the start, the
+    oracle itself. The answers were sampled from the start, so r corrects for the steps since: the length-normalised
+    ratio of a response and its clipping are GSPO's, token by token (2507.18071, GSPO-token). Chosen or rejected does
+    not matter: both are answers of the policy, as `data.on_policy` samples them, exactly so at temperature 1.
+
+    Args:
+        logps: `[targets]`, all tokens of both responses.
+        baselines: `[targets]`, log start + λ s.
+        reference: sums of log start over each response.
+        segments: `[targets]`, 2 * pair for chosen and 2 * pair + 1 for rejected tokens.
+        clip: e.
+    """
+    number = 2 * len(reference[0])
+    counts = torch.bincount(segments, minlength=number).clamp(min=1)
+    frozen = logps.detach()
+    start = torch.stack(list(reference), 1).flatten()
+    sums = frozen.new_zeros(number).index_add(0, segments, frozen)
+    # A response far from the start is clipped anyway; the bound keeps its product finite.
+    ratios = ((sums - start) / counts).clamp(-20, 20).exp()[segments] * torch.exp(logps - frozen)
+    advantages = baselines - frozen
+    gains = torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
+    means = gains.new_zeros(number).index_add(0, segments, gains) / counts
+    return -means.view(-1, 2).mean(1)
+
+
+def opd_beta(alpha: float = 1.0) -> float:
+    """The beta with which `with_baselines` gives log start + alpha s; alpha is λ."""
+    return 1 / alpha if alpha else float("inf")
+
+
 def _basu(log_ratios: Tensor, power: float) -> Tensor:
     """The Bregman ratio matching loss of R = exp(log_ratios) with Basu's generator of this power, divided by 4."""
     rest = -torch.expm1(-power * log_ratios) / power if power else log_ratios
@@ -319,6 +362,7 @@ class PairSums:
         kls: KL between policy and reference at each target; None if the objective reads none.
         chosen_errors: `[pairs]` squared errors of `wspo`; None for the others.
         matched: `[pairs]` losses of `tbpo`; None for the others.
+        distilled: `[pairs]` losses of `opd`; None for the others.
     """
 
     policy: Sides
@@ -327,6 +371,7 @@ class PairSums:
     kls: Sides | None = None
     chosen_errors: Tensor | None = None
     matched: Tensor | None = None
+    distilled: Tensor | None = None
 
     def of_reference(self) -> Sides:
         return _given(self.reference, "log-probabilities under the reference")
@@ -372,6 +417,7 @@ LOSSES: dict[str, Callable[[PairSums, LossSettings], Tensor]] = {
     "wspo": lambda sums, s: wspo(_given(sums.chosen_errors, "the squared errors of chosen tokens"), sums.counts[0]),
     "selective_dpo": lambda sums, s: dpo(sums.policy, sums.of_reference(), s.beta, s.label_smoothing),
     "tbpo": lambda sums, s: _given(sums.matched, "the losses of the matched tokens"),
+    "opd": lambda sums, s: _given(sums.distilled, "the losses of the answers"),
 }
 
 

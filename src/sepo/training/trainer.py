@@ -70,6 +70,8 @@ from sepo.training.objectives import (
     accuracy,
     below_mean_probability,
     guided_weights,
+    opd,
+    opd_beta,
     pair_losses,
     selective_marks,
     tbpo,
@@ -92,7 +94,7 @@ class PreferenceConfig(TrainingArguments):
 
     Args:
         objective: name of a loss in `sepo.training.objectives` (docs/objectives.md). "sepo" and "tis_dpo" train on the
-            tokens of a selection table; "tgdpo" and "wspo" need a selection table with credit "reward" and every token;
+            tokens of a selection table; "tgdpo", "wspo" and "opd" need one with credit "reward" and every token;
             the others train on all response tokens of either kind of table.
         beta: KL strength of the objectives with a reference; reward scale of cpo.
         gamma: reward scale of sepo, simpo and confpo.
@@ -329,7 +331,10 @@ class PreferenceTrainer(Trainer):
             alpha = objective.alpha_or_default(args.alpha)
             data = reweighted(data, lambda rewards, sign: guided_weights(rewards, sign, alpha, args.beta))
         if objective.baselines:
-            data = with_baselines(data, reference_logps, args.beta, objective.targets == "matched")
+            scale = args.beta
+            if args.objective == "opd":  # log start + λ s
+                scale = opd_beta(objective.alpha_or_default(args.alpha))
+            data = with_baselines(data, reference_logps, scale, objective.targets == "matched")
             return PairDataset(data, reference_logps, baselines=True)
         return PairDataset(data, reference_logps)
 
@@ -362,6 +367,8 @@ class PreferenceTrainer(Trainer):
         if args.objective == "tbpo":
             advantages = logps - baselines + token_kls
             sums.matched = tbpo(advantages, batch.segments, batch.num_pairs, args.beta, alpha, args.label_smoothing)
+        if args.objective == "opd":
+            sums.distilled = opd(logps, baselines, sums.of_reference(), batch.segments)
         if reference is not None and model.training and self.state.global_step == 0 and not self._start_checked:
             self._check_start(sums, batch)
         settings = LossSettings(args.beta, args.gamma, args.margin, alpha, args.label_smoothing)

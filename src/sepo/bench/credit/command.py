@@ -23,10 +23,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from sepo.bench.credit.checks import CHECKS
     from sepo.bench.credit.grids import ALL, RULES, TASKS, TRUTH
     from sepo.bench.credit.run import run_bench
     from sepo.errors import UserError
-    from sepo.evaluate.planted import CHECKS
     from sepo.files import check_writable
     from sepo.stages.score import check_rewards_file
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sepo.evaluate.planted import CHECKS
+from sepo.bench.credit.checks import CHECKS
 from sepo.recipe.reading import load_recipe, parse_recipe, set_key
 from sepo.recipe.settings import Recipe
 from sepo.study.grid import Grid, Setting

@@ -3,7 +3,7 @@
 Each question is answered several times. Every step of an answer is wrong with a probability, and what follows is worked
 out from the wrong step. Pairs are two answers to a question whose rewards differ; the label is a draw from
 sigmoid((a - b) / tau). The questions of the demonstrations, of training and of the held-out pairs differ. Everything
-follows from the seed. `sepo.evaluate.planted` checks the answers.
+follows from the seed. `sepo.bench.credit.checks` checks the answers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from sepo.bench.credit.checks import CHECKS, DETAILS, OPERATIONS, scores
 from sepo.data.tables import write_parquet
-from sepo.evaluate.planted import CHECKS, DETAILS, OPERATIONS, scores
 
 THINGS = ("key", "coin", "ring")
 BOXES = ("red", "blue", "green", "pink", "gold", "grey")

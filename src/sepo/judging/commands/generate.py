@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sepo import engines
 from sepo.command import (
     chat_template_option,
     device_options,
@@ -50,11 +51,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="answer only the first N questions")
     chat_template_option(parser)
     parser.add_argument(
-        "--engine", choices=["transformers", "vllm"], help="library that runs the model (default transformers)"
+        "--engine",
+        metavar="ENGINE",
+        help="what runs the model: transformers (default), vllm, or Transformers in many workers by files[:FOLDER] or "
+        "ray[:ADDRESS] (docs/how-to/many-workers.md)",
     )
     parser.add_argument("--batch-size", type=int, help="answers at a time (default: fits the device)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="dtype of the weights")
     device_options(parser)
+    steering = parser.add_argument_group("steering", "add an oracle's token rewards to the logits; no training")
+    steering.add_argument(
+        "--steer",
+        type=float,
+        metavar="ALPHA",
+        help="sample from log p(MODEL) + ALPHA (log p(oracle) - log p(ref.))",
+    )
+    steering.add_argument("--oracle", type=path, metavar="DIR", help="the oracle")
+    steering.add_argument("--reference", type=path, metavar="MODEL", help="the model that the oracle started from")
     server = parser.add_argument_group("a model behind a server")
     server.add_argument("--server", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
     server_options(server)
@@ -135,13 +148,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"'{arguments.prompts}' has questions of several turns, which AlpacaEval's format does not allow"
         )
-    endpoint = None if arguments.server is None else _endpoint(arguments, options)
+    endpoint = None if arguments.server is None else endpoint_of(arguments, options)
     record = _record(arguments, digest, benchmark, options)
     if endpoint is not None and arguments.request:
         record["request"] = dict(endpoint.more)
     spent: list[Spent] = []
     failures: Counter[str] = Counter()
-    with writing_to(arguments) as out:
+    with engines.use(_units(arguments), Path(arguments.out)), writing_to(arguments) as out:
         claim_folder(out, record)
         finished = AnswerLog.read(out / FINISHED)
 
@@ -157,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
             with log_kept_on_interrupt(kept):
                 if endpoint is not None:
                     log(_SERVERS_OWN)
-                engine = _engine(arguments, options, endpoint, spent, failures)
+                engine = engine_of(arguments, options, endpoint, spent, failures)
                 answer_all(questions, benchmark, finished, engine, arguments.temperature)
         name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
         file = write_answers(out, questions, benchmark, finished, name)
@@ -186,8 +199,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.engine not in (None, "transformers", "vllm"):
+        engines.check_engine(arguments.engine)
     if arguments.server is not None and arguments.engine is not None:
         raise UserError("--engine is for a local model: leave it out with --server")
+    steering = [name for name in ("steer", "oracle", "reference") if getattr(arguments, name) is not None]
+    if steering and len(steering) < 3:
+        raise UserError("steering needs all of --steer, --oracle and --reference")
+    if steering and (arguments.server is not None or arguments.engine not in (None, "transformers")):
+        raise UserError("--steer needs the models' logits: leave --server and --engine out")
+    if steering:
+        check_number("--steer", arguments.steer)
     check_number("--max-new-tokens", arguments.max_new_tokens, whole=True, least=1)
     check_number("--seed", arguments.seed, whole=True, least=0, below=2**32)
     if arguments.temperature is not None:
@@ -198,7 +220,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         check_number("--limit", arguments.limit, whole=True, least=1)
 
 
-def _endpoint(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Endpoint:
+def endpoint_of(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Endpoint:
     from sepo.judging.endpoint import Endpoint
 
     names = ("key_variable", "key_header", "concurrency", "timeout", "retries", "cache")
@@ -215,7 +237,7 @@ def _endpoint(arguments: argparse.Namespace, options: Mapping[str, Any]) -> Endp
 def _record(arguments: argparse.Namespace, digest: str, benchmark: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the answers depend on."""
     record: dict[str, Any] = {
-        "engine": arguments.engine or ("server" if arguments.server else "transformers"),
+        "engine": "vllm" if arguments.engine == "vllm" else "server" if arguments.server else "transformers",
         "prompts": digest,
         "benchmark": benchmark,
         "max_new_tokens": arguments.max_new_tokens,
@@ -228,10 +250,12 @@ def _record(arguments: argparse.Namespace, digest: str, benchmark: str, options:
     quiet_libraries()
     from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 
+    if arguments.steer is not None:
+        record["steer"] = [arguments.steer, *map(model_fingerprint, (arguments.oracle, arguments.reference))]
     return {**record, "model": [model_fingerprint(arguments.model), usage_fingerprint(arguments.model)]}
 
 
-def _engine(
+def engine_of(
     arguments: argparse.Namespace,
     options: Mapping[str, Any],
     endpoint: Endpoint | None,
@@ -239,7 +263,7 @@ def _engine(
     failures: Counter[str],
 ) -> Engine:
     """Load the model, or use the server."""
-    from sepo.judging.answering import server_engine, transformers_engine, vllm_engine
+    from sepo.judging.answering import server_engine, transformers_engine, units_engine, vllm_engine
 
     settings = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
     if endpoint is not None:
@@ -256,5 +280,37 @@ def _engine(
             base, revision = adapter_base(Path(folder))
             folder, adapter = resolve_model(base, revision=revision), folder
         return vllm_engine(folder, tokenizer, options=options, adapter=adapter, **settings)
+    settings |= {"batch_size": arguments.batch_size, "options": options}
+    if _units(arguments) != "local":
+        out, on = Path(arguments.out), {"device": arguments.device, "dtype": arguments.dtype}
+        return units_engine(arguments.model, tokenizer, out, **on, **settings)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    return transformers_engine(model, tokenizer, batch_size=arguments.batch_size, options=options, **settings)
+    if getattr(arguments, "steer", None) is not None:
+        return _steered(arguments, model, tokenizer, options)
+    return transformers_engine(model, tokenizer, **settings)
+
+
+def _units(arguments: argparse.Namespace) -> str:
+    """The engine of units of work; "local" for a model in this process and for vLLM."""
+    return arguments.engine if arguments.engine not in (None, "transformers", "vllm") else "local"
+
+
+def _steered(arguments: argparse.Namespace, model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Engine:
+    """Load the oracle, and its reference unless that is the model itself."""
+    from sepo.data.fingerprints import check_same_tokenizer
+    from sepo.judging.steering import Steered, steered_engine
+    from sepo.models.fingerprint import model_fingerprint
+    from sepo.models.tokenizer import load_tokenizer
+    from sepo.models.weights import load_model
+
+    names = (arguments.oracle, arguments.reference)
+    for role, name in zip(("oracle", "reference"), names, strict=True):
+        check_same_tokenizer(f"the {role} '{name}'", load_tokenizer(name), f"the model '{arguments.model}'", tokenizer)
+    same = model_fingerprint(arguments.reference) == model_fingerprint(arguments.model)
+    oracle, reference = (
+        None if same and name is names[1] else load_model(name, device=arguments.device, dtype=arguments.dtype)
+        for name in names
+    )
+    steered = Steered(model, oracle, reference, arguments.steer)
+    settings = {"max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed}
+    return steered_engine(steered, tokenizer, batch_size=arguments.batch_size, options=options, **settings)

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sepo.command import out_option, path, quiet_libraries, writing_to
+from sepo import engines
+from sepo.command import engine_option, out_option, path, quiet_libraries, writing_to
 from sepo.errors import UserError, check_number
 from sepo.judging.commands.generate import retry_option, server_options, server_values
 from sepo.judging.commands.winrate import print_scores, write_scores
 
 if TYPE_CHECKING:
     from sepo.judging.judge import Match, Prepared
+    from sepo.judging.scorers import Scorer
     from sepo.recipe.settings import JudgeSettings
 
 HELP = "judge answers: compare two models', or grade one model's"
@@ -44,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="for a reward model or an oracle: auto, cpu, cuda, cuda:0, mps (default auto)"
     )
+    engine_option(parser)
     server = judge_options(parser, required=True, temperature=["--temperature"])
     server.add_argument("--reference-answers", type=path, metavar="FILE", help="right answers, for MT-Bench's grades")
     retry_option(server)
@@ -110,6 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = judge_of(arguments)
     assert settings is not None  # --judge is required
+    if arguments.engine != "local" and settings.reward_model is None:
+        raise UserError(f"--engine {arguments.engine} is for a judge that is a reward model: leave it out")
     prices = _prices_of(arguments)
     if settings.server is None and arguments.reference_answers is not None:
         raise UserError("--reference-answers is for a judge behind a server: leave it out")
@@ -124,9 +129,15 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if settings.reward_model is not None or settings.oracle is not None:
         quiet_libraries()
-    with writing_to(arguments) as out:
+    with engines.use(arguments.engine, Path(arguments.out)), writing_to(arguments) as out:
         # Verdicts and their cost are on disk before the scores are computed, which fails if there is no verdict.
-        rows, spent, files = _judge(prepared, matches, out, arguments.against is None, arguments.device)
+        scorer = None
+        if arguments.engine != "local":
+            from sepo.judging.units import reward_units
+
+            name = str(settings.reward_model)
+            scorer = reward_units(name, revision=settings.revision, device=arguments.device, dtype="auto", out=out)
+        rows, spent, files = _judge(prepared, matches, out, arguments.against is None, arguments.device, scorer)
         failures = Counter(row["failure"] for row in rows if row["failure"])
         record = {"spent": spent, "missing": missing._asdict(), "failures": dict(failures)}
         write_json(out / "judging.json", {"judge": settings.model_dump(mode="json", exclude_none=True), **record})
@@ -151,7 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _judge(
-    prepared: Prepared, matches: Sequence[Match], out: Path, grade: bool, device: str
+    prepared: Prepared, matches: Sequence[Match], out: Path, grade: bool, device: str, scorer: Scorer | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[Path]]:
     """Judge the answers and write the verdicts.
 
@@ -163,14 +174,14 @@ def _judge(
 
     settings = prepared.settings
     if grade and prepared.endpoint is None:
-        rows = score_rows(matches, scorer_of(settings, device))
+        rows = score_rows(matches, scorer or scorer_of(settings, device))
         write_json(out / "scores_by_answer.json", rows, indent=1)
         return rows, {"scored": len(rows)}, []
     if grade:
         rows, spent = grade_rows(prepared, matches)
         write_text(out / GRADES, "".join(json.dumps(row) + "\n" for row in rows))
         return rows, spent, [out / GRADES]
-    verdicts, columns, spent = judge_pairs(prepared, [match.contest for match in matches], device)
+    verdicts, columns, spent = judge_pairs(prepared, [match.contest for match in matches], device, scorer)
     rows = annotation_rows(matches, verdicts, columns, settings.name)
     write_json(out / ANNOTATIONS, rows, indent=1)
     games = arena_rows(matches, verdicts, settings.name)

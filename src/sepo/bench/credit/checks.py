@@ -4,7 +4,7 @@
     tracking     "The key is in the red box. ... Move ..."    "1: key blue, coin green; 2: key blue, coin pink; ..."
     details      "Notes: name Mara; age 34; ..."              "Mara, 34, is a nurse from Oslo. She has a cat."
 
-The same grammar checks made answers (`sepo.bench.credit.tasks`) and answers of models. A step is judged by the step
+The same grammar checks made answers (`tasks.py`) and answers of models. A step is judged by the step
 before it, as the answer states it: what follows rightly from a wrong step is right. So a planted mistake is wrong in
 one place, and its consequences are not (BIG-Bench-Mistake, arXiv 2311.08516, marks the first wrong step too).
 
@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from sepo.evaluate.gold import GoldReward
 from sepo.evaluate.words import Unit
 
 OPERATIONS: dict[str, tuple[str, Callable[[int, int], int]]] = {
@@ -138,3 +140,5 @@ CHECKS: dict[str, Check] = {
     "tracking": check_tracking,
     "details": check_details,
 }
+# The gold rewards of these names (entry points in pyproject.toml).
+arithmetic, tracking, details = (GoldReward(partial(scores, check), partial(truth, check)) for check in CHECKS.values())

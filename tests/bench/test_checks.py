@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from properties import examples
+from sepo.bench.credit.checks import CHECKS, DETAILS
 from sepo.bench.credit.tasks import TASKS, Sizes, make_task
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.planted import CHECKS, DETAILS
 from sepo.evaluate.words import token_values
 from tiny_models import tiny_tokenizer
 

@@ -1,0 +1,331 @@
+"""How cost grows with the number of pairs: every stage's seconds a pair and peak memory, with one worker and with two.
+
+    python benchmarks/scale.py --pairs 1000 10000 100000            some minutes; a machine that does nothing else
+    python benchmarks/scale.py --pairs 1000000 --add                adds a size to the results that are there
+
+A tiny model and short texts: what is measured is everything around a model. Each stage runs in a process of its own,
+forked after the imports; its memory is the peak of that process above what the imports take. With two workers the
+engine "files" shares passes and transfers between two processes (the memory is that of the larger one), tokenising uses
+`data.workers`; stages without units are measured once.
+
+Writes scale.json, scale.md and scale.png into --out. What 10^7 pairs take on many devices is simulated
+(`sepo.planning.units`) from the measured seconds of a unit outside of its model, and 220,400 tokens a second, which an
+H200 reads with a model of 1.24 billion weights (results/gpu.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+import sepo.report.build
+from sepo import engines, processes, work
+from sepo.engines.files import Files, serve
+from sepo.files import write_json, write_text
+from sepo.forward.scoring import Types
+from sepo.models.tokenizer import load_tokenizer
+from sepo.planning.units import PROFILES, simulate, tokens_of_units
+from sepo.recipe.reading import parse_recipe
+from sepo.stages import data, logps, score, select, transfer
+from tiny_models import tiny_model
+from tiny_tokenizers import tiny_tokenizer_of
+
+FORK = multiprocessing.get_context("fork")
+UNITS = ("logps", "transfer")
+TOKENS_A_SECOND, LOAD = 220_400, 20.0
+FLAT = 1.2
+
+
+def measured(function: Callable[[], Any], helper: Callable[[], Any] | None = None) -> dict[str, float]:
+    """Seconds and peak memory (GB above the start) of a function in a process of its own.
+
+    Args:
+        helper: runs in a second process meanwhile, which is ended after the first.
+    """
+    pipe, other = FORK.Pipe(duplex=False)
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        before = _peak()
+        began = time.monotonic()
+        function()
+        other.send({"seconds": time.monotonic() - began, "memory_gb": _peak() - before})
+
+    started = [FORK.Process(target=target) for target in (child, helper) if target is not None]
+    for process in reversed(started):  # the helper first: it waits for work
+        process.start()
+    found = pipe.recv() if pipe.poll(24 * 3600) else {}
+    started[0].join()
+    if started[0].exitcode:
+        raise RuntimeError(f"a stage ended with exit code {started[0].exitcode}")
+    for process in started[1:]:
+        process.join(60)
+        process.kill()
+    return found
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def make_models(folder: Path) -> None:
+    """A reference, an oracle and a policy with another tokenizer."""
+    for name, family, seed in (("reference", "gpt2", 0), ("oracle", "gpt2", 1), ("policy", "llama2", 0)):
+        tokenizer = tiny_tokenizer_of(family)
+        tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512, seed=seed).save_pretrained(
+            folder / name
+        )
+        tokenizer.save_pretrained(folder / name)
+
+
+def make_pairs(path: Path, number: int) -> None:
+    """Preferences of short texts, two to a prompt, written row group by row group."""
+    schema = pa.schema([(name, pa.string()) for name in ("prompt", "chosen", "rejected")])
+    draw = np.random.default_rng(0)
+    with pq.ParquetWriter(path, schema) as file:
+        for start in range(0, number, 10_000):
+            rows = range(start, min(start + 10_000, number))
+            words = draw.integers(0, 1000, (len(rows), 2))
+            columns = {
+                "prompt": [f"Is it {row // 2}?" for row in rows],
+                "chosen": [f"Yes, it is {a}." for a in words[:, 0]],
+                "rejected": [f"no, it is {b} here" for b in words[:, 1]],
+            }
+            file.write_table(pa.table(columns, schema))
+
+
+def stages_of(folder: Path, models: Path, workers: int) -> dict[str, Callable[[], Any]]:
+    """The stages by name, in order."""
+    recipe = parse_recipe(
+        {
+            "data": {"source": str(folder / "pairs.parquet"), "held_out": 0, "workers": workers},
+            "reference": {"model": str(models / "reference")},
+            "policy": {"model": str(models / "policy")},
+        },
+        "benchmark",
+    )
+    engine = "local" if workers == 1 else "files"
+
+    def pass_of(name: str) -> None:
+        with engines.use(engine, folder):
+            logps.logps_pass(
+                str(models / name), folder / "pairs/train", folder / name, device="cpu", types=Types("float32")
+            )
+
+    def carry() -> None:
+        with engines.use(engine, folder):
+            transfer.carry_scores(
+                recipe, folder / "scores", folder / "policy_pairs/train", folder / "carried", "transfer"
+            )
+
+    def report() -> None:
+        build = sepo.report.build.build_report
+        build(None, table=folder / "scores", tokenizer=models / "reference", out=folder / "report.html")
+
+    tokenizer = models / "reference"
+    return {
+        "data": lambda: data.prepare_data(
+            recipe.data, load_tokenizer(str(tokenizer)), folder / "pairs", progress=False
+        ),
+        "logps": lambda: pass_of("reference"),
+        "oracle logps": lambda: pass_of("oracle"),
+        "score": lambda: score.score_pairs(
+            folder / "pairs/train", [folder / "oracle"], folder / "reference", folder / "scores"
+        ),
+        "select": lambda: select.select(folder / "scores", folder / "selection"),
+        "policy pairs": lambda: transfer.prepare_pairs(recipe, folder / "pairs", folder / "policy_pairs"),
+        "transfer": carry,
+        "report": report,
+    }
+
+
+def measure(pairs: int, workers: int, models: Path, place: Path) -> dict[str, dict[str, float]]:
+    """Every stage for a number of pairs."""
+    folder = place / f"{pairs}-{workers}"
+    folder.mkdir()
+    make_pairs(folder / "pairs.parquet", pairs)
+    found = {}
+    for name, function in stages_of(folder, models, workers).items():
+        shared = workers > 1 and name in ("logps", "oracle logps", "transfer")
+        found[name] = measured(function, (lambda: serve(folder, 2.0, "cpu")) if shared else None)
+        print(f"{pairs:>9,} pairs, {workers} workers, {name:<13} {found[name]['seconds']:8.2f} s "
+              f"{found[name]['memory_gb']:6.3f} GB", flush=True)  # fmt: skip
+    shutil.rmtree(folder)
+    return found
+
+
+class Nothing:
+    """A kind of work whose units take no time: what is left is the engine."""
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+
+    def __call__(self, units: Any, progress: Any) -> Any:
+        for unit in units:
+            yield unit, lambda: {}
+
+    @staticmethod
+    def result(settings: Any, unit: work.Unit) -> str:
+        return "done"
+
+
+def overhead(place: Path, units: int = 1000) -> float:
+    """Seconds that the engine "files" adds to a unit."""
+    work.PACKAGES.add("__main__")
+    job = work.Job("__main__:Nothing", "nothing", {}, tuple(work.Unit(f"unit-{i:05d}", 1, {}) for i in range(units)))
+    began = time.monotonic()
+    with engines.use("files", place / "nothing"):
+        work.do(job)
+    return (time.monotonic() - began) / units
+
+
+def simulations(around_a_unit: float) -> list[dict[str, Any]]:
+    """Two models read ten million pairs."""
+    rows = []
+    for profile in PROFILES:
+        units = 2 * tokens_of_units(profile, 10_000_000) / TOKENS_A_SECOND + around_a_unit
+        for devices in (1, 8, 64):
+            result = simulate(units, devices, load=2 * LOAD)
+            rows.append({"profile": profile, "devices": devices, "hours": result.seconds / 3600, "busy": result.busy})
+    return rows
+
+
+def not_flat(sizes: dict[int, dict[str, float]], what: str) -> int | None:
+    """The first size whose value exceeds that of the size before by more than a fifth; None if there is none.
+
+    Sizes below 10,000 pairs do not count: constants dominate there, and so do values below 50 MB and 1 s.
+    """
+    order = sorted(size for size in sizes if size >= 10_000)
+    for before, size in pairwise(order):
+        old, new = ((sizes[n]["seconds"] / n if what == "seconds" else sizes[n]["memory_gb"]) for n in (before, size))
+        small = sizes[size]["memory_gb"] < 0.05 if what == "memory_gb" else sizes[size]["seconds"] < 1
+        if new > FLAT * old and not small:
+            return size
+    return None
+
+
+HEAD = """\
+# How cost grows with the number of pairs
+
+`benchmarks/scale.py`, {machine}. A tiny model and short texts: what is measured is everything around a model. Memory is
+the peak of a stage's process above what its imports take; in a stage that workers share, that of the command's process.
+
+![seconds a pair and peak memory](scale.png)
+"""
+TAIL = """\
+*Stops being flat*: the first size at which seconds a pair, or memory, exceed those of the size before by more than a
+fifth (from 10,000 pairs on; below 1 s or 50 MB not counted).
+
+## Ten million pairs, simulated
+
+Two models read 10,000 units of 1,000 pairs. A unit takes its tokens at {tokens_a_second:,} a second (one H200, 1.24
+billion weights), and {around_ms:.0f} ms around the model, measured here; a device loads each model for {load_seconds:g}
+s. The lengths are log-normal, like those of two public datasets (`sepo.planning.units`). This is arithmetic with
+measured pieces: no such machines were there.
+
+| lengths | devices | hours | busy |
+|---|---:|---:|---:|
+"""
+
+
+def page(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [HEAD.format(**results)]
+    for workers, by_size in results["measured"].items():
+        sizes = sorted(map(int, by_size))
+        lines += [f"## {workers} {'worker' if workers == '1' else 'workers'}", ""]
+        lines += ["| stage | " + " | ".join(f"{n:,} pairs: ms a pair | GB" for n in sizes) + " | stops being flat |"]
+        lines += ["|---|" + "---:|---:|" * len(sizes) + "---|"]
+        for stage in by_size[str(sizes[0])]:
+            values = {n: by_size[str(n)][stage] for n in sizes}
+            ends = {"time": not_flat(values, "seconds"), "memory": not_flat(values, "memory_gb")}
+            ended = ", ".join(f"{name} at {n:,}" for name, n in ends.items() if n is not None)
+            cells = " | ".join(f"{1e3 * v['seconds'] / n:.3f} | {v['memory_gb']:.2f}" for n, v in values.items())
+            lines.append(f"| {stage} | {cells} | {ended or '–'} |")
+        lines.append("")
+    text = "\n".join(lines) + "\n" + TAIL.format(**results, around_ms=1e3 * results["around_a_unit"])
+    rows = (f"| {r['profile']} | {r['devices']} | {r['hours']:.2f} | {r['busy']:.1%} |" for r in results["simulated"])
+    return text + "\n".join(rows) + "\n"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for workers, style in (("1", "-"), ("2", "--")):
+        by_size = results["measured"].get(workers, {})
+        sizes = sorted(map(int, by_size))
+        for number, stage in enumerate(by_size[str(sizes[0])] if sizes else ()):
+            values = [by_size[str(n)][stage] for n in sizes]
+            label = stage if workers == "1" else None
+            seconds = [1e3 * v["seconds"] / n for v, n in zip(values, sizes, strict=True)]
+            axes[0].plot(sizes, seconds, style, color=f"C{number}", label=label)
+            axes[1].plot(sizes, [max(v["memory_gb"], 1e-3) for v in values], style, color=f"C{number}")
+    for axis, title in zip(axes, ("ms a pair", "peak memory above the imports, GB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="pairs", title=title)
+    axes[0].legend(fontsize=8, title="dashed: two workers")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--add", action="store_true", help="add to the results in --out")
+    options = parser.parse_args()
+    processes.log = lambda text: None  # type: ignore[assignment]
+    gc.collect()
+    gc.freeze()
+    stored = options.out / "scale.json"
+    results: dict[str, Any] = json.loads(stored.read_text()) if options.add else {"measured": {}}
+    with tempfile.TemporaryDirectory(prefix="sepo-scale-") as name:
+        place = Path(name)
+        maker = FORK.Process(target=make_models, args=(place / "models",))
+        maker.start()
+        maker.join()
+        for workers in options.workers:
+            for pairs in options.pairs:
+                found = measure(pairs, workers, place / "models", place)
+                results["measured"].setdefault(str(workers), {})[str(pairs)] = found
+        results["engine_seconds"] = overhead(place)
+    results |= {"machine": f"{os.cpu_count()} CPU cores", "tokens_a_second": TOKENS_A_SECOND, "load_seconds": LOAD}
+    most = results["measured"]["1"][max(results["measured"]["1"], key=int)]
+    pairs = int(max(results["measured"]["1"], key=int))
+    # Around the model: the engine, and two transfers' worth of reading and writing a shard.
+    results["around_a_unit"] = results["engine_seconds"] + 1000 * most["transfer"]["seconds"] / pairs
+    results["simulated"] = simulations(results["around_a_unit"])
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(stored, results)
+    write_text(options.out / "scale.md", page(results))
+    draw(results, options.out / "scale.png")
+    gc.unfreeze()  # else bindings report leaks when the interpreter ends
+
+
+if __name__ == "__main__":
+    Files.patience = 30.0
+    main()

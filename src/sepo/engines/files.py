@@ -1,0 +1,230 @@
+"""Engine "files": any number of processes that see one folder do the units, by claims in files (`jobs`).
+
+There is no head node. The command itself is a worker. So are `sepo work FOLDER`, on any machine and at any time, and
+the same command given once more: it finds the output folder taken and works for the process that holds it. When that
+process dies, one of the others takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from sepo.engines.jobs import BEAT, PATIENCE, Heart, JobFolder, Watch, claims, open_jobs
+from sepo.errors import DoneElsewhere, UserError, one_line
+from sepo.files import expand_home, write_json
+from sepo.processes import log, log_once
+from sepo.work import Counts, Job, Kind, Progress
+
+# Seconds between two looks at the folder of a process that has nothing to do, and of one that counts results.
+POLL = 1.0
+FOLDER, CLOSED = ".units", "closed.json"
+
+
+class Worker:
+    """A process that does units of the jobs of a folder.
+
+    Attributes:
+        folder: of the jobs.
+        name: in the files of claims.
+    """
+
+    def __init__(self, folder: Path, beat: float = BEAT, patience: float = PATIENCE):
+        self.folder = folder
+        self._watch, self._heart = Watch(folder, patience), Heart(folder, beat)
+        self.name = self._heart.name
+        self.start = self.first_unit()
+        self._kind: Kind | None = None
+        self._job: str | None = None
+
+    @staticmethod
+    def first_unit() -> int:
+        """Where this worker starts to look for units: elsewhere than others, so that they seldom ask for the same."""
+        return int.from_bytes(os.urandom(4), "big")
+
+    def __enter__(self) -> Worker:
+        self._heart.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._heart.__exit__()
+
+    def turn(self, folder: JobFolder, progress: Progress = lambda done: None) -> int:
+        """Do units of a job until none is to be had; returns their number.
+
+        Raises:
+            Exception: that of a unit. The unit is marked as failed, for others to try.
+        """
+        held: dict[str, int] = {}
+        source = claims(folder, self.name, self._watch, held, self.start)
+        number = 0
+        try:
+            first = next(source, None)
+            if first is None:
+                return 0
+            kind = self._open(folder.job)
+        except BaseException:
+            _release(folder, held)
+            raise
+        try:
+            for unit, write in kind(itertools.chain([first], source), progress):
+                if folder.is_open() and not folder.is_done(unit.name):
+                    folder.finish(unit, _written(write))
+                del held[unit.name]
+                number += 1
+        except Exception as error:
+            with contextlib.suppress(OSError):  # of a full disk
+                name, attempt = next(iter(held.items()))
+                folder.fail(name, attempt, one_line(error, 200))
+                del held[name]
+            _release(folder, held)
+            raise
+        except BaseException:
+            _release(folder, held)
+            raise
+        return number
+
+    def _open(self, job: Job) -> Kind:
+        """The kind of a job with its model in memory, loaded when the first unit of the job comes."""
+        if self._job != job.id or self._kind is None:
+            self.put_down()
+            self._kind, self._job = job.kind_class()(job.settings), job.id
+        return self._kind
+
+    def put_down(self) -> None:
+        """Free the model of the last job."""
+        self._kind = self._job = None
+
+    def has(self, job: Job) -> bool:
+        """Does this worker hold the model of a job?"""
+        return self._job == job.id
+
+
+def _written(write: Any) -> Counts:
+    try:
+        return write()
+    except FileNotFoundError:
+        return write()  # a command that was started again removes the temporary files of its folder
+
+
+def _release(folder: JobFolder, held: dict[str, int]) -> None:
+    for name, attempt in held.items():
+        with contextlib.suppress(OSError):
+            folder.release(name, attempt)
+
+
+class Files:
+    """The engine.
+
+    Args:
+        place: a folder for the jobs; "" for that of the command.
+        folder: where the command writes.
+    """
+
+    beat, patience = BEAT, PATIENCE
+
+    def __init__(self, place: str, folder: Path):
+        self.folder = Path(os.path.abspath(expand_home(place) if place else folder)) / FOLDER
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._closed = _content(self.folder / CLOSED)
+        self._worker: Worker | None = None
+
+    @property
+    def worker(self) -> Worker:
+        if self._worker is None:
+            self._worker = Worker(self.folder, self.beat, self.patience).__enter__()
+        return self._worker
+
+    def do(self, job: Job, progress: Progress) -> dict[str, Counts]:
+        folder = JobFolder.publish(self.folder, job)
+        counts: dict[str, Counts] = {}
+        looked = float("-inf")
+
+        def look(done: float = 0.0) -> None:
+            nonlocal looked
+            if time.monotonic() - looked < POLL:
+                return
+            for name in sorted(folder.done() - counts.keys()):
+                if name in folder.by_name and (found := folder.counts(name)) is not None:
+                    counts[name] = found
+                    progress(folder.by_name[name].size)
+            looked = time.monotonic()
+
+        while True:
+            looked = float("-inf")
+            look()
+            if len(counts) == len(job.units):
+                break
+            if (reason := folder.ended()) is not None:
+                raise UserError(f"{reason}; {len(job.units) - len(counts)} of {len(job.units)} units remain")
+            if not self.worker.turn(folder, look):
+                log_once(f"  {job.title}: waiting for units of other workers")
+                time.sleep(min(POLL, self.patience))
+        self.worker.put_down()
+        folder.remove()
+        return counts
+
+    def help(self) -> bool:
+        log_once(f"another process has this folder: doing units of '{self.folder}' for it")
+        self.check_wanted()
+        if not _do_open(self.worker):
+            time.sleep(POLL)
+        return True
+
+    def check_wanted(self) -> None:
+        if _content(self.folder / CLOSED) != self._closed:
+            raise DoneElsewhere("done: another process with this command has finished it")
+
+    def finish(self) -> None:
+        write_json(self.folder / CLOSED, {"id": os.urandom(8).hex()})
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.__exit__()
+            self._worker = None
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _do_open(worker: Worker, device: str | None = None) -> int:
+    """Do units of all open jobs, those whose model is in memory first; returns their number."""
+    number = 0
+    jobs = open_jobs(worker.folder)
+    if not any(worker.has(folder.job) for folder in jobs):
+        worker.put_down()
+    for folder in sorted(jobs, key=lambda folder: not worker.has(folder.job)):
+        if device is None or folder.job.device in ("cpu", device):
+            number += worker.turn(folder)
+    return number
+
+
+def serve(place: Path, wait: float, device: str, beat: float = BEAT, patience: float = PATIENCE) -> int:
+    """Do units of the jobs of a folder until its command has finished; returns their number.
+
+    Args:
+        place: where the command writes, or the folder of `files:FOLDER`.
+        wait: seconds without anything to do until this worker ends.
+        device: kind of device of this machine.
+    """
+    folder = Path(os.path.abspath(place)) / FOLDER
+    closed, last, number = _content(folder / CLOSED), time.monotonic(), 0
+    with Worker(folder, beat, patience) as worker:
+        while True:
+            did = _do_open(worker, device)
+            number += did
+            if did:
+                log(f"{number} units done")
+                last = time.monotonic()
+            elif _content(folder / CLOSED) != closed or time.monotonic() - last > wait:
+                return number
+            else:
+                time.sleep(min(POLL, max(wait, 0.01)))
