@@ -47,3 +47,11 @@ def test_under_trl(here):
         exec(compile(block, "under-trl.md", "exec"), names)
     assert names["trainer"].state.global_step == 2
     assert names["trainer"].sepo_prompt_once
+
+
+def test_rewards_for_rl(here):
+    names: dict = {}
+    for block in code_of("how-to/rewards-for-rl.md"):
+        exec(compile(block, "rewards-for-rl.md", "exec"), names)
+    assert names["best"] in (0, 1)
+    assert abs(names["shaped"][0]).max() <= 0.05
