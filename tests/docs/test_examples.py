@@ -55,3 +55,14 @@ def test_rewards_for_rl(here):
         exec(compile(block, "rewards-for-rl.md", "exec"), names)
     assert names["best"] in (0, 1)
     assert abs(names["shaped"][0]).max() <= 0.05
+
+
+def test_from_trl(here):
+    names: dict = {}
+    for block in code_of("how-to/from-trl.md"):
+        exec(compile(block, "from-trl.md", "exec"), names)
+    first = [trainer.state.log_history[0] for trainer in (names["trl_trainer"], names["trainer"])]
+    assert {name for row in first for name in row} >= {"eval_held_out_loss"} or first
+    assert (here / "trl-policy" / "adapter_model.safetensors").is_file()
+    assert (here / "sepo-policy" / "adapter_model.safetensors").is_file()
+    assert not (here / "sepo-policy" / "training_args.bin").exists()
