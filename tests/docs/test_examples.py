@@ -61,8 +61,8 @@ def test_from_trl(here):
     names: dict = {}
     for block in code_of("how-to/from-trl.md"):
         exec(compile(block, "from-trl.md", "exec"), names)
-    first = [trainer.state.log_history[0] for trainer in (names["trl_trainer"], names["trainer"])]
-    assert {name for row in first for name in row} >= {"eval_held_out_loss"} or first
+    for trainer in (names["trl_trainer"], names["trainer"]):
+        assert any("eval_held_out_loss" in row for row in trainer.state.log_history)
     assert (here / "trl-policy" / "adapter_model.safetensors").is_file()
     assert (here / "sepo-policy" / "adapter_model.safetensors").is_file()
     assert not (here / "sepo-policy" / "training_args.bin").exists()

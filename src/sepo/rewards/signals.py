@@ -79,10 +79,10 @@ def dense_reward(
     return values
 
 
-def _listed(rewards: Any) -> Sequence[Any]:
+def _listed(rewards: Any) -> list[Any]:
     if isinstance(rewards, str | Mapping) or not isinstance(rewards, Sequence | np.ndarray):
         raise wrong_type("rewards", rewards, "a list: the rewards of each response, such as token_rewards returns")
-    return rewards
+    return list(rewards)
 
 
 def _finite(number: int, item: Any) -> np.ndarray:

@@ -294,7 +294,7 @@ class PreferenceTrainer(Trainer):
         plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
     @classmethod
-    def _evaluation(cls, model, args, data, reference_logps, tokenizer) -> PairDataset | dict[str, PairDataset] | None:
+    def _evaluation(cls, model, args, data, reference_logps, tokenizer) -> Any:
         """The evaluation pairs; several sets by name."""
         if not isinstance(data, Mapping):
             return cls._dataset(model, args, data, reference_logps, tokenizer, "eval")
