@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from sepo.api import run_recipe
 from sepo.bench.credit.grids import ALL, RULES, bench_of, grid_of
 from sepo.bench.credit.localise import localise
 from sepo.command import quiet_libraries
@@ -30,6 +29,9 @@ from sepo.evaluate.gold import gold_reward
 from sepo.files import write_json
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.reading import parse_recipe, set_key
+from sepo.runs.folder import open_run
+from sepo.runs.method import Method
+from sepo.runs.pipeline import RunWalker
 from sepo.study.comparison import compare
 from sepo.study.curves import at_kl
 
@@ -65,15 +67,20 @@ def main() -> None:
     for seed in range(1, options.seeds + 1):
         oracles = {name: trained(options, name, seed) for name in ORACLES}
         variants = {
-            f"{name}: {rule}": {**RULES[rule], "oracle": {"rewards": str(oracles[name] / "scores")}}
+            f"{slug(name)}-{rule}": {**RULES[rule], "oracle": {"rewards": str(oracles[name] / "scores")}}
             for name in ORACLES
             for rule in TRAINED
         }
         gains = policies(options, variants, seed, bench.kl)
         for name in ORACLES:
-            taught = {rule: gains[f"{name}: {rule}"] - gains_of_all[seed] for rule in TRAINED}
+            taught = {rule: gains[f"{slug(name)}-{rule}"] - gains_of_all[seed] for rule in TRAINED}
             rows.append({"oracle": name, "seed": seed, **properties(options, oracles[name]), **taught})
         write_json(options.out / f"oracles-{options.task}.json", {"kl": bench.kl, "all": gains_of_all, "rows": rows})
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return name.replace(" ", "-").replace(",", "")
 
 
 def trained(options: argparse.Namespace, name: str, seed: int) -> Path:
@@ -81,10 +88,12 @@ def trained(options: argparse.Namespace, name: str, seed: int) -> Path:
     values = copy.deepcopy(bench_of(options.task, options.bench).recipe)
     for key, value in ORACLES[name].items():
         set_key(values, key, value, name)
-    folder = options.out / options.task / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-    recipe = parse_recipe({**values, "name": "oracle", "seed": seed, "output_dir": str(folder)}, name)
-    run_recipe(recipe, "score")
-    return recipe.run_folder
+    folder = options.out / options.task / f"{slug(name)}-{seed}"
+    # The seed is the oracle's alone: the pairs are those of the bench, which are drawn once for all seeds.
+    recipe = parse_recipe({**values, "name": "oracle", "output_dir": str(folder)}, name)
+    with open_run(recipe) as run:
+        _ = Method(recipe, RunWalker(run), oracle_seed=seed).scores
+    return folder
 
 
 def policies(options: argparse.Namespace, variants: dict[str, Any], seed: int, kl: float) -> dict[str, float]:

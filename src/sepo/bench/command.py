@@ -11,6 +11,7 @@ HELP = "test token credit where its truth is known"
 ACTIONS = {
     "credit": "sepo.bench.credit.command",
     "laboratory": "sepo.bench.laboratory.command",
+    "marked": "sepo.bench.marked.command",
 }
 
 
