@@ -47,3 +47,22 @@ def test_under_trl(here):
         exec(compile(block, "under-trl.md", "exec"), names)
     assert names["trainer"].state.global_step == 2
     assert names["trainer"].sepo_prompt_once
+
+
+def test_rewards_for_rl(here):
+    names: dict = {}
+    for block in code_of("how-to/rewards-for-rl.md"):
+        exec(compile(block, "rewards-for-rl.md", "exec"), names)
+    assert names["best"] in (0, 1)
+    assert abs(names["shaped"][0]).max() <= 0.05
+
+
+def test_from_trl(here):
+    names: dict = {}
+    for block in code_of("how-to/from-trl.md"):
+        exec(compile(block, "from-trl.md", "exec"), names)
+    for trainer in (names["trl_trainer"], names["trainer"]):
+        assert any("eval_held_out_loss" in row for row in trainer.state.log_history)
+    assert (here / "trl-policy" / "adapter_model.safetensors").is_file()
+    assert (here / "sepo-policy" / "adapter_model.safetensors").is_file()
+    assert not (here / "sepo-policy" / "training_args.bin").exists()

@@ -113,3 +113,30 @@ def test_nothing_that_a_trainer_saves_is_a_pickle_of_its_arguments(tmp_path, fol
 def test_every_name_of_target_modules_is_in_the_model(targets, upper, missing):
     with pytest.raises(UserError, match=f"it has no module '{missing}'"):
         new_adapter(tiny_model("llama"), LoraSettings(target_modules=targets, upper=upper))
+
+
+def test_several_evaluation_sets_are_measured_under_their_names(tmp_path, folder):
+    data = datasets.Dataset.from_list(TEXT)
+    sets = {"easy": data.select(range(3)), "hard": data.select(range(3, 8))}
+    settings = config(tmp_path, objective="dpo", max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer = PreferenceTrainer(str(folder), settings, data, eval_dataset=sets)
+    trainer.train()
+    got = trainer.evaluate()
+    assert any("eval_hard_loss" in row for row in trainer.state.log_history[:-2])
+    for name, part in sets.items():
+        alone = PreferenceTrainer(trainer.model, settings, data, eval_dataset=part, reference_is_start=False)
+        assert got[f"eval_{name}_loss"] != alone.evaluate()["eval_loss"]  # its reference is the trained model
+    before = PreferenceTrainer(str(folder), settings, data, eval_dataset=sets).evaluate()
+    assert before["eval_easy_loss"] == pytest.approx(before["eval_hard_loss"]) == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_reference_log_probabilities_of_several_sets_go_by_name(tmp_path, folder):
+    data = datasets.Dataset.from_list(TEXT)
+    with pytest.raises(UserError, match="eval_reference_logps is"):
+        PreferenceTrainer(
+            str(folder),
+            config(tmp_path, objective="dpo"),
+            data,
+            eval_dataset={"a": data},
+            eval_reference_logps=some_pairs(),
+        )

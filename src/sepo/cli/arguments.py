@@ -30,6 +30,7 @@ COMMANDS = {
     "pairs": "sepo.sampling.commands.pairs",
     "best-of": "sepo.sampling.commands.best_of",
     "report": "sepo.report.command",
+    "reward": "sepo.rewards.command",
     "push": "sepo.hub.command",
     "work": "sepo.engines.command",
     "bench": "sepo.bench.command",
@@ -60,6 +61,7 @@ stage by stage, without a recipe:
   sepo sample --model MODEL --prompts prompts.jsonl --gold vader --out sampled
   sepo pairs  --responses sampled --out pairs   preference data from a model's own answers
   sepo judge --answers mine.json --against theirs.json --judge reward:MODEL --out judged
+  sepo reward --oracle oracle --reference MODEL --data reward-bench.parquet --out rewardbench
   sepo work runs/mine                           do units of a run with --engine files, on any machine
   sepo push runs/mine --to ORG/NAME             to the hub, with a card (docs/how-to/share-on-the-hub.md)
   sepo winrate annotations.json                 win rate with its error, length-controlled (docs/judging.md)

@@ -200,7 +200,8 @@ def token_rewards(
     scorers = load_scorers(oracle, reference, oracle_tokenizer=oracle_tokenizer, device=device)
     sizes = [len(group) for group in groups]
     if not sum(sizes):
-        return [[] for _ in groups] if many else []
+        nothing: list[list[TokenRewards]] = [[] for _ in groups]
+        return nothing if many else []
     rows = [
         {"row": number, "answer": answer, "prompt": text, "chosen": response}
         for number, (text, group) in enumerate(zip(prompts, groups, strict=True))

@@ -12,7 +12,7 @@ import copy
 import math
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -197,10 +197,10 @@ class PreferenceTrainer(Trainer):
         args: a `PreferenceConfig`.
         train_dataset: a table of kind "pairs" (targets: all response tokens) or "selection" (targets: key tokens); or a
             `datasets.Dataset` with prompt, chosen and rejected, which `processing_class` tokenises.
-        eval_dataset: the same, optional.
+        eval_dataset: the same, optional; or several by name, whose metrics are `eval_NAME_loss` and so on.
         reference_logps: a table of kind "logps" for the rows of `train_dataset`, for the objectives with a reference.
             Used as given. If None, computed once before training from the initial model.
-        eval_reference_logps: the same for `eval_dataset`.
+        eval_reference_logps: the same for `eval_dataset`; of several datasets by the same names.
         processing_class: the tokenizer; by default that of the model's name, if a dataset is text.
         peft_config: train a new adapter of this kind (`peft.LoraConfig(...)`) instead of all weights.
         reference_is_start: `reference_logps` are those of the initial model: refused if they are another model's, or
@@ -219,9 +219,9 @@ class PreferenceTrainer(Trainer):
         model: PreTrainedModel | nn.Module | str,
         args: PreferenceConfig | None = None,
         train_dataset: pa.Table | datasets.Dataset | None = None,
-        eval_dataset: pa.Table | datasets.Dataset | None = None,
+        eval_dataset: pa.Table | datasets.Dataset | Mapping[str, pa.Table | datasets.Dataset] | None = None,
         reference_logps: pa.Table | None = None,
-        eval_reference_logps: pa.Table | None = None,
+        eval_reference_logps: pa.Table | Mapping[str, pa.Table] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -233,7 +233,9 @@ class PreferenceTrainer(Trainer):
         if isinstance(model, str | os.PathLike):
             processing_class = processing_class or load_tokenizer(model)
         model = _loaded(model, peft_config, args.seed)
-        if processing_class is None and any(isinstance(d, datasets.Dataset) for d in (train_dataset, eval_dataset)):
+        if processing_class is None and any(
+            isinstance(d, datasets.Dataset) for d in (train_dataset, *_sets(eval_dataset))
+        ):
             processing_class = _tokenizer_of(model)
         if args.device.type == "cuda" and not _has_device_placement(model):
             model = model.to(args.device)  # prepare_model tests it on the device of the training
@@ -246,8 +248,8 @@ class PreferenceTrainer(Trainer):
         train = self._dataset(
             model, args, train_dataset, reference_logps, processing_class, "train", self.reference_is_start
         )
-        evaluation = self._dataset(model, args, eval_dataset, eval_reference_logps, processing_class, "eval")
-        longest = max(data.pairs.longest if data is not None else 0 for data in (train, evaluation))
+        evaluation = self._evaluation(model, args, eval_dataset, eval_reference_logps, processing_class)
+        longest = max(data.pairs.longest if data is not None else 0 for data in (train, *_sets(evaluation)))
         layout = prepare_model(
             model, args.layout, longest=longest, tokens_per_row=self.tokens_per_row, device=args.device
         )
@@ -290,6 +292,18 @@ class PreferenceTrainer(Trainer):
             return
         gather_by_block(causal_lm(model))
         plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+
+    @classmethod
+    def _evaluation(cls, model, args, data, reference_logps, tokenizer) -> Any:
+        """The evaluation pairs; several sets by name."""
+        if not isinstance(data, Mapping):
+            return cls._dataset(model, args, data, reference_logps, tokenizer, "eval")
+        if not isinstance(reference_logps, Mapping | None):
+            raise wrong_type("eval_reference_logps", reference_logps, "tables by the names of eval_dataset")
+        logps = reference_logps or {}
+        return {
+            name: cls._dataset(model, args, part, logps.get(name), tokenizer, "eval") for name, part in data.items()
+        }
 
     @staticmethod
     def _dataset(model, args, data, reference_logps, tokenizer, part: str, is_start=False) -> PairDataset | None:
@@ -479,7 +493,7 @@ class PreferenceTrainer(Trainer):
 
     @property
     def _shortest(self) -> tuple[Pair, tuple[float, float] | None]:
-        dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        dataset: Any = self.train_dataset if self.train_dataset is not None else _sets(self.eval_dataset)[0]
         return dataset[dataset.shortest]
 
     @contextlib.contextmanager
@@ -584,8 +598,13 @@ class PreferenceTrainer(Trainer):
     # --- evaluation and logging -------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean loss, implicit rewards and accuracy over the evaluation pairs."""
+        """Mean loss, implicit rewards and accuracy over the evaluation pairs; of several sets under their names."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         if dataset is not None and not isinstance(dataset, PairDataset):
             if OBJECTIVES[self.args.objective].reads_reference:
                 # The reference's log-probabilities come from the initial model, which training has changed.
@@ -629,6 +648,11 @@ class PreferenceTrainer(Trainer):
         *totals, count = sums.tolist()
         self._metrics[mode].reset()
         return {name: total / max(count, 1) for name, total in zip(METRICS, totals, strict=True)} if count else {}
+
+
+def _sets(evaluation: Any) -> list[Any]:
+    """The evaluation sets: one, several by name, or None."""
+    return list(evaluation.values()) if isinstance(evaluation, Mapping) else [evaluation]
 
 
 def _check_types(args: object, processing_class: object, callbacks: object, peft_config: object) -> None:

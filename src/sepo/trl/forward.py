@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from sepo.errors import UserError, check_number
 from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.lm_head import LogitTransform, target_logps
-from sepo.forward.logps import target_hidden
+from sepo.forward.logps import LayoutTrials, target_hidden
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import Pair, fill_rows, pack
 from sepo.forward.prepare import prepare_model, training_noise
@@ -142,7 +142,8 @@ def _require_packed(model: nn.Module, longest: int | None, budget: int) -> None:
 
 def _try_length(model: nn.Module, longest: int, budget: int) -> None:
     """Try the layout again if a batch is longer than what was tried, and the model may change at that length."""
-    limits = causal_lm(model).sepo_trials.limits.values()  # type: ignore[union-attr]
+    trials: LayoutTrials = causal_lm(model).sepo_trials  # type: ignore[assignment]
+    limits = trials.limits.values()
     if any(longest > limit for limit, _ in limits):
         _require_packed(model, longest, budget)
 
@@ -188,7 +189,7 @@ def _fused_output(lm: PreTrainedModel, batch: PaddedBatch, budget: int, outputs:
     """What TRL's fused head returns: fields of shape `[rows, T - 1]`, 0 where there is no target."""
     from trl.trainer.utils import FusedCausalLMOutput
 
-    device = lm.get_input_embeddings().weight.device
+    device = next(lm.get_input_embeddings().parameters()).device
     pairs = [
         Pair(number, item.prompt, item.response, item.response[:1], item.positions - len(item.prompt), ())
         for number, item in enumerate(batch.sequences)
