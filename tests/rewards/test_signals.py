@@ -75,7 +75,6 @@ def test_the_reward_function_gives_the_sum_of_the_token_rewards(models):
         reward(["a"], ["b", "c"])
 
 
-@pytest.mark.nightly
 def test_a_grpo_training_of_trl_takes_the_reward(models, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
