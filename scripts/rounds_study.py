@@ -95,7 +95,7 @@ def round_points(recipe: Recipe) -> dict[str, Any]:
     run_recipe(recipe)
     folder, points, pairs = recipe.run_folder, [], []
     for number in range(1, ROUNDS + 1):
-        table = pq.read_table(folder / f"round-{number}" / "evaluation" / GENERATIONS)
+        table = pq.read_table(folder / f"round-{number}" / "eval" / GENERATIONS)
         gains = np.subtract(table.column("policy_gold").to_numpy(), table.column("base_gold").to_numpy())
         by_prompt = gains.reshape(-1, recipe.eval.samples).mean(1)
         points.append(

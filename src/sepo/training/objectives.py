@@ -299,7 +299,7 @@ def opd(logps: Tensor, baselines: Tensor, reference: Sides, segments: Tensor, cl
     The advantage is that of distillation from a teacher on the student's samples (GKD, arXiv 2306.13649; the reverse KL
     of MiniLLM, 2306.08543). The teacher is log π_start + λ s: with λ = 1 and an oracle trained from the start, the
     oracle itself. The answers were sampled from the start, so r corrects for the steps since: the length-normalised
-    ratio of a response and its clipping are GSPO's, token by token (2507.18071, equations 7 and 14, GSPO-token). The
+    ratio of a response and its clipping are GSPO's, token by token (2507.18071, GSPO-token). The
     clamp at 20 nats a token is ours: such a response is clipped anyway, and r stays finite. Chosen or rejected does
     not matter: both are answers of the policy, as `data.on_policy` samples them, exactly so at temperature 1.
 
