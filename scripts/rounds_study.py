@@ -42,18 +42,20 @@ ROUNDS = 3
 ON_POLICY = {"samples": 8, "temperatures": [0.7, 1.0], "min_gap": 0.1}
 OBJECTIVES = {"sepo": {}, "simpo": {"objective": "simpo"}}
 BASELINES = Baselines(best_of=[2, 4, 8], steer=[0.5, 1.0, 2.0])
-CHECKPOINTS = [0.1, 0.2, 0.35, 0.5, 0.75, 1.0]
+CHECKPOINTS = [0.15, 0.3, 0.6, 1.0]
+PROMPTS, EPOCHS = 300, 2  # of the planted tasks
 
 
-def settings_of(task: str, bench: Path, seed: int, objective: str, epochs: float | None) -> dict[str, Any]:
+def settings_of(task: str, bench: Path, seed: int, objective: str) -> dict[str, Any]:
     """The settings of both arms: those of the bench, with answers of the policy instead of its pairs."""
     values = copy.deepcopy(bench_of(task, bench).recipe)
     new_tokens = values["eval"]["max_new_tokens"]
     values["data"] |= {"sample": 1.0, "on_policy": {**ON_POLICY, "gold": values["eval"]["gold"]}}
     values["data"]["on_policy"]["max_new_tokens"] = new_tokens
     values["policy"] |= OBJECTIVES[objective]
-    if epochs is not None:
-        values["policy"]["training"]["num_train_epochs"] = epochs
+    if task in CHECKS:
+        values["data"]["on_policy"]["limit"] = PROMPTS
+        values["policy"]["training"]["num_train_epochs"] = EPOCHS
     return {**values, "seed": seed, "eval": {**values["eval"], "examples": 0, "pairs": 0}}
 
 
@@ -120,7 +122,7 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         return json.loads(stored.read_text(encoding="utf-8"))
     if options.task in CHECKS:
         prepare(options.task, options.bench / "tasks" / options.task)
-    values = settings_of(options.task, options.bench, seed, options.objective, options.epochs)
+    values = settings_of(options.task, options.bench, seed, options.objective)
     work = options.out / "work" / f"{options.task}-{options.objective}-{seed}"
     name = f"{options.task}-{seed}"
     offline = offline_points(values, name, work / "offline", options.kl)
@@ -201,7 +203,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--objective", choices=list(OBJECTIVES), default="sepo")
-    parser.add_argument("--epochs", type=float, help="passes over the pairs; default: those of the bench")
     parser.add_argument("--kl", type=float, default=1.0, help="where the arms are compared, nats an answer")
     parser.add_argument("--read", action="store_true", help="read the stored results only")
     options = parser.parse_args()
