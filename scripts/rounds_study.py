@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sepo import run_recipe
 from sepo.bench.credit.checks import CHECKS
 from sepo.bench.credit.grids import TASKS, bench_of
 from sepo.bench.credit.run import prepare
+from sepo.data.tables import write_parquet
 from sepo.evaluate import GENERATIONS
 from sepo.files import write_json, write_text
 from sepo.recipe.reading import parse_recipe
@@ -54,9 +56,20 @@ def settings_of(task: str, bench: Path, seed: int, objective: str) -> dict[str, 
     values["data"]["on_policy"]["max_new_tokens"] = new_tokens
     values["policy"] |= OBJECTIVES[objective]
     if task in CHECKS:
-        values["data"]["on_policy"]["limit"] = PROMPTS
+        values["data"]["source"] = str(some_prompts(Path(values["data"]["source"])))
         values["policy"]["training"]["num_train_epochs"] = EPOCHS
     return {**values, "seed": seed, "eval": {**values["eval"], "examples": 0, "pairs": 0}}
+
+
+def some_prompts(source: Path) -> Path:
+    """The pairs of the first prompts of a planted task, as a file of their own; both arms answer these prompts."""
+    table = pq.read_table(source)
+    prompts = [json.dumps(prompt, sort_keys=True) for prompt in table.column("prompt").to_pylist()]
+    kept = set(list(dict.fromkeys(prompts))[:PROMPTS])
+    out = source.parent / f"train-{PROMPTS}.parquet"
+    if not out.is_file():
+        write_parquet(out, table.filter(pa.array([prompt in kept for prompt in prompts])))
+    return out
 
 
 def rounds_recipe(values: Mapping[str, Any], name: str, out: Path) -> Recipe:
