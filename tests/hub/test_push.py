@@ -10,17 +10,21 @@ from unittest.mock import create_autospec
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from peft import PeftModel
 from scipy import stats
+from transformers import AutoModelForCausalLM
 
 from sepo.cli import main
 from sepo.data.tables import read_table
 from sepo.hub import push
 from sepo.recipe.reading import parse_recipe
 from sepo.runs.folder import hub_names
+from tiny_gguf import write_gguf
 from tiny_models import tiny_model, tiny_tokenizer
 
 WILD = "<script>alert(1)</script> | [x](http://evil.example) ![i](//e.example/p) @all `c` www.evil.example"
@@ -174,6 +178,44 @@ def test_a_policy_goes_up_with_its_card_and_a_base_that_others_have(finished, hu
     assert not any(str(finished).encode() in content for content in hub.files.values() if content)
 
 
+def uploaded(hub, folder):
+    for name, content in hub.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_policy_on_a_gguf_goes_up_as_a_whole_model(finished, hub, tmp_path, monkeypatch, capsys):
+    """The quickstart's policy: no adapter on the hub can name a file or a Python package as its base."""
+    monkeypatch.setenv("SEPO_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "base.gguf", AutoModelForCausalLM.from_pretrained(finished / "model"))
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    config = json.loads((run / "policy" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base.gguf")
+    (run / "policy" / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["push", str(run), "--to", "me/mine"]) == 0
+    assert "the adapter and its base as one model" in capsys.readouterr().out
+    folder = uploaded(hub, tmp_path / "up")
+    assert "adapter_config.json" not in hub.files
+    assert not any(str(tmp_path).encode() in content for name, content in hub.files.items() if "model" not in name)
+    text = (folder / "README.md").read_text()
+    assert "AutoPeft" not in text
+    assert front_matter(text)["library_name"] == "transformers"
+    ids = torch.tensor([[1, 40, 41, 60]])
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(finished / "model"), run / "policy")
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        torch.testing.assert_close(whole, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+    assert main(["push", str(run), "--to", "me/mine", "--base", "org/base", "--dry-run"]) == 0  # the user's word
+    assert "adapter_config.json" in capsys.readouterr().out
+
+
+def test_an_adapter_goes_up_as_a_whole_model_where_asked(finished, hub):
+    assert main(["push", str(finished / "run"), "--to", "me/mine", "--merge"]) == 0
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
+    assert "adapter_config.json" not in hub.files
+
+
 def test_an_oracle_goes_up_as_a_model(finished, hub):
     assert main(["push", str(finished / "run"), "--to", "me/oracle", "--what", "oracle"]) == 0
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
@@ -224,6 +266,8 @@ def answered(code):
         (["--to", "../x/y"], "expected ORG/NAME"),
         (["--to", "me/mine"], "--base ORG/NAME"),  # an adapter of a folder here
         (["--to", "me/mine", "--what", "oracle", "--base", "b"], "expected ORG/NAME"),
+        (["--to", "me/mine", "--what", "oracle", "--merge"], "is a whole model"),
+        (["--to", "me/mine", "--what", "scores", "--merge"], "--merge is for a policy or an oracle"),
     ],
 )
 def test_bad_input_ends_in_one_line_before_any_request(arguments, says, finished, hub, capsys):

@@ -217,9 +217,19 @@ def write_policy_card(folder: Path, recipe: Recipe, metrics: Mapping[str, Any]) 
 
 
 def policy_card_of_run(
-    folder: Path, recipe: Recipe, metrics: Mapping[str, Any], *, base: str | None = None, license: str | None = None
+    folder: Path,
+    recipe: Recipe,
+    metrics: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    license: str | None = None,
+    merged: bool = False,
 ) -> str:
-    """The card of the policy in a run folder; `base` and `license` override what the run records."""
+    """The card of the policy in a run folder; `base` and `license` override what the run records.
+
+    Args:
+        merged: an adapter is shared as a whole model.
+    """
     name, names = recipe.policy.model or recipe.reference.model, hub_names(folder)
     return policy_card(
         recipe,
@@ -227,7 +237,7 @@ def policy_card_of_run(
         summary_of_folder(folder, recipe, metrics),
         names=names,
         base=base or hub_id(name, names),
-        adapter=is_adapter(folder / "policy"),
+        adapter=is_adapter(folder / "policy") and not merged,
         license=license or license_beside(name, names),
     )
 

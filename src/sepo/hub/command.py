@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from sepo.command import path, print_plan, quiet_libraries
+from sepo.errors import UserError
 
 HELP = "upload a run's policy, oracle, token rewards or sampled pairs to the hub"
 
@@ -23,6 +24,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="a private repository (default: ORG's setting)")
     parser.add_argument("--base", metavar="ORG/NAME", help="hub id of the base model, if the run used a local folder")
     parser.add_argument(
+        "--merge", action="store_true", help="upload an adapter and its base as one whole model (GGUF bases: always)"
+    )
+    parser.add_argument(
         "--license", metavar="NAME", help="licence for the card, in the hub's spelling: apache-2.0, mit"
     )
     parser.add_argument("--dry-run", action="store_true", help="list the files to upload; upload nothing")
@@ -34,7 +38,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     for name in filter(None, (arguments.to, arguments.base)):
         push.check_name(name)
-    plan = push.plan(Path(arguments.run), arguments.what, base=arguments.base, license=arguments.license)
+    if arguments.merge and arguments.what not in ("policy", "oracle"):
+        raise UserError(f"--merge is for a policy or an oracle, not for --what {arguments.what}")
+    plan = push.plan(
+        Path(arguments.run), arguments.what, base=arguments.base, license=arguments.license, merge=arguments.merge
+    )
     print_plan(f"{arguments.what} of {arguments.run} -> {plan.repo_type} {arguments.to}", plan.lines())
     if arguments.dry_run:
         return
