@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from types import SimpleNamespace
 from unittest.mock import create_autospec
@@ -253,6 +254,30 @@ def test_token_rewards_go_up_as_a_dataset_that_others_can_read(finished, hub, tm
     assert [row["pair_weight"] for row in found["train"][1] + found["held_out"][1]] == [1, 1, None, None]
     table = pq.read_table(io.BytesIO(hub.files["data/train-00000-of-00001.parquet"]))
     assert table.column("chosen_tokens").type.value_type == "string"
+
+
+def test_token_rewards_in_a_folder_are_read_and_used_without_this_package(finished, tmp_path, capsys, monkeypatch):
+    """The code of the card, run on the folder, gives the objective's weighted mean."""
+    out = tmp_path / "rewards"
+    assert main(["push", str(finished / "run"), "--what", "scores", "--out", str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["rewards"]
+    code = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for block in code:
+        exec(block.replace("ORG/NAME", str(out)), names)
+    model = AutoModelForCausalLM.from_pretrained(finished / "model").double()
+    row = next(row for row in names["trained"] if any(row["chosen_weights"]))
+    ids = torch.tensor(row["prompt_ids"] + row["chosen_ids"])
+    with torch.no_grad():
+        logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        found = float(names["weighted_logp"](model, row, "chosen"))
+    start = len(row["prompt_ids"])
+    kept = [i for i, weight in enumerate(row["chosen_weights"]) if weight]
+    expected = sum(float(logps[start + i - 1, ids[start + i]]) for i in kept) / len(kept)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert main(["push", str(finished / "run"), "--what", "scores", "--out", str(out)]) == 2
+    assert "choose a new folder" in capsys.readouterr().err
 
 
 def answered(code):

@@ -13,7 +13,9 @@ HELP = "upload a run's policy, oracle, token rewards or sampled pairs to the hub
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=path, metavar="RUN", help="run folder")
-    parser.add_argument("--to", required=True, metavar="ORG/NAME", help="the repository; created if it is missing")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--to", metavar="ORG/NAME", help="the repository; created if it is missing")
+    place.add_argument("--out", type=path, metavar="DIR", help="write the files of the upload to a new folder instead")
     parser.add_argument(
         "--what",
         choices=["policy", "oracle", "scores", "pairs"],
@@ -43,7 +45,11 @@ def run(arguments: argparse.Namespace) -> None:
     plan = push.plan(
         Path(arguments.run), arguments.what, base=arguments.base, license=arguments.license, merge=arguments.merge
     )
-    print_plan(f"{arguments.what} of {arguments.run} -> {plan.repo_type} {arguments.to}", plan.lines())
+    print_plan(f"{arguments.what} of {arguments.run} -> {plan.repo_type} {arguments.to or arguments.out}", plan.lines())
     if arguments.dry_run:
+        return
+    if arguments.out is not None:
+        push.write(plan, Path(arguments.out))
+        print(arguments.out)
         return
     print(push.upload(plan, arguments.to, private=arguments.private or None))

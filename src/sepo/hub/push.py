@@ -1,6 +1,7 @@
 """Upload a finished run to the hub: the policy or the oracle as a model, the token rewards as a dataset, with a card.
 
-`plan` lists the files and writes nothing; `upload` creates the repository and one commit. huggingface_hub finds the
+`plan` lists the files and writes nothing; `upload` creates the repository and one commit; `write` writes the same files
+to a folder. huggingface_hub finds the
 token: `$HF_TOKEN`, or the token that `hf auth login` stored.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from sepo.data.conversation import CONVERSATION, conversations_of
 from sepo.data.ragged import SIDES, flat, ragged
 from sepo.data.tables import PAIR_WEIGHT, iter_tables, number_of_rows, table_paths, write_parquet
 from sepo.errors import UserError, named_error
+from sepo.files import replace_folder
 from sepo.hub import card
 from sepo.hub.merge import merge_adapter
 from sepo.models.folders import is_adapter, read_json_object, weight_files
@@ -183,16 +186,41 @@ def upload(plan: PushPlan, to: str, private: bool | None, api: HfApi | None = No
     check_name(to)
     api = api or HfApi()
     with tempfile.TemporaryDirectory(prefix="sepo-push-") as temporary:
-        files = [_named_in_card(file, to) for file in plan.files]
-        for split, folder, selection in plan.tables:
-            assert plan.tokenizer is not None
-            files += write_shared(folder, selection, plan.tokenizer, split, Path(temporary))
-        if plan.merge is not None:
-            merged = Path(temporary) / "merged"
-            merge_adapter(plan.merge, merged)
-            files += [File(path.name, path) for path in _model_files(merged)]
+        files = [_named_in_card(file, to) for file in _all_files(plan, Path(temporary))]
         with _one_line_errors(to):
             return _commit(api, plan, files, to, private)
+
+
+def write(plan: PushPlan, out: Path) -> None:
+    """Write the files of an upload to a new folder; other libraries read it as they read the repository.
+
+    Raises:
+        UserError: the folder exists and is not empty, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"'{out}' exists: choose a new folder")
+    try:
+        with replace_folder(out) as new, tempfile.TemporaryDirectory(prefix="sepo-push-", dir=new.parent) as temporary:
+            for file in _all_files(plan, Path(temporary)):
+                (new / file.name).parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(file.content, bytes):
+                    (new / file.name).write_bytes(file.content)
+                else:
+                    shutil.copyfile(file.content, new / file.name)
+    except OSError as error:
+        raise UserError(f"cannot write '{out}' ({named_error(error)}): choose another folder") from None
+
+
+def _all_files(plan: PushPlan, temporary: Path) -> list[File]:
+    """The files of an upload; those that do not exist yet are written to `temporary`."""
+    files = list(plan.files)
+    for split, folder, selection in plan.tables:
+        assert plan.tokenizer is not None
+        files += write_shared(folder, selection, plan.tokenizer, split, temporary)
+    if plan.merge is not None:
+        merge_adapter(plan.merge, temporary / "merged")
+        files += [File(path.name, path) for path in _model_files(temporary / "merged")]
+    return files
 
 
 def check_name(to: str) -> None:
