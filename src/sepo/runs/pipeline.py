@@ -170,6 +170,11 @@ def _finish(
         **measured,
         "pairs/train": method.pairs.results["train"],
         "pairs/held_out": method.pairs.results["held_out"],
+        **{
+            f"pairs/{part}/{number}": source[part]
+            for number, source in enumerate(method.pairs.results.get("sources", ()), 1)
+            for part in source.keys() & {"train", "held_out"}
+        },
         **(_transfer_metrics(method) if method.transfers else {}),
         **{f"seconds/{name}": record["seconds"] for name, record in stages.items()},
         **{f"memory_gb/{name}": record.get("memory_gb") for name, record in stages.items()},
