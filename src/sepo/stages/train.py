@@ -7,10 +7,11 @@ from typing import Any
 
 from sepo.data.fingerprints import log_if_templates_differ
 from sepo.data.tables import read_table
+from sepo.forward.routers import check_routers
 from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization
 from sepo.models.folders import is_outline
-from sepo.models.names import check_model
+from sepo.models.names import check_model, load_config
 from sepo.models.tokenizer import has_tokenizer
 from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe
@@ -42,6 +43,8 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
             reference, own = transfer.tokenizers(recipe)
             log_if_templates_differ(f"policy '{policy.model}'", own, f"reference '{recipe.reference.model}'", reference)
     start_model = recipe.policy if policy.model is not None else recipe.reference
+    if policy.training.router_aux_loss_coef:
+        check_routers(load_config(str(start_model.model), revision=start_model.revision), str(start_model.model))
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
 
 
