@@ -229,6 +229,26 @@ def take_pairs(table: pa.Table, number: int, *, seed: int = 0) -> pa.Table:
     return table.take(pa.array(sorted(order[:number]), type=pa.int64()))
 
 
+def take_shares(table: pa.Table, groups: np.ndarray, weights: Sequence[float], *, seed: int = 0) -> pa.Table:
+    """Return the largest part of a table in which the pairs of each group have the share of its weight.
+
+    No pair is repeated, so the group with the fewest pairs for its weight keeps all of them. Pairs are sampled as in
+    `sample_pairs`; rows keep their order.
+
+    Args:
+        groups: `[pairs]`, the group of each pair, from 0.
+        weights: of each group.
+    """
+    counts = np.bincount(groups, minlength=len(weights))
+    scale = (counts / np.asarray(weights)).min()
+    kept: list[int] = []
+    for group, weight in enumerate(weights):
+        rows = np.flatnonzero(groups == group)
+        part = table.select(["pair_id"]).take(pa.array(rows)).append_column("row", pa.array(rows))
+        kept += take_pairs(part, max(1, round(weight * scale)), seed=seed).column("row").to_pylist()
+    return table.take(pa.array(sorted(kept), type=pa.int64()))
+
+
 def _order(purpose: str, seed: int, key: bytes) -> bytes:
     """A hash to sort by, the same on every platform and release."""
     return hashlib.sha256(f"{purpose}:{seed}:".encode() + key).digest()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
@@ -19,8 +20,8 @@ from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import load_preferences, source_fingerprint
 from sepo.data.ragged import SIDES, flat
 from sepo.data.rows import DataReport
-from sepo.data.splits import group_by_prompt, near_duplicates, shared_prompts, split_pairs, take_pairs
-from sepo.data.tables import write_table
+from sepo.data.splits import group_by_prompt, near_duplicates, shared_prompts, split_pairs, take_pairs, take_shares
+from sepo.data.tables import provenance_of, with_provenance, write_table
 from sepo.errors import UserError, nearest
 from sepo.models.limits import ModelLimits, check_ids, check_lengths, model_limits
 from sepo.models.names import load_config
@@ -35,7 +36,8 @@ PAIRS_PER_SHARD = 1000
 
 def check(recipe: Recipe) -> None:
     """Read the source: finds a missing file, split or column. Tokenising counts bad rows later."""
-    read_split(recipe.data, recipe.data.split)
+    for part in recipe.data.parts():
+        read_split(part, part.split)
     if recipe.data.held_out_split or recipe.data.held_out_source:
         read_split(*held_out_data(recipe.data, recipe.data.held_out_split))
 
@@ -45,14 +47,14 @@ def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
     settings, seed = recipe.data, recipe.seed
     return Stage(
         kind="data",
-        what=settings.source,
+        what=settings.what,
         depends={
-            "data": settings.model_dump(mode="json", exclude={"workers", "on_policy"}),
+            "data": settings.model_dump(mode="json", exclude=_not_of_pairs(settings)),
             "seed": seed,
             "columns": [CONVERSATION, PROMPT_KEY],  # earlier releases wrote tables without them
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": short_digest(str(tokenizer.chat_template or "")),
-            "source": processes.on_main(lambda: source_fingerprint(_place(settings.source))),
+            "source": processes.on_main(lambda: _fingerprint(settings)),
             "held_out_source": processes.on_main(
                 lambda: settings.held_out_source and source_fingerprint(_place(settings.held_out_source))
             ),
@@ -63,10 +65,20 @@ def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
     )
 
 
+def _not_of_pairs(settings: DataSettings) -> set[str]:
+    """Settings that the pairs do not depend on; an unset `sources`, which earlier releases did not have."""
+    return {"workers", "on_policy"} | ({"sources"} if settings.sources is None else set())
+
+
+def _fingerprint(settings: DataSettings) -> str | list[str]:
+    found = [source_fingerprint(_place(part.source)) for part in settings.parts()]
+    return found if settings.sources is not None else found[0]
+
+
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """Reading and tokenising: seconds at most."""
     train, held_out = sizes.train, sizes.held_out
-    return Cost(recipe.data.source, train.pairs + held_out.pairs, train.tokens + held_out.tokens)
+    return Cost(recipe.data.what, train.pairs + held_out.pairs, train.tokens + held_out.tokens)
 
 
 def embedded_data(source: str) -> Path:
@@ -98,9 +110,13 @@ def prepare_data(
     """Read, validate, tokenise and split a preference dataset into `out/train` and `out/held_out`.
 
     Returns:
-        counts of the pairs, `train` and `held_out`; `extremes` of both; and the report of dropped rows.
+        counts of the pairs, `train` and `held_out`; `extremes` of both; the report of dropped rows; and of several
+        sources the counts of each, by name.
     """
     table, own, reports = read_sources(settings, tokenizer, progress)
+    if settings.sources is not None and settings.sources[0].weight is not None:
+        weights = [float(source.weight or 0) for source in settings.sources]
+        table = take_shares(table, _source_numbers(table), weights, seed=seed)
     # A value below 1 is a share.
     number = int(settings.held_out) if settings.held_out >= 1 else settings.held_out
     if own is not None:
@@ -124,10 +140,40 @@ def prepare_data(
     return {
         "train": len(train),
         "held_out": len(held_out),
+        **_counts_by_source(settings, train, held_out),
         "shared_prompts": shared,
         "extremes": {"train": extremes(train), "held_out": extremes(held_out)},
         "report": {name: one.to_dict() for name, one in reports.items()},
     }
+
+
+# Each source numbers its pairs from a multiple of this.
+ROWS_PER_SOURCE = 10**9
+
+
+def _source_numbers(table: pa.Table) -> np.ndarray:
+    """The place of each pair's source among `data.sources`: `[pairs]`."""
+    return table.column("pair_id").to_numpy() // ROWS_PER_SOURCE
+
+
+def _counts_by_source(settings: DataSettings, train: pa.Table, held_out: pa.Table) -> dict[str, Any]:
+    """Pairs of each of several sources, logged; nothing for a single source."""
+    if settings.sources is None:
+        return {}
+    tables = [train] if has_own_rows(settings) else [train, held_out]
+    number = len(settings.sources)
+    counts = [np.bincount(_source_numbers(table), minlength=number).tolist() for table in tables]
+    rows = []
+    for index, name in enumerate(source_names(settings)):
+        rows.append({"source": name, **dict(zip(PARTS, (count[index] for count in counts), strict=False))})
+        parts = ", ".join(f"{count[index]:,} {part}" for count, part in zip(counts, PARTS, strict=False))
+        log(f"  {name}: {parts.replace('_', ' ')}")
+    return {"sources": rows}
+
+
+def source_names(settings: DataSettings) -> list[str]:
+    """A name for each source: the last part of a path, with its split."""
+    return [f"{Path(part.source).name} ({part.split})" for part in settings.parts()]
 
 
 def read_sources(
@@ -139,15 +185,34 @@ def read_sources(
         pairs; held-out pairs, if they have a split or source of their own; and the report of each split.
     """
     split, held_out_split = settings.split, settings.held_out_split
-    if _is_embedded(settings.source):
-        held_out_split = held_out_split or "held_out"
-    table, report = _tokenize(settings, split, tokenizer, progress)
-    reports = {split: report}
+    if settings.sources is not None:
+        table, reports = _joined(settings, tokenizer, progress)
+    else:
+        if _is_embedded(settings.source):
+            held_out_split = held_out_split or "held_out"
+        table, report = _tokenize(settings, split, tokenizer, progress)
+        reports = {split: report}
     if not (held_out_split or settings.held_out_source):
         return table, None, reports
     name = held_out_split if held_out_split and settings.held_out_source is None else "held_out"
     held_out, reports[name] = _tokenize(*held_out_data(settings, held_out_split), tokenizer, progress)
     return table, held_out, reports
+
+
+def _joined(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool
+) -> tuple[pa.Table, dict[str, DataReport]]:
+    """The pairs of several sources as one table, whose `pair_id`s count from `ROWS_PER_SOURCE` times the source."""
+    tables, reports = [], {}
+    for number, (name, part) in enumerate(zip(source_names(settings), settings.parts(), strict=True)):
+        table, report = _tokenize(part, part.split, tokenizer, progress)
+        reports[name if name not in reports else f"{name} {number + 1}"] = report
+        ids = pa.array(table.column("pair_id").to_numpy() + number * ROWS_PER_SOURCE)
+        tables.append(table.set_column(table.column_names.index("pair_id"), "pair_id", ids))
+    digests = [provenance_of(table)["dataset"] for table in tables]
+    provenance = {**provenance_of(tables[0]), "dataset": short_digest("".join(digests)), "sources": digests}
+    joined = pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="default")
+    return with_provenance(joined, "pairs", provenance), reports
 
 
 def log_reports(reports: Mapping[str, DataReport]) -> None:

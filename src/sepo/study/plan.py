@@ -83,7 +83,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
         check_same_pairs(settings, lambda recipe: sizes.known(recipe).of_policy.train.pairs)
     prompts = sizes.known(first).prompts
     check_prompts(grid, first, prompts)
-    rows = [_row("data", first.data.source, 1, None)]
+    rows = [_row("data", first.data.what, 1, None)]
     for kind, costs in shared.items():
         if costs and kind in _SHARED:
             rows.append(_row(kind, f"{_SHARED[kind]}; shared", len(costs), _seconds(costs, throughputs)))
