@@ -346,6 +346,13 @@ class OracleSettings(Settings):
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+    target_accuracy: float | None = Field(
+        None,
+        gt=0.5,
+        le=1,
+        description="train until the oracle ranks this share of the held-out pairs right; the epochs or steps of "
+        "`training` are then the limit",
+    )
 
     @model_validator(mode="after")
     def _one_model_is_one_oracle(self) -> OracleSettings:
@@ -358,11 +365,14 @@ class OracleSettings(Settings):
                 raise ValueError(f"contrastive trains two models, but {name} is given: leave one of them out")
         if self.rewards is not None and (self.model is not None or self.count > 1):
             raise ValueError("rewards are given: leave model and count out")
+        if self.target_accuracy is not None and (self.model is not None or self.rewards is not None):
+            raise ValueError("target_accuracy ends the training of an oracle, and none is trained: leave it out")
         return self
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that one trained oracle depends on; its number of siblings does not matter."""
-        return self.model_dump(mode="json", exclude={"count", "contrastive", "rewards", "reward_columns"})
+        unset = {"target_accuracy"} if self.target_accuracy is None else set()
+        return self.model_dump(mode="json", exclude={"count", "contrastive", "rewards", "reward_columns", *unset})
 
 
 class SelectSettings(Settings):
@@ -442,10 +452,17 @@ class PolicySettings(Settings):
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="train until the KL from the start, measured on the answers to the held-out prompts, is this many "
+        "nats an answer; the epochs or steps of `training` are then the limit",
+    )
 
     def cache_key(self) -> dict[str, Any]:
         """The settings of the training; what it reads of the reference has a digest of its own."""
-        return self.model_dump(mode="json", exclude={"reference"})
+        unset = {"target_kl"} if self.target_kl is None else set()
+        return self.model_dump(mode="json", exclude={"reference", *unset})
 
     @model_validator(mode="after")
     def _check_rate(self) -> PolicySettings:
