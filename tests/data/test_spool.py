@@ -1,20 +1,19 @@
-"""The data stage keeps its pairs on disk: the same bytes as from memory, and memory that does not grow with the pairs."""
+"""The data stage keeps its pairs on disk: the same bytes as from memory, and memory that does not grow with them."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from sepo.data import encoding
+from sepo.data import encoding, formats
+from sepo.data.loading import load_preferences
 from sepo.data.splits import shared_prompts, split_pairs, take_pairs
 from sepo.data.spool import Spool
-from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import DataSettings
 from sepo.stages import data
 from tiny_models import tiny_tokenizer
@@ -81,31 +80,21 @@ def test_rows_of_a_spool_come_back_in_any_order(tmp_path):
     assert len(spool.take(rows[:0])) == 0
 
 
-PEAK = """
-import resource, sys
-from pathlib import Path
-import pyarrow as pa, pyarrow.parquet as pq
-from sepo import processes
-from sepo.models.tokenizer import load_tokenizer
-from sepo.recipe.settings import DataSettings
-from sepo.stages import data
-
-processes.log = print
-folder, number = Path(sys.argv[1]), int(sys.argv[2])
-text = "word " * 60
-rows = pa.table({
-    "prompt": [f"Is it {i // 2}?" + text for i in range(number)],
-    "chosen": [f"yes {i}" + text for i in range(number)],
-    "rejected": [f"no {i}" + text for i in range(number)],
-})
-pq.write_table(rows, folder / f"{number}.parquet", row_group_size=1000)
-del rows
-pa.default_memory_pool().release_unused()
-settings = DataSettings(source=str(folder / f"{number}.parquet"), held_out=100, workers=1)
-tokenizer = load_tokenizer(str(folder / "model"))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-Path("/proc/self/clear_refs").write_text("5")
-before = peak()
-data.prepare_data(settings, tokenizer, folder / "out", progress=False)
-print("MB", peak() - before)
-"""
+def test_a_large_parquet_file_stays_on_disk_and_gives_the_same_pairs(tmp_path, monkeypatch):
+    """Also from a folder with several files; columns of bytes are read whole."""
+    rows = pa.Table.from_pylist([{**row, "more": [{"a": i}]} for i, row in enumerate(rows_of(60))])
+    pq.write_table(rows, tmp_path / "a.parquet", row_group_size=7)
+    (tmp_path / "b").mkdir()
+    for number in range(2):
+        pq.write_table(rows.slice(30 * number, 30), tmp_path / "b" / f"train-{number:05d}-of-00002.parquet")
+    as_bytes = rows.set_column(0, "prompt", rows["prompt"].cast(pa.binary()))
+    pq.write_table(as_bytes, tmp_path / "c.parquet")
+    names = ("a.parquet", "b", "c.parquet")
+    wanted = [load_preferences(tmp_path / name) for name in names]
+    monkeypatch.setattr(formats, "LARGE", 0)
+    assert formats._table_on_disk(tmp_path / "a.parquet").equals(rows)
+    assert formats._table_on_disk(tmp_path / "c.parquet") is None
+    for name, dataset in zip(names, wanted, strict=True):
+        found = load_preferences(tmp_path / name)
+        assert found.features == dataset.features
+        assert found.to_list() == dataset.to_list()

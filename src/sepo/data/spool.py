@@ -10,7 +10,7 @@ import mmap
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from weakref import WeakSet
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,6 @@ class Spool:
         self._file = tempfile.TemporaryFile(prefix="sepo-", dir=folder)  # noqa: SIM115
         self._writer: pa.RecordBatchWriter | None = pa.ipc.new_file(self._file, schema)
         self._starts = [0]
-        self._mapped: Mapped | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -42,12 +41,17 @@ class Spool:
         for batch in table.cast(self.schema).combine_chunks().to_batches():
             self._writer.write_batch(batch)
             self._starts.append(len(self) + batch.num_rows)
+        _release()  # of the files that these rows were made from
 
     def __iter__(self) -> Iterator[pa.Table]:
         """The rows in order, in parts as they were added."""
         for number in range(len(self._starts) - 1):
-            yield pa.Table.from_batches([self._reader().batch(number)])
-            self._reader().release()
+            yield pa.Table.from_batches([self._reader().get_batch(number)])
+            _release()
+
+    def table(self) -> pa.Table:
+        """All rows, each read from the file when it is used."""
+        return self._reader().read_all()
 
     def take(self, rows: np.ndarray) -> pa.Table:
         """Rows by number, in this order; memory grows with their number alone."""
@@ -56,42 +60,33 @@ class Spool:
         parts, places = [], []
         for number in np.unique(numbers).tolist():
             place = np.flatnonzero(numbers == number)
-            batch = self._reader().batch(number)
+            batch = self._reader().get_batch(number)
             parts.append(batch.take(pa.array(rows[place] - self._starts[number])))
             places.append(place)
         table = pa.Table.from_batches(parts, self.schema).combine_chunks()
         order = np.argsort(np.concatenate([np.zeros(0, np.int64), *places]), kind="stable")
         if not np.array_equal(order, np.arange(len(order))):
             table = table.take(pa.array(order))
-        self._reader().release()
+        _release()
         return table
 
-    def _reader(self) -> Mapped:
-        if self._mapped is None:
-            assert self._writer is not None
+    def _reader(self) -> pa.RecordBatchFileReader:
+        if self._writer is not None:
             self._writer.close()
             self._writer = None
-            self._mapped = Mapped(self._file)
+            self._file.flush()
+            pages = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
             self._file.close()
-        return self._mapped
+            self._batches = pa.ipc.open_file(pa.py_buffer(pages))
+            _MAPPED.add(pages)
+        return self._batches
 
 
-class Mapped:
-    """The record batches of an Arrow file that is mapped into memory."""
+# All mapped files, also those whose tables outlive their Spool.
+_MAPPED: WeakSet[mmap.mmap] = WeakSet()
 
-    def __init__(self, file: IO[bytes]):
-        file.flush()
-        self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._batches = pa.ipc.open_file(pa.py_buffer(self._pages))
 
-    def batch(self, number: int) -> pa.RecordBatch:
-        return self._batches.get_batch(number)
-
-    def table(self) -> pa.Table:
-        """All rows; each is read from the file when it is used."""
-        return self._batches.read_all()
-
-    def release(self) -> None:
-        """Give the pages that were read back to the system; the next use reads them again, as a rule from its cache."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED)
+def _release() -> None:
+    """Give the pages that were read back to the system; the next use reads them again, as a rule from its cache."""
+    for pages in _MAPPED if hasattr(mmap, "MADV_DONTNEED") else ():
+        pages.madvise(mmap.MADV_DONTNEED)
