@@ -201,6 +201,7 @@ def test_units_of_a_pass_are_for_the_smallest_group_of_devices_that_holds_the_mo
         (["--dry-run", "--processes", "0x8"], "or NODESxDEVICES such as 4x8"),
         (["--dry-run", "--device-tflops", "0"], "FLOPs a second"),
         (["--dry-run", "--processes", "0"], "expected the number of devices"),
+        (["--dry-run", "engine=fils"], "did you mean 'files'"),
         (["--dry-run", "--device-memory", "-1"], "expected gigabytes"),
         (["--dry-run", "--device-memory", "nan"], "expected gigabytes"),
         (["--dry-run", "--device-memory", "8e10"], "expected gigabytes"),
