@@ -39,19 +39,14 @@ def split_pairs(
         UserError: a number is out of range, or there are too few prompts for both sides.
     """
     table = require_table("table", table, "pairs")
-    rows = PairRows(seed)
-    rows.add(table)
-    train, held = rows.split(held_out, sample)
-    return tuple(
-        _with_split(table.filter(pa.array(_mask(part, len(table)))), side, held_out=held_out, sample=sample, seed=seed)
-        for side, part in (("train", train), ("held_out", held))
-    )
+    train, held = PairRows.of(table, seed).split(held_out, sample)
 
+    def part(side: str, rows: np.ndarray) -> pa.Table:
+        mask = np.zeros(len(table), bool)
+        mask[rows] = True
+        return _with_split(table.filter(pa.array(mask)), side, held_out=held_out, sample=sample, seed=seed)
 
-def _mask(rows: np.ndarray, number: int) -> np.ndarray:
-    mask = np.zeros(number, bool)
-    mask[rows] = True
-    return mask
+    return part("train", train), part("held_out", held)
 
 
 def prompt_rows(table: pa.Table, limit: int, after: int = 0) -> pa.Table:
@@ -69,21 +64,11 @@ def sample_prompts(table: pa.Table, limit: int) -> list[list[int]]:
     return prompt_rows(table, limit).column("prompt_ids").to_pylist()
 
 
-def shared_prompts(table: pa.Table, other: pa.Table) -> int:
-    """Number of distinct prompts that occur in both tables."""
-    names = [name for name in _OF_PROMPTS if name in table.column_names and name in other.column_names]
-    numbers = prompt_numbers(pa.concat_tables([one.select(names).replace_schema_metadata() for one in (table, other)]))
-    return len(set(numbers[: len(table)].tolist()) & set(numbers[len(table) :].tolist()))
-
-
 def group_by_prompt(table: pa.Table) -> pa.Table:
     """Move the pairs with the same prompt ids together, prompts in the order of their first pairs."""
     first: dict[bytes, int] = {}
     order = np.argsort([first.setdefault(ids, len(first)) for ids in _ids(table["prompt_ids"])], kind="stable")
     return table.take(pa.array(order, type=pa.int64()))
-
-
-_OF_PROMPTS = ("prompt_ids", PROMPT_KEY)
 
 
 def prompt_numbers(columns: pa.Table | Mapping[str, Any]) -> np.ndarray:
@@ -165,6 +150,13 @@ class PairRows:
         self._places: list[np.ndarray] = []
         self._has_talks = True
 
+    @classmethod
+    def of(cls, table: pa.Table, seed: int = 0) -> PairRows:
+        """The rows of a table in memory."""
+        rows = cls(seed)
+        rows.add(table)
+        return rows
+
     def add(self, table: pa.Table) -> None:
         """Add rows."""
         prompts = _ids(table["prompt_ids"])
@@ -225,7 +217,7 @@ class PairRows:
         return rows[np.argsort(first[inverse], kind="stable")]
 
 
-def shared_prompts_of(first: tuple[PairRows, np.ndarray], second: tuple[PairRows, np.ndarray]) -> int:
+def shared_prompts(first: tuple[PairRows, np.ndarray], second: tuple[PairRows, np.ndarray]) -> int:
     """Number of distinct prompts that occur in both selections of rows."""
     hashes = [rows.hashes[:2, chosen] for rows, chosen in (first, second)]
     labels = _labels(np.concatenate(hashes, axis=1))

@@ -22,7 +22,7 @@ from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import load_preferences, source_fingerprint
 from sepo.data.ragged import SIDES, flat
 from sepo.data.rows import DataReport
-from sepo.data.splits import PairRows, group_by_prompt, sampled_rows, shared_prompts_of, split_provenance
+from sepo.data.splits import PairRows, group_by_prompt, sampled_rows, shared_prompts, split_provenance
 from sepo.data.spool import Spool
 from sepo.data.tables import clear_shards, with_provenance, write_shard, write_table
 from sepo.errors import UserError, nearest
@@ -127,7 +127,7 @@ def prepare_data(
         ),
     }
     log_reports(reports)
-    shared = shared_prompts_of((source.rows, train), (own.rows, held))
+    shared = shared_prompts((source.rows, train), (own.rows, held))
     if shared:
         log(f"  {shared:,} prompts are both trained on and held out: held-out figures are not all of unseen prompts")
     if settings.held_out and not len(held):
