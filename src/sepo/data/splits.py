@@ -171,6 +171,13 @@ class PairRows:
         places = [_order("held_out", self.seed, ids) for ids in prompts]
         self._places.append(np.array(places, np.uint64).reshape(-1, 2))
 
+    def select(self, rows: np.ndarray) -> PairRows:
+        """Some of the rows."""
+        found = PairRows(self.seed)
+        found._pair_ids, found._hashes = [self.pair_ids[rows]], [self.hashes[:, rows]]
+        found._places, found._has_talks = [self._all_places[rows]], self._has_talks
+        return found
+
     def __len__(self) -> int:
         return sum(map(len, self._pair_ids))
 
@@ -184,11 +191,15 @@ class PairRows:
         """Hashes of each pair's prompt ids, prompt key and conversation: `[3, pairs]`."""
         return np.concatenate([np.zeros((3, 0), np.uint64), *self._hashes], axis=1)
 
+    @property
+    def _all_places(self) -> np.ndarray:
+        return np.concatenate([np.zeros((0, 2), np.uint64), *self._places])
+
     def split(self, held_out: int | float, sample: float) -> tuple[np.ndarray, np.ndarray]:
         """The training rows and the held-out rows of `split_pairs`, ascending."""
         target = _held_out_pairs(held_out, len(self))
         labels = _labels(self.hashes[:2])
-        order = labels[_sorted_by(np.concatenate([np.zeros((0, 2), np.uint64), *self._places]))]
+        order = labels[_sorted_by(self._all_places)]
         _, first, counts = np.unique(order, return_index=True, return_counts=True)
         by_place = np.argsort(first)
         totals = np.concatenate([[0], np.cumsum(counts[by_place])])
@@ -310,6 +321,25 @@ def sampled_rows(pair_ids: np.ndarray, number: int, seed: int) -> np.ndarray:
         return np.arange(len(pair_ids))
     order = np.array([_order("sample", seed, str(one).encode()) for one in pair_ids.tolist()], np.uint64)
     return np.sort(_sorted_by(order.reshape(-1, 2))[:number])
+
+
+def share_rows(pair_ids: np.ndarray, groups: np.ndarray, weights: Sequence[float], *, seed: int = 0) -> np.ndarray:
+    """The largest part of a table in which the pairs of each group have the share of its weight: rows, ascending.
+
+    No pair is repeated, so the group with the fewest pairs for its weight keeps all of them. Pairs are sampled as in
+    `sample_pairs`.
+
+    Args:
+        pair_ids, groups: `[pairs]`, the id of each pair, and its group from 0.
+        weights: of each group.
+    """
+    counts = np.bincount(groups, minlength=len(weights))
+    scale = (counts / np.asarray(weights)).min()
+    kept = []
+    for group, weight in enumerate(weights):
+        rows = np.flatnonzero(groups == group)
+        kept.append(rows[sampled_rows(pair_ids[rows], max(1, round(weight * scale)), seed)])
+    return np.sort(np.concatenate(kept))
 
 
 def _order(purpose: str, seed: int, key: bytes) -> tuple[int, int]:

@@ -90,6 +90,21 @@ class PairsFrom(Settings):
         return self
 
 
+class SourceSettings(Settings):
+    """One of several sources of preference pairs."""
+
+    source: PathText = Field(description="as `data.source`")
+    split: str = Field("train", description="split to train on")
+    config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
+    columns: dict[str, str] = Field(default_factory=dict, description="column names that differ, as `data.columns`")
+    pairs_from: str | PairsFrom | None = Field(None, description="make pairs from labels, as `data.pairs_from`")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="share of the pairs, beside the weights of the other sources; default: all pairs of every source",
+    )
+
+
 class DataSettings(Settings):
     """The preference dataset."""
 
@@ -111,6 +126,11 @@ class DataSettings(Settings):
     as_chat: bool = Field(False, description="wrap plain-text prompts as one user turn of the chat template")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="keywords for the chat template, e.g. {enable_thinking: false}"
+    )
+    sources: list[SourceSettings] | None = Field(
+        None,
+        min_length=1,
+        description="several sources instead of `source`, each with split, config_name, columns, pairs_from, weight",
     )
     sample: Rate = Field(1.0, description="share of the training pairs to use, drawn at random")
     held_out: float = Field(
@@ -145,6 +165,37 @@ class DataSettings(Settings):
         if value >= 1 and value != int(value):
             raise ValueError("expected a share below 1, or a whole number of pairs")
         return value
+
+    @model_validator(mode="after")
+    def _sources_alone(self) -> DataSettings:
+        if self.sources is None:
+            return self
+        replaced = ["source", "split", "config_name", "columns", "pairs_from"]
+        replaced += ["held_out_split"] * (self.held_out_source is None)
+        plain = DataSettings()
+        if given := [name for name in replaced if getattr(self, name) != getattr(plain, name)]:
+            raise ValueError(f"sources name their own {', '.join(replaced[:5])}: leave out data.{given[0]}")
+        if self.on_policy is not None:
+            raise ValueError("on_policy reads the prompts of one source: set source instead of sources")
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ValueError("some sources have a weight: give every source one, or none")
+        what = [source.model_dump_json(exclude={"weight"}) for source in self.sources]
+        if len(set(what)) < len(what):
+            raise ValueError("two sources are the same: name it once, with a larger weight")
+        return self
+
+    def parts(self) -> list[DataSettings]:
+        """The settings of each source alone; the settings themselves for a single one."""
+        if self.sources is None:
+            return [self]
+        names = ("source", "split", "config_name", "columns", "pairs_from")
+        alone = [{name: getattr(source, name) for name in names} for source in self.sources]
+        return [self.model_copy(update={"sources": None, **values}) for values in alone]
+
+    @property
+    def what(self) -> str:
+        """The sources in one line."""
+        return " + ".join(part.source for part in self.parts())
 
 
 class LoraSettings(Settings):
@@ -272,6 +323,13 @@ class OracleSettings(Settings):
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+    target_accuracy: float | None = Field(
+        None,
+        gt=0.5,
+        le=1,
+        description="train until the oracle ranks this share of the held-out pairs right; the epochs or steps of "
+        "`training` are then the limit",
+    )
 
     @model_validator(mode="after")
     def _one_model_is_one_oracle(self) -> OracleSettings:
@@ -284,11 +342,14 @@ class OracleSettings(Settings):
                 raise ValueError(f"contrastive trains two models, but {name} is given: leave one of them out")
         if self.rewards is not None and (self.model is not None or self.count > 1):
             raise ValueError("rewards are given: leave model and count out")
+        if self.target_accuracy is not None and (self.model is not None or self.rewards is not None):
+            raise ValueError("target_accuracy ends the training of an oracle, and none is trained: leave it out")
         return self
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that one trained oracle depends on; its number of siblings does not matter."""
-        return self.model_dump(mode="json", exclude={"count", "contrastive", "rewards", "reward_columns"})
+        unset = {"target_accuracy"} if self.target_accuracy is None else set()
+        return self.model_dump(mode="json", exclude={"count", "contrastive", "rewards", "reward_columns", *unset})
 
 
 class SelectSettings(Settings):
@@ -368,10 +429,17 @@ class PolicySettings(Settings):
     lora: LoraSettings | None = Field(None, description="train adapters instead of all weights")
     quantization: Literal["4bit"] | None = Field(None, description="4bit for QLoRA (CUDA and bitsandbytes)")
     training: TrainingSettings = Field(default_factory=TrainingSettings, description="the training run")
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="train until the KL from the start, measured on the answers to the held-out prompts, is this many "
+        "nats an answer; the epochs or steps of `training` are then the limit",
+    )
 
     def cache_key(self) -> dict[str, Any]:
         """The settings of the training; what it reads of the reference has a digest of its own."""
-        return self.model_dump(mode="json", exclude={"reference"})
+        unset = {"target_kl"} if self.target_kl is None else set()
+        return self.model_dump(mode="json", exclude={"reference", *unset})
 
     @model_validator(mode="after")
     def _check_rate(self) -> PolicySettings:

@@ -212,7 +212,8 @@ class Method:
         """The trained policy."""
         targets = self.selection
         start_logps = self.policy_start_logps if train.needs_reference(self.recipe) else None
-        return self.walker.do(train.stage(self.recipe, self.policy_start, targets, start_logps, self.seed), "train")
+        stage = train.stage(self.recipe, self.policy_start, targets, start_logps, self.seed, self.policy_pairs)
+        return self.walker.do(stage, "train")
 
     @cached_property
     def evaluation(self) -> StageResult:

@@ -170,7 +170,13 @@ def _finish(
         **measured,
         "pairs/train": method.pairs.results["train"],
         "pairs/held_out": method.pairs.results["held_out"],
+        **{
+            f"pairs/{part}/{number}": source[part]
+            for number, source in enumerate(method.pairs.results.get("sources", ()), 1)
+            for part in source.keys() & {"train", "held_out"}
+        },
         **(_transfer_metrics(method) if method.transfers else {}),
+        **_target_metrics(stages),
         **{f"seconds/{name}": record["seconds"] for name, record in stages.items()},
         **{f"memory_gb/{name}": record.get("memory_gb") for name, record in stages.items()},
     }
@@ -178,6 +184,12 @@ def _finish(
     on_end(run, metrics)
     run.log_unused("reference", "oracle", "oracle-[2-9]", "oracle*-reversed", "logps/*")
     return metrics
+
+
+def _target_metrics(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Where trainings that end at a KL or an accuracy ended; of several oracles the first."""
+    results = [stages[role].get("results") or {} for role in ("oracle", "train") if role in stages]
+    return {name: value for row in results for name, value in row.items() if name.startswith("target_")}
 
 
 def _transfer_metrics(method: Method) -> dict[str, Any]:

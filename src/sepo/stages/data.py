@@ -22,7 +22,7 @@ from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import load_preferences, source_fingerprint
 from sepo.data.ragged import SIDES, flat
 from sepo.data.rows import DataReport
-from sepo.data.splits import PairRows, group_by_prompt, sampled_rows, shared_prompts, split_provenance
+from sepo.data.splits import PairRows, group_by_prompt, sampled_rows, share_rows, shared_prompts, split_provenance
 from sepo.data.spool import Spool
 from sepo.data.tables import clear_shards, with_provenance, write_shard, write_table
 from sepo.errors import UserError, nearest
@@ -39,7 +39,8 @@ PAIRS_PER_SHARD = 1000
 
 def check(recipe: Recipe) -> None:
     """Read the source: finds a missing file, split or column. Tokenising counts bad rows later."""
-    read_split(recipe.data, recipe.data.split)
+    for part in recipe.data.parts():
+        read_split(part, part.split)
     if recipe.data.held_out_split or recipe.data.held_out_source:
         read_split(*held_out_data(recipe.data, recipe.data.held_out_split))
 
@@ -49,14 +50,14 @@ def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
     settings, seed = recipe.data, recipe.seed
     return Stage(
         kind="data",
-        what=settings.source,
+        what=settings.what,
         depends={
-            "data": settings.model_dump(mode="json", exclude={"workers", "on_policy"}),
+            "data": settings.model_dump(mode="json", exclude=_not_of_pairs(settings)),
             "seed": seed,
             "columns": [CONVERSATION, PROMPT_KEY],  # earlier releases wrote tables without them
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "template": short_digest(str(tokenizer.chat_template or "")),
-            "source": processes.on_main(lambda: source_fingerprint(_place(settings.source))),
+            "source": processes.on_main(lambda: _fingerprint(settings)),
             "held_out_source": processes.on_main(
                 lambda: settings.held_out_source and source_fingerprint(_place(settings.held_out_source))
             ),
@@ -67,10 +68,20 @@ def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
     )
 
 
+def _not_of_pairs(settings: DataSettings) -> set[str]:
+    """Settings that the pairs do not depend on; an unset `sources`, which earlier releases did not have."""
+    return {"workers", "on_policy"} | ({"sources"} if settings.sources is None else set())
+
+
+def _fingerprint(settings: DataSettings) -> str | list[str]:
+    found = [source_fingerprint(_place(part.source)) for part in settings.parts()]
+    return found if settings.sources is not None else found[0]
+
+
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:
     """Reading and tokenising: seconds at most."""
     train, held_out = sizes.train, sizes.held_out
-    return Cost(recipe.data.source, train.pairs + held_out.pairs, train.tokens + held_out.tokens)
+    return Cost(recipe.data.what, train.pairs + held_out.pairs, train.tokens + held_out.tokens)
 
 
 def embedded_data(source: str) -> Path:
@@ -102,12 +113,18 @@ def prepare_data(
     """Read, validate, tokenise and split a preference dataset into `out/train` and `out/held_out`.
 
     Returns:
-        counts of the pairs, `train` and `held_out`; `extremes` of both; and the report of dropped rows.
+        counts of the pairs, `train` and `held_out`; `extremes` of both; the report of dropped rows; and of several
+        sources the counts of each, by name.
     """
     sources, reports = read_sources(settings, tokenizer, out, seed, progress)
     # A value below 1 is a share.
     number = int(settings.held_out) if settings.held_out >= 1 else settings.held_out
     source, own = sources[0], sources[-1]
+    if settings.sources is not None and settings.sources[0].weight is not None:
+        weights = [float(one.weight or 0) for one in settings.sources]
+        ids = source.rows.pair_ids
+        weighted = source.select(share_rows(ids, ids // ROWS_PER_SOURCE, weights, seed=seed))
+        source, own = weighted, weighted if own is source else own
     if own is not source:
         held = sampled_rows(own.rows.pair_ids, int(number), seed) if number >= 1 else np.arange(len(own.rows))
         train, _ = source.rows.split(0, settings.sample)
@@ -135,6 +152,7 @@ def prepare_data(
     return {
         "train": len(train),
         "held_out": len(held),
+        **_counts_by_source(settings, source.rows.pair_ids[train], own.rows.pair_ids[held]),
         "shared_prompts": shared,
         "extremes": found,
         "report": {name: one.to_dict() for name, one in reports.items()},
@@ -149,14 +167,21 @@ class Source:
         spool: rows in the schema `ENCODED`.
         rows: what a split needs to know of them.
         provenance: of a table of them.
+        places: their rows in the spool; None: all of it.
     """
 
     spool: Spool
     rows: PairRows
     provenance: dict[str, Any]
+    places: np.ndarray | None = None
+
+    def select(self, rows: np.ndarray) -> Source:
+        """Some of its rows."""
+        return Source(self.spool, self.rows.select(rows), self.provenance, rows)
 
     def take(self, rows: np.ndarray, provenance: Mapping[str, Any] = MappingProxyType({})) -> pa.Table:
         """A table of kind "pairs" of some rows, with more provenance."""
+        rows = rows if self.places is None else self.places[rows]
         return with_provenance(pairs_of(self.spool.take(rows)), "pairs", {**self.provenance, **provenance})
 
     def matching(self, table: pa.Table) -> pa.Table:
@@ -186,6 +211,30 @@ def _write_rows(folder: Path, source: Source, rows: np.ndarray, provenance: Mapp
     return {name: max(one[name] for one in found) for name in found[0]}
 
 
+# Each source numbers its pairs from a multiple of this.
+ROWS_PER_SOURCE = 10**9
+
+
+def _counts_by_source(settings: DataSettings, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    """Pairs of each of several sources by their `pair_id`s, logged; nothing for a single source."""
+    if settings.sources is None:
+        return {}
+    parts = [train] if has_own_rows(settings) else [train, held_out]
+    number = len(settings.sources)
+    counts = [np.bincount(ids // ROWS_PER_SOURCE, minlength=number).tolist() for ids in parts]
+    rows = []
+    for index, name in enumerate(source_names(settings)):
+        rows.append({"source": name, **dict(zip(PARTS, (count[index] for count in counts), strict=False))})
+        said = ", ".join(f"{count[index]:,} {part}" for count, part in zip(counts, PARTS, strict=False))
+        log(f"  {name}: {said.replace('_', ' ')}")
+    return {"sources": rows}
+
+
+def source_names(settings: DataSettings) -> list[str]:
+    """A name for each source: the last part of a path, with its split."""
+    return [f"{Path(part.source).name} ({part.split})" for part in settings.parts()]
+
+
 def read_sources(
     settings: DataSettings, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int = 0, progress: bool = True
 ) -> tuple[list[Source], dict[str, DataReport]]:
@@ -198,14 +247,18 @@ def read_sources(
         pairs, and held-out pairs, if they have a split or source of their own; and the report of each split.
     """
     split, held_out_split = settings.split, settings.held_out_split
-    if _is_embedded(settings.source):
-        held_out_split = held_out_split or "held_out"
-    source, report = read_source(settings, split, tokenizer, folder, seed, progress)
+    if settings.sources is not None:
+        source, reports = _joined(settings, tokenizer, folder, seed, progress)
+    else:
+        if _is_embedded(settings.source):
+            held_out_split = held_out_split or "held_out"
+        source, report = read_source(settings, split, tokenizer, folder, seed, progress)
+        reports = {split: report}
     if not (held_out_split or settings.held_out_source):
-        return [source], {split: report}
+        return [source], reports
     name = held_out_split if held_out_split and settings.held_out_source is None else "held_out"
     own, own_report = read_source(*held_out_data(settings, held_out_split), tokenizer, folder, seed, progress)
-    return [source, own], {split: report} | {name: own_report}
+    return [source, own], reports | {name: own_report}
 
 
 def read_source(
@@ -222,6 +275,27 @@ def read_source(
     for table in spool:
         rows.add(table)
     return Source(spool, rows, provenance), report
+
+
+def _joined(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, progress: bool
+) -> tuple[Source, dict[str, DataReport]]:
+    """The pairs of several sources, whose `pair_id`s count from `ROWS_PER_SOURCE` times the source."""
+    spool, rows = Spool(folder, ENCODED), PairRows(seed)
+    provenances: list[dict[str, Any]] = []
+    reports: dict[str, DataReport] = {}
+    for number, (name, part) in enumerate(zip(source_names(settings), settings.parts(), strict=True)):
+        tables, provenance, report = _tokenize(part, part.split, tokenizer, progress, partial(Spool, folder, ENCODED))
+        reports[name if name not in reports else f"{name} {number + 1}"] = report
+        provenances.append(provenance)
+        for table in tables:
+            ids = pa.array(table["pair_id"].to_numpy() + number * ROWS_PER_SOURCE)
+            table = table.set_column(0, "pair_id", ids)
+            rows.add(table)
+            spool.append(table)
+    digests = [provenance["dataset"] for provenance in provenances]
+    provenance = {**provenances[0], "dataset": short_digest("".join(digests)), "sources": digests}
+    return Source(spool, rows, provenance), reports
 
 
 def log_reports(reports: Mapping[str, DataReport]) -> None:

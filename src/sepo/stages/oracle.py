@@ -13,6 +13,7 @@ from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import sample_pairs
 from sepo.data.tables import read_table, swap_sides
 from sepo.errors import UserError
+from sepo.evaluate.target import LookAtAccuracy, Target, UntilTarget, accuracy_on
 from sepo.models.adapters import check_lora
 from sepo.models.checkpoint import adapter_is_idle
 from sepo.models.devices import check_quantization
@@ -21,6 +22,7 @@ from sepo.models.names import check_model, resolve_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log_once
 from sepo.recipe.settings import OracleSettings, Recipe
+from sepo.stages import train
 from sepo.stages.cost import Cost, Sizes, training_estimates, training_memory
 from sepo.stages.score import check_rewards_file
 from sepo.stages.stage import Model, Stage, StageResult
@@ -36,6 +38,8 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
     if not recipe.reads_oracle:
         return
     check_quantization(settings.quantization, train=True, lora=settings.lora is not None, installed=not elsewhere)
+    if settings.target_accuracy is not None:
+        train.check_held_out(recipe, "oracle.target_accuracy")
     if settings.model is None:
         check_training(
             settings.training,
@@ -164,6 +168,7 @@ def train_oracle(
     logps = logps.filter(pa.array(rows))
     if swapped:
         sample, logps = swap_sides(sample), swap_sides(logps)
+    target = settings.target_accuracy
     results = train_model(
         reference.folder,
         sample,
@@ -177,8 +182,26 @@ def train_oracle(
         objective="dpo",
         beta=settings.beta,
         label_smoothing=settings.label_smoothing,
+        callbacks=[] if target is None else [_until_accuracy(recipe, target, pairs, reference_logps, out, swapped)],
+        until=None if target is None else {"accuracy": target, "pairs": pairs.content},
     )
     return {"pairs": len(sample), **results}
+
+
+def _until_accuracy(
+    recipe: Recipe, target: float, pairs: StageResult, reference_logps: StageResult, out: Path, swapped: bool
+) -> UntilTarget:
+    """Ends the training at `oracle.target_accuracy`."""
+    held_out = read_table(pairs.folder / "held_out", "pairs")
+    logps = read_table(reference_logps.folder / "held_out", "logps")
+    if swapped:
+        held_out, logps = swap_sides(held_out), swap_sides(logps)
+    return UntilTarget(
+        Target("accuracy", target, "oracle.target_accuracy", "raise oracle.training.num_train_epochs or learning_rate"),
+        LookAtAccuracy(),
+        accuracy_on(held_out, logps, recipe.tokens_per_row),
+        out,
+    )
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:

@@ -1,24 +1,30 @@
-"""Stage "train": the policy, on key tokens or by a rival objective."""
+"""Stage "train": the policy, on key tokens or by a rival objective, to its end or to a KL."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from sepo import processes
 from sepo.data.fingerprints import log_if_templates_differ
+from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table
+from sepo.errors import UserError
+from sepo.evaluate.kl_probe import Probe
+from sepo.evaluate.target import LookAtKl, Target, UntilTarget, kl_from
 from sepo.models.adapters import check_lora
-from sepo.models.devices import check_quantization
+from sepo.models.devices import check_quantization, choose_device
 from sepo.models.folders import is_outline
 from sepo.models.names import check_model
-from sepo.models.tokenizer import has_tokenizer
+from sepo.models.tokenizer import has_tokenizer, load_tokenizer
+from sepo.models.weights import load_model
 from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe
 from sepo.stages import select, transfer
 from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training_memory
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
-from sepo.training.fit import objective_settings, train_model
+from sepo.training.fit import objective_settings, train_model, training_types
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -41,8 +47,24 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
         else:
             reference, own = transfer.tokenizers(recipe)
             log_if_templates_differ(f"policy '{policy.model}'", own, f"reference '{recipe.reference.model}'", reference)
+    if policy.target_kl is not None:
+        check_held_out(recipe, "policy.target_kl")
+        if not recipe.eval.prompts or recipe.eval.temperature != 1:
+            raise UserError(
+                "policy.target_kl is measured on answers to held-out prompts at temperature 1: set eval.prompts above "
+                "0 and eval.temperature to 1"
+            )
     start_model = recipe.policy if policy.model is not None else recipe.reference
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
+
+
+def check_held_out(recipe: Recipe, setting: str) -> None:
+    """Check that a training can be measured on held-out pairs, in one process. Raises UserError."""
+    data = recipe.data
+    if not (data.held_out or data.held_out_split or data.held_out_source):
+        raise UserError(f"{setting} is measured on held-out pairs: set data.held_out above 0")
+    if processes.launched() > 1:
+        raise UserError(f"{setting} measures in one process: start it without torchrun or accelerate")
 
 
 def needs_reference(recipe: Recipe) -> bool:
@@ -50,14 +72,23 @@ def needs_reference(recipe: Recipe) -> bool:
     return OBJECTIVES[recipe.policy.objective].reads_reference
 
 
-def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResult | None, seed: int) -> Stage:
+def stage(
+    recipe: Recipe,
+    model: Model,
+    selection: StageResult,
+    logps: StageResult | None,
+    seed: int,
+    pairs: StageResult | None = None,
+) -> Stage:
     """The policy, trained on a selection table.
 
     Args:
         model: the start of the policy.
         selection: a selection table; objectives on all tokens read only its pairs.
         logps: log-probabilities under `model`, for objectives with a reference.
+        pairs: pairs under the policy's tokenizer, whose held-out prompts `policy.target_kl` is measured on.
     """
+    until = None if recipe.policy.target_kl is None or pairs is None else _until(recipe, pairs)
 
     def run(folder: Path) -> dict[str, Any]:
         return train_model(
@@ -71,6 +102,8 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
             quantization=recipe.policy.quantization,
             seed=seed,
             device=recipe.device,
+            callbacks=[] if until is None else [_until_kl(recipe, model, pairs, folder)],
+            until=until,
             **objective_settings(recipe.policy),
         )
 
@@ -83,11 +116,36 @@ def stage(recipe: Recipe, model: Model, selection: StageResult, logps: StageResu
             "selection": selection.content,
             "logps": None if logps is None else logps.content,
             "seed": seed,
+            **({} if until is None else {"until": until}),
         },
         outputs=(".",),
         run=run,
         cost=lambda sizes: cost(recipe, sizes.of_policy),
         verifies=True,
+    )
+
+
+def _until(recipe: Recipe, pairs: StageResult) -> dict[str, Any]:
+    """What the end of a training with `policy.target_kl` depends on."""
+    names = {"prompts", "samples", "max_new_tokens", "temperature"}
+    how = recipe.eval.model_dump(mode="json", include=names)
+    return {"kl": recipe.policy.target_kl, "pairs": pairs.content, "eval": how, "seed": recipe.seed}
+
+
+def _until_kl(recipe: Recipe, model: Model, pairs: StageResult, folder: Path) -> UntilTarget:
+    """Ends the training at `policy.target_kl`; the start is loaded once more, in the types of the training."""
+    target = recipe.policy.target_kl
+    assert target is not None
+    types = training_types(recipe.policy, model.folder, choose_device(recipe.device).type)
+    base = load_model(model.folder, device=recipe.device, dtype=types.dtype, quantization=types.quantization)
+    tokenizer, settings = load_tokenizer(model.folder), recipe.eval
+    prompts = sample_prompts(read_table(pairs.folder / "held_out", "pairs"), settings.prompts)
+    probe = Probe(base, tokenizer, prompts, settings, recipe.seed)
+    return UntilTarget(
+        Target("kl", target, "policy.target_kl", "raise policy.training.num_train_epochs or learning_rate"),
+        LookAtKl(target, probe, folder),
+        kl_from(base, tokenizer, prompts, settings, recipe.seed),
+        folder,
     )
 
 

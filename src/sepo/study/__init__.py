@@ -5,7 +5,9 @@ grid.py               a grid file: variants, sweeps, seeds
 comparison.py         the runs of a grid; shared stages run once
 stages.py             two stages of its own: samples of the start, and a training that is measured on its way
 policy_evaluator.py   measures a policy while it trains
-kl_probe.py           finds when a policy in training passes a KL
+passing.py            finds when a policy in training passes KLs
+baselines.py          best of n and steering, points without training
+beside.py             trained methods beside these points
 curves.py             reads gain at a KL off a run's measurements
 crossed.py            statistics over seeds and prompts
 results.py            table, JSON and pictures of a comparison

@@ -44,7 +44,8 @@ from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
 from sepo.stages import train
 from sepo.stages.reference import hash_model
 from sepo.stages.stage import Model, Stage, StageResult
-from sepo.study import stages
+from sepo.study import baselines, stages
+from sepo.study.baselines import check_baselines
 from sepo.study.crossed import StdComponents
 from sepo.study.grid import Assumed, Grid, Setting
 from sepo.study.results import (
@@ -84,6 +85,7 @@ def compare(grid: Grid, settings: dict[str, list[Setting]], *, retry_failed: boo
         UserError: bad input, before any model is loaded.
     """
     check_grid(settings)
+    check_baselines(grid, settings)
     check_results_folder(grid)
     first = next(iter(settings.values()))[0].recipe
     with engines.use(first.engine, first.run_folder), open_run(first) as run:
@@ -100,6 +102,7 @@ def compare(grid: Grid, settings: dict[str, list[Setting]], *, retry_failed: boo
         results = work.results(last=True)
         if not work.runs:
             raise UserError(f"every run failed; the first: {work.failed[0]['error']}")
+        results = work.with_baselines(settings, results)
         for note in reading_notes(results["rows"], grid.kl):
             log(f"  {note}")
         if found := typical_std(results["differences"]):
@@ -126,6 +129,11 @@ def check_grid(settings: dict[str, list[Setting]]) -> None:
             raise UserError(
                 "compare trains all variants on the same pairs: make them with `sepo sample` and `sepo pairs`, and "
                 "name them in data.source, without data.on_policy"
+            )
+        if recipe.policy.target_kl is not None:
+            raise UserError(
+                "compare trains all variants on the same number of pairs and compares them at a KL: leave "
+                "policy.target_kl out, and set the grid's kl"
             )
         check_inputs(recipe, EXTENSION)
         if recipe.reference.model != first.model:
@@ -275,13 +283,7 @@ def run_stage(
         reported: False for a run of a sweep, which may be measured on other prompts.
     """
     recipe, start = method.recipe, method.policy_start
-    measured = stages.Measured(
-        grid=grid,
-        seed=method.seed,
-        choosing=0 if reported else grid.sweep_prompts,
-        base=lambda: (bases or Bases()).load(recipe, start),
-        scorer=scorer,
-    )
+    measured = measured_of(method, grid, 0 if reported else grid.sweep_prompts, bases, scorer)
     unjudged = recipe.eval.gold is None and recipe.eval.judge is None
     reference = train.needs_reference(recipe)
     # Policies are measured without autocast, so in other types than they may train in.
@@ -296,6 +298,34 @@ def run_stage(
         method.start_logps(measured_in) if unjudged else None,
         measured,
     )
+
+
+def measured_of(
+    method: Method, grid: Grid, choosing: int, bases: Bases | None, scorer: Callable[[], Scorer | None] | None
+) -> stages.Measured:
+    """How the runs of a method are measured."""
+    recipe, start = method.recipe, method.policy_start
+    return stages.Measured(grid, method.seed, choosing, lambda: (bases or Bases()).load(recipe, start), scorer)
+
+
+def baselines_stage(
+    method: Method,
+    grid: Grid,
+    guided: bool,
+    bases: Bases | None = None,
+    scorer: Callable[[], Scorer | None] | None = None,
+) -> Stage:
+    """The baselines of one seed; the stages that they read are done first.
+
+    Args:
+        guided: the method has an oracle that chooses and steers.
+    """
+    assert grid.baselines is not None
+    how = measured_of(method, grid, 0, bases, scorer)
+    guide = baselines.guide_of(method) if guided else None
+    start = stages.start_stage(method.recipe, method.policy_start, method.policy_pairs, how)
+    samples = method.walker.do(start, "start")
+    return baselines.stage(method, grid.baselines, guide, method.policy_pairs, samples, how)
 
 
 def schedule(
@@ -329,6 +359,7 @@ class _Comparison:
         self.pairs = Method(recipe, self.passes).pairs  # all variants share them
         self.runs: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
+        self.baselines: list[dict[str, Any]] = []
         self._judge: Scorer | None = None
         self._drawn = float("-inf")
 
@@ -379,6 +410,19 @@ class _Comparison:
             self.runs.append({**run, **made.results, "points": points})
         self.results()
 
+    def with_baselines(self, settings: dict[str, list[Setting]], results: dict[str, Any]) -> dict[str, Any]:
+        """Measure the baselines at every seed, and write all results; the results as given without baselines."""
+        if self.grid.baselines is None:
+            return results
+        setting = baselines.setting_with_oracle(settings)
+        recipe = self.recipe if setting is None else setting.recipe
+        for seed in self.grid.seeds:
+            method = self.method(recipe, seed)
+            stage = baselines_stage(method, self.grid, setting is not None, self.bases, self._scorer)
+            points = baselines.read_points(self.passes.do(stage, "baselines").folder)
+            self.baselines += [{**point, "seed": seed} for point in points]
+        return self.results(last=True)
+
     def _scorer(self) -> Scorer | None:
         """The judge of all runs; it stays in memory. None without a judge, or for a judge behind a server."""
         judge = self.recipe.eval.judge
@@ -396,6 +440,7 @@ class _Comparison:
             **({} if self.recipe.eval.judge is None else {"judge": judge_in_words(self.recipe.eval.judge)}),
             "environment": environment(),
             "failed": self.failed,
+            **({"baselines": self.baselines} if self.baselines else {}),
         }
         # Drawing takes as long as a tiny run, so the figures follow at most once a minute.
         if figures := last or time.monotonic() - self._drawn > _SECONDS_BETWEEN_FIGURES:

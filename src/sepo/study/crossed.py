@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from sepo.report.statistics import interval, over_seeds, spread_seen
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,38 @@ def crossed_mean(values: ArrayLike) -> Crossed:
         math.sqrt(max(of_seeds - rest, 0) / prompts), math.sqrt(max(of_prompts - rest, 0) / seeds), math.sqrt(rest)
     )
     return Crossed(float(mean), error, freedom, float(mean) - reach, float(mean) + reach, std)
+
+
+def paired_difference(by_prompt: Sequence[np.ndarray | None], by_seed: Sequence[float]) -> dict[str, Any]:
+    """A difference between two methods at the same seeds (at least 2), with its interval.
+
+    Args:
+        by_prompt: for each seed the difference of each prompt, `[prompts]`, or None. With three seeds or more and the
+            same prompts at each, the interval covers other seeds and other prompts (`crossed_mean`).
+        by_seed: for each seed the difference of the means, which is used otherwise; the interval covers other seeds.
+
+    Returns:
+        prompts (0 if only seeds are counted), difference, low and high (95 % interval), detectable (the minimum
+        detectable difference at 80 % power) and std (by seed, prompt and rest). Without spread only prompts and the
+        difference; of a difference that is not finite only prompts; the others are None.
+    """
+    row: dict[str, Any] = {"prompts": 0, "difference": None, "low": None, "high": None, "detectable": None, "std": None}
+    gaps = [gap for gap in by_prompt if gap is not None]
+    std = None
+    if len(gaps) == len(by_seed) >= 3 and len({len(gap) for gap in gaps}) == 1 and len(gaps[0]) > 1:
+        crossed = crossed_mean(gaps)
+        mean, error, freedom, low, high = crossed.mean, crossed.error, crossed.freedom, crossed.low, crossed.high
+        row["prompts"], std = len(gaps[0]), asdict(crossed.std)
+    else:
+        mean, error = over_seeds(by_seed)
+        low, high = interval(mean, error, len(by_seed))
+        freedom = len(by_seed) - 1
+    if not math.isfinite(mean):  # a policy that diverged
+        return row
+    row["difference"] = mean
+    if not spread_seen(error):
+        return row
+    return {**row, "low": low, "high": high, "detectable": smallest_difference(error, freedom), "std": std}
 
 
 def _crossed_error(squares: Any, seeds: int, prompts: int) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from sepo.errors import UserError
 from sepo.recipe.reading import explain, find_file, load_recipe, parse_override, parse_recipe, read_settings, set_key
@@ -67,6 +67,27 @@ class Assumed(Settings):
     seed: float = Field(0.03, ge=0, description="of a seed's mean over prompts (another oracle, another order)")
     prompt: float = Field(0.1, ge=0, description="of a prompt's mean over seeds")
     rest: float = Field(0.4, gt=0, description="of one answer to one prompt at one seed, beyond seed and prompt")
+
+
+class Baselines(Settings):
+    """Policies without training, each a point beside the curves of the trained ones (docs/compare.md)."""
+
+    best_of: list[Annotated[int, Field(ge=2, le=1024)]] = Field(
+        default_factory=list,
+        description="the best of so many answers of the start, by the oracle and by the gold reward",
+    )
+    steer: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list, description="the start, steered by the oracle's token rewards with these strengths"
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> Baselines:
+        for name, values in (("best_of", self.best_of), ("steer", self.steer)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} lists a value twice")
+        if not self.best_of and not self.steer:
+            raise ValueError("name best_of, steer or both")
+        return self
 
 
 class Grid(Settings):
@@ -118,6 +139,9 @@ class Grid(Settings):
         "0.1, rest 0.4",
     )
     keep_models: bool = Field(False, description="keep the trained policies")
+    baselines: Baselines | None = Field(
+        None, description="points without training beside the curves: {best_of: [2, 4, 8], steer: [0.5, 1, 2]}"
+    )
     variants: Annotated[dict[Annotated[str, Field(pattern=_NAME)], Variant], Field(min_length=1)] = Field(
         description="the methods to compare, by name"
     )

@@ -18,7 +18,10 @@ from sepo.recipe.settings import Recipe
 from sepo.runs.method import Method
 from sepo.runs.pipeline import check_method_pairs
 from sepo.stages.cost import Cost, Sizes
+from sepo.stages.stage import StageResult
+from sepo.study.baselines import check_baselines, setting_with_oracle
 from sepo.study.comparison import (
+    baselines_stage,
     can_tell,
     check_grid,
     check_prompts,
@@ -39,6 +42,7 @@ _SHARED = {
     "transfer": "token rewards under the policies' tokenizers",
     "select": "key tokens",
     "start": "samples of the starting models",
+    "baselines": "best of n, steering",
 }
 
 
@@ -52,6 +56,7 @@ class GridPlan(NamedTuple):
 def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
     """Plan a comparison, with numbers and times."""
     check_grid(settings)
+    check_baselines(grid, settings)
     first = next(iter(settings.values()))[0].recipe
     check_engine(first.engine)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +81,11 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
                 shared.setdefault(planner.by_key[key].kind, []).append(planner.by_key[key].cost(sizes.of(method)))
             runs[setting.variant][digest(stage.key())] = stage.cost(sizes.of(method))
         assert throughputs is not None
+        shared["baselines"] = _baselines(grid, settings, planner, sizes, pairs)
         check_same_pairs(settings, lambda recipe: sizes.known(recipe).of_policy.train.pairs)
     prompts = sizes.known(first).prompts
     check_prompts(grid, first, prompts)
-    rows = [_row("data", first.data.source, 1, None)]
+    rows = [_row("data", first.data.what, 1, None)]
     for kind, costs in shared.items():
         if costs and kind in _SHARED:
             rows.append(_row(kind, f"{_SHARED[kind]}; shared", len(costs), _seconds(costs, throughputs)))
@@ -95,6 +101,21 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
     what = f"{_checkpoints(grid)}, {answers} responses each"
     rows += [power, _row("total", what, number, _seconds(everything, throughputs))]
     return GridPlan(rows, [line for lines in examples.values() for line in lines])
+
+
+def _baselines(
+    grid: Grid, settings: dict[str, list[Setting]], planner: Planner, sizes: _Sizes, pairs: StageResult
+) -> list[Cost | None]:
+    """The costs of the baselines, one a seed."""
+    if grid.baselines is None:
+        return []
+    setting = setting_with_oracle(settings)
+    recipe = next(iter(settings.values()))[0].recipe if setting is None else setting.recipe
+    costs = []
+    for seed in grid.seeds:
+        method = method_of(recipe, planner, grid, seed, pairs)
+        costs.append(baselines_stage(method, grid, setting is not None).cost(sizes.of(method)))
+    return costs
 
 
 class _Sizes:

@@ -34,7 +34,7 @@ from sepo.judging.in_run import judge_responses
 from sepo.judging.scorers import Scorer
 from sepo.processes import log
 from sepo.recipe.settings import EvalSettings, JudgeSettings
-from sepo.study.kl_probe import Passing
+from sepo.study.passing import Passing
 from sepo.training.batches import pairs_seen
 
 
@@ -75,17 +75,37 @@ class PolicyEvaluator:
         """Sample answers from the policy and compare them with the start's, on the same prompts and seed.
 
         Returns:
-            kl, length, finished; with a gold reward gold, gold_difference and win_rate; with a judge judge_win_rate,
-            and judge_failed, the answers without a verdict; with neither accuracy, the share of held-out pairs whose
-            chosen response gained more. Each with its standard error by prompt (`_se`). And by_prompt, the list of
-            each prompt's gain, whose mean is `curves.quality` (missing if a judge left answers without a verdict).
+            the values of `of_answers`; without gold reward and judge also accuracy, the share of held-out pairs whose
+            chosen response gained more, with its standard error by prompt, and by_prompt of it.
 
         Raises:
             UserError: the judge gave no verdict at all.
         """
         generations = sample(policy, self.tokenizer, self.prompts, self.settings, self.seed)
-        groups = [generation.prompt_index for generation in generations]
         kl = sample_kl(policy, self.base, self.prompts, generations)
+        result = self.of_answers(generations, kl, str(next(policy.parameters()).device))
+        if self.settings.gold is None and self.settings.judge is None:
+            result |= self._accuracy(policy)
+        return result
+
+    def of_answers(self, generations: Sequence[Generation], kl: np.ndarray, device: str) -> dict[str, Any]:
+        """Compare answers to all prompts with the start's.
+
+        Args:
+            generations: as many to each prompt as the start gave, by prompt.
+            kl: `[answers]` nats, whose mean is the KL from the start.
+            device: of a judge that is loaded for this.
+
+        Returns:
+            kl, length, finished; with a gold reward gold, gold_difference and win_rate; with a judge judge_win_rate,
+            and judge_failed, the answers without a verdict. Each with its standard error by prompt (`_se`). And
+            by_prompt, the list of each prompt's gain, whose mean is `curves.quality` (missing if a judge left answers
+            without a verdict, or without gold reward and judge).
+
+        Raises:
+            UserError: the judge gave no verdict at all.
+        """
+        groups = [generation.prompt_index for generation in generations]
         lengths = np.array([len(generation.response_ids) for generation in generations])
         result: dict[str, Any] = {"finished": float(np.mean([generation.finished for generation in generations]))}
         result["kl"], result["kl_se"] = mean_and_se(kl, groups)
@@ -99,9 +119,7 @@ class PolicyEvaluator:
             result["win_rate"], result["win_rate_se"] = mean_and_se(0.5 * (1 + np.sign(after - before)), groups)
         if self.settings.judge is not None:
             result.pop("by_prompt", None)  # of the gold reward; with a judge, curves show the judge's win rate
-            result |= self._judged(policy, generations, self.settings.judge)
-        elif self.settings.gold is None:
-            result |= self._accuracy(policy)
+            result |= self._judged(generations, self.settings.judge, device)
         return result
 
     def _accuracy(self, policy: nn.Module) -> dict[str, Any]:
@@ -123,8 +141,8 @@ class PolicyEvaluator:
             **{name: metrics[f"policy/{name}"] for name in names},
         }
 
-    def _judged(self, policy: nn.Module, generations: Sequence[Generation], judge: JudgeSettings) -> dict[str, Any]:
-        """The judge's win rate of the policy's answers against the start's."""
+    def _judged(self, generations: Sequence[Generation], judge: JudgeSettings, device: str) -> dict[str, Any]:
+        """The judge's win rate of answers against the start's."""
         groups = [generation.prompt_index for generation in generations]
         conversations = conversations_of(self.asked)
         metrics, columns, _ = judge_responses(
@@ -133,7 +151,7 @@ class PolicyEvaluator:
             self.start["texts"],
             answers_of(self.tokenizer, generations, self.prompts),
             groups,
-            str(next(policy.parameters()).device),
+            device,
             None if self.scorer is None else self.scorer(),
         )
         if not metrics["judge/judged"]:

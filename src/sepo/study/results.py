@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from sepo.numbers import MISSING, NO_SPREAD, number, with_error
 from sepo.report.build import page_style
 from sepo.report.documents import html_document
 from sepo.report.figures import GREY, MARKERS, SERIES, make_figure, write_png
-from sepo.report.statistics import interval, over_seeds, spread_seen
-from sepo.study.crossed import StdComponents, crossed_mean, smallest_difference
+from sepo.report.statistics import over_seeds, spread_seen
+from sepo.study.beside import against_baselines, baselines_section, draw_baselines
+from sepo.study.crossed import StdComponents, paired_difference, smallest_difference
 from sepo.study.curves import (
     at_ceiling,
     at_kl,
@@ -35,6 +35,7 @@ _SECTIONS = re.compile(r"^[^=]*\.(?=[^.=]*=)")
 _STAGES = {
     "data": "pairs", "reference": "reference", "oracle": "oracle", "score": "token rewards", "select": "selection",
     "logps": "log-probabilities", "start": "samples of the start", "transfer": "transferred rewards",
+    "baselines": "baselines",
 }  # fmt: skip
 
 
@@ -136,22 +137,18 @@ def _difference(
         return row
     row["ceiling"] = all(ceiling_at_kl(points, kl) for points in runs)
     by_prompt = [(at_kl_by_prompt(points, kl), at_kl_by_prompt(against, kl)) for points, against in both]
-    gaps = [a - b for a, b in by_prompt if a is not None and b is not None and a.shape == b.shape]
-    if len(gaps) == len(both) >= 3 and len({len(gap) for gap in gaps}) == 1 and len(gaps[0]) > 1:
-        crossed = crossed_mean(gaps)
-        error, freedom = crossed.error, crossed.freedom
-        row |= {"prompts": len(gaps[0]), "difference": crossed.mean, "low": crossed.low, "high": crossed.high}
-        row["std"] = asdict(crossed.std)
-    else:
-        values = [at_kl(points, kl)[0] - at_kl(against, kl)[0] for points, against in both]
-        row["difference"], error = over_seeds(values)
-        row["low"], row["high"] = interval(row["difference"], error, len(values))
-        freedom = len(values) - 1
-    if not math.isfinite(row["difference"]):  # a policy that diverged
-        return {**row, "difference": None, "low": None, "high": None, "std": None}
-    if not spread_seen(error):
-        return {**row, "low": None, "high": None, "std": None}
-    return {**row, "detectable": smallest_difference(error, freedom)}
+    gaps = [a - b if a is not None and b is not None and a.shape == b.shape else None for a, b in by_prompt]
+    values = [at_kl(points, kl)[0] - at_kl(against, kl)[0] for points, against in both]
+    return {**row, **paired_difference(gaps, values)}
+
+
+def _reported(runs: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The reported runs of each setting, by its name."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if run["reported"]:
+            groups.setdefault(_name(run), []).append(run)
+    return groups
 
 
 def typical_std(differences: Iterable[Mapping[str, Any]]) -> StdComponents | None:
@@ -205,13 +202,17 @@ def write_comparison(
     """Write `compare.md`, the figures, `compare.html` and `compare.json` into a folder; returns the JSON's content.
 
     Args:
-        head: name, kl, also_at, gold, judge (if there is one), environment and failed (runs that diverged).
+        head: name, kl, also_at, gold, judge (if there is one), environment, failed (runs that diverged), and baselines
+            (points of `baselines.measure` with their seeds), if the grid has any.
         runs: as for `summarise_runs`.
         shared: stages that the runs share, each with stage, seconds and what.
         figures: False leaves the figures as they are.
     """
     kl = head["kl"]
     tables = {"rows": summarise_runs(runs, kl), "differences": differences(runs, kl)}
+    if baselines := head.get("baselines"):
+        curves = {name: {run["seed"]: run["points"] for run in of} for name, of in _reported(runs).items()}
+        tables["against_baselines"] = against_baselines(curves, baselines)
     comparison = {**head, **tables, "runs": list(runs), "shared": list(shared)}
     text = comparison_markdown(comparison)
     write_text(folder / "compare.md", text)
@@ -246,6 +247,8 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         lines += [f"| {run['variant']} | {run['label'] or '–'} | {run['seed']} | {run['error']} |" for run in failed]
     if comparison["differences"]:
         lines += _differences_section(comparison, value)
+    if beside := comparison.get("against_baselines"):
+        lines += baselines_section(beside)
     if comparison["shared"]:
         lines += ["", "## Shared stages", "", "| stage | seconds | peak, GB | content | folder |"]
         lines += ["|---|---:|---:|---|---|"]
@@ -408,6 +411,7 @@ def save_comparison_figures(comparison: Mapping[str, Any], folder: Path) -> list
     def frontier(axes: Axes) -> None:
         for name, members in groups.items():
             _draw_curves(axes, name, members, styles[name])
+        draw_baselines(axes, comparison.get("baselines", ()))
         if kl := comparison["kl"]:
             axes.axvline(kl, color=GREY, linewidth=0.8, linestyle=":", label=f"KL {kl:g}, where methods are compared")
         axes.axhline(0, color=GREY, linewidth=0.8)

@@ -17,6 +17,7 @@ from torch import nn
 from sepo.data.ragged import SIDES, flat
 from sepo.data.splits import prompt_rows
 from sepo.data.tables import read_table
+from sepo.evaluate.kl_probe import PROBES, Probe
 from sepo.files import write_json
 from sepo.forward.packing import read_length
 from sepo.forward.scoring import table_pairs
@@ -32,7 +33,7 @@ from sepo.stages.evaluate import kl_estimates, sampling_estimates
 from sepo.stages.logps import scoring_dtype
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.study.grid import Grid
-from sepo.study.kl_probe import PROBES, Passing, Probe
+from sepo.study.passing import Passing
 from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, start_of
 from sepo.training import fit
 from sepo.training.batches import whole_responses
@@ -135,7 +136,7 @@ def run_stage(
             table = read_table(targets.folder, "selection")
             if not OBJECTIVES[policy.objective].reads_selection:
                 table = whole_responses(table)
-        evaluator = _evaluator(recipe, start, pairs, samples, held_out_logps, measured)
+        evaluator = evaluator_of(recipe, start, pairs, samples, held_out_logps, measured)
         reference_logps = None if logps is None else read_table(logps.folder, "logps")
         return _train_measured(recipe, start, table, reference_logps, evaluator, measured, folder)
 
@@ -143,7 +144,7 @@ def run_stage(
         kind="run",
         what=f"{policy.objective}, seed {seed}",
         depends={
-            "policy": policy.model_dump(mode="json"),
+            "policy": policy.model_dump(mode="json", exclude={"target_kl"}),  # compare refuses it
             "start": start.inherited(),
             "targets": pairs.content if targets is None else targets.content,
             "logps": None if logps is None else logps.content,
@@ -163,7 +164,7 @@ def run_stage(
     )
 
 
-def _evaluator(
+def evaluator_of(
     recipe: Recipe,
     start: Model,
     pairs: StageResult,

@@ -8,7 +8,7 @@ import math
 import pickle
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def train_model(
     seed: int = 0,
     device: str = "auto",
     callbacks: Sequence[TrainerCallback] = (),
+    until: Mapping[str, Any] | None = None,
     **objective: Any,
 ) -> dict[str, float]:
     """Train a model on a pairs or selection table and save it to `out`.
@@ -126,7 +127,9 @@ def train_model(
     Args:
         reference_logps: log-probabilities of the rows of `table`, in the `training_types`.
         reference_is_start: they are those of `model` as it is here; False: of another model, which is logged.
-        callbacks: additional callbacks beside those for the progress bar and the checkpoints.
+        callbacks: additional callbacks beside those for the progress bar and the checkpoints. What one has as
+            `results` (float by name) joins the results.
+        until: what a callback that ends the training depends on; a part of the training's fingerprint.
         objective: fields of `PreferenceConfig`: objective="dpo", beta=0.1 or objective="sepo", gamma=2.0, ...
 
     Returns:
@@ -142,6 +145,7 @@ def train_model(
         quantization=quantization,
         seed=seed,
         **{name: value for name, value in provenance_of(table).items() if name == TEMPLATE_OPTIONS},
+        **({} if until is None else {"until": dict(until)}),
         **objective,
     )
     existing = processes.on_main(lambda: existing_model(out, made_with))
@@ -222,6 +226,8 @@ def _train(
     # Trainer's own mean covers only the steps since the last resume. A run shorter than logging_steps has no other.
     loss = sum(losses) / len(losses) if losses else (None if checkpoint else trained.training_loss)
     results = {"seconds": seconds, "loss": loss, "steps": trainer.state.global_step}
+    for callback in trainer.callback_handler.callbacks:
+        results |= getattr(callback, "results", {})
 
     def save() -> dict[str, float]:
         configured = getattr(trainer, "as_configured", contextlib.nullcontext)

@@ -292,14 +292,15 @@ def opd(logps: Tensor, baselines: Tensor, reference: Sides, segments: Tensor, cl
     """On-policy distillation towards π_start · exp(λ s), on the policy's own answers: `[pairs]` losses.
 
         A_t = λ s_t - (log pi - log start)_t                                          without gradient
-        r   = exp((log pi(y) - log start(y)) / |y|)                                   without gradient
+        r   = exp(clamp((log pi(y) - log start(y)) / |y|, -20, 20))                   without gradient
         r_t = r * pi(y_t) / pi(y_t)                 the last denominator without gradient, so r_t = r in value
         L   = -mean over t of min(r_t A_t, clip(r_t, 1 - e, 1 + e) A_t),              mean over both responses
 
     The advantage is that of distillation from a teacher on the student's samples (GKD, arXiv 2306.13649; the reverse KL
     of MiniLLM, 2306.08543). The teacher is log π_start + λ s: with λ = 1 and an oracle trained from the start, the
     oracle itself. The answers were sampled from the start, so r corrects for the steps since: the length-normalised
-    ratio of a response and its clipping are GSPO's, token by token (2507.18071, GSPO-token). Chosen or rejected does
+    ratio of a response and its clipping are GSPO's, token by token (2507.18071, GSPO-token). The
+    clamp at 20 nats a token is ours: such a response is clipped anyway, and r stays finite. Chosen or rejected does
     not matter: both are answers of the policy, as `data.on_policy` samples them, exactly so at temperature 1.
 
     Args:
@@ -314,7 +315,6 @@ def opd(logps: Tensor, baselines: Tensor, reference: Sides, segments: Tensor, cl
     frozen = logps.detach()
     start = torch.stack(list(reference), 1).flatten()
     sums = frozen.new_zeros(number).index_add(0, segments, frozen)
-    # A response far from the start is clipped anyway; the bound keeps its product finite.
     ratios = ((sums - start) / counts).clamp(-20, 20).exp()[segments] * torch.exp(logps - frozen)
     advantages = baselines - frozen
     gains = torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)

@@ -29,9 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from sepo import processes
-from sepo.data.encoding import tokenize_pairs
 from sepo.data.loading import require_dataset
-from sepo.data.tables import provenance_of, require_table
+from sepo.data.tables import PAIR_WEIGHT, provenance_of, require_table
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
 from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
@@ -56,6 +55,7 @@ from sepo.training.batches import (
     whole_responses,
     with_baselines,
 )
+from sepo.training.columns import check_tokens, is_text, table_of
 from sepo.training.dropout import (
     adapter_modules,
     as_configured,
@@ -108,6 +108,7 @@ class PreferenceConfig(TrainingArguments):
             force a layout.
         max_length, max_prompt_length, as_chat, chat_template_kwargs: used only if the dataset is text; see
             `sepo.data.encoding.tokenize_pairs`.
+        weight_column: a dataset's column of weights of the pairs' losses, 0 or more; 1 without it.
     """
 
     objective: str = field(default="sepo", metadata={"help": ", ".join(OBJECTIVES)})
@@ -123,6 +124,7 @@ class PreferenceConfig(TrainingArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens of the prompt"})
     as_chat: bool = field(default=False, metadata={"help": "wrap plain-text prompts as one user turn"})
     chat_template_kwargs: dict | None = field(default=None, metadata={"help": "keywords for the chat template"})
+    weight_column: str = field(default=PAIR_WEIGHT, metadata={"help": "a dataset's column with weights of the pairs"})
 
     def __post_init__(self):
         if self.output_dir is not None:
@@ -196,7 +198,8 @@ class PreferenceTrainer(Trainer):
         model: the model, or a name that `sepo.models.load_model` takes. Its own dropout is turned off.
         args: a `PreferenceConfig`.
         train_dataset: a table of kind "pairs" (targets: all response tokens) or "selection" (targets: key tokens); or a
-            `datasets.Dataset` with prompt, chosen and rejected, which `processing_class` tokenises.
+            `datasets.Dataset` with prompt, chosen and rejected, which `processing_class` tokenises, or with token ids
+            and weights (`sepo.training.columns`).
         eval_dataset: the same, optional; or several by name, whose metrics are `eval_NAME_loss` and so on.
         reference_logps: a table of kind "logps" for the rows of `train_dataset`, for the objectives with a reference.
             Used as given. If None, computed once before training from the initial model.
@@ -233,9 +236,7 @@ class PreferenceTrainer(Trainer):
         if isinstance(model, str | os.PathLike):
             processing_class = processing_class or load_tokenizer(model)
         model = _loaded(model, peft_config, args.seed)
-        if processing_class is None and any(
-            isinstance(d, datasets.Dataset) for d in (train_dataset, *_sets(eval_dataset))
-        ):
+        if processing_class is None and any(is_text(data) for data in (train_dataset, *_sets(eval_dataset))):
             processing_class = _tokenizer_of(model)
         if args.device.type == "cuda" and not _has_device_placement(model):
             model = model.to(args.device)  # prepare_model tests it on the device of the training
@@ -312,7 +313,8 @@ class PreferenceTrainer(Trainer):
             return None
         if not isinstance(data, pa.Table):
             data = require_dataset(f"{part}_dataset", data)
-            data = _tokenized(args, data, tokenizer or _tokenizer_of(model))
+            check_tokens(f"{part}_dataset", data, tokenizer)
+            data = table_of(f"{part}_dataset", data, args, lambda: tokenizer or _tokenizer_of(model))
         objective = OBJECTIVES[args.objective]
         # A table of scores has the columns of pairs as well, but training on key tokens needs a selection.
         kinds = ("selection",) if "chosen_rewards" in data.column_names and objective.reads_selection else ("pairs",)
@@ -691,19 +693,6 @@ def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
         return load_tokenizer(name)
     except UserError as error:
         raise UserError(f"a dataset of text needs a tokenizer, and '{name}' has none ({error}): {how}") from None
-
-
-def _tokenized(args: PreferenceConfig, data: Any, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-    table, report = tokenize_pairs(
-        data,
-        tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        as_chat=args.as_chat,
-        chat_template_kwargs=args.chat_template_kwargs,
-    )
-    processes.log(report.summary())
-    return table
 
 
 def _has_device_placement(model: nn.Module) -> bool:

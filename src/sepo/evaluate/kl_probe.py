@@ -1,4 +1,4 @@
-"""Find the training step at which a policy passes a given KL from its start, with a cheap probe.
+"""A cheap probe of how far a policy in training is from its start, and when to probe.
 
 The KL of a measurement is taken on the policy's own answers. Sampling them costs far more than a training step. The
 probe samples nothing: it reads a few answers of the *start*, sampled once, and sums the KL between the next-token
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,46 +83,29 @@ class Probe:
         return total / self.number
 
 
-class Passing:
-    """Detects when a policy in training passes given KLs. A JSON file keeps the probes, so that a resumed run probes at
-    the same steps.
+class Probes:
+    """The probes of a policy in training. A JSON file keeps them, so that a resumed run probes at the same steps.
 
     Args:
-        targets: KLs in nats per response, ascending.
         path: the JSON file, a list of [step, KL].
     """
 
-    def __init__(self, targets: Sequence[float], probe: Probe, path: Path):
-        self.targets, self.probe, self.path = targets, probe, path
+    def __init__(self, probe: Callable[[nn.Module], float], path: Path):
+        self.probe, self.path = probe, path
         self.probes: list[tuple[int, float]] = []
 
     def begin(self, step: int) -> None:
         """Continue after `step` with the probes up to it."""
         self.probes = [probe for probe in _read_probes(self.path) if probe[0] <= step]
 
-    def passed(self, step: int, policy: nn.Module, points: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """Probe the policy if a probe is due.
-
-        Args:
-            points: the measurements so far; those before `step` count.
-
-        Returns:
-            `passed`, the targets passed since the last measurement, and `probe`, the probed KL. Empty if no probe is
-            due or no target was passed.
-        """
-        before = [point for point in points if point["step"] < step and "probe" in point]
-        furthest = max((max(point["kl"], *point["passed"]) for point in before), default=0.0)
-        left = [target for target in self.targets if target > furthest]
-        if not left:
-            return {}
-        scale = scale_of(before)
-        if step < next_look(self.probes, left[0] / scale):
-            return {}
+    def look(self, step: int, policy: nn.Module, threshold: float) -> float | None:
+        """The probed KL, if a probe is due on the way to `threshold`."""
+        if step < next_look(self.probes, threshold):
+            return None
         value = self.probe(policy)
         self.probes.append((step, value))
         write_json(self.path, self.probes, indent=None)
-        passed = [target for target in left if value >= target / scale]
-        return {"passed": passed, "probe": value} if passed else {}
+        return value
 
 
 def scale_of(points: Sequence[Mapping[str, Any]]) -> float:
