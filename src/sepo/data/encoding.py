@@ -26,6 +26,7 @@ import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import datasets
@@ -575,18 +576,17 @@ class _TooLong:
             self._keys.append(_keys(prompts, rows))
             self._longest.append(responses[rows].astype(np.int32))
 
-    def _merge(self) -> tuple[np.ndarray, np.ndarray]:
+    @cached_property
+    def _prompts(self) -> tuple[np.ndarray, np.ndarray]:
         """The hashes in ascending order, each once, and the tokens of the longest response to each."""
-        if len(self._keys) > 1:
-            keys, inverse = np.unique(np.concatenate(self._keys), return_inverse=True)
-            longest = np.zeros(len(keys), np.int32)
-            np.maximum.at(longest, inverse, np.concatenate(self._longest))
-            self._keys, self._longest = [keys], [longest]
-        return self._keys[0], self._longest[0]
+        keys, inverse = np.unique(np.concatenate(self._keys), return_inverse=True)
+        longest = np.zeros(len(keys), np.int32)
+        np.maximum.at(longest, inverse, np.concatenate(self._longest))
+        return keys, longest
 
     def truncated(self, table: pa.Table, report: DataReport) -> pa.Table:
         """A part, truncated; counts in the report what was."""
-        known, lengths = self._merge()
+        known, lengths = self._prompts
         prompts = Ragged(table.column("prompt_ids"))
         keys = _keys(prompts, np.arange(len(table)))
         places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
