@@ -34,7 +34,7 @@ output_dir: out
 seeds: [0]
 checkpoints: 1
 baselines: {best_of: [2, 4], steer: [1.0]}
-variants: {sepo: {}, truth: {set: {select.credit: truth}}}
+variants: {sepo: {}}
 """
 
 
