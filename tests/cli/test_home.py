@@ -74,6 +74,8 @@ NO_PATH = {
     "recipe name",  # a built-in recipe's
     *("key_header", "header", "request", "judge_temperature"),
     *("server", "key_variable", "model_name", "prompt_name", "judge"),  # a judge is a kind with a name, tried below
+    *("gold", "engine"),  # an engine is a kind with a folder, tried below
+    *("merge dtype", "sample temperature", "best-of n"),
     "run until",
     *("generate name", "winrate baseline", "push to", "push base", "push license"),
 }
@@ -117,8 +119,13 @@ NO_PATH_SETTINGS = {
     *("name", "device", "data.split", "data.config_name", "data.held_out_split", "data.pairs_from"),
     *("reference.sft.split", "reference.sft.config_name", "reference.revision", "policy.revision"),
     "oracle.reward_columns",
-    *(f"eval.judge.{name}" for name in ("function", "key_variable", "key_header", "model")),
-    *(f"eval.judge.{name}" for name in ("prompt_name", "revision", "server")),
+    *("engine", "eval.gold", "data.on_policy.gold"),
+    *("data.sources.split", "data.sources.config_name", "data.sources.pairs_from"),
+    *(
+        f"{section}.judge.{name}"
+        for section in ("eval", "data.on_policy")
+        for name in ("function", "key_variable", "key_header", "model", "prompt_name", "revision", "server")
+    ),
     *(f"{part}.lora.target_modules" for part in ("oracle", "policy")),
     *(
         f"{part}.training.{name}"
@@ -132,6 +139,11 @@ BESIDE = {
     "eval.judge.cache": {"eval": {"judge": SERVER}},
     "eval.judge.prompt": {"eval": {"judge": SERVER}},
     "eval.judge.reference": {"eval": {"judge": {"oracle": "o"}}},
+    "data.on_policy.model": {"data": {"on_policy": {"gold": "vader"}}},
+    "data.on_policy.prompts": {"data": {"on_policy": {"gold": "vader"}}},
+    "data.on_policy.judge.cache": {"data": {"on_policy": {"judge": SERVER}}},
+    "data.on_policy.judge.prompt": {"data": {"on_policy": {"judge": SERVER}}},
+    "data.on_policy.judge.reference": {"data": {"on_policy": {"judge": {"oracle": "o"}}}},
 }
 LISTS = ("eval.tasks",)
 
@@ -159,9 +171,12 @@ RECIPE_PATHS = sorted(set(text_settings(Recipe)) - NO_PATH_SETTINGS)
 
 def test_the_settings_that_take_a_path_are_found():
     assert [
-        *("data.held_out_source", "data.source", "eval.judge.cache", "eval.judge.oracle"),
+        *("data.held_out_source", "data.on_policy.judge.cache", "data.on_policy.judge.oracle"),
+        *("data.on_policy.judge.prompt", "data.on_policy.judge.reference", "data.on_policy.judge.reward_model"),
+        *("data.on_policy.model", "data.on_policy.prompts", "data.source", "data.sources.source"),
+        *("eval.base", "eval.judge.cache", "eval.judge.oracle"),
         *("eval.judge.prompt", "eval.judge.reference", "eval.judge.reward_model"),
-        *("eval.tasks", "oracle.model", "oracle.rewards", "output_dir", "policy.model"),
+        *("eval.tasks", "oracle.model", "oracle.rewards", "output_dir", "policy.model", "policy.reference"),
         *("reference.model", "reference.sft.source"),
     ] == RECIPE_PATHS
 
@@ -169,6 +184,10 @@ def test_the_settings_that_take_a_path_are_found():
 @pytest.mark.parametrize("setting", RECIPE_PATHS)
 def test_every_setting_that_takes_a_path_knows_the_home_folder(setting, at_home):
     values: dict[str, Any] = copy.deepcopy(BESIDE.get(setting, {}))
+    if setting == "data.sources.source":
+        sources = parse_recipe({"data": {"sources": [{"source": "~/some/place"}, {"source": "b"}]}}).data.sources
+        assert [one.source for one in sources] == [str(at_home / "some" / "place"), "b"]
+        return
     set_key(values, setting, ["~/some/place"] if setting in LISTS else "~/some/place", "test")
     value: Any = parse_recipe(values)
     for part in setting.split("."):

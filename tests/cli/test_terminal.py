@@ -28,6 +28,9 @@ def place(tmp_path_factory) -> Path:
     tiny_tokenizer().save_pretrained(folder / "model")
     rows = [{"prompt": f"Is it {i}?", "chosen": f"Yes, {i}!", "rejected": f"no {i} here"} for i in range(12)]
     (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subsets = ("alpacaeval-easy", "math-prm", "hep-cpp", "donotanswer")
+    bench = [{**row, "subset": subset, "id": i} for i, (row, subset) in enumerate(zip(rows, subsets, strict=False))]
+    (folder / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bench))
     base = {
         "data": {"source": str(folder / "prefs.jsonl"), "as_chat": True, "held_out": 4},
         "reference": {"model": str(folder / "model")},
@@ -60,6 +63,10 @@ def commands(place: Path) -> dict[str, list[str]]:
         "run --dry-run": ["run", f"{place}/recipe.yaml", "--dry-run"],
         "run": ["run", f"{place}/recipe.yaml"],
         "oracle": ["oracle", *reference, *data, "--out", f"{place}/oracle", "batch_size=4"],
+        "oracle --lora": ["oracle", *reference, *data, "--out", f"{place}/adapter", "--lora", "2", "batch_size=4"],
+        "merge": ["merge", "--adapter", f"{place}/adapter", "--out", f"{place}/merged", "--device", "cpu"],
+        "reward": ["reward", "--oracle", f"{place}/oracle", *reference, "--data", f"{place}/bench.jsonl",
+                   "--out", f"{place}/reward", "--device", "cpu"],
         "score": ["score", "--oracle", f"{place}/oracle", *reference, *data, "--out", f"{place}/scores"],
         "transfer": ["transfer", "--table", f"{place}/scores", *data[:3], "--tokenizer", f"{place}/model",
                      "--out", f"{place}/moved"],

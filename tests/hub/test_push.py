@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from peft import PeftModel
 from scipy import stats
+from transformers import AutoModelForCausalLM
 
 from sepo.cli import main
 from sepo.data.tables import read_table
 from sepo.hub import push
 from sepo.recipe.reading import parse_recipe
 from sepo.runs.folder import hub_names
+from tiny_gguf import write_gguf
 from tiny_models import tiny_model, tiny_tokenizer
 
 WILD = "<script>alert(1)</script> | [x](http://evil.example) ![i](//e.example/p) @all `c` www.evil.example"
@@ -174,6 +179,44 @@ def test_a_policy_goes_up_with_its_card_and_a_base_that_others_have(finished, hu
     assert not any(str(finished).encode() in content for content in hub.files.values() if content)
 
 
+def uploaded(hub, folder):
+    for name, content in hub.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_policy_on_a_gguf_goes_up_as_a_whole_model(finished, hub, tmp_path, monkeypatch, capsys):
+    """The quickstart's policy: no adapter on the hub can name a file or a Python package as its base."""
+    monkeypatch.setenv("SEPO_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "base.gguf", AutoModelForCausalLM.from_pretrained(finished / "model"))
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    config = json.loads((run / "policy" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base.gguf")
+    (run / "policy" / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["push", str(run), "--to", "me/mine"]) == 0
+    assert "the adapter and its base as one model" in capsys.readouterr().out
+    folder = uploaded(hub, tmp_path / "up")
+    assert "adapter_config.json" not in hub.files
+    assert not any(str(tmp_path).encode() in content for name, content in hub.files.items() if "model" not in name)
+    text = (folder / "README.md").read_text()
+    assert "AutoPeft" not in text
+    assert front_matter(text)["library_name"] == "transformers"
+    ids = torch.tensor([[1, 40, 41, 60]])
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(finished / "model"), run / "policy")
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        torch.testing.assert_close(whole, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+    assert main(["push", str(run), "--to", "me/mine", "--base", "org/base", "--dry-run"]) == 0  # the user's word
+    assert "adapter_config.json" in capsys.readouterr().out
+
+
+def test_an_adapter_goes_up_as_a_whole_model_where_asked(finished, hub):
+    assert main(["push", str(finished / "run"), "--to", "me/mine", "--merge"]) == 0
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
+    assert "adapter_config.json" not in hub.files
+
+
 def test_an_oracle_goes_up_as_a_model(finished, hub):
     assert main(["push", str(finished / "run"), "--to", "me/oracle", "--what", "oracle"]) == 0
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
@@ -213,6 +256,30 @@ def test_token_rewards_go_up_as_a_dataset_that_others_can_read(finished, hub, tm
     assert table.column("chosen_tokens").type.value_type == "string"
 
 
+def test_token_rewards_in_a_folder_are_read_and_used_without_this_package(finished, tmp_path, capsys, monkeypatch):
+    """The code of the card, run on the folder, gives the objective's weighted mean."""
+    out = tmp_path / "rewards"
+    assert main(["push", str(finished / "run"), "--what", "scores", "--out", str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["rewards"]
+    code = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for block in code:
+        exec(block.replace("ORG/NAME", str(out)), names)
+    model = AutoModelForCausalLM.from_pretrained(finished / "model").double()
+    row = next(row for row in names["trained"] if any(row["chosen_weights"]))
+    ids = torch.tensor(row["prompt_ids"] + row["chosen_ids"])
+    with torch.no_grad():
+        logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        found = float(names["weighted_logp"](model, row, "chosen"))
+    start = len(row["prompt_ids"])
+    kept = [i for i, weight in enumerate(row["chosen_weights"]) if weight]
+    expected = sum(float(logps[start + i - 1, ids[start + i]]) for i in kept) / len(kept)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert main(["push", str(finished / "run"), "--what", "scores", "--out", str(out)]) == 2
+    assert "choose a new folder" in capsys.readouterr().err
+
+
 def answered(code):
     return HfHubHTTPError("no", response=SimpleNamespace(status_code=code, headers={}, request=None))
 
@@ -224,6 +291,8 @@ def answered(code):
         (["--to", "../x/y"], "expected ORG/NAME"),
         (["--to", "me/mine"], "--base ORG/NAME"),  # an adapter of a folder here
         (["--to", "me/mine", "--what", "oracle", "--base", "b"], "expected ORG/NAME"),
+        (["--to", "me/mine", "--what", "oracle", "--merge"], "is a whole model"),
+        (["--to", "me/mine", "--what", "scores", "--merge"], "--merge is for a policy or an oracle"),
     ],
 )
 def test_bad_input_ends_in_one_line_before_any_request(arguments, says, finished, hub, capsys):

@@ -31,6 +31,7 @@ COMMANDS = {
     "best-of": "sepo.sampling.commands.best_of",
     "report": "sepo.report.command",
     "reward": "sepo.rewards.command",
+    "merge": "sepo.hub.merge",
     "push": "sepo.hub.command",
     "work": "sepo.engines.command",
     "bench": "sepo.bench.command",
@@ -63,6 +64,7 @@ stage by stage, without a recipe:
   sepo judge --answers mine.json --against theirs.json --judge reward:MODEL --out judged
   sepo reward --oracle oracle --reference MODEL --data reward-bench.parquet --out rewardbench
   sepo work runs/mine                           do units of a run with --engine files, on any machine
+  sepo merge --adapter policy --out whole       one model folder, for tools that read no adapters
   sepo push runs/mine --to ORG/NAME             to the hub, with a card (docs/how-to/share-on-the-hub.md)
   sepo winrate annotations.json                 win rate with its error, length-controlled (docs/judging.md)
 

@@ -27,6 +27,7 @@ DROP_REASONS: dict[str, str] = {
     "unknown label": "the label names neither response",
     "one response": "there are not two responses to one prompt",
     "no shared prompt": "there is no prompt, and chosen and rejected do not share one",
+    "several turns": "chosen and rejected differ over several assistant turns; a response is the last turn alone",
     "empty prompt": "there is no message, or no text and neither a BOS nor an EOS token to start from",
     "tools": "the tools are not a list of schemas, or the prompt is not a conversation",
     "refused by the chat template": "the chat template cannot render the conversation",
@@ -301,7 +302,7 @@ def _pair_from_messages(prompt: str | Messages | None, chosen: list[Message], re
     context = list(prompt) if isinstance(prompt, Messages) else []
     chosen, rejected = (_without_repeated(context, side) for side in (chosen, rejected))
     if chosen[:-1] != rejected[:-1]:
-        raise DropRow("no shared prompt")  # a response is one turn; these differ before their last turns
+        raise DropRow(*_why_not_one_turn(chosen, rejected))
     # A prompt column that ends with an assistant turn begins the response (TRL: continue_final_message).
     prefill = bool(context) and context[-1]["role"] == "assistant" and len(chosen) == 1
     context = context + chosen[:-1]
@@ -322,6 +323,15 @@ def _pair_from_messages(prompt: str | Messages | None, chosen: list[Message], re
         extras=(extras[0], extras[1]),
         notes=tuple(notes),
     )
+
+
+def _why_not_one_turn(chosen: list[Message], rejected: list[Message]) -> tuple[str, str]:
+    """Reason and detail of a drop where two conversations differ before their last turns."""
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+    turns = [sum(message["role"] == "assistant" for message in side[same:]) for side in (chosen, rejected)]
+    if {chosen[same]["role"], rejected[same]["role"]} == {"assistant"}:
+        return "several turns", f"{turns[0]} and {turns[1]} assistant turns"
+    return "no shared prompt", ""
 
 
 def _without_repeated(context: list[Message], side: list[Message]) -> list[Message]:

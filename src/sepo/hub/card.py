@@ -137,12 +137,12 @@ def table_card(
         tokenizer: the model whose tokenizer made the token ids.
         names: those of the recipe that are on the hub (`hub_names`).
     """
-    source = hub_id(recipe.data.source, names)
+    sources = _hub_sources(recipe, names)
     data = DatasetCardData(
         license=license,
         task_categories=["text-generation"],
         tags=["sepo", "preference-optimization", "token-rewards", "dpo"],
-        source_datasets=None if source is None else [source],
+        source_datasets=sources,
         pretty_name=f"{recipe.name}: token rewards",
         configs=[
             {"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*.parquet"} for s in counts]}
@@ -217,9 +217,19 @@ def write_policy_card(folder: Path, recipe: Recipe, metrics: Mapping[str, Any]) 
 
 
 def policy_card_of_run(
-    folder: Path, recipe: Recipe, metrics: Mapping[str, Any], *, base: str | None = None, license: str | None = None
+    folder: Path,
+    recipe: Recipe,
+    metrics: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    license: str | None = None,
+    merged: bool = False,
 ) -> str:
-    """The card of the policy in a run folder; `base` and `license` override what the run records."""
+    """The card of the policy in a run folder; `base` and `license` override what the run records.
+
+    Args:
+        merged: an adapter is shared as a whole model.
+    """
     name, names = recipe.policy.model or recipe.reference.model, hub_names(folder)
     return policy_card(
         recipe,
@@ -227,7 +237,7 @@ def policy_card_of_run(
         summary_of_folder(folder, recipe, metrics),
         names=names,
         base=base or hub_id(name, names),
-        adapter=is_adapter(folder / "policy"),
+        adapter=is_adapter(folder / "policy") and not merged,
         license=license or license_beside(name, names),
     )
 
@@ -244,11 +254,10 @@ def may_write(path: Path) -> bool:
 
 def front_matter(recipe: Recipe, names: Collection[str], base: str | None, adapter: bool, license: str | None) -> str:
     """The metadata of a model, as the hub reads them."""
-    source = hub_id(recipe.data.source, names)
     data = ModelCardData(
         base_model=base,
         base_model_relation=None if base is None else "adapter" if adapter else "finetune",
-        datasets=None if source is None else [source],
+        datasets=_hub_sources(recipe, names),
         library_name="peft" if adapter else "transformers",
         license=license,
         model_name=recipe.name,
@@ -342,13 +351,21 @@ def _capital(text: str) -> str:
 
 
 def source_of(recipe: Recipe, names: Collection[str]) -> str:
-    """The source of the preference pairs: a hub id as a link, a file by its name only."""
-    source = recipe.data.source
+    """The sources of the preference pairs: a hub id as a link, a file by its name only."""
+    return "; ".join(_source_of(part.source, names) for part in recipe.data.parts())
+
+
+def _source_of(source: str, names: Collection[str]) -> str:
     if (hub := hub_id(source, names)) is not None:
         return f"[{hub}](https://huggingface.co/datasets/{hub})"
     if source in EMBEDDED_DATA:
         return f"the embedded task `{source.removeprefix('embedded:')}` of sepo"
     return f"a file or folder, {plain(Path(source).name)}"
+
+
+def _hub_sources(recipe: Recipe, names: Collection[str]) -> list[str] | None:
+    """The hub ids among the sources; None without any."""
+    return [hub for part in recipe.data.parts() if (hub := hub_id(part.source, names)) is not None] or None
 
 
 def license_beside(model: str, names: Collection[str]) -> str | None:

@@ -1,6 +1,7 @@
 """Upload a finished run to the hub: the policy or the oracle as a model, the token rewards as a dataset, with a card.
 
-`plan` lists the files and writes nothing; `upload` creates the repository and one commit. huggingface_hub finds the
+`plan` lists the files and writes nothing; `upload` creates the repository and one commit; `write` writes the same files
+to a folder. huggingface_hub finds the
 token: `$HF_TOKEN`, or the token that `hf auth login` stored.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ from sepo.data.conversation import CONVERSATION, conversations_of
 from sepo.data.ragged import SIDES, flat, ragged
 from sepo.data.tables import PAIR_WEIGHT, iter_tables, number_of_rows, table_paths, write_parquet
 from sepo.errors import UserError, named_error
+from sepo.files import replace_folder
 from sepo.hub import card
+from sepo.hub.merge import merge_adapter
 from sepo.models.folders import is_adapter, read_json_object, weight_files
 from sepo.models.tokenizer import load_tokenizer
 from sepo.numbers import size
@@ -64,26 +68,35 @@ class PushPlan:
         files: files that exist already.
         tables: score tables to write as parquet files: split, folder, and folder of the selection.
         tokenizer: tokenizer of the tables.
+        merge: an adapter to upload as a whole model, merged into its base when it is uploaded.
     """
 
     repo_type: Literal["model", "dataset"]
     files: list[File]
     tables: list[tuple[str, Path, Path | None]]
     tokenizer: str | None = None
+    merge: Path | None = None
 
     def lines(self) -> list[dict[str, str]]:
         """Name and size of every file."""
         rows = [{"name": file.name, "size": size(file.size)} for file in self.files]
         for split, folder, _ in self.tables:
             rows.append({"name": f"data/{split}-*.parquet", "size": f"{_pairs(folder):,} pairs"})
+        if self.merge is not None:
+            rows.append({"name": "the adapter and its base as one model", "size": "merged for the upload"})
         return rows
 
 
-def plan(run: Path, what: What, *, base: str | None = None, license: str | None = None) -> PushPlan:
+def plan(
+    run: Path, what: What, *, base: str | None = None, license: str | None = None, merge: bool = False
+) -> PushPlan:
     """List what of a run to upload.
+
+    An adapter whose base is a GGUF file is merged: no adapter on the hub can name such a base.
 
     Args:
         base: hub id of the base model; needed if the base is a local folder and only an adapter was saved.
+        merge: upload the whole model instead of an adapter.
         license: the hub's identifier of the licence, for the card.
 
     Raises:
@@ -109,20 +122,31 @@ def plan(run: Path, what: What, *, base: str | None = None, license: str | None 
         start_id = base  # the base exists only in the run folder
     else:
         start_id = base or card.hub_id(start, names)
-    files = {path.name: File(path.name, path) for path in _model_files(folder)}
-    if is_adapter(folder):
+    merge = _is_merged(folder, base, merge)
+    files = {} if merge else {path.name: File(path.name, path) for path in _model_files(folder)}
+    if is_adapter(folder) and not merge:
         config, start_id = _adapter_config(folder, base, start_id, names)
         files["adapter_config.json"] = File("adapter_config.json", config)
     license = license or card.license_beside(start, names)
     if what == "policy" and not card.may_write(folder / card.CARD):
         text = (folder / card.CARD).read_text(encoding="utf-8")
     elif what == "policy":
-        text = card.policy_card_of_run(run, recipe, metrics, base=start_id, license=license)
+        text = card.policy_card_of_run(run, recipe, metrics, base=start_id, license=license, merged=merge)
     else:
-        text = card.oracle_card(
-            recipe, metrics, names=names, base=start_id, adapter=is_adapter(folder), license=license
-        )
-    return PushPlan("model", [File(card.CARD, text.encode()), *files.values()], [])
+        adapter = is_adapter(folder) and not merge
+        text = card.oracle_card(recipe, metrics, names=names, base=start_id, adapter=adapter, license=license)
+    card_and_files = [File(card.CARD, text.encode()), *files.values()]
+    return PushPlan("model", card_and_files, [], merge=folder if merge else None)
+
+
+def _is_merged(folder: Path, base: str | None, asked: bool) -> bool:
+    """Whether a model goes up as a whole although an adapter was saved."""
+    if not is_adapter(folder):
+        if asked:
+            raise UserError(f"'{folder}' is a whole model: leave --merge out")
+        return False
+    named = str(read_json_object(folder / "adapter_config.json").get("base_model_name_or_path"))
+    return asked or (base is None and named.lower().endswith(".gguf"))
 
 
 def _plan_pairs(folder: Path) -> PushPlan:
@@ -162,12 +186,41 @@ def upload(plan: PushPlan, to: str, private: bool | None, api: HfApi | None = No
     check_name(to)
     api = api or HfApi()
     with tempfile.TemporaryDirectory(prefix="sepo-push-") as temporary:
-        files = [_named_in_card(file, to) for file in plan.files]
-        for split, folder, selection in plan.tables:
-            assert plan.tokenizer is not None
-            files += write_shared(folder, selection, plan.tokenizer, split, Path(temporary))
+        files = [_named_in_card(file, to) for file in _all_files(plan, Path(temporary))]
         with _one_line_errors(to):
             return _commit(api, plan, files, to, private)
+
+
+def write(plan: PushPlan, out: Path) -> None:
+    """Write the files of an upload to a new folder; other libraries read it as they read the repository.
+
+    Raises:
+        UserError: the folder exists and is not empty, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"'{out}' exists: choose a new folder")
+    try:
+        with replace_folder(out) as new, tempfile.TemporaryDirectory(prefix="sepo-push-", dir=new.parent) as temporary:
+            for file in _all_files(plan, Path(temporary)):
+                (new / file.name).parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(file.content, bytes):
+                    (new / file.name).write_bytes(file.content)
+                else:
+                    shutil.copyfile(file.content, new / file.name)
+    except OSError as error:
+        raise UserError(f"cannot write '{out}' ({named_error(error)}): choose another folder") from None
+
+
+def _all_files(plan: PushPlan, temporary: Path) -> list[File]:
+    """The files of an upload; those that do not exist yet are written to `temporary`."""
+    files = list(plan.files)
+    for split, folder, selection in plan.tables:
+        assert plan.tokenizer is not None
+        files += write_shared(folder, selection, plan.tokenizer, split, temporary)
+    if plan.merge is not None:
+        merge_adapter(plan.merge, temporary / "merged")
+        files += [File(path.name, path) for path in _model_files(temporary / "merged")]
+    return files
 
 
 def check_name(to: str) -> None:
@@ -248,7 +301,7 @@ def _adapter_config(folder: Path, base: str | None, start_id: str | None, names:
     elif (base := start_id if start_id is not None else card.hub_id(named, names)) is None:
         raise UserError(
             f"the adapter in '{folder}' names its base by a path on this machine ('{named}'): give its hub id with "
-            "--base ORG/NAME, or merge the adapter into its base (docs/recipes.md)"
+            "--base ORG/NAME, or upload the whole model with --merge"
         )
     config["base_model_name_or_path"] = base
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), base

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -45,7 +48,7 @@ def save_model(
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise wrong_type("tokenizer", tokenizer, "a tokenizer in memory (see load_tokenizer), or None")
     if merge_adapter and isinstance(model, PeftModel):
-        model = _merged(model)
+        model = merge(copy.deepcopy(model))
     try:
         with replace_folder(folder) as temporary:
             if isinstance(model, PeftModel):
@@ -55,6 +58,7 @@ def save_model(
                 causal_lm(model).generation_config.save_pretrained(temporary)
             else:
                 model.save_pretrained(temporary, state_dict=state_dict)
+                _add_older_keys(temporary / "config.json", model)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
     except OSError as error:
@@ -63,20 +67,24 @@ def save_model(
         ) from None
 
 
-def _merged(model: PeftModel) -> PreTrainedModel:
-    """A copy of the base with the adapter merged into its weights, checked to compute the same."""
+def merge(model: PeftModel) -> PreTrainedModel:
+    """Merge an adapter into the weights of its base, which are changed in place; checked to compute the same.
+
+    Raises:
+        UserError: the adapter cannot be merged, or merging changes the log-probabilities by more than rounding.
+    """
     if getattr(causal_lm(model), "is_quantized", False):
         raise UserError("an adapter on 4-bit weights cannot be merged: load it without quantization, then merge it")
     kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
-    twin = copy.deepcopy(model)
-    _untie(causal_lm(twin))
+    before = _probe(model)
+    _untie(causal_lm(model))
     try:
-        merged = cast(PreTrainedModel, twin.merge_and_unload())
+        merged = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
     except (ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"this adapter ({kind}) cannot be merged into its base ({named_error(error)}): save it as an adapter"
         ) from None
-    difference = float((_probe(model) - _probe(merged)).abs().max())
+    difference = float((before - _probe(merged)).abs().max())
     if not difference <= (2e-3 if merged.dtype in (torch.float32, torch.float64) else 0.25):
         raise UserError(
             f"merging this adapter ({kind}) into its base changes the model (log-probabilities differ by "
@@ -109,3 +117,45 @@ def _probe(model: nn.Module) -> torch.Tensor:
     logps = model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
     model.train(training)
     return logps
+
+
+def _add_older_keys(path: Path, model: PreTrainedModel) -> None:
+    """Add the rotary settings to a config.json under the names that readers before Transformers 5 know.
+
+    Without them such a reader takes its default base (10,000) and no scaling, and says nothing. The keys are added only
+    if the present release reads the same settings from both.
+    """
+    values = json.loads(path.read_text(encoding="utf-8"))
+    both = with_older_rotary(values)
+
+    def read(config: dict[str, Any]) -> dict[str, Any]:
+        return with_older_rotary(type(model.config).from_dict(copy.deepcopy(config)).to_dict())
+
+    if both != values and read(both) == read(values):
+        path.write_text(json.dumps(both, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def with_older_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config with `rope_theta` and `rope_scaling` beside `rope_parameters`, also in its `text_config`.
+
+    >>> with_older_rotary({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}})["rope_theta"]
+    500000.0
+    """
+    both = dict(config)
+    if isinstance(text := both.get("text_config"), Mapping):
+        both["text_config"] = with_older_rotary(text)
+    rotary = both.get("rope_parameters")
+    if not isinstance(rotary, Mapping) or not rotary:
+        return both
+    older: dict[str, Any] = {}
+    if isinstance(full := rotary.get("full_attention"), Mapping):  # Gemma 3: one base for each kind of layer
+        local = rotary.get("sliding_attention")
+        older["rope_local_base_freq"] = local.get("rope_theta") if isinstance(local, Mapping) else None
+        rotary = full
+    neox = both.get("model_type") == "gpt_neox"
+    older["rotary_emb_base" if neox else "rope_theta"] = rotary.get("rope_theta")
+    older["rotary_pct" if neox else "partial_rotary_factor"] = rotary.get("partial_rotary_factor")
+    both |= {key: value for key, value in older.items() if value is not None and key not in both}
+    scaling = {key: value for key, value in rotary.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    both.setdefault("rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
+    return both

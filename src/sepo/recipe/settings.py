@@ -12,7 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from sepo.files import expand_home
 from sepo.recipe.objectives import OBJECTIVES, meanings_of_alpha, names_with, names_with_label_smoothing
@@ -90,6 +100,21 @@ class PairsFrom(Settings):
         return self
 
 
+class SourceSettings(Settings):
+    """One of several sources of preference pairs."""
+
+    source: PathText = Field(description="as `data.source`")
+    split: str = Field("train", description="split to train on")
+    config_name: str | None = Field(None, description="configuration (subset) of a hub dataset")
+    columns: dict[str, str] = Field(default_factory=dict, description="column names that differ, as `data.columns`")
+    pairs_from: str | PairsFrom | None = Field(None, description="make pairs from labels, as `data.pairs_from`")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="share of the pairs, beside the weights of the other sources; default: all pairs of every source",
+    )
+
+
 class DataSettings(Settings):
     """The preference dataset."""
 
@@ -111,6 +136,11 @@ class DataSettings(Settings):
     as_chat: bool = Field(False, description="wrap plain-text prompts as one user turn of the chat template")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="keywords for the chat template, e.g. {enable_thinking: false}"
+    )
+    sources: list[SourceSettings] | None = Field(
+        None,
+        min_length=1,
+        description="several sources instead of `source`, each with split, config_name, columns, pairs_from, weight",
     )
     sample: Rate = Field(1.0, description="share of the training pairs to use, drawn at random")
     held_out: float = Field(
@@ -145,6 +175,37 @@ class DataSettings(Settings):
         if value >= 1 and value != int(value):
             raise ValueError("expected a share below 1, or a whole number of pairs")
         return value
+
+    @model_validator(mode="after")
+    def _sources_alone(self) -> DataSettings:
+        if self.sources is None:
+            return self
+        replaced = ["source", "split", "config_name", "columns", "pairs_from"]
+        replaced += ["held_out_split"] * (self.held_out_source is None)
+        plain = DataSettings()
+        if given := [name for name in replaced if getattr(self, name) != getattr(plain, name)]:
+            raise ValueError(f"sources name their own {', '.join(replaced[:5])}: leave out data.{given[0]}")
+        if self.on_policy is not None:
+            raise ValueError("on_policy reads the prompts of one source: set source instead of sources")
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ValueError("some sources have a weight: give every source one, or none")
+        what = [source.model_dump_json(exclude={"weight"}) for source in self.sources]
+        if len(set(what)) < len(what):
+            raise ValueError("two sources are the same: name it once, with a larger weight")
+        return self
+
+    def parts(self) -> list[DataSettings]:
+        """The settings of each source alone; the settings themselves for a single one."""
+        if self.sources is None:
+            return [self]
+        names = ("source", "split", "config_name", "columns", "pairs_from")
+        alone = [{name: getattr(source, name) for name in names} for source in self.sources]
+        return [self.model_copy(update={"sources": None, **values}) for values in alone]
+
+    @property
+    def what(self) -> str:
+        """The sources in one line."""
+        return " + ".join(part.source for part in self.parts())
 
 
 class LoraSettings(Settings):
@@ -188,6 +249,11 @@ class TrainingSettings(Settings):
         False, description="recompute activations in the backward pass to save memory"
     )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row; bounds a step's memory")
+    router_aux_loss_coef: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the load-balancing loss of a mixture of experts (TRL: by default its config's)",
+    )
     save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints; 0 for none")
     report_to: str | list[str] = Field(
         "none",
@@ -198,6 +264,14 @@ class TrainingSettings(Settings):
         default_factory=dict,
         description="any other field of TrainingArguments, passed on unchanged (optim, deepspeed, fsdp...)",
     )
+
+    @model_serializer(mode="wrap")
+    def _later_settings_where_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the settings that earlier releases did not have, so that their trainings stay up to date."""
+        values = handler(self)
+        if not self.router_aux_loss_coef:
+            values.pop("router_aux_loss_coef", None)
+        return values
 
     @field_validator("max_steps")
     @classmethod

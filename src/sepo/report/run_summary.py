@@ -143,6 +143,10 @@ def _trained(
         text += f"({_took(seconds, 'samples', 'responses', 'sampled_pairs')}). Tokens: chosen "
         text += f"{metrics['on_policy/length/chosen']:.1f}, rejected {metrics['on_policy/length/rejected']:.1f}"
         lines.append(("pairs", text))
+    if recipe.data.sources is not None:
+        counts = [metrics.get(f"pairs/train/{number + 1}", 0) for number in range(len(recipe.data.sources))]
+        named = zip(counts, recipe.data.sources, strict=True)
+        lines.append(("sources", ", ".join(f"{count:,} pairs of {short_name(part.source)}" for count, part in named)))
     if recipe.oracle.rewards is not None:
         text = f"none; token rewards from {short_name(recipe.oracle.rewards)}"
     elif not recipe.reads_oracle:

@@ -255,7 +255,13 @@ def hub_names(recipe: Recipe) -> list[str]:
     Only the run can know: from another folder a relative path looks like a hub id. Cards link these names alone.
     """
     data, reference, judge = recipe.data, recipe.reference, recipe.eval.judge
-    names = [data.source, data.held_out_source, reference.model, recipe.oracle.model, recipe.policy.model]
+    names = [
+        *(part.source for part in data.parts()),
+        data.held_out_source,
+        reference.model,
+        recipe.oracle.model,
+        recipe.policy.model,
+    ]
     names += [None if reference.sft is None else reference.sft.source]
     names += [None if judge is None else judge.reward_model]
     return sorted({name for name in names if name and _HUB_ID.fullmatch(name) and not os.path.exists(name)})

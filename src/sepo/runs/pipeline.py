@@ -170,6 +170,11 @@ def _finish(
         **measured,
         "pairs/train": method.pairs.results["train"],
         "pairs/held_out": method.pairs.results["held_out"],
+        **{
+            f"pairs/{part}/{number}": source[part]
+            for number, source in enumerate(method.pairs.results.get("sources", ()), 1)
+            for part in source.keys() & {"train", "held_out"}
+        },
         **(_transfer_metrics(method) if method.transfers else {}),
         **_target_metrics(stages),
         **{f"seconds/{name}": record["seconds"] for name, record in stages.items()},
