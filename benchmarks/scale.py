@@ -54,6 +54,8 @@ FORK = multiprocessing.get_context("fork")
 UNITS = ("logps", "transfer")
 TOKENS_A_SECOND, LOAD = 220_400, 20.0
 FLAT = 1.2
+# Bytes a pair that a stage may keep: numbers and hashes.
+ARRAYS = 100
 
 
 def measured(function: Callable[[], Any], helper: Callable[[], Any] | None = None) -> dict[str, float]:
@@ -67,9 +69,10 @@ def measured(function: Callable[[], Any], helper: Callable[[], Any] | None = Non
     def child() -> None:
         torch.set_num_threads(1)
         before = _peak()
-        began = time.monotonic()
+        began, used = time.monotonic(), _cpu_seconds()
         function()
-        other.send({"seconds": time.monotonic() - began, "memory_gb": _peak() - before})
+        found = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - used}
+        other.send(found | {"memory_gb": _peak() - before})
 
     started = [FORK.Process(target=target) for target in (child, helper) if target is not None]
     for process in reversed(started):  # the helper first: it waits for work
@@ -86,6 +89,11 @@ def measured(function: Callable[[], Any], helper: Callable[[], Any] | None = Non
 
 def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (0, resource.RUSAGE_CHILDREN)))
 
 
 def make_models(folder: Path) -> None:
@@ -214,11 +222,18 @@ def not_flat(sizes: dict[int, dict[str, float]], what: str) -> int | None:
     """The first size whose value exceeds that of the size before by more than a fifth; None if there is none.
 
     Sizes below 10,000 pairs do not count: constants dominate there, and so do values below 50 MB and 1 s.
+
+    Args:
+        what: "seconds" or "cpu_seconds" (a pair), or "memory_gb" (beyond `ARRAYS` bytes a pair).
     """
     order = sorted(size for size in sizes if size >= 10_000)
     for before, size in pairwise(order):
-        old, new = ((sizes[n]["seconds"] / n if what == "seconds" else sizes[n]["memory_gb"]) for n in (before, size))
-        small = sizes[size]["memory_gb"] < 0.05 if what == "memory_gb" else sizes[size]["seconds"] < 1
+        if what == "memory_gb":
+            old, new = (sizes[n][what] - ARRAYS * n / 1e9 for n in (before, size))
+            small = sizes[size][what] < 0.05
+        else:
+            old, new = (sizes[n][what] / n for n in (before, size))
+            small = sizes[size][what] < 1
         if new > FLAT * old and not small:
             return size
     return None
@@ -227,21 +242,25 @@ def not_flat(sizes: dict[int, dict[str, float]], what: str) -> int | None:
 HEAD = """\
 # How cost grows with the number of pairs
 
-`benchmarks/scale.py`, {machine}. A tiny model and short texts: what is measured is everything around a model. Memory is
-the peak of a stage's process above what its imports take; in a stage that workers share, that of the command's process.
+{verdict}
+
+`benchmarks/scale.py`, {machine}{shared}. A tiny model and short texts: what is measured is everything around a model.
+CPU seconds are those of the command's process and of processes that it started, wall seconds beside them. Memory is the
+peak of a stage's process above what its imports take; in a stage that workers share, that of the command's process.
 
 ![seconds a pair and peak memory](scale.png)
 """
 TAIL = """\
-*Stops being flat*: the first size at which seconds a pair, or memory, exceed those of the size before by more than a
-fifth (from 10,000 pairs on; below 1 s or 50 MB not counted).
+*Stops being flat*: the first size at which seconds a pair (CPU seconds with one worker, wall seconds with two) or
+memory exceed those of the size before by more than a fifth, from 10,000 pairs on; below 1 s or 50 MB not counted. Of
+memory, {arrays} bytes a pair are not counted: numbers and hashes of every pair (the data stage keeps 48, and copies).
 
 ## Ten million pairs, simulated
 
 Two models read 10,000 units of 1,000 pairs. A unit takes its tokens at {tokens_a_second:,} a second (one H200, 1.24
-billion weights), and {around_ms:.0f} ms around the model, measured here; a device loads each model for {load_seconds:g}
-s. The lengths are log-normal, like those of two public datasets (`sepo.planning.units`). This is arithmetic with
-measured pieces: no such machines were there.
+billion weights), and {around_ms:.0f} ms of CPU time around the model, measured here; a device loads each model for
+{load_seconds:g} s. The lengths are log-normal, fitted to two public datasets (`sepo.planning.units`). This is
+arithmetic with measured pieces: no such machines were there.
 
 | lengths | devices | hours | busy |
 |---|---:|---:|---:|
@@ -250,22 +269,51 @@ measured pieces: no such machines were there.
 
 def page(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [HEAD.format(**results)]
+    tables: list[str] = []
     for workers, by_size in results["measured"].items():
         sizes = sorted(map(int, by_size))
-        lines += [f"## {workers} {'worker' if workers == '1' else 'workers'}", ""]
-        lines += ["| stage | " + " | ".join(f"{n:,} pairs: ms a pair | GB" for n in sizes) + " | stops being flat |"]
-        lines += ["|---|" + "---:|---:|" * len(sizes) + "---|"]
-        for stage in by_size[str(sizes[0])]:
+        tables += [f"## {workers} {'worker' if workers == '1' else 'workers'}", ""]
+        columns = " | ".join(f"{n:,} pairs: CPU ms a pair | ms a pair | GB" for n in sizes)
+        tables += [f"| stage | {columns} | stops being flat |", "|---|" + "---:|---:|---:|" * len(sizes) + "---|"]
+        for stage, ends in ends_of(workers, by_size).items():
             values = {n: by_size[str(n)][stage] for n in sizes}
-            ends = {"time": not_flat(values, "seconds"), "memory": not_flat(values, "memory_gb")}
-            ended = ", ".join(f"{name} at {n:,}" for name, n in ends.items() if n is not None)
-            cells = " | ".join(f"{1e3 * v['seconds'] / n:.3f} | {v['memory_gb']:.2f}" for n, v in values.items())
-            lines.append(f"| {stage} | {cells} | {ended or '–'} |")
-        lines.append("")
-    text = "\n".join(lines) + "\n" + TAIL.format(**results, around_ms=1e3 * results["around_a_unit"])
+            cells = " | ".join(
+                f"{1e3 * v['cpu_seconds'] / n:.3f} | {1e3 * v['seconds'] / n:.3f} | {v['memory_gb']:.2f}"
+                for n, v in values.items()
+            )
+            ended = ", ".join(f"{name} at {n:,}" for name, n in ends.items())
+            tables.append(f"| {stage} | {cells} | {ended or '–'} |")
+        tables.append("")
+    shared = "; other programs ran on it meanwhile" if results["shared"] else ""
+    text = HEAD.format(machine=results["machine"], shared=shared, verdict=verdict(results)) + "\n" + "\n".join(tables)
+    text += "\n" + TAIL.format(**results, around_ms=1e3 * results["around_a_unit"], arrays=ARRAYS)
     rows = (f"| {r['profile']} | {r['devices']} | {r['hours']:.2f} | {r['busy']:.1%} |" for r in results["simulated"])
     return text + "\n".join(rows) + "\n"
+
+
+def ends_of(workers: str, by_size: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """By stage, where time and memory stop being flat."""
+    sizes = sorted(map(int, by_size))
+    found = {}
+    for stage in by_size[str(sizes[0])]:
+        values = {n: by_size[str(n)][stage] for n in sizes}
+        time = not_flat(values, "cpu_seconds" if workers == "1" else "seconds")
+        ends = {"time": time, "memory": not_flat(values, "memory_gb")}
+        found[stage] = {name: n for name, n in ends.items() if n is not None}
+    return found
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """What was found, in two sentences."""
+    by_size = results["measured"]["1"]
+    most, ends = max(map(int, by_size)), ends_of("1", by_size)
+    bent = [f"{stage} ({', '.join(f'{name} from {n:,}' for name, n in found.items())})"
+            for stage, found in ends.items() if found]  # fmt: skip
+    flat = f"{len(ends) - len(bent)} of {len(ends)} stages"
+    first = f"Up to {most:,} pairs, CPU seconds a pair and memory of {flat} stay flat"
+    rest = f"; those of {', '.join(bent)} do not" if bent else ""
+    largest = max(values["memory_gb"] for values in by_size[str(most)].values())
+    return f"**{first}{rest}.** The largest takes {largest:.2f} GB."
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -281,10 +329,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for number, stage in enumerate(by_size[str(sizes[0])] if sizes else ()):
             values = [by_size[str(n)][stage] for n in sizes]
             label = stage if workers == "1" else None
-            seconds = [1e3 * v["seconds"] / n for v, n in zip(values, sizes, strict=True)]
+            of = "cpu_seconds" if workers == "1" else "seconds"
+            seconds = [1e3 * v[of] / n for v, n in zip(values, sizes, strict=True)]
             axes[0].plot(sizes, seconds, style, color=f"C{number}", label=label)
             axes[1].plot(sizes, [max(v["memory_gb"], 1e-3) for v in values], style, color=f"C{number}")
-    for axis, title in zip(axes, ("ms a pair", "peak memory above the imports, GB"), strict=True):
+    for axis, title in zip(axes, ("ms a pair (CPU; dashed: wall)", "peak memory above the imports, GB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="pairs", title=title)
     axes[0].legend(fontsize=8, title="dashed: two workers")
     figure.tight_layout()
@@ -297,6 +346,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--add", action="store_true", help="add to the results in --out")
+    parser.add_argument("--shared", action="store_true", help="say that other programs ran meanwhile")
     options = parser.parse_args()
     processes.log = lambda text: None  # type: ignore[assignment]
     gc.collect()
@@ -313,11 +363,12 @@ def main() -> None:
                 found = measure(pairs, workers, place / "models", place)
                 results["measured"].setdefault(str(workers), {})[str(pairs)] = found
         results["engine_seconds"] = overhead(place)
+    results["shared"] = options.shared
     results |= {"machine": f"{os.cpu_count()} CPU cores", "tokens_a_second": TOKENS_A_SECOND, "load_seconds": LOAD}
     most = results["measured"]["1"][max(results["measured"]["1"], key=int)]
     pairs = int(max(results["measured"]["1"], key=int))
     # Around the model: the engine, and two transfers' worth of reading and writing a shard.
-    results["around_a_unit"] = results["engine_seconds"] + 1000 * most["transfer"]["seconds"] / pairs
+    results["around_a_unit"] = results["engine_seconds"] + 1000 * most["transfer"]["cpu_seconds"] / pairs
     results["simulated"] = simulations(results["around_a_unit"])
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(stored, results)

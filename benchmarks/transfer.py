@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +228,7 @@ def cost(arguments: argparse.Namespace) -> None:
         write_table(Path(folder) / "scores", scores, 1000)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started, used = time.perf_counter(), time.process_time()
-        report = carry_table(Path(folder) / "scores", "scores", repeat(tables[1]), readers, Path(folder) / "out")
+        report = carry_table(Path(folder) / "scores", "scores", lambda shard: tables[1], readers, Path(folder) / "out")
         seconds, used = time.perf_counter() - started, time.process_time() - used
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"{arguments.pairs:,} pairs, {report.tokens:,} tokens: {seconds:.1f} s ({used:.1f} s of a core)")

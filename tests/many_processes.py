@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,25 @@ def main(out: Path, objective: str, sizes: list[int]) -> None:
     processes.leave()
 
 
-def start(number: int, rank: int, port: int, *arguments: Any) -> None:
+def launch(number: int, function: Callable[..., None], *arguments: Any) -> bool:
+    """Call a function in forks of this process, as the processes of a launch; returns whether one failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fork = multiprocessing.get_context("fork").Process
+    children = [fork(target=_start, args=(number, rank, port, function, *arguments)) for rank in range(number)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return any(child.exitcode for child in children)
+
+
+def _start(number: int, rank: int, port: int, function: Callable[..., None], *arguments: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    main(*arguments)
+    function(*arguments)
 
 
 if __name__ == "__main__":
@@ -104,13 +119,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 4:
         main(*arguments)
     else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        number, fork = int(sys.argv[4]), multiprocessing.get_context("fork").Process
-        children = [fork(target=start, args=(number, rank, port, *arguments)) for rank in range(number)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join()
-        sys.exit(any(child.exitcode for child in children))
+        sys.exit(launch(int(sys.argv[4]), main, *arguments))

@@ -69,8 +69,10 @@ def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = N
     """Plan a run without training: its stages (up to `until`) with counts, time and, for a `target`, memory."""
     if not isinstance(recipe, Recipe):
         raise wrong_type("recipe", recipe, "a Recipe: load_recipe reads one from a file")
+    from sepo import engines
     from sepo.planning import plan
 
+    engines.check_engine(recipe.engine)
     if recipe.rounds is not None:
         from sepo.sampling.rounds import check_rounds, round_recipe
 

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from properties import examples
 from sepo.cli import main
 from sepo.data.conversation import CONVERSATION, PROMPT_KEY, conversations_of, in_words, prompt_key
 from sepo.data.encoding import tokenize_pairs
-from sepo.data.splits import prompt_numbers, prompt_rows, shared_prompts, split_pairs
+from sepo.data.splits import PairRows, prompt_numbers, prompt_rows, shared_prompts, split_pairs
 from sepo.data.tables import make_table, read_table, write_table
 from sepo.errors import UserError
 from sepo.recipe.settings import DataSettings
@@ -77,7 +78,7 @@ def test_answers_with_and_without_a_thought_have_one_prompt(name):
     assert len(set(prompt_numbers(table).tolist())) == 8
     for seed in range(4):
         train, held_out = split_pairs(table, held_out=8, seed=seed)
-        assert shared_prompts(train, held_out) == 0
+        assert shared_prompts(*((PairRows.of(part), np.arange(len(part))) for part in (train, held_out))) == 0
         texts = [{json.dumps(c.messages) for c in conversations_of(part)} for part in (train, held_out)]
         assert not texts[0] & texts[1]
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sepo.cli import main
-from sepo.data.splits import take_shares
+from sepo.data.splits import share_rows
 from sepo.data.tables import provenance_of, read_table
 from sepo.errors import UserError
 from sepo.recipe.reading import dump_recipe, parse_recipe
@@ -89,10 +89,9 @@ def test_weights_are_the_shares_of_the_pairs_and_the_scarce_source_keeps_all(tmp
 
 @pytest.mark.parametrize(("counts", "weights", "kept"), [((10, 4), (1, 1), (4, 4)), ((3, 9, 5), (3, 1, 1), (3, 1, 1))])
 def test_shares_are_as_large_as_the_scarcest_group_allows(counts, weights, kept, tmp_path, sources):
-    table, _, _ = read_sources(settings(sources), tiny_tokenizer(), progress=False)
+    (source,), _ = read_sources(settings(sources), tiny_tokenizer(), tmp_path, progress=False)
     groups = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
-    taken = take_shares(table.slice(0, len(groups)), groups, weights)
-    rows = [table.column("pair_id").to_pylist().index(pair_id) for pair_id in taken.column("pair_id").to_pylist()]
+    rows = share_rows(source.rows.pair_ids[: len(groups)], groups, weights).tolist()
     assert rows == sorted(rows)
     assert tuple(np.bincount(groups[rows])) == kept
 

@@ -362,6 +362,19 @@ def test_a_full_disk_on_one_node_ends_its_worker_alone(source, tmp_path, expecte
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_worker_without_work_ends_with_the_reason_after_a_job_was_ended(source, tmp_path):
+    """But not for a job that was ended before the worker came, nor at once: the command may be given again."""
+    out = tmp_path / "out"
+    JobFolder.publish(out / FOLDER, make_job(source, out)).end("part-00002 took three workers down")
+    assert serve(out, 0.1, "cpu", BEAT, 0.01) == 0
+    folder = JobFolder.publish(out / FOLDER, make_job(source, out, oracle="B"))
+    threading.Timer(0.2, lambda: folder.end("part-00004 took three workers down")).start()
+    started = time.monotonic()
+    with pytest.raises(UserError, match="part-00004 took three workers down"):
+        serve(out, 60.0, "cuda", BEAT, PATIENCE)
+    assert PATIENCE < time.monotonic() - started < 20
+
+
 def test_a_job_of_another_package_is_not_imported(source, tmp_path):
     job = make_job(source, tmp_path / "out")
     folder = JobFolder.publish(tmp_path / FOLDER, job)

@@ -3,20 +3,23 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+from transformers import AutoConfig
 
 from sepo.api import run_recipe
 from sepo.cli import main
 from sepo.evaluate import generate
 from sepo.forward import scoring as passes
-from sepo.planning.plan import Planner, plan_stages, throughputs_of, warm_up_lines
-from sepo.planning.shapes import load_shape
+from sepo.planning.memory import parts_of
+from sepo.planning.plan import Planner, Target, _by_units, plan_stages, throughputs_of, warm_up_lines
+from sepo.planning.shapes import load_shape, model_shape
 from sepo.planning.sizes import method_sizes
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import TrainingSettings
 from sepo.runs.method import Method
-from sepo.stages.cost import Cost, Estimate
+from sepo.stages.cost import Cost, Estimate, FrozenMemory
 from sepo.training import trainer
 from sepo.training.trainer import PreferenceConfig
 from tiny_models import tiny_model, tiny_tokenizer
@@ -157,12 +160,48 @@ def test_a_policy_of_which_only_the_config_is_here_is_planned_and_not_run(workpl
     assert not (tmp_path / "new").exists()
 
 
+def test_several_machines_are_planned_with_replicas_of_shards_and_with_passes_as_units(
+    workplace, tmp_path, outline, capsys
+):
+    """The oracle of 70 billion weights is held by the eight devices of a machine; there are four such groups."""
+    common = ["run", str(workplace / "recipe.yaml"), f"policy.model={outline}", f"output_dir={tmp_path / 'new'}",
+              "device=auto", "policy.objective=dpo", "--dry-run", "--device-memory", "80"]  # fmt: skip
+    assert main([*common, "--processes", "4x8", "--device-tflops", "400"]) == 0
+    shown = capsys.readouterr().out
+    memory, units = shown[shown.index("memory of each device") :].split("passes as units of 1,000 pairs")
+    rows = [line for line in memory.splitlines() if line.startswith("train ")]
+    assert all(how in row for how, row in zip(("whole weights", "HSDP, 4 x 8", "FSDP over 32"), rows, strict=True))
+    small = next(line for line in units.splitlines() if line.startswith("reference_logps "))
+    assert "32 of 1 device" in small
+    assert "~" in small
+    assert "(by FLOPs)" in shown
+
+
+def test_units_of_a_pass_are_for_the_smallest_group_of_devices_that_holds_the_model():
+    shape = model_shape(AutoConfig.for_model("llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                        num_attention_heads=64, num_key_value_heads=8, vocab_size=128256))  # fmt: skip
+    need = FrozenMemory(shape, "cuda", 2, 16384, 14000, processes=32)
+    cost = Cost("a pass", pairs=1_000_000, memory=need)
+    found = _by_units(cost, 32_000.0, Target(32, 80e9, nodes=4))
+    assert (found.number, found.devices, found.groups) == (1000, 8, 4)
+    assert found.simulated.seconds == pytest.approx(1000)
+    assert found.simulated.busy == pytest.approx(1)
+    assert _by_units(cost, 32_000.0, Target(32, 300e9, nodes=4)).devices == 1
+    hybrid, full = (replace(need, sharded=True, replicas=replicas) for replicas in (4, 1))
+    assert parts_of(hybrid)["weights"] - parts_of(full)["weights"] == pytest.approx(2 * shape.parameters * 3 / 32)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--processes", "2"], "are for a --dry-run"),
         (["--device-memory", "80"], "are for a --dry-run"),
+        (["--device-tflops", "400"], "are for a --dry-run"),
+        (["--dry-run", "--processes", "4x"], "or NODESxDEVICES such as 4x8"),
+        (["--dry-run", "--processes", "0x8"], "or NODESxDEVICES such as 4x8"),
+        (["--dry-run", "--device-tflops", "0"], "FLOPs a second"),
         (["--dry-run", "--processes", "0"], "expected the number of devices"),
+        (["--dry-run", "engine=fils"], "did you mean 'files'"),
         (["--dry-run", "--device-memory", "-1"], "expected gigabytes"),
         (["--dry-run", "--device-memory", "nan"], "expected gigabytes"),
         (["--dry-run", "--device-memory", "8e10"], "expected gigabytes"),

@@ -35,15 +35,24 @@ NUMBERS = [2, pytest.param(3, marks=pytest.mark.nightly)]
 
 def launch(number, folder, objective, sizes, **variables):
     """Train on each size in `number` processes; returns the results by size."""
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), "OMP_NUM_THREADS": "1",
-        **variables,
-    }  # fmt: skip
+    environment = environment_of(variables)
     command = [str(HERE / "many_processes.py"), str(folder), objective, ",".join(map(str, sizes))]
     if "ACCELERATE_USE_DEEPSPEED" in variables:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), *command]
     else:
         command.append(str(number))
+    return result_of(command, environment)
+
+
+def environment_of(variables):
+    return {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), "OMP_NUM_THREADS": "1",
+        **variables,
+    }  # fmt: skip
+
+
+def result_of(command, environment):
+    """What the main process of a launch printed."""
     done = spawn.run(command, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -110,6 +119,25 @@ def test_two_replicas_of_two_shards_train_as_one_process(tmp_path, one_process, 
         assert results[size]["weights"] == pytest.approx(expected["weights"], rel=1e-5), f"{size} pairs"
         assert results[size]["own_bytes"] == pytest.approx([2 * shape.parameters, 4 * shape.parameters], rel=0.03)
         assert results[size]["reduced_every_row"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_sharded_training_continues_with_another_number_of_processes(tmp_path, number):
+    """FSDP2 on two processes, stopped in the middle of an epoch, writes one file a process (SHARDED_STATE_DICT)."""
+
+    def train(folder, stop, number):
+        command = [str(HERE / "sharded_checkpoints.py"), str(folder), str(stop), str(number)]
+        return result_of(command, environment_of(fsdp_on_cpu.ENVIRONMENT))
+
+    whole = train(tmp_path / "whole", 0, 2)
+    assert len(whole) == 8
+    assert train(tmp_path / "stopped", 3, 2) == pytest.approx(whole[:3], abs=1e-7)
+    shards = sorted(
+        path.name for path in (tmp_path / "stopped/checkpoints/checkpoint-3").glob("pytorch_model_fsdp_0/*")
+    )
+    assert shards == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    assert train(tmp_path / "stopped", 0, number) == pytest.approx(whole, abs=2e-5)
 
 
 @slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from typing import Any
 
 from sepo.command import engine_option, join, path, print_metrics, print_plan, quiet_libraries
 from sepo.errors import UserError
@@ -25,9 +27,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     engine_option(parser, None)
     parser.add_argument("--dry-run", action="store_true", help="show plan, counts and estimates; train nothing")
     parser.add_argument("--verbose", action="store_true", help="at the end, print every metric of metrics.md")
-    parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: plan for N devices")
+    parser.add_argument(
+        "--processes", metavar="N", help="with --dry-run: plan for N devices, or for NODESxDEVICES such as 4x8"
+    )
     parser.add_argument(
         "--device-memory", type=float, metavar="GB", help="with --dry-run: check what fits on devices of this memory"
+    )
+    parser.add_argument(
+        "--device-tflops",
+        type=float,
+        metavar="T",
+        help="with --dry-run: estimate times for devices that reach 10^12 T FLOPs a second in a whole stage",
     )
 
 
@@ -38,20 +48,23 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.engine is not None:
         overrides.append(f"engine={arguments.engine}")
     recipe = load_recipe(arguments.recipe, overrides)
-    devices, memory = _target_of(arguments)
+    target = _target_of(arguments)
     quiet_libraries("sepo.runs.pipeline")
     from sepo.api import plan_run, run_recipe
 
     if arguments.dry_run:
         from sepo.planning.plan import RunPlan, Target
+        from sepo.stages.data import PAIRS_PER_SHARD
 
         processes = join("cpu")
-        plan = RunPlan(**processes.on_main(lambda: vars(plan_run(recipe, Target(devices, memory), arguments.until))))
+        plan = RunPlan(**processes.on_main(lambda: vars(plan_run(recipe, Target(**target), arguments.until))))
         if processes.is_main():
             each = "" if recipe.rounds is None else f", each of {recipe.rounds.number} rounds"
             print_plan(f"plan of {recipe.name}{each}", plan.stages)
             if plan.memory:
                 print_plan("memory of each device", plan.memory, wide=True)
+            if plan.units:
+                print_plan(f"passes as units of {PAIRS_PER_SHARD:,} pairs", plan.units)
             print("\n".join(["", *plan.notes]))
         return
     metrics = run_recipe(recipe, arguments.until)
@@ -73,13 +86,24 @@ def run(arguments: argparse.Namespace) -> None:
     print_summary(summarise_run(recipe, metrics))
 
 
-def _target_of(arguments: argparse.Namespace) -> tuple[int, float | None]:
-    """Number of devices that a dry run plans for, and bytes of each."""
-    number, memory = arguments.processes, arguments.device_memory
-    if (number is not None or memory is not None) and not arguments.dry_run:
-        raise UserError("--processes and --device-memory are for a --dry-run: add it, or leave them out")
-    if number is not None and number < 1:
-        raise UserError(f"--processes {number}: expected the number of devices, 1 or more")
+def _target_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The devices that a dry run plans for, as the fields of `planning.plan.Target`."""
+    given, memory, tflops = arguments.processes, arguments.device_memory, arguments.device_tflops
+    if not arguments.dry_run and (given, memory, tflops) != (None, None, None):
+        raise UserError(
+            "--processes, --device-memory and --device-tflops are for a --dry-run: add it, or leave them out"
+        )
+    match = re.fullmatch(r"(?:([1-9]\d{0,5})x)?([1-9]\d{0,5})", given or "1")
+    if match is None:
+        raise UserError(f"--processes {given}: expected the number of devices, 1 or more, or NODESxDEVICES such as 4x8")
+    nodes = int(match[1] or 1)
     if memory is not None and not 0 < memory < 1e6:
         raise UserError(f"--device-memory {memory:g}: expected gigabytes of one device, such as 80")
-    return number or 1, None if memory is None else 1e9 * memory
+    if tflops is not None and not 0 < tflops < 1e6:
+        raise UserError(f"--device-tflops {tflops:g}: expected 10^12 FLOPs a second of one device, such as 400")
+    return {
+        "processes": nodes * int(match[2]),
+        "memory": None if memory is None else 1e9 * memory,
+        "nodes": nodes,
+        "rate": None if tflops is None else 1e12 * tflops,
+    }

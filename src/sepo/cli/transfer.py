@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
         data.check(recipe)
         target = load_tokenizer(arguments.tokenizer)
         readers = token_bytes(source, name), token_bytes(target, arguments.tokenizer)
-        pairs = itertools.repeat(data.read_pairs(recipe.data, target))
+        pairs, found = data.read_source(recipe.data, recipe.data.split, target, out)
+        data.log_reports({recipe.data.split: found})
         names = name, arguments.tokenizer
-        report = carry_table(table, "scores", pairs, readers, out, recipe.transfer.allocation, names)
+        report = carry_table(table, "scores", pairs.matching, readers, out, recipe.transfer.allocation, names)
         target.save_pretrained(out / "tokenizer")
         processes.log(f"  {report.summary()}")
         return report.figures()

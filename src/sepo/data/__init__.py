@@ -8,6 +8,7 @@ thinking            the thinking before an answer
 encoding            text -> token ids, with a fixed boundary between prompt and response
 workers             work on parts of a dataset in other processes
 vocabulary          token id -> bytes
+spool               rows of a table larger than memory, on disk
 splits              train and held-out pairs by prompt
 tables  ragged      parquet tables with provenance; list columns as flat arrays
 fingerprints        hashes of tokenizers and datasets

@@ -23,14 +23,16 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import AddedToken, Tokenizer
 
 from sepo.bars import progress_bar
@@ -250,54 +252,107 @@ def tokenize_pairs(
         UserError: no row is usable; impossible lengths; a tokenizer without a fast backend; conversations (or
             `as_chat`) with a tokenizer without a chat template.
     """
+    options = Options(max_length, max_prompt_length, as_chat, chat_template_kwargs, progress, workers)
+    parts, provenance, report = tokenize_into(list, dataset, tokenizer, options)
+    return with_provenance(pairs_of(pa.concat_tables(parts)), "pairs", provenance), report
+
+
+class Options(NamedTuple):
+    """The settings of `tokenize_pairs`."""
+
+    max_length: int = 2048
+    max_prompt_length: int | None = None
+    as_chat: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    progress: bool = True
+    workers: int | Literal["auto"] | PartsOf = "auto"
+
+
+class Parts(Protocol):
+    """Keeps the parts of a table: a list, or `spool.Spool` for a table larger than memory."""
+
+    def append(self, table: pa.Table, /) -> None: ...
+
+    def __iter__(self) -> Iterator[pa.Table]: ...
+
+
+P = TypeVar("P", bound=Parts)
+
+
+def tokenize_into(
+    make_parts: Callable[[], P], dataset: datasets.Dataset, tokenizer: Any, options: Options
+) -> tuple[P, dict[str, Any], DataReport]:
+    """`tokenize_pairs` for a dataset whose pairs may be larger than memory.
+
+    Args:
+        make_parts: makes an empty `Parts` for tables of the schema `ENCODED`.
+
+    Returns:
+        the pairs in parts of the schema `ENCODED` (`pairs_of` makes tables of pairs of them), the provenance of a
+        table of them, and the report.
+    """
     dataset = require_dataset("dataset", dataset)
-    encoder = _checked_encoder(tokenizer, chat_template_kwargs, as_chat, max_length, max_prompt_length)
+    encoder = _checked_encoder(tokenizer, options)
     report = DataReport(rows=len(dataset))
     note_unread_columns(dataset, report)
     dataset = relevant_columns(dataset)
-    if "pair_id" in dataset.column_names and len(set(ids := dataset["pair_id"][:])) < len(ids):
+    if "pair_id" in dataset.column_names and _repeats(dataset):
         dataset = dataset.remove_columns("pair_id")
         report.note("numbered again, because pair_ids occur twice (were several datasets joined?)", len(dataset))
     digest = hashlib.sha256()
-    tables: list[pa.Table] = []
+    parts = make_parts()
+    too_long = _TooLong(options.max_length, options.max_prompt_length)
     markup = 0
     with (
-        closing(_encoded(dataset, encoder, as_chat, workers)) as parts,
-        progress_bar(progress, total=len(dataset), desc="tokenise", unit="row") as bar,
+        closing(_encoded(dataset, encoder, options.as_chat, options.workers)) as encoded,
+        progress_bar(options.progress, total=len(dataset), desc="tokenise", unit="row") as bar,
     ):
-        for part in parts:
+        for part in encoded:
             digest.update(part.digested)
             for drop in part.drops:
                 report.drop(*drop)
             for note in part.notes:
                 report.note(note)
             markup += part.markup
-            tables.append(part.table)
+            report.kept += len(part.table)
+            too_long.add(part.table)
+            parts.append(part.table)
             bar.update(part.rows)
     _check_markup(markup, report)
-    table = _fitted(tables, max_length, max_prompt_length, report)
-    report.kept = len(table)
+    if too_long.any:
+        whole, parts = parts, make_parts()
+        for table in whole:
+            parts.append(too_long.truncated(table, report))
     if not report.kept:
         drops = report.reasons() or "there is no row"
         raise UserError(f"the dataset has no usable pair in {report.rows:,} rows: {drops}; check columns and format")
+    return parts, _provenance(encoder, options, digest.hexdigest()[:16]), report
+
+
+def _repeats(dataset: datasets.Dataset) -> bool:
+    """Whether a `pair_id` occurs twice."""
+    ids = dataset.with_format("arrow")["pair_id"][:]
+    return pc.count_distinct(ids, mode="all").as_py() < len(ids)
+
+
+def _provenance(encoder: Encoder, options: Options, dataset: str) -> dict[str, Any]:
     provenance = {
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "chat_template": short_digest(str(tokenizer.chat_template or "")),
-        "dataset": digest.hexdigest()[:16],
-        "max_length": max_length,
-        "max_prompt_length": max_prompt_length,
-        "as_chat": as_chat,
+        "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
+        "chat_template": short_digest(str(encoder.tokenizer.chat_template or "")),
+        "dataset": dataset,
+        "max_length": options.max_length,
+        "max_prompt_length": options.max_prompt_length,
+        "as_chat": options.as_chat,
         "end_ids": end_ids_of(encoder),
     }
-    if chat_template_kwargs:  # older tables without options keep their digests
-        provenance["chat_template_kwargs"] = dict(chat_template_kwargs)
-    return with_provenance(table, "pairs", provenance), report
+    if options.chat_template_kwargs:  # older tables without options keep their digests
+        provenance["chat_template_kwargs"] = dict(options.chat_template_kwargs)
+    return provenance
 
 
-def _checked_encoder(
-    tokenizer: Any, options: object, as_chat: bool, max_length: int, max_prompt_length: int | None
-) -> Encoder:
+def _checked_encoder(tokenizer: Any, options: Options) -> Encoder:
     """The encoder of `tokenize_pairs`, after a check of its arguments."""
+    max_length, max_prompt_length, as_chat, keywords, *_ = options
     check_number("max_length", max_length, whole=True, least=2)
     if max_prompt_length is not None:
         check_number("max_prompt_length", max_prompt_length, whole=True)
@@ -306,9 +361,9 @@ def _checked_encoder(
                 f"max_prompt_length is {max_prompt_length}: expected 1 to {max_length - 1}, so that max_length "
                 f"{max_length} leaves room for a response"
             )
-    if not isinstance(options, Mapping | None):
-        raise wrong_type("chat_template_kwargs", options, "keywords, such as {'enable_thinking': False}")
-    encoder = make_encoder(tokenizer, dict(options or {}))
+    if not isinstance(keywords, Mapping | None):
+        raise wrong_type("chat_template_kwargs", keywords, "keywords, such as {'enable_thinking': False}")
+    encoder = make_encoder(tokenizer, dict(keywords or {}))
     if as_chat and encoder.writer is None:
         raise UserError("`as_chat` needs a chat template, but the tokenizer has none: use an instruct model")
     return encoder
@@ -473,12 +528,12 @@ def encode_rows(encoder: Encoder, as_chat: bool, start: int, rows: Sequence[dict
             continue
         talk = conversation_text(pair.messages, pair.tools), prompt_key(pair.messages)
         kept.append((pair_id, prompt, chosen, rejected, *talk, encoder.kept_head(prompt)))
-    table = pa.table(dict(zip(_ENCODED.names, zip(*kept, strict=True) if kept else [()] * 7, strict=True)), _ENCODED)
+    table = pa.table(dict(zip(ENCODED.names, zip(*kept, strict=True) if kept else [()] * 7, strict=True)), ENCODED)
     return Encoded(len(rows), table, drops, notes, markup, rows_as_bytes(rows))
 
 
 _PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_ENCODED = pa.schema(
+ENCODED = pa.schema(
     [
         ("pair_id", pa.int64()),
         *((name, pa.list_(pa.int32())) for name in _PARTS),
@@ -489,47 +544,80 @@ _ENCODED = pa.schema(
 )
 
 
-def _fitted(tables: Sequence[pa.Table], max_length: int, max_prompt_length: int | None, report: DataReport) -> pa.Table:
-    """Truncate the pairs and make their table.
+def pairs_of(table: pa.Table) -> pa.Table:
+    """A table of pairs, of rows in the schema `ENCODED`."""
+    return make_table("pairs", {name: table.column(name) for name in table.column_names})
 
-    All pairs of a prompt truncate it to the same length, so that it stays one prompt.
+
+class _TooLong:
+    """Truncates pairs. All pairs of a prompt truncate it to the same length, so that it stays one prompt.
+
+    Of the prompts of pairs that are too long, 12 bytes are kept: a hash, which two of a million prompts share with a
+    chance of 3e-8, and the tokens of the longest response.
     """
-    longest: dict[bytes, int] = {}  # prompts of pairs that are too long -> tokens of the longest response
-    for table in tables:
+
+    def __init__(self, max_length: int, max_prompt_length: int | None):
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
+        self._keys: list[np.ndarray] = []
+        self._longest: list[np.ndarray] = []
+
+    @property
+    def any(self) -> bool:
+        """Whether there are such pairs."""
+        return bool(self._keys)
+
+    def add(self, table: pa.Table) -> None:
+        """Look at a part; all of them before the first is truncated."""
         prompts, *sides = (Ragged(table.column(name)) for name in _PARTS)
         responses = np.maximum(*(side.lengths for side in sides))
-        too_long = (prompts.lengths + responses > max_length) | (prompts.lengths > (max_prompt_length or max_length))
-        for row in np.flatnonzero(too_long).tolist():
-            key = prompts[row].tobytes()
-            longest[key] = max(longest.get(key, 0), int(responses[row]))
+        limit = self.max_prompt_length or self.max_length
+        rows = np.flatnonzero((prompts.lengths + responses > self.max_length) | (prompts.lengths > limit))
+        if len(rows):
+            self._keys.append(_keys(prompts, rows))
+            self._longest.append(responses[rows].astype(np.int32))
 
-    def truncated(table: pa.Table) -> pa.Table:
+    @cached_property
+    def _prompts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes in ascending order, each once, and the tokens of the longest response to each."""
+        keys, inverse = np.unique(np.concatenate(self._keys), return_inverse=True)
+        longest = np.zeros(len(keys), np.int32)
+        np.maximum.at(longest, inverse, np.concatenate(self._longest))
+        return keys, longest
+
+    def truncated(self, table: pa.Table, report: DataReport) -> pa.Table:
+        """A part, truncated; counts in the report what was."""
+        known, lengths = self._prompts
         prompts = Ragged(table.column("prompt_ids"))
-        keys = [prompts[row].tobytes() for row in range(len(table))] if longest else []
-        if longest.keys().isdisjoint(keys):
+        keys = _keys(prompts, np.arange(len(table)))
+        places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+        cut_rows = known[places] == keys
+        if not cut_rows.any():
             return table
         kept = []
-        for key, row in zip(keys, table.to_pylist(), strict=True):
-            if key in longest:
+        for row, is_cut, longest in zip(table.to_pylist(), cut_rows, lengths[places].tolist(), strict=True):
+            if is_cut:
                 parts = [row[name] for name in _PARTS]
                 cut = truncate_pair(
                     *parts,
-                    max_length=max_length,
-                    max_prompt_length=max_prompt_length,
+                    max_length=self.max_length,
+                    max_prompt_length=self.max_prompt_length,
                     keep=row["kept_head"],
-                    longest_response=longest[key],
+                    longest_response=longest,
                 )
                 if cut[1] == cut[2]:
                     report.drop("identical after truncation", row["pair_id"])
+                    report.kept -= 1
                     continue
                 report.truncated_prompts += len(cut[0]) < len(parts[0])
                 report.truncated_responses += sum(len(cut[i]) < len(parts[i]) for i in (1, 2))
                 row.update(zip(_PARTS, cut, strict=True))
             kept.append(row)
-        return pa.Table.from_pylist(kept, _ENCODED)
+        return pa.Table.from_pylist(kept, ENCODED)
 
-    table = pa.concat_tables([truncated(table) for table in tables] or [_ENCODED.empty_table()])
-    return make_table("pairs", {name: table.column(name) for name in table.column_names})
+
+def _keys(prompts: Ragged, rows: np.ndarray) -> np.ndarray:
+    digests = (hashlib.blake2b(prompts[row].tobytes(), digest_size=8).digest() for row in rows.tolist())
+    return np.frombuffer(b"".join(digests), np.uint64)
 
 
 def truncate_pair(

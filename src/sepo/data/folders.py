@@ -56,7 +56,8 @@ def read_folder(
         _note_folders(folder, files, split)
     _check_no_copies(files)
     _note_missing_shards(files)
-    tables = [read_file(path, text_columns) for path in files]
+    size = sum(path.stat().st_size for path in files)
+    tables = [read_file(path, text_columns, size) for path in files]
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:

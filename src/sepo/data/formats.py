@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sepo.data.spool import Spool
 from sepo.errors import UserError, one_line
 
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
@@ -57,20 +59,25 @@ _UNPACK: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
     (b"\xfd7zXZ\x00", lzma.decompress),
 )
 _LINES_AT_ONCE = 10_000
+# Bytes of parquet files from which on their rows stay on disk.
+LARGE = 1 << 20
 
 
-def read_file(path: Path, text_columns: Collection[str] = ()) -> pa.Table:
-    """Read a data file into a table.
+def read_file(path: Path, text_columns: Collection[str] = (), size: int | None = None) -> pa.Table:
+    """Read a data file into a table. The rows of a large parquet file stay on disk (`_table_on_disk`).
 
     Args:
         path: the suffix tells the format, the first bytes the compression.
         text_columns: columns of a csv that stay text, even cells such as "NA", "null" or "42".
+        size: bytes of all files of the dataset; None: of this file.
 
     Raises:
         UserError: the file has another suffix, cannot be read, or is a pointer of Git LFS.
     """
     suffix = _suffix(path)
     with _readable(path, suffix):
+        if (path.stat().st_size if size is None else size) > LARGE and (table := _table_on_disk(path)) is not None:
+            return table
         data = _content(path, suffix)
         if suffix in (".parquet", ".pq"):
             return _with_texts(pq.read_table(pa.BufferReader(data)), text_columns)
@@ -182,6 +189,25 @@ def _read_arrow(data: bytes) -> pa.Table:
     if data.startswith(b"ARROW1"):
         return pa.ipc.open_file(reader).read_all()
     return pa.ipc.open_stream(reader).read_all()
+
+
+def _table_on_disk(path: Path) -> pa.Table | None:
+    """The rows of a parquet file, decoded part by part into a file without a name (`spool.py`).
+
+    None for other files, and for those with columns of bytes, which only the whole column tells from texts, or of
+    categories, whose values may differ from part to part.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PAR1":
+            return None
+    with pa.OSFile(os.fsencode(path)) as source, pq.ParquetFile(source) as file:
+        schema = file.schema_arrow
+        if any(_text_type(field.type) != field.type or "dictionary<" in str(field.type) for field in schema):
+            return None
+        spool = Spool(None, schema)
+        for batch in file.iter_batches(batch_size=_LINES_AT_ONCE):
+            spool.append(pa.Table.from_batches([batch]))
+    return spool.table()
 
 
 def _with_texts(table: pa.Table, text_columns: Collection[str]) -> pa.Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -40,26 +39,14 @@ def split_pairs(
         UserError: a number is out of range, or there are too few prompts for both sides.
     """
     table = require_table("table", table, "pairs")
-    check_number("seed", seed, whole=True)
-    target = _held_out_pairs(held_out, len(table))
-    numbers = prompt_numbers(table).tolist()
-    counts = Counter(numbers)
-    places = _first_places(table, numbers, "held_out", seed)
-    prompts = sorted(places, key=places.__getitem__)
-    totals = np.cumsum([0] + [counts[number] for number in prompts])
-    number = int(np.argmin(np.abs(totals - target)))
-    if target and number == 0:
-        number = 1
-    if number >= len(prompts):
-        raise UserError(
-            f"cannot hold out {target} of {len(table)} pairs: they share {len(prompts)} prompts (dialogues with one "
-            "first user turn count as one), and at least one must stay for training; hold out fewer pairs"
-        )
-    held = set(prompts[:number])
-    mask = np.array([number in held for number in numbers], dtype=bool)
-    settings = {"held_out": held_out, "sample": sample, "seed": seed}
-    train = sample_pairs(table.filter(pa.array(~mask)), sample, seed=seed)
-    return _with_split(train, "train", settings), _with_split(table.filter(pa.array(mask)), "held_out", settings)
+    train, held = PairRows.of(table, seed).split(held_out, sample)
+
+    def part(side: str, rows: np.ndarray) -> pa.Table:
+        mask = np.zeros(len(table), bool)
+        mask[rows] = True
+        return _with_split(table.filter(pa.array(mask)), side, held_out=held_out, sample=sample, seed=seed)
+
+    return part("train", train), part("held_out", held)
 
 
 def prompt_rows(table: pa.Table, limit: int, after: int = 0) -> pa.Table:
@@ -77,28 +64,11 @@ def sample_prompts(table: pa.Table, limit: int) -> list[list[int]]:
     return prompt_rows(table, limit).column("prompt_ids").to_pylist()
 
 
-def shared_prompts(table: pa.Table, other: pa.Table) -> int:
-    """Number of distinct prompts that occur in both tables."""
-    names = [name for name in _OF_PROMPTS if name in table.column_names and name in other.column_names]
-    numbers = prompt_numbers(pa.concat_tables([one.select(names).replace_schema_metadata() for one in (table, other)]))
-    return len(set(numbers[: len(table)].tolist()) & set(numbers[len(table) :].tolist()))
-
-
-def near_duplicates(table: pa.Table) -> int:
-    """Number of prompts that differ from an earlier one of the same `prompt_key` in the conversation."""
-    if not {CONVERSATION, PROMPT_KEY} <= set(table.column_names):
-        return 0
-    return len(set(table.column(CONVERSATION).to_pylist())) - len(set(table.column(PROMPT_KEY).to_pylist()))
-
-
 def group_by_prompt(table: pa.Table) -> pa.Table:
     """Move the pairs with the same prompt ids together, prompts in the order of their first pairs."""
     first: dict[bytes, int] = {}
     order = np.argsort([first.setdefault(ids, len(first)) for ids in _ids(table["prompt_ids"])], kind="stable")
     return table.take(pa.array(order, type=pa.int64()))
-
-
-_OF_PROMPTS = ("prompt_ids", PROMPT_KEY)
 
 
 def prompt_numbers(columns: pa.Table | Mapping[str, Any]) -> np.ndarray:
@@ -141,30 +111,144 @@ class PromptHashes:
     def add(self, table: pa.Table) -> None:
         """Add the pairs of a shard."""
         ids = [_hash(b"ids" + prompt) for prompt in _ids(table["prompt_ids"])]
-        keys = ids
-        if PROMPT_KEY in table.column_names:
-            keys = [_hash(b"key" + key.encode("utf-8", "surrogatepass")) for key in table[PROMPT_KEY].to_pylist()]
+        keys = _text_hashes(b"key", table[PROMPT_KEY]) if PROMPT_KEY in table.column_names else ids
         self._hashes.append(np.array([ids, keys], np.uint64))
 
     def labels(self) -> np.ndarray:
         """A label of each pair's prompt: `[pairs]`, equal where the prompts are."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
+        return _labels(np.concatenate([np.zeros((2, 0), np.uint64), *self._hashes], axis=1))
 
-        hashes = np.concatenate(self._hashes, axis=1) if self._hashes else np.zeros((2, 0), np.uint64)
-        nodes, places = np.unique(hashes, return_inverse=True)
-        ids, keys = places.reshape(hashes.shape)
-        edges = coo_array((np.ones(len(ids), np.int8), (ids, keys)), shape=(len(nodes), len(nodes)))
-        return connected_components(edges, directed=False)[1][ids]
+
+def _labels(hashes: np.ndarray) -> np.ndarray:
+    """A label of each pair's prompt, from hashes of its ids and of its key `[2, pairs]`."""
+    if not hashes.size:
+        return np.zeros(0, np.int64)
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    nodes, places = np.unique(hashes, return_inverse=True)
+    ids, keys = places.reshape(hashes.shape)
+    edges = coo_array((np.ones(len(ids), np.int8), (ids, keys)), shape=(len(nodes), len(nodes)))
+    return connected_components(edges, directed=False)[1][ids]
+
+
+class PairRows:
+    """The rows of a table of pairs that is added part by part: what a split needs to know, 48 bytes a pair.
+
+    Two texts or prompts count as equal if their hashes of 64 bits are: wrong for one of a million prompts in 3e-8 of
+    all tables.
+
+    Args:
+        seed: of the split.
+    """
+
+    def __init__(self, seed: int = 0):
+        check_number("seed", seed, whole=True)
+        self.seed = seed
+        self._pair_ids: list[np.ndarray] = []
+        self._hashes: list[np.ndarray] = []  # of prompt ids, prompt key and conversation
+        self._places: list[np.ndarray] = []
+        self._has_talks = True
+
+    @classmethod
+    def of(cls, table: pa.Table, seed: int = 0) -> PairRows:
+        """The rows of a table in memory."""
+        rows = cls(seed)
+        rows.add(table)
+        return rows
+
+    def add(self, table: pa.Table) -> None:
+        """Add rows."""
+        prompts = _ids(table["prompt_ids"])
+        hashes = [[_hash(b"ids" + ids) for ids in prompts]] * 3
+        if PROMPT_KEY in table.column_names:
+            hashes[1] = _text_hashes(b"key", table[PROMPT_KEY])
+        self._has_talks &= {CONVERSATION, PROMPT_KEY} <= set(table.column_names)
+        if self._has_talks:
+            hashes[2] = _text_hashes(b"", table[CONVERSATION])
+        self._pair_ids.append(table["pair_id"].to_numpy())
+        self._hashes.append(np.array(hashes, np.uint64))
+        places = [_order("held_out", self.seed, ids) for ids in prompts]
+        self._places.append(np.array(places, np.uint64).reshape(-1, 2))
+
+    def select(self, rows: np.ndarray) -> PairRows:
+        """Some of the rows."""
+        found = PairRows(self.seed)
+        found._pair_ids, found._hashes = [self.pair_ids[rows]], [self.hashes[:, rows]]
+        found._places, found._has_talks = [self._all_places[rows]], self._has_talks
+        return found
+
+    def __len__(self) -> int:
+        return sum(map(len, self._pair_ids))
+
+    @property
+    def pair_ids(self) -> np.ndarray:
+        """`[pairs]` int64."""
+        return np.concatenate([np.zeros(0, np.int64), *self._pair_ids])
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """Hashes of each pair's prompt ids, prompt key and conversation: `[3, pairs]`."""
+        return np.concatenate([np.zeros((3, 0), np.uint64), *self._hashes], axis=1)
+
+    @property
+    def _all_places(self) -> np.ndarray:
+        return np.concatenate([np.zeros((0, 2), np.uint64), *self._places])
+
+    def split(self, held_out: int | float, sample: float) -> tuple[np.ndarray, np.ndarray]:
+        """The training rows and the held-out rows of `split_pairs`, ascending."""
+        target = _held_out_pairs(held_out, len(self))
+        labels = _labels(self.hashes[:2])
+        order = labels[_sorted_by(self._all_places)]
+        _, first, counts = np.unique(order, return_index=True, return_counts=True)
+        by_place = np.argsort(first)
+        totals = np.concatenate([[0], np.cumsum(counts[by_place])])
+        number = int(np.argmin(np.abs(totals - target)))
+        if target and number == 0:
+            number = 1
+        if number >= len(counts):
+            raise UserError(
+                f"cannot hold out {target} of {len(self)} pairs: they share {len(counts)} prompts (dialogues with one "
+                "first user turn count as one), and at least one must stay for training; hold out fewer pairs"
+            )
+        held = np.isin(labels, order[np.sort(first)[:number]])
+        train = np.flatnonzero(~held)
+        check_number("the sample fraction", sample, above=0, most=1)
+        size = max(1, round(sample * len(train)))
+        return train[sampled_rows(self.pair_ids[train], size, self.seed)], np.flatnonzero(held)
+
+    def near_duplicates(self) -> int:
+        """Number of prompts that differ from an earlier one of the same `prompt_key` in the conversation."""
+        _, keys, talks = self.hashes
+        return len(np.unique(talks)) - len(np.unique(keys)) if self._has_talks else 0
+
+    def grouped(self, rows: np.ndarray) -> np.ndarray:
+        """Some rows in the order of `group_by_prompt`."""
+        _, first, inverse = np.unique(self.hashes[0][rows], return_index=True, return_inverse=True)
+        return rows[np.argsort(first[inverse], kind="stable")]
+
+
+def shared_prompts(first: tuple[PairRows, np.ndarray], second: tuple[PairRows, np.ndarray]) -> int:
+    """Number of distinct prompts that occur in both selections of rows."""
+    hashes = [rows.hashes[:2, chosen] for rows, chosen in (first, second)]
+    labels = _labels(np.concatenate(hashes, axis=1))
+    number = hashes[0].shape[1]
+    return len(np.intersect1d(labels[:number], labels[number:]))
+
+
+def _text_hashes(kind: bytes, texts: pa.ChunkedArray) -> list[int]:
+    return [_hash(kind + text.encode("utf-8", "surrogatepass")) for text in texts.to_pylist()]
 
 
 def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _first_places(table: pa.Table, numbers: Sequence[int], purpose: str, seed: int) -> dict[int, tuple[bytes, int]]:
+def _first_places(
+    table: pa.Table, numbers: Sequence[int], purpose: str, seed: int
+) -> dict[int, tuple[tuple[int, int], int]]:
     """For each prompt the lowest hash of its ids and the first row with these ids."""
-    places: dict[int, tuple[bytes, int]] = {}
+    places: dict[int, tuple[tuple[int, int], int]] = {}
     seen: set[bytes] = set()
     for row, (ids, number) in enumerate(zip(_ids(table["prompt_ids"]), numbers, strict=True)):
         if ids not in seen:
@@ -196,10 +280,15 @@ def _held_out_pairs(held_out: int | float, rows: int) -> int:
     return held_out
 
 
-def _with_split(table: pa.Table, side: str, settings: Mapping[str, Any]) -> pa.Table:
+def split_provenance(side: str, *, held_out: int | float, sample: float, seed: int) -> dict[str, Any]:
+    """What a table records about its part of a split."""
+    return {"split": {"side": side, "held_out": held_out, "sample": sample, "seed": seed}}
+
+
+def _with_split(table: pa.Table, side: str, **settings: Any) -> pa.Table:
     provenance = provenance_of(table)
     kind = provenance.get("format", "pairs")
-    return with_provenance(table, kind, {**provenance, "split": {"side": side, **settings}})
+    return with_provenance(table, kind, {**provenance, **split_provenance(side, **settings)})
 
 
 def sample_pairs(table: pa.Table, fraction: float, *, seed: int = 0) -> pa.Table:
@@ -223,32 +312,42 @@ def sample_pairs(table: pa.Table, fraction: float, *, seed: int = 0) -> pa.Table
 
 def take_pairs(table: pa.Table, number: int, *, seed: int = 0) -> pa.Table:
     """Return `number` pairs, or all if there are fewer, sampled as in `sample_pairs`."""
-    number = min(len(table), number)
-    ids = table.column("pair_id").to_pylist()
-    order = sorted(range(len(ids)), key=lambda row: (_order("sample", seed, str(ids[row]).encode()), row))
-    return table.take(pa.array(sorted(order[:number]), type=pa.int64()))
+    return table.take(pa.array(sampled_rows(table.column("pair_id").to_numpy(), number, seed)))
 
 
-def take_shares(table: pa.Table, groups: np.ndarray, weights: Sequence[float], *, seed: int = 0) -> pa.Table:
-    """Return the largest part of a table in which the pairs of each group have the share of its weight.
+def sampled_rows(pair_ids: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """The rows of `take_pairs`, ascending, for the `pair_id`s of a table."""
+    if number >= len(pair_ids):
+        return np.arange(len(pair_ids))
+    order = np.array([_order("sample", seed, str(one).encode()) for one in pair_ids.tolist()], np.uint64)
+    return np.sort(_sorted_by(order.reshape(-1, 2))[:number])
+
+
+def share_rows(pair_ids: np.ndarray, groups: np.ndarray, weights: Sequence[float], *, seed: int = 0) -> np.ndarray:
+    """The largest part of a table in which the pairs of each group have the share of its weight: rows, ascending.
 
     No pair is repeated, so the group with the fewest pairs for its weight keeps all of them. Pairs are sampled as in
-    `sample_pairs`; rows keep their order.
+    `sample_pairs`.
 
     Args:
-        groups: `[pairs]`, the group of each pair, from 0.
+        pair_ids, groups: `[pairs]`, the id of each pair, and its group from 0.
         weights: of each group.
     """
     counts = np.bincount(groups, minlength=len(weights))
     scale = (counts / np.asarray(weights)).min()
-    kept: list[int] = []
+    kept = []
     for group, weight in enumerate(weights):
         rows = np.flatnonzero(groups == group)
-        part = table.select(["pair_id"]).take(pa.array(rows)).append_column("row", pa.array(rows))
-        kept += take_pairs(part, max(1, round(weight * scale)), seed=seed).column("row").to_pylist()
-    return table.take(pa.array(sorted(kept), type=pa.int64()))
+        kept.append(rows[sampled_rows(pair_ids[rows], max(1, round(weight * scale)), seed)])
+    return np.sort(np.concatenate(kept))
 
 
-def _order(purpose: str, seed: int, key: bytes) -> bytes:
-    """A hash to sort by, the same on every platform and release."""
-    return hashlib.sha256(f"{purpose}:{seed}:".encode() + key).digest()
+def _order(purpose: str, seed: int, key: bytes) -> tuple[int, int]:
+    """A hash of 128 bits to sort by, the same on every platform and release."""
+    digest = hashlib.sha256(f"{purpose}:{seed}:".encode() + key).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+
+
+def _sorted_by(hashes: np.ndarray) -> np.ndarray:
+    """The rows sorted by their hashes `[rows, 2]`, then by number."""
+    return np.lexsort((hashes[:, 1], hashes[:, 0]))

@@ -226,9 +226,13 @@ def serve(place: Path, wait: float, device: str, beat: float = BEAT, patience: f
         place: where the command writes, or the folder of `files:FOLDER`.
         wait: seconds without anything to do until this worker ends.
         device: kind of device of this machine.
+
+    Raises:
+        UserError: a job was ended meanwhile, and for `patience` seconds there was nothing else to do.
     """
     folder = Path(os.path.abspath(place)) / FOLDER
     closed, last, number = _content(folder / CLOSED), time.monotonic(), 0
+    ends = reasons_of_ends(folder)
     with Worker(folder, beat, patience) as worker:
         while True:
             did = _do_open(worker, device)
@@ -238,5 +242,7 @@ def serve(place: Path, wait: float, device: str, beat: float = BEAT, patience: f
                 last = time.monotonic()
             elif _content(folder / CLOSED) != closed or time.monotonic() - last > wait:
                 return number
+            elif time.monotonic() - last > patience and (new := reasons_of_ends(folder).keys() - ends.keys()):
+                raise UserError(reasons_of_ends(folder)[min(new)])
             else:
                 time.sleep(min(POLL, max(wait, 0.01)))

@@ -40,7 +40,7 @@ def _half(need: TrainingMemory) -> bool:
 
 
 def _training_parts(need: TrainingMemory) -> dict[str, float]:
-    shape, devices = need.shape, need.processes if need.sharded else 1
+    shape, devices = need.shape, need.processes // need.replicas if need.sharded else 1
     compute = 2 if _half(need) else 4
     weights = _trained_weights(need) / devices
     gradients = 4.0 * trainable(need) / devices
@@ -110,7 +110,7 @@ def _frozen_parts(need: FrozenMemory) -> dict[str, float]:
     weights = float(need.width * shape.parameters)
     if need.sharded:
         # The current block, the next block, the embedding and the LM head are whole.
-        weights = weights / need.processes + need.width * (2 * shape.block + shape.embedding)
+        weights = weights / (need.processes // need.replicas) + need.width * (2 * shape.block + shape.embedding)
     return {
         "weights": weights,
         "gradients": 0.0,
@@ -156,7 +156,7 @@ def options_to_fit(need: TrainingMemory | FrozenMemory) -> list[list[Option]]:
 
 
 def _training_options(need: TrainingMemory) -> list[list[Option]]:
-    fsdp = replace(need, sharded=True)
+    fsdp = replace(need, sharded=True, replicas=1)
     same: list[Option] = []
     ways = [("", need)]
     if need.processes > 1 and not need.sharded:
@@ -209,7 +209,7 @@ def _frozen_options(need: FrozenMemory) -> list[list[Option]]:
     same: list[Option] = list(_smaller_batches(need, ""))
     over = _more_devices(need)
     for number in over if need.sharded or need.processes == 1 else [need.processes, *over]:
-        words, sharded = f"FSDP over {number}", replace(need, processes=number, sharded=True)
+        words, sharded = f"FSDP over {number}", replace(need, processes=number, sharded=True, replicas=1)
         same += [(words, sharded), *_smaller_batches(sharded, f"{words}, ")]
     return [same, [("dtype=bfloat16", replace(need, width=2))] if need.width == 4 else []]
 

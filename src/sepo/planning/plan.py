@@ -11,9 +11,9 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -25,10 +25,12 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.numbers import duration, size
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
+from sepo.planning.units import Simulated, simulate
 from sepo.recipe.settings import Recipe
 from sepo.runs.method import Method, check_until
 from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
 from sepo.stages.cost import Cost, FrozenMemory, TrainingMemory
+from sepo.stages.data import PAIRS_PER_SHARD
 from sepo.stages.stage import Model, Stage, StageResult
 
 # Kinds of compute that the processes of a launch share.
@@ -75,15 +77,24 @@ class Planner:
 
 @dataclass(frozen=True)
 class Target:
-    """Devices that a run is planned for: their number, and bytes of each (None: as on this machine)."""
+    """Devices that a run is planned for.
+
+    Attributes:
+        processes: their number.
+        memory: bytes of each; None: as on this machine.
+        nodes: machines that they are in; with several, passes are units of work for groups of devices.
+        rate: FLOP/s that one reaches in a whole stage; None: as on this machine.
+    """
 
     processes: int = 1
     memory: float | None = None
+    nodes: int = 1
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A dry run's tables: `stages` with counts and times, and `memory` (empty unless a target asks for it).
+    """A dry run's tables: `stages` with counts and times; `memory` and `units`, empty unless a target asks for them.
 
     `notes` are lines below them: short warm-ups, and one pair as each tokenizer reads it.
     """
@@ -91,6 +102,7 @@ class RunPlan:
     stages: list[dict[str, str]]
     memory: list[dict[str, str]]
     notes: list[str]
+    units: list[dict[str, str]] = field(default_factory=list)
 
 
 def plan_run(
@@ -120,7 +132,8 @@ def plan_run(
     memory = []
     if elsewhere or target.processes > 1:
         memory = [row for role, cost in costs.items() for row in _memory_rows(role, cost, target)]
-    return RunPlan(rows, memory, [*warm_up_lines(costs), *example])
+    units = [row for role, cost in costs.items() for row in _unit_rows(role, cost, throughputs, target)]
+    return RunPlan(rows, memory, [*warm_up_lines(costs), *example], units)
 
 
 def warm_up_lines(costs: Mapping[str, Cost]) -> list[str]:
@@ -166,13 +179,14 @@ def throughputs_of(method: Method, target: Target | None = None) -> Throughputs:
     target, recipe = target or Target(), method.recipe
     kind = device_kind(recipe, target)
     # Seconds are of this machine; they say nothing about another kind of device.
-    here = target.memory is None or kind == choose_device("auto").type
+    here = target.rate is None and (target.memory is None or kind == choose_device("auto").type)
 
     def of_pairs(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Throughputs:
         pairs, held_out = (read_table(folder / part, "pairs") for part in ("train", "held_out"))
         step = max(1, len(pairs) // 256)
         some = pairs.take(pa.array(range(0, len(pairs), step)))
-        return Throughputs(recipe.device, kind, some, prompts_of(held_out) or [(0,)], tokenizer, measure=here)
+        prompts = prompts_of(held_out) or [(0,)]
+        return Throughputs(recipe.device, kind, some, prompts, tokenizer, measure=here, _rate=target.rate)
 
     reference, policy = recipe.reference, recipe.policy
     found = of_pairs(method.pairs.folder, load_tokenizer(reference.model, revision=reference.revision))
@@ -192,12 +206,62 @@ def device_kind(recipe: Recipe, target: Target) -> str:
 
 def _seconds(cost: Cost, throughputs: Throughputs, target: Target) -> float | None:
     """Seconds of a stage on the target's devices, if they equal the one here; generation is not shared."""
-    if cost.estimates is None or not throughputs.measure:
+    if cost.estimates is None or not (throughputs.measure or target.rate):
         return None
-    return sum(
-        throughputs.seconds(estimate) / (target.processes if estimate.kind in SHARED else 1)
-        for estimate in cost.estimates
-    )
+    total = 0.0
+    for estimate in cost.estimates:
+        seconds = throughputs.seconds(estimate)
+        if target.nodes > 1 and estimate.kind == "score":
+            total += _by_units(cost, seconds, target).simulated.seconds
+        else:
+            total += seconds / (target.processes if estimate.kind in SHARED else 1)
+    return total
+
+
+class _Units(NamedTuple):
+    """A pass as units of work: their number, devices that do one together, such groups, and what a simulation says."""
+
+    number: int
+    devices: int
+    groups: int
+    simulated: Simulated
+
+
+def _by_units(cost: Cost, seconds: float, target: Target) -> _Units:
+    """A pass of `seconds` on one device as units for the smallest groups of devices that hold the model."""
+    from sepo.planning.memory import parts_of
+
+    sizes = [1, target.processes // target.nodes, target.processes]
+    need, memory = cost.memory, target.memory
+    devices = 1
+    if isinstance(need, FrozenMemory) and memory is not None:
+        sharded = {size: replace(need, processes=size, sharded=size > 1) for size in sizes}
+        devices = next((size for size in sizes if sum(parts_of(sharded[size]).values()) <= memory), sizes[-1])
+    number = math.ceil((cost.pairs or 1) / PAIRS_PER_SHARD)
+    groups = target.processes // devices
+    return _Units(number, devices, groups, simulate([seconds / number / devices] * number, groups))
+
+
+def _unit_rows(stage: str, cost: Cost, throughputs: Throughputs, target: Target) -> list[dict[str, str]]:
+    """A pass as units of work, on several machines."""
+    scored = [part for part in cost.estimates or () if part.kind == "score"]
+    if target.nodes == 1 or not scored:
+        return []
+    known = bool(throughputs.measure or target.rate)
+    seconds = sum(map(throughputs.seconds, scored)) if known else 1.0
+    units = _by_units(cost, seconds, target)
+    each = units.simulated.seconds / math.ceil(units.number / units.groups)
+    groups = f"{units.groups} of {units.devices} {'device' if units.devices == 1 else 'devices'}"
+    return [
+        {
+            "stage": stage,
+            "units": f"{units.number:,}",
+            "groups": groups,
+            "a unit": approximate(each) if known else "",
+            "time": approximate(units.simulated.seconds) if known else "",
+            "busy": f"{units.simulated.busy:.0%}",
+        }
+    ]
 
 
 def _row(stage: str, cost: Cost, seconds: float | None, throughputs: Throughputs) -> dict[str, str]:
@@ -229,6 +293,9 @@ def _memory_rows(stage: str, cost: Cost, target: Target) -> list[dict[str, str]]
         memory = replace(memory, processes=number)
     ways: list[tuple[str, Any]] = [("whole weights" if number > 1 else "one device", memory)]
     if isinstance(memory, TrainingMemory | FrozenMemory) and number > 1:
+        if (group := number // target.nodes) not in (1, number):
+            hybrid = replace(memory, sharded=True, replicas=target.nodes)
+            ways.append((f"HSDP, {target.nodes} x {group}", hybrid))
         ways.append((f"FSDP over {number}", replace(memory, sharded=True)))
     rows = []
     for how, need in ways:

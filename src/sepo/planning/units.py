@@ -1,4 +1,15 @@
-"""How busy devices are when they take units of work one after the other: a simulation, not a measurement."""
+"""How busy devices are when they take units of work one after the other: a simulation, not a measurement.
+
+`PROFILES` are log-normal distributions of the tokens of a prompt and of each response: median and standard deviation of
+the logarithm. They are fitted to the logarithms of two public datasets, in tokens of SmolLM2 (a vocabulary of 49,152),
+without those of a chat template:
+
+    profile       dataset                                                 prompts: mean, 90 % below   responses
+    short turns   HH-RLHF harmless-base, test split (1,156 dialogues)     123, 271                    45, 101
+    long answers  AlpacaEval 2, answers of 57 models (4,538 pairs)        41, 95                      243, 490
+
+The means of the distributions are 130, 48 and 38, 282: the longest real responses are shorter than theirs.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Tokens of a prompt and of each response: median and spread (standard deviation of the logarithm) of a log-normal
-# distribution like those of two public preference datasets, HH-RLHF (short turns) and UltraFeedback (long answers).
+# (median, standard deviation of the logarithm)
 PROFILES = {
-    "short turns": {"prompt": (120, 0.9), "response": (55, 0.9)},
-    "long answers": {"prompt": (90, 1.0), "response": (190, 0.8)},
+    "short turns": {"prompt": (80, 0.99), "response": (30, 0.97)},
+    "long answers": {"prompt": (25, 0.92), "response": (163, 1.05)},
 }
 
 

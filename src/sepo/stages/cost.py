@@ -196,6 +196,7 @@ class TrainingMemory:
         longest: tokens of the longest pair; no row can be shorter.
         processes: devices that share an update.
         sharded: FSDP shards weights, gradients and moments; otherwise each device holds whole ones (DDP).
+        replicas: groups of devices that each hold all shards (HSDP).
         frozen_copy: a frozen copy of the model is in memory too (the KL of tdpo and tis_dpo).
     """
 
@@ -209,6 +210,7 @@ class TrainingMemory:
     quantization: str | None = None
     processes: int = 1
     sharded: bool = False
+    replicas: int = 1
     frozen_copy: bool = False
 
 
@@ -223,6 +225,7 @@ class FrozenMemory:
         prompt: tokens of the longest prompt.
         processes: devices that share the rows.
         sharded: FSDP or ZeRO-3 shards the weights; otherwise each device holds a whole model.
+        replicas: groups of devices that each hold all shards.
     """
 
     shape: Shape
@@ -235,6 +238,7 @@ class FrozenMemory:
     prompt: int = 0
     processes: int = 1
     sharded: bool = False
+    replicas: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -15,13 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo import processes, work
 from sepo.data.conversation import CONVERSATION, PROMPT_KEY
-from sepo.data.encoding import tokenize_pairs
+from sepo.data.encoding import ENCODED, Options, P, pairs_of, tokenize_into
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import load_preferences, source_fingerprint
 from sepo.data.ragged import SIDES, flat
 from sepo.data.rows import DataReport
-from sepo.data.splits import group_by_prompt, near_duplicates, shared_prompts, split_pairs, take_pairs, take_shares
-from sepo.data.tables import provenance_of, with_provenance, write_table
+from sepo.data.splits import PairRows, group_by_prompt, sampled_rows, share_rows, shared_prompts, split_provenance
+from sepo.data.spool import Spool
+from sepo.data.tables import clear_shards, with_provenance, write_shard, write_table
 from sepo.errors import UserError, nearest
 from sepo.models.limits import ModelLimits, check_ids, check_lengths, model_limits
 from sepo.models.names import load_config
@@ -113,61 +116,117 @@ def prepare_data(
         counts of the pairs, `train` and `held_out`; `extremes` of both; the report of dropped rows; and of several
         sources the counts of each, by name.
     """
-    table, own, reports = read_sources(settings, tokenizer, progress)
-    if settings.sources is not None and settings.sources[0].weight is not None:
-        weights = [float(source.weight or 0) for source in settings.sources]
-        table = take_shares(table, _source_numbers(table), weights, seed=seed)
+    sources, reports = read_sources(settings, tokenizer, out, seed, progress)
     # A value below 1 is a share.
     number = int(settings.held_out) if settings.held_out >= 1 else settings.held_out
-    if own is not None:
-        held_out = take_pairs(own, int(number), seed=seed) if number >= 1 else own
-        train, _ = split_pairs(table, held_out=0, sample=settings.sample, seed=seed)
+    source, own = sources[0], sources[-1]
+    if settings.sources is not None and settings.sources[0].weight is not None:
+        weights = [float(one.weight or 0) for one in settings.sources]
+        ids = source.rows.pair_ids
+        weighted = source.select(share_rows(ids, ids // ROWS_PER_SOURCE, weights, seed=seed))
+        source, own = weighted, weighted if own is source else own
+    if own is not source:
+        held = sampled_rows(own.rows.pair_ids, int(number), seed) if number >= 1 else np.arange(len(own.rows))
+        train, _ = source.rows.split(0, settings.sample)
+        recorded = {"held_out": 0, "sample": settings.sample, "seed": seed}
     else:
-        train, held_out = split_pairs(table, held_out=number, sample=settings.sample, seed=seed)
-        if near := near_duplicates(table):
+        train, held = source.rows.split(number, settings.sample)
+        recorded = {"held_out": number, "sample": settings.sample, "seed": seed}
+        if near := source.rows.near_duplicates():
             log(
                 f"  {near:,} prompts repeat the first user turn of another prompt (in other case or white space, with "
                 "another system turn or later turns): the split keeps them on one side"
             )
-    write_pairs(out / "train", train)
-    write_pairs(out / "held_out", held_out)
+    found = {
+        "train": _write_rows(out / "train", source, train, split_provenance("train", **recorded)),
+        "held_out": _write_rows(
+            out / "held_out", own, held, {} if own is not source else split_provenance("held_out", **recorded)
+        ),
+    }
     log_reports(reports)
-    shared = shared_prompts(train, held_out)
+    shared = shared_prompts((source.rows, train), (own.rows, held))
     if shared:
         log(f"  {shared:,} prompts are both trained on and held out: held-out figures are not all of unseen prompts")
-    if settings.held_out and not len(held_out):
+    if settings.held_out and not len(held):
         log(f"  data.held_out {settings.held_out:g} of {len(train):,} pairs is no pair: nothing will be evaluated")
     return {
         "train": len(train),
-        "held_out": len(held_out),
-        **_counts_by_source(settings, train, held_out),
+        "held_out": len(held),
+        **_counts_by_source(settings, source.rows.pair_ids[train], own.rows.pair_ids[held]),
         "shared_prompts": shared,
-        "extremes": {"train": extremes(train), "held_out": extremes(held_out)},
+        "extremes": found,
         "report": {name: one.to_dict() for name, one in reports.items()},
     }
+
+
+@dataclass
+class Source:
+    """The tokenised pairs of a split, on disk.
+
+    Attributes:
+        spool: rows in the schema `ENCODED`.
+        rows: what a split needs to know of them.
+        provenance: of a table of them.
+        places: their rows in the spool; None: all of it.
+    """
+
+    spool: Spool
+    rows: PairRows
+    provenance: dict[str, Any]
+    places: np.ndarray | None = None
+
+    def select(self, rows: np.ndarray) -> Source:
+        """Some of its rows."""
+        return Source(self.spool, self.rows.select(rows), self.provenance, rows)
+
+    def take(self, rows: np.ndarray, provenance: Mapping[str, Any] = MappingProxyType({})) -> pa.Table:
+        """A table of kind "pairs" of some rows, with more provenance."""
+        rows = rows if self.places is None else self.places[rows]
+        return with_provenance(pairs_of(self.spool.take(rows)), "pairs", {**self.provenance, **provenance})
+
+    def matching(self, table: pa.Table) -> pa.Table:
+        """The pairs with the `pair_id`s of a table, in its order; those that are there."""
+        wanted = table["pair_id"].to_numpy()
+        ids, order = self._sorted_ids
+        places = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+        return self.take(order[places][ids[places] == wanted])
+
+    @cached_property
+    def _sorted_ids(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self.rows.pair_ids, kind="stable")
+        return self.rows.pair_ids[order], order
+
+
+def _write_rows(folder: Path, source: Source, rows: np.ndarray, provenance: Mapping[str, Any]) -> dict[str, int]:
+    """`write_pairs` for rows of a source; returns their `extremes`."""
+    if len(rows) > PAIRS_PER_SHARD:
+        rows = source.rows.grouped(rows)
+    clear_shards(folder)
+    starts = range(0, max(len(rows), 1), PAIRS_PER_SHARD)
+    found = []
+    for index, start in enumerate(starts):
+        table = source.take(rows[start : start + PAIRS_PER_SHARD], provenance)
+        write_shard(folder, index, table, len(starts))
+        found.append(extremes(table))
+    return {name: max(one[name] for one in found) for name in found[0]}
 
 
 # Each source numbers its pairs from a multiple of this.
 ROWS_PER_SOURCE = 10**9
 
 
-def _source_numbers(table: pa.Table) -> np.ndarray:
-    """The place of each pair's source among `data.sources`: `[pairs]`."""
-    return table.column("pair_id").to_numpy() // ROWS_PER_SOURCE
-
-
-def _counts_by_source(settings: DataSettings, train: pa.Table, held_out: pa.Table) -> dict[str, Any]:
-    """Pairs of each of several sources, logged; nothing for a single source."""
+def _counts_by_source(settings: DataSettings, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    """Pairs of each of several sources by their `pair_id`s, logged; nothing for a single source."""
     if settings.sources is None:
         return {}
-    tables = [train] if has_own_rows(settings) else [train, held_out]
+    parts = [train] if has_own_rows(settings) else [train, held_out]
     number = len(settings.sources)
-    counts = [np.bincount(_source_numbers(table), minlength=number).tolist() for table in tables]
+    counts = [np.bincount(ids // ROWS_PER_SOURCE, minlength=number).tolist() for ids in parts]
     rows = []
     for index, name in enumerate(source_names(settings)):
         rows.append({"source": name, **dict(zip(PARTS, (count[index] for count in counts), strict=False))})
-        parts = ", ".join(f"{count[index]:,} {part}" for count, part in zip(counts, PARTS, strict=False))
-        log(f"  {name}: {parts.replace('_', ' ')}")
+        said = ", ".join(f"{count[index]:,} {part}" for count, part in zip(counts, PARTS, strict=False))
+        log(f"  {name}: {said.replace('_', ' ')}")
     return {"sources": rows}
 
 
@@ -177,42 +236,66 @@ def source_names(settings: DataSettings) -> list[str]:
 
 
 def read_sources(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool = True
-) -> tuple[pa.Table, pa.Table | None, dict[str, DataReport]]:
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int = 0, progress: bool = True
+) -> tuple[list[Source], dict[str, DataReport]]:
     """Tokenise the sources of a recipe, before any split.
 
+    Args:
+        folder: the pairs are kept in files without names in it.
+
     Returns:
-        pairs; held-out pairs, if they have a split or source of their own; and the report of each split.
+        pairs, and held-out pairs, if they have a split or source of their own; and the report of each split.
     """
     split, held_out_split = settings.split, settings.held_out_split
     if settings.sources is not None:
-        table, reports = _joined(settings, tokenizer, progress)
+        source, reports = _joined(settings, tokenizer, folder, seed, progress)
     else:
         if _is_embedded(settings.source):
             held_out_split = held_out_split or "held_out"
-        table, report = _tokenize(settings, split, tokenizer, progress)
+        source, report = read_source(settings, split, tokenizer, folder, seed, progress)
         reports = {split: report}
     if not (held_out_split or settings.held_out_source):
-        return table, None, reports
+        return [source], reports
     name = held_out_split if held_out_split and settings.held_out_source is None else "held_out"
-    held_out, reports[name] = _tokenize(*held_out_data(settings, held_out_split), tokenizer, progress)
-    return table, held_out, reports
+    own, own_report = read_source(*held_out_data(settings, held_out_split), tokenizer, folder, seed, progress)
+    return [source, own], reports | {name: own_report}
+
+
+def read_source(
+    settings: DataSettings,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Source, DataReport]:
+    """Tokenise one split; arguments as in `read_sources`."""
+    spool, provenance, report = _tokenize(settings, split, tokenizer, progress, partial(Spool, folder, ENCODED))
+    rows = PairRows(seed)
+    for table in spool:
+        rows.add(table)
+    return Source(spool, rows, provenance), report
 
 
 def _joined(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool
-) -> tuple[pa.Table, dict[str, DataReport]]:
-    """The pairs of several sources as one table, whose `pair_id`s count from `ROWS_PER_SOURCE` times the source."""
-    tables, reports = [], {}
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int, progress: bool
+) -> tuple[Source, dict[str, DataReport]]:
+    """The pairs of several sources, whose `pair_id`s count from `ROWS_PER_SOURCE` times the source."""
+    spool, rows = Spool(folder, ENCODED), PairRows(seed)
+    provenances: list[dict[str, Any]] = []
+    reports: dict[str, DataReport] = {}
     for number, (name, part) in enumerate(zip(source_names(settings), settings.parts(), strict=True)):
-        table, report = _tokenize(part, part.split, tokenizer, progress)
+        tables, provenance, report = _tokenize(part, part.split, tokenizer, progress, partial(Spool, folder, ENCODED))
         reports[name if name not in reports else f"{name} {number + 1}"] = report
-        ids = pa.array(table.column("pair_id").to_numpy() + number * ROWS_PER_SOURCE)
-        tables.append(table.set_column(table.column_names.index("pair_id"), "pair_id", ids))
-    digests = [provenance_of(table)["dataset"] for table in tables]
-    provenance = {**provenance_of(tables[0]), "dataset": short_digest("".join(digests)), "sources": digests}
-    joined = pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="default")
-    return with_provenance(joined, "pairs", provenance), reports
+        provenances.append(provenance)
+        for table in tables:
+            ids = pa.array(table["pair_id"].to_numpy() + number * ROWS_PER_SOURCE)
+            table = table.set_column(0, "pair_id", ids)
+            rows.add(table)
+            spool.append(table)
+    digests = [provenance["dataset"] for provenance in provenances]
+    provenance = {**provenances[0], "dataset": short_digest("".join(digests)), "sources": digests}
+    return Source(spool, rows, provenance), reports
 
 
 def log_reports(reports: Mapping[str, DataReport]) -> None:
@@ -308,22 +391,24 @@ def held_out_data(settings: DataSettings, split: str | None) -> tuple[DataSettin
 
 def read_pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> pa.Table:
     """Read and tokenise one split; for the single commands."""
-    table, report = _tokenize(settings, settings.split, tokenizer, progress)
+    parts, provenance, report = _tokenize(settings, settings.split, tokenizer, progress, list)
     log(f"  {settings.split}: {report.summary()}")
-    return table
+    return with_provenance(pairs_of(pa.concat_tables(parts)), "pairs", provenance)
 
 
 def _tokenize(
-    settings: DataSettings, split: str, tokenizer: PreTrainedTokenizerBase, progress: bool
-) -> tuple[pa.Table, DataReport]:
+    settings: DataSettings,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: bool,
+    make_parts: Callable[[], P],
+) -> tuple[P, dict[str, Any], DataReport]:
     workers: Any = settings.workers
     if not work.is_local():
         from sepo.stages.encode import encoded_by_units
 
         workers = partial(encoded_by_units, settings, split, _place(settings.source))
-    return tokenize_pairs(
-        read_split(settings, split),
-        tokenizer,
+    options = Options(
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
         as_chat=settings.as_chat,
@@ -331,6 +416,7 @@ def _tokenize(
         progress=progress,
         workers=workers,
     )
+    return tokenize_into(make_parts, read_split(settings, split), tokenizer, options)
 
 
 def read_split(settings: DataSettings, split: str) -> datasets.Dataset:

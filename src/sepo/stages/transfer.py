@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,12 +108,12 @@ def prepare_pairs(recipe: Recipe, pairs: Path, out: Path) -> dict[str, Any]:
     both = tokenizers(recipe)
     names = recipe.reference.model, str(recipe.policy.model)
     readers = _readers(both, names)
-    table, held_out, reports = data.read_sources(recipe.data, both[1])
+    sources, reports = data.read_sources(recipe.data, both[1], out)
     data.log_reports({f"{name}, the policy's tokens": report for name, report in reports.items()})
     results: dict[str, Any] = {"report": {name: report.to_dict() for name, report in reports.items()}}
     for part in PARTS:
-        target = held_out if part == "held_out" and held_out is not None else table
-        found = carry_table(pairs / part, "pairs", repeat(target), readers, out / part, names=names)
+        source = sources[-1] if part == "held_out" else sources[0]
+        found = carry_table(pairs / part, "pairs", source.matching, readers, out / part, names=names)
         log(f"  {part}, under both tokenizers: {found.summary()}")
         results |= {part: found.kept, f"{part}_transfer": found.figures()}
     return results
@@ -227,7 +226,7 @@ class Carry:
 def carry_table(
     source: Path,
     kind: str,
-    targets: Iterable[pa.Table],
+    targets: Callable[[pa.Table], pa.Table],
     readers: tuple[TokenBytes, TokenBytes],
     out: Path,
     allocation: str = "bytes",
@@ -238,7 +237,7 @@ def carry_table(
     Args:
         source: the table's folder.
         kind: "pairs" or "scores".
-        targets: for each shard of `source`, a table of kind "pairs" with its pairs under the other tokenizer.
+        targets: gives for a shard of `source` a table of kind "pairs" with its pairs under the other tokenizer.
         readers: byte readers of the table's tokenizer and of the other tokenizer.
         out: folder of the new table; its provenance names the old table in `transferred_from`.
         names: the two models, for messages.
@@ -254,8 +253,9 @@ def carry_table(
     provenance = _provenance(paths, kind, allocation)
     clear_shards(out)
     total = TransferReport()
-    for index, (path, target) in enumerate(zip(paths, targets, strict=False)):
-        table, report = carry(read_shard(path, kind), target, *readers, allocation)
+    for index, path in enumerate(paths):
+        shard = read_shard(path, kind)
+        table, report = carry(shard, targets(shard), *readers, allocation)
         _write_carried(out, index, table, provenance, len(paths))
         total += report
     _require_pairs(total, source, out, names)

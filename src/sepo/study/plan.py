@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from sepo.engines import check_engine
 from sepo.files import digest
 from sepo.models.devices import choose_device
 from sepo.planning.plan import Planner, approximate, examples_of, throughputs_of
@@ -57,6 +58,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
     check_grid(settings)
     check_baselines(grid, settings)
     first = next(iter(settings.values()))[0].recipe
+    check_engine(first.engine)
     with tempfile.TemporaryDirectory() as folder:
         planner = Planner(Path(folder))
         pairs = Method(first, planner).pairs
