@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sepo import run_recipe
 from sepo.bench.credit.checks import CHECKS
 from sepo.bench.credit.grids import TASKS, bench_of
 from sepo.bench.credit.run import prepare
+from sepo.data.tables import write_parquet
 from sepo.evaluate import GENERATIONS
 from sepo.files import write_json, write_text
 from sepo.recipe.reading import parse_recipe
@@ -42,19 +44,32 @@ ROUNDS = 3
 ON_POLICY = {"samples": 8, "temperatures": [0.7, 1.0], "min_gap": 0.1}
 OBJECTIVES = {"sepo": {}, "simpo": {"objective": "simpo"}}
 BASELINES = Baselines(best_of=[2, 4, 8], steer=[0.5, 1.0, 2.0])
-CHECKPOINTS = [0.1, 0.2, 0.35, 0.5, 0.75, 1.0]
+CHECKPOINTS = [0.15, 0.3, 0.6, 1.0]
+PROMPTS, EPOCHS = 300, 2  # of the planted tasks
 
 
-def settings_of(task: str, bench: Path, seed: int, objective: str, epochs: float | None) -> dict[str, Any]:
+def settings_of(task: str, bench: Path, seed: int, objective: str) -> dict[str, Any]:
     """The settings of both arms: those of the bench, with answers of the policy instead of its pairs."""
     values = copy.deepcopy(bench_of(task, bench).recipe)
     new_tokens = values["eval"]["max_new_tokens"]
     values["data"] |= {"sample": 1.0, "on_policy": {**ON_POLICY, "gold": values["eval"]["gold"]}}
     values["data"]["on_policy"]["max_new_tokens"] = new_tokens
     values["policy"] |= OBJECTIVES[objective]
-    if epochs is not None:
-        values["policy"]["training"]["num_train_epochs"] = epochs
+    if task in CHECKS:
+        values["data"]["source"] = str(some_prompts(Path(values["data"]["source"])))
+        values["policy"]["training"]["num_train_epochs"] = EPOCHS
     return {**values, "seed": seed, "eval": {**values["eval"], "examples": 0, "pairs": 0}}
+
+
+def some_prompts(source: Path) -> Path:
+    """The pairs of the first prompts of a planted task, as a file of their own; both arms answer these prompts."""
+    table = pq.read_table(source)
+    prompts = [json.dumps(prompt, sort_keys=True) for prompt in table.column("prompt").to_pylist()]
+    kept = set(list(dict.fromkeys(prompts))[:PROMPTS])
+    out = source.parent / f"train-{PROMPTS}.parquet"
+    if not out.is_file():
+        write_parquet(out, table.filter(pa.array([prompt in kept for prompt in prompts])))
+    return out
 
 
 def rounds_recipe(values: Mapping[str, Any], name: str, out: Path) -> Recipe:
@@ -120,7 +135,7 @@ def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         return json.loads(stored.read_text(encoding="utf-8"))
     if options.task in CHECKS:
         prepare(options.task, options.bench / "tasks" / options.task)
-    values = settings_of(options.task, options.bench, seed, options.objective, options.epochs)
+    values = settings_of(options.task, options.bench, seed, options.objective)
     work = options.out / "work" / f"{options.task}-{options.objective}-{seed}"
     name = f"{options.task}-{seed}"
     offline = offline_points(values, name, work / "offline", options.kl)
@@ -201,7 +216,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)))
     parser.add_argument("--objective", choices=list(OBJECTIVES), default="sepo")
-    parser.add_argument("--epochs", type=float, help="passes over the pairs; default: those of the bench")
     parser.add_argument("--kl", type=float, default=1.0, help="where the arms are compared, nats an answer")
     parser.add_argument("--read", action="store_true", help="read the stored results only")
     options = parser.parse_args()

@@ -74,13 +74,8 @@ NO_PATH = {
     "recipe name",  # a built-in recipe's
     *("key_header", "header", "request", "judge_temperature"),
     *("server", "key_variable", "model_name", "prompt_name", "judge"),  # a judge is a kind with a name, tried below
-    *(
-        "gold",
-        "engine",
-        "merge dtype",
-        "sample temperature",
-        "best-of n",
-    ),  # an engine is a kind with a folder, tried below
+    *("gold", "engine"),  # an engine is a kind with a folder, tried below
+    *("merge dtype", "sample temperature", "best-of n"),
     "run until",
     *("generate name", "winrate baseline", "push to", "push base", "push license"),
 }

@@ -54,6 +54,16 @@ HOLDS = {
         from pathlib import Path
         assert Path("runs/which/frontier.png").is_file() and Path("runs/which/compare.md").is_file()
     """,
+    "05-token-rewards": """
+        assert rewards[0].total > rewards[1].total > rewards[2].total
+        polite, rude = dict(of_words(rewards[0])), dict(of_words(rewards[2]))
+        assert min(polite["lovely"], polite["thanks"]) > max(polite[word] for word in ("the", "garden", "is"))
+        assert min(rude, key=rude.get) == "stupid"
+        assert len(mine) > 2 * len(rewards[0])
+        assert last < 0.5 * first
+        from datasets import load_dataset
+        assert "chosen_weights" in load_dataset("parquet", data_files="weighted.parquet", split="train").column_names
+    """,
 }
 
 

@@ -78,6 +78,7 @@ def test_answers_go_on_after_the_command_and_its_worker_were_killed(place, tmp_p
     assert answers(place, tmp_path / "files", "--engine", "files") == expected
 
 
+@pytest.mark.nightly
 def test_a_reward_model_as_units_gives_the_verdicts_of_one_process(place, tmp_path, monkeypatch):
     monkeypatch.setattr("sepo.judging.scorers.TOKENS_AT_ONCE", {"cpu": 64})
     command = ["judge", "--answers", place / "mine.json", "--against", place / "theirs.json", "--device", "cpu"]

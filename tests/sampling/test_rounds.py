@@ -88,6 +88,7 @@ def test_a_run_trains_on_answers_of_its_own_model(here, capsys):
     assert contents(here / "run") == before
 
 
+@pytest.mark.nightly
 def test_two_rounds_go_on_from_the_policy_and_compare_with_the_first_start(here, capsys):
     assert main(["run", "recipe.yaml", "rounds=2", "eval.prompts=2", "policy.objective=dpo"]) == 0
     printed, log = capsys.readouterr()

@@ -27,6 +27,11 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"]}
 METRICS = ("loss", "grad_norm", "entropy", "logits/", "logps/", "mean_token_accuracy", "rewards/", "nll_loss")
 
 
+def rarely(*values):
+    """Parameters of the nightly run alone."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.nightly) for v in values]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A folder of weights for each architecture that is asked for: TRL loads the reference by name."""
@@ -96,8 +101,7 @@ def compare(make, folder, tmp_path, without=(), tolerance=1e-5, **settings):
     return expected
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize(("lora", "precompute"), [(False, True), (True, False), *rarely((False, False), (True, True))])
 def test_dpo_is_the_same_with_one_line_more(folders, tmp_path, lora, precompute):
     rows = compare(dpo, folders("llama"), tmp_path, lora=lora, precompute_ref_log_probs=precompute)
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
@@ -109,10 +113,12 @@ def test_dpo_is_the_same_with_one_line_more(folders, tmp_path, lora, precompute)
     [
         {"loss_type": ["ipo"]},
         {"loss_type": ["hinge", "sft"], "loss_weights": [1.0, 0.2], "ld_alpha": 0.5},
-        {"loss_type": ["sigmoid_norm"], "use_weighting": True, "f_divergence_type": "js_divergence"},
-        {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "sync_ref_model": True},
         {"truncation_mode": "keep_end", "max_length": 24},
-        {"max_length": 30, "pad_to_multiple_of": 8, "per_device_train_batch_size": 1},
+        *rarely(
+            {"loss_type": ["sigmoid_norm"], "use_weighting": True, "f_divergence_type": "js_divergence"},
+            {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "sync_ref_model": True},
+            {"max_length": 30, "pad_to_multiple_of": 8, "per_device_train_batch_size": 1},
+        ),
     ],
     ids=str,
 )
@@ -120,7 +126,7 @@ def test_every_loss_and_option_of_dpo_comes_along(folders, tmp_path, settings):
     compare(dpo, folders("llama"), tmp_path, max_steps=3, **{**settings})
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "cohere", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["gemma2", *rarely("cohere", "gpt_neox")])
 def test_caps_scales_windows_and_biases_of_other_models(folders, tmp_path, architecture):
     compare(dpo, folders(architecture), tmp_path, max_steps=2, tolerance=1e-4)
 
@@ -129,10 +135,16 @@ def test_caps_scales_windows_and_biases_of_other_models(folders, tmp_path, archi
 LOGITS = ("logits/chosen", "logits/rejected")
 
 
-@pytest.mark.parametrize("lora", [False, True])
+SIMPO, SIMPO_NLL, CPO = (
+    {"loss_type": "simpo", "cpo_alpha": 0.0},
+    {"loss_type": "simpo", "simpo_gamma": 1.0},
+    {"loss_type": "sigmoid"},
+)
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{"loss_type": "simpo", "cpo_alpha": 0.0}, {"loss_type": "simpo", "simpo_gamma": 1.0}, {"loss_type": "sigmoid"}],
+    ("settings", "lora"),
+    [(SIMPO, False), (CPO, True), *rarely((SIMPO, True), (SIMPO_NLL, False), (SIMPO_NLL, True), (CPO, False))],
     ids=str,
 )
 def test_cpo_and_simpo_are_the_same(folders, tmp_path, lora, settings):

@@ -4,7 +4,7 @@ A training is usually told how long it lasts. `policy.target_kl` and `oracle.tar
 number of epochs (or steps) is then the limit. The value is measured on the way, and the weights nearest to the target
 are kept. A measurement of the KL samples answers, so a probe (`kl_probe`) says when one is due.
 
-The checkpoints' folder keeps the points (`target.json`), the probes and the nearest weights, so a killed training
+The checkpoints' folder keeps the points (`target-points.json`), the probes and the nearest weights, so a killed training
 continues and keeps the same weights.
 """
 
@@ -30,9 +30,11 @@ from sepo.forward.scoring import dataset_logps
 from sepo.processes import log
 from sepo.recipe.settings import EvalSettings
 
-POINTS, NEAREST = "target.json", "nearest-{}.safetensors"
-# The KL is measured first at this share of its target, so that there is a point on either side.
-_BEFORE = 0.85
+# Their names begin with "target-", so that no training takes them for logs.
+POINTS, NEAREST = "target-points.json", "target-{}.safetensors"
+# The KL is first measured at these shares of its target: the first corrects the probe, the second is a point near the
+# target on the other side of it.
+_BEFORE = (0.3, 0.85)
 # The accuracy is measured again after this share of the steps so far.
 _LOOKS = 1 / 12
 
@@ -158,19 +160,19 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
 
 
 class LookAtKl(Probes):
-    """Probes the KL, and asks for a measurement before the target and at it.
+    """Probes the KL, and asks for two measurements before the target and one at it.
 
     Where a measurement falls short of what the probe said, the probe is rescaled by it and training goes on.
     """
 
     def __init__(self, target: float, probe: Callable[[nn.Module], float], folder: Path):
-        super().__init__(probe, folder / "checkpoints" / PROBES)
+        super().__init__(probe, folder / "checkpoints" / f"target-{PROBES}")
         self.target = target
 
     def due(self, step: int, model: nn.Module, points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         measured = [point for point in points if "probe" in point]
         furthest = max((point["kl"] for point in measured), default=0.0)
-        goal = _BEFORE * self.target if furthest < _BEFORE * self.target else self.target
+        goal = next((share * self.target for share in _BEFORE if share * self.target > furthest), self.target)
         threshold = goal / scale_of(measured)
         value = self.look(step, model, threshold)
         return {"probe": value} if value is not None and value >= threshold else None

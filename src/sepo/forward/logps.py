@@ -42,12 +42,13 @@ class LayoutTrials:
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+def token_logps(model: nn.Module, batch: PackedBatch, routers: list[Tensor] | None = None) -> Tensor:
     """Log-probability of every target of a batch, with gradients if they are enabled.
 
     Args:
         model: a Transformers causal LM or a PEFT model of one, prepared by `prepare_model`.
         batch: from `packing.pack` (or `packing.pad`), on the model's device. `N` targets.
+        routers: takes the logits of each router of a mixture of experts, `[tokens, experts]` for every token.
 
     Returns:
         `[N]` float32 (float64 for a float64 model), in nats, in the order of `batch.segments`.
@@ -55,7 +56,7 @@ def token_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     lm = causal_lm(model)
     if not isinstance(batch, PackedBatch):
         raise wrong_type("batch", batch, "a PackedBatch, which pack(pairs) returns")
-    targets = target_hidden(lm, batch)
+    targets = target_hidden(lm, batch, routers)
     return target_logps(targets, lm.get_output_embeddings(), batch.target_ids, LogitTransform.from_config(lm.config))
 
 
@@ -73,14 +74,19 @@ def _called(model: nn.Module, read: Callable[[], Tensor]) -> Tensor:
     return inside_call(causal_lm(model), read) if is_sharded(model) else read()
 
 
-def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def target_hidden(lm: PreTrainedModel, batch: PackedBatch, routers: list[Tensor] | None = None) -> Tensor:
     """Final hidden states that predict the targets, `[N, hidden]`: the input of the LM head.
+
+    Args:
+        routers: as in `token_logps`.
 
     Raises:
         UserError: the batch is longer than `prepare_model` tried, and the model may treat such lengths differently.
     """
     _check_length(lm, batch)
     if batch.unbatched:
+        if routers is not None:
+            raise UserError("router_aux_loss_coef needs rows that are read together, which this model cannot do")
         return _unbatched_hidden(lm, batch).index_select(0, batch.target_positions)
     inputs: dict = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.layout is not None:
@@ -89,8 +95,13 @@ def target_hidden(lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
         inputs["attention_mask"] = batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
     else:
         inputs["attention_mask"] = batch.attention_mask
-    with rows_only(_prunable_mlp(lm, batch), batch.target_rows):
-        hidden = backbone(lm)(**inputs).last_hidden_state
+    if routers is not None:
+        inputs["output_router_logits"] = True
+    with rows_only(_prunable_mlp(lm, batch) if routers is None else None, batch.target_rows):
+        outputs = backbone(lm)(**inputs)
+    if routers is not None:
+        routers += outputs.router_logits or ()
+    hidden = outputs.last_hidden_state
     return hidden.flatten(0, 1).index_select(0, batch.target_positions)
 
 

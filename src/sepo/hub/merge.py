@@ -75,7 +75,7 @@ def merge_adapter(
     """
     from sepo.models.devices import choose_dtype
     from sepo.models.folders import adapter_base, is_adapter
-    from sepo.models.names import check_model, load_config, resolve_model
+    from sepo.models.names import load_config, resolve_model
     from sepo.models.saving import merge, save_model
     from sepo.models.tokenizer import load_tokenizer
     from sepo.models.weights import load_model
@@ -83,8 +83,6 @@ def merge_adapter(
     folder = Path(resolve_model(adapter))
     if not is_adapter(folder):
         raise UserError(f"'{adapter}' is no adapter (it has no adapter_config.json): there is nothing to merge")
-    if base is None:
-        check_model(folder)
     base_name, revision = (base, None) if base is not None else adapter_base(folder)
     if dtype == "base":
         stored = load_config(base_name, revision=revision).dtype

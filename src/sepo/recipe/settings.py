@@ -12,7 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from sepo.files import expand_home
 from sepo.recipe.objectives import OBJECTIVES, meanings_of_alpha, names_with, names_with_label_smoothing
@@ -239,6 +249,11 @@ class TrainingSettings(Settings):
         False, description="recompute activations in the backward pass to save memory"
     )
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row; bounds a step's memory")
+    router_aux_loss_coef: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the load-balancing loss of a mixture of experts (TRL: by default its config's)",
+    )
     save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints; 0 for none")
     report_to: str | list[str] = Field(
         "none",
@@ -249,6 +264,14 @@ class TrainingSettings(Settings):
         default_factory=dict,
         description="any other field of TrainingArguments, passed on unchanged (optim, deepspeed, fsdp...)",
     )
+
+    @model_serializer(mode="wrap")
+    def _later_settings_where_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the settings that earlier releases did not have, so that their trainings stay up to date."""
+        values = handler(self)
+        if not self.router_aux_loss_coef:
+            values.pop("router_aux_loss_coef", None)
+        return values
 
     @field_validator("max_steps")
     @classmethod

@@ -14,11 +14,12 @@ from sepo.data.splits import sample_pairs
 from sepo.data.tables import read_table, swap_sides
 from sepo.errors import UserError
 from sepo.evaluate.target import LookAtAccuracy, Target, UntilTarget, accuracy_on
+from sepo.forward.routers import check_routers
 from sepo.models.adapters import check_lora
 from sepo.models.checkpoint import adapter_is_idle
 from sepo.models.devices import check_quantization
 from sepo.models.folders import adapter_base, is_adapter
-from sepo.models.names import check_model, resolve_model
+from sepo.models.names import check_model, load_config, resolve_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log_once
 from sepo.recipe.settings import OracleSettings, Recipe
@@ -41,6 +42,9 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
     if settings.target_accuracy is not None:
         train.check_held_out(recipe, "oracle.target_accuracy")
     if settings.model is None:
+        if settings.training.router_aux_loss_coef:
+            name, revision = recipe.reference.model, recipe.reference.revision
+            check_routers(load_config(name, revision=revision), name)
         check_training(
             settings.training,
             "oracle.training",

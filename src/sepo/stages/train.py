@@ -12,10 +12,11 @@ from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.evaluate.kl_probe import Probe
 from sepo.evaluate.target import LookAtKl, Target, UntilTarget, kl_from
+from sepo.forward.routers import check_routers
 from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization, choose_device
 from sepo.models.folders import is_outline
-from sepo.models.names import check_model
+from sepo.models.names import check_model, load_config
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.objectives import OBJECTIVES, check_objective
@@ -55,6 +56,8 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
                 "0 and eval.temperature to 1"
             )
     start_model = recipe.policy if policy.model is not None else recipe.reference
+    if policy.training.router_aux_loss_coef:
+        check_routers(load_config(str(start_model.model), revision=start_model.revision), str(start_model.model))
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
 
 

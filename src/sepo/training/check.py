@@ -102,7 +102,8 @@ def check_training(
             continue
         if key not in (item.name for item in dataclasses.fields(PreferenceConfig)):
             raise UserError(f"{section}.arguments.{key}: not a TrainingArguments field{nearest(key, _DEFAULTS)}")
-        where = f"set {_ELSEWHERE.get(key, parent)}.{key} instead" if key != "layout" else "leave it out"
+        unknown = ("layout", "weight_column")
+        where = f"set {_ELSEWHERE.get(key, parent)}.{key} instead" if key not in unknown else "leave it out"
         raise UserError(f"{section}.arguments.{key} cannot be used: it is no TrainingArguments field; {where}")
     check_arguments(settings, section, {**UNSUPPORTED, **_NOT_FOR_PAIRS})
     if isinstance(config := settings.arguments.get("deepspeed"), str):

@@ -75,6 +75,8 @@ def training_arguments(settings: TrainingSettings, out: Path, *, seed: int, devi
         "dataloader_num_workers": 0 if use_cpu else 1,
         "disable_tqdm": True,  # `ProgressBar` takes its place
     }
+    if settings.router_aux_loss_coef:
+        arguments["router_aux_loss_coef"] = settings.router_aux_loss_coef
     return {**arguments, **settings.arguments}
 
 

@@ -25,7 +25,8 @@ from sepo.errors import UserError, nearest
 from sepo.processes import log_once
 
 LOGS = "logs"
-RECORDS = ("made_with.json", "processes.json")  # of `checkpoints.py`; all other files beside checkpoints are reporters'
+# Files beside checkpoints that are no reporter's: of `checkpoints.py`, and (by the start of their names) of callbacks.
+RECORDS, OF_CALLBACKS = ("made_with.json", "processes.json"), ("checkpoint-", "target-")
 # Reporters that Transformers never lists as installed; it checks for them only when they are used.
 _NEVER_LISTED = ("flyte", "azure_ml")
 
@@ -64,7 +65,7 @@ def keep_logs(out: Path) -> None:
     written = [
         path
         for path in sorted((out / "checkpoints").glob("*"))
-        if path.name not in RECORDS and not path.name.startswith("checkpoint-")
+        if path.name not in RECORDS and not path.name.startswith(OF_CALLBACKS)
     ]
     for path in written:
         (out / LOGS).mkdir(exist_ok=True)

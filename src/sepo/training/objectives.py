@@ -2,8 +2,7 @@
 
 Arguments are `[pairs]` tensors of the chosen and the rejected responses, results are `[pairs]` losses; the caller
 averages over pairs. Sums run over the targets, each times its weight: all response tokens, or the selected ones. The
-losses do not include the auxiliary router losses of mixture-of-experts models, which TRL adds if the config has
-`output_router_logits`.
+load-balancing loss of mixtures of experts is the trainer's (`router_aux_loss_coef`).
 
 The table `sepo.recipe.objectives.OBJECTIVES` lists what each objective reads; docs/objectives.md compares them.
 `LOSSES` maps the names to the formulas, and the trainer calls `pair_losses`.

@@ -38,6 +38,7 @@ from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import PackedBatch, Pair
 from sepo.forward.prepare import prepare_model, training_layout, training_noise
+from sepo.forward.routers import balancing_loss, check_routers
 from sepo.forward.scoring import dataset_logps, numerics, require_readable, tokens_per_row_for
 from sepo.models.adapters import causal_lm, with_adapter
 from sepo.models.sharding import gather_by_block, sharded_twin
@@ -108,6 +109,8 @@ class PreferenceConfig(TrainingArguments):
             force a layout.
         max_length, max_prompt_length, as_chat, chat_template_kwargs: used only if the dataset is text; see
             `sepo.data.encoding.tokenize_pairs`.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts, over the tokens of each packed
+            row; 0 for none. TRL's default is the value of the model's config.
         weight_column: a dataset's column of weights of the pairs' losses, 0 or more; 1 without it.
     """
 
@@ -124,6 +127,7 @@ class PreferenceConfig(TrainingArguments):
     max_prompt_length: int | None = field(default=None, metadata={"help": "tokens of the prompt"})
     as_chat: bool = field(default=False, metadata={"help": "wrap plain-text prompts as one user turn"})
     chat_template_kwargs: dict | None = field(default=None, metadata={"help": "keywords for the chat template"})
+    router_aux_loss_coef: float = field(default=0.0, metadata={"help": "weight of a mixture's load-balancing loss"})
     weight_column: str = field(default=PAIR_WEIGHT, metadata={"help": "a dataset's column with weights of the pairs"})
 
     def __post_init__(self):
@@ -135,10 +139,13 @@ class PreferenceConfig(TrainingArguments):
         check_number("beta", self.beta, above=0)
         check_number("gamma", self.gamma, above=0)
         check_number("margin", self.margin, least=0)
+        check_number("router_aux_loss_coef", self.router_aux_loss_coef, least=0)
         if self.alpha is not None:
             check_number("alpha", self.alpha, least=0)
         if self.rate is not None:
             check_number("rate", self.rate, above=0, most=1)
+        if self.router_aux_loss_coef and OBJECTIVES[self.objective].kl_direction(self.alpha):
+            raise UserError(f"router_aux_loss_coef does not go with objective {self.objective}: leave it at 0")
         for name, least in (("tokens_per_row", 1), ("max_length", 2), ("max_prompt_length", 1)):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), whole=True, least=least)
@@ -260,6 +267,8 @@ class PreferenceTrainer(Trainer):
         self._turn_off_dropout(model)
         # The KL needs every logit of the reference, which cannot be stored: a frozen copy of the model computes them.
         self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
+        if args.router_aux_loss_coef:
+            check_routers(causal_lm(model).config, causal_lm(model).config.name_or_path)
         self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
         _bind_packed_forward(model)
         self._metrics = {mode: _RunningSums() for mode in ("train", "eval")}
@@ -359,8 +368,10 @@ class PreferenceTrainer(Trainer):
     def _losses(self, model: nn.Module, batch: PackedBatch, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and implicit rewards (chosen, rejected), each `[pairs]`."""
         args, objective = self.args, OBJECTIVES[self.args.objective]
-        token_kls = baselines = None
-        if self.kl_reference is None:
+        token_kls = baselines = balance = None
+        if args.router_aux_loss_coef:
+            logps, balance = model(packed_batch=batch, with_routers=True)
+        elif self.kl_reference is None:
             logps = model(packed_batch=batch)
         else:
             logps, token_kls = model(packed_batch=batch, kl_reference=self.kl_reference, kl_direction=self.kl_direction)
@@ -389,7 +400,10 @@ class PreferenceTrainer(Trainer):
         if reference is not None and model.training and self.state.global_step == 0 and not self._start_checked:
             self._check_start(sums, batch)
         settings = LossSettings(args.beta, args.gamma, args.margin, alpha, args.label_smoothing)
-        return pair_losses(args.objective, sums, settings)
+        losses, chosen, rejected = pair_losses(args.objective, sums, settings)
+        losses = losses * batch.pair_weights
+        # The same for every pair of the row, so an update adds the mean over its pairs.
+        return losses if balance is None else losses + args.router_aux_loss_coef * balance, chosen, rejected
 
     def _marked(self, logps: Tensor, baselines: Tensor | None, batch: PackedBatch) -> Tensor:
         """The tokens that the policy marks in this step: `[targets]` bool."""
@@ -426,7 +440,6 @@ class PreferenceTrainer(Trainer):
         """Losses of the pairs of one packed batch. Adds its metrics to the running sums of `mode` unless that is ""."""
         with self.compute_loss_context_manager():
             losses, chosen, rejected = self._losses(model, batch, reference)
-            losses = losses * batch.pair_weights
         if mode:
             with torch.no_grad():
                 values = (losses, chosen, rejected, chosen - rejected, accuracy(chosen, rejected))
@@ -753,7 +766,8 @@ def _difference_of_numerics(args: TrainingArguments, model: nn.Module, logps: pa
 
 
 def _bind_packed_forward(model: nn.Module) -> None:
-    """Make `model(packed_batch=...)` return token log-probabilities, with `kl_reference` also the KL to it.
+    """Make `model(packed_batch=...)` return token log-probabilities, with `kl_reference` also the KL to it, and with
+    `with_routers` also the load-balancing loss of the row.
 
     Wrappers (DDP, FSDP, DeepSpeed, autocast) act on the call of the wrapped module, so the packed path must go through
     this call.
@@ -762,9 +776,21 @@ def _bind_packed_forward(model: nn.Module) -> None:
     if getattr(original, "takes_packed_batches", False):
         return
 
-    def forward(self, *args, packed_batch: PackedBatch | None = None, kl_reference=None, kl_direction=None, **kwargs):
+    def forward(
+        self,
+        *args,
+        packed_batch: PackedBatch | None = None,
+        kl_reference=None,
+        kl_direction=None,
+        with_routers=False,
+        **kwargs,
+    ):
         if packed_batch is None:
             return original(*args, **kwargs)
+        if with_routers:
+            routers: list[Tensor] = []
+            logps = token_logps(self, packed_batch, routers)
+            return logps, balancing_loss(causal_lm(self), tuple(routers), packed_batch)
         if kl_reference is not None:
             from sepo.forward.token_kl import token_logps_and_kl
 
