@@ -351,6 +351,7 @@ def main() -> None:
     processes.log = lambda text: None  # type: ignore[assignment]
     gc.collect()
     gc.freeze()
+    options.out.mkdir(parents=True, exist_ok=True)
     stored = options.out / "scale.json"
     results: dict[str, Any] = json.loads(stored.read_text()) if options.add else {"measured": {}}
     with tempfile.TemporaryDirectory(prefix="sepo-scale-") as name:
@@ -362,6 +363,7 @@ def main() -> None:
             for pairs in options.pairs:
                 found = measure(pairs, workers, place / "models", place)
                 results["measured"].setdefault(str(workers), {})[str(pairs)] = found
+                write_json(options.out / "scale-so-far.json", results)
         results["engine_seconds"] = overhead(place)
     results["shared"] = options.shared
     results |= {"machine": f"{os.cpu_count()} CPU cores", "tokens_a_second": TOKENS_A_SECOND, "load_seconds": LOAD}
@@ -370,7 +372,7 @@ def main() -> None:
     # Around the model: the engine, and two transfers' worth of reading and writing a shard.
     results["around_a_unit"] = results["engine_seconds"] + 1000 * most["transfer"]["cpu_seconds"] / pairs
     results["simulated"] = simulations(results["around_a_unit"])
-    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "scale-so-far.json").unlink()
     write_json(stored, results)
     write_text(options.out / "scale.md", page(results))
     draw(results, options.out / "scale.png")

@@ -253,7 +253,7 @@ def tokenize_pairs(
             `as_chat`) with a tokenizer without a chat template.
     """
     options = Options(max_length, max_prompt_length, as_chat, chat_template_kwargs, progress, workers)
-    parts, provenance, report = tokenize_into(list, dataset, tokenizer, options)
+    parts, provenance, report = tokenize_into(list[pa.Table], dataset, tokenizer, options)
     return with_provenance(pairs_of(pa.concat_tables(parts)), "pairs", provenance), report
 
 

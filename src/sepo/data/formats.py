@@ -60,7 +60,7 @@ _UNPACK: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
 )
 _LINES_AT_ONCE = 10_000
 # Bytes of parquet files from which on their rows stay on disk.
-LARGE = 32 << 20
+LARGE = 1 << 20
 
 
 def read_file(path: Path, text_columns: Collection[str] = (), size: int | None = None) -> pa.Table:

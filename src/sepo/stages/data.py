@@ -128,7 +128,7 @@ def prepare_data(
     if own is not source:
         held = sampled_rows(own.rows.pair_ids, int(number), seed) if number >= 1 else np.arange(len(own.rows))
         train, _ = source.rows.split(0, settings.sample)
-        recorded = {"held_out": 0, "sample": settings.sample, "seed": seed}
+        recorded: dict[str, Any] = {"held_out": 0, "sample": settings.sample, "seed": seed}
     else:
         train, held = source.rows.split(number, settings.sample)
         recorded = {"held_out": number, "sample": settings.sample, "seed": seed}
@@ -391,7 +391,7 @@ def held_out_data(settings: DataSettings, split: str | None) -> tuple[DataSettin
 
 def read_pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> pa.Table:
     """Read and tokenise one split; for the single commands."""
-    parts, provenance, report = _tokenize(settings, settings.split, tokenizer, progress, list)
+    parts, provenance, report = _tokenize(settings, settings.split, tokenizer, progress, list[pa.Table])
     log(f"  {settings.split}: {report.summary()}")
     return with_provenance(pairs_of(pa.concat_tables(parts)), "pairs", provenance)
 
