@@ -76,7 +76,7 @@ NO_PATH = {
     *("server", "key_variable", "model_name", "prompt_name", "judge"),  # a judge is a kind with a name, tried below
     *("gold", "engine"),  # an engine is a kind with a folder, tried below
     *("merge dtype", "sample temperature", "best-of n"),
-    "run until",
+    *("run until", "run processes"),
     *("generate name", "winrate baseline", "push to", "push base", "push license"),
 }
 
