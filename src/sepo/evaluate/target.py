@@ -4,8 +4,8 @@ A training is usually told how long it lasts. `policy.target_kl` and `oracle.tar
 number of epochs (or steps) is then the limit. The value is measured on the way, and the weights nearest to the target
 are kept. A measurement of the KL samples answers, so a probe (`kl_probe`) says when one is due.
 
-The checkpoints' folder keeps the points (`target-points.json`), the probes and the nearest weights, so a killed training
-continues and keeps the same weights.
+The checkpoints' folder keeps the points (`target-points.json`), the probes and the nearest weights, so a killed
+training continues and keeps the same weights.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sepo import command
 from sepo.errors import UserError
@@ -91,4 +91,5 @@ def merge_adapter(
     tokenizer = load_tokenizer(folder)
     model = load_model(base_name, adapter=folder, revision=revision, dtype="float32", device=device)
     merged = merge(cast("PeftModel", model))
-    save_model(merged.to(written), tokenizer, out)
+    cast(Any, merged).to(written)
+    save_model(merged, tokenizer, out)

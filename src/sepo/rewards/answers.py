@@ -145,7 +145,7 @@ def tokenize_answers(
     table = make_table("pairs", columns)
     for name in ("row", "answer"):
         table = table.append_column(name, pa.array([row[name] for row in kept], pa.int64()))
-    provenance = {
+    provenance: dict[str, Any] = {
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "chat_template": short_digest(str(tokenizer.chat_template or "")),
         "dataset": table_digest(table),

@@ -105,7 +105,7 @@ def stage(
             quantization=recipe.policy.quantization,
             seed=seed,
             device=recipe.device,
-            callbacks=[] if until is None else [_until_kl(recipe, model, pairs, folder)],
+            callbacks=[] if until is None or pairs is None else [_until_kl(recipe, model, pairs, folder)],
             until=until,
             **objective_settings(recipe.policy),
         )

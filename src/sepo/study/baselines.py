@@ -248,7 +248,7 @@ def cost(recipe: Recipe, sizes: Sizes, baselines: Baselines) -> Cost:
 
 
 def _in_words(baselines: Baselines) -> str:
-    parts = {"best of": baselines.best_of, "steering by": baselines.steer}
+    parts: dict[str, Sequence[float]] = {"best of": baselines.best_of, "steering by": baselines.steer}
     return ", ".join(
         f"{name} {', '.join(f'{value:g}' for value in values)}" for name, values in parts.items() if values
     )

@@ -118,7 +118,9 @@ def _of_ids(what: str, data: datasets.Dataset, numbers: np.ndarray) -> pa.Table:
 
 def check_tokens(what: str, data: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Raise a UserError if ids are stored with their tokens and the tokenizer has other tokens for them."""
-    for side in SIDES if tokenizer is not None and not is_text(data) else ():
+    if tokenizer is None or is_text(data):
+        return
+    for side in SIDES:
         if f"{side}_tokens" not in data.column_names:
             continue
         for row in data.select(range(min(len(data), _ROWS_COMPARED))):

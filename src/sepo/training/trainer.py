@@ -268,7 +268,7 @@ class PreferenceTrainer(Trainer):
         # The KL needs every logit of the reference, which cannot be stored: a frozen copy of the model computes them.
         self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
         if args.router_aux_loss_coef:
-            check_routers(causal_lm(model).config, causal_lm(model).config.name_or_path)
+            check_routers(causal_lm(model).config, str(causal_lm(model).config.name_or_path))
         self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
         _bind_packed_forward(model)
         self._metrics = {mode: _RunningSums() for mode in ("train", "eval")}

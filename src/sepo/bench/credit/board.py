@@ -19,6 +19,7 @@ from sepo.study.crossed import smallest_difference
 from sepo.study.curves import at_kl_by_prompt, reaches
 
 ENDS = (ALL, TRUTH)  # the room lies between them
+LOWEST = -7.0  # of the picture
 
 
 class Row(NamedTuple):
@@ -103,9 +104,11 @@ def picture(tasks: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]], out:
                     at, closed.value, [[closed.value - closed.low], [closed.high - closed.value]],
                     fmt="o", color=f"C{index}", label=label, markersize=4,
                 )  # fmt: skip
-        for height, name in ((0, "all tokens"), (1, "truth")):
+        for height, name, beside in ((0, "all tokens", "top"), (1, "truth", "bottom")):
             axes.axhline(height, color=GREY, linewidth=1, linestyle=":")
-            axes.text(len(rules) - 0.5, height, name, va="bottom", ha="right", color=GREY, fontsize=8)
+            axes.text(len(rules) - 0.5, height, name, va=beside, ha="right", color=GREY, fontsize=8)
+        # A rule that moves against the reward, on a task with little room, would press the others together.
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], LOWEST), top=max(axes.get_ylim()[1], 2.0))
         axes.set_xticks(range(len(rules)), rules)
         axes.set_ylabel("headroom closed")
 
