@@ -245,8 +245,9 @@ HEAD = """\
 {verdict}
 
 `benchmarks/scale.py`, {machine}{shared}.
-A tiny model and short texts: what is measured is everything around a model. CPU seconds are those of the command's process and of processes that it started, wall seconds beside them. Memory is the
-peak of a stage's process above what its imports take; in a stage that workers share, that of the command's process.
+A tiny model and short texts: what is measured is everything around a model. CPU seconds are those of the command's
+process and of processes that it started, wall seconds beside them. Memory is the peak of a
+stage's process above what its imports take; in a stage that workers share, that of the command's process.
 
 ![seconds a pair and peak memory](scale.png)
 """
