@@ -244,9 +244,10 @@ HEAD = """\
 
 {verdict}
 
-`benchmarks/scale.py`, {machine}{shared}. A tiny model and short texts: what is measured is everything around a model.
-CPU seconds are those of the command's process and of processes that it started, wall seconds beside them. Memory is the
-peak of a stage's process above what its imports take; in a stage that workers share, that of the command's process.
+`benchmarks/scale.py`, {machine}{shared}.
+A tiny model and short texts: what is measured is everything around a model. CPU seconds are those of the command's
+process and of processes that it started, wall seconds beside them. Memory is the peak of a
+stage's process above what its imports take; in a stage that workers share, that of the command's process.
 
 ![seconds a pair and peak memory](scale.png)
 """
@@ -313,7 +314,14 @@ def verdict(results: dict[str, Any]) -> str:
     first = f"Up to {most:,} pairs, CPU seconds a pair and memory of {flat} stay flat"
     rest = f"; those of {', '.join(bent)} do not" if bent else ""
     largest = max(values["memory_gb"] for values in by_size[str(most)].values())
-    return f"**{first}{rest}.** The largest takes {largest:.2f} GB."
+    unmeasured = "" if "2" in results["measured"] else " Two workers were not measured."
+    million = (
+        "" if most >= 1_000_000 else " Nor a million pairs." if unmeasured else " A million pairs were not measured."
+    )
+    return (
+        f"**{first}{rest}.** The largest takes {largest:.2f} GB. The report's figures and rows are a sample of at most "
+        f"50,000 pairs, so its memory cannot grow much beyond that.{unmeasured}{million}"
+    )
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -333,9 +341,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             seconds = [1e3 * v[of] / n for v, n in zip(values, sizes, strict=True)]
             axes[0].plot(sizes, seconds, style, color=f"C{number}", label=label)
             axes[1].plot(sizes, [max(v["memory_gb"], 1e-3) for v in values], style, color=f"C{number}")
-    for axis, title in zip(axes, ("ms a pair (CPU; dashed: wall)", "peak memory above the imports, GB"), strict=True):
+    for axis, title in zip(axes, ("ms a pair (CPU with one worker)", "peak memory above the imports, GB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="pairs", title=title)
-    axes[0].legend(fontsize=8, title="dashed: two workers")
+    axes[0].legend(fontsize=8, title="dashed: two workers, wall" if "2" in results["measured"] else None)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

@@ -93,8 +93,8 @@ def test_a_large_parquet_file_stays_on_disk_and_gives_the_same_pairs(tmp_path, m
     names = ("a.parquet", "b", "c.parquet")
     wanted = [load_preferences(tmp_path / name) for name in names]
     monkeypatch.setattr(formats, "LARGE", 0)
-    assert formats._table_on_disk(tmp_path / "a.parquet").equals(rows)
-    assert formats._table_on_disk(tmp_path / "c.parquet") is None
+    assert formats._table_on_disk(tmp_path / "a.parquet", 1).equals(rows)
+    assert formats._table_on_disk(tmp_path / "c.parquet", 1) is None
     for name, dataset in zip(names, wanted, strict=True):
         found = load_preferences(tmp_path / name)
         assert found.features == dataset.features

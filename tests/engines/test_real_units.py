@@ -89,6 +89,23 @@ def test_passes_and_transfers_as_units_give_the_tables_of_local(place, tmp_path)
     assert tables(tmp_path) == tables(place / "local")
 
 
+@pytest.mark.nightly
+def test_passes_and_transfers_on_a_ray_cluster_give_the_tables_of_local(place, tmp_path, monkeypatch):
+    """Two nodes on loopback, each with a core. Needs the extra."""
+    pytest.importorskip("ray", reason="needs the extra ray")
+    from ray.cluster_utils import Cluster
+
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        score(place, f"ray:{cluster.address}", tmp_path)
+    finally:
+        cluster.shutdown()
+    assert tables(tmp_path) == tables(place / "local")
+
+
 def test_an_interrupted_transfer_goes_on_and_takes_no_shards_of_other_scores(place, tmp_path):
     recipe, targets = load_recipe(place / "recipe.yaml"), place / "policy_pairs" / "train"
     with engines.use("files", tmp_path), pytest.MonkeyPatch.context() as patch:

@@ -59,8 +59,8 @@ _UNPACK: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
     (b"\xfd7zXZ\x00", lzma.decompress),
 )
 _LINES_AT_ONCE = 10_000
-# Bytes of parquet files from which on their rows stay on disk.
-LARGE = 1 << 20
+# Bytes of parquet files, and rows of one, above which the rows stay on disk.
+LARGE, MANY_ROWS = 1 << 20, 10_000
 
 
 def read_file(path: Path, text_columns: Collection[str] = (), size: int | None = None) -> pa.Table:
@@ -76,8 +76,10 @@ def read_file(path: Path, text_columns: Collection[str] = (), size: int | None =
     """
     suffix = _suffix(path)
     with _readable(path, suffix):
-        if (path.stat().st_size if size is None else size) > LARGE and (table := _table_on_disk(path)) is not None:
-            return table
+        if suffix in (".parquet", ".pq"):
+            table = _table_on_disk(path, path.stat().st_size if size is None else size)
+            if table is not None:
+                return table
         data = _content(path, suffix)
         if suffix in (".parquet", ".pq"):
             return _with_texts(pq.read_table(pa.BufferReader(data)), text_columns)
@@ -191,17 +193,19 @@ def _read_arrow(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(reader).read_all()
 
 
-def _table_on_disk(path: Path) -> pa.Table | None:
+def _table_on_disk(path: Path, size: int) -> pa.Table | None:
     """The rows of a parquet file, decoded part by part into a file without a name (`spool.py`).
 
-    None for other files, and for those with columns of bytes, which only the whole column tells from texts, or of
-    categories, whose values may differ from part to part.
+    None for small and for other files, and for those with columns of bytes, which only the whole column tells from
+    texts, or of categories, whose values may differ from part to part.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PAR1":
             return None
     with pa.OSFile(os.fsencode(path)) as source, pq.ParquetFile(source) as file:
         schema = file.schema_arrow
+        if size <= LARGE and file.metadata.num_rows <= MANY_ROWS:
+            return None
         if any(_text_type(field.type) != field.type or "dictionary<" in str(field.type) for field in schema):
             return None
         spool = Spool(None, schema)

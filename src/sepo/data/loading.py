@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets.fingerprint import generate_random_fingerprint
 
 from sepo.data.folders import KNOWN_SPLITS, check_no_config, check_single_split, read_folder
 from sepo.data.formats import SUFFIXES, read_file, table_of
@@ -226,7 +227,8 @@ def _from_table(table: pa.Table, source: Path | str) -> datasets.Dataset:
         if pa.types.is_dictionary(column.type):  # pandas' categories
             table = table.set_column(index, column.name, table.column(index).cast(column.type.value_type))
     try:
-        return datasets.Dataset(table.replace_schema_metadata(None))
+        # Else the whole table is pickled for a fingerprint, which names cached results: tables in memory have none.
+        return datasets.Dataset(table.replace_schema_metadata(None), fingerprint=generate_random_fingerprint())
     except (ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException) as error:
         raise UserError(f"'{source}' has a column of a type that cannot be used ({one_line(error)})") from error
 
