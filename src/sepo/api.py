@@ -47,7 +47,6 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
         from sepo.sampling.rounds import run_rounds
 
         return run_rounds(recipe, run_recipe)
-    from sepo import engines
     from sepo.runs import pipeline
 
     extension = extension_of(recipe)
@@ -61,8 +60,17 @@ def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
         with one_line(eta if processes.is_main() else None) as line:
             yield line
 
-    with engines.use(recipe.engine, recipe.run_folder):
+    with _engine(recipe):
         return pipeline.run(recipe, extension, until, progress, _write_pages)
+
+
+def _engine(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    """What does the units of the run; the wing is loaded if it is not this process."""
+    if recipe.engine == "local":
+        return contextlib.nullcontext()
+    from sepo import engines
+
+    return engines.use(recipe.engine, recipe.run_folder)
 
 
 def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = None) -> RunPlan:

@@ -22,7 +22,7 @@ def test_every_shard_is_scored_once_by_whole_shards_and_divided_ends(monkeypatch
     parts = []
     for rank in range(4):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        parts.append(stage_logps._parts(todo))
+        parts.append(list(stage_logps._parts(todo)))
     assert len({len(of_rank) for of_rank in parts}) == 1
     scored = []
     for of_ranks in zip(*parts, strict=True):

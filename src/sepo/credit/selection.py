@@ -29,18 +29,20 @@ no candidates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from sepo.credit.label_log_odds import LabelStatistics, label_statistics, with_label_log_odds
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
 from sepo.data.tables import PAIR_WEIGHT, make_table, provenance_of, require_both_sides, require_table
 from sepo.errors import UserError, check_number, nearest, one_line
 from sepo.recipe.reading import explain
 from sepo.recipe.settings import Rule, SelectSettings
+
+if TYPE_CHECKING:
+    from sepo.credit.label_log_odds import LabelStatistics
 
 RULES: tuple[str, ...] = get_args(Rule)
 TRUTH_REST = 0.05  # weight of the tokens that the truth does not count for their side
@@ -153,6 +155,8 @@ def select_key_tokens(
     settings = _settings_of(settings, k_chosen=k_chosen, k_rejected=k_rejected, include_end=include_end, **keywords)
     check_number("seed", seed, whole=True, least=0)
     if settings.label_log_odds and statistics is None:
+        from sepo.credit.label_log_odds import label_statistics
+
         statistics = label_statistics([scores])
     rules = dataset_thresholds([scores], settings, statistics)
     columns: dict[str, object] = {name: scores.column(name) for name in scores.column_names}
@@ -227,6 +231,8 @@ def _tokens_of(scores: pa.Table, side: str, settings: SelectSettings, statistics
         eligible &= ~shared_tokens(scores)[side]
     if settings.label_log_odds:
         assert statistics is not None
+        from sepo.credit.label_log_odds import with_label_log_odds
+
         rewards = with_label_log_odds(rewards, ids, side, statistics, settings.label_log_odds)
     return _Tokens(rewards, lengths, eligible)
 

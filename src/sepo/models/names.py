@@ -22,7 +22,6 @@ from sepo.errors import UserError, named_error
 from sepo.files import expand_home
 from sepo.models.checkpoint import check_adapter_weights, check_weights
 from sepo.models.folders import adapter_base, check_folder, is_adapter, is_outline
-from sepo.models.gguf import check_gguf, convert_gguf, converted_folder, is_converted
 from sepo.models.hub import download, hub_snapshot
 from sepo.recipe.settings import DEFAULT_MODEL
 
@@ -49,6 +48,8 @@ def check_model(
     name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
     if gguf is not None:
+        from sepo.models.gguf import check_gguf, converted_folder, is_converted
+
         converted = converted_folder(gguf)
         if is_converted(converted):
             return check_weights(converted, name)
@@ -90,6 +91,8 @@ def resolve_model(name_or_path: str | os.PathLike, *, revision: str | None = Non
     name = expand_home(name_or_path, "the model")
     gguf = gguf_path(name)
     if gguf is not None:
+        from sepo.models.gguf import convert_gguf
+
         return str(convert_gguf(gguf))
     folder = name if os.path.isdir(name) else download(name, revision)
     check_folder(Path(folder))
@@ -106,6 +109,8 @@ def load_config(name_or_path: str | os.PathLike, *, revision: str | None = None)
     gguf = gguf_path(name)
     try:
         if gguf is not None:
+            from sepo.models.gguf import check_gguf, converted_folder, is_converted
+
             converted = converted_folder(gguf)
             if is_converted(converted):
                 return AutoConfig.from_pretrained(converted, trust_remote_code=False)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -25,13 +25,15 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.numbers import duration, size
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
-from sepo.planning.units import Simulated, simulate
 from sepo.recipe.settings import Recipe
 from sepo.runs.method import Method, check_until
 from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
 from sepo.stages.cost import Cost, FrozenMemory, TrainingMemory
 from sepo.stages.data import PAIRS_PER_SHARD
 from sepo.stages.stage import Model, Stage, StageResult
+
+if TYPE_CHECKING:
+    from sepo.planning.units import Simulated
 
 # Kinds of compute that the processes of a launch share.
 SHARED = ("score", "train")
@@ -239,6 +241,8 @@ def _by_units(cost: Cost, seconds: float, target: Target) -> _Units:
         devices = next((size for size in sizes if sum(parts_of(sharded[size]).values()) <= memory), sizes[-1])
     number = math.ceil((cost.pairs or 1) / PAIRS_PER_SHARD)
     groups = target.processes // devices
+    from sepo.planning.units import simulate
+
     return _Units(number, devices, groups, simulate([seconds / number / devices] * number, groups))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sepo import processes
+from sepo.errors import UserError
 from sepo.evaluate import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.forward.scoring import tokens_per_row_for
 from sepo.recipe.settings import Recipe
@@ -32,7 +33,10 @@ def check(recipe: Recipe) -> None:
     if recipe.eval.gold is not None:
         from sepo.evaluate.gold import gold_reward
 
-        gold_reward(recipe.eval.gold)
+        try:
+            gold_reward(recipe.eval.gold)
+        except UserError as error:
+            raise UserError(f"eval.gold: {error}") from None
 
 
 def stage(

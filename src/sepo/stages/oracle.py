@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +13,6 @@ from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import sample_pairs
 from sepo.data.tables import read_table, swap_sides
 from sepo.errors import UserError
-from sepo.evaluate.target import LookAtAccuracy, Target, UntilTarget, accuracy_on
-from sepo.forward.routers import check_routers
 from sepo.models.adapters import check_lora
 from sepo.models.checkpoint import adapter_is_idle
 from sepo.models.devices import check_quantization
@@ -30,6 +28,9 @@ from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import train_model
 
+if TYPE_CHECKING:
+    from sepo.evaluate.target import UntilTarget
+
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
     """Check an existing oracle, or the settings of its training; `elsewhere` as in `train.check`."""
@@ -44,6 +45,8 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
     if settings.model is None:
         if settings.training.router_aux_loss_coef:
             name, revision = recipe.reference.model, recipe.reference.revision
+            from sepo.forward.routers import check_routers
+
             check_routers(load_config(name, revision=revision), name)
         check_training(
             settings.training,
@@ -200,6 +203,8 @@ def _until_accuracy(
     logps = read_table(reference_logps.folder / "held_out", "logps")
     if swapped:
         held_out, logps = swap_sides(held_out), swap_sides(logps)
+    from sepo.evaluate.target import LookAtAccuracy, Target, UntilTarget, accuracy_on
+
     return UntilTarget(
         Target("accuracy", target, "oracle.target_accuracy", "raise oracle.training.num_train_epochs or learning_rate"),
         LookAtAccuracy(),

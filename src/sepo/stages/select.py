@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from sepo import processes
-from sepo.credit.label_log_odds import label_statistics
 from sepo.credit.rewards import require_rewards
 from sepo.credit.selection import check_rule, dataset_thresholds, select_key_tokens, select_settings
 from sepo.data.ragged import SIDES, flat
@@ -73,7 +72,11 @@ def select(
             raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
         read_shard(path, "scores")  # check every shard before the old selection is deleted
     require_rewards(read_shard(path, "scores") for path in paths)
-    statistics = label_statistics(read_shard(path, "scores") for path in paths) if settings.label_log_odds else None
+    statistics = None
+    if settings.label_log_odds:
+        from sepo.credit.label_log_odds import label_statistics
+
+        statistics = label_statistics(read_shard(path, "scores") for path in paths)
     # A rule over the whole dataset becomes a threshold for each shard.
     settings = dataset_thresholds((read_shard(path, "scores") for path in paths), settings, statistics)
     clear_shards(out)

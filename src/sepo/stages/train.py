@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sepo import processes
 from sepo.data.fingerprints import log_if_templates_differ
 from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table
 from sepo.errors import UserError
-from sepo.evaluate.kl_probe import Probe
-from sepo.evaluate.target import LookAtKl, Target, UntilTarget, kl_from
-from sepo.forward.routers import check_routers
 from sepo.models.adapters import check_lora
 from sepo.models.devices import check_quantization, choose_device
 from sepo.models.folders import is_outline
@@ -26,6 +23,9 @@ from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import objective_settings, train_model, training_types
+
+if TYPE_CHECKING:
+    from sepo.evaluate.target import UntilTarget
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -57,6 +57,8 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
             )
     start_model = recipe.policy if policy.model is not None else recipe.reference
     if policy.training.router_aux_loss_coef:
+        from sepo.forward.routers import check_routers
+
         check_routers(load_config(str(start_model.model), revision=start_model.revision), str(start_model.model))
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
 
@@ -143,6 +145,9 @@ def _until_kl(recipe: Recipe, model: Model, pairs: StageResult, folder: Path) ->
     base = load_model(model.folder, device=recipe.device, dtype=types.dtype, quantization=types.quantization)
     tokenizer, settings = load_tokenizer(model.folder), recipe.eval
     prompts = sample_prompts(read_table(pairs.folder / "held_out", "pairs"), settings.prompts)
+    from sepo.evaluate.kl_probe import Probe
+    from sepo.evaluate.target import LookAtKl, Target, UntilTarget, kl_from
+
     probe = Probe(base, tokenizer, prompts, settings, recipe.seed)
     return UntilTarget(
         Target("kl", target, "policy.target_kl", "raise policy.training.num_train_epochs or learning_rate"),

@@ -38,7 +38,6 @@ from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import PackedBatch, Pair
 from sepo.forward.prepare import prepare_model, training_layout, training_noise
-from sepo.forward.routers import balancing_loss, check_routers
 from sepo.forward.scoring import dataset_logps, numerics, require_readable, tokens_per_row_for
 from sepo.models.adapters import causal_lm, with_adapter
 from sepo.models.sharding import gather_by_block, sharded_twin
@@ -56,7 +55,6 @@ from sepo.training.batches import (
     whole_responses,
     with_baselines,
 )
-from sepo.training.columns import check_tokens, is_text, table_of
 from sepo.training.dropout import (
     adapter_modules,
     as_configured,
@@ -243,7 +241,7 @@ class PreferenceTrainer(Trainer):
         if isinstance(model, str | os.PathLike):
             processing_class = processing_class or load_tokenizer(model)
         model = _loaded(model, peft_config, args.seed)
-        if processing_class is None and any(is_text(data) for data in (train_dataset, *_sets(eval_dataset))):
+        if processing_class is None and any(map(_is_text, (train_dataset, *_sets(eval_dataset)))):
             processing_class = _tokenizer_of(model)
         if args.device.type == "cuda" and not _has_device_placement(model):
             model = model.to(args.device)  # prepare_model tests it on the device of the training
@@ -268,6 +266,8 @@ class PreferenceTrainer(Trainer):
         # The KL needs every logit of the reference, which cannot be stored: a frozen copy of the model computes them.
         self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
         if args.router_aux_loss_coef:
+            from sepo.forward.routers import check_routers
+
             check_routers(causal_lm(model).config, str(causal_lm(model).config.name_or_path))
         self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
         _bind_packed_forward(model)
@@ -321,6 +321,8 @@ class PreferenceTrainer(Trainer):
         if data is None:
             return None
         if not isinstance(data, pa.Table):
+            from sepo.training.columns import check_tokens, table_of
+
             data = require_dataset(f"{part}_dataset", data)
             check_tokens(f"{part}_dataset", data, tokenizer)
             data = table_of(f"{part}_dataset", data, args, lambda: tokenizer or _tokenizer_of(model))
@@ -696,6 +698,15 @@ def _loaded(model: Any, peft_config: PeftConfig | None, seed: int) -> nn.Module:
     return with_adapter(causal_lm(model), peft_config, seed)
 
 
+def _is_text(data: Any) -> bool:
+    """Must a tokenizer read this dataset?"""
+    if not isinstance(data, datasets.Dataset):
+        return False
+    from sepo.training.columns import is_text
+
+    return is_text(data)
+
+
 def _tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights that a model in memory was loaded from."""
     name = causal_lm(model).config.name_or_path
@@ -790,6 +801,8 @@ def _bind_packed_forward(model: nn.Module) -> None:
         if with_routers:
             routers: list[Tensor] = []
             logps = token_logps(self, packed_batch, routers)
+            from sepo.forward.routers import balancing_loss
+
             return logps, balancing_loss(causal_lm(self), tuple(routers), packed_batch)
         if kl_reference is not None:
             from sepo.forward.token_kl import token_logps_and_kl
