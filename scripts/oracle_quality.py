@@ -96,10 +96,12 @@ def trained(options: argparse.Namespace, name: str, seed: int) -> Path:
     return folder
 
 
-def policies(options: argparse.Namespace, variants: dict[str, Any], seed: int, kl: float) -> dict[str, float]:
+def policies(
+    options: argparse.Namespace, variants: dict[str, Any], seed: int, kl: float, name: str = ""
+) -> dict[str, float]:
     """The gain of each variant's policy at a KL."""
     grid, settings = grid_of(options.task, options.bench, variants, [seed])
-    work = options.out / options.task / f"policies-{seed}"
+    work = options.out / options.task / (name or f"policies-{seed}")
     grid = grid.model_copy(update={"output_dir": str(work / "results"), "work_dir": str(work)})
     settings = {
         name: [replace(one, recipe=one.recipe.model_copy(update={"output_dir": str(work)})) for one in group]

@@ -11,7 +11,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -89,3 +89,21 @@ class Toy:
     def result(settings: Mapping, unit: work.Unit) -> str | None:
         expected = {"oracle": settings["oracle"], "shards": settings["shards"]}
         return shard_digest(shard_path(Path(settings["out"]), unit.details["index"]), expected)
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    """The shards of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("part-*.parquet")}
+
+
+def lines(folder: Path, name: str) -> list[str]:
+    """The lines of a file; none if it is not there."""
+    return (folder / name).read_text().splitlines() if (folder / name).exists() else []
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)

@@ -21,7 +21,7 @@ from sepo.engines import files, jobs
 from sepo.engines.files import FOLDER, Files, Worker, serve
 from sepo.engines.jobs import Heart, JobFolder, Watch
 from sepo.errors import DoneElsewhere, UserError
-from toy_units import make_job, make_source
+from toy_units import lines, make_job, make_source, tables, wait_for
 
 FORK = multiprocessing.get_context("fork")
 BEAT, PATIENCE = 0.05, 0.6
@@ -37,32 +37,6 @@ def impatient(monkeypatch):
     STARTED.clear()
     yield
     end(*STARTED)
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    return make_source(tmp_path / "source")
-
-
-@pytest.fixture
-def expected(source, tmp_path) -> dict[str, bytes]:
-    work.do(make_job(source, tmp_path / "local"))
-    return tables(tmp_path / "local")
-
-
-def tables(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("part-*.parquet")}
-
-
-def lines(folder: Path, name: str) -> list[str]:
-    return (folder / name).read_text().splitlines() if (folder / name).exists() else []
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
 
 
 def drive(source: Path, out: Path, **changes: object) -> dict[str, work.Counts]:

@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ import pytest
 from sepo import engines, work
 from sepo.engines.jobs import JobFolder
 from sepo.errors import UserError
-from toy_units import make_job, make_source
+from toy_units import lines, make_job, tables, wait_for
 
 HERE = Path(__file__).parents[1]
 pytestmark = pytest.mark.nightly
@@ -33,32 +31,6 @@ def cluster(monkeypatch):
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield made
     made.shutdown()
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    return make_source(tmp_path / "source")
-
-
-@pytest.fixture
-def expected(source, tmp_path) -> dict[str, bytes]:
-    work.do(make_job(source, tmp_path / "local"))
-    return tables(tmp_path / "local")
-
-
-def tables(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("part-*.parquet")}
-
-
-def lines(folder: Path, name: str) -> list[str]:
-    return (folder / name).read_text().splitlines() if (folder / name).exists() else []
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
 
 
 def test_nodes_that_are_lost_and_join_give_the_tables_of_one_process(cluster, source, tmp_path, expected):

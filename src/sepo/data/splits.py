@@ -110,9 +110,7 @@ class PromptHashes:
 
     def add(self, table: pa.Table) -> None:
         """Add the pairs of a shard."""
-        ids = [_hash(b"ids" + prompt) for prompt in _ids(table["prompt_ids"])]
-        keys = _text_hashes(b"key", table[PROMPT_KEY]) if PROMPT_KEY in table.column_names else ids
-        self._hashes.append(np.array([ids, keys], np.uint64))
+        self._hashes.append(np.array(_prompt_hashes(table, _ids(table["prompt_ids"])), np.uint64))
 
     def labels(self) -> np.ndarray:
         """A label of each pair's prompt: `[pairs]`, equal where the prompts are."""
@@ -160,12 +158,9 @@ class PairRows:
     def add(self, table: pa.Table) -> None:
         """Add rows."""
         prompts = _ids(table["prompt_ids"])
-        hashes = [[_hash(b"ids" + ids) for ids in prompts]] * 3
-        if PROMPT_KEY in table.column_names:
-            hashes[1] = _text_hashes(b"key", table[PROMPT_KEY])
+        of_prompts = _prompt_hashes(table, prompts)
         self._has_talks &= {CONVERSATION, PROMPT_KEY} <= set(table.column_names)
-        if self._has_talks:
-            hashes[2] = _text_hashes(b"", table[CONVERSATION])
+        hashes = [*of_prompts, _text_hashes(b"", table[CONVERSATION]) if self._has_talks else of_prompts[0]]
         self._pair_ids.append(table["pair_id"].to_numpy())
         self._hashes.append(np.array(hashes, np.uint64))
         places = [_order("held_out", self.seed, ids) for ids in prompts]
@@ -234,6 +229,12 @@ def shared_prompts(first: tuple[PairRows, np.ndarray], second: tuple[PairRows, n
     labels = _labels(np.concatenate(hashes, axis=1))
     number = hashes[0].shape[1]
     return len(np.intersect1d(labels[:number], labels[number:]))
+
+
+def _prompt_hashes(table: pa.Table, prompts: Sequence[bytes]) -> list[list[int]]:
+    """Hashes of each pair's prompt ids and of its prompt key; without a key, the ids twice."""
+    ids = [_hash(b"ids" + prompt) for prompt in prompts]
+    return [ids, _text_hashes(b"key", table[PROMPT_KEY]) if PROMPT_KEY in table.column_names else ids]
 
 
 def _text_hashes(kind: bytes, texts: pa.ChunkedArray) -> list[int]:

@@ -102,8 +102,11 @@ GOLD_REWARDS: dict[str, GoldReward] = {
 }
 
 
-def gold_reward(name: str) -> GoldReward:
+def gold_reward(name: str, setting: str = "the gold reward") -> GoldReward:
     """Return the gold reward called `name`, of `GOLD_REWARDS` or of an entry point, ready to use.
+
+    Args:
+        setting: what names it, for the message.
 
     Raises:
         UserError: the name is unknown, or a package that the reward needs is not installed.
@@ -111,7 +114,7 @@ def gold_reward(name: str) -> GoldReward:
     added = {point.name: point for point in entry_points(group="sepo.gold_rewards")}
     if name not in GOLD_REWARDS and name not in added:
         known = [*GOLD_REWARDS, *sorted(added)]
-        raise UserError(f"unknown gold reward '{name}'{nearest(name, known)}: expected one of {', '.join(known)}")
+        raise UserError(f"{setting} is '{name}'{nearest(name, known)}: expected one of {', '.join(known)}")
     reward = GOLD_REWARDS[name] if name in GOLD_REWARDS else added[name].load()
     reward.scores([], [])  # a missing package should be reported now, not after hours of training
     return reward

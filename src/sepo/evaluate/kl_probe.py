@@ -143,3 +143,13 @@ def _read_probes(path: Path) -> list[tuple[int, float]]:
         return [(int(step), float(kl)) for step, kl in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         return []
+
+
+def read_points(path: Path) -> list[dict[str, Any]]:
+    """The points of an interrupted training; empty if the file is no list of points."""
+    try:
+        points = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    valid = isinstance(points, list) and all(isinstance(point, dict) and "step" in point for point in points)
+    return points if valid else []

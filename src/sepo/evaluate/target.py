@@ -10,7 +10,6 @@ training continues and keeps the same weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from sepo.credit.rewards import response_sums
 from sepo.evaluate.accuracy import won
-from sepo.evaluate.kl_probe import PROBES, Probes, scale_of
+from sepo.evaluate.kl_probe import PROBES, Probes, read_points, scale_of
 from sepo.evaluate.measure import own_logps, response_logps, sample
 from sepo.files import write_json
 from sepo.forward.scoring import dataset_logps
@@ -83,7 +82,7 @@ class UntilTarget(TrainerCallback):
         self.results: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.points = [point for point in _read_points(self.folder / POINTS) if point["step"] <= state.global_step]
+        self.points = [point for point in read_points(self.folder / POINTS) if point["step"] <= state.global_step]
         self.look.begin(state.global_step)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -147,16 +146,6 @@ class UntilTarget(TrainerCallback):
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _read_points(path: Path) -> list[dict[str, Any]]:
-    """The points of an interrupted training; empty if the file is no list of points."""
-    try:
-        points = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    valid = isinstance(points, list) and all(isinstance(point, dict) and "step" in point for point in points)
-    return points if valid else []
 
 
 class LookAtKl(Probes):

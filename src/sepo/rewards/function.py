@@ -83,11 +83,15 @@ class Scorers:
 
     def scores(self, pairs: pa.Table, tokens_per_row: int | None = None) -> pa.Table:
         """A table of kind "scores": each prompt is read once for all of its responses."""
+        return pair_rewards(pairs, *self.logps(pairs, tokens_per_row))
+
+    def logps(self, pairs: pa.Table, tokens_per_row: int | None = None) -> tuple[pa.Table, pa.Table]:
+        """Tables of kind "logps": log-probabilities under the oracle and under the reference."""
         after = dataset_logps(self.oracle, pairs, tokens_per_row=tokens_per_row)
         alone = self.oracle.disable_adapter() if self.reference is None else nullcontext()  # type: ignore[operator]
         with alone:
             before = dataset_logps(self.reference or self.oracle, pairs, tokens_per_row=tokens_per_row)
-        return pair_rewards(pairs, after, before)
+        return after, before
 
 
 def load_scorers(oracle: Any, reference: Any = None, *, oracle_tokenizer: Any = None, device: str = "auto") -> Scorers:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sepo import processes
-from sepo.errors import UserError
 from sepo.evaluate import ANNOTATIONS, EXAMPLES, GENERATIONS
 from sepo.forward.scoring import tokens_per_row_for
 from sepo.recipe.settings import Recipe
@@ -33,10 +32,7 @@ def check(recipe: Recipe) -> None:
     if recipe.eval.gold is not None:
         from sepo.evaluate.gold import gold_reward
 
-        try:
-            gold_reward(recipe.eval.gold)
-        except UserError as error:
-            raise UserError(f"eval.gold: {error}") from None
+        gold_reward(recipe.eval.gold, "eval.gold")
 
 
 def stage(

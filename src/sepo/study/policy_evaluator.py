@@ -6,7 +6,6 @@ checkpoints as a reward-KL curve.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from sepo.errors import UserError
 from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
+from sepo.evaluate.kl_probe import read_points
 from sepo.evaluate.measure import answers_of, decoded, own_logps, questions_of, response_logps, sample
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
@@ -221,7 +221,7 @@ class Checkpoints(TrainerCallback):
         passing: Passing | None = None,
     ):
         self.evaluator, self.shares, self.path, self.pairs, self.passing = evaluator, shares, path, pairs, passing
-        self.points = _read_points(path)
+        self.points = read_points(path)
         self.measuring = 0.0
         self.started = 0.0
         self.memory = PeakMemory()
@@ -267,16 +267,6 @@ class Checkpoints(TrainerCallback):
         missed = [f"{target:g}" for target in self.passing.targets if target > furthest]
         if missed and state.global_step >= state.max_steps:
             log(f"  KL {', '.join(missed)} was not reached; the highest measured KL is {max(furthest, 0.0):.2f}")
-
-
-def _read_points(path: Path) -> list[dict[str, Any]]:
-    """The points of an interrupted run; empty if the file is no list of points."""
-    try:
-        points = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    valid = isinstance(points, list) and all(isinstance(point, dict) and "step" in point for point in points)
-    return points if valid else []
 
 
 def sample_kl(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 
@@ -11,7 +10,6 @@ from sepo.bench.marked.measures import Reading
 from sepo.bench.marked.texts import Marked
 from sepo.data.ragged import flat
 from sepo.data.tables import provenance_of
-from sepo.forward.scoring import dataset_logps
 from sepo.rewards.answers import tokenize_answers
 from sepo.rewards.function import Scorers, token_offsets
 
@@ -35,11 +33,7 @@ def read_answers(
     readings: list[Reading | None] = [None] * len(answers)
     changed = 0
     if len(table):
-        after = dataset_logps(scorers.oracle, table)
-        alone = scorers.oracle.disable_adapter() if scorers.reference is None else nullcontext()  # type: ignore[operator]
-        with alone:
-            before = dataset_logps(scorers.reference or scorers.oracle, table)
-        logps = [flat(logps.column("chosen_logps"))[0].astype(np.float64) for logps in (after, before)]
+        logps = [flat(logps.column("chosen_logps"))[0].astype(np.float64) for logps in scorers.logps(table)]
         ids, sizes = flat(table.column("chosen_ids"))
         given = [answers[row] for row in table.column("row").to_pylist()]
         texts = [item.answer for item in given]
