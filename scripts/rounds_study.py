@@ -46,13 +46,15 @@ OBJECTIVES = {"sepo": {}, "simpo": {"objective": "simpo"}}
 BASELINES = Baselines(best_of=[2, 4, 8], steer=[0.5, 1.0, 2.0])
 CHECKPOINTS = [0.15, 0.3, 0.6, 1.0]
 PROMPTS, EPOCHS = 300, 2  # of the planted tasks
+SHARE = 0.4  # of the pairs of the embedded tasks, whose prompts are answered
 
 
 def settings_of(task: str, bench: Path, seed: int, objective: str) -> dict[str, Any]:
     """The settings of both arms: those of the bench, with answers of the policy instead of its pairs."""
     values = copy.deepcopy(bench_of(task, bench).recipe)
     new_tokens = values["eval"]["max_new_tokens"]
-    values["data"] |= {"sample": 1.0, "on_policy": {**ON_POLICY, "gold": values["eval"]["gold"]}}
+    share = 1.0 if task in CHECKS else SHARE
+    values["data"] |= {"sample": share, "on_policy": {**ON_POLICY, "gold": values["eval"]["gold"]}}
     values["data"]["on_policy"]["max_new_tokens"] = new_tokens
     values["policy"] |= OBJECTIVES[objective]
     if task in CHECKS:

@@ -10,6 +10,7 @@ import pytest
 from sepo.api import run_recipe
 from sepo.cli import main
 from sepo.errors import UserError
+from sepo.evaluate import auto_rate
 from sepo.evaluate.target import LookAtAccuracy, LookAtKl
 from sepo.recipe.reading import load_recipe
 from sepo.stages import oracle
@@ -88,12 +89,58 @@ def test_an_oracle_ends_at_its_accuracy_or_says_that_the_pairs_are_used_up(here,
     assert "raise policy.training.num_train_epochs or learning_rate" in said
 
 
+def test_an_automatic_rate_reaches_the_kl_and_a_killed_probe_chooses_the_same(here, monkeypatch, capsys):
+    auto = ("policy.target_kl=0.5", "policy.training.learning_rate=auto", "policy.training.num_train_epochs=20")
+    metrics = run_recipe(recipe_of(*auto))
+    said = capsys.readouterr().err
+    assert "learning_rate auto: KL" in said
+    assert metrics["target_kl/reached"] == 1
+    assert 20 <= metrics["target_kl/step"] <= 60  # planned at 70 % of 60 steps
+    rate = metrics["target_kl/learning_rate"]
+    assert 1e-5 < rate < 1e-2
+    assert not (here / "run/policy" / auto_rate.FOLDER).exists()
+    weights = (here / "run/policy/model.safetensors").read_bytes()
+
+    class Killed(BaseException):
+        """As a signal would."""
+
+    probes, real = [], auto_rate.next_rate
+
+    def dying(*args, **kwargs):
+        probes.append(args)
+        if len(probes) == 2:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(auto_rate, "next_rate", dying)
+    with pytest.raises(Killed):
+        run_recipe(recipe_of(*auto, "output_dir=again"))
+    run_recipe(recipe_of(*auto, "output_dir=again"))
+    assert "reused" in capsys.readouterr().err
+    assert (here / "again/policy/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("planned", [10.0, 200.0])
+@pytest.mark.parametrize("target", [0.1, 3.0])
+@pytest.mark.parametrize("power", [0.5, 0.8, 1.0])
+def test_the_rate_follows_from_how_a_policy_moves_with_its_steps(planned, target, power):
+    def moved(rate: float, steps: float) -> float:
+        return (40 * rate * steps**power) ** 2
+
+    kl = auto_rate.ProbedKl(moved(1e-3, 4), moved(1e-3, 8))
+    rate = auto_rate.next_rate(1e-3, kl, steps=8, target=target, planned=planned)
+    assert moved(rate, planned) == pytest.approx(target)
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
         ("policy.target_kl=0", "greater than 0"),
         ("policy.target_kl=-1", "greater than 0"),
         ("policy.target_kl=.inf", "finite"),
+        ("policy.training.learning_rate=auto", "set target_kl, or give a number"),
+        ("oracle.training.learning_rate=auto", "for a policy with target_kl"),
+        ("policy.training.learning_rate=fast", "learning_rate"),
         ("oracle.target_accuracy=0.5", "greater than 0.5"),
         ("oracle.target_accuracy=1.1", "less than or equal to 1"),
         ("oracle={target_accuracy: 0.8, model: model}", "none is trained"),

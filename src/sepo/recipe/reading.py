@@ -182,7 +182,8 @@ def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
     """One line for the first problem pydantic found, and how many more there are."""
     problems = error.errors()
     first = problems[0]
-    path = ".".join(str(part) for part in first["loc"])
+    alternatives = _alternatives(problems, root or Recipe)
+    path = ".".join(str(part) for part in (first["loc"] if len(alternatives) < 2 else first["loc"][:-1]))
     if first["type"] == "extra_forbidden":
         owner = _owner(first["loc"][:-1], root or Recipe)
         choices = list(owner.model_fields) if owner else []
@@ -190,10 +191,22 @@ def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
         if choices:
             text += f"; valid keys: {', '.join(choices)}"
     else:
-        message = first["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:]
-        text = f"{path} is {short_text(first['input'])}: {message}"
-    return text + (f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else "")
+        messages = [problem["msg"].removeprefix("Value error, ") for problem in alternatives]
+        text = f"{path} is {short_text(first['input'])}: {' or '.join(text[0].lower() + text[1:] for text in messages)}"
+    more = len(problems) - len(alternatives)
+    return text + (f" (and {more} more problems)" if more else "")
+
+
+def _alternatives(problems: list[Any], root: type[BaseModel]) -> list[Any]:
+    """The first problem, and those of the other types that the same setting may have.
+
+    pydantic names the type in the last part of the path: policy.training.learning_rate.float.
+    """
+    first = problems[0]
+    above = first["loc"][:-1]
+    if isinstance(first["loc"][-1], int) or _owner(above, root) is not None:
+        return [first]
+    return [problem for problem in problems if problem["loc"][:-1] == above and problem["input"] is first["input"]]
 
 
 # Names that other trainers give to settings.

@@ -236,7 +236,9 @@ class LoraSettings(Settings):
 class TrainingSettings(Settings):
     """One training. Settings that transformers.TrainingArguments has keep its names and meanings."""
 
-    learning_rate: float = Field(5e-7, gt=0, description="peak learning rate")
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        5e-7, description="peak learning rate; auto, with policy.target_kl: one that reaches it"
+    )
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
     max_steps: int = Field(-1, ge=-1, description="optimizer steps; overrides num_train_epochs when positive")
     batch_size: int = Field(128, ge=1, description="pairs per optimizer step, over all processes")
@@ -367,6 +369,8 @@ class OracleSettings(Settings):
             raise ValueError("rewards are given: leave model and count out")
         if self.target_accuracy is not None and (self.model is not None or self.rewards is not None):
             raise ValueError("target_accuracy ends the training of an oracle, and none is trained: leave it out")
+        if self.training.learning_rate == "auto":
+            raise ValueError("training.learning_rate: auto is for a policy with target_kl: give a number here")
         return self
 
     def cache_key(self) -> dict[str, Any]:
@@ -463,6 +467,12 @@ class PolicySettings(Settings):
         """The settings of the training; what it reads of the reference has a digest of its own."""
         unset = {"target_kl"} if self.target_kl is None else set()
         return self.model_dump(mode="json", exclude={"reference", *unset})
+
+    @model_validator(mode="after")
+    def _auto_reaches_a_kl(self) -> PolicySettings:
+        if self.training.learning_rate == "auto" and self.target_kl is None:
+            raise ValueError("training.learning_rate: auto reaches a KL: set target_kl, or give a number")
+        return self
 
     @model_validator(mode="after")
     def _check_rate(self) -> PolicySettings:

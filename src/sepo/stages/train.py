@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,15 @@ from sepo.models.names import check_model, load_config
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.objectives import OBJECTIVES, check_objective
-from sepo.recipe.settings import Recipe
+from sepo.recipe.settings import Recipe, TrainingSettings
 from sepo.stages import select, transfer
 from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training_memory
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
-from sepo.training.fit import objective_settings, train_model, training_types
+from sepo.training.fit import objective_settings, steps_of, train_model, training_types
 
 if TYPE_CHECKING:
-    from sepo.evaluate.target import UntilTarget
+    from transformers import TrainerCallback
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -96,21 +97,28 @@ def stage(
     until = None if recipe.policy.target_kl is None or pairs is None else _until(recipe, pairs)
 
     def run(folder: Path) -> dict[str, Any]:
-        return train_model(
-            model.folder,
-            read_table(selection.folder, "selection"),
-            folder,
-            recipe.policy.training,
-            reference_logps=None if logps is None else read_table(logps.folder, "logps"),
-            reference_is_start=recipe.policy.reference is None,
-            lora=recipe.policy.lora,
-            quantization=recipe.policy.quantization,
-            seed=seed,
-            device=recipe.device,
-            callbacks=[] if until is None or pairs is None else [_until_kl(recipe, model, pairs, folder)],
-            until=until,
-            **objective_settings(recipe.policy),
-        )
+        table = read_table(selection.folder, "selection")
+
+        def train(training: TrainingSettings, out: Path, *callbacks: TrainerCallback) -> dict[str, float]:
+            return train_model(
+                model.folder,
+                table,
+                out,
+                training,
+                reference_logps=None if logps is None else read_table(logps.folder, "logps"),
+                reference_is_start=recipe.policy.reference is None,
+                lora=recipe.policy.lora,
+                quantization=recipe.policy.quantization,
+                seed=seed,
+                device=recipe.device,
+                callbacks=callbacks,
+                until=until,
+                **objective_settings(recipe.policy),
+            )
+
+        if until is None or pairs is None:
+            return train(recipe.policy.training, folder)
+        return _train_to_kl(recipe, model, pairs, table.num_rows, train, folder)
 
     return Stage(
         kind="train",
@@ -137,24 +145,42 @@ def _until(recipe: Recipe, pairs: StageResult) -> dict[str, Any]:
     return {"kl": recipe.policy.target_kl, "pairs": pairs.content, "eval": how, "seed": recipe.seed}
 
 
-def _until_kl(recipe: Recipe, model: Model, pairs: StageResult, folder: Path) -> UntilTarget:
-    """Ends the training at `policy.target_kl`; the start is loaded once more, in the types of the training."""
-    target = recipe.policy.target_kl
+def _train_to_kl(
+    recipe: Recipe, model: Model, pairs: StageResult, number: int, train: Callable[..., dict[str, float]], folder: Path
+) -> dict[str, float]:
+    """Train until `policy.target_kl`; the start is loaded once more, in the types of the training.
+
+    Args:
+        number: of pairs of the training.
+        train: with settings, into a folder, with callbacks.
+    """
+    from sepo.evaluate.auto_rate import FOLDER, ProbedKl, ReadKl, choose_rate
+    from sepo.evaluate.kl_probe import Probe
+    from sepo.evaluate.target import LookAtKl, Target, UntilTarget, kl_from
+
+    target, training = recipe.policy.target_kl, recipe.policy.training
     assert target is not None
     types = training_types(recipe.policy, model.folder, choose_device(recipe.device).type)
     base = load_model(model.folder, device=recipe.device, dtype=types.dtype, quantization=types.quantization)
     tokenizer, settings = load_tokenizer(model.folder), recipe.eval
     prompts = sample_prompts(read_table(pairs.folder / "held_out", "pairs"), settings.prompts)
-    from sepo.evaluate.kl_probe import Probe
-    from sepo.evaluate.target import LookAtKl, Target, UntilTarget, kl_from
-
     probe = Probe(base, tokenizer, prompts, settings, recipe.seed)
-    return UntilTarget(
+    chosen: dict[str, float] = {}
+    if training.learning_rate == "auto":
+
+        def probed(short: TrainingSettings, out: Path) -> ProbedKl:
+            results = train(short, out, ReadKl(probe))
+            return ProbedKl(results["half"], results["end"])
+
+        training = choose_rate(recipe.policy, steps_of(training, number), probed, folder / FOLDER)
+        chosen = {"target_kl/learning_rate": float(training.learning_rate)}
+    until = UntilTarget(
         Target("kl", target, "policy.target_kl", "raise policy.training.num_train_epochs or learning_rate"),
         LookAtKl(target, probe, folder),
         kl_from(base, tokenizer, prompts, settings, recipe.seed),
         folder,
     )
+    return {**train(training, folder, until), **chosen}
 
 
 def targets(recipe: Recipe, sizes: Sizes) -> float:

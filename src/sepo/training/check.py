@@ -114,6 +114,9 @@ def check_training(
     if not here:
         return
 
+    if settings.learning_rate == "auto":  # a number by the time of the training
+        settings = settings.model_copy(update={"learning_rate": 1e-5})
+
     def arguments(training: TrainingSettings, folder: Path) -> PreferenceConfig:
         return PreferenceConfig(**training_arguments(training, folder, seed=0, device=device), **objective)
 

@@ -94,12 +94,16 @@ def training_types(settings: OracleSettings | PolicySettings, model: str, device
     return Types(dtype_name("auto", device, trained=not adapter), settings.quantization, autocast)
 
 
+def steps_of(settings: TrainingSettings, pairs: int) -> int:
+    """Number of updates of a training."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    return math.ceil(settings.num_train_epochs * math.ceil(pairs / settings.batch_size))
+
+
 def pairs_to_see(settings: TrainingSettings, pairs: int) -> int:
     """Number of pairs that a training sees, with repetitions. Trainer runs whole updates."""
-    steps = settings.max_steps
-    if steps <= 0:
-        steps = math.ceil(settings.num_train_epochs * math.ceil(pairs / settings.batch_size))
-    return pairs_seen(steps, pairs, settings.batch_size)
+    return pairs_seen(steps_of(settings, pairs), pairs, settings.batch_size)
 
 
 def epochs(settings: TrainingSettings, pairs: float) -> float:
