@@ -14,9 +14,9 @@ import pytest
 import spawn
 from sepo import engines
 from sepo.cli import main
+from sepo.data.tables import read_table, write_shard
 from sepo.engines import files
 from sepo.engines.files import Files
-from sepo.data.tables import read_table, write_shard
 from sepo.errors import UserError
 from sepo.forward.scoring import Types
 from sepo.models.tokenizer import load_tokenizer
