@@ -346,7 +346,7 @@ def tokenised(results: dict[str, Any]) -> str:
     one, two = (results["tokenising"][number] for number in ("1", "2"))
     return (
         f"\n## Tokenising\n\n{ROWS_OF_TEXT:,} pairs of 330 words: {one['seconds']:.1f} s with one process, "
-        f"{two['seconds']:.1f} s with two, which is {one['seconds'] / two['seconds']:.2f} times as fast. CPU seconds of "
+        f"{two['seconds']:.1f} s with two, {one['seconds'] / two['seconds']:.2f} times as fast. CPU seconds of "
         f"all processes: {one['cpu_seconds']:.1f} and {two['cpu_seconds']:.1f}, so two free cores can be "
         f"{2 * one['cpu_seconds'] / two['cpu_seconds']:.2f} times as fast.\n"
     )
