@@ -43,7 +43,7 @@ from sepo.data.loading import note_unread_columns, read_rows, relevant_columns, 
 from sepo.data.messages import DropRow
 from sepo.data.ragged import SIDES, Ragged, flat, read_lengths
 from sepo.data.rows import ROWS_AT_ONCE, DataReport, TextPair, normalise_row, transcript_text
-from sepo.data.tables import CONTEXT_COLUMNS, CONTEXT_FIELDS, SEVERAL_TURNS, make_table
+from sepo.data.tables import CONTEXT_COLUMNS, CONTEXT_FIELDS, PLAIN_TEXT, SEVERAL_TURNS, make_table
 from sepo.data.templates import any_of, probe_template, special_tokens
 from sepo.data.thinking import THINKING
 from sepo.errors import UserError, check_number, wrong_type
@@ -113,7 +113,7 @@ class Encoder:
         """Write the text of the prompt, and of each response up to its end of turn. Remarks are added to `notes`."""
         if isinstance(pair.prompt, str):
             if self.writer is not None:
-                notes.append(PLAIN_TEXT)
+                notes.append(PLAIN_NOTE)
             return _Item(self.guard(pair.prompt), self.guard(pair.chosen), self.guard(pair.rejected), False)
         if self.writer is None:
             if pair.turns is not None and pair.transcript:
@@ -315,7 +315,7 @@ def tokenize_into(
     digest = hashlib.sha256()
     parts = make_parts()
     too_long = _TooLong(options.max_length, options.max_prompt_length)
-    markup = 0
+    markup = chats = 0
     several = False
     with (
         closing(_encoded(dataset, encoder, options.as_chat, options.workers)) as encoded,
@@ -328,6 +328,7 @@ def tokenize_into(
             for note in part.notes:
                 report.note(note)
             markup += part.markup
+            chats += part.chats
             several |= has_context(part.table)
             report.kept += len(part.table)
             too_long.add(part.table)
@@ -341,7 +342,10 @@ def tokenize_into(
     if not report.kept:
         drops = report.reasons() or "there is no row"
         raise UserError(f"the dataset has no usable pair in {report.rows:,} rows: {drops}; check columns and format")
-    return parts, _provenance(encoder, options, digest.hexdigest()[:16], several), report
+    provenance = _provenance(encoder, options, digest.hexdigest()[:16])
+    # Recorded only where they hold, so that other tables keep their digests.
+    facts = {SEVERAL_TURNS: several, PLAIN_TEXT: not chats and encoder.writer is not None}
+    return parts, {**provenance, **{name: True for name, holds in facts.items() if holds}}, report
 
 
 def has_context(table: pa.Table) -> bool:
@@ -356,7 +360,7 @@ def _repeats(dataset: datasets.Dataset) -> bool:
     return pc.count_distinct(ids, mode="all").as_py() < len(ids)
 
 
-def _provenance(encoder: Encoder, options: Options, dataset: str, several: bool) -> dict[str, Any]:
+def _provenance(encoder: Encoder, options: Options, dataset: str) -> dict[str, Any]:
     provenance = {
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
         "chat_template": short_digest(str(encoder.tokenizer.chat_template or "")),
@@ -368,7 +372,7 @@ def _provenance(encoder: Encoder, options: Options, dataset: str, several: bool)
     }
     if options.chat_template_kwargs:  # older tables without options keep their digests
         provenance["chat_template_kwargs"] = dict(options.chat_template_kwargs)
-    return {**provenance, SEVERAL_TURNS: True} if several else provenance
+    return provenance
 
 
 def _checked_encoder(tokenizer: Any, options: Options) -> Encoder:
@@ -390,7 +394,7 @@ def _checked_encoder(tokenizer: Any, options: Options) -> Encoder:
     return encoder
 
 
-PLAIN_TEXT = (
+PLAIN_NOTE = (
     "the prompt is plain text and stays plain text, though the tokenizer has a chat template: as_chat would wrap it as "
     "a user turn"
 )
@@ -448,6 +452,7 @@ class Encoded(NamedTuple):
         table: the columns of a table of pairs, and `kept_head`, the leading ids of the prompt that truncation keeps.
         drops, notes: arguments for `DataReport`, in order.
         markup: rows that hold markup of a chat template as text.
+        chats: pairs that the chat template rendered.
         digested: the rows as bytes, for the fingerprint of the dataset.
     """
 
@@ -456,6 +461,7 @@ class Encoded(NamedTuple):
     drops: list[tuple[str, int, str]]
     notes: list[str]
     markup: int
+    chats: int
     digested: bytes
 
 
@@ -537,6 +543,7 @@ def encode_rows(encoder: Encoder, as_chat: bool, start: int, rows: Sequence[dict
         except DropRow as drop:
             drops.append((drop.reason, pair_id, drop.detail))
     kept = []
+    chats = 0
     texts = [item.prompt + side for *_, item in items for side in ("", item.chosen, item.rejected)]
     encoded = encoder.encode(texts) if texts else []
     for (pair_id, pair, item), *ids in zip(items, encoded[::3], encoded[1::3], encoded[2::3], strict=True):
@@ -547,11 +554,12 @@ def encode_rows(encoder: Encoder, as_chat: bool, start: int, rows: Sequence[dict
         except DropRow as drop:
             drops.append((drop.reason, pair_id, drop.detail))
             continue
+        chats += item.is_chat
         talk = conversation_text(pair.messages, pair.tools), prompt_key(pair.messages)
         kept.append((pair_id, prompt, chosen, rejected, *talk, encoder.kept_head(prompt), *context))
     columns = zip(*kept, strict=True) if kept else [()] * len(ENCODED)
     table = pa.table(dict(zip(ENCODED.names, columns, strict=True)), ENCODED)
-    return Encoded(len(rows), table, drops, notes, markup, rows_as_bytes(rows))
+    return Encoded(len(rows), table, drops, notes, markup, chats, rows_as_bytes(rows))
 
 
 _PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")

@@ -63,6 +63,7 @@ SCHEMAS: dict[str, pa.Schema] = {
 # The tokens between the assistant turns of a response, and the number of response tokens before each (`data.turns`).
 CONTEXT_COLUMNS = ("chosen_context_ids", "chosen_context_at", "rejected_context_ids", "rejected_context_at")
 SEVERAL_TURNS = "several_turns"  # recorded in the provenance of a table with these columns
+PLAIN_TEXT = "plain_text"  # recorded for texts that stay texts, though the tokenizer has a chat template
 CONTEXT_FIELDS = [pa.field(name, _IDS) for name in CONTEXT_COLUMNS]
 # Optional columns. Tables of earlier releases and of other tools have no conversation.
 _TALK_FIELDS = [pa.field(CONVERSATION, pa.string()), pa.field(PROMPT_KEY, pa.string()), *CONTEXT_FIELDS]

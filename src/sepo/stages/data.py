@@ -24,7 +24,7 @@ from sepo.data.ragged import SIDES, flat, read_lengths
 from sepo.data.rows import DataReport
 from sepo.data.splits import PairRows, group_by_prompt, sampled_rows, share_rows, shared_prompts, split_provenance
 from sepo.data.spool import Spool
-from sepo.data.tables import SEVERAL_TURNS, clear_shards, write_shard, write_table
+from sepo.data.tables import PLAIN_TEXT, SEVERAL_TURNS, clear_shards, write_shard, write_table
 from sepo.errors import UserError, nearest
 from sepo.models.limits import ModelLimits, check_ids, check_lengths, model_limits
 from sepo.models.names import load_config
@@ -294,8 +294,10 @@ def _joined(
             rows.add(table)
             spool.append(table)
     digests = [provenance["dataset"] for provenance in provenances]
-    several = {name: True for one in provenances for name in one if name == SEVERAL_TURNS}
-    provenance = {**provenances[0], **several, "dataset": short_digest("".join(digests)), "sources": digests}
+    provenance = {**provenances[0], "dataset": short_digest("".join(digests)), "sources": digests}
+    for name, holds in ((SEVERAL_TURNS, any), (PLAIN_TEXT, all)):
+        provenance.pop(name, None)
+        provenance |= {name: True} if holds(name in one for one in provenances) else {}
     return Source(spool, rows, provenance), reports
 
 
