@@ -357,6 +357,9 @@ def has_context(table: pa.Table) -> bool:
 def _repeats(dataset: datasets.Dataset) -> bool:
     """Whether a `pair_id` occurs twice."""
     ids = dataset.with_format("arrow")["pair_id"][:]
+    # Counting distinct ids takes 400 bytes an id.
+    if not ids.null_count and pc.all(pc.greater(ids[1:], ids[:-1])).as_py():
+        return False
     return pc.count_distinct(ids, mode="all").as_py() < len(ids)
 
 

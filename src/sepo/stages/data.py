@@ -144,7 +144,7 @@ def prepare_data(
         ),
     }
     log_reports(reports)
-    shared = shared_prompts((source.rows, train), (own.rows, held))
+    shared = 0 if own is source else shared_prompts((source.rows, train), (own.rows, held))
     if shared:
         log(f"  {shared:,} prompts are both trained on and held out: held-out figures are not all of unseen prompts")
     if settings.held_out and not len(held):
@@ -193,8 +193,9 @@ class Source:
 
     @cached_property
     def _sorted_ids(self) -> tuple[np.ndarray, np.ndarray]:
-        order = np.argsort(self.rows.pair_ids, kind="stable")
-        return self.rows.pair_ids[order], order
+        ids = self.rows.pair_ids
+        order = np.argsort(ids, kind="stable")
+        return ids[order], order
 
 
 def _write_rows(folder: Path, source: Source, rows: np.ndarray, provenance: Mapping[str, Any]) -> dict[str, int]:
