@@ -90,7 +90,7 @@ def planned_work(costs: dict[str, Cost]) -> Counter:
 
 def test_the_work_that_is_counted_is_the_work_of_the_run(workplace, tmp_path, counted):
     """Tokens read and sent through the LM head, optimizer steps, decoding steps."""
-    recipe = load_recipe(workplace / "recipe.yaml", [f"output_dir={tmp_path / 'run'}"])
+    recipe = load_recipe(workplace / "recipe.yaml", [f"output_dir={tmp_path / 'run'}", "data.sample=0.08"])
     _, costs = planned(recipe, tmp_path / "planned")
     counted.clear()
     expected = planned_work(costs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_a_training_ends_near_its_kl_and_a_killed_one_keeps_the_same_weights(her
 
     monkeypatch.setattr(SaveEvery, "on_save", dying)
     again = recipe_of(*TARGET, "output_dir=again")
+    shutil.copytree(here / "run", here / "again", ignore=shutil.ignore_patterns("policy"))
     with pytest.raises(Killed):
         run_recipe(again)
     assert run_recipe(again)["target_kl/step"] == metrics["target_kl/step"]

@@ -93,7 +93,7 @@ def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts
     """
     lengths = np.concatenate([lengths for _, lengths in sides.values()])
     edges = _position_edges(max(1, int(np.quantile(lengths, 0.95))))
-    from scipy import stats
+    from scipy import special
 
     # The bucket is drawn at the middle of its positions, counted from 1.
     figure: dict = {"position": ((edges[:-1] + edges[1:] + 1) / 2).tolist()}
@@ -113,7 +113,7 @@ def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts
         squares = np.bincount(cells % buckets, residuals**2, buckets)
         correction = np.where(clusters > 1, clusters / np.maximum(clusters - 1, 1), 0)
         single = clusters < 2
-        error = stats.t.ppf(0.975, np.maximum(clusters - 1, 1)) * np.sqrt(correction * squares) / filled
+        error = special.stdtrit(np.maximum(clusters - 1, 1), 0.975) * np.sqrt(correction * squares) / filled
         figure[side] = {
             name: [None if skip else float(value) for value, skip in zip(np.round(line, 6), skipped, strict=True)]
             for name, line, skipped in (
