@@ -14,7 +14,7 @@ plus one block, whatever the number of targets or the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,13 @@ class LogitTransform:
         return grad
 
 
-def target_logps(hidden: Tensor, head: nn.Module, target_ids: Tensor, transform: LogitTransform) -> Tensor:
+# Called with the targets and the part of the vocabulary of a block, and its transformed logits, not to be changed.
+BlockReader = Callable[[slice, slice, Tensor], None]
+
+
+def target_logps(
+    hidden: Tensor, head: nn.Module, target_ids: Tensor, transform: LogitTransform, reader: BlockReader | None = None
+) -> Tensor:
     """Log-probability of each target under the LM head.
 
     Args:
@@ -99,19 +105,28 @@ def target_logps(hidden: Tensor, head: nn.Module, target_ids: Tensor, transform:
             LoRA-wrapped) is called chunk by chunk under activation checkpointing.
         target_ids: `[N]`.
         transform: of the model's logits.
+        reader: sees the logits of each block once, in the forward pass.
 
     Returns:
         `[N]` float32 (float64 for float64 inputs).
     """
+
+    def fused(h: Tensor) -> Tensor:
+        return _TargetLogps.apply(h, head.weight, head.bias, target_ids, transform, reader)
+
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and waits_for_call(head):
-        return inside_call(head, lambda h: _TargetLogps.apply(h, head.weight, head.bias, target_ids, transform), hidden)
+        return inside_call(head, fused, hidden)
     if type(head) is nn.Linear:
-        return _TargetLogps.apply(hidden, head.weight, head.bias, target_ids, transform)
+        return fused(hidden)
     vocabulary = getattr(head, "out_features", 2**17)
     rows = max(1, 16 * _limits(hidden).block_bytes // (vocabulary * 4))
     parts = []
     for start in range(0, len(hidden), rows):
         chunk = (hidden[start : start + rows], target_ids[start : start + rows])
+        if reader is not None:
+            with torch.no_grad():
+                logits = transform.apply(head(chunk[0]).to(_float(hidden)))
+            reader(slice(start, start + len(chunk[0])), slice(0, logits.shape[1]), logits)
         if torch.is_grad_enabled():
             parts.append(checkpoint(_chunk_logps, head, transform, *chunk, use_reentrant=False))
         else:
@@ -191,7 +206,13 @@ def blocks(hidden: Tensor, vocabulary: int) -> Iterator[tuple[slice, slice]]:
 class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, transform: LogitTransform
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target_ids: Tensor,
+        transform: LogitTransform,
+        reader: BlockReader | None,
     ) -> Tensor:
         dtype = compute_dtype(weight)
         h, w = hidden.to(dtype), compute_copy(weight, dtype)
@@ -203,6 +224,8 @@ class _TargetLogps(torch.autograd.Function):
         for rows, columns in blocks(h, len(w)):
             if ctx.fused:
                 raw = lm_head_cuda.matmul_float32(h[rows], w[columns])
+                if reader is not None:
+                    reader(rows, columns, transform.apply(raw))
                 budget -= raw.numel() * h.element_size()
                 shift, sums, exponentials = lm_head_cuda.block_forward(
                     raw, target_ids[rows], targets[rows], columns.start, transform.scale, transform.softcap,
@@ -213,6 +236,8 @@ class _TargetLogps(torch.autograd.Function):
                     kept.append((exponentials, shift))
                 continue
             logits = block_logits(h[rows], w[columns], None if bias is None else bias[columns], transform)
+            if reader is not None:
+                reader(rows, columns, logits)
             inside, local = _inside(target_ids[rows], columns)
             targets[rows] += torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0)
             # Clamped to the lowest finite number, so that a row of -inf only sums to 0, not NaN.
@@ -274,7 +299,7 @@ class _TargetLogps(torch.autograd.Function):
                 add_gradient(weight, d_logits, h[rows], columns)
             elif d_weight is not None:
                 d_weight[columns] += (d_logits.t() @ h[rows]).to(d_weight.dtype)
-        return None if d_hidden is None else d_hidden.to(ctx.hidden_dtype), d_weight, d_bias, None, None
+        return None if d_hidden is None else d_hidden.to(ctx.hidden_dtype), d_weight, d_bias, None, None, None
 
 
 def _inside(target_ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

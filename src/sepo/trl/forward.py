@@ -33,7 +33,7 @@ from sepo.forward.prepare import prepare_model, training_noise
 from sepo.forward.scoring import tokens_per_row_for
 from sepo.models.adapters import causal_lm
 from sepo.trl.checks import check_trainer, kind_of
-from sepo.trl.statistics import token_statistics
+from sepo.trl.statistics import TokenStatistics
 
 _IGNORED = -100  # label of a token that is no target
 DPO_OUTPUTS = ("entropy", "mean_logits", "is_top1")
@@ -205,10 +205,10 @@ def _fused_output(lm: PreTrainedModel, batch: PaddedBatch, budget: int, outputs:
     states, target_ids = torch.cat(hidden), torch.cat(ids)
     where = torch.from_numpy(np.concatenate(places)).to(device)
     head, transform = lm.get_output_embeddings(), LogitTransform.from_config(lm.config)
-    logps = target_logps(states, head, target_ids, transform)
-    fields = {"log_probs": logps}
-    if outputs and not _without_adapter(lm):
-        fields |= token_statistics(states, head, target_ids, logps, transform, outputs)
+    statistics = TokenStatistics(target_ids, outputs) if outputs and not _without_adapter(lm) else None
+    fields = {"log_probs": target_logps(states, head, target_ids, transform, statistics)}
+    if statistics is not None:
+        fields |= statistics.values()
 
     def spread(values: Tensor) -> Tensor:
         flat = values.new_zeros(batch.rows * (batch.width - 1))
