@@ -89,27 +89,44 @@ def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = N
     return plan.plan_run(recipe, extension_of(recipe), target, until)
 
 
-def extension_of(recipe: Recipe) -> Extension | None:
-    """Judge, benchmarks and tasks of a recipe, and sampled data; None if it has none of them."""
-    settings, samples = recipe.eval, recipe.data.on_policy is not None
-    if settings.judge is None and not settings.benchmarks and not settings.tasks and not samples:
-        return None
-    from sepo.judging import stages
-    from sepo.runs.pipeline import Extension
+def extension_of(recipe: Recipe) -> Extension:
+    """What a recipe asks for beyond the method: judge, benchmarks, tasks, sampled data, a policy that is another model."""
+    from sepo.runs.pipeline import NOTHING, Extension
 
-    judge = None if settings.judge is None else stages.run_judge(settings.judge)
-    if not samples:
-        return Extension(stages.check, judge, stages.do_stages)
-    from sepo.sampling import stages as sampling
+    settings, samples = recipe.eval, recipe.data.on_policy is not None
+    found = NOTHING
+    if settings.judge is not None or settings.benchmarks or settings.tasks or samples:
+        from sepo.judging import stages
+
+        judge = None if settings.judge is None else stages.run_judge(settings.judge)
+        found = Extension(stages.check, judge, stages.do_stages)
+    if samples:
+        from sepo.sampling import stages as sampling
+
+        found = _joined(found, Extension(sampling.check, None, sampling.metrics_of, sampling.before_data))
+    if recipe.policy.model is not None:
+        from sepo.transfer import stages as transfer
+
+        found = _joined(found, Extension(transfer.check, transfer=transfer))
+    return found
+
+
+def _joined(first: Extension, second: Extension) -> Extension:
+    """Both extensions; each has other stages."""
 
     def check(recipe: Recipe) -> None:
-        stages.check(recipe)
-        sampling.check(recipe)
+        first.check(recipe)
+        second.check(recipe)
 
     def do_stages(method: Method) -> dict[str, Any]:
-        return {**stages.do_stages(method), **sampling.metrics_of(method)}
+        return {**first.do_stages(method), **second.do_stages(method)}
 
-    return Extension(check, judge, do_stages, sampling.before_data)
+    return first._replace(
+        check=check,
+        do_stages=do_stages,
+        before_data=second.before_data or first.before_data,
+        transfer=second.transfer or first.transfer,
+    )
 
 
 def _write_pages(run: Run, metrics: dict[str, Any]) -> None:

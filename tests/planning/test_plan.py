@@ -74,7 +74,7 @@ def planned(recipe, folder) -> tuple[Method, dict[str, Cost]]:
     """The method of a recipe, and what each of its stages costs, without training."""
     planner = Planner(folder)
     method = Method(recipe, planner)
-    plan_stages(method, None)
+    plan_stages(method)
     sizes = method_sizes(method, "cpu")
     return method, {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
 

@@ -27,7 +27,7 @@ from sepo.forward.scoring import Types
 from sepo.models.devices import choose_device, dtype_name
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import OracleSettings, PolicySettings, Recipe, ReferenceSettings
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
+from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train
 from sepo.stages.evaluate import RunJudge
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.fit import training_types
@@ -60,6 +60,23 @@ class Walker(Protocol):
         """Do a stage; its record in the manifest has the name `role`."""
 
 
+class Transfer(Protocol):
+    """The stages for a policy with another tokenizer (`sepo.transfer.stages`)."""
+
+    def pairs_stage(self, recipe: Recipe, pairs: StageResult) -> Stage:
+        """Pairs under the policy's tokenizer."""
+
+    def stage(
+        self,
+        recipe: Recipe,
+        scores: StageResult,
+        pairs: StageResult,
+        policy_pairs: StageResult,
+        words: score.Words | None,
+    ) -> Stage:
+        """Token rewards under the policy's tokenizer."""
+
+
 class Method:
     """The stages of one recipe.
 
@@ -68,6 +85,7 @@ class Method:
         seed: of selection and policy; default: the recipe's.
         oracle_seed: of the oracles; default: the recipe's.
         judge: compares answers in the evaluation.
+        transfer: needed only for a policy with another tokenizer.
         pairs: tokenised pairs that exist already, such as those that the variants of a comparison share.
         device: the kind of device that a plan is for; default: the recipe's, on this machine.
     """
@@ -80,12 +98,13 @@ class Method:
         seed: int | None = None,
         oracle_seed: int | None = None,
         judge: RunJudge | None = None,
+        transfer: Transfer | None = None,
         pairs: StageResult | None = None,
         device: str | None = None,
     ):
         if pairs is not None:
             self.pairs = pairs
-        self.recipe, self.walker, self.judge = recipe, walker, judge
+        self.recipe, self.walker, self.judge, self.transfer = recipe, walker, judge, transfer
         self.seed = recipe.seed if seed is None else seed
         self.oracle_seed = recipe.seed if oracle_seed is None else oracle_seed
         self._device = device
@@ -106,14 +125,14 @@ class Method:
     @cached_property
     def transfers(self) -> bool:
         """Does the policy have another tokenizer than the oracle?"""
-        return processes.on_main(lambda: transfer.needed(self.recipe))
+        return processes.on_main(lambda: train.own_tokenizer(self.recipe))
 
     @cached_property
     def policy_pairs(self) -> StageResult:
         """Pairs under the policy's tokenizer."""
         if not self.transfers:
             return self.pairs
-        return self.walker.do(transfer.pairs_stage(self.recipe, self.pairs), "policy_pairs")
+        return self.walker.do(self._transfer.pairs_stage(self.recipe, self.pairs), "policy_pairs")
 
     # --- reference, oracles -----------------------------------------------------------------------------------------
 
@@ -177,9 +196,8 @@ class Method:
         if not self.transfers:
             return self.scores
         words = self._words(self.recipe.policy)
-        return self.walker.do(
-            transfer.stage(self.recipe, self.scores, self.pairs, self.policy_pairs, words), "transfer"
-        )
+        stage = self._transfer.stage(self.recipe, self.scores, self.pairs, self.policy_pairs, words)
+        return self.walker.do(stage, "transfer")
 
     @cached_property
     def selection(self) -> StageResult:
@@ -248,6 +266,12 @@ class Method:
             stage = logps.stage(self.recipe, model, pairs, role, types)
             self._passes[key] = self.walker.do(stage, f"{role}_logps")
         return self._passes[key]
+
+    @property
+    def _transfer(self) -> Transfer:
+        if self.transfer is None:
+            raise ValueError("a policy with another tokenizer needs sepo.api.run_recipe")
+        return self.transfer
 
     @cached_property
     def _kind(self) -> str:

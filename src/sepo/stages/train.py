@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sepo import processes
-from sepo.data.fingerprints import log_if_templates_differ
+from sepo.data.fingerprints import log_if_templates_differ, tokenizer_fingerprint
 from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table
 from sepo.errors import UserError
@@ -18,13 +18,15 @@ from sepo.models.tokenizer import has_tokenizer, load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe
-from sepo.stages import select, transfer
+from sepo.stages import select
 from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training_memory
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import objective_settings, train_model, training_types
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from sepo.evaluate.target import UntilTarget
 
 
@@ -43,10 +45,8 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
         check_model(policy.model, revision=policy.revision, weights=not elsewhere)
         if elsewhere and is_outline(policy.model) and not has_tokenizer(policy.model):
             return
-        if transfer.needed(recipe):
-            transfer.check(recipe)
-        else:
-            reference, own = transfer.tokenizers(recipe)
+        if not own_tokenizer(recipe):
+            reference, own = tokenizers(recipe)
             log_if_templates_differ(f"policy '{policy.model}'", own, f"reference '{recipe.reference.model}'", reference)
     if policy.target_kl is not None:
         check_held_out(recipe, "policy.target_kl")
@@ -61,6 +61,25 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
 
         check_routers(load_config(str(start_model.model), revision=start_model.revision), str(start_model.model))
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
+
+
+def own_tokenizer(recipe: Recipe) -> bool:
+    """Does the policy have another tokenizer than oracle and reference?"""
+    policy, reference = recipe.policy, recipe.reference
+    if policy.model is None or (policy.model, policy.revision) == (reference.model, reference.revision):
+        return False
+    if is_outline(policy.model) and not has_tokenizer(policy.model):
+        return False  # a plan of a model whose tokenizer is not here
+    return len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers(recipe)}) > 1
+
+
+def tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The tokenizers of reference and policy."""
+    policy, reference = recipe.policy, recipe.reference
+    return (
+        load_tokenizer(reference.model, revision=reference.revision),
+        load_tokenizer(str(policy.model), revision=policy.revision),
+    )
 
 
 def check_held_out(recipe: Recipe, setting: str) -> None:

@@ -58,11 +58,12 @@ from sepo.study.results import (
 )
 from sepo.training.fit import pairs_to_see
 from sepo.training.trainer import NonFiniteLossError
+from sepo.transfer import stages as transfer_stages
 
 FAILED = "failed.json"  # in the folder of a run that diverged
 # Recipes of a comparison may have a judge, which measures policies while they train, but no stages after the
 # evaluation.
-EXTENSION = Extension(judging_stages.check, None, lambda method: {})
+EXTENSION = Extension(lambda recipe: (judging_stages.check(recipe), transfer_stages.check(recipe)) and None)
 
 
 _SECONDS_BETWEEN_FIGURES = 60.0
@@ -267,7 +268,7 @@ class Bases:
 def method_of(recipe: Recipe, walker: Walker, grid: Grid, seed: int, pairs: StageResult | None = None) -> Method:
     """The method of one run of a grid."""
     oracle_seed = seed if grid.seeds_vary == "oracle" else recipe.seed
-    return Method(recipe, walker, seed=seed, oracle_seed=oracle_seed, pairs=pairs)
+    return Method(recipe, walker, seed=seed, oracle_seed=oracle_seed, transfer=transfer_stages, pairs=pairs)
 
 
 def run_stage(
