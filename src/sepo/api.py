@@ -22,8 +22,7 @@ from sepo.recipe.settings import Recipe
 if TYPE_CHECKING:
     from sepo.planning.plan import RunPlan, Target
     from sepo.runs.folder import ProgressLine, Run
-    from sepo.runs.method import Method
-    from sepo.runs.pipeline import Extension
+    from sepo.runs.method import Extension, Method
 
 
 def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
@@ -90,8 +89,8 @@ def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = N
 
 
 def extension_of(recipe: Recipe) -> Extension:
-    """What a recipe asks for beyond the method: judge, benchmarks, tasks, sampled data, a policy that is another model."""
-    from sepo.runs.pipeline import NOTHING, Extension
+    """Judge, benchmarks, tasks, sampled data, a policy that is another model, trainings up to a measured value."""
+    from sepo.runs.method import NOTHING, Extension
 
     settings, samples = recipe.eval, recipe.data.on_policy is not None
     found = NOTHING
@@ -103,30 +102,16 @@ def extension_of(recipe: Recipe) -> Extension:
     if samples:
         from sepo.sampling import stages as sampling
 
-        found = _joined(found, Extension(sampling.check, None, sampling.metrics_of, sampling.before_data))
+        found = found.and_also(Extension(sampling.check, None, sampling.metrics_of, sampling.before_data))
     if recipe.policy.model is not None:
         from sepo.transfer import stages as transfer
 
-        found = _joined(found, Extension(transfer.check, transfer=transfer))
+        found = found.and_also(Extension(transfer.check, transfer=transfer))
+    if recipe.policy.target_kl is not None or recipe.oracle.target_accuracy is not None:
+        from sepo.targets import stages as targets
+
+        found = found.and_also(Extension(targets=targets))
     return found
-
-
-def _joined(first: Extension, second: Extension) -> Extension:
-    """Both extensions; each has other stages."""
-
-    def check(recipe: Recipe) -> None:
-        first.check(recipe)
-        second.check(recipe)
-
-    def do_stages(method: Method) -> dict[str, Any]:
-        return {**first.do_stages(method), **second.do_stages(method)}
-
-    return first._replace(
-        check=check,
-        do_stages=do_stages,
-        before_data=second.before_data or first.before_data,
-        transfer=second.transfer or first.transfer,
-    )
 
 
 def _write_pages(run: Run, metrics: dict[str, Any]) -> None:

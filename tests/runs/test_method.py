@@ -10,7 +10,7 @@ from sepo.api import extension_of, run_recipe
 from sepo.planning.plan import Planner, plan_stages
 from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.reading import load_recipe
-from sepo.runs.method import UNTIL
+from sepo.runs.method import UNTIL, Method
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer_of
 
@@ -93,7 +93,7 @@ KINDS = {
 def planned_stages(recipe, folder: Path) -> list[str]:
     planner = Planner(folder)
     extension = extension_of(recipe)
-    plan_stages(extension.method(recipe, planner), extension)
+    plan_stages(Method(recipe, planner, extension=extension), extension)
     return list(planner.stages)
 
 

@@ -11,11 +11,11 @@ import pytest
 from sepo.api import run_recipe
 from sepo.cli import main
 from sepo.errors import UserError
-from sepo.evaluate.target import LookAtAccuracy, LookAtKl
 from sepo.recipe.reading import load_recipe
 from sepo.stages import oracle
 from sepo.study.comparison import check_grid
 from sepo.study.grid import Setting
+from sepo.targets.until import LookAtAccuracy, LookAtKl
 from sepo.training.checkpoints import SaveEvery
 from tiny_run import prepare
 

@@ -26,8 +26,8 @@ from sepo.numbers import duration, size
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
-from sepo.runs.method import Method, check_until
-from sepo.runs.pipeline import NOTHING, Extension, check_inputs, check_method_pairs
+from sepo.runs.method import NOTHING, Extension, Method, check_until
+from sepo.runs.pipeline import check_inputs, check_method_pairs
 from sepo.stages.cost import Cost, FrozenMemory, TrainingMemory
 from sepo.stages.data import PAIRS_PER_SHARD
 from sepo.stages.stage import Model, Stage, StageResult
@@ -120,7 +120,7 @@ def plan_run(
         kind = device_kind(recipe, target)
         if extension.before_data is not None:
             recipe = extension.before_data(recipe, planner)
-        method = extension.method(recipe, planner, kind)
+        method = Method(recipe, planner, extension=extension, device=kind)
         check_method_pairs(method)
         plan_stages(method, extension, until)
         sizes = method_sizes(method, kind, target.processes)

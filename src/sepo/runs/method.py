@@ -15,9 +15,9 @@ up costs. Nothing else in the package says in which order the stages come.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -72,9 +72,48 @@ class Transfer(Protocol):
         scores: StageResult,
         pairs: StageResult,
         policy_pairs: StageResult,
-        words: score.Words | None,
+        words: score.Words | None = None,
     ) -> Stage:
         """Token rewards under the policy's tokenizer."""
+
+
+class Extension(NamedTuple):
+    """What a recipe asks for beyond the method: the wings, put together by `sepo.api` or a comparison.
+
+    Attributes:
+        check: finds bad input before anything expensive starts.
+        judge: compares answers in the evaluation; None without a judge.
+        do_stages: does further stages after the evaluation and returns their metrics.
+        before_data: does stages before the data, and returns the recipe that reads what they wrote; None without any.
+        transfer: the stages for a policy with another tokenizer; None where the policy is no model of its own.
+        targets: ends trainings at a measured value; None where they last a number of steps.
+    """
+
+    check: Callable[[Recipe], None] = lambda recipe: None
+    judge: RunJudge | None = None
+    do_stages: Callable[[Method], dict[str, Any]] = lambda method: {}
+    before_data: Callable[[Recipe, Walker], Recipe] | None = None
+    transfer: Transfer | None = None
+    targets: train.Targets | None = None
+
+    def and_also(self, other: Extension) -> Extension:
+        """Both extensions."""
+
+        def check(recipe: Recipe) -> None:
+            self.check(recipe)
+            other.check(recipe)
+
+        return Extension(
+            check,
+            other.judge or self.judge,
+            lambda method: {**self.do_stages(method), **other.do_stages(method)},
+            other.before_data or self.before_data,
+            other.transfer or self.transfer,
+            other.targets or self.targets,
+        )
+
+
+NOTHING = Extension()
 
 
 class Method:
@@ -84,8 +123,7 @@ class Method:
         walker: does the stages.
         seed: of selection and policy; default: the recipe's.
         oracle_seed: of the oracles; default: the recipe's.
-        judge: compares answers in the evaluation.
-        transfer: needed only for a policy with another tokenizer.
+        extension: what the recipe asks for beyond the method.
         pairs: tokenised pairs that exist already, such as those that the variants of a comparison share.
         device: the kind of device that a plan is for; default: the recipe's, on this machine.
     """
@@ -97,14 +135,13 @@ class Method:
         *,
         seed: int | None = None,
         oracle_seed: int | None = None,
-        judge: RunJudge | None = None,
-        transfer: Transfer | None = None,
+        extension: Extension = NOTHING,
         pairs: StageResult | None = None,
         device: str | None = None,
     ):
         if pairs is not None:
             self.pairs = pairs
-        self.recipe, self.walker, self.judge, self.transfer = recipe, walker, judge, transfer
+        self.recipe, self.walker, self.extension = recipe, walker, extension
         self.seed = recipe.seed if seed is None else seed
         self.oracle_seed = recipe.seed if oracle_seed is None else oracle_seed
         self._device = device
@@ -165,11 +202,10 @@ class Method:
             existing = self.walker.model(settings.model)
             oracle.check_differs(settings, existing, self.reference)
             return {"oracle": existing}
+        base, ends = self.oracle_start_logps, self.extension.targets
         return {
             name: Model.of(
-                self.walker.do(
-                    oracle.stage(self.recipe, self.reference, self.pairs, self.oracle_start_logps, seed, swapped), name
-                )
+                self.walker.do(oracle.stage(self.recipe, self.reference, self.pairs, base, seed, swapped, ends), name)
             )
             for name, seed, swapped in oracle.members(settings, self.oracle_seed)
         }
@@ -230,7 +266,8 @@ class Method:
         """The trained policy."""
         targets = self.selection
         start_logps = self.policy_start_logps if train.needs_reference(self.recipe) else None
-        stage = train.stage(self.recipe, self.policy_start, targets, start_logps, self.seed, self.policy_pairs)
+        ends = self.extension.targets
+        stage = train.stage(self.recipe, self.policy_start, targets, start_logps, self.seed, self.policy_pairs, ends)
         return self.walker.do(stage, "train")
 
     @cached_property
@@ -248,7 +285,7 @@ class Method:
             self.policy_scores,
             self.selection,
             start_logps,
-            self.judge,
+            self.extension.judge,
         )
         return self.walker.do(stage, "eval")
 
@@ -269,9 +306,9 @@ class Method:
 
     @property
     def _transfer(self) -> Transfer:
-        if self.transfer is None:
+        if self.extension.transfer is None:
             raise ValueError("a policy with another tokenizer needs sepo.api.run_recipe")
-        return self.transfer
+        return self.extension.transfer
 
     @cached_property
     def _kind(self) -> str:

@@ -10,44 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sepo import processes
 from sepo.data.tables import read_table
 from sepo.files import write_json
 from sepo.recipe.settings import Recipe
 from sepo.runs.folder import ProgressLine, Run, check_run_folder, open_run
-from sepo.runs.method import Method, Transfer, Walker, check_until
+from sepo.runs.method import NOTHING, Extension, Method, check_until
 from sepo.stages import data, evaluate, oracle, reference, select, train
-from sepo.stages.evaluate import RunJudge
 from sepo.stages.reference import hash_model
 from sepo.stages.stage import Model, Stage, StageResult
-
-
-class Extension(NamedTuple):
-    """What a recipe asks for beyond the method.
-
-    Attributes:
-        check: finds bad input before anything expensive starts.
-        judge: compares answers in the evaluation; None without a judge.
-        do_stages: does further stages after the evaluation and returns their metrics.
-        before_data: does stages before the data, and returns the recipe that reads what they wrote; None without any.
-        transfer: the stages for a policy with another tokenizer; None where the policy is no model of its own.
-    """
-
-    check: Callable[[Recipe], None] = lambda recipe: None
-    judge: RunJudge | None = None
-    do_stages: Callable[[Method], dict[str, Any]] = lambda method: {}
-    before_data: Callable[[Recipe, Walker], Recipe] | None = None
-    transfer: Transfer | None = None
-
-    def method(self, recipe: Recipe, walker: Walker, device: str | None = None) -> Method:
-        """The stages of a recipe, with judge and transfer."""
-        return Method(recipe, walker, judge=self.judge, transfer=self.transfer, device=device)
-
-
-NOTHING = Extension()
-
 
 # The folder of a stage in the run folder, by its role.
 _FOLDERS = {
@@ -108,7 +81,7 @@ def run(
         walker = RunWalker(folder)
         if extension.before_data is not None:
             recipe = extension.before_data(recipe, walker)
-        method = extension.method(recipe, walker)
+        method = Method(recipe, walker, extension=extension)
         check_method_pairs(method)
         if until == "data":
             return {}

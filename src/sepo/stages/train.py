@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sepo import processes
 from sepo.data.fingerprints import log_if_templates_differ, tokenizer_fingerprint
-from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.models.adapters import check_lora
-from sepo.models.devices import check_quantization, choose_device
+from sepo.models.devices import check_quantization
 from sepo.models.folders import is_outline
 from sepo.models.names import check_model, load_config
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
-from sepo.models.weights import load_model
 from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe
 from sepo.stages import select
 from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training_memory
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
-from sepo.training.fit import objective_settings, train_model, training_types
+from sepo.training.fit import objective_settings, train_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-    from sepo.evaluate.target import UntilTarget
+
+class Targets(Protocol):
+    """Callbacks that end a training at a measured value (`sepo.targets.stages`)."""
+
+    def until_kl(self, recipe: Recipe, start: Model, pairs: StageResult, out: Path) -> TrainerCallback:
+        """Ends the training at `policy.target_kl`."""
+
+    def until_accuracy(
+        self, recipe: Recipe, pairs: StageResult, reference_logps: StageResult, out: Path, swapped: bool
+    ) -> TrainerCallback:
+        """Ends the training at `oracle.target_accuracy`."""
+
+
+def required(ends: Targets | None) -> Targets:
+    if ends is None:
+        raise ValueError("policy.target_kl and oracle.target_accuracy need sepo.api.run_recipe")
+    return ends
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -103,6 +117,7 @@ def stage(
     logps: StageResult | None,
     seed: int,
     pairs: StageResult | None = None,
+    ends: Targets | None = None,
 ) -> Stage:
     """The policy, trained on a selection table.
 
@@ -111,10 +126,12 @@ def stage(
         selection: a selection table; objectives on all tokens read only its pairs.
         logps: log-probabilities under `model`, for objectives with a reference.
         pairs: pairs under the policy's tokenizer, whose held-out prompts `policy.target_kl` is measured on.
+        ends: needed for `policy.target_kl`.
     """
     until = None if recipe.policy.target_kl is None or pairs is None else _until(recipe, pairs)
 
     def run(folder: Path) -> dict[str, Any]:
+        callbacks = [] if until is None or pairs is None else [required(ends).until_kl(recipe, model, pairs, folder)]
         return train_model(
             model.folder,
             read_table(selection.folder, "selection"),
@@ -126,7 +143,7 @@ def stage(
             quantization=recipe.policy.quantization,
             seed=seed,
             device=recipe.device,
-            callbacks=[] if until is None or pairs is None else [_until_kl(recipe, model, pairs, folder)],
+            callbacks=callbacks,
             until=until,
             **objective_settings(recipe.policy),
         )
@@ -154,26 +171,6 @@ def _until(recipe: Recipe, pairs: StageResult) -> dict[str, Any]:
     names = {"prompts", "samples", "max_new_tokens", "temperature"}
     how = recipe.eval.model_dump(mode="json", include=names)
     return {"kl": recipe.policy.target_kl, "pairs": pairs.content, "eval": how, "seed": recipe.seed}
-
-
-def _until_kl(recipe: Recipe, model: Model, pairs: StageResult, folder: Path) -> UntilTarget:
-    """Ends the training at `policy.target_kl`; the start is loaded once more, in the types of the training."""
-    target = recipe.policy.target_kl
-    assert target is not None
-    types = training_types(recipe.policy, model.folder, choose_device(recipe.device).type)
-    base = load_model(model.folder, device=recipe.device, dtype=types.dtype, quantization=types.quantization)
-    tokenizer, settings = load_tokenizer(model.folder), recipe.eval
-    prompts = sample_prompts(read_table(pairs.folder / "held_out", "pairs"), settings.prompts)
-    from sepo.evaluate.kl_probe import Probe
-    from sepo.evaluate.target import LookAtKl, Target, UntilTarget, kl_from
-
-    probe = Probe(base, tokenizer, prompts, settings, recipe.seed)
-    return UntilTarget(
-        Target("kl", target, "policy.target_kl", "raise policy.training.num_train_epochs or learning_rate"),
-        LookAtKl(target, probe, folder),
-        kl_from(base, tokenizer, prompts, settings, recipe.seed),
-        folder,
-    )
 
 
 def targets(recipe: Recipe, sizes: Sizes) -> float:
