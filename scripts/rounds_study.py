@@ -46,7 +46,7 @@ OBJECTIVES = {"sepo": {}, "simpo": {"objective": "simpo"}}
 BASELINES = Baselines(best_of=[2, 4, 8], steer=[0.5, 1.0, 2.0])
 CHECKPOINTS = [0.15, 0.3, 0.6, 1.0]
 PROMPTS, EPOCHS = 300, 2  # of the planted tasks
-SHARE = 0.4  # of the pairs of the embedded tasks, whose prompts are answered
+SHARE, EMBEDDED_EPOCHS = 0.4, 3  # of the embedded tasks: the share of the pairs whose prompts are answered
 
 
 def settings_of(task: str, bench: Path, seed: int, objective: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def settings_of(task: str, bench: Path, seed: int, objective: str) -> dict[str, 
     values["policy"] |= OBJECTIVES[objective]
     if task in CHECKS:
         values["data"]["source"] = str(some_prompts(Path(values["data"]["source"])))
-        values["policy"]["training"]["num_train_epochs"] = EPOCHS
+    values["policy"]["training"]["num_train_epochs"] = EPOCHS if task in CHECKS else EMBEDDED_EPOCHS
     return {**values, "seed": seed, "eval": {**values["eval"], "examples": 0, "pairs": 0}}
 
 

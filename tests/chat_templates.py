@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from sepo.data.encoding import tokenize_pairs
+from sepo.data.ragged import as_read
 from sepo.data.templates import probe_template, render
 from sepo.errors import UserError
 
@@ -148,6 +149,10 @@ KINDS: dict[str, dict] = {
                    {"role": "tool", "content": "7 degrees", "name": "weather"}],
         "chosen": [assistant("7 degrees.")], "rejected": [assistant("I do not know.")],
     },
+    "several turns": {
+        "prompt": [user("2+2?")], "chosen": [*_FOUR, user("So?"), assistant("Yes, 4.")],
+        "rejected": [*_FIVE, user("So?"), assistant("Perhaps 4.")],
+    },
     "a call": {
         "prompt": [user("Weather?")], "tools": json.dumps([TOOL]), "chosen": [assistant("", tool_calls=CALL)],
         "rejected": [assistant("I do not know.")],
@@ -169,11 +174,11 @@ def outcome(tokenizer, row: dict, options: dict | None = None) -> str:
         found = re.search(r"usable pair in 1 rows: (.*) 1 \(first", str(error))
         return f"- {found[1]}" if found else f"! {error}"
     ids = table.to_pylist()[0]
-    notes = [note.split(":")[0] for note in report.notes]
+    notes = [note.split(":")[0] for note in report.notes if "several assistant turns" not in note]
     placed = any("leaves out the response" in note for note in notes)
     apart = any("ignores thinking" in note for note in notes)
     for side in ("chosen", "rejected"):
-        text = tokenizer.decode([*ids["prompt_ids"], *ids[f"{side}_ids"]])
+        text = tokenizer.decode([*ids["prompt_ids"], *as_read(table, side)[0]])
         renderings = _written(tokenizer, row, side, options, apart)
         if not any(one.startswith(text) for one in renderings):
             text = text.removesuffix("<eos>")  # added where the template ends a turn with no token
@@ -192,8 +197,8 @@ def outcome(tokenizer, row: dict, options: dict | None = None) -> str:
 
 def _written(tokenizer, row: dict, side: str, options: dict, apart: bool) -> list[str]:
     """The template's own rendering of the conversation with one of the responses; several where it has tool calls."""
-    *earlier, last = row["prompt"]
-    (response,) = row[side]
+    *earlier, last = [*row["prompt"], *row[side][:-1]]
+    response = row[side][-1]
     if last["role"] == "assistant":
         messages = [*earlier, assistant(last["content"] + response["content"])]
     else:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sepo.data.tables import make_table
+from sepo.data.tables import CONTEXT_COLUMNS, make_table
 from sepo.forward.packing import CHOSEN, REJECTED, Pair, pack
 from sepo.training.trainer import PreferenceConfig
 
@@ -31,8 +31,23 @@ def awkward_pairs(seed: int = 0) -> list[Pair]:
     ]
 
 
+def pairs_of_turns(seed: int = 0) -> list[Pair]:
+    """Pairs whose responses have several assistant turns: context before and between them, all or some targets."""
+    rng = np.random.default_rng(seed)
+    long, short = random_ids(rng, 21), random_ids(rng, 1)
+    one, two, three = (random_ids(rng, size) for size in (17, 9, 1))
+    return [
+        Pair(16, long, one, two, chosen_context_ids=random_ids(rng, 5), chosen_context_at=(3, 3, 3, 9, 16)),
+        Pair(17, long, one, two, (2, 3, 11), None, (0.5, 1.0, 2.0), chosen_context_ids=two[:3],
+             chosen_context_at=(0, 3, 12), rejected_context_ids=two[:2], rejected_context_at=(0, 8)),
+        Pair(18, short, one, one, rejected_context_ids=three, rejected_context_at=(1,)),
+        Pair(19, long, one, two),  # the responses of pair 16, without their context
+    ]  # fmt: skip
+
+
 def pairs_table(pairs: list[Pair]):
-    columns = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids")
+    context = CONTEXT_COLUMNS if any(len(getattr(pair, name)) for pair in pairs for name in CONTEXT_COLUMNS) else ()
+    columns = ("pair_id", "prompt_ids", "chosen_ids", "rejected_ids", *context)
     return make_table("pairs", {name: [getattr(pair, name) for pair in pairs] for name in columns})
 
 

@@ -263,22 +263,18 @@ class TestRows:
             ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "no shared prompt"),
             ({"chosen": [user("q"), assistant("a")], "rejected": [user("r"), assistant("b")]}, "no shared prompt"),
             ({"prompt": [], "chosen": [assistant("a")], "rejected": [assistant("b")]}, "empty prompt"),
-            ({"chosen": [user("q"), assistant("a"), user("r"), assistant("c")],
-              "rejected": [user("q"), assistant("b")]}, "several turns"),
-            ({"prompt": [user("q")], "chosen": [assistant("a"), user("r"), assistant("c")],
+            ({"prompt": [user("q"), assistant("It is")], "chosen": [assistant("a"), user("r"), assistant("c")],
               "rejected": [assistant("b"), user("r"), assistant("c")]}, "several turns"),
+            ({"prompt": [user("q")], "chosen": [assistant("a"), user("r"), assistant("c")],
+              "rejected": [assistant("a"), user("s"), assistant("c")]}, "identical responses"),
+            ({"chosen": [user("q"), assistant("a"), user("r"), assistant(" ")],
+              "rejected": [user("q"), assistant("b")]}, "no response"),
+            ({"chosen": [user("q"), assistant("a"), user("r"), assistant("c")],
+              "rejected": [user("q"), assistant("a"), user("s"), assistant("d")]}, "no shared prompt"),
         ],
     )  # fmt: skip
     def test_an_unusable_row_is_dropped_for_a_documented_reason(self, row, reason):
         assert drop_reason(row) == reason
-
-    def test_conversations_that_part_before_their_last_turns_are_counted_with_their_turns(self, llama3):
-        long = [user("q"), assistant("a"), user("r"), assistant("c")]
-        row = {"chosen": long, "rejected": [user("q"), assistant("b")]}
-        _, report = tokenize_pairs(
-            dataset({**CONVERSATION, "prompt": None, **row}, CONVERSATION), llama3, progress=False
-        )
-        assert report.reasons() == "several turns [2 and 1 assistant turns] 1 (first: row 0)"
 
     def test_an_empty_prompt_cannot_be_a_user_turn(self):
         assert drop_reason({"prompt": " ", "chosen": "a", "rejected": "b"}, as_chat=True) == "empty prompt"

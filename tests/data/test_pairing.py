@@ -129,7 +129,7 @@ CASES: dict[str, tuple[list[dict], list]] = {
              "response_b": json.dumps(["other", "bad"])},
         ],
         [([user("Q")], "good", "bad"), ([user("Q")], "bad", "good"), "tie", "missing value",
-         ([user("P"), assistant("same"), user("Q")], "good", "bad"), "several turns"],
+         ([user("P"), assistant("same"), user("Q")], "good", "bad"), ([user("P")], "one\n\ngood", "other\n\nbad")],
     ),
     "arena": (
         [arena("model_a"), arena("model_b"), arena("tie"), arena("tie (bothbad)"), arena("both_bad"),

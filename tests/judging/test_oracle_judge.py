@@ -97,6 +97,27 @@ def test_an_oracles_reward_is_that_of_the_formula_in_float64(folder):
     assert np.array_equal(score([((prompt,), answer) for prompt, answer in asked]), found)  # the adapter is on again
 
 
+def test_an_oracle_of_plain_texts_reads_plain_texts_though_its_tokenizer_has_a_chat_template(tmp_path):
+    data = ["--data", "prefs.jsonl", "--reference", "model", "--device", "cpu"]
+    folder = str(tmp_path / "oracle")
+    assert main(["oracle", *data, "--out", folder, "learning_rate=0.05", "batch_size=8", "--beta", str(BETA)]) == 0
+    assert main(["score", *data, "--oracle", folder, "--out", str(tmp_path / "scores")]) == 0
+    oracle = find_oracle(JudgeSettings(oracle=folder, reference="model"))
+    found = oracle_scorer(oracle, device="cpu", progress=False)([((row["prompt"],), row["chosen"]) for row in PAIRS])
+    tokenizer, exact = tiny_tokenizer(), []
+    models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64).eval() for name in (folder, "model")]
+    for row in PAIRS:
+        prompt, whole = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["chosen"]))
+        ids = torch.tensor([*whole, tokenizer.eos_token_id])
+        with torch.no_grad():
+            after, before = (model(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1] for model in models)
+        exact.append(BETA * (after - before).gather(-1, ids[1:, None])[len(prompt) - 1 :].sum().item())
+    np.testing.assert_allclose(found, exact, atol=2e-4)
+    np.testing.assert_allclose(
+        found, BETA * response_sums(read_table(tmp_path / "scores", "scores"), "rewards")[0], atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("folder", ["made/oracle", "adapter"])
 def test_the_reward_is_beta_times_the_token_rewards_of_sepo_score(folder, tmp_path):
     arguments = ["--oracle", folder, "--reference", "model", "--data", "prefs.jsonl", "--as-chat", "--device", "cpu"]

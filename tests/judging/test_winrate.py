@@ -207,6 +207,29 @@ def test_with_the_official_files_the_full_model_is_fitted(tmp_path, monkeypatch)
 FULL = {"C": 2.782559402207126, "lc": 41.243800915553244, "error": 0.009539537761377259}
 
 
+def test_a_prompt_that_is_judged_in_both_orders_counts_once_in_every_standard_error(tmp_path, monkeypatch):
+    """The errors are those of the mean of both verdicts of each prompt."""
+    data = official_files(tmp_path / "glm", monkeypatch)
+    rows = made_up()
+    rng = np.random.default_rng(5)
+    twice = [{**row, "preference": row["preference"] + shift} for row, step in zip(rows, rng.uniform(0, 0.2, len(rows)),
+             strict=True) for shift in ((step, -step) if 1.2 <= row["preference"] <= 1.8 else (0, 0))]  # fmt: skip
+    assert (
+        sum(row["preference"] != other["preference"] for row, other in zip(twice[::2], twice[1::2], strict=True)) > 20
+    )
+    once = [{**row, "preference": (row["preference"] + other["preference"]) / 2}
+            for row, other in zip(twice[::2], twice[1::2], strict=True)]  # fmt: skip
+    results = []
+    for name, judged in (("once", once), ("twice", twice)):
+        (tmp_path / name).mkdir()
+        results.append(scored(tmp_path / name, judged, "--glm-data", str(data)))
+    for name in ("win_rate", "standard_error", "n_prompts", "length_controlled_winrate", "lc_standard_error"):
+        assert results[0][name] == pytest.approx(results[1][name]), name
+    (tmp_path / "few").mkdir()
+    warned = scored(tmp_path / "few", [row for row in made_up()[:60] for _ in range(2)])["warnings"]
+    assert any("with 60 prompts" in line for line in warned)
+
+
 @pytest.mark.parametrize("name", [winrate.GAMED, winrate.DIFFICULTY])
 def test_a_file_that_is_not_the_published_one_is_refused(name, tmp_path, monkeypatch, capsys):
     data = official_files(tmp_path / "glm", monkeypatch, change=name)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sepo.credit.rewards import response_sums
-from sepo.credit.selection import effective_number, ends_response, select_key_tokens
+from sepo.credit.selection import effective_number, select_key_tokens, turn_ends
 from sepo.data.ragged import SIGNED_SIDES, flat, ragged
 from sepo.data.splits import prompt_numbers
 from sepo.data.tables import make_table, provenance_of
@@ -254,14 +254,12 @@ def baseline_tables(scores: pa.Table, reference_logps: pa.Table | None, seed: in
 
 def overview(scores: pa.Table) -> dict[str, Any]:
     """Counts, mean and standard deviation of the rewards (a first temperature for soft credit), and rewards of ends."""
-    ends = provenance_of(scores).get("end_ids", [])
     result: dict[str, Any] = {"pairs": len(scores)}
     for side, sign in SIGNED_SIDES:
         rewards, lengths = flat(scores.column(f"{side}_rewards"))
-        ids, _ = flat(scores.column(f"{side}_ids"))
         mass = np.maximum(sign * rewards.astype(np.float64), 0)
         effective = effective_number(mass, lengths)
-        ended = ends_response(ids, lengths, ends)
+        ended = turn_ends(scores, side)
         result[side] = {
             "tokens": len(rewards),
             "mean_length": float(lengths.mean()),

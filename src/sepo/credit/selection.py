@@ -94,6 +94,21 @@ def ends_response(ids: np.ndarray, lengths: np.ndarray, end_ids: Sequence[int]) 
     return marks
 
 
+def turn_ends(table: pa.Table, side: str) -> np.ndarray:
+    """Mark the tokens of a side that end an assistant turn: `[tokens]` bool.
+
+    These are the last tokens of the responses, and of their earlier turns, that the table's provenance calls ends.
+    """
+    ids, lengths = flat(table.column(f"{side}_ids"))
+    end_ids = provenance_of(table).get("end_ids", [])
+    marks = ends_response(ids, lengths, end_ids)
+    if f"{side}_context_at" in table.column_names:
+        at, counts = flat(table.column(f"{side}_context_at"))
+        before = np.repeat(np.cumsum(lengths) - lengths, counts)[at > 0] + at[at > 0] - 1
+        marks[before] = np.isin(ids[before], np.asarray(end_ids, dtype=ids.dtype))
+    return marks
+
+
 def shared_tokens(scores: pa.Table) -> dict[str, np.ndarray]:
     """Mark the tokens of each side whose id also occurs in the other response of their pair: `[tokens]` bool.
 
@@ -226,7 +241,7 @@ def _tokens_of(scores: pa.Table, side: str, settings: SelectSettings, statistics
     ids, _ = flat(scores.column(f"{side}_ids"))
     eligible = np.ones(len(rewards), bool)
     if not settings.include_end:
-        eligible &= ~ends_response(ids, lengths, provenance_of(scores).get("end_ids", []))
+        eligible &= ~turn_ends(scores, side)
     if settings.skip_shared:
         eligible &= ~shared_tokens(scores)[side]
     if settings.label_log_odds:

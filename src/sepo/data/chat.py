@@ -69,15 +69,21 @@ class Guard:
 
 
 class Written(NamedTuple):
-    """A pair as guarded text: `prompt + chosen` is the rendering of the chosen conversation."""
+    """A pair as guarded text: `prompt + chosen` is the rendering of the chosen conversation.
+
+    Attributes:
+        segments: of each response with several assistant turns, in turn text that the model only reads, and an
+            assistant turn; joined they are `chosen` and `rejected`.
+    """
 
     prompt: str
     chosen: str
     rejected: str
     notes: tuple[str, ...] = ()
+    segments: tuple[list[str], list[str]] | None = None
 
 
-class _Response(NamedTuple):
+class Response(NamedTuple):
     """The text before a response, the response up to its end of turn, and a note."""
 
     before: str
@@ -85,7 +91,7 @@ class _Response(NamedTuple):
     note: str = ""
 
 
-class _Way(NamedTuple):
+class Way(NamedTuple):
     """Arguments of the template, and the form of the messages in it.
 
     Attributes:
@@ -139,13 +145,14 @@ class ChatWriter:
         """
         assert not isinstance(pair.prompt, str)
         context = [self.guard.message(message) for message in pair.prompt]
-        responses = [
-            self.guard.message({"role": "assistant", "content": text, **extra})
+        sides: Sequence[Sequence[Message]] = pair.turns or [
+            [{"role": "assistant", "content": text, **extra}]
             for text, extra in zip((pair.chosen, pair.rejected), pair.extras, strict=True)
         ]
-        way = _Way([map_text(tool, self.guard) for tool in pair.tools], {**self.options, **pair.options})
+        chosen, rejected = ([self.guard.message(message) for message in side] for side in sides)
+        way = Way([map_text(tool, self.guard) for tool in pair.tools], {**self.options, **pair.options})
         ways = [way]
-        if any("tool_calls" in message for message in (*context, *responses)):
+        if any("tool_calls" in message for message in (*context, *chosen, *rejected)):
             ways = [
                 way._replace(arguments_as_text=as_text, empty_as_none=as_none)
                 for as_text in (False, True)
@@ -154,7 +161,11 @@ class ChatWriter:
         first: DropRow | None = None
         for way in ways:
             try:
-                return self._write(context, responses, pair.prefill, way)
+                if pair.turns is None:
+                    return self._write(context, [*chosen, *rejected], pair.prefill, way)
+                from sepo.data.turns import write_turns
+
+                return write_turns(self, context, (chosen, rejected), way)
             except DropRow as drop:
                 first = first or drop
         assert first is not None
@@ -167,39 +178,39 @@ class ChatWriter:
             DropRow: the template rejects the conversation, or leaves a part of it out.
         """
         assert not isinstance(pair.prompt, str)
-        way = _Way([map_text(tool, self.guard) for tool in pair.tools], {**self.options, **pair.options})
+        way = Way([map_text(tool, self.guard) for tool in pair.tools], {**self.options, **pair.options})
         try:
             messages = [self.guard.message(message) for message in pair.prompt]
-            text = self._render(messages, way, add_generation_prompt=True)
-            self._check_all_is_written(messages, text, way)
+            text = self.render(messages, way, add_generation_prompt=True)
+            self.check_all_is_written(messages, text, way)
             return text
         except DropRow:
             raise
         except Exception as error:  # a template may raise any exception
             raise DropRow("refused by the chat template", one_line(error, 100)) from None
 
-    def _write(self, context: list[Message], responses: list[Message], prefill: bool, way: _Way) -> Written:
+    def _write(self, context: list[Message], responses: list[Message], prefill: bool, way: Way) -> Written:
         try:
             if prefill:
                 opened, begun = None, context[-1]["content"]
             else:
-                opened, begun = self._render(context, way, add_generation_prompt=True), ""
+                opened, begun = self.render(context, way, add_generation_prompt=True), ""
             earlier = context[:-1] if prefill else context
-            chosen, rejected = (self._response(earlier, begun, opened, response, way) for response in responses)
+            chosen, rejected = (self.response(earlier, begun, opened, response, way) for response in responses)
         except DropRow:
             raise
         except Exception as error:  # a template may raise any exception
             raise DropRow("refused by the chat template", one_line(error)[:100]) from None
-        self._check_all_is_written(context, chosen.before, way)
+        self.check_all_is_written(context, chosen.before, way)
         chosen, rejected = _with_one_prompt(chosen, rejected, self.template.control)
-        if not all(_is_in(part, chosen.before) for message in context for part in _parts(message, thinking=False)):
+        if not all(is_in(part, chosen.before) for message in context for part in parts(message, thinking=False)):
             raise DropRow("two prompts")
         if not chosen.text.strip() or not rejected.text.strip():
             raise DropRow("no response")
         notes = dict.fromkeys(response.note for response in (chosen, rejected) if response.note)
         return Written(chosen.before, chosen.text, rejected.text, tuple(notes))
 
-    def _render(self, messages: Sequence[Message], way: _Way, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Message], way: Way, add_generation_prompt: bool = False) -> str:
         return render(
             self.tokenizer,
             [way.message(message) for message in messages],
@@ -209,9 +220,7 @@ class ChatWriter:
             in_parts=self.template.in_parts,
         )
 
-    def _response(
-        self, context: list[Message], begun: str, opened: str | None, message: Message, way: _Way
-    ) -> _Response:
+    def response(self, context: list[Message], begun: str, opened: str | None, message: Message, way: Way) -> Response:
         """Find the beginning and end of a response in the rendered conversation.
 
         Args:
@@ -219,7 +228,7 @@ class ChatWriter:
             opened: the rendered context with the generation prompt; None with a prefill.
         """
         content = message["content"]
-        full = self._render([*context, {**message, "content": begun + content}], way)
+        full = self.render([*context, {**message, "content": begun + content}], way)
         body, end = self._without_end(full, message)
         plain = message.keys() == {"role", "content"}
         for form in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())) if plain else ():
@@ -227,19 +236,19 @@ class ChatWriter:
                 response = _from_its_text(body[: len(body) - len(form)], form + end, opened)
                 if not _thinks_twice(response):
                     return response
-                response = self._response(context, begun, opened, _with_separate_thinking(message), way)
+                response = self.response(context, begun, opened, _with_separate_thinking(message), way)
                 return response._replace(note=_SEPARATE)
         # The template has rewritten the response, or the response has more than text.
-        before = "" if opened is None else _common_start(body, opened, self.template.control)
+        before = "" if opened is None else common_start(body, opened, self.template.control)
         if opened is not None and _holds(body[len(before) :], message):
             note = "" if before == opened else _OPENED
-            return _Response(before, body[len(before) :] + end, note)
+            return Response(before, body[len(before) :] + end, note)
         if opened is None or "tool_calls" in message or not self._knows_thinking(message):
             raise DropRow("left out by the chat template", "a part of the response")
         text = _after(opened, _folded(message))
         if leaves_thinking_open(opened + text):
             raise DropRow("left out by the chat template", "the end of the response's thinking")
-        placed = _Response(opened, text + self.template.kept_end, _PLACED)
+        placed = Response(opened, text + self.template.kept_end, _PLACED)
         if _thinks_twice(placed):  # the options of the template exclude thinking
             raise DropRow("left out by the chat template", "the response's thinking")
         return placed
@@ -251,7 +260,7 @@ class ChatWriter:
             return full[: len(full) - len(turn_end)], self.template.kept_end
         # Not the end of plain text, but of a tool call: the last control token.
         ends = list(self.template.control.finditer(full))
-        written = [full.rfind(part) + len(part) for part in _parts(message) if part in full]
+        written = [full.rfind(part) + len(part) for part in parts(message) if part in full]
         if not ends or not written or ends[-1].start() < max(written) or full[ends[-1].end() :].strip():
             raise DropRow("left out by the chat template", "the end of the response")
         return full[: ends[-1].start()], ends[-1][0]
@@ -263,15 +272,15 @@ class ChatWriter:
         written = str(self.tokenizer.chat_template)
         return THINKING.search(written) is not None or "</think>" in self.tokenizer.get_vocab()
 
-    def _check_all_is_written(self, context: list[Message], prompt: str, way: _Way) -> None:
+    def check_all_is_written(self, context: list[Message], prompt: str, way: Way) -> None:
         """Drop a row if the template leaves out a message, a tool call or a tool."""
         for message in context:
-            for part in _parts(message, thinking=False):
-                if not _is_in(part, prompt):
+            for part in parts(message, thinking=False):
+                if not is_in(part, prompt):
                     raise DropRow("left out by the chat template", f"{_A[message['role']]} message")
         for tool in way.tools:
             schema = tool.get("function", tool)
-            if not all(_is_in(leaf, prompt) for leaf in leaves([schema.get("name"), schema.get("description")])):
+            if not all(is_in(leaf, prompt) for leaf in leaves([schema.get("name"), schema.get("description")])):
                 raise DropRow("left out by the chat template", "tools")
         # A short text may occur by chance, so the same conversation is rendered with unique words, too.
         kind = tuple((m["role"], bool(m["content"].strip()), len(m.get("tool_calls", ()))) for m in context)
@@ -280,14 +289,14 @@ class ChatWriter:
         if (role := self._unwritten[kind]) is not None:
             raise DropRow("left out by the chat template", f"{_A[role]} message")
 
-    def _first_unwritten(self, context: list[Message], way: _Way) -> str | None:
+    def _first_unwritten(self, context: list[Message], way: Way) -> str | None:
         """The role of the first message that the template leaves out, tested with unique words as contents."""
         marked = [
             {**message, "content": f"sepo{index}probe" if message["content"].strip() else message["content"]}
             for index, message in enumerate(context)
         ]
         try:
-            text = self._render(marked, way)
+            text = self.render(marked, way)
         except Exception:  # the template renders the conversation, but rejects these words
             return None
         missing = (m["role"] for m in marked if m["content"].strip() and m["content"] not in text)
@@ -304,21 +313,21 @@ _SEPARATE = "the chat template ignores thinking in a response's text: it was pas
 _A = {"system": "a system", "user": "a user", "assistant": "an assistant", "tool": "a tool"}
 
 
-def _from_its_text(before: str, text: str, opened: str | None) -> _Response:
+def _from_its_text(before: str, text: str, opened: str | None) -> Response:
     """A response that the template writes unchanged: the text before it is the prompt."""
     if opened is None or before == opened:
-        return _Response(before, text)
+        return Response(before, text)
     if opened.startswith(before) and (before + text).startswith(opened):  # it opens with the start of the response
-        return _Response(opened, (before + text)[len(opened) :])
+        return Response(opened, (before + text)[len(opened) :])
     if before.startswith(opened):
         added = before[len(opened) :]
         if not added.strip():  # the model writes white space itself: it may share a token with the first word
-            return _Response(opened, added + text)
-        return _Response(before, text, _ADDED)
-    return _Response(before, text, _OPENED)
+            return Response(opened, added + text)
+        return Response(before, text, _ADDED)
+    return Response(before, text, _OPENED)
 
 
-def _thinks_twice(response: _Response) -> bool:
+def _thinks_twice(response: Response) -> bool:
     """Does a thought end right before a response that begins with a thought, which the template ignored?"""
     tags = list(THINKING.finditer(response.before))
     first = THINKING.match(response.text.lstrip())
@@ -338,7 +347,7 @@ def _with_separate_thinking(message: Message) -> Message:
     return {**message, "content": rest, "reasoning_content": thought}
 
 
-def _common_start(a: str, b: str, control: re.Pattern) -> str:
+def common_start(a: str, b: str, control: re.Pattern) -> str:
     """The common start of two texts, up to the end of a control token or a line, or the beginning of a thought."""
     if b.startswith(a):
         return a
@@ -351,7 +360,7 @@ def _common_start(a: str, b: str, control: re.Pattern) -> str:
     return a[: max((cut for cut in cuts if cut <= same), default=0)]
 
 
-def _parts(message: Message, thinking: bool = True) -> list[str]:
+def parts(message: Message, thinking: bool = True) -> list[str]:
     """The texts of a message that the template must write: content between the tags of thinking, and tool calls.
 
     Args:
@@ -373,10 +382,10 @@ def _parts(message: Message, thinking: bool = True) -> list[str]:
 
 
 def _holds(text: str, message: Message) -> bool:
-    return all(_is_in(part, text) for part in _parts(message))
+    return all(is_in(part, text) for part in parts(message))
 
 
-def _is_in(part: str, text: str) -> bool:
+def is_in(part: str, text: str) -> bool:
     """Does a text hold a part, literally, as JSON, or with other white space?"""
     if not part or part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text:
         return True
@@ -397,10 +406,10 @@ def _after(opened: str, text: str) -> str:
     return text.lstrip()[tag.end() :].lstrip("\n") if tag else text
 
 
-def _with_one_prompt(chosen: _Response, rejected: _Response, control: re.Pattern) -> tuple[_Response, ...]:
+def _with_one_prompt(chosen: Response, rejected: Response, control: re.Pattern) -> tuple[Response, ...]:
     """Move text that differs between the two prompts into the responses.
 
     The prompts differ if only one response has thinking: the template writes an empty thought before the other one.
     """
-    before = _common_start(chosen.before, rejected.before, control)
-    return tuple(_Response(before, r.before[len(before) :] + r.text, r.note) for r in (chosen, rejected))
+    before = common_start(chosen.before, rejected.before, control)
+    return tuple(Response(before, r.before[len(before) :] + r.text, r.note) for r in (chosen, rejected))

@@ -41,9 +41,9 @@ from sepo.data.conversation import CONVERSATION, PROMPT_KEY, conversation_text, 
 from sepo.data.fingerprints import rows_as_bytes, short_digest, tokenizer_fingerprint
 from sepo.data.loading import note_unread_columns, read_rows, relevant_columns, require_dataset
 from sepo.data.messages import DropRow
-from sepo.data.ragged import Ragged
+from sepo.data.ragged import SIDES, Ragged, flat, read_lengths
 from sepo.data.rows import ROWS_AT_ONCE, DataReport, TextPair, normalise_row, transcript_text
-from sepo.data.tables import make_table, with_provenance
+from sepo.data.tables import CONTEXT_COLUMNS, CONTEXT_FIELDS, PLAIN_TEXT, SEVERAL_TURNS, make_table
 from sepo.data.templates import any_of, probe_template, special_tokens
 from sepo.data.thinking import THINKING
 from sepo.errors import UserError, check_number, wrong_type
@@ -59,6 +59,7 @@ class _Item(NamedTuple):
     chosen: str
     rejected: str
     is_chat: bool
+    segments: tuple[list[str], list[str]] | None = None  # as in `chat.Written`
 
 
 @dataclass
@@ -112,9 +113,11 @@ class Encoder:
         """Write the text of the prompt, and of each response up to its end of turn. Remarks are added to `notes`."""
         if isinstance(pair.prompt, str):
             if self.writer is not None:
-                notes.append(PLAIN_TEXT)
+                notes.append(PLAIN_NOTE)
             return _Item(self.guard(pair.prompt), self.guard(pair.chosen), self.guard(pair.rejected), False)
         if self.writer is None:
+            if pair.turns is not None and pair.transcript:
+                raise DropRow("several turns", "the tokenizer has no chat template")
             if not pair.transcript:
                 raise UserError(
                     "the dataset holds conversations, but the tokenizer has no chat template: use an "
@@ -124,7 +127,7 @@ class Encoder:
             return _Item(self.guard(prompt), self.guard(" " + pair.chosen), self.guard(" " + pair.rejected), False)
         written = self.writer.write(pair)
         notes += written.notes
-        return _Item(*written[:3], True)
+        return _Item(*written[:3], True, written.segments)
 
     def ids_of(self, item: _Item, prompt: list[int], chosen: list[int], rejected: list[int]) -> list[list[int]]:
         """Turn the ids of (prompt, prompt + chosen, prompt + rejected) into those of prompt, chosen and rejected."""
@@ -140,6 +143,16 @@ class Encoder:
         if item.is_chat:
             return [prompt, *(ids + self.chat_tail for ids in responses)]
         return [self.plain_prompt(prompt), *(ids + self.tail for ids in responses)]
+
+    def row_of(self, item: _Item, *ids: list[int]) -> tuple[list[int], ...]:
+        """The columns `_PARTS` and `CONTEXT_COLUMNS` of a pair; arguments as in `ids_of`."""
+        prompt, chosen, rejected = self.ids_of(item, *ids)
+        if item.segments is None:
+            return prompt, chosen, rejected, [], [], [], []
+        from sepo.data.turns import ids_of_turns
+
+        sides = [ids_of_turns(self, item.prompt, segments) for segments in item.segments]
+        return prompt, sides[0].ids, sides[1].ids, *sides[0][1:], *sides[1][1:]
 
     def check_control_ids(self, ids: list[int], text: str) -> None:
         """Raise DropRow unless the control tokens among the ids are those that the text spells out."""
@@ -254,7 +267,7 @@ def tokenize_pairs(
     """
     options = Options(max_length, max_prompt_length, as_chat, chat_template_kwargs, progress, workers)
     parts, provenance, report = tokenize_into(list[pa.Table], dataset, tokenizer, options)
-    return with_provenance(pairs_of(pa.concat_tables(parts)), "pairs", provenance), report
+    return pairs_of(pa.concat_tables(parts), provenance), report
 
 
 class Options(NamedTuple):
@@ -302,7 +315,8 @@ def tokenize_into(
     digest = hashlib.sha256()
     parts = make_parts()
     too_long = _TooLong(options.max_length, options.max_prompt_length)
-    markup = 0
+    markup = chats = 0
+    several = False
     with (
         closing(_encoded(dataset, encoder, options.as_chat, options.workers)) as encoded,
         progress_bar(options.progress, total=len(dataset), desc="tokenise", unit="row") as bar,
@@ -314,6 +328,8 @@ def tokenize_into(
             for note in part.notes:
                 report.note(note)
             markup += part.markup
+            chats += part.chats
+            several |= has_context(part.table)
             report.kept += len(part.table)
             too_long.add(part.table)
             parts.append(part.table)
@@ -326,7 +342,16 @@ def tokenize_into(
     if not report.kept:
         drops = report.reasons() or "there is no row"
         raise UserError(f"the dataset has no usable pair in {report.rows:,} rows: {drops}; check columns and format")
-    return parts, _provenance(encoder, options, digest.hexdigest()[:16]), report
+    provenance = _provenance(encoder, options, digest.hexdigest()[:16])
+    # Recorded only where they hold, so that other tables keep their digests.
+    facts = {SEVERAL_TURNS: several, PLAIN_TEXT: not chats and encoder.writer is not None}
+    return parts, {**provenance, **{name: True for name, holds in facts.items() if holds}}, report
+
+
+def has_context(table: pa.Table) -> bool:
+    """Whether a response of a table has several assistant turns, with tokens between them."""
+    names = [name for name in CONTEXT_COLUMNS if name.endswith("_ids") and name in table.column_names]
+    return any(flat(table.column(name))[0].size for name in names)
 
 
 def _repeats(dataset: datasets.Dataset) -> bool:
@@ -372,7 +397,7 @@ def _checked_encoder(tokenizer: Any, options: Options) -> Encoder:
     return encoder
 
 
-PLAIN_TEXT = (
+PLAIN_NOTE = (
     "the prompt is plain text and stays plain text, though the tokenizer has a chat template: as_chat would wrap it as "
     "a user turn"
 )
@@ -430,6 +455,7 @@ class Encoded(NamedTuple):
         table: the columns of a table of pairs, and `kept_head`, the leading ids of the prompt that truncation keeps.
         drops, notes: arguments for `DataReport`, in order.
         markup: rows that hold markup of a chat template as text.
+        chats: pairs that the chat template rendered.
         digested: the rows as bytes, for the fingerprint of the dataset.
     """
 
@@ -438,6 +464,7 @@ class Encoded(NamedTuple):
     drops: list[tuple[str, int, str]]
     notes: list[str]
     markup: int
+    chats: int
     digested: bytes
 
 
@@ -519,20 +546,23 @@ def encode_rows(encoder: Encoder, as_chat: bool, start: int, rows: Sequence[dict
         except DropRow as drop:
             drops.append((drop.reason, pair_id, drop.detail))
     kept = []
-    texts = [text for *_, (prompt, *sides, _) in items for text in (prompt, *(prompt + side for side in sides))]
+    chats = 0
+    texts = [item.prompt + side for *_, item in items for side in ("", item.chosen, item.rejected)]
     encoded = encoder.encode(texts) if texts else []
     for (pair_id, pair, item), *ids in zip(items, encoded[::3], encoded[1::3], encoded[2::3], strict=True):
         try:
-            prompt, chosen, rejected = encoder.ids_of(item, *ids)
+            prompt, chosen, rejected, *context = encoder.row_of(item, *ids)
             if chosen == rejected:
                 raise DropRow("identical responses")
         except DropRow as drop:
             drops.append((drop.reason, pair_id, drop.detail))
             continue
+        chats += item.is_chat
         talk = conversation_text(pair.messages, pair.tools), prompt_key(pair.messages)
-        kept.append((pair_id, prompt, chosen, rejected, *talk, encoder.kept_head(prompt)))
-    table = pa.table(dict(zip(ENCODED.names, zip(*kept, strict=True) if kept else [()] * 7, strict=True)), ENCODED)
-    return Encoded(len(rows), table, drops, notes, markup, rows_as_bytes(rows))
+        kept.append((pair_id, prompt, chosen, rejected, *talk, encoder.kept_head(prompt), *context))
+    columns = zip(*kept, strict=True) if kept else [()] * len(ENCODED)
+    table = pa.table(dict(zip(ENCODED.names, columns, strict=True)), ENCODED)
+    return Encoded(len(rows), table, drops, notes, markup, chats, rows_as_bytes(rows))
 
 
 _PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -543,13 +573,19 @@ ENCODED = pa.schema(
         (CONVERSATION, pa.string()),
         (PROMPT_KEY, pa.string()),
         ("kept_head", pa.int64()),
+        *CONTEXT_FIELDS,
     ]
 )
 
 
-def pairs_of(table: pa.Table) -> pa.Table:
-    """A table of pairs, of rows in the schema `ENCODED`."""
-    return make_table("pairs", {name: table.column(name) for name in table.column_names})
+def pairs_of(table: pa.Table, provenance: Mapping[str, Any]) -> pa.Table:
+    """A table of pairs with its provenance, of rows in the schema `ENCODED`.
+
+    Only a dataset with responses of several turns has the columns of their context.
+    """
+    left_out = () if provenance.get(SEVERAL_TURNS) else CONTEXT_COLUMNS
+    columns = {name: table.column(name) for name in table.column_names if name not in left_out}
+    return make_table("pairs", columns, provenance)
 
 
 class _TooLong:
@@ -571,8 +607,8 @@ class _TooLong:
 
     def add(self, table: pa.Table) -> None:
         """Look at a part; all of them before the first is truncated."""
-        prompts, *sides = (Ragged(table.column(name)) for name in _PARTS)
-        responses = np.maximum(*(side.lengths for side in sides))
+        prompts = Ragged(table.column("prompt_ids"))
+        responses = np.maximum(*(read_lengths(table, side) for side in SIDES))
         limit = self.max_prompt_length or self.max_length
         rows = np.flatnonzero((prompts.lengths + responses > self.max_length) | (prompts.lengths > limit))
         if len(rows):
@@ -599,7 +635,7 @@ class _TooLong:
         kept = []
         for row, is_cut, longest in zip(table.to_pylist(), cut_rows, lengths[places].tolist(), strict=True):
             if is_cut:
-                parts = [row[name] for name in _PARTS]
+                parts: list[list[Any]] = [row["prompt_ids"], *(_as_read(row, side) for side in SIDES)]
                 cut = truncate_pair(
                     *parts,
                     max_length=self.max_length,
@@ -607,15 +643,35 @@ class _TooLong:
                     keep=row["kept_head"],
                     longest_response=longest,
                 )
-                if cut[1] == cut[2]:
+                row.update(prompt_ids=cut[0], **_from_read("chosen", cut[1]), **_from_read("rejected", cut[2]))
+                if row["chosen_ids"] == row["rejected_ids"] or not (row["chosen_ids"] and row["rejected_ids"]):
                     report.drop("identical after truncation", row["pair_id"])
                     report.kept -= 1
                     continue
                 report.truncated_prompts += len(cut[0]) < len(parts[0])
                 report.truncated_responses += sum(len(cut[i]) < len(parts[i]) for i in (1, 2))
-                row.update(zip(_PARTS, cut, strict=True))
             kept.append(row)
         return pa.Table.from_pylist(kept, ENCODED)
+
+
+def _as_read(row: Mapping[str, Any], side: str) -> list[tuple[int, bool]]:
+    """The tokens of a response in the order in which a model reads them, and whether each is the assistant's."""
+    tokens = [(token, True) for token in row[f"{side}_ids"]]
+    context = zip(row[f"{side}_context_at"], row[f"{side}_context_ids"], strict=True)
+    for inserted, (place, token) in enumerate(context):
+        tokens.insert(place + inserted, (token, False))
+    return tokens
+
+
+def _from_read(side: str, tokens: Sequence[tuple[int, bool]]) -> dict[str, list[int]]:
+    """The columns of `_as_read`, without context that no token of the assistant follows."""
+    counts = np.cumsum([is_own for _, is_own in tokens])
+    context = [i for i, (_, is_own) in enumerate(tokens) if not is_own and counts[i] < counts[-1]]
+    return {
+        f"{side}_ids": [token for token, is_own in tokens if is_own],
+        f"{side}_context_ids": [tokens[i][0] for i in context],
+        f"{side}_context_at": counts[context].tolist(),
+    }
 
 
 def _keys(prompts: Ragged, rows: np.ndarray) -> np.ndarray:

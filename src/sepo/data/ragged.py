@@ -53,6 +53,27 @@ def flat(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return column.flatten().to_numpy(zero_copy_only=False), lengths
 
 
+def read_lengths(table: pa.Table, side: str) -> np.ndarray:
+    """Tokens that a model reads of each response: its own, and those between its assistant turns. `[rows]` int64."""
+    columns = [f"{side}_ids", f"{side}_context_ids"]
+    return np.sum([flat(table.column(name))[1] for name in columns if name in table.column_names], axis=0)
+
+
+def as_read(table: pa.Table, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens of the responses in the order in which a model reads them, with those between the assistant turns.
+
+    Returns:
+        ids `[tokens]`, their number in each row `[rows]`, and whether each is the assistant's `[tokens]` bool.
+    """
+    ids, lengths = flat(table.column(f"{side}_ids"))
+    own = np.ones(len(ids), bool)
+    if f"{side}_context_ids" not in table.column_names:
+        return ids, lengths, own
+    context, counts = flat(table.column(f"{side}_context_ids"))
+    places = np.repeat(np.cumsum(lengths) - lengths, counts) + flat(table.column(f"{side}_context_at"))[0]
+    return np.insert(ids, places, context), lengths + counts, np.insert(own, places, False)
+
+
 class Ragged:
     """The rows of a list column as arrays, which are views of its buffer."""
 

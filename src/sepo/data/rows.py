@@ -27,7 +27,7 @@ DROP_REASONS: dict[str, str] = {
     "unknown label": "the label names neither response",
     "one response": "there are not two responses to one prompt",
     "no shared prompt": "there is no prompt, and chosen and rejected do not share one",
-    "several turns": "chosen and rejected differ over several assistant turns; a response is the last turn alone",
+    "several turns": "the assistant turns of a response cannot be found in what the chat template writes",
     "empty prompt": "there is no message, or no text and neither a BOS nor an EOS token to start from",
     "tools": "the tools are not a list of schemas, or the prompt is not a conversation",
     "refused by the chat template": "the chat template cannot render the conversation",
@@ -73,6 +73,8 @@ class TextPair(NamedTuple):
         options: keywords for the chat template.
         notes: content of the row that the pair does not use; `DataReport.notes` counts the texts.
         spoken: the messages of a plain-text prompt that holds a system message, too.
+        turns: the messages of the chosen and the rejected response, if one has several assistant turns: assistant turns
+            with the turns between them. `chosen` and `rejected` then hold the texts of the assistant turns.
     """
 
     prompt: str | list[Message]
@@ -85,6 +87,7 @@ class TextPair(NamedTuple):
     options: Mapping[str, Any] = _NOTHING
     notes: tuple[str, ...] = ()
     spoken: tuple[Message, ...] = ()
+    turns: tuple[Sequence[Message], Sequence[Message]] | None = None
 
     @property
     def messages(self) -> Sequence[Message]:
@@ -211,9 +214,10 @@ def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
     else:
         raise DropRow("wrong type", "text and messages mixed")
     pair = with_columns(pair, row)
-    if not all(_has_content(*side) for side in zip((pair.chosen, pair.rejected), pair.extras, strict=True)):
+    sides = zip((pair.chosen, pair.rejected), pair.extras, strict=True)
+    if not all(_has_content(*side) for side in _assistant_turns(pair) or sides):
         raise DropRow("no response")
-    if pair.chosen == pair.rejected and pair.extras[0] == pair.extras[1]:
+    if pair.turns is None and pair.chosen == pair.rejected and pair.extras[0] == pair.extras[1]:
         raise DropRow("identical responses")
     ignored = {name for value in (prompt, chosen, rejected) if isinstance(value, Messages) for name in value.ignored}
     notes += [f"a message's '{check_text(name)[:40]}' is not read" for name in sorted(ignored)]
@@ -222,6 +226,12 @@ def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
 
 def _has_content(text: str, extra: Mapping[str, Any]) -> bool:
     return bool(text.strip() or extra.get("tool_calls"))
+
+
+def _assistant_turns(pair: TextPair) -> list[tuple[str, Mapping[str, Any]]]:
+    """Text and further fields of each assistant turn of both responses, if one has several."""
+    turns = (turn for side in pair.turns or () for turn in side)
+    return [(turn["content"], turn) for turn in turns if turn["role"] == "assistant"]
 
 
 def _score_notes(row: Mapping[str, Any]) -> list[str]:
@@ -302,18 +312,10 @@ def _pair_from_messages(prompt: str | Messages | None, chosen: list[Message], re
     context = list(prompt) if isinstance(prompt, Messages) else []
     chosen, rejected = (_without_repeated(context, side) for side in (chosen, rejected))
     if chosen[:-1] != rejected[:-1]:
-        raise DropRow(*_why_not_one_turn(chosen, rejected))
+        return _pair_of_turns(prompt, context, chosen, rejected)
     # A prompt column that ends with an assistant turn begins the response (TRL: continue_final_message).
     prefill = bool(context) and context[-1]["role"] == "assistant" and len(chosen) == 1
-    context = context + chosen[:-1]
-    notes = []
-    if isinstance(prompt, str) and prompt.strip():
-        if not any(message["role"] == "user" for message in context):
-            context = [*context, {"role": "user", "content": prompt}]
-        elif not any(_same_text(prompt, message["content"]) for message in context):
-            notes.append("the prompt column differs from the conversations; the conversations were used")
-    if not context:
-        raise DropRow("no shared prompt" if prompt is None else "empty prompt")
+    context, notes = _whole_context(prompt, context + chosen[:-1])
     extras = tuple({k: v for k, v in side[-1].items() if k not in ("role", "content")} for side in (chosen, rejected))
     return TextPair(
         context,
@@ -321,17 +323,44 @@ def _pair_from_messages(prompt: str | Messages | None, chosen: list[Message], re
         rejected[-1]["content"],
         prefill=prefill,
         extras=(extras[0], extras[1]),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
-def _why_not_one_turn(chosen: list[Message], rejected: list[Message]) -> tuple[str, str]:
-    """Reason and detail of a drop where two conversations differ before their last turns."""
-    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
-    turns = [sum(message["role"] == "assistant" for message in side[same:]) for side in (chosen, rejected)]
-    if {chosen[same]["role"], rejected[same]["role"]} == {"assistant"}:
-        return "several turns", f"{turns[0]} and {turns[1]} assistant turns"
-    return "no shared prompt", ""
+def _whole_context(prompt: str | Messages | None, context: list[Message]) -> tuple[list[Message], tuple[str, ...]]:
+    """The messages before the response, with a prompt column of text; and a note if it contradicts them."""
+    notes: tuple[str, ...] = ()
+    if isinstance(prompt, str) and prompt.strip():
+        if not any(message["role"] == "user" for message in context):
+            context = [*context, {"role": "user", "content": prompt}]
+        elif not any(_same_text(prompt, message["content"]) for message in context):
+            notes = ("the prompt column differs from the conversations; the conversations were used",)
+    if not context:
+        raise DropRow("no shared prompt" if prompt is None else "empty prompt")
+    return context, notes
+
+
+def _pair_of_turns(
+    prompt: str | Messages | None, context: list[Message], chosen: list[Message], rejected: list[Message]
+) -> TextPair:
+    """A pair whose responses differ over several assistant turns; the messages that both begin with are the prompt."""
+    shorter = min(len(chosen), len(rejected))
+    start = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    roles = {side[start]["role"] for side in (chosen, rejected) if start < len(side)}
+    if "user" in roles and not isinstance(prompt, Messages) and start < shorter:
+        raise DropRow("no shared prompt")
+    while start >= 0 and (start == shorter or {chosen[start]["role"], rejected[start]["role"]} != {"assistant"}):
+        start -= 1  # the turns of users and tools belong to the response if an equal assistant turn led to them
+    if start < 0:
+        raise DropRow("no shared prompt")
+    if start == 0 and context and context[-1]["role"] == "assistant":
+        raise DropRow("several turns", "the prompt ends within an assistant turn")
+    context, notes = _whole_context(prompt, context + chosen[:start])
+    said = [[turn for turn in side[start:] if turn["role"] == "assistant"] for side in (chosen, rejected)]
+    if said[0] == said[1]:
+        raise DropRow("identical responses")
+    texts = ["\n\n".join(turn["content"] for turn in side) for side in said]
+    return TextPair(context, *texts, notes=notes, turns=(chosen[start:], rejected[start:]))
 
 
 def _without_repeated(context: list[Message], side: list[Message]) -> list[Message]:

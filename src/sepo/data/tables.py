@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,15 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
+# The tokens between the assistant turns of a response, and the number of response tokens before each (`data.turns`).
+CONTEXT_COLUMNS = ("chosen_context_ids", "chosen_context_at", "rejected_context_ids", "rejected_context_at")
+SEVERAL_TURNS = "several_turns"  # recorded in the provenance of a table with these columns
+PLAIN_TEXT = "plain_text"  # recorded for texts that stay texts, though the tokenizer has a chat template
+CONTEXT_FIELDS = [pa.field(name, _IDS) for name in CONTEXT_COLUMNS]
 # Optional columns. Tables of earlier releases and of other tools have no conversation.
-_TALK_FIELDS = [pa.field(CONVERSATION, pa.string()), pa.field(PROMPT_KEY, pa.string())]
+_TALK_FIELDS = [pa.field(CONVERSATION, pa.string()), pa.field(PROMPT_KEY, pa.string()), *CONTEXT_FIELDS]
+# The columns of pairs that a model reads.
+READ_COLUMNS = (*SCHEMAS["pairs"].names, *CONTEXT_COLUMNS)
 # Weight of each pair's loss (`selection.pair_confidence`).
 PAIR_WEIGHT = "pair_weight"
 _OPTIONAL = {
@@ -427,11 +434,16 @@ def _check_rows(table: pa.Table, kind: str, path: Path) -> None:
             refuse(values < 0, counts, a_number, values)
         elif values.dtype.kind == "f":
             refuse(~np.isfinite(values), counts, a_number, values)
+    context = [name for name in CONTEXT_COLUMNS if name in table.column_names]
+    if context and len(context) < len(CONTEXT_COLUMNS):
+        raise UserError(f"'{path}' has only {', '.join(context)} of {', '.join(CONTEXT_COLUMNS)}; make the table again")
     for side in ("chosen", "rejected"):
         for values_name, items_name, items in (("rewards", "ids", "tokens"), ("weights", "positions", "key tokens")):
             if f"{side}_{values_name}" in columns:
                 got, wanted = columns[f"{side}_{values_name}"][1], columns[f"{side}_{items_name}"][1]
                 refuse(got != wanted, None, f"{{}} {side} {values_name} for {{}} {items}", got, wanted)
+        if context:
+            _check_context(table, side, columns[f"{side}_ids"][1], refuse)
         if f"{side}_positions" in columns:
             positions, counts = columns[f"{side}_positions"]
             beyond = (positions < 0) | (positions >= np.repeat(columns[f"{side}_ids"][1], counts))
@@ -440,6 +452,18 @@ def _check_rows(table: pa.Table, kind: str, path: Path) -> None:
             unordered = np.zeros(len(positions), bool)
             unordered[1:] = (positions[1:] <= positions[:-1]) & (row[1:] == row[:-1])
             refuse(unordered, counts, f"the {side} key tokens are not in ascending order")
+
+
+def _check_context(table: pa.Table, side: str, lengths: np.ndarray, refuse: Callable[..., None]) -> None:
+    """Check the tokens between the assistant turns of a side, whose responses have `lengths` tokens."""
+    ids, numbers = flat(table.column(f"{side}_context_ids"))
+    at, counts = flat(table.column(f"{side}_context_at"))
+    refuse(numbers != counts, None, f"{{}} places for {{}} {side} context tokens", counts, numbers)
+    refuse(ids < 0, numbers, f"a {side} context id is {{}}", ids)
+    row = np.repeat(np.arange(len(counts)), counts)
+    wrong = (at < 0) | (at >= np.repeat(lengths, counts))
+    wrong[1:] |= (at[1:] < at[:-1]) & (row[1:] == row[:-1])
+    refuse(wrong, counts, f"a {side} context token has the place {{}}, expected ascending places in the response", at)
 
 
 def check_pairs_differ(table: pa.Table, name: str = "the table") -> None:

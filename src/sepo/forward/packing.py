@@ -43,8 +43,9 @@ class Pair:
     """One pair as token ids, and the positions in each response whose log-probability is requested.
 
     Positions are ascending indices into `chosen_ids` / `rejected_ids`; None means every token. Weights are aligned with
-    the positions; None means 1. `weight` multiplies the pair's loss. The fields are sequences of numbers or arrays: the
-    pairs of a table are views of its buffers.
+    the positions; None means 1. `weight` multiplies the pair's loss. Context ids are read between the response's tokens
+    and are never targets (`data.turns`): id `i` stands before token `context_at[i]` of the response. The fields are
+    sequences of numbers or arrays: the pairs of a table are views of its buffers.
     """
 
     pair_id: int
@@ -56,12 +57,24 @@ class Pair:
     chosen_weights: Weights | None = None
     rejected_weights: Weights | None = None
     weight: float = 1.0
+    chosen_context_ids: Ids = ()
+    chosen_context_at: Ids = ()
+    rejected_context_ids: Ids = ()
+    rejected_context_at: Ids = ()
 
     def side(self, side: int) -> tuple[Ids, Ids | None, Weights | None]:
-        """Return (ids, positions, weights) of `CHOSEN` or `REJECTED`."""
+        """Return (ids, positions, weights) of `CHOSEN` or `REJECTED`: ids with their context, positions among these."""
         if side == CHOSEN:
-            return self.chosen_ids, self.chosen_positions, self.chosen_weights
-        return self.rejected_ids, self.rejected_positions, self.rejected_weights
+            ids, positions, weights = self.chosen_ids, self.chosen_positions, self.chosen_weights
+            context_ids, context_at = self.chosen_context_ids, self.chosen_context_at
+        else:
+            ids, positions, weights = self.rejected_ids, self.rejected_positions, self.rejected_weights
+            context_ids, context_at = self.rejected_context_ids, self.rejected_context_at
+        if not len(context_ids):
+            return ids, positions, weights
+        at = np.asarray(context_at, np.int64)
+        targets = np.arange(len(ids)) if positions is None else np.asarray(positions, np.int64)
+        return np.insert(ids, at, context_ids), targets + np.searchsorted(at, targets, side="right"), weights
 
 
 @dataclass(frozen=True)
@@ -296,10 +309,11 @@ def pad(pairs: Sequence[Pair], pad_token_id: int = 0, unbatched: bool = False) -
 def _check(pair: Pair) -> None:
     if not len(pair.prompt_ids) or not len(pair.chosen_ids) or not len(pair.rejected_ids):
         raise UserError(f"pair {pair.pair_id}: prompt and responses need at least one token each")
-    for side in (CHOSEN, REJECTED):
-        ids, positions, _ = pair.side(side)
-        if positions is not None and len(positions) and not (np.min(positions) >= 0 and np.max(positions) < len(ids)):
-            raise UserError(f"pair {pair.pair_id}: a target position lies outside the response of {len(ids)} tokens")
+    for name in ("chosen", "rejected"):
+        size, positions = len(getattr(pair, f"{name}_ids")), getattr(pair, f"{name}_positions")
+        for places, what in ((positions, "target position"), (getattr(pair, f"{name}_context_at"), "context token")):
+            if places is not None and len(places) and not (np.min(places) >= 0 and np.max(places) < size):
+                raise UserError(f"pair {pair.pair_id}: a {what} lies outside the response of {size} tokens")
 
 
 def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:
@@ -328,22 +342,20 @@ def _targets(pairs: Sequence[Pair], locate) -> dict[str, Tensor]:
 
 def read_length(pair: Pair) -> int:
     """Number of tokens of a packed row that holds only this pair."""
-    chosen = _last_target(pair.chosen_ids, pair.chosen_positions)
-    rejected = _last_target(pair.rejected_ids, pair.rejected_positions)
-    if np.array_equal(pair.chosen_ids, pair.rejected_ids):
+    sides = [pair.side(side)[:2] for side in (CHOSEN, REJECTED)]
+    chosen, rejected = (_last_target(*side) for side in sides)
+    if np.array_equal(sides[0][0], sides[1][0]):
         return len(pair.prompt_ids) + max(chosen, rejected)
     return len(pair.prompt_ids) + chosen + rejected
 
 
 def _row_lengths(pair: Pair, whole: bool = False) -> tuple[int, int]:
     """Tokens to read of the prompt with the chosen response, and of the prompt with the rejected one."""
+    chosen, rejected = (pair.side(side)[:2] for side in (CHOSEN, REJECTED))
     prompt = len(pair.prompt_ids)
     if whole:
-        return prompt + len(pair.chosen_ids), prompt + len(pair.rejected_ids)
-    return (
-        prompt + _last_target(pair.chosen_ids, pair.chosen_positions),
-        prompt + _last_target(pair.rejected_ids, pair.rejected_positions),
-    )
+        return prompt + len(chosen[0]), prompt + len(rejected[0])
+    return prompt + _last_target(*chosen), prompt + _last_target(*rejected)
 
 
 def fill_padded_rows(pairs: Sequence[Pair], tokens_per_row: int) -> list[list[Pair]]:

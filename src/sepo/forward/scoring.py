@@ -16,7 +16,7 @@ from torch import nn
 from sepo import processes
 from sepo.credit.rewards import response_sums
 from sepo.data.ragged import SIDES, Ragged, ragged
-from sepo.data.tables import PAIR_WEIGHT, check_pairs_differ, make_table, provenance_of, require_table
+from sepo.data.tables import PAIR_WEIGHT, READ_COLUMNS, check_pairs_differ, make_table, provenance_of, require_table
 from sepo.errors import check_number
 from sepo.forward.logps import read_logps
 from sepo.forward.packing import (
@@ -81,8 +81,9 @@ class TablePairs(Sequence[Pair]):
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with one of its responses; 0 for an empty table."""
-        prompt, chosen, rejected = (self.columns[f"{part}_ids"].lengths for part in ("prompt", *SIDES))
-        return int((prompt + np.maximum(chosen, rejected)).max(initial=0))
+        lengths = {name: column.lengths for name, column in self.columns.items() if name.endswith("_ids")}
+        chosen, rejected = (lengths[f"{side}_ids"] + lengths.get(f"{side}_context_ids", 0) for side in SIDES)
+        return int((lengths["prompt_ids"] + np.maximum(chosen, rejected)).max(initial=0))
 
     @overload
     def __getitem__(self, index: int) -> Pair: ...
@@ -299,7 +300,7 @@ def _rows(
         part = _Part([], shared)
         for table in tables:
             require_readable(model, table)
-            pairs = table_pairs(table.select(["pair_id", "prompt_ids", "chosen_ids", "rejected_ids"]))
+            pairs = table_pairs(table.select([name for name in READ_COLUMNS if name in table.column_names]))
             part.logps.append(_ResponseLogps(pairs))
             layout = prepare_model(model, longest=pairs.longest, tokens_per_row=budget)
             rows += (_Row(layout, row, part.logps[-1]) for row in LAYOUTS[layout][0](pairs, budget))

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from sepo.data.conversation import CONVERSATION, conversations_of
-from sepo.data.ragged import SIDES, flat, ragged
+from sepo.data.ragged import SIDES, as_read, flat, ragged
 from sepo.data.tables import PAIR_WEIGHT, iter_tables, number_of_rows, table_paths, write_parquet
 from sepo.errors import UserError, named_error
 from sepo.files import replace_folder
@@ -334,29 +334,39 @@ def with_texts(scores: pa.Table, selection: Path | None, tokenizer: Any) -> pa.T
         The columns in `table_card.md`, rows in the same order.
     """
 
-    def texts(column: str) -> pa.Array:
-        rows = scores[column].to_pylist()
+    def texts(column: Any) -> pa.Array:
+        rows = column.to_pylist()
         return pa.array([tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in rows], pa.string())
 
+    several = "chosen_context_ids" in scores.column_names
+    read = {side: as_read(scores, side) for side in SIDES}
+    ids_of = {side: ragged(*read[side][:2]) if several else scores[f"{side}_ids"] for side in SIDES}
     columns: dict[str, Any] = {
         "pair_id": scores["pair_id"],
         "prompt": _messages(scores),
         **({CONVERSATION: scores[CONVERSATION]} if CONVERSATION in scores.column_names else {}),
-        "prompt_text": texts("prompt_ids"),
-        "chosen": texts("chosen_ids"),
-        "rejected": texts("rejected_ids"),
+        "prompt_text": texts(scores["prompt_ids"]),
+        "chosen": texts(ids_of["chosen"]),
+        "rejected": texts(ids_of["rejected"]),
         "prompt_ids": scores["prompt_ids"],
     }
     weights = None if selection is None else read_selection(selection, scores)
     trained, pair_weights = _pair_weights(scores, selection)
     columns[PAIR_WEIGHT] = pa.array(pair_weights, mask=~trained)
     for side in SIDES:
-        ids, lengths = flat(scores[f"{side}_ids"])
-        columns[f"{side}_ids"] = scores[f"{side}_ids"]
+        ids, lengths, own = read[side]
+        columns[f"{side}_ids"] = ids_of[side]
         words = pa.array(tokenizer.convert_ids_to_tokens(ids.tolist()), pa.string())
         columns[f"{side}_tokens"] = pa.ListArray.from_arrays(ragged(ids, lengths).offsets, words)
         columns[f"{side}_rewards"] = scores[f"{side}_rewards"]
-        values = np.zeros(len(ids), np.float32) if weights is None else weights[side]
+        values = np.zeros(len(ids), np.float32)
+        if weights is not None:
+            values[own] = weights[side]
+        if several:
+            rewards = np.zeros(len(ids), np.float32)
+            rewards[own] = flat(scores[f"{side}_rewards"])[0]
+            columns[f"{side}_rewards"] = ragged(rewards, lengths)
+            columns[f"{side}_mask"] = ragged(own.astype(np.int8), lengths)
         offsets = ragged(values, lengths).offsets
         columns[f"{side}_weights"] = pa.ListArray.from_arrays(offsets, pa.array(values), mask=pa.array(~trained))
     return pa.table(columns)

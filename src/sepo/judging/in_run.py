@@ -63,7 +63,7 @@ def judge_content(settings: JudgeSettings) -> str:
     if settings.oracle is not None:
         oracle = find_oracle(settings)
         models = (oracle.folder, oracle.reference)
-        options = [oracle.options] if oracle.options else []
+        options = [*([oracle.options] if oracle.options else []), *(["plain"] if oracle.plain else [])]
         return digest([oracle.beta, *map(model_fingerprint, models), usage_fingerprint(oracle.folder), *options])
     return model_fingerprint(str(settings.reward_model), revision=settings.revision)
 

@@ -23,6 +23,7 @@ from torch import nn
 from sepo.bars import progress_bar
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.rows import TEMPLATE_OPTIONS
+from sepo.data.tables import PLAIN_TEXT
 from sepo.errors import UserError
 from sepo.forward.scoring import summed_logps
 from sepo.judging.prompts import encode_answers
@@ -44,14 +45,24 @@ _DTYPE = "float32"
 
 
 class OracleJudge(NamedTuple):
-    """A model trained with DPO, its reference (both local folders), and the β and the chat template's keywords of its
-    training.
+    """A model trained with DPO, its reference (both local folders), and how its training wrote prompts.
+
+    Attributes:
+        options: keywords for the chat template.
+        plain: prompts were texts that no chat template rendered.
     """
 
     folder: str
     reference: str
     beta: float
     options: Mapping[str, Any] = {}
+    plain: bool = False
+
+    @classmethod
+    def of(cls, folder: str, reference: str, beta: float) -> OracleJudge:
+        """The oracle in a folder, with what its training recorded of its prompts."""
+        training = _training_record(Path(folder))
+        return cls(folder, reference, beta, training.get(TEMPLATE_OPTIONS, {}), training.get(PLAIN_TEXT, False))
 
 
 def find_oracle(settings: JudgeSettings) -> OracleJudge:
@@ -82,7 +93,7 @@ def find_oracle(settings: JudgeSettings) -> OracleJudge:
     idle = is_adapter(folder) and adapter_is_idle(folder)
     if idle or model_fingerprint(folder) == model_fingerprint(reference):
         raise UserError(f"the oracle '{name}' computes the same as its reference: every reward would be 0")
-    return OracleJudge(name, reference, beta, training.get(TEMPLATE_OPTIONS, {}))
+    return OracleJudge.of(name, reference, beta)
 
 
 def _training_record(folder: Path) -> Mapping[str, Any]:
@@ -176,8 +187,9 @@ def oracle_scorer(oracle: OracleJudge, *, device: str = "auto", progress: bool =
     """A scorer that is an oracle: its DPO reward r(x, y), in nats times β, without the term of the prompt.
 
     Conversations are formatted like training pairs: by the chat template with the keywords of the training, including
-    the end of turn; without a template the answer follows the prompt directly. An answer scores NaN if it exceeds the
-    models' context or the template refuses it. An adapter whose base is the reference is loaded once.
+    the end of turn. Without a template, or if the training read plain texts, the answer follows the prompt directly. An
+    answer scores NaN if it exceeds the models' context or the template refuses it. An adapter whose base is the
+    reference is loaded once.
     """
     model: Any = load_model(oracle.folder, device=device, dtype=_DTYPE)
     shared = is_adapter(Path(oracle.folder)) and _is_base(oracle)
@@ -190,7 +202,8 @@ def oracle_scorer(oracle: OracleJudge, *, device: str = "auto", progress: bool =
 
     def score(conversations: Sequence[Judged]) -> np.ndarray:
         scores = np.full(len(conversations), np.nan)
-        encoded = encode_answers(as_messages(conversations), tokenizer, oracle.options) if conversations else []
+        messages = as_messages(conversations)
+        encoded = encode_answers(messages, tokenizer, oracle.options, plain=oracle.plain) if conversations else []
         readable = {i: row for i, row in enumerate(encoded) if not isinstance(row, str) and fits([*row[0], *row[1]])}
         if not readable:
             return scores

@@ -52,6 +52,7 @@ def encode_answers(
     conversations: Sequence[tuple[Turns, str, Sequence[Any]]],
     tokenizer: Any,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    plain: bool = False,
 ) -> list[tuple[list[int], list[int]] | str]:
     """Ids of the prompt and the answer of each conversation, as in a table of pairs; or the reason of a failure.
 
@@ -59,13 +60,15 @@ def encode_answers(
 
     Args:
         conversations: messages before the answer, the answer, and schemas of tools.
+        plain: join the texts though there is a chat template.
     """
     encoder = make_encoder(tokenizer, dict(chat_template_kwargs or {}))
+    as_text = plain or encoder.writer is None
     results: list[tuple[list[int], list[int]] | str] = []
     for messages, answer, tools in conversations:
         turns = [dict(message) for message in messages]
-        plain = "\n\n".join(turn["content"] for turn in turns)
-        pair = TextPair(plain if encoder.writer is None else turns, answer, answer, tools=tuple(tools))
+        text = "\n\n".join(turn["content"] for turn in turns)
+        pair = TextPair(text if as_text else turns, answer, answer, tools=tuple(tools))
         try:
             item = encoder.item(pair, [])
             ids = encoder.encode([item.prompt, item.prompt + item.chosen])

@@ -166,6 +166,8 @@ def length_controlled(
 ) -> dict[str, Any]:
     """The length-controlled win rate in per cent: minimal, or full with the official files.
 
+    Judgements of the same two answers, as in both orders, count as one with their mean preference.
+
     Args:
         same_model: the model is the baseline, whose win rate against itself is 50 by definition.
 
@@ -178,6 +180,7 @@ def length_controlled(
     Raises:
         UserError: full, and a judgement has no number of the benchmark.
     """
+    judgements = _one_for_each(judgements)
     known = [one for one in judgements if math.isfinite(one.baseline_length) and math.isfinite(one.model_length)]
     missing = sum(math.isfinite(one.preference) for one in judgements) - sum(
         math.isfinite(one.preference) for one in known
@@ -208,10 +211,23 @@ def length_controlled(
     weights = np.concatenate([official.weights, ones[usable]])
     coefficients, strength = fit_cross_validated(features, targets, weights)
     predicted = expit(coefficients[1] * difficulty + coefficients[2])
-    mean, error = mean_and_se(predicted)
+    mean, error = mean_and_se(predicted, [one.prompt for one in known])
     return {
         **result, "length_controlled_winrate": 100 * mean, "lc_standard_error": 100 * error, "lc_strength": strength,
     }  # fmt: skip
+
+
+def _one_for_each(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """One judgement for each pair of answers, with the mean of the preferences that are in [1, 2]."""
+    groups: dict[Hashable, list[Judgement]] = {}
+    for one in judgements:
+        lengths = [None if math.isnan(length) else length for length in (one.baseline_length, one.model_length)]
+        groups.setdefault((one.prompt, *lengths, one.number, one.answer), []).append(one)
+    merged = []
+    for group in groups.values():
+        usable = [one.preference for one in group if math.isfinite(one.preference)]
+        merged.append(group[0]._replace(preference=sum(usable) / len(usable) if usable else math.nan))
+    return merged
 
 
 def _difficulty(judgement: Judgement, official: OfficialData) -> float:
@@ -233,8 +249,8 @@ def warnings_of(judgements: Sequence[Judgement], result: Mapping[str, Any]) -> l
     minimal = result["lc_model"] == "minimal" and fitted
     if unusable:
         warnings.append(f"{unusable} of {unusable + total} judgements have no preference in [1, 2] and are left out")
-    if minimal and total < FEW:
-        warnings.append(f"with {total} judgements the penalised length-controlled fit is drawn towards 50")
+    if minimal and result["n_prompts"] < FEW:
+        warnings.append(f"with {result['n_prompts']} prompts the penalised length-controlled fit is drawn towards 50")
     if without_length and total >= FOLDS:
         warnings.append(f"{without_length} judgements without both lengths are not in the length-controlled fit")
     low, high = SAFE_LENGTHS

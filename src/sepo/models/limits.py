@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sepo.data.ragged import SIDES, flat
+from sepo.data.ragged import SIDES, flat, read_lengths
 from sepo.errors import UserError, one_line
 from sepo.processes import log_once
 
@@ -62,7 +62,9 @@ def check_ids(
         name: the user's name for the model.
         tokenizer: names the token in the message.
     """
-    for part in ("prompt", *SIDES):
+    for part in ("prompt", *SIDES, *(f"{side}_context" for side in SIDES)):
+        if f"{part}_ids" not in table.column_names:
+            continue
         ids, _ = flat(table.column(f"{part}_ids"))
         if len(ids) and (largest := int(ids.max())) >= limits.vocabulary:
             token = "" if tokenizer is None else f" '{one_line(tokenizer.convert_ids_to_tokens(largest), 40)}'"
@@ -80,8 +82,8 @@ def check_lengths(table: pa.Table, name: str, limits: ModelLimits, answers: int 
     """
     if limits.positions is None or not len(table):
         return
-    prompts, chosen, rejected = (flat(table.column(f"{part}_ids"))[1] for part in ("prompt", *SIDES))
-    lengths = prompts + (answers or np.maximum(chosen, rejected))
+    prompts = flat(table.column("prompt_ids"))[1]
+    lengths = prompts + (answers or np.maximum(*(read_lengths(table, side) for side in SIDES)))
     beyond = int((lengths > limits.positions).sum())
     if not beyond:
         return

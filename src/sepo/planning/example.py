@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sepo.data.tables import iter_tables
@@ -22,11 +23,14 @@ def example_lines(folder: Path, tokenizer: PreTrainedTokenizerBase, name: str) -
     row = next(iter_tables(folder / "train", "pairs")).slice(0, 1).to_pylist()[0]
     lines = [f"pair {row['pair_id']} as {name} reads it:"]
     for part, use in _PARTS:
-        ids = row[f"{part}_ids"]
+        ids, context = row[f"{part}_ids"], row.get(f"{part}_context_ids")
+        if context:
+            use += f", with {len(context)} tokens between the turns: read, not trained"
+            ids = np.insert(ids, row[f"{part}_context_at"], context).tolist()
         text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         if len(text) > _MOST:
             text = f"{text[: _MOST // 2]} […] {text[-_MOST // 2 :]}"
-        lines.append(f"  {part} ({len(ids)} tokens, {use}): {_on_one_line(text)}")
+        lines.append(f"  {part} ({len(row[f'{part}_ids'])} tokens, {use}): {_on_one_line(text)}")
     return lines
 
 

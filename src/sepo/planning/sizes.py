@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sepo.data.ragged import flat
+from sepo.data.ragged import SIDES, flat, read_lengths
 from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_shard, read_table, table_paths
 from sepo.forward.packing import fill_rows, pack, read_length
@@ -73,14 +73,16 @@ def pair_sizes(folder: Path, budget: int) -> PairSizes:
     pairs = tokens = chosen = rejected = longest = packed = alone = 0
     for path in table_paths(folder, "pairs"):
         table = read_shard(path, "pairs")
-        counts = [int(flat(table.column(f"{name}_ids"))[1].sum()) for name in ("prompt", "chosen", "rejected")]
+        counts = [int(flat(table.column(f"{side}_ids"))[1].sum()) for side in SIDES]
+        texts = [flat(table.column("prompt_ids"))[1], *(read_lengths(table, side) for side in SIDES)]
         rows = table_pairs(table)
         lengths = [read_length(pair) for pair in rows]
         if pairs < _SAMPLE:
             packed += sum(pack(row).num_tokens for row in fill_rows(rows, budget))
             alone += sum(lengths)
-        pairs, tokens, longest = pairs + len(rows), tokens + sum(counts), max([longest, *lengths])
-        chosen, rejected = chosen + counts[1], rejected + counts[2]
+        pairs, longest = pairs + len(rows), max([longest, *lengths])
+        tokens += sum(int(text.sum()) for text in texts)
+        chosen, rejected = chosen + counts[0], rejected + counts[1]
     scored = round(tokens * packed / max(alone, 1))
     return PairSizes(pairs, tokens, scored, chosen, rejected, longest)
 

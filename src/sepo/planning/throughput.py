@@ -267,7 +267,8 @@ def _load(size: ModelSize, **options: Any) -> nn.Module:
 
 
 def _read(pair: Pair) -> int:
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+    context = len(pair.chosen_context_ids) + len(pair.rejected_context_ids)
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) + context
 
 
 def piece(pairs: Sequence[Pair], tokens: int) -> list[Pair]:

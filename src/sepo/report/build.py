@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sepo.credit.selection import check_rate, ends_response
+from sepo.credit.selection import check_rate, turn_ends
 from sepo.data.conversation import CONVERSATION, conversations_of, in_words
 from sepo.data.previews import common_starts
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, segment_sums
@@ -84,27 +84,33 @@ def build_report(
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
         if rate is not None:
             check_rate(name, rate)
-    run = None if run is None else Path(expand_home(run, "the run folder"))
-    if run is not None and not run.is_dir():
-        raise UserError(f"no run folder at '{run}': expected the folder that `sepo run` wrote")
+    run = None if run is None else _run_folder(run)
     sources = _sources(run, table, selection, tokenizer)
     scores = reading.read_scores(sources.table, max_pairs)
     token_texts = TokenTexts(None if sources.tokenizer is None else load_vocabulary(sources.tokenizer))
     documents = reading.read_documents(run, scores.provenance)
     title = title or _title(documents, run or sources.table)
-    header = {
-        "title": title,
-        "k": _starting_rates(sources.selection, {"chosen": k_chosen, "rejected": k_rejected}),
-        "summary": scores.summary(),
-        "documents": jsonable(documents),
-    }
-    if run is not None and (answers := reading.read_answers(run / "eval" / GENERATIONS)) is not None:
-        header["answers"] = answers | reading.answer_settings(run)
+    rates = _starting_rates(sources.selection, {"chosen": k_chosen, "rejected": k_rejected})
+    header = {"title": title, "k": rates, "summary": scores.summary(), "documents": jsonable(documents)}
     of_oracle = _oracle_pairs(run, sources, scores)
-    data = payload_of(scores, token_texts, header, sources.selection, sources.logps, of_oracle)
+    data = payload_of(scores, token_texts, header | _answers(run), sources.selection, sources.logps, of_oracle)
     out = Path(expand_home(out, "out"))
     write_bytes(out, page(title, data).encode("utf-8"))
     return out
+
+
+def _run_folder(run: str | os.PathLike) -> Path:
+    folder = Path(expand_home(run, "the run folder"))
+    if not folder.is_dir():
+        raise UserError(f"no run folder at '{folder}': expected the folder that `sepo run` wrote")
+    return folder
+
+
+def _answers(run: Path | None) -> dict[str, object]:
+    """The answers of the evaluation, for the header."""
+    if run is None or (answers := reading.read_answers(run / "eval" / GENERATIONS)) is None:
+        return {}
+    return {"answers": answers | reading.answer_settings(run)}
 
 
 def _title(documents: Mapping[str, object], place: Path) -> str:
@@ -181,15 +187,17 @@ def payload_of(
     rows = scores.rows
     arrays = _token_arrays(rows, token_texts)
     include_end = bool(reading.selection_settings(selection).get("include_end", False))
-    end_ids = [] if include_end else scores.provenance.get("end_ids", [])
     margins = np.zeros(len(rows))
     for side, sign in SIGNED_SIDES:
         if side not in scores.rewards:
             continue
         rewards, lengths = flat(rows[f"{side}_rewards"])
         arrays[f"{side}_rewards"] = rewards.astype(np.float32)
-        ended = ends_response(flat(rows[f"{side}_ids"])[0], lengths, end_ids)
-        arrays[f"{side}_ended"] = ended[np.cumsum(lengths) - 1].astype(np.uint8)  # every response has a token
+        ended = turn_ends(rows, side) if not include_end else np.zeros(len(rewards), bool)
+        arrays[f"{side}_ended"] = smallest_unsigned(segment_sums(ended, lengths).astype(np.int64))
+        arrays[f"{side}_ends"] = smallest_unsigned(
+            np.flatnonzero(ended) - np.repeat(np.cumsum(lengths) - lengths, lengths)[ended]
+        )
         margins += sign * segment_sums(rewards, lengths)
     arrays["margins"] = margins
     if selection is not None:
@@ -234,8 +242,9 @@ _PREVIEW = 300  # characters
 
 
 def _token_arrays(rows: pa.Table, token_texts: TokenTexts) -> dict[str, np.ndarray]:
-    """The lengths of prompts and responses, and the number of every token's text."""
-    ids = {name: flat(rows[f"{name}_ids"]) for name in ("prompt", *SIDES)}
+    """The lengths of prompts, responses and the context within them, and the number of every token's text."""
+    names = ("prompt", *SIDES, *(f"{side}_context" for side in SIDES))
+    ids = {name: flat(rows[f"{name}_ids"]) for name in names if f"{name}_ids" in rows.column_names}
     all_ids = np.concatenate([values for values, _ in ids.values()])
     all_lengths = np.concatenate([lengths for _, lengths in ids.values()])
     numbers = token_texts.encode(all_ids, all_lengths)
@@ -245,6 +254,8 @@ def _token_arrays(rows: pa.Table, token_texts: TokenTexts) -> dict[str, np.ndarr
         arrays[f"{name}_lengths"] = smallest_unsigned(lengths)
         arrays[f"{name}_pieces"] = smallest_unsigned(numbers[start : start + len(values)])
         start += len(values)
+    for side in SIDES if "chosen_context_at" in rows.column_names else ():
+        arrays[f"{side}_context_at"] = smallest_unsigned(flat(rows[f"{side}_context_at"])[0])
     return arrays
 
 

@@ -85,7 +85,7 @@ def display(
 def _scores_of(source: Mapping | pa.Table | str | os.PathLike, index: int) -> Scores:
     """The pair to show as a score table of one row."""
     row, provenance = _row(source, index)
-    columns = {name: [row[name]] for name in tables.SCHEMAS["scores"].names}
+    columns = {name: [row[name]] for name in (*tables.SCHEMAS["scores"].names, *tables.CONTEXT_COLUMNS) if name in row}
     table = tables.make_table("scores", columns, provenance)
     rewards = {side: flat(table[f"{side}_rewards"]) for side in shown_sides(table)}
     for side, (values, lengths) in rewards.items():

@@ -38,17 +38,17 @@ const starts = (lengths) => {
   return out;
 };
 
-/** The number of key tokens, as in selection.py: floor(k n) with tolerance for rounding, at least 1. A token that ends
- *  its response (`ended` 1) is no key token, unless it is the only token. */
+/** The number of key tokens, as in selection.py: floor(k n) with tolerance for rounding, at least 1. The `ended` tokens
+ *  that end a turn are no key tokens, unless there is no other. */
 const keyCount = (k, n, ended) => Math.min(Math.max(1, n - ended), Math.max(1, Math.floor(k * n + 1e-9)));
 
 /** The rank of each token in the order of selection: highest reward first in the chosen response, lowest first in the
- *  rejected response, earlier positions first among equals. The token that ends an `ended` response is last. */
-function ranks(rewards, side, ended) {
+ *  rejected response, earlier positions first among equals. The tokens that end a turn, at the positions `ends`, are last. */
+function ranks(rewards, side, ends) {
   const order = Uint32Array.from(rewards, (_, i) => i);
   const sign = side === "chosen" ? -1 : 1;
-  const last = ended ? rewards.length - 1 : -1;
-  order.sort((a, b) => (a === last) - (b === last) || sign * (rewards[a] - rewards[b]) || a - b);
+  const last = new Set(ends);
+  order.sort((a, b) => last.has(a) - last.has(b) || sign * (rewards[a] - rewards[b]) || a - b);
   const rank = new Uint32Array(order.length);
   order.forEach((position, place) => { rank[position] = place; });
   return rank;
@@ -115,8 +115,11 @@ function fillShown(element, shown) {
 function pairsView(data) {
   const { arrays, pieces, summary } = data;
   const count = data.pair_ids.length;
-  const offsets = Object.fromEntries(["prompt", ...SIDES].map((name) => [name, starts(arrays[`${name}_lengths`])]));
+  const contexts = "chosen_context_lengths" in arrays ? SIDES.map((side) => `${side}_context`) : [];
+  const offsets = Object.fromEntries(["prompt", ...SIDES, ...contexts].map((name) => [name, starts(arrays[`${name}_lengths`])]));
   const slice = (name, kind, pair) => arrays[`${name}_${kind}`].subarray(offsets[name][pair], offsets[name][pair + 1]);
+  const endOffsets = Object.fromEntries(SIDES.map((side) => [side, starts(arrays[`${side}_ended`])]));
+  const endsOf = (side, pair) => arrays[`${side}_ends`].subarray(endOffsets[side][pair], endOffsets[side][pair + 1]);
   const length = (name, pair) => arrays[`${name}_lengths`][pair];
   const textOf = (piece) => pieces.text[piece] ?? pieces.shown[piece];
   const hasStored = "chosen_weights" in arrays;
@@ -218,8 +221,15 @@ function pairsView(data) {
     const matches = hits(side, pair);
     const spans = [];
     const nodes = [];
-    entry.ranks[side] = ranks(rewards, side, arrays[`${side}_ended`][pair]);
+    entry.ranks[side] = ranks(rewards, side, endsOf(side, pair));
+    // The text between the assistant's turns, by the token that it stands before.
+    const context = contexts.length ? slice(`${side}_context`, "pieces", pair) : [];
+    const places = contexts.length ? slice(`${side}_context`, "at", pair) : [];
+    let shownContext = 0;
     rewards.forEach((reward, i) => {
+      let between = "";
+      for (; shownContext < context.length && places[shownContext] === i; shownContext++) between += textOf(context[shownContext]);
+      if (between) nodes.push(h("span", { className: "context", title: "read, neither scored nor trained" }, between));
       const span = document.createElement("span");
       span.className = shade(reward);
       span.tabIndex = -1;

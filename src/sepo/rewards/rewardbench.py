@@ -17,6 +17,7 @@ import numpy as np
 from sepo.credit.rewards import response_sums
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.loading import load_preferences
+from sepo.data.ragged import as_read, ragged
 from sepo.errors import UserError
 from sepo.files import write_json
 from sepo.processes import log
@@ -76,7 +77,7 @@ def run_benchmark(
         f"text_{side}": [
             decode([*prompt, *response])
             for prompt, response in zip(
-                pairs.column("prompt_ids").to_pylist(), pairs.column(f"{side}_ids").to_pylist(), strict=True
+                pairs.column("prompt_ids").to_pylist(), ragged(*as_read(pairs, side)[:2]).to_pylist(), strict=True
             )
         ]
         for side in ("chosen", "rejected")

@@ -218,7 +218,7 @@ def _accuracy(
     models = [walker.model(name) for name in (folder, reference)]
 
     def run(place: Path) -> dict[str, float]:
-        rewards = OracleJudge(models[0].folder, models[1].folder, 1.0, recipe.data.chat_template_kwargs)
+        rewards = OracleJudge.of(models[0].folder, models[1].folder, 1.0)
         return new_accuracy(rewards, pairs, recipe.device)
 
     depends = {"oracle": models[0].content, "reference": models[1].content, "pairs": file_digest(pairs)}

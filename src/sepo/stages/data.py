@@ -20,11 +20,11 @@ from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.encoding import ENCODED, Options, P, pairs_of, tokenize_into
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import load_preferences, source_fingerprint
-from sepo.data.ragged import SIDES, flat
+from sepo.data.ragged import SIDES, flat, read_lengths
 from sepo.data.rows import DataReport
 from sepo.data.splits import PairRows, group_by_prompt, sampled_rows, share_rows, shared_prompts, split_provenance
 from sepo.data.spool import Spool
-from sepo.data.tables import clear_shards, with_provenance, write_shard, write_table
+from sepo.data.tables import PLAIN_TEXT, SEVERAL_TURNS, clear_shards, write_shard, write_table
 from sepo.errors import UserError, nearest
 from sepo.models.limits import ModelLimits, check_ids, check_lengths, model_limits
 from sepo.models.names import load_config
@@ -182,7 +182,7 @@ class Source:
     def take(self, rows: np.ndarray, provenance: Mapping[str, Any] = MappingProxyType({})) -> pa.Table:
         """A table of kind "pairs" of some rows, with more provenance."""
         rows = rows if self.places is None else self.places[rows]
-        return with_provenance(pairs_of(self.spool.take(rows)), "pairs", {**self.provenance, **provenance})
+        return pairs_of(self.spool.take(rows), {**self.provenance, **provenance})
 
     def matching(self, table: pa.Table) -> pa.Table:
         """The pairs with the `pair_id`s of a table, in its order; those that are there."""
@@ -296,6 +296,9 @@ def _joined(
             spool.append(table)
     digests = [provenance["dataset"] for provenance in provenances]
     provenance = {**provenances[0], "dataset": short_digest("".join(digests)), "sources": digests}
+    for name, holds in ((SEVERAL_TURNS, any), (PLAIN_TEXT, all)):
+        provenance.pop(name, None)
+        provenance |= {name: True} if holds(name in one for one in provenances) else {}
     return Source(spool, rows, provenance), reports
 
 
@@ -346,11 +349,11 @@ def extremes(table: pa.Table) -> dict[str, int]:
     """What model limits are compared with: `largest_id`, and tokens of the `longest` prompt with response and of the
     `longest_prompt`. An empty table gives -1 and 0.
     """
-    columns = [flat(table.column(f"{part}_ids")) for part in ("prompt", *SIDES)]
-    (_, prompts), *responses = columns
+    prompts = flat(table.column("prompt_ids"))[1]
+    ids = (flat(table.column(name))[0] for name in table.column_names if name.endswith("_ids"))
     return {
-        "largest_id": max(int(ids.max(initial=-1)) for ids, _ in columns),
-        "longest": max(int((prompts + lengths).max(initial=0)) for _, lengths in responses),
+        "largest_id": max(int(values.max(initial=-1)) for values in ids),
+        "longest": max(int((prompts + read_lengths(table, side)).max(initial=0)) for side in SIDES),
         "longest_prompt": int(prompts.max(initial=0)),
     }
 
@@ -394,7 +397,7 @@ def read_pairs(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progr
     """Read and tokenise one split; for the single commands."""
     parts, provenance, report = _tokenize(settings, settings.split, tokenizer, progress, list[pa.Table])
     log(f"  {settings.split}: {report.summary()}")
-    return with_provenance(pairs_of(pa.concat_tables(parts)), "pairs", provenance)
+    return pairs_of(pa.concat_tables(parts), provenance)
 
 
 def _tokenize(

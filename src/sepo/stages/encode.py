@@ -29,6 +29,7 @@ from sepo.recipe.settings import DataSettings
 from sepo.work import Counts, Job, Progress, Unit
 
 _KEY = b"sepo_part"
+_COUNTS = ("rows", "drops", "notes", "markup", "chats")
 
 
 def encoded_by_units(
@@ -93,7 +94,7 @@ class Encodings:
     def _write(self, unit: Unit, part: Encoded) -> Counts:
         folder = Path(self.settings["out"])
         write_bytes(folder / f"{unit.name}.rows", part.digested)
-        about = {"rows": part.rows, "drops": part.drops, "notes": part.notes, "markup": part.markup}
+        about = {name: getattr(part, name) for name in _COUNTS}
         about["digest"] = table_digest(part.table)
         table = part.table.replace_schema_metadata({_KEY: json.dumps(about).encode()})
         write_parquet(folder / f"{unit.name}.parquet", table)
@@ -120,5 +121,5 @@ def _read(folder: Path, unit: Unit) -> Encoded:
         raise UserError(f"'{path}', which a worker wrote, cannot be read ({one_line(error, 120)})") from None
     if table_digest(table) != about["digest"]:
         raise UserError(f"'{path}' was altered since it was written: remove it, and give the same command again")
-    drops = [tuple(drop) for drop in about["drops"]]
-    return Encoded(about["rows"], table.replace_schema_metadata(None), drops, about["notes"], about["markup"], digested)
+    counts = {name: about[name] for name in _COUNTS} | {"drops": [tuple(drop) for drop in about["drops"]]}
+    return Encoded(**counts, table=table.replace_schema_metadata(None), digested=digested)

@@ -13,7 +13,7 @@ import torch
 
 from sepo.credit.rewards import response_sums, target_sums
 from sepo.data.ragged import SIDES, SIGNED_SIDES, flat, ragged, segment_sums
-from sepo.data.tables import PAIR_WEIGHT, SCHEMAS, make_table, provenance_of
+from sepo.data.tables import PAIR_WEIGHT, READ_COLUMNS, make_table, provenance_of
 from sepo.errors import UserError
 from sepo.forward.packing import Pair, read_length
 from sepo.forward.scoring import make_batches, table_pairs
@@ -75,7 +75,7 @@ def require_pair_weights(what: str, table: pa.Table) -> None:
 
 def whole_responses(table: pa.Table) -> pa.Table:
     """The pairs of a table and their pair weights, if any, without the selection of tokens."""
-    return table.select([name for name in table.column_names if name in (*SCHEMAS["pairs"].names, PAIR_WEIGHT)])
+    return table.select([name for name in table.column_names if name in (*READ_COLUMNS, PAIR_WEIGHT)])
 
 
 def reweighted(table: pa.Table, new_weights: Callable[[np.ndarray, int], np.ndarray]) -> pa.Table:

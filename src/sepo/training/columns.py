@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
 from sepo.data.encoding import tokenize_pairs
-from sepo.data.ragged import SIDES, flat, ragged
+from sepo.data.ragged import SIDES, flat, ragged, segment_sums
 from sepo.data.tables import PAIR_WEIGHT, make_table
 from sepo.errors import UserError, nearest
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sepo.training.trainer import PreferenceConfig
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_MASKS = ("chosen_mask", "rejected_mask")
 _ROWS_COMPARED = 20
 
 
@@ -36,7 +37,8 @@ def table_of(
     Args:
         what: name of the dataset, for messages.
         data: texts (prompt, chosen, rejected), or token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`), which are
-            taken as they are, with `chosen_weights` and `rejected_weights`: one weight a token, 0 for no target. The
+            taken as they are, with `chosen_weights` and `rejected_weights`: one weight a token, 0 for no target; and
+            with `chosen_mask` and `rejected_mask`, 0 for tokens between assistant turns, which are only read. The
             column `args.weight_column` holds weights of pairs.
         tokenizer: gives the tokenizer; called for a dataset of text.
 
@@ -86,6 +88,7 @@ def _of_ids(what: str, data: datasets.Dataset, numbers: np.ndarray) -> pa.Table:
     columns: dict[str, Any] = {"pair_id": pa.array(numbers, pa.int64())}
     try:
         columns |= {name: _column(data, name).cast(pa.list_(pa.int32())) for name in _IDS}
+        masks = {name: _column(data, name).cast(pa.list_(pa.int8())) for name in _MASKS if name in data.column_names}
         names = [f"{side}_weights" for side in SIDES if f"{side}_weights" in data.column_names]
         weights = {name: _column(data, name).cast(pa.list_(pa.float32())) for name in names}
     except (pa.ArrowException, TypeError) as error:
@@ -93,6 +96,8 @@ def _of_ids(what: str, data: datasets.Dataset, numbers: np.ndarray) -> pa.Table:
     table = make_table("pairs", columns)
     if any(column.null_count for column in table.columns):
         raise UserError(f"{what}: a row has no token ids: expected ids in {', '.join(_IDS)}")
+    if masks:
+        table, weights = _without_context(what, table, masks, weights)
     if len(weights) == 1:
         raise UserError(f"{what} has the column '{names[0]}' only: expected weights of both responses")
     weighted = [index for index in range(len(table)) if all(column[index].is_valid for column in weights.values())]
@@ -114,6 +119,36 @@ def _of_ids(what: str, data: datasets.Dataset, numbers: np.ndarray) -> pa.Table:
         selection[f"{side}_positions"] = ragged(positions[kept].astype(np.int32), targets)
         selection[f"{side}_weights"] = ragged(values[kept].astype(np.float32), targets)
     return make_table("selection", selection)
+
+
+def _without_context(
+    what: str, table: pa.Table, masks: dict[str, Any], weights: dict[str, Any]
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Move the ids whose mask is 0, the turns between those of the assistant, to the context columns (`data.turns`)."""
+    columns: dict[str, Any] = {name: table.column(name) for name in table.column_names}
+    weights = dict(weights)
+    for side in SIDES:
+        ids, lengths = flat(columns[f"{side}_ids"])
+        mask, counts = flat(masks[f"{side}_mask"]) if f"{side}_mask" in masks else (ids, lengths[:0])
+        if not np.array_equal(counts, lengths) or not np.isin(mask, (0, 1)).all():
+            raise UserError(f"{what}: expected {' and '.join(_MASKS)} of 0 and 1, one number for each id")
+        own = mask == 1
+        kept = segment_sums(own, lengths).astype(np.int64)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        before = np.cumsum(own) - np.repeat(np.cumsum(kept) - kept, lengths)
+        context = ~own & (before < kept[rows])  # nothing is predicted after the last token of the assistant
+        places = np.bincount(rows[context], minlength=len(lengths))
+        columns[f"{side}_ids"] = ragged(ids[own], kept)
+        columns[f"{side}_context_ids"] = ragged(ids[context], places)
+        columns[f"{side}_context_at"] = ragged(before[context].astype(np.int32), places)
+        if weights:
+            given = [row if row is None else np.array(row) for row in weights[f"{side}_weights"].to_pylist()]
+            parts = zip(given, np.split(own, np.cumsum(lengths)[:-1]), strict=True)
+            weights[f"{side}_weights"] = pa.chunked_array(
+                [[row if row is None or len(row) != len(part) else row[part] for row, part in parts]],
+                pa.list_(pa.float32()),
+            )
+    return make_table("pairs", columns), weights
 
 
 def check_tokens(what: str, data: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None) -> None:

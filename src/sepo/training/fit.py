@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from sepo import processes
 from sepo.data.rows import TEMPLATE_OPTIONS
-from sepo.data.tables import provenance_of, table_digest
+from sepo.data.tables import PLAIN_TEXT, provenance_of, table_digest
 from sepo.errors import Interrupted, UserError, log_kept_on_interrupt, one_line
 from sepo.files import file_digests, replace_folder, write_json
 from sepo.forward.scoring import Types
@@ -150,7 +150,7 @@ def train_model(
         lora=lora.model_dump(mode="json") if lora else None,
         quantization=quantization,
         seed=seed,
-        **{name: value for name, value in provenance_of(table).items() if name == TEMPLATE_OPTIONS},
+        **{name: value for name, value in provenance_of(table).items() if name in (TEMPLATE_OPTIONS, PLAIN_TEXT)},
         **({} if until is None else {"until": dict(until)}),
         **objective,
     )

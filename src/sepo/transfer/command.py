@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
     from sepo.stages import data
-    from sepo.stages.transfer import carry_units, write_targets
+    from sepo.transfer.stages import carry_units, write_targets
 
     def write_scores(out: Path, targets: Path) -> dict[str, float]:
         table = Path(arguments.table)
