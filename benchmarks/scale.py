@@ -46,7 +46,8 @@ from sepo.forward.scoring import Types
 from sepo.models.tokenizer import load_tokenizer
 from sepo.planning.units import PROFILES, simulate, tokens_of_units
 from sepo.recipe.reading import parse_recipe
-from sepo.stages import data, logps, score, select, transfer
+from sepo.stages import data, logps, score, select
+from sepo.transfer import stages as transfer
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer_of
 

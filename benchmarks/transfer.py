@@ -29,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 
 from sepo.credit.selection import select_key_tokens
-from sepo.credit.transfer import ALLOCATIONS, carry
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.loading import load_preferences
 from sepo.data.ragged import SIDES, flat, ragged, segment_sums
@@ -43,7 +42,8 @@ from sepo.files import write_json
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import DEFAULT_MODEL, DataSettings
 from sepo.stages.data import embedded_data, read_split
-from sepo.stages.transfer import carry_table
+from sepo.transfer.carry import ALLOCATIONS, carry
+from sepo.transfer.stages import carry_table
 
 # --- fidelity -------------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def flops(folder: Path) -> dict[str, float]:
     recipe = load_recipe(str(folder / "recipe.yaml"), [])
     planner = Planner(done={"data": StageResult(folder / "pairs", "")})
     method = Method(recipe, planner)
-    plan_stages(method, None)
+    plan_stages(method)
     sizes = method_sizes(method, "cpu")
     costs = {name: cost for name, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
     return {name: sum(estimate.flops for estimate in cost.estimates or ()) for name, cost in costs.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 # Tests of half a minute each: they start first, so that no worker waits for one at the end.
 LONGEST = ("test_faults", "test_package", "test_tutorials", "test_many_processes", "test_sharded_reading")
 # Not for the inner loop (`make check`): files of whole runs, launched processes, a browser, and the functions that took
-# over half a second when scripts/slow_tests.py recorded them last.
+# over 0.3 s when scripts/slow_tests.py recorded them last.
 SLOW = (
     *("runs/", "hub/", "docs/", "cuda/", "test_golden", "test_spawn"),
     *("study/test_compare", "study/test_judge_in_compare", "study/test_grid_parts"),
@@ -47,6 +49,7 @@ def pytest_configure(config):
     """Import what all tests import, in a process that runs tests: one that only hands them out to workers does not."""
     if "PYTEST_XDIST_WORKER" not in os.environ and config.getoption("numprocesses", None):
         return
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this with & has it ignored
     gc.disable()  # until the tests are collected: importing makes a million objects, and none is garbage
     import torch
 
@@ -75,6 +78,26 @@ def is_nightly(config) -> bool:
     return config.getoption("--nightly") or config.option.markexpr == "nightly"
 
 
+def leave_variants_to_the_night(items) -> None:
+    """Of a test marked `daily(n)` n variants run each day: those that show values of its parameters not shown yet, then
+    any, in an order drawn from the test's name. The others run at night.
+    """
+    tests: dict = {}
+    for item in items:
+        if item.get_closest_marker("daily") and not item.get_closest_marker("nightly"):
+            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, variants in tests.items():
+        random.Random(name).shuffle(variants)
+        shown: set = set()
+        kept, others = [], []
+        for item in variants:
+            values = {(key, repr(value)) for key, value in item.callspec.params.items()}
+            (others if values <= shown else kept).append(item)
+            shown |= values
+        for item in (kept + others)[variants[0].get_closest_marker("daily").args[0] :]:
+            item.add_marker(pytest.mark.nightly)
+
+
 def pytest_collection_modifyitems(config, items):
     here = Path(__file__).parent
     for item in items:
@@ -83,6 +106,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.slow)
         if item.path.name == "test_report_browser.py" and not item.originalname.startswith(BROWSER):
             item.add_marker(pytest.mark.nightly)
+    leave_variants_to_the_night(items)
     if not is_nightly(config):
         left_out = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]

@@ -3,7 +3,7 @@
     make faults                                    the whole suite, some minutes; prints a table
     python tests/faults.py --kills 3 --fills 1     a part of it
 
-A run of all seven stages on the embedded data and a tiny model takes some seconds. It is done once undisturbed; every
+A run of all seven stages on made-up pairs and a tiny model takes some seconds. It is done once undisturbed; every
 fault then gets a run of its own, is injected, and the same command is given again until it succeeds. What comes out
 must equal the undisturbed run: bytes of tables and weights, every step of the loss curves, all metrics but the times.
 
@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +64,7 @@ WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 RECIPE = """
 name: faults
 device: cpu
-data: {source: "embedded:sentiment", sample: 0.12, held_out: 24, max_length: 160}
+data: {source: PAIRS, held_out: 24, max_length: 160}
 reference:
   model: MODEL
   sft: {source: CHATS, training: {batch_size: 8, learning_rate: 1.0e-3, save_minutes: 0.0003}}
@@ -95,12 +96,15 @@ class Lab:
 
     def prepare(self) -> None:
         (self.folder / "runs").mkdir()
-        model, chats = self.folder / "model", self.folder / "chats.jsonl"
+        model, chats, pairs = (self.folder / name for name in ("model", "chats.jsonl", "pairs.jsonl"))
         in_child(lambda: (tiny_model("llama").save_pretrained(model), tiny_tokenizer().save_pretrained(model)))
         colors = ["red", "blue", "green", "pink", "teal", "gold", "grey", "lime"] * 5
         turns = (({"role": "user", "content": f"Is it {c}?"}, {"role": "assistant", "content": "Yes!"}) for c in colors)
         chats.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
-        text = RECIPE.replace("MODEL", str(model)).replace("CHATS", str(chats))
+        rows = ({"prompt": f"Is {i} {c}?", "chosen": f"Yes, {c}!", "rejected": "no " * (i % 7 + 1)}
+                for i, c in enumerate(colors * 2))  # fmt: skip
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = RECIPE.replace("MODEL", str(model)).replace("CHATS", str(chats)).replace("PAIRS", str(pairs))
         (self.folder / "recipe.yaml").write_text(text)
 
     def run(
@@ -235,7 +239,7 @@ def child(
     torch.set_num_threads(1)
     if "ACCELERATE_USE_FSDP" in variables:
         fsdp_on_cpu.enable()
-    data.PAIRS_PER_SHARD = 30
+    data.PAIRS_PER_SHARD = 16
     if kill_operation is not None or count:
         watch(str(out), kill_operation, count)
     if fault is not None:
@@ -439,30 +443,62 @@ def kills(lab: Lab, clean: Path, undisturbed: Outcome, number: int, draw: random
         shutil.rmtree(out)
 
 
-def interrupts(lab: Lab, clean: Path, undisturbed: Outcome, stages: list[str], draw: random.Random) -> None:
-    """Interrupt one run in some stages: it says what is kept, a training which step, and goes on from there."""
-    out = lab.folder / "runs" / "stopped"
-    log, step = lab.folder / f"{out.name}.log", None
-    by_stage = operations(undisturbed.log)
-    for index, (stage, numbers) in enumerate((stage, by_stage[stage]) for stage in stages):
-        number = signal.SIGTERM if index % 2 else signal.SIGINT
-        training = stage in ("reference", "oracle", "train")
+def struck(
+    lab: Lab, clean: Path, undisturbed: Outcome, out: Path, faults: list[tuple[str, int | None]], draw: random.Random
+) -> None:
+    """One run meets a fault in each of some stages, in their order; then it ends as if undisturbed.
+
+    An interrupted run says what is kept, a training which step, and goes on from there.
+
+    Args:
+        faults: stages, and the signal that comes there; None fills the disk before the stage writes.
+    """
+    log, by_stage, step = lab.folder / f"{out.name}.log", operations(undisturbed.log), None
+    for stage, number in faults:
+        interrupted = number in (signal.SIGINT, signal.SIGTERM)
+        training = stage in ("reference", "oracle", "train") and interrupted
         # A training writes its checkpoints first and its model last.
-        operation = len(numbers) // 3 if training else draw.randrange(len(numbers))
+        operation = len(by_stage[stage]) // 3 if training else draw.randrange(len(by_stage[stage]))
+        operation = 0 if number is None else operation
         outcome = lab.run(out, fault=(stage, operation, number))
-        lost = complaint(outcome) + ([] if outcome.codes == [128 + number] else [f"exit code {outcome.codes}"])
+        expected = 1 if number is None else 128 + number if interrupted else -number
+        lost = [] if outcome.codes == [expected] else [f"exit code {outcome.codes}"]
+        lost += [] if number == signal.SIGKILL else complaint(outcome)
         if step is not None and f"checkpoint-{step}\n" not in outcome.log:
             lost.append(f"did not go on from step {step}")
         said = re.search(r"sepo: interrupted: the checkpoint of step (\d+) of \d+ is kept", outcome.log)
         step = said[1] if said else None
         if training and step is None:
             lost.append("the step was not said: " + outcome.log.splitlines()[-1])
-        fault = f"{signal.Signals(number).name} before write {operation} of the stage"
+        if number is None:
+            lost += [] if "the disk is full" in outcome.log else ["a full disk was not named"]
+            (out.parent / "filler").unlink()
+        fault = "disk full" if number is None else signal.Signals(number).name
+        fault += f" before write {operation} of the stage"
         lab.note(fault, outcome.stage, f"kept: step {step}" if step else "", lost)
         log.unlink()
     last = lab.run(out)
     lost = [f"exit code {last.codes}"] if last.codes != [0] else differences(clean, out)
     lab.note("none: after all of these", last.stage, course(last), lost)
+    log.unlink()
+    shutil.rmtree(out)
+
+
+def interrupts(lab: Lab, clean: Path, undisturbed: Outcome, stages: list[str], draw: random.Random) -> None:
+    """Interrupt one run in some stages, by SIGINT and SIGTERM in turn."""
+    faults = [(stage, signal.SIGTERM if index % 2 else signal.SIGINT) for index, stage in enumerate(stages)]
+    struck(lab, clean, undisturbed, lab.folder / "runs" / "stopped", faults, draw)
+
+
+def in_turn(lab: Lab, clean: Path, undisturbed: Outcome, number: int, draw: random.Random) -> None:
+    """One run meets another kind of fault in each of some stages, drawn."""
+    kinds = [signal.SIGKILL, signal.SIGINT, None, signal.SIGTERM]
+    with small_disk(lab, clean) as disk:
+        if not os.path.ismount(disk):
+            kinds.remove(None)
+        stages, first = sorted(draw.sample(STAGES[1:], number), key=STAGES.index), draw.randrange(len(kinds))
+        faults = [(stage, kinds[(first + index) % len(kinds)]) for index, stage in enumerate(stages)]
+        struck(lab, clean, undisturbed, disk / "in-turn", faults, draw)
 
 
 def interrupted_rank(lab: Lab) -> None:
@@ -485,39 +521,40 @@ def interrupted_rank(lab: Lab) -> None:
     lab.note("SIGINT to one of 2 processes", "oracle", course(resumed), lost)
 
 
-def fills(lab: Lab, clean: Path, number: int, draw: random.Random) -> str | None:
-    """Fill the disk of runs (a small tmpfs), free it, and go on; returns why it cannot be done here."""
+@contextlib.contextmanager
+def small_disk(lab: Lab, clean: Path) -> Iterator[Path]:
+    """A small tmpfs that runs fill; a plain folder where that cannot be mounted."""
     size = sum(path.stat().st_size for path in clean.rglob("*") if path.is_file())
     disk = lab.folder / "disk"
-    disk.mkdir()
+    disk.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={24 * size}", "none", str(disk)]
-    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        return "mounting a tmpfs needs root"
+    mounted = os.getuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
     try:
+        yield disk
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def fills(lab: Lab, clean: Path, undisturbed: Outcome, number: int, draw: random.Random) -> None:
+    """Fill the disk of runs, free it, and go on."""
+    with small_disk(lab, clean) as disk:
+        if not os.path.ismount(disk):
+            print("  full disks skipped: mounting a tmpfs needs root")
+            return
         order = draw.sample(STAGES[1:], len(STAGES) - 1)
         for index in range(number):
-            out, stage = disk / f"full-{index}", order[index % len(order)]
-            outcome = lab.run(out, fault=(stage, 0, None))
-            lost = complaint(outcome) + ([] if outcome.codes == [1] else [f"exit code {outcome.codes}"])
-            if "the disk is full" not in outcome.log:
-                lost.append("a full disk was not named")
-            (disk / "filler").unlink()
-            (lab.folder / f"{out.name}.log").unlink()
-            resumed = lab.run(out)
-            lost += [f"exit code {resumed.codes}"] if resumed.codes != [0] else differences(clean, out)
-            lab.note(f"disk full from stage {stage} on", outcome.stage, course(resumed), lost)
-            shutil.rmtree(out)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-    return None
+            stage = order[index % len(order)]
+            struck(lab, clean, undisturbed, disk / f"full-{index}", [(stage, None)], draw)
 
 
 def ranks(lab: Lab, clean: Path, draw: random.Random, number: int) -> None:
-    """Two processes give what one gives; one of two dies, and the run goes on with another number."""
-    out = lab.folder / "runs" / "two"
-    outcome = lab.run(out, ranks=2)
-    lost = [f"exit codes {outcome.codes}"] if any(outcome.codes) else differences(clean, out, exact=False)
-    lab.note("none: two processes", outcome.stage, course(outcome), lost)
+    """Two processes give what one gives; one of two dies, and the run goes on, first with two and then with one."""
+    if number > 1:
+        out = lab.folder / "runs" / "two"
+        outcome = lab.run(out, ranks=2)
+        lost = [f"exit codes {outcome.codes}"] if any(outcome.codes) else differences(clean, out, exact=False)
+        lab.note("none: two processes", outcome.stage, course(outcome), lost)
     given = [f"reference.model={clean / 'reference'}", "reference.sft=null", f"oracle.model={clean / 'oracle'}"]
     given += ["policy.training.max_steps=1", "eval.prompts=0"]
     two = lab.folder / "runs" / "given"
@@ -531,7 +568,7 @@ def ranks(lab: Lab, clean: Path, draw: random.Random, number: int) -> None:
         lost = [] if all(outcome.codes) else [f"not all processes failed: {outcome.codes}"]
         lost += ["a traceback was shown"] if "Traceback" in outcome.log else []
         (lab.folder / f"{out.name}.log").unlink()
-        after = 1 + index % 2
+        after = 2 - index % 2
         resumed = lab.run(out, ranks=after)
         lost += [f"exit code {resumed.codes}"] if any(resumed.codes) else differences(clean, out, exact=False)
         fault = "one of 2 processes killed"
@@ -603,6 +640,7 @@ def report(lab: Lab) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--in-turn", type=int, default=len(STAGES) - 1, help="stages in which one run meets a fault")
     parser.add_argument("--interrupts", nargs="*", choices=STAGES, default=list(STAGES), help="in these stages")
     parser.add_argument("--fills", type=int, default=6)
     parser.add_argument("--ranks", type=int, default=3)
@@ -617,18 +655,20 @@ if __name__ == "__main__":
         lab = Lab(Path(folder))
         lab.prepare()
         clean = lab.folder / "runs" / "clean"
-        if options.kills or options.interrupts or options.fills or options.ranks:
+        if options.kills or options.in_turn or options.interrupts or options.fills or options.ranks:
             undisturbed = lab.run(clean, count=True)
             if undisturbed.codes != [0]:
                 sys.exit(undisturbed.log)
             print(f"an undisturbed run takes {undisturbed.seconds:.1f} s", flush=True)
             kills(lab, clean, undisturbed, options.kills, draw)
+            if options.in_turn:
+                in_turn(lab, clean, undisturbed, options.in_turn, draw)
             if options.interrupts:
                 interrupts(lab, clean, undisturbed, options.interrupts, draw)
             if len(options.interrupts) == len(STAGES):
                 interrupted_rank(lab)
-        if options.fills and (reason := fills(lab, clean, options.fills, draw)):
-            print(f"  full disks skipped: {reason}")
+            if options.fills:
+                fills(lab, clean, undisturbed, options.fills, draw)
         if options.ranks:
             ranks(lab, clean, draw, options.ranks)
         if options.ranks > 1:

@@ -37,8 +37,8 @@ def test_a_gpu_measures_every_stage_of_both_shapes_beside_its_peer(shape, what):
 
 @pytest.mark.slow
 def test_the_script_writes_every_figure_as_it_comes(tmp_path, nightly_run):
-    """One training and one scoring contender; in the nightly run all of them, those of TRL too."""
-    wanted = "" if nightly_run else "sepo ours|score loop"
+    """One scoring contender; in the nightly run all of them, those of TRL too."""
+    wanted = "" if nightly_run else "score loop"
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"Which {i}?", "chosen": f"It is {i}", "rejected": f"No {i * 7}"} for i in range(14)]

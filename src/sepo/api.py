@@ -22,8 +22,7 @@ from sepo.recipe.settings import Recipe
 if TYPE_CHECKING:
     from sepo.planning.plan import RunPlan, Target
     from sepo.runs.folder import ProgressLine, Run
-    from sepo.runs.method import Method
-    from sepo.runs.pipeline import Extension
+    from sepo.runs.method import Extension, Method
 
 
 def run_recipe(recipe: Recipe, until: str | None = None) -> dict[str, float]:
@@ -89,27 +88,30 @@ def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = N
     return plan.plan_run(recipe, extension_of(recipe), target, until)
 
 
-def extension_of(recipe: Recipe) -> Extension | None:
-    """Judge, benchmarks and tasks of a recipe, and sampled data; None if it has none of them."""
+def extension_of(recipe: Recipe) -> Extension:
+    """Judge, benchmarks, tasks, sampled data, a policy that is another model, trainings up to a measured value."""
+    from sepo.runs.method import NOTHING, Extension
+
     settings, samples = recipe.eval, recipe.data.on_policy is not None
-    if settings.judge is None and not settings.benchmarks and not settings.tasks and not samples:
-        return None
-    from sepo.judging import stages
-    from sepo.runs.pipeline import Extension
+    found = NOTHING
+    if settings.judge is not None or settings.benchmarks or settings.tasks or samples:
+        from sepo.judging import stages
 
-    judge = None if settings.judge is None else stages.run_judge(settings.judge)
-    if not samples:
-        return Extension(stages.check, judge, stages.do_stages)
-    from sepo.sampling import stages as sampling
+        judge = None if settings.judge is None else stages.run_judge(settings.judge)
+        found = Extension(stages.check, judge, stages.do_stages)
+    if samples:
+        from sepo.sampling import stages as sampling
 
-    def check(recipe: Recipe) -> None:
-        stages.check(recipe)
-        sampling.check(recipe)
+        found = found.and_also(Extension(sampling.check, None, sampling.metrics_of, sampling.before_data))
+    if recipe.policy.model is not None:
+        from sepo.transfer import stages as transfer
 
-    def do_stages(method: Method) -> dict[str, Any]:
-        return {**stages.do_stages(method), **sampling.metrics_of(method)}
+        found = found.and_also(Extension(transfer.check, transfer=transfer))
+    if recipe.policy.target_kl is not None or recipe.oracle.target_accuracy is not None:
+        from sepo.targets import stages as targets
 
-    return Extension(check, judge, do_stages, sampling.before_data)
+        found = found.and_also(Extension(targets=targets))
+    return found
 
 
 def _write_pages(run: Run, metrics: dict[str, Any]) -> None:

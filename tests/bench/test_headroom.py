@@ -22,6 +22,7 @@ def gains(rng, means, seeds, prompts, seed_std=0.04, prompt_std=0.15, rest=0.4):
 
 
 @pytest.mark.parametrize(("seeds", "true"), [(6, 0.5), (12, 0.0), (12, 1.2)])
+@pytest.mark.daily(1)
 def test_the_interval_holds_the_truth_in_93_to_97_percent_of_simulations(seeds, true, nightly_run):
     rng = np.random.default_rng(seeds)
     number = 2000 if nightly_run else 150

@@ -242,6 +242,7 @@ def test_key_tokens_are_the_best_of_each_response_and_at_least_one():
 
 @pytest.mark.parametrize("model", training.MODELS)
 @pytest.mark.parametrize("kind", ["local", "order"])
+@pytest.mark.daily(2)
 def test_an_oracle_of_more_pairs_is_nearer_to_the_advantage(kind, model):
     made = World(Settings(length=3, seeds=4, oracle_steps=160), kind)
     errors = []

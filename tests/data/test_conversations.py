@@ -203,6 +203,7 @@ def test_tables_of_earlier_releases_are_read(tmp_path, capsys):
     "column",
     ["question", "instruction", "query", "input", "Question", "context", "problem", "user", "task", "text", "title"],
 )
+@pytest.mark.daily(3)
 def test_a_column_that_holds_the_question_is_named(column, tmp_path, capsys):
     rows = [
         {column: "What colour is the sky?", "chosen": "It is blue.", "rejected": "It is green."},

@@ -225,6 +225,7 @@ def test_a_worker_that_is_interrupted_gives_its_units_back(source, tmp_path, exp
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
+@pytest.mark.daily(1)
 def test_clocks_that_differ_by_an_hour_do_not_matter(tmp_path, monkeypatch, hours):
     """A living worker is not taken for dead, nor a dead one for alive, whatever the times of its file say."""
     shift = 3600 * hours

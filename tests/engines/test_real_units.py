@@ -20,7 +20,8 @@ from sepo.errors import UserError
 from sepo.forward.scoring import Types
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.reading import load_recipe
-from sepo.stages import data, encode, logps, transfer
+from sepo.stages import data, encode, logps
+from sepo.transfer import stages as transfer
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer_of
 

@@ -24,6 +24,7 @@ def draw(rng, seeds, prompts, std, effect):
 
 
 @pytest.mark.parametrize(("seeds", "prompts", "std"), DESIGNS)
+@pytest.mark.daily(2)
 def test_intervals_cover_the_truth_and_the_power_is_as_claimed(seeds, prompts, std):
     rng = np.random.default_rng(7)
     smallest = smallest_difference(*std.error(seeds, prompts))

@@ -45,6 +45,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", None])
+@pytest.mark.daily(3)
 def test_a_model_does_not_differ_from_itself_whatever_was_stored(folder, dtype, stored):
     model = str(folder / "model")
     if stored:
@@ -111,6 +112,7 @@ def test_an_unchanged_policy_has_no_kl_and_an_accuracy_of_one_half(dtype):
 
 
 @pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.daily(1)
 def test_a_policy_in_mixed_precision_that_does_not_move_has_no_kl(tmp_path, lora, monkeypatch):
     """Sampling uses the wrapped forward in bfloat16; scoring bypasses it, in float32."""
     lengths = GoldReward(

@@ -51,6 +51,7 @@ def assert_same_gradients(got, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.daily(6)
 def test_gradients_in_place_are_those_of_autograd(name):
     model = TINY_MODELS[name]()
     prepare_model(model)

@@ -163,6 +163,7 @@ def logps_in_rows(model, pairs, layout, tokens_per_row):
 
 
 @pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.daily(8)
 def test_texts_beyond_a_window_or_the_original_length_give_what_each_gives_alone(name):
     build, expected_layout = BEYOND[name]
     model = model_of(build())
@@ -279,6 +280,7 @@ def mixture(kind: str, seed: int):
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.daily(1)
 def test_a_choice_of_experts_that_rounding_changes_is_no_reason_to_pad(kind, capsys, monkeypatch):
     monkeypatch.setattr(processes, "_logged", set())
     for seed in range(10):
@@ -291,6 +293,7 @@ def test_a_choice_of_experts_that_rounding_changes_is_no_reason_to_pad(kind, cap
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.daily(1)
 def test_a_mixture_that_ignores_the_layout_is_padded_in_half_precision_too(kind):
     for seed in range(10):
         assert prepare_model(without_layout(mixture(kind, seed))) == "padded"

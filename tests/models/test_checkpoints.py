@@ -77,6 +77,7 @@ ORDINARY_DAMAGE = {"llama": renamed, "llama_tied": without, "gpt2": without, "ge
         for damage in (without, renamed)
     ],
 )
+@pytest.mark.daily(2)
 def test_a_weight_that_is_not_there_is_named_whichever_it_is(tmp_path, kind, damage):
     whole = saved(tmp_path / "whole", kind)
     check_model(whole)

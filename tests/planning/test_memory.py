@@ -64,6 +64,7 @@ def test_gradients_and_moments_are_those_of_the_optimizer():
 @pytest.mark.parametrize(
     "architecture", ["llama", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("llama_tied", "mistral"))]
 )
+@pytest.mark.daily(1)
 def test_activations_are_those_that_a_packed_row_keeps(architecture, checkpointing):
     """Bytes that the allocator has given out and not got back when the forward pass is done."""
     model = tiny_model(architecture, sliding_window=None, **WIDE)

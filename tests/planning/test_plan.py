@@ -74,7 +74,7 @@ def planned(recipe, folder) -> tuple[Method, dict[str, Cost]]:
     """The method of a recipe, and what each of its stages costs, without training."""
     planner = Planner(folder)
     method = Method(recipe, planner)
-    plan_stages(method, None)
+    plan_stages(method)
     sizes = method_sizes(method, "cpu")
     return method, {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
 
@@ -90,7 +90,7 @@ def planned_work(costs: dict[str, Cost]) -> Counter:
 
 def test_the_work_that_is_counted_is_the_work_of_the_run(workplace, tmp_path, counted):
     """Tokens read and sent through the LM head, optimizer steps, decoding steps."""
-    recipe = load_recipe(workplace / "recipe.yaml", [f"output_dir={tmp_path / 'run'}"])
+    recipe = load_recipe(workplace / "recipe.yaml", [f"output_dir={tmp_path / 'run'}", "data.sample=0.08"])
     _, costs = planned(recipe, tmp_path / "planned")
     counted.clear()
     expected = planned_work(costs)

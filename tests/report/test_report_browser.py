@@ -139,6 +139,7 @@ def scores(run: Path) -> pa.Table:
 
 
 @pytest.mark.parametrize(("k_chosen", "k_rejected"), [(0.3, 0.3), (0.29, 0.07), (0.01, 1.0), (0.58, 0.14)])
+@pytest.mark.daily(1)
 def test_the_sliders_select_the_tokens_that_the_selection_stage_selects(
     page: sync_api.Page, run: Path, scores: pa.Table, k_chosen: float, k_rejected: float
 ) -> None:

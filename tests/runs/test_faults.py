@@ -23,36 +23,37 @@ def python(*arguments, **variables):
     return spawn.run(arguments, timeout=600, env=environment)
 
 
-def faults(*arguments):
+def faults(*options, **numbers):
     """Inject faults (`tests/faults.py`), none of which may lose anything; returns their number."""
-    done = python(str(HERE / "faults.py"), *arguments)
+    numbers = {"kills": 0, "in_turn": 0, "fills": 0, "ranks": 0, "nodes": 0, "seed": 1} | numbers
+    options += tuple(f"--{name.replace('_', '-')}={number}" for name, number in numbers.items())
+    done = python(str(HERE / "faults.py"), *options)
     assert done.returncode == 0, done.stdout + done.stderr
     number, lost = map(int, re.search(r"(\d+) faults, (\d+) with a loss", done.stdout).groups())
     assert lost == 0
     return number
 
 
-def test_killed_runs_full_disks_and_lost_processes_lose_nothing():
-    """Also: a run interrupted in one stage, and machines that do not share the run folder."""
-    options = ("--kills", "1", "--interrupts", "oracle", "--fills", "1", "--ranks", "1", "--nodes", "1", "--seed", "1")
-    assert faults(*options) >= 7
+def test_a_run_that_is_killed_interrupted_and_out_of_disk_and_a_lost_process_lose_nothing():
+    """Also: machines that do not share the run folder."""
+    assert faults("--interrupts", in_turn=4, ranks=1, nodes=1) == 8
 
 
 @pytest.mark.nightly
-def test_more_of_these_faults_lose_nothing():
+def test_more_faults_each_in_a_run_of_its_own_lose_nothing():
     """Kills at two moments, and a process lost under FSDP2."""
-    assert faults("--kills", "4", "--interrupts", "--fills", "2", "--ranks", "2", "--nodes", "0", "--seed", "1") >= 9
+    assert faults("--interrupts", kills=4, fills=2, ranks=2, in_turn=9) >= 21
 
 
 @pytest.mark.nightly
 def test_a_run_interrupted_in_each_stage_says_what_is_kept_and_ends_as_if_undisturbed():
-    assert faults("--kills", "0", "--fills", "0", "--ranks", "0", "--nodes", "0") == 12
+    assert faults() == 12
 
 
 @pytest.mark.nightly
 def test_two_machines_restart_what_died_and_go_on_with_another_number():
     """Also: machines that do not share the run folder are refused before a stage starts."""
-    assert faults("--kills", "0", "--interrupts", "--fills", "0", "--ranks", "0") == 3
+    assert faults("--interrupts", nodes=2) == 3
 
 
 def test_a_restart_in_which_processes_would_not_meet_is_refused(monkeypatch):
@@ -90,7 +91,8 @@ def test_a_failure_of_the_main_process_ends_the_others_with_its_reason(tmp_path)
     assert sum(line.startswith("sepo: no scores table at") for line in bad.stderr.splitlines()) == 1
 
 
-def test_the_processes_of_a_launch_that_failed_end_by_themselves(tmp_path, nightly_run):
+@pytest.mark.nightly
+def test_the_processes_of_a_launch_that_failed_end_by_themselves(tmp_path):
     """Threads of a group over TCP that is left to the end of the interpreter abort the process, one time in five."""
     command = [
         sys.executable,
@@ -103,7 +105,7 @@ def test_the_processes_of_a_launch_that_failed_end_by_themselves(tmp_path, night
         str(tmp_path / "out"),
     ]
     path = str(HERE.parent / "src")
-    for _ in range(8 if nightly_run else 2):
+    for _ in range(8):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])

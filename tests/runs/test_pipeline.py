@@ -166,6 +166,7 @@ def test_given_rewards_that_do_not_fit_the_pairs_are_refused(change, message):
         given_rewards(pairs, change(given), ("a", "b"))
 
 
+@pytest.mark.nightly
 def test_a_rival_objective_runs_from_the_same_recipe_on_held_out_pairs_of_another_source(finished_run, tmp_path):
     lines = (finished_run / "prefs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text("".join(line.replace("Is it", "Was it") for line in lines[10:22]))

@@ -126,6 +126,7 @@ def test_dry_runs_show_the_transfer(workplace, capsys):
     assert all(text in out for text in ("policy_pairs", "bytes a group", "transfer"))
 
 
+@pytest.mark.nightly
 def test_a_comparison_of_policies_with_and_without_a_tokenizer_of_their_own(workplace, capsys):
     """All variants see the same pairs, under their policies' tokens; selective ones share one oracle."""
     (workplace / "grid.yaml").write_text(

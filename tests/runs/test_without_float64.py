@@ -26,6 +26,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("objective", ["sepo", "dpo", "tdpo2"])
+@pytest.mark.daily(1)
 def test_a_whole_run_needs_no_float64_on_the_device(tmp_path, monkeypatch, objective):
     monkeypatch.chdir(tmp_path)
     tiny_run.prepare(

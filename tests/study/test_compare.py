@@ -440,6 +440,7 @@ def test_an_altered_file_of_checkpoints_is_measured_anew_not_believed(copied, ca
     assert [point["kl"] for point in json.loads(file.read_text())] == [point["kl"] for point in json.loads(whole)]
 
 
+@pytest.mark.nightly
 def test_grids_with_one_work_folder_share_passes_and_runs(many, work, workplace, capsys):
     # A method of MANY under another name, and one that is new.
     new = "  low: {{set: {{policy.objective: dpo}}}}\n  orpo: {{set: {{policy.objective: orpo}}}}\n"
@@ -530,6 +531,7 @@ def test_checkpoints_can_be_where_a_run_passes_given_kls(passing, workplace, cap
     assert stages_done(capsys.readouterr().err) == []
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_cut_short_passes_its_kls_at_the_same_steps(passing, work, workplace, monkeypatch):
     folder, results = passing
     path = write_grid(workplace, PASSING, "many", "many")

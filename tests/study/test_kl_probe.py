@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from sepo.evaluate.kl_probe import Probe, next_look, scale_of
 from sepo.recipe.settings import EvalSettings
 from sepo.study.passing import Passing
+from sepo.targets.kl_probe import Probe, next_look, scale_of
 from tiny_models import tiny_model, tiny_tokenizer
 
 PROMPTS = [[1, 4, 20, 30, 2, 5], [1, 4, 50, 2, 5], [1, 4, *range(10, 40), 2, 5]]

@@ -69,6 +69,7 @@ def first_loss(tmp_path, model: PreTrainedModel) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", COMMON)
+@pytest.mark.daily(9)
 def test_the_first_loss_of_dpo_is_ln_2_with_all_noise_set(tmp_path, model_type):
     assert first_loss(tmp_path, noisy(model_type)) == pytest.approx(math.log(2), abs=1e-6)
 
@@ -143,6 +144,7 @@ def test_the_start_read_in_the_types_of_the_training_is_used(tmp_path, seed):
 
 @pytest.mark.parametrize("types", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "tbpo", "selective_dpo"])
+@pytest.mark.daily(3)
 def test_a_reference_of_another_model_is_used_as_given_in_any_type(tmp_path, capfd, types, objective):
     table, low = some_pairs(6), torch.bfloat16 if types == "bfloat16" else torch.float32
     other = dataset_logps(tiny_model("llama", seed=1), table)

@@ -246,6 +246,7 @@ CASES = [(name, None, 0.0) for name in OBJECTIVES] + [
 
 
 @pytest.mark.parametrize(("objective", "alpha", "smoothing"), CASES)
+@pytest.mark.daily(12)
 def test_a_training_step_is_the_published_formula_written_out(objective, alpha, smoothing):
     """Loss and gradient, with one-token and equal responses, shared prompts, few targets and uneven weights."""
     pairs = with_rewards(awkward_pairs()) if OBJECTIVES[objective].reads_token_rewards else awkward_pairs()
@@ -253,6 +254,7 @@ def test_a_training_step_is_the_published_formula_written_out(objective, alpha, 
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.daily(6)
 def test_a_pair_weight_scales_the_loss_of_its_pair_and_no_other(objective):
     pairs = with_rewards(awkward_pairs()) if OBJECTIVES[objective].reads_token_rewards else awkward_pairs()
     weights = np.random.default_rng(2).uniform(0, 1, len(pairs)).round(3)
@@ -436,6 +438,7 @@ def test_tis_dpo_with_a_mask_is_dpo_on_those_tokens():
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "gpt2"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.daily(3)
 def test_token_kl_agrees_with_the_plain_formula_in_chunks(architecture, direction, monkeypatch):
     monkeypatch.setattr("sepo.forward.token_kl._CHUNK_BYTES", 101 * 16 * 3)  # three targets at a time
     model, reference = (tiny_model(architecture, torch.float64, seed=seed) for seed in (0, 1))

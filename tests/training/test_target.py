@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,12 @@ import pytest
 from sepo.api import run_recipe
 from sepo.cli import main
 from sepo.errors import UserError
-from sepo.evaluate import auto_rate
-from sepo.evaluate.target import LookAtAccuracy, LookAtKl
 from sepo.recipe.reading import load_recipe
 from sepo.stages import oracle
 from sepo.study.comparison import check_grid
 from sepo.study.grid import Setting
+from sepo.targets import auto_rate
+from sepo.targets.until import LookAtAccuracy, LookAtKl
 from sepo.training.checkpoints import SaveEvery
 from tiny_run import prepare
 
@@ -68,6 +69,7 @@ def test_a_training_ends_near_its_kl_and_a_killed_one_keeps_the_same_weights(her
 
     monkeypatch.setattr(SaveEvery, "on_save", dying)
     again = recipe_of(*TARGET, "output_dir=again")
+    shutil.copytree(here / "run", here / "again", ignore=shutil.ignore_patterns("policy"))
     with pytest.raises(Killed):
         run_recipe(again)
     assert run_recipe(again)["target_kl/step"] == metrics["target_kl/step"]

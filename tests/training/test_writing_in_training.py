@@ -44,6 +44,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "lora", "bf16"), CASES)
+@pytest.mark.daily(3)
 def test_a_policy_writes_in_training_as_a_copy_of_it_does(tmp_path, name, lora, bf16):
     def made():
         model = tiny_model(name)

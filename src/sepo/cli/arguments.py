@@ -19,7 +19,7 @@ COMMANDS = {
     "recipe": "sepo.cli.recipe",
     "oracle": "sepo.cli.oracle",
     "score": "sepo.cli.score",
-    "transfer": "sepo.cli.transfer",
+    "transfer": "sepo.transfer.command",
     "select": "sepo.cli.select",
     "train": "sepo.cli.train",
     "eval": "sepo.cli.eval",

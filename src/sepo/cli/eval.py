@@ -42,20 +42,19 @@ def run(arguments: argparse.Namespace) -> int:
     from sepo.files import write_json
     from sepo.models.names import resolve_model
     from sepo.models.tokenizer import load_tokenizer
-    from sepo.stages import data, evaluate, reference, train, transfer
+    from sepo.stages import data, evaluate, reference, train
 
     extension = extension_of(recipe)
 
     def write_pairs(out: Path) -> None:
         for stage in (reference, train, evaluate, data):
             stage.check(recipe)
-        if extension is not None:
-            extension.check(recipe)
-        if transfer.needed(recipe):
+        if train.own_tokenizer(recipe):
             raise UserError(
                 f"policy '{arguments.policy}' and base '{arguments.base}' have different tokenizers: expected the "
                 "model that the policy was trained from"
             )
+        extension.check(recipe)
         pairs = data.read_pairs(recipe.data, load_tokenizer(resolve_model(arguments.base)))
         data.check_limits(recipe, [pairs])
         if recipe.eval.prompts:
@@ -66,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         processes = command.join(recipe.device)
         processes.on_main(lambda: write_pairs(out))
         policy, base = resolve_model(arguments.policy), resolve_model(arguments.base)
-        judge = None if extension is None or extension.judge is None else extension.judge.judge
+        judge = extension.judge and extension.judge.judge
         evaluation = Evaluation(
             policy, base, out / "pairs", out, recipe.eval, seed=recipe.seed, device=recipe.device, judge=judge
         )

@@ -22,6 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments, reference={"model": arguments.reference}, oracle=command.training_of(arguments), eval={"prompts": 0}
     )
     command.quiet_libraries()
+    from sepo.api import extension_of
     from sepo.cli.walker import CommandWalker
     from sepo.runs.method import Method
     from sepo.runs.pipeline import check_method_pairs
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         folders = {"data": work / "pairs", "oracle": out}
         folders |= dict.fromkeys(("reference_logps", "oracle_start_logps"), work / "logps")  # one of them is read
         walker = CommandWalker(folders)
-        method = Method(recipe, walker)
+        method = Method(recipe, walker, extension=extension_of(recipe))
         check_method_pairs(method)
         method.until("oracle")
     command.print_metrics(f"oracle: {arguments.out}", walker.results["oracle"].results)

@@ -126,27 +126,34 @@ def generate_responses(
     """
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or (batch_size is not None and batch_size < 1):
         raise ValueError("samples, max_new_tokens and batch_size must be at least 1, temperature at least 0")
-    sharded = is_sharded(model)
-    ranks, rank = (processes.size(), processes.rank()) if sharded else (1, 0)
     sampler = _Sampler(model, tokenizer, prompt_ids, max_new_tokens, temperature, seed, finished)
     jobs = [(prompt, sample) for prompt in range(len(prompt_ids)) for sample in range(samples)]
     # The longest first: a batch that does not fit fails at once. A stable sort keeps the samples of a prompt together.
     jobs.sort(key=lambda job: -len(prompt_ids[job[0]]))
+    with _undisturbed(model, sampler.inner, sampler.config):
+        results = _sample_all(sampler, jobs, batch_size, progress)
+    return sorted(results, key=lambda item: (item.prompt_index, item.sample_index))
+
+
+def _sample_all(
+    sampler: _Sampler, jobs: list[tuple[int, int]], batch_size: int | None, progress: bool
+) -> list[Generation]:
+    """One response for each (prompt, sample); the ranks of a sharded model each generate a share and get all."""
+    ranks, rank = (processes.size(), processes.rank()) if sampler.together else (1, 0)
     of_ranks = [sampler.batches(jobs[i::ranks], batch_size) for i in range(ranks)]
     batches = of_ranks[rank]
     # Ranks of a sharded model must generate equally many batches.
     dummies = [jobs[-1:]] * (max(map(len, of_ranks)) - len(batches))
     results: list[Generation] = []
-    bar = progress_bar(progress and processes.is_main(), total=len(jobs), desc="generate", unit="response")
-    with _undisturbed(model, sampler.inner, sampler.config), bar:
+    with progress_bar(progress and processes.is_main(), total=len(jobs), desc="generate", unit="response") as bar:
         for batch in batches:
             results += sampler.sample(batch)
             bar.update(min(len(batch) * ranks, len(jobs) - bar.n))
         for batch in dummies:
             sampler.sample(batch)
-    if sharded:
+    if sampler.together:
         results = [Generation(*row) for part in processes.gather(results) for row in part]
-    return sorted(results, key=lambda item: (item.prompt_index, item.sample_index))
+    return results
 
 
 class _Sampler:
@@ -169,7 +176,7 @@ class _Sampler:
         self.stops = stop_ids(self.inner, tokenizer)
         self.config = _plain_config(tokenizer, self.stops, max_new_tokens)
         self.device = next(self.inner.parameters()).device
-        self._together = is_sharded(model)
+        self.together = is_sharded(model)
         self._prompt_ids, self._occurrences = prompt_ids, _occurrences(prompt_ids)
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self._finished = finished
@@ -213,9 +220,9 @@ class _Sampler:
     def _generate(self, prompts: list[Sequence[int]], draw: _Draw, samples: int = 1) -> list[list[int]]:
         """New tokens; with several `samples` each prompt stands that often in a row, and is read once."""
         try:
-            if samples > 1 and not self._together and _keeps_prompts(self.inner):
+            if samples > 1 and not self.together and _keeps_prompts(self.inner):
                 return _continue_once(self.inner, prompts[::samples], samples, self.config, self.device, draw)
-            return _generate_batch(self.inner, prompts, self.config, self.device, draw, self._together)
+            return _generate_batch(self.inner, prompts, self.config, self.device, draw, self.together)
         except torch.OutOfMemoryError:
             longest = max(map(len, prompts)) + self._max_new_tokens
             raise UserError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -61,45 +63,70 @@ def load_model(
     Raises:
         UserError: no such model, device or dtype; unavailable quantization; damaged weights.
     """
-    name = expand_home(name_or_path, "the model")
-    chosen = choose_device(device)
+    name, chosen = expand_home(name_or_path, "the model"), choose_device(device)
     if not isinstance(lora, LoraSettings | None):
         raise wrong_type("lora", lora, "LoraSettings, such as LoraSettings(r=16)")
+    found = _find(name, revision, adapter)
+    adapter, has_adapter = found.adapter, found.adapter is not None or lora is not None
+    check_quantization(quantization, train=train, lora=has_adapter)
+    if adapter is not None and lora is not None:
+        raise UserError(f"'{adapter}' is an adapter already: leave lora out to train it further, or merge it first")
+    if is_adapter(found.folder):
+        raise UserError(f"the base model '{found.name}' is an adapter itself: merge it into its base first")
+    weights = choose_dtype(dtype, chosen, trained=train and not has_adapter)
+    if sharded and (train or quantization or trust_remote_code):
+        raise UserError("a sharded model must be frozen, without quantization and without trust_remote_code")
+    options = _options(weights, quantization, attn_implementation, trust_remote_code)
+    add_adapter = None if lora is None else partial(new_adapter, lora=lora, seed=seed)
+    model = _load(found, chosen, options, train, sharded, add_adapter)
+    if not train:
+        model.requires_grad_(False)
+    return model.train(train)
+
+
+class _Found(NamedTuple):
+    """The whole model of a name, and the adapter on it, if there is one."""
+
+    folder: Path
+    name: str
+    revision: str | None
+    adapter: str | os.PathLike | None
+
+
+def _find(name: str, revision: str | None, adapter: str | os.PathLike | None) -> _Found:
     folder = Path(resolve_model(name, revision=revision))
     if adapter is None and is_adapter(folder):
         adapter = folder
         name, revision = adapter_base(folder)
         folder = Path(resolve_model(name, revision=revision))
-    has_adapter = adapter is not None or lora is not None
-    check_quantization(quantization, train=train, lora=has_adapter)
-    if adapter is not None and lora is not None:
-        raise UserError(f"'{adapter}' is an adapter already: leave lora out to train it further, or merge it first")
-    if is_adapter(folder):
-        raise UserError(f"the base model '{name}' is an adapter itself: merge it into its base first")
+    return _Found(folder, name, revision, adapter)
 
-    weights = choose_dtype(dtype, chosen, trained=train and not has_adapter)
-    if sharded and (train or quantization or trust_remote_code):
-        raise UserError("a sharded model must be frozen, without quantization and without trust_remote_code")
+
+def _load(
+    found: _Found,
+    device: torch.device,
+    options: dict[str, Any],
+    train: bool,
+    sharded: bool,
+    add_adapter: Callable[[PreTrainedModel], PeftModel] | None,
+) -> PreTrainedModel | PeftModel:
+    """The model with its adapter: the one that it has, or a new one."""
+    folder, name, revision, adapter = found
     # An adapter with whole modules, or one that reads weights of the base, needs the whole base.
     whole_first = sharded and adapter is not None and not is_separate(Path(resolve_model(adapter)))
-    options = _options(weights, quantization, attn_implementation, trust_remote_code)
-    device_of_base = torch.device("cpu") if whole_first else chosen
+    device_of_base = torch.device("cpu") if whole_first else device
     base = _load_base(folder, name, device_of_base, options, train=train, sharded=sharded and not whole_first)
     model: PreTrainedModel | PeftModel = base
     if adapter is not None:
         model = load_adapter(base, adapter, train)
-    elif lora is not None:
-        model = new_adapter(base, lora, seed)
+    elif add_adapter is not None:
+        model = add_adapter(base)
     if isinstance(model, PeftModel):
         # The name, not the local folder: cache folders differ between machines.
         adapter_config = cast(LoraConfig, model.peft_config["default"])
         adapter_config.base_model_name_or_path = os.path.abspath(name) if os.path.exists(name) else name
         adapter_config.revision = revision
-    if whole_first:
-        model = cast(PeftModel, sharded_twin(model, chosen))
-    if not train:
-        model.requires_grad_(False)
-    return model.train(train)
+    return cast(PeftModel, sharded_twin(model, device)) if whole_first else model
 
 
 def _options(

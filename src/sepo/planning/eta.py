@@ -16,8 +16,7 @@ from sepo.models.devices import choose_device
 from sepo.numbers import duration
 from sepo.planning.plan import SHARED, Planner, plan_stages
 from sepo.planning.sizes import method_sizes
-from sepo.runs.method import Method
-from sepo.runs.pipeline import Extension
+from sepo.runs.method import NOTHING, Extension, Method
 from sepo.stages.cost import Cost, Estimate
 
 # Seconds of progress, and share of the stage, before its speed is used.
@@ -169,10 +168,10 @@ def _left(seconds: float, unknown: list[str]) -> str:
     return f"{duration(seconds)} left{', without ' if unknown else ''}{', '.join(unknown)}"
 
 
-def eta_of(method: Method, extension: Extension | None = None, until: str | None = None) -> Eta:
+def eta_of(method: Method, extension: Extension = NOTHING, until: str | None = None) -> Eta:
     """The stages of a run whose pairs are there."""
     planner = Planner(done={"data": method.pairs, "policy_pairs": method.policy_pairs})
-    planned = Method(method.recipe, planner, judge=method.judge)
+    planned = Method(method.recipe, planner, extension=extension)
     plan_stages(planned, extension, until)
     kind, devices = choose_device(method.recipe.device).type, processes.size()
     estimates = {

@@ -26,8 +26,8 @@ from sepo.numbers import duration, size
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
-from sepo.runs.method import Method, check_until
-from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
+from sepo.runs.method import NOTHING, Extension, Method, check_until
+from sepo.runs.pipeline import check_inputs, check_method_pairs
 from sepo.stages.cost import Cost, FrozenMemory, TrainingMemory
 from sepo.stages.data import PAIRS_PER_SHARD
 from sepo.stages.stage import Model, Stage, StageResult
@@ -108,7 +108,7 @@ class RunPlan:
 
 
 def plan_run(
-    recipe: Recipe, extension: Extension | None = None, target: Target | None = None, until: str | None = None
+    recipe: Recipe, extension: Extension = NOTHING, target: Target | None = None, until: str | None = None
 ) -> RunPlan:
     """Plan a run: its stages, how long they take here, and for a `target` the memory that each needs of a device."""
     check_until(until)
@@ -118,9 +118,9 @@ def plan_run(
     with tempfile.TemporaryDirectory() as folder:
         planner = Planner(Path(folder))
         kind = device_kind(recipe, target)
-        if extension is not None and extension.before_data is not None:
+        if extension.before_data is not None:
             recipe = extension.before_data(recipe, planner)
-        method = Method(recipe, planner, judge=extension and extension.judge, device=kind)
+        method = Method(recipe, planner, extension=extension, device=kind)
         check_method_pairs(method)
         plan_stages(method, extension, until)
         sizes = method_sizes(method, kind, target.processes)
@@ -166,14 +166,13 @@ def examples_of(method: Method) -> dict[str, list[str]]:
     return examples
 
 
-def plan_stages(method: Method, extension: Extension | None, until: str | None = None) -> None:
+def plan_stages(method: Method, extension: Extension = NOTHING, until: str | None = None) -> None:
     """Ask a method for everything that a run would."""
     if until is not None:
         method.until(until)
         return
     _ = method.evaluation
-    if extension is not None:
-        extension.do_stages(method)
+    extension.do_stages(method)
 
 
 def throughputs_of(method: Method, target: Target | None = None) -> Throughputs:

@@ -84,27 +84,33 @@ def build_report(
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
         if rate is not None:
             check_rate(name, rate)
-    run = None if run is None else Path(expand_home(run, "the run folder"))
-    if run is not None and not run.is_dir():
-        raise UserError(f"no run folder at '{run}': expected the folder that `sepo run` wrote")
+    run = None if run is None else _run_folder(run)
     sources = _sources(run, table, selection, tokenizer)
     scores = reading.read_scores(sources.table, max_pairs)
     token_texts = TokenTexts(None if sources.tokenizer is None else load_vocabulary(sources.tokenizer))
     documents = reading.read_documents(run, scores.provenance)
     title = title or _title(documents, run or sources.table)
-    header = {
-        "title": title,
-        "k": _starting_rates(sources.selection, {"chosen": k_chosen, "rejected": k_rejected}),
-        "summary": scores.summary(),
-        "documents": jsonable(documents),
-    }
-    if run is not None and (answers := reading.read_answers(run / "eval" / GENERATIONS)) is not None:
-        header["answers"] = answers | reading.answer_settings(run)
+    rates = _starting_rates(sources.selection, {"chosen": k_chosen, "rejected": k_rejected})
+    header = {"title": title, "k": rates, "summary": scores.summary(), "documents": jsonable(documents)}
     of_oracle = _oracle_pairs(run, sources, scores)
-    data = payload_of(scores, token_texts, header, sources.selection, sources.logps, of_oracle)
+    data = payload_of(scores, token_texts, header | _answers(run), sources.selection, sources.logps, of_oracle)
     out = Path(expand_home(out, "out"))
     write_bytes(out, page(title, data).encode("utf-8"))
     return out
+
+
+def _run_folder(run: str | os.PathLike) -> Path:
+    folder = Path(expand_home(run, "the run folder"))
+    if not folder.is_dir():
+        raise UserError(f"no run folder at '{folder}': expected the folder that `sepo run` wrote")
+    return folder
+
+
+def _answers(run: Path | None) -> dict[str, object]:
+    """The answers of the evaluation, for the header."""
+    if run is None or (answers := reading.read_answers(run / "eval" / GENERATIONS)) is None:
+        return {}
+    return {"answers": answers | reading.answer_settings(run)}
 
 
 def _title(documents: Mapping[str, object], place: Path) -> str:

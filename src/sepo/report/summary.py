@@ -94,7 +94,7 @@ def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts
     """
     lengths = np.concatenate([lengths for _, lengths in sides.values()])
     edges = _position_edges(max(1, int(np.quantile(lengths, 0.95))))
-    from scipy.special import stdtrit
+    from scipy import special
 
     # The bucket is drawn at the middle of its positions, counted from 1.
     figure: dict = {"position": ((edges[:-1] + edges[1:] + 1) / 2).tolist()}
@@ -102,7 +102,7 @@ def _position_figure(sides: Mapping[str, tuple[np.ndarray, np.ndarray]], prompts
         n, mean, squares, clusters = _by_position(rewards, counts, prompts, edges)
         correction = np.where(clusters > 1, clusters / np.maximum(clusters - 1, 1), 0)
         single = clusters < 2
-        error = stdtrit(np.maximum(clusters - 1, 1), 0.975) * np.sqrt(correction * squares) / np.maximum(n, 1)
+        error = special.stdtrit(np.maximum(clusters - 1, 1), 0.975) * np.sqrt(correction * squares) / np.maximum(n, 1)
         figure[side] = {
             name: [None if skip else float(value) for value, skip in zip(np.round(line, 6), skipped, strict=True)]
             for name, line, skipped in (

@@ -14,9 +14,7 @@ import pyarrow as pa
 from peft import PeftModel
 from torch import nn
 
-from sepo.credit.alignment import Texts, align, response_texts
 from sepo.credit.rewards import pair_rewards
-from sepo.credit.transfer import allocate_rewards, check_allocation, join_cuts
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.ragged import flat, ragged
 from sepo.data.tables import provenance_of
@@ -28,6 +26,8 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.report.token_texts import MARK_OFF, MARK_ON, TokenTexts, visible
 from sepo.rewards.answers import tokenize_answers
+from sepo.transfer.alignment import Texts, align, response_texts
+from sepo.transfer.carry import allocate_rewards, check_allocation, join_cuts
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages
@@ -175,7 +175,7 @@ def token_rewards(
         reference: the model that it was trained from. None: the oracle is a LoRA adapter, and its base the reference.
         prompt: a text, or the messages before the response; or a list of prompts. A text stays plain text.
         responses: the texts of one prompt's responses; for a list of prompts, a list for each.
-        tokenizer: another tokenizer, whose tokens the rewards are carried over to (`sepo.credit.transfer`).
+        tokenizer: another tokenizer, whose tokens the rewards are carried over to (`sepo.transfer`).
         allocation: how a reward that several of its tokens share is divided: bytes, group or first.
         oracle_tokenizer: tokenizer of both models, where they are in memory and have no name.
         as_chat: wrap a prompt that is a text as one user turn.

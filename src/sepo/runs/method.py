@@ -15,9 +15,9 @@ up costs. Nothing else in the package says in which order the stages come.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +27,7 @@ from sepo.forward.scoring import Types
 from sepo.models.devices import choose_device, dtype_name
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.settings import OracleSettings, PolicySettings, Recipe, ReferenceSettings
-from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train, transfer
+from sepo.stages import data, evaluate, logps, oracle, reference, score, select, train
 from sepo.stages.evaluate import RunJudge
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.fit import training_types
@@ -60,6 +60,62 @@ class Walker(Protocol):
         """Do a stage; its record in the manifest has the name `role`."""
 
 
+class Transfer(Protocol):
+    """The stages for a policy with another tokenizer (`sepo.transfer.stages`)."""
+
+    def pairs_stage(self, recipe: Recipe, pairs: StageResult) -> Stage:
+        """Pairs under the policy's tokenizer."""
+
+    def stage(
+        self,
+        recipe: Recipe,
+        scores: StageResult,
+        pairs: StageResult,
+        policy_pairs: StageResult,
+        words: score.Words | None = None,
+    ) -> Stage:
+        """Token rewards under the policy's tokenizer."""
+
+
+class Extension(NamedTuple):
+    """What a recipe asks for beyond the method: the wings, put together by `sepo.api` or a comparison.
+
+    Attributes:
+        check: finds bad input before anything expensive starts.
+        judge: compares answers in the evaluation; None without a judge.
+        do_stages: does further stages after the evaluation and returns their metrics.
+        before_data: does stages before the data, and returns the recipe that reads what they wrote; None without any.
+        transfer: the stages for a policy with another tokenizer; None where the policy is no model of its own.
+        targets: ends trainings at a measured value; None where they last a number of steps.
+    """
+
+    check: Callable[[Recipe], None] = lambda recipe: None
+    judge: RunJudge | None = None
+    do_stages: Callable[[Method], dict[str, Any]] = lambda method: {}
+    before_data: Callable[[Recipe, Walker], Recipe] | None = None
+    transfer: Transfer | None = None
+    targets: train.Targets | None = None
+
+    def and_also(self, other: Extension) -> Extension:
+        """Both extensions."""
+
+        def check(recipe: Recipe) -> None:
+            self.check(recipe)
+            other.check(recipe)
+
+        return Extension(
+            check,
+            other.judge or self.judge,
+            lambda method: {**self.do_stages(method), **other.do_stages(method)},
+            other.before_data or self.before_data,
+            other.transfer or self.transfer,
+            other.targets or self.targets,
+        )
+
+
+NOTHING = Extension()
+
+
 class Method:
     """The stages of one recipe.
 
@@ -67,7 +123,7 @@ class Method:
         walker: does the stages.
         seed: of selection and policy; default: the recipe's.
         oracle_seed: of the oracles; default: the recipe's.
-        judge: compares answers in the evaluation.
+        extension: what the recipe asks for beyond the method.
         pairs: tokenised pairs that exist already, such as those that the variants of a comparison share.
         device: the kind of device that a plan is for; default: the recipe's, on this machine.
     """
@@ -79,13 +135,13 @@ class Method:
         *,
         seed: int | None = None,
         oracle_seed: int | None = None,
-        judge: RunJudge | None = None,
+        extension: Extension = NOTHING,
         pairs: StageResult | None = None,
         device: str | None = None,
     ):
         if pairs is not None:
             self.pairs = pairs
-        self.recipe, self.walker, self.judge = recipe, walker, judge
+        self.recipe, self.walker, self.extension = recipe, walker, extension
         self.seed = recipe.seed if seed is None else seed
         self.oracle_seed = recipe.seed if oracle_seed is None else oracle_seed
         self._device = device
@@ -106,14 +162,14 @@ class Method:
     @cached_property
     def transfers(self) -> bool:
         """Does the policy have another tokenizer than the oracle?"""
-        return processes.on_main(lambda: transfer.needed(self.recipe))
+        return processes.on_main(lambda: train.own_tokenizer(self.recipe))
 
     @cached_property
     def policy_pairs(self) -> StageResult:
         """Pairs under the policy's tokenizer."""
         if not self.transfers:
             return self.pairs
-        return self.walker.do(transfer.pairs_stage(self.recipe, self.pairs), "policy_pairs")
+        return self.walker.do(self._transfer.pairs_stage(self.recipe, self.pairs), "policy_pairs")
 
     # --- reference, oracles -----------------------------------------------------------------------------------------
 
@@ -146,11 +202,10 @@ class Method:
             existing = self.walker.model(settings.model)
             oracle.check_differs(settings, existing, self.reference)
             return {"oracle": existing}
+        base, ends = self.oracle_start_logps, self.extension.targets
         return {
             name: Model.of(
-                self.walker.do(
-                    oracle.stage(self.recipe, self.reference, self.pairs, self.oracle_start_logps, seed, swapped), name
-                )
+                self.walker.do(oracle.stage(self.recipe, self.reference, self.pairs, base, seed, swapped, ends), name)
             )
             for name, seed, swapped in oracle.members(settings, self.oracle_seed)
         }
@@ -177,9 +232,8 @@ class Method:
         if not self.transfers:
             return self.scores
         words = self._words(self.recipe.policy)
-        return self.walker.do(
-            transfer.stage(self.recipe, self.scores, self.pairs, self.policy_pairs, words), "transfer"
-        )
+        stage = self._transfer.stage(self.recipe, self.scores, self.pairs, self.policy_pairs, words)
+        return self.walker.do(stage, "transfer")
 
     @cached_property
     def selection(self) -> StageResult:
@@ -212,7 +266,8 @@ class Method:
         """The trained policy."""
         targets = self.selection
         start_logps = self.policy_start_logps if train.needs_reference(self.recipe) else None
-        stage = train.stage(self.recipe, self.policy_start, targets, start_logps, self.seed, self.policy_pairs)
+        ends = self.extension.targets
+        stage = train.stage(self.recipe, self.policy_start, targets, start_logps, self.seed, self.policy_pairs, ends)
         return self.walker.do(stage, "train")
 
     @cached_property
@@ -230,7 +285,7 @@ class Method:
             self.policy_scores,
             self.selection,
             start_logps,
-            self.judge,
+            self.extension.judge,
         )
         return self.walker.do(stage, "eval")
 
@@ -248,6 +303,12 @@ class Method:
             stage = logps.stage(self.recipe, model, pairs, role, types)
             self._passes[key] = self.walker.do(stage, f"{role}_logps")
         return self._passes[key]
+
+    @property
+    def _transfer(self) -> Transfer:
+        if self.extension.transfer is None:
+            raise ValueError("a policy with another tokenizer needs sepo.api.run_recipe")
+        return self.extension.transfer
 
     @cached_property
     def _kind(self) -> str:

@@ -10,35 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sepo import processes
 from sepo.data.tables import read_table
 from sepo.files import write_json
 from sepo.recipe.settings import Recipe
 from sepo.runs.folder import ProgressLine, Run, check_run_folder, open_run
-from sepo.runs.method import Method, Walker, check_until
+from sepo.runs.method import NOTHING, Extension, Method, check_until
 from sepo.stages import data, evaluate, oracle, reference, select, train
-from sepo.stages.evaluate import RunJudge
 from sepo.stages.reference import hash_model
 from sepo.stages.stage import Model, Stage, StageResult
-
-
-class Extension(NamedTuple):
-    """What a recipe asks for beyond the method.
-
-    Attributes:
-        check: finds bad input before anything expensive starts.
-        judge: compares answers in the evaluation; None without a judge.
-        do_stages: does further stages after the evaluation and returns their metrics.
-        before_data: does stages before the data, and returns the recipe that reads what they wrote; None without any.
-    """
-
-    check: Callable[[Recipe], None]
-    judge: RunJudge | None
-    do_stages: Callable[[Method], dict[str, Any]]
-    before_data: Callable[[Recipe, Walker], Recipe] | None = None
-
 
 # The folder of a stage in the run folder, by its role.
 _FOLDERS = {
@@ -77,7 +59,7 @@ class RunWalker:
 
 def run(
     recipe: Recipe,
-    extension: Extension | None = None,
+    extension: Extension = NOTHING,
     until: str | None = None,
     progress: Callable[[Method], AbstractContextManager[ProgressLine | None]] = lambda method: nullcontext(),
     on_end: Callable[[Run, dict[str, Any]], None] = lambda run, metrics: None,
@@ -97,9 +79,9 @@ def run(
     processes.on_main(lambda: check_inputs(recipe, extension))
     with open_run(recipe) as folder:
         walker = RunWalker(folder)
-        if extension is not None and extension.before_data is not None:
+        if extension.before_data is not None:
             recipe = extension.before_data(recipe, walker)
-        method = Method(recipe, walker, judge=extension and extension.judge)
+        method = Method(recipe, walker, extension=extension)
         check_method_pairs(method)
         if until == "data":
             return {}
@@ -107,13 +89,11 @@ def run(
             if until is not None:
                 method.until(until)
                 return {}
-            measured = dict(method.evaluation.results)
-            if extension is not None:
-                measured |= extension.do_stages(method)
+            measured = {**method.evaluation.results, **extension.do_stages(method)}
             return processes.on_main(lambda: _finish(folder, method, measured, on_end))
 
 
-def check_inputs(recipe: Recipe, extension: Extension | None = None, elsewhere: bool = False) -> None:
+def check_inputs(recipe: Recipe, extension: Extension = NOTHING, elsewhere: bool = False) -> None:
     """Check a recipe before any model is loaded. Raises UserError.
 
     Args:
@@ -124,9 +104,9 @@ def check_inputs(recipe: Recipe, extension: Extension | None = None, elsewhere: 
         stage.check(recipe, elsewhere)
     for stage in (evaluate, data, select):
         stage.check(recipe)
-    if extension is not None:
-        extension.check(recipe)
-    elif recipe.eval.judge is not None or recipe.eval.benchmarks or recipe.eval.tasks or recipe.data.on_policy:
+    extension.check(recipe)
+    asked = recipe.eval.judge is not None or recipe.eval.benchmarks or recipe.eval.tasks or recipe.data.on_policy
+    if extension is NOTHING and asked:
         raise ValueError("eval.judge, eval.benchmarks, eval.tasks and data.on_policy need sepo.api.run_recipe")
 
 

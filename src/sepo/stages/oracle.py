@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,6 @@ from sepo.stages.score import check_rewards_file
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import train_model
-
-if TYPE_CHECKING:
-    from sepo.evaluate.target import UntilTarget
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -109,9 +106,20 @@ def check_differs(settings: OracleSettings, oracle: Model, reference: Model) -> 
 
 
 def stage(
-    recipe: Recipe, reference: Model, pairs: StageResult, reference_logps: StageResult, seed: int, swapped: bool = False
+    recipe: Recipe,
+    reference: Model,
+    pairs: StageResult,
+    reference_logps: StageResult,
+    seed: int,
+    swapped: bool = False,
+    ends: train.Targets | None = None,
 ) -> Stage:
-    """One oracle, or its opposite on `swapped` pairs; `seed` draws its pairs and their order (`seeds`)."""
+    """One oracle, or its opposite on `swapped` pairs.
+
+    Args:
+        seed: draws its pairs and their order (`seeds`).
+        ends: needed for `oracle.target_accuracy`.
+    """
     settings = recipe.oracle
 
     return Stage(
@@ -126,7 +134,7 @@ def stage(
             "swapped": swapped,
         },
         outputs=(".",),
-        run=lambda folder: train_oracle(recipe, reference, pairs, reference_logps, folder, seed, swapped),
+        run=lambda folder: train_oracle(recipe, reference, pairs, reference_logps, folder, seed, swapped, ends),
         cost=lambda sizes: cost(recipe, sizes),
         verifies=True,
     )
@@ -162,6 +170,7 @@ def train_oracle(
     out: Path,
     seed: int,
     swapped: bool,
+    ends: train.Targets | None = None,
 ) -> dict[str, Any]:
     """Train one oracle in the folder `out`: DPO on the reference, over `oracle.sample` of the pairs.
 
@@ -175,7 +184,9 @@ def train_oracle(
     logps = logps.filter(pa.array(rows))
     if swapped:
         sample, logps = swap_sides(sample), swap_sides(logps)
-    target = settings.target_accuracy
+    target, callbacks = settings.target_accuracy, []
+    if target is not None:
+        callbacks.append(train.required(ends).until_accuracy(recipe, pairs, reference_logps, out, swapped))
     results = train_model(
         reference.folder,
         sample,
@@ -189,28 +200,10 @@ def train_oracle(
         objective="dpo",
         beta=settings.beta,
         label_smoothing=settings.label_smoothing,
-        callbacks=[] if target is None else [_until_accuracy(recipe, target, pairs, reference_logps, out, swapped)],
+        callbacks=callbacks,
         until=None if target is None else {"accuracy": target, "pairs": pairs.content},
     )
     return {"pairs": len(sample), **results}
-
-
-def _until_accuracy(
-    recipe: Recipe, target: float, pairs: StageResult, reference_logps: StageResult, out: Path, swapped: bool
-) -> UntilTarget:
-    """Ends the training at `oracle.target_accuracy`."""
-    held_out = read_table(pairs.folder / "held_out", "pairs")
-    logps = read_table(reference_logps.folder / "held_out", "logps")
-    if swapped:
-        held_out, logps = swap_sides(held_out), swap_sides(logps)
-    from sepo.evaluate.target import LookAtAccuracy, Target, UntilTarget, accuracy_on
-
-    return UntilTarget(
-        Target("accuracy", target, "oracle.target_accuracy", "raise oracle.training.num_train_epochs or learning_rate"),
-        LookAtAccuracy(),
-        accuracy_on(held_out, logps, recipe.tokens_per_row),
-        out,
-    )
 
 
 def cost(recipe: Recipe, sizes: Sizes) -> Cost:

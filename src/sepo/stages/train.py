@@ -4,29 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sepo import processes
-from sepo.data.fingerprints import log_if_templates_differ
-from sepo.data.splits import sample_prompts
+from sepo.data.fingerprints import log_if_templates_differ, tokenizer_fingerprint
 from sepo.data.tables import read_table
 from sepo.errors import UserError
 from sepo.models.adapters import check_lora
-from sepo.models.devices import check_quantization, choose_device
+from sepo.models.devices import check_quantization
 from sepo.models.folders import is_outline
 from sepo.models.names import check_model, load_config
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
-from sepo.models.weights import load_model
 from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe, TrainingSettings
-from sepo.stages import select, transfer
+from sepo.stages import select
 from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training_memory
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
-from sepo.training.fit import objective_settings, steps_of, train_model, training_types
+from sepo.training.fit import objective_settings, train_model
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+
+# Trains with some settings, into a folder, with callbacks; returns the results of `train_model`.
+Train = Callable[..., dict[str, float]]
+
+
+class Targets(Protocol):
+    """Trainings that end at a measured value (`sepo.targets.stages`)."""
+
+    def train_to_kl(
+        self, recipe: Recipe, start: Model, pairs: StageResult, number: int, train: Train, out: Path
+    ) -> dict[str, float]:
+        """Train on `number` pairs until `policy.target_kl`."""
+
+    def until_accuracy(
+        self, recipe: Recipe, pairs: StageResult, reference_logps: StageResult, out: Path, swapped: bool
+    ) -> TrainerCallback:
+        """Ends the training at `oracle.target_accuracy`."""
+
+
+def required(ends: Targets | None) -> Targets:
+    if ends is None:
+        raise ValueError("policy.target_kl and oracle.target_accuracy need sepo.api.run_recipe")
+    return ends
 
 
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
@@ -44,10 +66,8 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
         check_model(policy.model, revision=policy.revision, weights=not elsewhere)
         if elsewhere and is_outline(policy.model) and not has_tokenizer(policy.model):
             return
-        if transfer.needed(recipe):
-            transfer.check(recipe)
-        else:
-            reference, own = transfer.tokenizers(recipe)
+        if not own_tokenizer(recipe):
+            reference, own = tokenizers(recipe)
             log_if_templates_differ(f"policy '{policy.model}'", own, f"reference '{recipe.reference.model}'", reference)
     if policy.target_kl is not None:
         check_held_out(recipe, "policy.target_kl")
@@ -62,6 +82,25 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
 
         check_routers(load_config(str(start_model.model), revision=start_model.revision), str(start_model.model))
     check_lora(str(start_model.model), policy.lora, "policy.lora", revision=start_model.revision, weights=not elsewhere)
+
+
+def own_tokenizer(recipe: Recipe) -> bool:
+    """Does the policy have another tokenizer than oracle and reference?"""
+    policy, reference = recipe.policy, recipe.reference
+    if policy.model is None or (policy.model, policy.revision) == (reference.model, reference.revision):
+        return False
+    if is_outline(policy.model) and not has_tokenizer(policy.model):
+        return False  # a plan of a model whose tokenizer is not here
+    return len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers(recipe)}) > 1
+
+
+def tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The tokenizers of reference and policy."""
+    policy, reference = recipe.policy, recipe.reference
+    return (
+        load_tokenizer(reference.model, revision=reference.revision),
+        load_tokenizer(str(policy.model), revision=policy.revision),
+    )
 
 
 def check_held_out(recipe: Recipe, setting: str) -> None:
@@ -85,6 +124,7 @@ def stage(
     logps: StageResult | None,
     seed: int,
     pairs: StageResult | None = None,
+    ends: Targets | None = None,
 ) -> Stage:
     """The policy, trained on a selection table.
 
@@ -93,6 +133,7 @@ def stage(
         selection: a selection table; objectives on all tokens read only its pairs.
         logps: log-probabilities under `model`, for objectives with a reference.
         pairs: pairs under the policy's tokenizer, whose held-out prompts `policy.target_kl` is measured on.
+        ends: needed for `policy.target_kl`.
     """
     until = None if recipe.policy.target_kl is None or pairs is None else _until(recipe, pairs)
 
@@ -118,7 +159,7 @@ def stage(
 
         if until is None or pairs is None:
             return train(recipe.policy.training, folder)
-        return _train_to_kl(recipe, model, pairs, table.num_rows, train, folder)
+        return required(ends).train_to_kl(recipe, model, pairs, table.num_rows, train, folder)
 
     return Stage(
         kind="train",
@@ -143,44 +184,6 @@ def _until(recipe: Recipe, pairs: StageResult) -> dict[str, Any]:
     names = {"prompts", "samples", "max_new_tokens", "temperature"}
     how = recipe.eval.model_dump(mode="json", include=names)
     return {"kl": recipe.policy.target_kl, "pairs": pairs.content, "eval": how, "seed": recipe.seed}
-
-
-def _train_to_kl(
-    recipe: Recipe, model: Model, pairs: StageResult, number: int, train: Callable[..., dict[str, float]], folder: Path
-) -> dict[str, float]:
-    """Train until `policy.target_kl`; the start is loaded once more, in the types of the training.
-
-    Args:
-        number: of pairs of the training.
-        train: with settings, into a folder, with callbacks.
-    """
-    from sepo.evaluate.auto_rate import FOLDER, ProbedKl, ReadKl, choose_rate
-    from sepo.evaluate.kl_probe import Probe
-    from sepo.evaluate.target import LookAtKl, Target, UntilTarget, kl_from
-
-    target, training = recipe.policy.target_kl, recipe.policy.training
-    assert target is not None
-    types = training_types(recipe.policy, model.folder, choose_device(recipe.device).type)
-    base = load_model(model.folder, device=recipe.device, dtype=types.dtype, quantization=types.quantization)
-    tokenizer, settings = load_tokenizer(model.folder), recipe.eval
-    prompts = sample_prompts(read_table(pairs.folder / "held_out", "pairs"), settings.prompts)
-    probe = Probe(base, tokenizer, prompts, settings, recipe.seed)
-    chosen: dict[str, float] = {}
-    if training.learning_rate == "auto":
-
-        def probed(short: TrainingSettings, out: Path) -> ProbedKl:
-            results = train(short, out, ReadKl(probe))
-            return ProbedKl(results["half"], results["end"])
-
-        training = choose_rate(recipe.policy, steps_of(training, number), probed, folder / FOLDER)
-        chosen = {"target_kl/learning_rate": float(training.learning_rate)}
-    until = UntilTarget(
-        Target("kl", target, "policy.target_kl", "raise policy.training.num_train_epochs or learning_rate"),
-        LookAtKl(target, probe, folder),
-        kl_from(base, tokenizer, prompts, settings, recipe.seed),
-        folder,
-    )
-    return {**train(training, folder, until), **chosen}
 
 
 def targets(recipe: Recipe, sizes: Sizes) -> float:

@@ -39,8 +39,8 @@ from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe
 from sepo.report.edges import measured
 from sepo.runs.folder import Run, environment, open_run
-from sepo.runs.method import Method, Walker
-from sepo.runs.pipeline import Extension, check_inputs, check_method_pairs
+from sepo.runs.method import Extension, Method, Walker
+from sepo.runs.pipeline import check_inputs, check_method_pairs
 from sepo.stages import train
 from sepo.stages.reference import hash_model
 from sepo.stages.stage import Model, Stage, StageResult
@@ -56,13 +56,17 @@ from sepo.study.results import (
     typical_std,
     write_comparison,
 )
+from sepo.targets import stages as target_stages
 from sepo.training.fit import pairs_to_see
 from sepo.training.trainer import NonFiniteLossError
+from sepo.transfer import stages as transfer_stages
 
 FAILED = "failed.json"  # in the folder of a run that diverged
 # Recipes of a comparison may have a judge, which measures policies while they train, but no stages after the
 # evaluation.
-EXTENSION = Extension(judging_stages.check, None, lambda method: {})
+EXTENSION = Extension(judging_stages.check, targets=target_stages).and_also(
+    Extension(transfer_stages.check, transfer=transfer_stages)
+)
 
 
 _SECONDS_BETWEEN_FIGURES = 60.0
@@ -267,7 +271,7 @@ class Bases:
 def method_of(recipe: Recipe, walker: Walker, grid: Grid, seed: int, pairs: StageResult | None = None) -> Method:
     """The method of one run of a grid."""
     oracle_seed = seed if grid.seeds_vary == "oracle" else recipe.seed
-    return Method(recipe, walker, seed=seed, oracle_seed=oracle_seed, pairs=pairs)
+    return Method(recipe, walker, seed=seed, oracle_seed=oracle_seed, extension=EXTENSION, pairs=pairs)
 
 
 def run_stage(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sepo.evaluate.kl_probe import Probe, Probes, scale_of
+from sepo.targets.kl_probe import Probe, Probes, scale_of
 
 
 class Passing(Probes):

@@ -24,7 +24,6 @@ from sepo.errors import UserError
 from sepo.evaluate.accuracy import policy_accuracy
 from sepo.evaluate.generate import Generation
 from sepo.evaluate.gold import gold_reward
-from sepo.evaluate.kl_probe import read_points
 from sepo.evaluate.measure import answers_of, decoded, own_logps, questions_of, response_logps, sample
 from sepo.evaluate.statistics import mean_and_se, paired_difference
 from sepo.files import write_json
@@ -35,6 +34,7 @@ from sepo.judging.scorers import Scorer
 from sepo.processes import log
 from sepo.recipe.settings import EvalSettings, JudgeSettings
 from sepo.study.passing import Passing
+from sepo.targets.kl_probe import read_points
 from sepo.training.batches import pairs_seen
 
 

@@ -17,7 +17,6 @@ from torch import nn
 from sepo.data.ragged import SIDES, flat
 from sepo.data.splits import prompt_rows
 from sepo.data.tables import read_table
-from sepo.evaluate.kl_probe import PROBES, Probe
 from sepo.files import write_json
 from sepo.forward.packing import read_length
 from sepo.forward.scoring import table_pairs
@@ -35,6 +34,7 @@ from sepo.stages.stage import Model, Stage, StageResult
 from sepo.study.grid import Grid
 from sepo.study.passing import Passing
 from sepo.study.policy_evaluator import Checkpoints, PolicyEvaluator, start_of
+from sepo.targets.kl_probe import PROBES, Probe
 from sepo.training import fit
 from sepo.training.batches import whole_responses
 from sepo.training.checkpoints import STATE_FILE

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from properties import examples
-from sepo.credit.alignment import FORMS, align, response_texts
 from sepo.credit.selection import select_key_tokens
-from sepo.credit.transfer import allocate_rewards, carry, join_cuts
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.ragged import SIDES, flat, ragged, segment_sums
 from sepo.data.tables import make_table, provenance_of
 from sepo.data.vocabulary import TokenBytes, Vocabulary, token_bytes
 from sepo.errors import UserError
 from sepo.models.tokenizer import load_tokenizer
+from sepo.transfer.alignment import FORMS, align, response_texts
+from sepo.transfer.carry import allocate_rewards, carry, join_cuts
 from tiny_tokenizers import KINDS, odd_texts, tiny_tokenizer_of
 
 TOKENIZERS = {kind: tiny_tokenizer_of(kind) for kind in KINDS}
@@ -109,6 +109,7 @@ def test_a_tokenizer_to_itself_is_the_identity(tables, kind):
 
 
 @pytest.mark.parametrize(("a", "b"), [pair for pair in PAIRS if pair[0] != pair[1]])
+@pytest.mark.daily(8)
 def test_sums_of_responses_and_of_groups_are_conserved_there_and_back(tables, a, b):
     source = scored(tables[a])
     there, report = carried(source, tables[b], a, b)

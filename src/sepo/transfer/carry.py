@@ -28,7 +28,13 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
-from sepo.credit.alignment import (
+from sepo.data.conversation import CONVERSATION, PROMPT_KEY
+from sepo.data.ragged import SIDES, flat, ragged
+from sepo.data.tables import SEVERAL_TURNS, make_table, provenance_of, require_both_sides, require_table
+from sepo.data.vocabulary import TokenBytes
+from sepo.errors import UserError, nearest
+from sepo.recipe.settings import Allocation
+from sepo.transfer.alignment import (
     FORMS,
     UNREADABLE,
     Alignment,
@@ -38,12 +44,6 @@ from sepo.credit.alignment import (
     last_of,
     response_texts,
 )
-from sepo.data.conversation import CONVERSATION, PROMPT_KEY
-from sepo.data.ragged import SIDES, flat, ragged
-from sepo.data.tables import SEVERAL_TURNS, make_table, provenance_of, require_both_sides, require_table
-from sepo.data.vocabulary import TokenBytes
-from sepo.errors import UserError, nearest
-from sepo.recipe.settings import Allocation
 
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 

@@ -4,7 +4,7 @@
        \\-------> pairs under the policy's tokenizer ----------------+--> scores under the policy's tokenizer
 
 `pairs_stage` tokenises the source with the policy's tokenizer and chat template, and keeps the pairs whose responses
-are the same texts. `stage` carries the rewards over to them (`credit.transfer`). The policy is trained and measured on
+are the same texts. `stage` carries the rewards over to them (`transfer.carry`). The policy is trained and measured on
 these tables.
 """
 
@@ -36,43 +36,24 @@ from sepo.data.tables import (
     write_shard,
 )
 from sepo.errors import UserError
-from sepo.models.folders import is_outline
-from sepo.models.tokenizer import has_tokenizer, load_tokenizer
+from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log
 from sepo.recipe.settings import Recipe, TransferSettings
 from sepo.stages import data
 from sepo.stages.cost import Cost, Sizes
 from sepo.stages.score import Words, words_found
 from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
+from sepo.stages.train import own_tokenizer, tokenizers
 from sepo.work import Counts, Job, Progress, Unit
 
 if TYPE_CHECKING:
-    from sepo.credit.transfer import TransferReport
     from sepo.data.vocabulary import TokenBytes
-
-
-def needed(recipe: Recipe) -> bool:
-    """Does the policy have another tokenizer than oracle and reference?"""
-    policy, reference = recipe.policy, recipe.reference
-    if policy.model is None or (policy.model, policy.revision) == (reference.model, reference.revision):
-        return False
-    if is_outline(policy.model) and not has_tokenizer(policy.model):
-        return False  # a plan of a model whose tokenizer is not here
-    return len({tokenizer_fingerprint(one) for one in tokenizers(recipe)}) > 1
-
-
-def tokenizers(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The tokenizers of reference and policy."""
-    policy, reference = recipe.policy, recipe.reference
-    return (
-        load_tokenizer(reference.model, revision=reference.revision),
-        load_tokenizer(str(policy.model), revision=policy.revision),
-    )
+    from sepo.transfer.carry import TransferReport
 
 
 def check(recipe: Recipe) -> None:
     """Check that both tokenizers can be mapped to bytes, if the policy has its own."""
-    if needed(recipe):
+    if own_tokenizer(recipe):
         _readers(tokenizers(recipe), (recipe.reference.model, str(recipe.policy.model)))
 
 
@@ -163,7 +144,7 @@ def carry_scores(recipe: Recipe, source: Path, targets: Path, out: Path, title: 
     Args:
         targets: the pairs under the policy's tokenizer, shard by shard those of `source`.
     """
-    from sepo.credit.transfer import TransferReport
+    from sepo.transfer.carry import TransferReport
 
     named = [(recipe.reference.model, recipe.reference.revision), (str(recipe.policy.model), recipe.policy.revision)]
     paths = table_paths(source, "scores")
@@ -182,7 +163,7 @@ def carry_scores(recipe: Recipe, source: Path, targets: Path, out: Path, title: 
         clear_shards(out)  # a unit replaces its shard; nothing here records which ones an earlier attempt made
     for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
         stale.unlink()
-    counts = work.do(Job("sepo.stages.transfer:Carry", title, settings, tuple(units)))
+    counts = work.do(Job("sepo.transfer.stages:Carry", title, settings, tuple(units)))
     total = sum((TransferReport(**counts[unit.name]) for unit in units), TransferReport())
     _require_pairs(total, source, out, (named[0][0], named[1][0]))
     return total
@@ -200,7 +181,7 @@ class Carry:
         self.readers = _readers((first, second), (named[0][0], named[1][0]))
 
     def __call__(self, units: Iterable[Unit], progress: Progress) -> Iterator[tuple[Unit, Callable[[], Counts]]]:
-        from sepo.credit.transfer import carry
+        from sepo.transfer.carry import carry
 
         source, targets = Path(self.settings["source"]), Path(self.settings["targets"])
         provenance = self.settings["provenance"]
@@ -245,7 +226,7 @@ def carry_table(
     Raises:
         UserError: no pair is left.
     """
-    from sepo.credit.transfer import TransferReport, carry
+    from sepo.transfer.carry import TransferReport, carry
 
     paths = table_paths(source, kind)
     if source.resolve() == out.resolve():

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
     from sepo.stages import data
-    from sepo.stages.transfer import carry_table
+    from sepo.transfer.stages import carry_table
 
     def write_scores(out: Path) -> dict[str, float]:
         table = Path(arguments.table)

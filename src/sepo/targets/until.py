@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from sepo.credit.rewards import response_sums
 from sepo.evaluate.accuracy import won
-from sepo.evaluate.kl_probe import PROBES, Probes, read_points, scale_of
 from sepo.evaluate.measure import own_logps, response_logps, sample
 from sepo.files import write_json
 from sepo.forward.scoring import dataset_logps
 from sepo.processes import log
 from sepo.recipe.settings import EvalSettings
+from sepo.targets.kl_probe import PROBES, Probes, read_points, scale_of
 
 # Their names begin with "target-", so that no training takes them for logs.
 POINTS, NEAREST = "target-points.json", "target-{}.safetensors"
