@@ -290,6 +290,7 @@ class Parts(Protocol):
 
 
 P = TypeVar("P", bound=Parts)
+T = TypeVar("T")
 
 
 def tokenize_into(
@@ -635,7 +636,8 @@ class _TooLong:
         kept = []
         for row, is_cut, longest in zip(table.to_pylist(), cut_rows, lengths[places].tolist(), strict=True):
             if is_cut:
-                parts: list[list[Any]] = [row["prompt_ids"], *(_as_read(row, side) for side in SIDES)]
+                chosen, rejected = (_as_read(row, side) for side in SIDES)
+                parts = (row["prompt_ids"], chosen, rejected)
                 cut = truncate_pair(
                     *parts,
                     max_length=self.max_length,
@@ -681,14 +683,14 @@ def _keys(prompts: Ragged, rows: np.ndarray) -> np.ndarray:
 
 def truncate_pair(
     prompt: list[int],
-    chosen: list[int],
-    rejected: list[int],
+    chosen: list[T],
+    rejected: list[T],
     *,
     max_length: int,
     max_prompt_length: int | None = None,
     keep: int = 0,
     longest_response: int | None = None,
-) -> tuple[list[int], list[int], list[int]]:
+) -> tuple[list[int], list[T], list[T]]:
     """Cut a pair to `max_length` tokens of prompt and response: the prompt on the left, responses on the right.
 
     >>> truncate_pair([1, 2, 3, 4], [5, 6, 7], [8], max_length=4, keep=1)

@@ -359,8 +359,8 @@ def _pair_of_turns(
     said = [[turn for turn in side[start:] if turn["role"] == "assistant"] for side in (chosen, rejected)]
     if said[0] == said[1]:
         raise DropRow("identical responses")
-    texts = ["\n\n".join(turn["content"] for turn in side) for side in said]
-    return TextPair(context, *texts, notes=notes, turns=(chosen[start:], rejected[start:]))
+    first, second = ("\n\n".join(turn["content"] for turn in side) for side in said)
+    return TextPair(context, first, second, notes=notes, turns=(chosen[start:], rejected[start:]))
 
 
 def _without_repeated(context: list[Message], side: list[Message]) -> list[Message]:

@@ -52,9 +52,9 @@ def write_turns(
     prompt = common_start(chosen.prompt, rejected.prompt, writer.template.control)
     if not all(is_in(part, prompt) for message in context for part in parts(message, thinking=False)):
         raise DropRow("two prompts")
-    segments = tuple([side.prompt[len(prompt) :] + side.segments[0], *side.segments[1:]] for side in (chosen, rejected))
-    texts = ["".join(side) for side in segments]
-    return Written(prompt, *texts, tuple(dict.fromkeys((_TURNS, *chosen.notes, *rejected.notes))), segments)
+    first, second = ([side.prompt[len(prompt) :], *side.segments[1:]] for side in (chosen, rejected))
+    notes = tuple(dict.fromkeys((_TURNS, *chosen.notes, *rejected.notes)))
+    return Written(prompt, "".join(first), "".join(second), notes, (first, second))
 
 
 class _Side(NamedTuple):
