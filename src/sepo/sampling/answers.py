@@ -7,7 +7,7 @@ each answer; how they share a prompt is theirs (vLLM: its prefix cache).
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -165,9 +165,3 @@ def engine_source(engine: Engine, prompts: Sequence[Prompt], how: How) -> Source
                 take({i: _answers(found, none, none) for i, found in whole.items()})
 
     return run
-
-
-def ends_in_words(ends: Counter[str]) -> str:
-    """How answers ended."""
-    names = {STOP: "ended by themselves", CUT: "cut off", UNKNOWN: "end unknown", NONE: "no answer"}
-    return ", ".join(f"{ends[end]:,} {text}" for end, text in names.items() if ends[end])

@@ -82,11 +82,6 @@ def key_tokens_in_common(tree: Tree, scores: Array, truth: Array, chances: Array
     return np.mean(shares, 0), float(np.mean(randoms))
 
 
-def score_of(oracle: Array, start: Array) -> Array:
-    """The token reward s = log π_oracle − log π_ref."""
-    return oracle - start
-
-
 def accuracy(tree: Tree, score: Array, chances: Array) -> Array:
     """Share of labelled pairs whose winner has the higher sum of scores, ties a half, `[seeds]`."""
     sums = np.round(total(tree, score), 9)
