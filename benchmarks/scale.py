@@ -6,11 +6,12 @@
 A tiny model and short texts: what is measured is everything around a model. Each stage runs in a process of its own,
 forked after the imports; its memory is the peak of that process above what the imports take. With two workers the
 engine "files" shares passes and transfers between two processes (the memory is that of the larger one), tokenising uses
-`data.workers`; stages without units are measured once.
+`data.workers`; stages without units are measured once. A million pairs take half an hour with one worker (`--workers
+1`). Tokenising is also measured alone, on texts of a usual length, with one process and with two.
 
 Writes scale.json, scale.md and scale.png into --out. What 10^7 pairs take on many devices is simulated
-(`sepo.planning.units`) from the measured seconds of a unit outside of its model, and 220,400 tokens a second, which an
-H200 reads with a model of 1.24 billion weights (results/gpu.md).
+(`sepo.planning.units`) from the measured seconds of a unit outside of its model, the measured start of a worker, and
+220,400 tokens a second, which an H200 reads with a model of 1.24 billion weights (results/gpu.md).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +42,8 @@ import torch
 
 import sepo.report.build
 from sepo import engines, processes, work
+from sepo.data.encoding import tokenize_pairs
+from sepo.data.loading import load_preferences
 from sepo.engines.files import Files, serve
 from sepo.files import write_json, write_text
 from sepo.forward.scoring import Types
@@ -53,8 +57,11 @@ from tiny_tokenizers import tiny_tokenizer_of
 
 FORK = multiprocessing.get_context("fork")
 UNITS = ("logps", "transfer")
-TOKENS_A_SECOND, LOAD = 220_400, 20.0
+TOKENS_A_SECOND = 220_400
+# Seconds to load 1.24 billion weights of two bytes at 1 GB/s, an assumption; a worker starts once for both models.
+LOAD = 2.5
 FLAT = 1.2
+ROWS_OF_TEXT = 20_000
 # Bytes a pair that a stage may keep: numbers and hashes.
 ARRAYS = 100
 
@@ -101,10 +108,16 @@ def make_models(folder: Path) -> None:
     """A reference, an oracle and a policy with another tokenizer."""
     for name, family, seed in (("reference", "gpt2", 0), ("oracle", "gpt2", 1), ("policy", "llama2", 0)):
         tokenizer = tiny_tokenizer_of(family)
-        tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512, seed=seed).save_pretrained(
-            folder / name
-        )
+        tiny_model(
+            "llama", vocab_size=len(tokenizer), max_position_embeddings=512, seed=seed, **_SMALL
+        ).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+_SMALL = {
+    **{"hidden_size": 16, "intermediate_size": 16},
+    **{"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1},
+}
 
 
 def make_pairs(path: Path, number: int) -> None:
@@ -208,14 +221,45 @@ def overhead(place: Path, units: int = 1000) -> float:
     return (time.monotonic() - began) / units
 
 
-def simulations(around_a_unit: float) -> list[dict[str, Any]]:
-    """Two models read ten million pairs."""
+def make_texts(path: Path, number: int) -> None:
+    """Preferences of a usual length: a prompt of 30 words, responses of 150 words."""
+    draw = np.random.default_rng(0)
+    vocabulary = np.array(["".join(map(chr, word)) for word in draw.integers(97, 123, (2000, 6))])
+    lengths = {"prompt": 30, "chosen": 150, "rejected": 150}
+    with pq.ParquetWriter(path, pa.schema([(name, pa.string()) for name in lengths])) as file:
+        for start in range(0, number, 1000):
+            size = min(1000, number - start)
+            texts = {name: draw.choice(vocabulary, (size, words)) for name, words in lengths.items()}
+            file.write_table(pa.table({name: [" ".join(words) for words in rows] for name, rows in texts.items()}))
+
+
+def tokenising(models: Path, place: Path) -> dict[str, dict[str, float]]:
+    """Seconds to tokenise texts of a usual length with one process and with two."""
+    make_texts(place / "texts.parquet", ROWS_OF_TEXT)
+    rows, tokenizer = load_preferences(place / "texts.parquet"), load_tokenizer(str(models / "reference"))
+    found = {}
+    for workers in (1, 2):
+        found[str(workers)] = measured(lambda n=workers: tokenize_pairs(rows, tokenizer, progress=False, workers=n))
+        print(f"tokenising with {workers}: {found[str(workers)]}", flush=True)
+    return found
+
+
+def start_of_a_worker() -> float:
+    """CPU seconds until a new process could load a model."""
+    before = _cpu_seconds()
+    subprocess.run([sys.executable, "-c", "import sepo.stages.logps, sepo.engines.files"], check=True)
+    return _cpu_seconds() - before
+
+
+def simulations(around_a_unit: float, start: float) -> list[dict[str, Any]]:
+    """Two models read ten million pairs, one after the other; a worker starts once and loads each model."""
     rows = []
     for profile in PROFILES:
-        units = 2 * tokens_of_units(profile, 10_000_000) / TOKENS_A_SECOND + around_a_unit
+        units = tokens_of_units(profile, 10_000_000) / TOKENS_A_SECOND + around_a_unit
         for devices in (1, 8, 64):
-            result = simulate(units, devices, load=2 * LOAD)
-            rows.append({"profile": profile, "devices": devices, "hours": result.seconds / 3600, "busy": result.busy})
+            seconds = sum(simulate(units, devices, load=load).seconds for load in (start + LOAD, LOAD))
+            busy = 2 * units.sum() / (devices * seconds)
+            rows.append({"profile": profile, "devices": devices, "hours": seconds / 3600, "busy": busy})
     return rows
 
 
@@ -255,14 +299,16 @@ stage's process above what its imports take; in a stage that workers share, that
 TAIL = """\
 *Stops being flat*: the first size at which seconds a pair (CPU seconds with one worker, wall seconds with two) or
 memory exceed those of the size before by more than a fifth, from 10,000 pairs on; below 1 s or 50 MB not counted. Of
-memory, {arrays} bytes a pair are not counted: numbers and hashes of every pair (the data stage keeps 48, and copies).
-
+memory, {arrays} bytes a pair are not counted: numbers and hashes of every pair (the data stage keeps 40, and copies
+while it sorts).
+{tokenised}
 ## Ten million pairs, simulated
 
-Two models read 10,000 units of 1,000 pairs. A unit takes its tokens at {tokens_a_second:,} a second (one H200, 1.24
-billion weights), and {around_ms:.0f} ms of CPU time around the model, measured here; a device loads each model for
-{load_seconds:g} s. The lengths are log-normal, fitted to two public datasets (`sepo.planning.units`). This is
-arithmetic with measured pieces: no such machines were there.
+Two models read 10,000 units of 1,000 pairs, one after the other. A unit takes its tokens at {tokens_a_second:,} a
+second (one H200, 1.24 billion weights), and {around_ms:.0f} ms of CPU time around the model, measured here. A worker
+starts once, {start_seconds:.0f} s of CPU time here, and loads each model in {load_seconds:g} s (1 GB/s, assumed): on 64
+devices that is most of the time in which they are not busy. The lengths are log-normal, fitted to two public datasets
+(`sepo.planning.units`). This is arithmetic with measured pieces: no such machines were there.
 
 | lengths | devices | hours | busy |
 |---|---:|---:|---:|
@@ -288,9 +334,23 @@ def page(results: dict[str, Any]) -> str:
         tables.append("")
     shared = "; other programs ran on it meanwhile" if results["shared"] else ""
     text = HEAD.format(machine=results["machine"], shared=shared, verdict=verdict(results)) + "\n" + "\n".join(tables)
-    text += "\n" + TAIL.format(**results, around_ms=1e3 * results["around_a_unit"], arrays=ARRAYS)
+    words = {"around_ms": 1e3 * results["around_a_unit"], "arrays": ARRAYS, "tokenised": tokenised(results)}
+    text += "\n" + TAIL.format(**results, **words)
     rows = (f"| {r['profile']} | {r['devices']} | {r['hours']:.2f} | {r['busy']:.1%} |" for r in results["simulated"])
     return text + "\n".join(rows) + "\n"
+
+
+def tokenised(results: dict[str, Any]) -> str:
+    """What two processes gain."""
+    if "tokenising" not in results:
+        return ""
+    one, two = (results["tokenising"][number] for number in ("1", "2"))
+    return (
+        f"\n## Tokenising\n\n{ROWS_OF_TEXT:,} pairs of 330 words: {one['seconds']:.1f} s with one process, "
+        f"{two['seconds']:.1f} s with two, {one['seconds'] / two['seconds']:.2f} times as fast. CPU seconds of "
+        f"all processes: {one['cpu_seconds']:.1f} and {two['cpu_seconds']:.1f}, so two free cores can be "
+        f"{2 * one['cpu_seconds'] / two['cpu_seconds']:.2f} times as fast.\n"
+    )
 
 
 def ends_of(workers: str, by_size: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -321,7 +381,7 @@ def verdict(results: dict[str, Any]) -> str:
     )
     return (
         f"**{first}{rest}.** The largest takes {largest:.2f} GB. The report's figures and rows are a sample of at most "
-        f"50,000 pairs, so its memory cannot grow much beyond that.{unmeasured}{million}"
+        f"20,000 pairs, so its memory cannot grow much beyond that.{unmeasured}{million}"
     )
 
 
@@ -374,13 +434,15 @@ def main() -> None:
                 results["measured"].setdefault(str(workers), {})[str(pairs)] = found
                 write_json(options.out / "scale-so-far.json", results)
         results["engine_seconds"] = overhead(place)
+        results["tokenising"] = tokenising(place / "models", place)
     results["shared"] = options.shared
     results |= {"machine": f"{os.cpu_count()} CPU cores", "tokens_a_second": TOKENS_A_SECOND, "load_seconds": LOAD}
+    results["start_seconds"] = start_of_a_worker()
     most = results["measured"]["1"][max(results["measured"]["1"], key=int)]
     pairs = int(max(results["measured"]["1"], key=int))
     # Around the model: the engine, and two transfers' worth of reading and writing a shard.
     results["around_a_unit"] = results["engine_seconds"] + 1000 * most["transfer"]["cpu_seconds"] / pairs
-    results["simulated"] = simulations(results["around_a_unit"])
+    results["simulated"] = simulations(results["around_a_unit"], results["start_seconds"])
     (options.out / "scale-so-far.json").unlink()
     write_json(stored, results)
     write_text(options.out / "scale.md", page(results))

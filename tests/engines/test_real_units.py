@@ -14,6 +14,7 @@ import pytest
 import spawn
 from sepo import engines
 from sepo.cli import main
+from sepo.data.tables import read_table, write_shard
 from sepo.engines import files
 from sepo.engines.files import Files
 from sepo.errors import UserError
@@ -88,6 +89,30 @@ def oracle(place: Path) -> Path:
 def test_passes_and_transfers_as_units_give_the_tables_of_local(place, tmp_path):
     score(place, "files", tmp_path)
     assert tables(tmp_path) == tables(place / "local")
+
+
+def test_the_command_transfers_as_units_of_every_engine(place, tmp_path):
+    """The table of `sepo transfer` is the same with both engines, also from a table in one file."""
+    arguments = ["transfer", "--data", str(place / "prefs.jsonl"), "--tokenizer", str(place / "large")]
+    arguments += ["--table-tokenizer", str(place / "small")]
+    scores = place / "local" / "scores"
+    for name, more in (("local", []), ("files", ["--engine", "files"])):
+        assert main([*arguments, "--table", str(scores), "--out", str(tmp_path / name), *more]) == 0
+    assert tables(tmp_path / "files") == tables(tmp_path / "local")
+    assert len(tables(tmp_path / "local")) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "local"]
+    (tmp_path / "one").mkdir()
+    one = write_shard(tmp_path / "one", 0, read_table(scores, "scores"))
+    assert main([*arguments, "--table", str(one), "--out", str(tmp_path / "of_one"), "--engine", "files"]) == 0
+    assert read_table(tmp_path / "of_one", "scores").equals(read_table(tmp_path / "local", "scores"))
+
+
+def test_a_table_is_not_carried_over_into_itself(place, capsys):
+    scores = place / "local" / "scores"
+    arguments = ["--data", str(place / "prefs.jsonl"), "--tokenizer", str(place / "large")]
+    assert main(["transfer", "--table", str(scores), *arguments, "--out", str(scores)]) == 2
+    assert "holds the table itself" in capsys.readouterr().err
+    assert len(tables(scores)) == 6
 
 
 @pytest.mark.nightly

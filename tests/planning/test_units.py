@@ -19,6 +19,14 @@ def test_64_devices_are_busy_where_there_are_units_enough(profile):
     assert simulate(units, 64).seconds >= together / 64
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_64_devices_are_busy_with_ten_million_pairs_though_workers_start_and_load_two_models(profile):
+    """A worker starts in 10 s, and loads each model in 2.5 s; the second pass waits for the end of the first."""
+    units = tokens_of_units(profile, 10_000_000) / 220_400
+    seconds = sum(simulate(units, 64, load=load).seconds for load in (12.5, 2.5))
+    assert 2 * units.sum() / (64 * seconds) > 0.9
+
+
 def test_a_simulation_of_few_units_by_hand():
     assert simulate([4.0, 1.0, 1.0, 1.0], 2) == Simulated(4.0, 7 / 8)
     assert simulate([1.0], 3, load=1.0) == Simulated(2.0, 1 / 6)

@@ -33,36 +33,46 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="how the reward that several tokens share is divided among the policy's tokens (default bytes)",
     )
     command.out_option(parser, "folder for the score table under the policy's tokenizer")
+    command.engine_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     allocation = {} if arguments.allocation is None else {"allocation": arguments.allocation}
     recipe = command.recipe_of(arguments, policy={"model": arguments.tokenizer}, transfer=allocation)
     command.quiet_libraries()
+    from sepo import engines
     from sepo.data.tables import iter_tables
     from sepo.data.vocabulary import token_bytes
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
     from sepo.stages import data
-    from sepo.transfer.stages import carry_table
+    from sepo.transfer.stages import carry_units, write_targets
 
-    def write_scores(out: Path) -> dict[str, float]:
+    def write_scores(out: Path, targets: Path) -> dict[str, float]:
         table = Path(arguments.table)
+        if table.resolve() == out.resolve():
+            raise UserError(f"'{out}' holds the table itself: choose another folder for what is carried over")
         source, name = _tokenizer_of_table(table, arguments.table_tokenizer)
         data.check(recipe)
         target = load_tokenizer(arguments.tokenizer)
-        readers = token_bytes(source, name), token_bytes(target, arguments.tokenizer)
+        for tokenizer, model in ((source, name), (target, arguments.tokenizer)):
+            token_bytes(tokenizer, model)  # refuses a tokenizer before the data are read
         pairs, found = data.read_source(recipe.data, recipe.data.split, target, out)
         data.log_reports({recipe.data.split: found})
-        names = name, arguments.tokenizer
-        report = carry_table(table, "scores", pairs.matching, readers, out, recipe.transfer.allocation, names)
+        write_targets(table, pairs.matching, targets)
+        named = [(name, None), (arguments.tokenizer, None)]
+        report = carry_units(named, recipe.transfer.allocation, table, targets, out, "transfer")
         target.save_pretrained(out / "tokenizer")
         processes.log(f"  {report.summary()}")
         return report.figures()
 
-    with command.writing_to(arguments) as out:
+    with (
+        engines.use(arguments.engine, Path(arguments.out)),
+        command.writing_to(arguments) as out,
+        command.work_folder(out) as targets,
+    ):
         processes = command.join("cpu")
-        figures = processes.on_main(lambda: write_scores(out))
+        figures = processes.on_main(lambda: write_scores(out, targets))
     accuracy = oracle_accuracy(iter_tables(arguments.out, "scores"))
     command.print_metrics(f"scores: {arguments.out}", {**figures, **accuracy})
 

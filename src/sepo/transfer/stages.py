@@ -11,7 +11,7 @@ these tables.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -139,33 +139,51 @@ def stage(
 
 
 def carry_scores(recipe: Recipe, source: Path, targets: Path, out: Path, title: str) -> TransferReport:
-    """Carry a score table over to the policy's tokenizer: `carry_table` with one shard of each table a unit of work.
+    """Carry a score table over to the policy's tokenizer; as `carry_units`."""
+    policy, reference = recipe.policy, recipe.reference
+    named = [(reference.model, reference.revision), (str(policy.model), policy.revision)]
+    return carry_units(named, recipe.transfer.allocation, source, targets, out, title)
+
+
+def carry_units(
+    tokenizers: Sequence[tuple[str, str | None]], allocation: str, source: Path, targets: Path, out: Path, title: str
+) -> TransferReport:
+    """Carry a score table over to another tokenizer: one shard of each table is a unit of work.
 
     Args:
-        targets: the pairs under the policy's tokenizer, shard by shard those of `source`.
+        tokenizers: name and revision of models with the table's tokenizer and with the other one.
+        source: the table's folder.
+        targets: the pairs under the other tokenizer, shard by shard those of `source`.
+        out: folder of the new table; its provenance names the old table in `transferred_from`.
+        title: for progress.
+
+    Raises:
+        UserError: no pair is left.
     """
     from sepo.transfer.carry import TransferReport
 
-    named = [(recipe.reference.model, recipe.reference.revision), (str(recipe.policy.model), recipe.policy.revision)]
     paths = table_paths(source, "scores")
     settings = {
         "source": work.absolute(source),
         "targets": work.absolute(targets),
         "out": os.path.abspath(out),
-        "tokenizers": [[work.absolute(name), revision] for name, revision in named],
-        "fingerprints": [tokenizer_fingerprint(one) for one in tokenizers(recipe)],
+        "tokenizers": [[work.absolute(name), revision] for name, revision in tokenizers],
+        "fingerprints": [tokenizer_fingerprint(load_tokenizer(name, revision=rev)) for name, rev in tokenizers],
         "targets_digest": _digest(table_paths(targets, "pairs"), "pairs"),
-        "provenance": _provenance(paths, "scores", recipe.transfer.allocation),
+        "provenance": _provenance(paths, "scores", allocation),
         "shards": len(paths),
     }
-    units = [Unit(path.stem, pq.read_metadata(path).num_rows, {"index": index}) for index, path in enumerate(paths)]
+    units = [
+        Unit(f"part-{index:05d}", pq.read_metadata(path).num_rows, {"index": index, "path": work.absolute(path)})
+        for index, path in enumerate(paths)
+    ]
     if work.is_local():
         clear_shards(out)  # a unit replaces its shard; nothing here records which ones an earlier attempt made
     for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
         stale.unlink()
     counts = work.do(Job("sepo.transfer.stages:Carry", title, settings, tuple(units)))
     total = sum((TransferReport(**counts[unit.name]) for unit in units), TransferReport())
-    _require_pairs(total, source, out, (named[0][0], named[1][0]))
+    _require_pairs(total, source, out, (tokenizers[0][0], tokenizers[1][0]))
     return total
 
 
@@ -183,12 +201,12 @@ class Carry:
     def __call__(self, units: Iterable[Unit], progress: Progress) -> Iterator[tuple[Unit, Callable[[], Counts]]]:
         from sepo.transfer.carry import carry
 
-        source, targets = Path(self.settings["source"]), Path(self.settings["targets"])
+        targets = Path(self.settings["targets"])
         provenance = self.settings["provenance"]
         for unit in units:
             index = unit.details["index"]
             target = read_shard(shard_path(targets, index), "pairs")
-            shard = read_shard(shard_path(source, index), "scores")
+            shard = read_shard(Path(unit.details["path"]), "scores")
             table, report = carry(shard, target, *self.readers, provenance["allocation"])
             progress(unit.size)
             yield unit, partial(self._write, index, table, asdict(report))
@@ -202,6 +220,19 @@ class Carry:
         index = unit.details["index"]
         expected = {"transferred_from": settings["provenance"], "shard": index, "shards": settings["shards"]}
         return shard_digest(shard_path(Path(settings["out"]), index), expected)
+
+
+def write_targets(source: Path, targets: Callable[[pa.Table], pa.Table], out: Path) -> None:
+    """Write the pairs of a score table under another tokenizer, shard by shard those of the table.
+
+    Args:
+        targets: gives for a shard of `source` a table of kind "pairs" with its pairs under the other tokenizer.
+    """
+    paths = table_paths(source, "scores")
+    for index, path in enumerate(paths):  # replaced one by one: workers may be reading them
+        write_shard(out, index, targets(read_shard(path, "scores")), len(paths))
+    for stale in sorted(out.glob("part-*.parquet"))[len(paths) :]:
+        stale.unlink()
 
 
 def carry_table(
@@ -229,8 +260,6 @@ def carry_table(
     from sepo.transfer.carry import TransferReport, carry
 
     paths = table_paths(source, kind)
-    if source.resolve() == out.resolve():
-        raise UserError(f"'{out}' holds the table itself: choose another folder for what is carried over")
     provenance = _provenance(paths, kind, allocation)
     clear_shards(out)
     total = TransferReport()
