@@ -204,7 +204,7 @@ def _alternatives(problems: list[Any], root: type[BaseModel]) -> list[Any]:
     """
     first = problems[0]
     above = first["loc"][:-1]
-    if isinstance(first["loc"][-1], int) or _owner(above, root) is not None:
+    if not first["loc"] or isinstance(first["loc"][-1], int) or _owner(above, root) is not None:
         return [first]
     return [problem for problem in problems if problem["loc"][:-1] == above and problem["input"] is first["input"]]
 
