@@ -12,7 +12,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from properties import examples
@@ -272,6 +272,7 @@ def table_or_message(path: Path) -> pa.Table | str:
 
 
 @examples(100)
+@example(rows=[{"a": [0], "b": [0]}], at_once=1)
 @given(
     rows=st.lists(
         st.dictionaries(

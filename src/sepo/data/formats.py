@@ -309,8 +309,10 @@ def _lines_table(data: bytes, path: Path) -> pa.Table | None:
     for field in (field for table in tables for field in table.schema if not pa.types.is_null(field.type)):
         if types.setdefault(field.name, field.type) != field.type or field.type == _WRAPPED:
             return None
-    table = pa.concat_tables(tables, promote_options="default") if tables else None
-    return table if table is not None and table.num_rows == number else None
+    if number < 2:  # one object alone may be a table saved by columns
+        return None
+    table = pa.concat_tables(tables, promote_options="default")
+    return table if table.num_rows == number else None
 
 
 def _first_line(data: bytes) -> bytes:
