@@ -99,6 +99,7 @@ def test_tiles_of_the_block_mask_miss_nothing_and_whole_ones_are_whole(row, wind
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_kind_of_flex_call_keeps_its_graph(monkeypatch, nightly_run):
     """Different numbers of heads, two types, with and without a window, short and long rows: all are compiled."""
     graphs = []

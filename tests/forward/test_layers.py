@@ -363,6 +363,7 @@ print(passes(range(120, 120 + int(sys.argv[1]))) - before)
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_rows_of_many_lengths_leave_no_memory_behind(nightly_run):
     """oneDNN caches compiled code by shape; scoring rows of every length must not use ever more memory."""
     environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}

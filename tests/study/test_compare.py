@@ -566,6 +566,7 @@ def test_without_a_gold_reward_the_held_out_accuracy_is_compared(work, workplace
     assert "accuracy gain" in (workplace / "accuracy-out" / "compare.md").read_text()
 
 
+@pytest.mark.nightly
 def test_seeds_can_vary_the_oracle_too(workplace, capsys):
     text = GRID.replace("sweep_seed: 0\n", "").replace("seeds_vary: policy\n", "").replace("[1.0, 2.5]", "[1.0]")
     path = write_grid(workplace, text[: text.index("  random")], "oracles", "oracles-out")
@@ -771,6 +772,7 @@ def test_differences_are_over_seeds_and_prompts_where_each_prompt_was_kept():
     assert differences(runs, 1.0)[0]["prompts"] == 0
 
 
+@pytest.mark.nightly
 def test_a_sweep_can_be_decided_on_other_prompts_than_those_reported(copied, capsys):
     folder, _, _ = copied
     text = GRID.replace("sweep_seed: 0\n", "sweep_seed: 1\nsweep_prompts: 2\n").replace("[1, 2]", "[1]")
