@@ -122,6 +122,14 @@ def test_tests_that_the_documentation_names_exist():
     assert found > 50
 
 
+def test_no_stored_result_names_a_folder_of_a_machine():
+    files = [path for path in (ROOT / "results").rglob("*") if path.suffix in (".md", ".json")]
+    assert len(files) > 50
+    folder = re.compile(r"(?<![\w.~}/-])/(?:tmp|work|root|home|Users)/\w[\w./-]*")
+    found = {path.name: folder.findall(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
 def test_files_that_the_documentation_names_exist():
     """Paths such as `src/sepo/forward/logps.py`, `tests/...` and `results/...`."""
     for page in [*sorted(DOCS.rglob("*.md")), ROOT / "mkdocs.yml"]:

@@ -117,3 +117,28 @@ def test_any_mapping_is_a_recipe_or_a_one_line_error(mapping):
 def test_an_unknown_key_gets_the_setting_that_other_trainers_call_so(key, meant):
     with pytest.raises(UserError, match=rf"unknown key '{key}' \(did you mean '{meant}'\?\)"):
         load_recipe("quickstart", [f"{key}=1"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("policy.training.learning_rate", "fast"),
+        ("policy.training.learning_rate", -1),
+        ("policy.training.report_to", 3),
+        ("policy.lora.target_modules", 3),
+        ("data.workers", 0),
+    ],
+)
+def test_a_wrong_value_of_a_setting_of_several_types_is_one_problem_under_its_name(setting, value):
+    values = {"name": "a", "data": {"source": "x.jsonl"}}
+    *sections, last = setting.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[last] = value
+    with pytest.raises(UserError, match=rf"{setting} is {value!r}: input should .* or input should ") as problem:
+        parse_recipe(values, "here")
+    assert "more problems" not in str(problem.value)
+    place["no_such_setting"] = 1
+    with pytest.raises(UserError, match="1 more problem"):
+        parse_recipe(values, "here")

@@ -12,6 +12,7 @@ from sepo.api import run_recipe
 from sepo.cli import main
 from sepo.errors import UserError
 from sepo.recipe.reading import load_recipe
+from sepo.recipe.settings import PolicySettings, TrainingSettings
 from sepo.stages import oracle
 from sepo.study.comparison import check_grid
 from sepo.study.grid import Setting
@@ -100,7 +101,7 @@ def test_an_automatic_rate_reaches_the_kl_and_a_killed_probe_chooses_the_same(he
     assert 20 <= metrics["target_kl/step"] <= 60  # planned at 70 % of 60 steps
     rate = metrics["target_kl/learning_rate"]
     assert 1e-5 < rate < 1e-2
-    assert not (here / "run/policy" / auto_rate.FOLDER).exists()
+    assert not list((here / "run/policy").glob(auto_rate.FOLDER.format("*")))
     weights = (here / "run/policy/model.safetensors").read_bytes()
 
     class Killed(BaseException):
@@ -120,6 +121,20 @@ def test_an_automatic_rate_reaches_the_kl_and_a_killed_probe_chooses_the_same(he
     run_recipe(recipe_of(*auto, "output_dir=again"))
     assert "reused" in capsys.readouterr().err
     assert (here / "again/policy/model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(("kl", "words"), [(0.0, "do not move the policy"), (float("nan"), "not finite")])
+def test_no_rate_is_chosen_where_a_probe_learns_nothing_or_diverges(tmp_path, kl, words):
+    policy = PolicySettings(target_kl=1.0, training=TrainingSettings(learning_rate="auto"))
+    rates = []
+
+    def train(settings, out):
+        rates.append(settings.learning_rate)
+        return auto_rate.ProbedKl(kl, kl)
+
+    with pytest.raises(UserError, match=words):
+        auto_rate.choose_rate(policy, 60, train, tmp_path)
+    assert rates == sorted(set(rates))
 
 
 @pytest.mark.parametrize("planned", [10.0, 200.0])

@@ -21,11 +21,11 @@ from sepo.errors import UserError
 from sepo.processes import log
 from sepo.recipe.settings import PolicySettings, TrainingSettings
 
-FOLDER = ".rate-probe-1"  # within the model's folder, which the trained model replaces
+FOLDER = ".rate-probe-{}"  # within the model's folder, which the trained model replaces
 FIRST_RATE, FIRST_RATE_LORA = 1e-5, 1e-4
 # The target is planned at this share of the steps: the policy slows down where the pairs repeat.
 _PLANNED = 0.7
-_STEPS = 12  # of a probe, or an eighth of the training
+_STEPS = 12  # of a probe; a sixth of the training if that is less
 _FAR = 3.0  # a rate beyond this factor of the probe's is probed again
 _PROBES = 4
 _CAP = 30.0  # the largest step between two rates
@@ -59,7 +59,7 @@ class ReadKl(TrainerCallback):
 
 
 def choose_rate(
-    policy: PolicySettings, steps: int, train: Callable[[TrainingSettings, Path], ProbedKl], folder: Path
+    policy: PolicySettings, steps: int, train: Callable[[TrainingSettings, Path], ProbedKl], out: Path
 ) -> TrainingSettings:
     """The settings of the training with a learning rate for `auto`.
 
@@ -67,18 +67,20 @@ def choose_rate(
         policy: with `target_kl`.
         steps: that the training may last.
         train: trains the policy from its start with some settings, into a folder. A finished training is reused.
-        folder: for the probes.
+        out: folder of the policy, for the probes.
 
     Raises:
-        UserError: the policy does not move at the largest rate of the probes.
+        UserError: the policy does not move in any probe, or its KL is not finite.
     """
     assert policy.target_kl is not None
     number = 2 * max(1, min(_STEPS, steps // 6) // 2)
     planned = _sum_of_schedule(policy.training, steps, max(1, round(_PLANNED * steps)))
     rate = FIRST_RATE_LORA if policy.lora is not None else FIRST_RATE
-    for probe in range(_PROBES):
-        short = {"max_steps": number, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "save_minutes": 0.0}
-        kl = train(policy.training.model_copy(update={**short, "learning_rate": rate, "report_to": "none"}), folder)
+    short = {"max_steps": number, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "save_minutes": 0.0}
+    short |= {"report_to": "none"}
+    for probe in range(1, _PROBES + 1):
+        settings = policy.training.model_copy(update={**short, "learning_rate": rate})
+        kl = train(settings, out / FOLDER.format(probe))
         if not math.isfinite(kl.end):
             raise UserError(
                 f"learning_rate auto: the policy is not finite after {number} steps at {rate:.2g}: give a number"
@@ -88,7 +90,11 @@ def choose_rate(
         last, rate = rate, wanted
         if 1 / _FAR <= wanted / last <= _FAR:
             break
-        folder = folder.with_name(f".rate-probe-{probe + 2}")
+    if kl.end <= 0:
+        raise UserError(
+            f"learning_rate auto: {number} steps at {last:.2g} do not move the policy, so it learns nothing from these "
+            "pairs: look at the key tokens, or give a number"
+        )
     return policy.training.model_copy(update={"learning_rate": rate})
 
 

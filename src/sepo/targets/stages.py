@@ -12,7 +12,7 @@ from sepo.models.weights import load_model
 from sepo.recipe.settings import Recipe, TrainingSettings
 from sepo.stages.stage import Model, StageResult
 from sepo.stages.train import Train
-from sepo.targets.auto_rate import FOLDER, ProbedKl, ReadKl, choose_rate
+from sepo.targets.auto_rate import ProbedKl, ReadKl, choose_rate
 from sepo.targets.kl_probe import Probe
 from sepo.targets.until import LookAtAccuracy, LookAtKl, Target, UntilTarget, accuracy_on, kl_from
 from sepo.training.fit import steps_of, training_types
@@ -42,7 +42,7 @@ def train_to_kl(
             results = train(short, folder, ReadKl(probe))
             return ProbedKl(results["half"], results["end"])
 
-        training = choose_rate(recipe.policy, steps_of(training, number), probed, out / FOLDER)
+        training = choose_rate(recipe.policy, steps_of(training, number), probed, out)
         chosen = {"target_kl/learning_rate": float(training.learning_rate)}
     until = UntilTarget(
         Target("kl", target, "policy.target_kl", "raise policy.training.num_train_epochs or learning_rate"),
