@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -136,6 +136,7 @@ def test_no_text_changes_the_structure_of_a_conversation(tokenizer, conversation
 
 
 @examples(150)
+@example(content=b"BZh", suffix=".jsonl")
 @given(content=st.one_of(st.binary(max_size=60), texts.map(lambda t: t.encode("utf-8", "surrogatepass"))),
        suffix=st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz"]))  # fmt: skip
 def test_any_bytes_in_a_file_end_in_a_dataset_or_one_line(content, suffix):

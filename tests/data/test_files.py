@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import tempfile
 from pathlib import Path
 
@@ -291,6 +294,26 @@ def test_json_lines_read_in_parts_are_the_table_of_the_whole(rows, at_once):
         whole = table_or_message(path)
         patch.setattr(formats, "_LINES_AT_ONCE", at_once)
         assert table_or_message(path) == whole
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_that_ends_early_is_refused_wherever_it_ends(tmp_path, suffix):
+    text = "\n".join(json.dumps(row) for row in ROWS).encode()
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}[suffix]
+    whole = pack(text)
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(whole)
+    assert formats.read_file(path).num_rows == len(ROWS)
+    for size in range(1, len(whole)):
+        path.write_bytes(whole[:size])
+        assert "\n" not in refused(path), size
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
 
 
 # --- folders --------------------------------------------------------------------------------------------------------

@@ -157,7 +157,10 @@ def _content(path: Path, suffix: str) -> bytes:
     unpack = next((unpack for start, unpack in _UNPACK if data.startswith(start)), None)
     if unpack is None and suffix.endswith(_COMPRESSED):
         raise UserError(f"'{path}' is not a readable {suffix[1:]} file (it is not compressed)")
-    data = data if unpack is None else unpack(data)
+    try:
+        data = data if unpack is None else unpack(data)
+    except ValueError as error:  # bz2, of a file that ends early
+        raise EOFError(str(error)) from error
     if suffix in _BINARY:
         return data
     for mark, kind in ((b"PAR1", "parquet"), (b"ARROW1", "arrow")):
