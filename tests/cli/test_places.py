@@ -95,6 +95,7 @@ def test_a_place_that_cannot_be_written_to_is_bad_input_before_anything_is_read(
 @pytest.mark.parametrize(
     ("command", "setting"), [("run", "output_dir"), ("compare", "output_dir"), ("compare", "work_dir")]
 )
+@pytest.mark.daily(3)
 def test_so_is_a_run_folder(command, setting, dry, place, tmp_path, capsys):
     for out in bad_places(tmp_path):
         if command == "run":
@@ -197,7 +198,7 @@ READING = {
 
 @pytest.mark.parametrize("given", NO_TABLES)
 @pytest.mark.parametrize("option", READING)
-@pytest.mark.daily(16)
+@pytest.mark.daily(8)
 def test_what_is_no_table_is_named_for_what_it_is(option, given, place, tmp_path, capsys):
     words, kind, writer = READING[option]
     words = [word.format(place, tmp_path / "out") for word in words]

@@ -195,15 +195,13 @@ def token_rewards(
         >>> list(zip(first.texts, first.rewards))  # doctest: +SKIP
         [(' 4', 1.25), ('</s>', 0.03)]
     """
-    many = isinstance(prompt, Sequence) and not isinstance(prompt, str) and not _is_messages(prompt)
-    prompts, groups = (list(prompt), list(responses)) if many else ([prompt], [responses])
-    _check_texts(prompts, groups)
+    many, prompts, groups = _by_prompt(prompt, responses)
     check_allocation(allocation)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         tokenizer = load_tokenizer(tokenizer)
     scorers = load_scorers(oracle, reference, oracle_tokenizer=oracle_tokenizer, device=device)
     if not (rows := _rows(prompts, groups)):
-        return [[] for _ in groups] if many else []
+        return [[] for _ in groups] if many else []  # type: ignore[return-value]
     options = {"as_chat": as_chat, "chat_template_kwargs": chat_template_kwargs}
     scores = scorers.scores(_tokenized(rows, scorers.tokenizer, options), tokens_per_row)
     if tokenizer is not None:
@@ -211,6 +209,14 @@ def token_rewards(
     target = scorers.tokenizer if tokenizer is None else tokenizer
     results = iter(_results(scores, target, [response for group in groups for response in group]))
     return [[next(results) for _ in group] for group in groups] if many else list(results)
+
+
+def _by_prompt(prompt: Any, responses: Any) -> tuple[bool, list[Any], list[Any]]:
+    """Whether there is a list of prompts; the prompts, and the responses of each."""
+    many = isinstance(prompt, Sequence) and not isinstance(prompt, str) and not _is_messages(prompt)
+    prompts, groups = (list(prompt), list(responses)) if many else ([prompt], [responses])
+    _check_texts(prompts, groups)
+    return many, prompts, groups
 
 
 def _rows(prompts: Sequence[Any], groups: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
