@@ -198,7 +198,7 @@ READING = {
 
 @pytest.mark.parametrize("given", NO_TABLES)
 @pytest.mark.parametrize("option", READING)
-@pytest.mark.daily(8)
+@pytest.mark.daily(16)
 def test_what_is_no_table_is_named_for_what_it_is(option, given, place, tmp_path, capsys):
     words, kind, writer = READING[option]
     words = [word.format(place, tmp_path / "out") for word in words]

@@ -185,7 +185,7 @@ def ask(one: Endpoint, *texts: str):
 
 
 @pytest.mark.parametrize(("reply", "expected", "fate"), EXAMPLES)
-@pytest.mark.daily(12)
+@pytest.mark.daily(24)
 def test_a_reply_is_understood_and_kept_or_asked_again_as_the_table_says(reply, expected, fate, tmp_path):
     with serving(lambda body, before: reply if body["messages"][0]["content"] == "odd" else said("good")) as server:
         (got, good), spent = ask(endpoint(server.url, tmp_path), "odd", "even")

@@ -91,7 +91,7 @@ def one_line(error) -> str:
         ("arguments.objective=dpo", "training.arguments.objective cannot be used"),
     ],
 )
-@pytest.mark.daily(8)
+@pytest.mark.daily(16)
 def test_a_training_that_cannot_be_set_up_is_refused_by_its_setting(tmp_path, model, section, setting, match):
     recipe = recipe_of(tmp_path, model, f"{section}.training.{setting}")
     with pytest.raises(UserError, match=match) as error:

@@ -31,7 +31,7 @@ oracle: {training: {learning_rate: 0.002, batch_size: 8}}
 policy: {training: {learning_rate: 0.0001, batch_size: 8, num_train_epochs: 40, lr_scheduler_type: constant}}
 eval: {gold: plain, prompts: 6, samples: 24, max_new_tokens: 8, examples: 0, pairs: 0}
 """
-TARGET = ("policy.target_kl=0.5", "policy.training.save_minutes=1.0e-9")
+TARGET = ("policy.target_kl=0.5", "policy.training.save_minutes=1.0e-9", "policy.training.learning_rate=0.0002")
 
 
 @pytest.fixture
