@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig
 
-from sepo.api import run_recipe
+from sepo.api import extension_of, run_recipe
 from sepo.cli import main
 from sepo.evaluate import generate
 from sepo.forward import scoring as passes
@@ -20,6 +20,8 @@ from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import TrainingSettings
 from sepo.runs.method import Method
 from sepo.stages.cost import Cost, Estimate, FrozenMemory
+from sepo.targets.auto_rate import USUAL_PROBES, probe_steps
+from sepo.targets.until import MEASUREMENTS
 from sepo.training import trainer
 from sepo.training.trainer import PreferenceConfig
 from tiny_models import tiny_model, tiny_tokenizer
@@ -73,7 +75,7 @@ def counted(monkeypatch):
 def planned(recipe, folder) -> tuple[Method, dict[str, Cost]]:
     """The method of a recipe, and what each of its stages costs, without training."""
     planner = Planner(folder)
-    method = Method(recipe, planner)
+    method = Method(recipe, planner, extension=extension_of(recipe))
     plan_stages(method)
     sizes = method_sizes(method, "cpu")
     return method, {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
@@ -106,6 +108,28 @@ def test_the_work_that_is_counted_is_the_work_of_the_run(workplace, tmp_path, co
     assert counted["score", "tokens"] == pytest.approx(expected["score", "tokens"], rel=0.15)
     # A response may end before it must.
     assert 0.5 * expected["generate", "steps"] <= counted["generate", "steps"] <= expected["generate", "steps"]
+
+
+def test_measurements_on_the_way_to_a_target_are_counted(workplace, tmp_path, counted):
+    """No held-out accuracy exceeds 1, and none of these labels is perfect: the training lasts its whole length."""
+    small = ["data.sample=0.08", "eval.prompts=4"]
+    plain = load_recipe(workplace / "recipe.yaml", small)
+    aimed = load_recipe(workplace / "recipe.yaml", [*small, "oracle.target_accuracy=1", f"output_dir={tmp_path / 'a'}"])
+    expected = planned_work(planned(aimed, tmp_path / "planned")[1])
+    before = planned_work(planned(plain, tmp_path / "plain")[1])
+    assert expected["score", "targets"] > 2 * before["score", "targets"]
+    counted.clear()
+    run_recipe(aimed)
+    assert counted["score", "targets"] == pytest.approx(expected["score", "targets"], rel=0.1)
+
+    to_kl = ("policy.target_kl=1", "policy.training.learning_rate=auto")
+    auto_costs = planned(load_recipe(workplace / "recipe.yaml", [*small, *to_kl]), tmp_path / "auto")[1]
+    auto = planned_work(auto_costs)
+    assert len(warm_up_lines(auto_costs)) == 2  # of the oracle and the policy; a probe has no warm-up
+    steps = round(before["train", "updates"] / 3)  # the oracle passes over the pairs twice, the policy once
+    assert auto["train", "updates"] == before["train", "updates"] + USUAL_PROBES * probe_steps(steps)
+    # The evaluation samples as often for the start and the policy as a measurement does once.
+    assert auto["generate", "steps"] > before["generate", "steps"] + MEASUREMENTS * 9 - 1
 
 
 @pytest.mark.parametrize(("ratio", "updates"), [(0.03, 16), (0.5, 2), (0.0, 16), (0.9, 1)])
