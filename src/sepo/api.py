@@ -69,7 +69,7 @@ def _engine(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     from sepo import engines
 
-    return engines.use(recipe.engine, recipe.run_folder)
+    return engines.use(recipe.engine, recipe.run_folder, launches=True)
 
 
 def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = None) -> RunPlan:

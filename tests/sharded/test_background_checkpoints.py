@@ -29,7 +29,8 @@ HERE = Path(__file__).parents[1]
 def undisturbed(made_once):
     """A training with whole checkpoints, to its end."""
     return made_once(
-        "undisturbed-shards", lambda folder: trainings.train(trainings.prepare(folder), checkpoints="whole", save_minutes=0)
+        "undisturbed-shards",
+        lambda folder: trainings.train(trainings.prepare(folder), checkpoints="whole", save_minutes=0),
     )
 
 
