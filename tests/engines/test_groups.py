@@ -87,7 +87,7 @@ def test_one_process_waits_for_a_group_and_leaves_its_units(place, tmp_path, mon
     with engines.use("files@2", tmp_path / "out"), pytest.raises(Stop):
         logps.logps_pass(str(place / "model"), place / "pairs", tmp_path / "out" / "logps", device="cpu")
     assert (
-        "waiting for units of workers of 2 processes (torchrun --nproc-per-node 2 -m sepo work"
+        "waiting for units of workers of 2 processes (torchrun --standalone --nproc-per-node 2 -m sepo work"
         in capsys.readouterr().err
     )
     assert not list((tmp_path / "out").glob(".units/*/claims/*"))

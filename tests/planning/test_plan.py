@@ -187,7 +187,8 @@ def test_several_machines_are_planned_with_replicas_of_shards_and_with_passes_as
 ):
     """The oracle of 70 billion weights is held by the eight devices of a machine; there are four such groups."""
     common = ["run", str(workplace / "recipe.yaml"), f"policy.model={outline}", f"output_dir={tmp_path / 'new'}",
-              "device=auto", "policy.objective=dpo", "--dry-run", "--device-memory", "80"]  # fmt: skip
+              "device=auto", "policy.objective=dpo", "policy.training.checkpoints=sharded", "engine=files@8",
+              "--dry-run", "--device-memory", "80"]  # fmt: skip
     assert main([*common, "--processes", "4x8", "--device-tflops", "400"]) == 0
     shown = capsys.readouterr().out
     memory, units = shown[shown.index("memory of each device") :].split("passes as units of 1,000 pairs")
@@ -196,6 +197,8 @@ def test_several_machines_are_planned_with_replicas_of_shards_and_with_passes_as
     small = next(line for line in units.splitlines() if line.startswith("reference_logps "))
     assert "32 of 1 device" in small
     assert "~" in small
+    assert small.rstrip(" │").endswith("files")
+    assert "train: a checkpoint has 847 GB; each process copies 26 GB to the host's memory" in " ".join(units.split())
     assert "(by FLOPs)" in shown
 
 

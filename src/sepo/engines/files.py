@@ -180,12 +180,20 @@ class Files:
             if (reason := folder.ended()) is not None:
                 raise UserError(f"{reason}; {len(job.units) - len(counts)} of {len(job.units)} units remain")
             if not suits(job) or not self.worker.turn(folder, look):
-                log_once(f"  {job.title}: waiting for units of {_who(job)}")
+                log_once(f"  {job.title}: waiting for units of {self._who(job)}")
                 time.sleep(min(POLL, self.patience))
         self.worker.put_down()
         folder.close()
         self._done.append(folder)
         return counts
+
+    def _who(self, job: Job) -> str:
+        if suits(job):
+            return "other workers"
+        number, folder = job.processes, self.folder.parent
+        return (
+            f"workers of {number} processes (torchrun --standalone --nproc-per-node {number} -m sepo work '{folder}')"
+        )
 
     def help(self) -> bool:
         log_once(f"another process has this folder: doing units of '{self.folder}' for it")
@@ -222,12 +230,6 @@ def suits(job: Job, device: str | None = None) -> bool:
         device: kind of device of this machine; None: that of the job.
     """
     return job.processes <= processes.size() and (device is None or job.device in ("cpu", device))
-
-
-def _who(job: Job) -> str:
-    if suits(job):
-        return "other workers"
-    return f"workers of {job.processes} processes (torchrun --nproc-per-node {job.processes} -m sepo work FOLDER)"
 
 
 def _content(path: Path) -> str:

@@ -726,9 +726,9 @@ class Recipe(Settings):
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row for scoring")
     engine: str = Field(
         "local",
-        pattern=r"^[a-z]+(:.+)?$",
-        description="who does the passes of frozen models and transfers: local, files[:FOLDER] or ray[:ADDRESS]; the "
-        "results are the same",
+        pattern=r"^[a-z]+(@[0-9]+)?(:.+)?$",
+        description="who does the passes of frozen models and transfers: local, files[:FOLDER], files@N[:FOLDER] (N processes "
+        "do a unit together) or ray[:ADDRESS]; the results are the same",
     )
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
     reference: ReferenceSettings = Field(

@@ -1,4 +1,4 @@
-"""Wing: models that no device holds.
+"""Wing: checkpoints of shards, written while training goes on, which any launch continues from.
 
 `shards`       a file a process with its shards of named tensors, readable by any number of processes
 `checkpoints`  checkpoints of such files, written while training goes on (`training.checkpoints: sharded`)
