@@ -1,6 +1,7 @@
 """Dry runs: the work that they count is the work that a run does, and what is not here can still be planned."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -198,7 +199,7 @@ def test_several_machines_are_planned_with_replicas_of_shards_and_with_passes_as
     assert "32 of 1 device" in small
     assert "~" in small
     assert small.rstrip(" │").endswith("files")
-    assert "train: a checkpoint has 847 GB; each process copies 26 GB to the host's memory" in " ".join(units.split())
+    assert re.search(r"train: a checkpoint has 846\.\d GB; each process copies 26\.5 GB to the host's memory", units)
     assert "(by FLOPs)" in shown
 
 

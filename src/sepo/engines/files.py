@@ -41,7 +41,7 @@ class Worker:
         self._watch, self._heart = Watch(folder, patience), Heart(folder, beat)
         self.name = self._heart.name
         self.start = self.first_unit()
-        self._kind: Kind | None = None
+        self._kind: Kind | Together | None = None
         self._job: str | None = None
 
     @staticmethod
@@ -95,7 +95,7 @@ class Worker:
             raise
         return number
 
-    def _open(self, job: Job) -> Kind:
+    def _open(self, job: Job) -> Kind | Together:
         """The kind of a job with its model in memory, loaded when the first unit of the job comes."""
         if self._job != job.id or self._kind is None:
             self.put_down()

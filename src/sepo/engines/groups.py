@@ -20,9 +20,11 @@ def is_shared(job: Job) -> bool:
     return getattr(job.kind_class(), "together", False)
 
 
-def open_kind(job: Job) -> Kind:
+def open_kind(job: Job) -> Kind | Together:
     """The kind of a job with its model in memory: in this process, or one shard in each of the launch."""
-    return job.kind_class()(job.settings) if processes.size() == 1 or not is_shared(job) else Together(job)
+    if processes.size() > 1 and is_shared(job):
+        return Together(job)
+    return job.kind_class()(job.settings)
 
 
 class Together:

@@ -727,8 +727,8 @@ class Recipe(Settings):
     engine: str = Field(
         "local",
         pattern=r"^[a-z]+(@[0-9]+)?(:.+)?$",
-        description="who does the passes of frozen models and transfers: local, files[:FOLDER], files@N[:FOLDER] (N processes "
-        "do a unit together) or ray[:ADDRESS]; the results are the same",
+        description="who does the passes of frozen models and transfers: local, files[:FOLDER], files@N[:FOLDER] (N "
+        "processes do a unit together) or ray[:ADDRESS]; the results are the same",
     )
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
     reference: ReferenceSettings = Field(

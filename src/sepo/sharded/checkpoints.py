@@ -72,7 +72,7 @@ class SaveInBackground(SaveEvery):
         finally:
             trainer.__class__ = before
 
-    def begin(self, trainer: Trainer, checkpoint: Path) -> None:
+    def begin(self, trainer: Any, checkpoint: Path) -> None:
         """Copy the shards of this process and start to write them; a collective call."""
         self.finish()
         require_finite_weights(trainer.model, trainer.state.global_step)
@@ -168,6 +168,8 @@ class _ShardedCheckpoints(Trainer):
     """What `SaveInBackground` changes of a trainer."""
 
     saving: SaveInBackground
+    model: nn.Module
+    lr_scheduler: Any
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
@@ -193,7 +195,7 @@ class _ShardedCheckpoints(Trainer):
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The trained weights by name; the same names in every launch."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for wrapper in _WRAPPERS:
         trained = {name.replace(wrapper, ""): parameter for name, parameter in trained.items()}
     return trained

@@ -48,7 +48,7 @@ def copy_own(tensors: Mapping[str, Tensor]) -> Shards:
     copies: Shards = {}
     for number, (name, tensor) in enumerate(tensors.items()):
         if isinstance(tensor, DTensor):
-            coordinate = tensor.device_mesh.get_coordinate() or []
+            coordinate = list(tensor.device_mesh.get_coordinate() or ())
             writes = not any(
                 index
                 for index, placement in zip(coordinate, tensor.placements, strict=True)
