@@ -124,7 +124,9 @@ def test_measurements_on_the_way_to_a_target_are_counted(workplace, tmp_path, co
     assert counted["score", "targets"] == pytest.approx(expected["score", "targets"], rel=0.1)
 
     to_kl = ("policy.target_kl=1", "policy.training.learning_rate=auto")
-    auto = planned_work(planned(load_recipe(workplace / "recipe.yaml", [*small, *to_kl]), tmp_path / "auto")[1])
+    auto_costs = planned(load_recipe(workplace / "recipe.yaml", [*small, *to_kl]), tmp_path / "auto")[1]
+    auto = planned_work(auto_costs)
+    assert len(warm_up_lines(auto_costs)) == 2  # of the oracle and the policy; a probe has no warm-up
     steps = round(before["train", "updates"] / 3)  # the oracle passes over the pairs twice, the policy once
     assert auto["train", "updates"] == before["train", "updates"] + USUAL_PROBES * probe_steps(steps)
     # The evaluation samples as often for the start and the policy as a measurement does once.

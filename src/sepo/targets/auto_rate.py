@@ -77,11 +77,8 @@ def choose_rate(
     number = probe_steps(steps)
     planned = _sum_of_schedule(policy.training, steps, max(1, round(_PLANNED * steps)))
     rate = FIRST_RATE_LORA if policy.lora is not None else FIRST_RATE
-    short = {"max_steps": number, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "save_minutes": 0.0}
-    short |= {"report_to": "none"}
     for probe in range(1, _PROBES + 1):
-        settings = policy.training.model_copy(update={**short, "learning_rate": rate})
-        kl = train(settings, out / FOLDER.format(probe))
+        kl = train(probe_training(policy.training, number, rate), out / FOLDER.format(probe))
         if not math.isfinite(kl.end):
             raise UserError(
                 f"learning_rate auto: the policy is not finite after {number} steps at {rate:.2g}: give a number"
@@ -106,6 +103,12 @@ def probe_steps(steps: int) -> int:
     (6, 12, 2)
     """
     return 2 * max(1, min(_STEPS, steps // 6) // 2)
+
+
+def probe_training(training: TrainingSettings, steps: int, rate: float) -> TrainingSettings:
+    """The settings of a probe: `steps` at a constant rate."""
+    short = {"max_steps": steps, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "save_minutes": 0.0}
+    return training.model_copy(update={**short, "report_to": "none", "learning_rate": rate})
 
 
 def next_rate(rate: float, kl: ProbedKl, steps: int, target: float, planned: float) -> float:

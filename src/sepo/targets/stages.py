@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from sepo.data.splits import sample_prompts
@@ -14,7 +15,7 @@ from sepo.stages import evaluate
 from sepo.stages.cost import Estimate, Sizes
 from sepo.stages.stage import Model, StageResult
 from sepo.stages.train import Train
-from sepo.targets.auto_rate import USUAL_PROBES, ProbedKl, ReadKl, choose_rate, probe_steps
+from sepo.targets.auto_rate import FIRST_RATE, USUAL_PROBES, ProbedKl, ReadKl, choose_rate, probe_steps, probe_training
 from sepo.targets.kl_probe import Probe
 from sepo.targets.until import (
     MEASUREMENTS,
@@ -76,8 +77,10 @@ def kl_estimates(recipe: Recipe, sizes: Sizes, training: tuple[Estimate, ...]) -
     if recipe.policy.training.learning_rate != "auto":
         return parts
     loads, trained = (next(part for part in training if part.kind == kind) for kind in ("load", "train"))
-    probe = (loads, trained.times(min(probe_steps(round(trained.updates)) / max(trained.updates, 1), 1.0)))
-    return (*parts, *USUAL_PROBES * probe)
+    steps = probe_steps(round(trained.updates))
+    short = trained.times(min(steps / max(trained.updates, 1), 1.0))
+    probe = replace(short, training=probe_training(recipe.policy.training, steps, FIRST_RATE))
+    return (*parts, *USUAL_PROBES * (loads, probe))
 
 
 def accuracy_estimates(recipe: Recipe, sizes: Sizes, training: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
