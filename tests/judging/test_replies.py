@@ -574,6 +574,40 @@ def test_a_key_is_never_sent_over_plain_http_to_another_machine(host, monkeypatc
         assert Endpoint(safe, "judge")._all_headers() == {"Authorization": "Bearer sk-very-secret"}
 
 
+@pytest.mark.parametrize(
+    ("url", "settings"),
+    [
+        ("https://x/v1", {"headers": {"Authorization": "Bearer sk-very-secret"}}),
+        ("http://192.0.2.7/v1", {"headers": {"x-goog-api-key": "sk-very-secret"}}),
+        ("https://x/v1", {"headers": {"Ocp-Apim-Subscription-Key": "sk-very-secret"}}),
+        ("https://x/v1", {"headers": {"X-Auth-Token": "sk-very-secret"}}),
+        ("https://x/v1", {"headers": {"Cookie": "session=sk-very-secret"}}),
+        ("https://x/v1", {"headers": {"X-Mine": "Bearer sk-very-secret"}}),
+        ("https://x/v1?key=sk-very-secret", {}),
+        ("https://x/v1?api-version=1&api_key=sk-very-secret", {}),
+        ("https://x/v1?sig=sk-very-secret", {}),
+        ("https://x/v1", {"more": {"api_key": "sk-very-secret"}}),
+        ("https://x/v1", {"more": {"access_token": "sk-very-secret"}}),
+    ],
+)
+def test_a_key_outside_of_its_variable_is_refused_without_a_word_of_it(url, settings):
+    with pytest.raises(UserError, match="seems to hold a key: put the key into an environment variable") as raised:
+        Endpoint(url, "judge", **settings)
+    assert "very-secret" not in str(raised.value)
+
+
+def test_other_headers_fields_and_parts_of_an_address_are_no_keys():
+    headers = {
+        "X-Title": "sepo",
+        "HTTP-Referer": "https://x",
+        "X-Author": "ada",
+        "OpenAI-Beta": "x",
+        "X-Max-Tokens": "1",
+    }
+    more = {"prompt_cache_key": "x", "max_tokens": 5, "stop_token": "x", "logit_bias": {}, "stop_token_ids": [1]}
+    Endpoint("https://x/v1?api-version=2024-10-21", "judge", headers=headers, more=more)
+
+
 def test_a_recipe_names_keys_only(tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("{output_1} {output_2}")
     judge_of = f"eval.judge={{server: 'https://x/v1', model: j, prompt: {tmp_path / 'p.txt'}, key_variable: HF_TOKEN}}"

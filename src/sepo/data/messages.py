@@ -26,7 +26,8 @@ ROLES: dict[str, str] = {
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
 }
 _THINKING = ("reasoning_content", "reasoning", "thinking")
-_NOT_TEXT = ("images", "image", "image_url", "audio", "audios", "video", "videos", "files", "documents")
+# Fields of a message and columns of a question that hold something else than text.
+NOT_TEXT = ("images", "image", "image_url", "audio", "audios", "video", "videos", "files", "documents")
 # Keys that wrap a list of messages.
 _WRAPPERS = ("messages", "conversation", "conversations", "turns")
 
@@ -210,7 +211,7 @@ def _message(message: Any) -> tuple[Message, list[str]]:
             continue
         if key in ("tool_calls", "function_call") and (calls or result["role"] == "assistant"):
             continue
-        if key in _NOT_TEXT:
+        if key in NOT_TEXT:
             raise DropRow("not text", key)
         if key in _THINKING and isinstance(value, str):
             result["reasoning_content"] = check_text(value)
