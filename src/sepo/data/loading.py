@@ -28,7 +28,7 @@ from sepo.data.rows import (
     READ_COLUMNS,
     ROWS_AT_ONCE,
     DataReport,
-    is_conversation,
+    holds_prompt,
 )
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, file_digest
@@ -269,13 +269,24 @@ _QUESTIONS = frozenset(
     (
         *("question", "questions", "question_text", "query", "queries", "instruction", "instructions", "request"),
         *("input", "inputs", "user_input", "user_prompt", "user_message", "problem", "post"),
-        *("prompts", "prompt_text", "prompt_str", "context", "history", "conversation", "dialogue", "dialog"),
+        *(
+            "prompts",
+            "prompt_text",
+            "prompt_str",
+            "context",
+            "history",
+            "conversation",
+            "conversations",
+            "messages",
+            "dialogue",
+            "dialog",
+        ),
     )
 )
 
 
 def _check_prompt_is_named(dataset: datasets.Dataset, source: str) -> None:
-    """Refuse plain-text responses without a prompt column beside a column that holds their question.
+    """Refuse responses without a prompt column beside a column that holds their question.
 
     Otherwise the common first words of the responses would be the prompt. Responses that repeat the question, or that
     are whole conversations, hold their prompt themselves. A column of another name than a question's counts where the
@@ -308,16 +319,18 @@ _LOOKED_AT = 100  # rows
 
 
 def _is_question_of(value: Any, chosen: Any, rejected: Any) -> bool:
-    """Does a value hold a question, and do two plain responses not repeat it?"""
-    if not all(isinstance(side, str) and not is_conversation(side) for side in (chosen, rejected)):
+    """Does a value hold a question, and do two responses not repeat it?"""
+    if holds_prompt(chosen) or holds_prompt(rejected):
         return False
     if isinstance(value, str):
-        return bool(value.strip()) and not (value.strip() in chosen and value.strip() in rejected)
+        return bool(value.strip()) and not (value.strip() in str(chosen) and value.strip() in str(rejected))
     return isinstance(value, list | dict) and bool(value)
 
 
-def _is_text_beside(value: Any, chosen: str, rejected: str) -> bool:
+def _is_text_beside(value: Any, chosen: Any, rejected: Any) -> bool:
     """Is a value a text of several words, beside two responses whose common beginning is hardly a prompt?"""
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return False
     shared = chosen[: next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)]
     return isinstance(value, str) and len(value.split()) > 1 and len(shared.split()) < _FEWEST_WORDS
 

@@ -172,7 +172,8 @@ def _conversation(row: Mapping[str, Any]) -> tuple[str, list[Message], list[str]
         return None
     columns = {
         EXTRA_COLUMNS["system"]: row.get("system", row.get("system_prompt")),
-        **{EXTRA_COLUMNS[name]: row.get(name) for name in ("input", "history", "tools")},
+        **{EXTRA_COLUMNS[name]: row.get(name) for name in ("input", "history")},
+        "tools": row.get("tools") or getattr(cell, "tools", None),
     }
     pair = with_columns(TextPair(messages, "", ""), columns)
     if pair.tools or any("tool_calls" in message or message["role"] == "tool" for message in pair.messages):
