@@ -451,3 +451,17 @@ def test_a_column_that_holds_the_question_of_answers_in_messages_is_named(name, 
     with pytest.raises(UserError, match=f"'{name}' seems to hold the question"):
         load_preferences(rows)
     assert normalise_row(load_preferences(rows, columns={"prompt": name})[0]).messages == [user("Is it red?")]
+
+
+@pytest.mark.parametrize("column", ["trajectory", "source", "x"])
+@pytest.mark.parametrize("spell", [lambda turns: turns, json.dumps, lambda turns: turns[0]])
+def test_a_conversation_under_any_name_beside_answers_that_share_hardly_a_word_is_their_question(column, spell):
+    """UltraInteract: the shared "Step 1:" would be the prompt."""
+    rows = [
+        {column: spell([{"from": "user", "value": f"Solve {i}"}]), "chosen": "Step 1: Add.", "rejected": "Step 1: No."}
+        for i in range(3)
+    ]
+    with pytest.raises(UserError, match=f"'{column}' seems to hold the question"):
+        load_preferences(rows)
+    kept = [{**row, column: [0.5, float(i)]} for i, row in enumerate(rows)]  # scores, which are no question
+    assert normalise_row(load_preferences(kept)[0]).prompt == "Step 1:"

@@ -22,6 +22,7 @@ from datasets.fingerprint import generate_random_fingerprint
 
 from sepo.data.folders import KNOWN_SPLITS, check_no_config, check_single_split, read_folder
 from sepo.data.formats import SUFFIXES, read_file, table_of
+from sepo.data.messages import DropRow, read_cell
 from sepo.data.rows import (
     DROP_COLUMN,
     EXTRA_COLUMNS,
@@ -328,11 +329,21 @@ def _is_question_of(value: Any, chosen: Any, rejected: Any) -> bool:
 
 
 def _is_text_beside(value: Any, chosen: Any, rejected: Any) -> bool:
-    """Is a value a text of several words, beside two responses whose common beginning is hardly a prompt?"""
+    """Is a value messages, or a text of several words, beside two responses whose common beginning is hardly a
+    prompt?
+    """
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         return False
     shared = chosen[: next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)]
-    return isinstance(value, str) and len(value.split()) > 1 and len(shared.split()) < _FEWEST_WORDS
+    is_long = len(value.split()) > 1 if isinstance(value, str) else _are_messages(value)
+    return is_long and len(shared.split()) < _FEWEST_WORDS
+
+
+def _are_messages(value: Any) -> bool:
+    try:
+        return bool(read_cell(value))
+    except DropRow:
+        return False
 
 
 _FEWEST_WORDS = 4  # of a prompt that both responses begin with
