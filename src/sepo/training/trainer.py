@@ -31,7 +31,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from sepo import processes
 from sepo.data.loading import require_dataset
 from sepo.data.tables import PAIR_WEIGHT, provenance_of, require_table
-from sepo.errors import UserError, check_number, wrong_type
+from sepo.errors import UserError, check_number, named_error, wrong_type
 from sepo.files import expand_home
 from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
@@ -695,7 +695,12 @@ def _loaded(model: Any, peft_config: PeftConfig | None, seed: int) -> nn.Module:
         return model
     if isinstance(model, PeftModel):
         raise UserError("the model has an adapter already: leave peft_config out, or merge the adapter first")
-    return with_adapter(causal_lm(model), peft_config, seed)
+    try:
+        return with_adapter(causal_lm(model), peft_config, seed)
+    except UserError:
+        raise
+    except Exception as error:  # PEFT raises exceptions of any kind
+        raise UserError(f"peft_config does not fit the model ({named_error(error)})") from error
 
 
 def _is_text(data: Any) -> bool:
