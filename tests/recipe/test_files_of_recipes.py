@@ -6,6 +6,7 @@ import pytest
 
 from sepo.errors import UserError
 from sepo.recipe.reading import load_recipe, parse_recipe
+from sepo.study.grid import load_grid
 
 TEXT = "name: mine\ndata: {source: prefs.jsonl}\n"
 
@@ -102,3 +103,12 @@ def test_a_percentage_is_told_its_share(override, advice):
     with pytest.raises(UserError) as caught:
         load_recipe(None, [override])
     assert advice in str(caught.value)
+
+
+def test_a_recipe_and_a_grid_that_were_mistaken_for_each_other_are_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(TEXT)
+    (tmp_path / "grid.yaml").write_text("base: recipe.yaml\nvariants: {a: {}, b: {}}\n")
+    with pytest.raises(UserError, match="so it is a grid: run it with `sepo compare`"):
+        load_recipe(tmp_path / "grid.yaml")
+    with pytest.raises(UserError, match="no grid: run a recipe with `sepo run`"):
+        load_grid(tmp_path / "recipe.yaml")

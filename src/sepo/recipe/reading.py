@@ -32,6 +32,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         path = find_file(path, "recipe")
         where = str(path)
         values = read_settings(path, "recipe")
+        if "variants" in values:
+            raise UserError(f"{path} has variants, so it is a grid: run it with `sepo compare`, or name its base here")
         values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "sepo")
     for override in overrides:
         set_key(values, *parse_override(override), f"override '{override}'")
