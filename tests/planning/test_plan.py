@@ -1,6 +1,7 @@
 """Dry runs: the work that they count is the work that a run does, and what is not here can still be planned."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -189,7 +190,8 @@ def test_several_machines_are_planned_with_replicas_of_shards_and_with_passes_as
 ):
     """The oracle of 70 billion weights is held by the eight devices of a machine; there are four such groups."""
     common = ["run", str(workplace / "recipe.yaml"), f"policy.model={outline}", f"output_dir={tmp_path / 'new'}",
-              "device=auto", "policy.objective=dpo", "--dry-run", "--device-memory", "80"]  # fmt: skip
+              "device=auto", "policy.objective=dpo", "policy.training.checkpoints=sharded", "engine=files@8",
+              "--dry-run", "--device-memory", "80"]  # fmt: skip
     assert main([*common, "--processes", "4x8", "--device-tflops", "400"]) == 0
     shown = capsys.readouterr().out
     memory, units = shown[shown.index("memory of each device") :].split("passes as units of 1,000 pairs")
@@ -198,6 +200,8 @@ def test_several_machines_are_planned_with_replicas_of_shards_and_with_passes_as
     small = next(line for line in units.splitlines() if line.startswith("reference_logps "))
     assert "32 of 1 device" in small
     assert "~" in small
+    assert small.rstrip(" │").endswith("files")
+    assert re.search(r"train: a checkpoint has 846\.\d GB; each process copies 26\.5 GB to the host's memory", units)
     assert "(by FLOPs)" in shown
 
 

@@ -298,9 +298,11 @@ def _expected_logps(lm: PreTrainedModel, name: str, probe: list[Pair], document:
     except Exception as error:  # any error of a model
         raise UserError(f"model '{name}' cannot read texts{_of(document)} ({one_line(error, 200)})") from error
     if not torch.isfinite(expected).all():
+        half = lm.dtype in (torch.float16, torch.bfloat16)
+        dtype = f"use another dtype than {str(lm.dtype).removeprefix('torch.')} (bfloat16 or float32)"
         raise UserError(
             f"model '{name}' gives log-probabilities that are not finite, though its weights are: "
-            f"use another dtype than {str(lm.dtype).removeprefix('torch.')} (bfloat16 or float32)"
+            f"{dtype if half else 'its training diverged (lower learning_rate)'}"
         )
     return expected
 

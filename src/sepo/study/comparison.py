@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sepo import engines
+from sepo import engines, sharded
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import prompt_numbers
 from sepo.data.tables import read_table
@@ -64,8 +64,10 @@ from sepo.transfer import stages as transfer_stages
 FAILED = "failed.json"  # in the folder of a run that diverged
 # Recipes of a comparison may have a judge, which measures policies while they train, but no stages after the
 # evaluation.
-EXTENSION = Extension(judging_stages.check, targets=target_stages).and_also(
-    Extension(transfer_stages.check, transfer=transfer_stages)
+EXTENSION = (
+    Extension(judging_stages.check, targets=target_stages)
+    .and_also(Extension(transfer_stages.check, transfer=transfer_stages))
+    .and_also(Extension(sharded.check))
 )
 
 

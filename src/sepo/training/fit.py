@@ -36,6 +36,7 @@ from sepo.training.checkpoints import (
     last_checkpoint,
     require_finite_weights,
     saved_progress,
+    saving,
     training_fingerprint,
 )
 from sepo.training.interrupt import StopSignals, StopWhenAsked, asked_anywhere
@@ -166,7 +167,7 @@ def train_model(
         train_dataset=table,
         reference_logps=reference_logps,
         processing_class=tokenizer,
-        callbacks=[SaveEvery(training.save_minutes), bar, *callbacks],
+        callbacks=[saving(training), bar, *callbacks],
         reference_is_start=reference_is_start,
     )
     trainer.remove_callback(PrinterCallback)
@@ -185,7 +186,10 @@ def run_training(
     stopping = StopWhenAsked(signals)
     trainer.add_callback(stopping)
     log_into(trainer, out)
-    with signals, log_kept_on_interrupt(lambda: saved_progress(out)):
+    with signals, log_kept_on_interrupt(lambda: saved_progress(out)), contextlib.ExitStack() as stack:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, SaveEvery):
+                stack.enter_context(callback.writing(trainer))
         results = _train(trainer, tokenizer, out, made_with, stopping)
         if asked_anywhere(signals):
             raise Interrupted(
