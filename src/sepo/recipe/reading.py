@@ -132,7 +132,7 @@ class _Loader(yaml.SafeLoader):
     not 8, 1:30 is not 90, and a key that occurs twice is an error instead of its last value.
     """
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
