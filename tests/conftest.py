@@ -30,6 +30,8 @@ LONGEST = ("test_faults", "test_package", "test_tutorials", "test_many_processes
 # over 0.25 s when scripts/slow_tests.py recorded them last.
 SLOW = (
     *("runs/", "hub/", "docs/", "cuda/", "test_golden", "test_spawn"),
+    # Fixtures of seconds, which the first test of a file waits for.
+    *("bench/test_credit", "engines/test_real_units", "sampling/test_sample", "sharded/"),
     *("study/test_compare", "study/test_judge_in_compare", "study/test_grid_parts"),
     *("cli/test_hostile", "cli/test_interrupt", "cli/test_terminal", "data/test_data_fuzz"),
     *("judging/test_judge_in_run", "judging/test_judge_killed", "judging/test_benchmarks_in_run"),
@@ -53,6 +55,9 @@ def pytest_configure(config):
     gc.disable()  # until the tests are collected: importing makes a million objects, and none is garbage
     # No test cuts the power, so nothing need wait until a disk has its files: a tenth of the time of a run.
     os.fsync = lambda descriptor: None
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers share the cores: a thread each, also in the processes that tests start. NumPy reads it when imported.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
     if not torch.cuda.is_available():
@@ -63,8 +68,6 @@ def pytest_configure(config):
     import sepo.models.weights  # noqa: F401
 
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Workers share the cores: a thread each, also in the processes that tests start.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))
