@@ -554,6 +554,30 @@ def test_arena_files_are_scored_with_their_answers(tmp_path, capsys):
     assert "answers of its baseline" in capsys.readouterr().err
 
 
+def test_games_against_several_baselines_have_a_score_each_under_the_baselines_name(tmp_path):
+    """`sepo judge` and Arena-Hard v2 name the baseline in each row."""
+    wins, losses = ([{**arena_row(i, *games), "baseline": name} for i in range(3)]
+                    for name, games in (("weak", ("B>A", "A>B")), ("strong", ("A>B", "B>A"))))  # fmt: skip
+    file = tmp_path / "judged.json"
+    file.write_text(json.dumps(wins))
+    (only,) = judgements.score_files([file]).values()
+    assert (only["baseline"], only["score"]) == ("weak", 100)
+    with pytest.raises(UserError, match="--baseline other, but the judgements name 'weak'"):
+        judgements.score_files([file], baseline="other")
+    file.write_text(json.dumps([*wins, *losses]))
+    results = judgements.score_files([file])
+    assert {name: (row["baseline"], row["score"]) for name, row in results.items()} == {
+        "m against weak": ("weak", 100), "m against strong": ("strong", 0),
+    }  # fmt: skip
+
+
+def test_a_model_compared_with_itself_has_no_win_rate(tmp_path):
+    row = {"question_id": 1, "model_1": "m", "model_2": "m", "g1_winner": "model_1", "g2_winner": "model_1", "turn": 1}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="compares 'm' with itself"):
+        judgements.score_files([tmp_path / "pairs.jsonl"])
+
+
 def test_a_missing_file_is_a_user_error_of_the_function_too(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         judgements.read_rows(tmp_path / "nothing.json")
@@ -577,3 +601,12 @@ def test_printed_scores_have_even_decimals_each_warning_once_and_no_empty_column
     said = capsys.readouterr()
     assert said.err.count("is drawn towards 50") == 1
     assert said.err.count("likewise") <= 2
+
+
+@pytest.mark.parametrize("style", [[100, 0, 0, 0], [120, 1, 0, 0], [150, 3, 2, 1], [90, 2, 0, 1]])
+def test_a_style_that_never_varies_changes_no_score(style):
+    """Equal differences have a standard deviation of 1e-17, which is no unit to divide by: 80 became 57."""
+    rows = [arena_row(i, *(("B>A", "A>B") if i < 24 else ("A>B", "B>A"))) for i in range(30)]
+    styles = {"m": {f"u{i}": style for i in range(30)}, "base": {f"u{i}": [100, 0, 0, 0] for i in range(30)}}
+    result = arena_scores({"m": rows}, styles, "base")["m"]
+    assert result["style_controlled"] == pytest.approx(result["score"], abs=2)

@@ -367,7 +367,8 @@ class _Comparison:
         self.failed: list[dict[str, Any]] = []
         self.baselines: list[dict[str, Any]] = []
         self._judge: Scorer | None = None
-        self._drawn = float("-inf")
+        # Figures of an earlier command are drawn anew after a minute or at the end, not at once.
+        self._drawn = time.monotonic() if (grid.results_folder / "frontier.png").exists() else float("-inf")
 
     def method(self, recipe: Recipe, seed: int) -> Method:
         return method_of(recipe, self.passes, self.grid, seed, self.pairs)

@@ -159,22 +159,15 @@ def train_model(
     if existing is not None:
         return existing
     tokenizer = load_tokenizer(model)
-    config = PreferenceConfig(
-        **training_arguments(training, out, seed=seed, device=device),
-        tokens_per_row=training.tokens_per_row,
-        **objective,
-    )
+    arguments = training_arguments(training, out, seed=seed, device=device)
+    bar = ProgressBar(str(objective.get("objective", "training")).upper())
     trainer = PreferenceTrainer(
         model=load_model(model, device=device, train=True, lora=lora, quantization=quantization, seed=seed),
-        args=config,
+        args=PreferenceConfig(**arguments, tokens_per_row=training.tokens_per_row, **objective),
         train_dataset=table,
         reference_logps=reference_logps,
         processing_class=tokenizer,
-        callbacks=[
-            saving(training),
-            ProgressBar(str(objective.get("objective", "training")).upper()),
-            *callbacks,
-        ],
+        callbacks=[saving(training), bar, *callbacks],
         reference_is_start=reference_is_start,
     )
     trainer.remove_callback(PrinterCallback)
