@@ -540,7 +540,7 @@ class PreferenceTrainer(Trainer):
         number = torch.tensor([len(rows)], device=self.args.device)
         most = int(self.accelerator.gather(number).max())
         if most > len(rows):
-            dummy: dict[str, Any] = self.data_collator([self._shortest])
+            dummy: dict[str, Any] = self.data_collator([self._shortest])  # type: ignore[list-item]
             rows += [(dummy["batches"][0], dummy["references"][0], False)] * (most - len(rows))
         return rows
 
