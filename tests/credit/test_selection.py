@@ -387,3 +387,24 @@ def test_pair_weights_survive_disk_and_are_there_only_if_asked_for(tmp_path):
         read_table(tmp_path / "bad", "selection")
     with pytest.raises(UserError, match="confidence is -1"):
         select_key_tokens(scores, confidence=-1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"credit": "soft"}, {"rule_chosen": "effective"}, {"rule_rejected": "mass"}, {"confidence": 0.1},
+     {"label_log_odds": 0.5}, {"rule_chosen": "dataset"}, {"rule_chosen": "shorter"}],
+)  # fmt: skip
+def test_a_table_without_pairs_is_refused_by_every_rule(tmp_path, settings):
+    write_table(tmp_path / "scores", scores_table([[1.0]], [[1.0]]).slice(1))
+    with pytest.raises(UserError, match="holds no pair"):
+        select(tmp_path / "scores", tmp_path / "selection", **settings)
+
+
+@pytest.mark.parametrize("rejected", [[[2.0, 1.0]], [[3.0, 0.0], [9.0]]])
+def test_a_selection_in_which_no_pair_has_weight_is_refused(tmp_path, rejected):
+    """The oracle ranks every pair the other way, or both responses alike: nothing would be trained."""
+    chosen = [[1.0, 2.0], [0.0]][: len(rejected)]
+    write_table(tmp_path / "scores", scores_table(chosen, rejected))
+    with pytest.raises(UserError, match="every pair has weight 0"):
+        select(tmp_path / "scores", tmp_path / "selection", confidence=0.5)
+    assert not list((tmp_path / "selection").glob("*.parquet"))

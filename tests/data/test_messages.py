@@ -133,6 +133,7 @@ IN_MEMORY = {
 
 @pytest.mark.parametrize("source", [*FILES, *IN_MEMORY])
 @pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.daily(120)
 def test_one_conversation_gives_the_same_ids_however_it_is_spelled_and_stored(
     tokenizer, wanted, tmp_path, spelling, source
 ):

@@ -20,6 +20,7 @@ from sepo.hub.card import metrics_with_intervals
 from sepo.recipe.reading import parse_recipe
 from sepo.report.edges import Measured, measured, nothing_learnt, ranking_caution
 from sepo.report.run_summary import cautions, metrics_table, print_summary, summary_of
+from sepo.report.statistics import correlation, rank_correlation
 
 RECIPE = parse_recipe({"name": "mine", "eval": {"gold": "vader"}}, "test")
 
@@ -188,3 +189,13 @@ def test_pairs_that_are_scored_are_spread_over_a_sorted_source():
     assert drawn == _scored(table, EvalSettings(pairs=100))["pair_id"].to_pylist()
     assert len(_scored(table, EvalSettings(pairs=5000))) == len(_scored(table, EvalSettings())) == 1000
     assert len(_scored(table, EvalSettings(pairs=0))) == 0
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 1e8 + 0.1, 1e-9])
+@pytest.mark.parametrize("number", [2, 3, 7, 60])
+def test_equal_values_correlate_with_nothing(value, number):
+    """The standard deviation of three times 0.1 is 1e-17."""
+    values = np.arange(number, dtype=float)
+    for measure in (correlation, rank_correlation):
+        assert math.isnan(measure([value] * number, values))
+        assert math.isnan(measure(values, [value] * number))

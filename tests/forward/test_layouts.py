@@ -163,7 +163,7 @@ def logps_in_rows(model, pairs, layout, tokens_per_row):
 
 
 @pytest.mark.parametrize("name", BEYOND)
-@pytest.mark.daily(8)
+@pytest.mark.daily(4)
 def test_texts_beyond_a_window_or_the_original_length_give_what_each_gives_alone(name):
     build, expected_layout = BEYOND[name]
     model = model_of(build())
@@ -369,11 +369,16 @@ def test_weights_that_are_not_finite_are_named_first(parameter, value):
         prepare_model(model)
 
 
-def test_values_that_overflow_the_type_of_the_weights_are_named():
-    model = tiny_model("llama", dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("dtype", "value", "advice"),
+    [(torch.float16, 6e4, "use another dtype than float16"), (torch.float32, 1e36, r"its training diverged \(lower")],
+)
+def test_values_that_overflow_the_type_of_the_weights_are_named(dtype, value, advice):
+    model = tiny_model("llama", dtype=dtype)
     with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight.fill_(6e4)
-    with pytest.raises(UserError, match="not finite, though its weights are: use another dtype than float16"):
+        model.model.norm.weight.fill_(value)
+        model.lm_head.weight.mul_(1000)
+    with pytest.raises(UserError, match=f"not finite, though its weights are: {advice}"):
         prepare_model(model)
 
 

@@ -354,7 +354,7 @@ PLACES = ["data.source", "data.held_out_source", "reference.model", "policy.mode
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("local", [True, False])
-@pytest.mark.daily(4)
+@pytest.mark.daily(2)
 def test_only_a_name_that_was_no_file_when_the_run_ran_is_linked_as_one_of_the_hub(
     place, local, finished, hub, tmp_path, monkeypatch
 ):

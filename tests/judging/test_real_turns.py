@@ -82,7 +82,7 @@ def workplace(tmp_path, monkeypatch):
 @pytest.mark.parametrize("thought", ["", "<think>\nHm.\n</think>\n\n"], ids=["plain", "thinking"])
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.daily(20)
+@pytest.mark.daily(10)
 def test_a_judge_is_asked_exactly_the_turns(name, kind, thought, workplace):
     pairs = pairs_or_none([PROMPTS[kind]], tokenizer_named(name), thought)
     if pairs is None:  # the template has no place for a part of it: counted as a drop

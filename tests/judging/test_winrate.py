@@ -601,3 +601,12 @@ def test_printed_scores_have_even_decimals_each_warning_once_and_no_empty_column
     said = capsys.readouterr()
     assert said.err.count("is drawn towards 50") == 1
     assert said.err.count("likewise") <= 2
+
+
+@pytest.mark.parametrize("style", [[100, 0, 0, 0], [120, 1, 0, 0], [150, 3, 2, 1], [90, 2, 0, 1]])
+def test_a_style_that_never_varies_changes_no_score(style):
+    """Equal differences have a standard deviation of 1e-17, which is no unit to divide by: 80 became 57."""
+    rows = [arena_row(i, *(("B>A", "A>B") if i < 24 else ("A>B", "B>A"))) for i in range(30)]
+    styles = {"m": {f"u{i}": style for i in range(30)}, "base": {f"u{i}": [100, 0, 0, 0] for i in range(30)}}
+    result = arena_scores({"m": rows}, styles, "base")["m"]
+    assert result["style_controlled"] == pytest.approx(result["score"], abs=2)

@@ -105,7 +105,10 @@ def own_logps(folder: Path, table) -> torch.Tensor:
 
 
 def our_logps(folder: Path, table) -> torch.Tensor:
-    columns = dataset_logps(load_model(folder, device="cpu"), table)
+    return values_of(dataset_logps(load_model(folder, device="cpu"), table))
+
+
+def values_of(columns) -> torch.Tensor:
     rows = zip(columns.column("chosen_logps").to_pylist(), columns.column("rejected_logps").to_pylist(), strict=True)
     return torch.tensor([value for row in rows for side in row for value in side])
 
@@ -141,7 +144,7 @@ def config_of(kind: str) -> peft.PeftConfig:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", sorted(str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
-@pytest.mark.daily(14)
+@pytest.mark.daily(7)
 def test_an_adapter_of_any_kind_is_computed_as_peft_does_or_refused(tmp_path, bases, kind):
     try:
         config = config_of(kind)
@@ -162,7 +165,7 @@ FORMS = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "base"), FORMS)
-@pytest.mark.daily(6)
+@pytest.mark.daily(3)
 def test_lora_in_any_form_is_computed_as_peft_does_and_merged(tmp_path, bases, base, kind):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, **LORA[kind])
     assert computed_or_refused(bases[base], config, tmp_path / "adapter") == "computed and merged"
@@ -231,3 +234,140 @@ def test_adapters_on_the_upper_layers_are_those_of_a_pattern_and_no_others(archi
     assert len([name for name, parameter in few.named_parameters() if parameter.requires_grad]) == 2
     with pytest.raises(ValueError, match="pattern names the layers itself"):
         LoraSettings(upper=0.5, target_modules=".*q_proj")
+
+
+def lora_model(base: Path, name: str = "default", **settings) -> peft.PeftModel:
+    """A base with an adapter that changes it."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj", "v_proj"], **settings})
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config, adapter_name=name)
+    return changed(model)
+
+
+def changed(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def one_of_two(base: Path) -> peft.PeftModel:
+    model = lora_model(base)
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    return changed(model)
+
+
+def after_a_third(base: Path) -> peft.PeftModel:
+    model = one_of_two(base)
+    model.add_adapter("third", model.peft_config["default"])
+    return model
+
+
+MANY = {
+    "the second of two": one_of_two,
+    "the second of three": after_a_third,
+    "a name of its own": lambda base: lora_model(base, "mine"),
+    "a name with a dot": lambda base: lora_model(base, "v1_2"),
+    "merged into its base and not unloaded": lambda base: merged_in_place(lora_model(base)),
+}
+
+
+def merged_in_place(model: peft.PeftModel) -> peft.PeftModel:
+    model.merge_adapter()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", MANY)
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_adapter_that_is_active_is_saved_whatever_its_name(tmp_path, bases, kind, merge):
+    """PEFT saves all adapters, each with another name than "default" in a folder that is not read."""
+    model, table = MANY[kind](bases["llama"]), some_pairs(4)
+    before = in_memory(model, table)
+    save_model(model, None, tmp_path / "saved", merge_adapter=merge)
+    assert not [path for path in (tmp_path / "saved").iterdir() if path.is_dir()]
+    torch.testing.assert_close(our_logps(tmp_path / "saved", table), before, atol=1e-4, rtol=1e-4)
+
+
+def in_memory(model, table) -> torch.Tensor:
+    return values_of(dataset_logps(model, table))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_active_adapters_are_merged_or_refused(tmp_path, bases):
+    model, table = one_of_two(bases["llama"]), some_pairs(4)
+    model.base_model.set_adapter(["default", "second"])
+    before = in_memory(model, table)
+    with pytest.raises(UserError, match="default, second are active"):
+        save_model(model, None, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    save_model(model, None, tmp_path / "merged", merge_adapter=True)
+    torch.testing.assert_close(our_logps(tmp_path / "merged", table), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_of_adapters_is_told_to_name_one(tmp_path, bases):
+    lora_model(bases["llama"], "mine").save_pretrained(tmp_path / "saved")
+    for read in (check_model, lambda folder: load_model(folder, device="cpu")):
+        with pytest.raises(UserError, match="adapters are in its folders mine: name one"):
+            read(tmp_path / "saved")
+    assert check_model(tmp_path / "saved" / "mine") is not None
+
+
+# Starts of LoRA: those that change the base must do it in the same way when the adapter is read, or be refused.
+STARTS = ["pissa", "olora", "orthogonal", "gaussian", "eva", False, "pissa_niter_4", "corda", "lora_ga"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.daily(4)
+def test_an_adapter_that_changes_its_base_is_read_again_as_it_was_trained_or_refused(tmp_path, bases, start):
+    base, table = AutoModelForCausalLM.from_pretrained(bases["llama"]), some_pairs(4)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=start)
+    arguments = trainer_config(tmp_path, objective="simpo")
+    if start in ("pissa_niter_4", "corda", "lora_ga"):
+        with pytest.raises(UserError, match=r"cannot be repeated|does not fit the model"):
+            PreferenceTrainer(base, arguments, table, peft_config=config)
+        return
+    trainer = PreferenceTrainer(base, arguments, table, peft_config=config)
+    model = changed(trainer.model)
+    save_model(model, None, tmp_path / "saved")
+    torch.testing.assert_close(our_logps(tmp_path / "saved", table), in_memory(model, table), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_transformers_are_checked_as_those_of_peft(tmp_path, bases):
+    """`AutoModelForCausalLM.from_pretrained(ADAPTER)` gives no PeftModel."""
+    lora_model(bases["llama"], alora_invocation_tokens=[4]).save_pretrained(tmp_path / "alora")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "alora")
+    with pytest.raises(UserError, match="invocation tokens"):
+        dataset_logps(model, some_pairs(2))
+    lora_model(bases["llama"]).save_pretrained(tmp_path / "plain")
+    model, table = AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), some_pairs(4)
+    torch.testing.assert_close(in_memory(model, table), own_logps(tmp_path / "plain", table), atol=1e-4, rtol=1e-4)
+    for merge in (False, True):
+        with pytest.raises(UserError, match="added by Transformers"):
+            save_model(model, None, tmp_path / "saved", merge_adapter=merge)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", [96, 104])
+def test_an_adapter_with_embeddings_of_another_vocabulary_is_refused_before_it_is_loaded(tmp_path, bases, size):
+    model = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    model.resize_token_embeddings(size)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "saved", save_embedding_layers=True)
+    with pytest.raises(UserError, match=f"of {size} tokens, but its base has 101"):
+        check_model(tmp_path / "saved")
+
+
+def test_a_peft_config_that_does_not_fit_is_one_line(tmp_path):
+    for config in (
+        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["nosuch"]),
+        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights="nosuch"),
+    ):
+        with pytest.raises(UserError, match="peft_config does not fit the model") as caught:
+            PreferenceTrainer(tiny_model("llama"), trainer_config(tmp_path), some_pairs(2), peft_config=config)
+        assert "\n" not in str(caught.value)

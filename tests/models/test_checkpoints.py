@@ -137,6 +137,14 @@ def test_a_reward_model_is_no_language_model(tmp_path, auto):
     refused(tmp_path / "rm", r"lacks lm_head.weight: .* is it a reward model or a classifier")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_whole_numbers_that_no_quantization_explains_are_no_weights(tmp_path, dtype):
+    whole = saved(tmp_path / "whole")
+    packed = "model.layers.1.mlp.up_proj.weight"
+    change(whole, FILE, lambda weights: {**weights, packed: (weights[packed] * 10).to(dtype)})
+    refused(whole, f"holds {packed} as whole numbers")
+
+
 def test_two_models_in_one_folder_are_refused(tmp_path):
     both = saved(tmp_path / "both", seed=1)
     adapter = saved_adapter(tmp_path / "adapter", saved(tmp_path / "base"))

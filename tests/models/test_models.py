@@ -75,6 +75,12 @@ def logits(model) -> torch.Tensor:
 # --- names ---
 
 
+@pytest.mark.parametrize("check", [check_model, resolve_model, load_model, load_tokenizer, load_config])
+def test_a_file_in_the_place_of_a_model_is_told_to_name_the_folder(llama_dir, check):
+    with pytest.raises(UserError, match=r"is a file: name the folder of a model, or a \.gguf file"):
+        check(llama_dir / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

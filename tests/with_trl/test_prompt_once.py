@@ -151,6 +151,16 @@ def test_cpo_and_simpo_are_the_same(folders, tmp_path, lora, settings):
     compare(cpo, folders("llama"), tmp_path, without=LOGITS, lora=lora, **settings)
 
 
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(cpo, {**SIMPO, "lora": True}), *rarely((dpo, {}), (dpo, {"lora": True}), (cpo, SIMPO))],
+    ids=["simpo-lora", "dpo", "lora", "simpo"],
+)
+def test_losses_of_twenty_steps_are_the_same(folders, tmp_path, make, settings):
+    rows = compare(make, folders("llama"), tmp_path, without=LOGITS, max_steps=20, learning_rate=2e-3, **settings)
+    assert len([row for row in rows if "loss" in row]) == 20
+
+
 def test_a_prompt_is_read_once(folders, tmp_path, monkeypatch):
     """Two pairs of one prompt: the model reads the prompt's tokens once, and no padding."""
     trainer = prompt_once(dpo(folders("llama"), tmp_path, precompute_ref_log_probs=True, max_length=None))

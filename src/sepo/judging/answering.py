@@ -267,27 +267,30 @@ def units_engine(
     tokenizer: Any,
     out: Path,
     *,
+    on: Mapping[str, str],
     max_new_tokens: int,
     seed: int,
-    device: str = "auto",
-    dtype: str = "auto",
     batch_size: int | None = None,
     options: Mapping = {},
 ) -> Engine:
-    """`transformers_engine` for a model that the workers of the present engine hold (`judging.units`)."""
+    """`transformers_engine` for a model that the workers of the present engine hold (`judging.units`).
+
+    Args:
+        on: device and dtype of the model.
+    """
     from sepo.judging.prompts import encode_prompts
     from sepo.judging.units import Answers, read_batches
     from sepo.models.devices import choose_device
     from sepo.models.limits import model_limits
     from sepo.models.names import load_config
 
-    settings = {"model": model, "revision": None, "device": device, "dtype": dtype, "seed": seed}
+    settings = {"model": model, "revision": None, **on, "seed": seed}
     settings["max_new_tokens"] = max_new_tokens
 
     def run(jobs: Sequence[Job], done: Done) -> None:
         ids = encode_prompts([job.messages for job in jobs], tokenizer, options)
         check_fits(ids, max_new_tokens, model_limits(load_config(model)))
-        batches = list(_batches(jobs, ids, max_new_tokens, batch_size, choose_device(device).type))
+        batches = list(_batches(jobs, ids, max_new_tokens, batch_size, choose_device(on["device"]).type))
         details = [
             (len(batch), {"prompts": [list(map(int, ids[i])) for i in batch], "temperature": temperature})
             for temperature, batch in batches

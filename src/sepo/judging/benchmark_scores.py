@@ -159,7 +159,9 @@ def _add_style_control(results: dict, battles: list, styles: Mapping, baseline: 
         return
     difference = np.array([style_difference(styles[model][q], base[q]) for model, q, _ in kept])
     std = difference.std(axis=0, ddof=1) if len(kept) > 1 else np.zeros(difference.shape[1])
-    normal = (difference - difference.mean(axis=0)) / np.where(std > 0, std, 1)
+    # Equal differences have a standard deviation of rounding; divided by it they would be a second strength.
+    varies = np.ptp(difference, axis=0) > 1e-12
+    normal = np.where(varies, difference - difference.mean(axis=0), 0) / np.where(varies, std, 1)
     is_model = np.array([[float(model == column) for column in models] for model, *_ in kept])
     features, outcomes = np.hstack([is_model, normal]), np.array([outcome for *_, outcome in kept])
     counts = rng.multinomial(len(kept), np.full(len(kept), 1 / len(kept)), _ROUNDS)

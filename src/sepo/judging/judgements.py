@@ -28,7 +28,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"'{path}' does not exist: expected {EXPECTED}")
+        raise UserError(f"'{path}' {'is a folder' if path.is_dir() else 'does not exist'}: expected {EXPECTED}")
     rows = formats.read_rows(path)
     if not any(rows):
         raise UserError(f"'{path}' holds no row: expected a list of objects")

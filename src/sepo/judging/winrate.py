@@ -198,7 +198,7 @@ def length_controlled(
         return result
     difference = np.array([one.baseline_length - one.model_length for one in known])
     std = difference.std(ddof=1)
-    length = np.tanh(difference / std) if std > 0 else np.zeros(len(known))
+    length = np.tanh(difference / std) if np.ptp(difference) > 0 else np.zeros(len(known))
     ones = np.ones(len(known))
     if official is None:
         features = np.column_stack([length, ones])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -30,6 +31,27 @@ def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, train: bool
     require_same_weights(folder, {key: tuple(value.shape) for key, value in adapter_state(peft_model).items()})
     model.generation_config = adapter_generation_config(folder) or model.generation_config
     return peft_model
+
+
+def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Any] | None) -> None:
+    """Save the active adapter of a model into a folder.
+
+    Raises:
+        UserError: several adapters are active.
+    """
+    if len(model.active_adapters) != 1:
+        raise UserError(
+            f"the adapters {', '.join(model.active_adapters)} are active: set one of them, or save the merged model"
+        )
+    (name,) = model.active_adapters
+    # The vocabulary never changes, so embeddings are not saved; "auto" would send a request to the hub.
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[name])
+    (folder / "README.md").unlink(missing_ok=True)  # a template with local paths
+    if (folder / name).is_dir():  # PEFT saves adapters with a name of their own in a folder of this name
+        for path in (folder / name).iterdir():
+            path.rename(folder / path.name)
+        (folder / name).rmdir()
+    causal_lm(model).generation_config.save_pretrained(folder)
 
 
 def is_separate(folder: Path) -> bool:
@@ -115,11 +137,10 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     Raises:
         UserError: the model is of another kind, or its adapter is more than a change of weights.
     """
-    inner = model
-    if isinstance(model, PeftModel):
-        for config in model.peft_config.values():
-            check_adapter_kind(vars(config), "the model's adapter")
-        inner = model.get_base_model()
+    adapters: Any = getattr(model, "peft_config", None)  # Transformers adds adapters, too: add_adapter
+    for config in adapters.values() if isinstance(adapters, dict) else ():
+        check_adapter_kind(vars(config), "the model's adapter")
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise wrong_type("the model", inner, "a Transformers causal language model in memory (see load_model)")
     return inner

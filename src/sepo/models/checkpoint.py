@@ -12,11 +12,11 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
@@ -46,11 +46,28 @@ def load_whole(folder: Path, name: str, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: names the weights that are missing, unexpected or of another size.
     """
+    _require_numbers(folder, name)
     model, report = load_reported(AutoModelForCausalLM, folder, name, options)
     _require_whole(report, model, name)
     if model.can_generate():
         model.generation_config = savable(model.generation_config, name)
     return model
+
+
+def _require_numbers(folder: Path, name: str) -> None:
+    """Raise a UserError for matrices of whole numbers that no quantization explains: they would be read as weights."""
+    config = folder / "config.json"
+    if not config.is_file() or read_json_object(config).get("quantization_config") is not None:
+        return
+    for path in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                stored = file.get_slice(key)
+                if key.endswith("weight") and len(stored.get_shape()) > 1 and stored.get_dtype()[0] in "IU":
+                    raise UserError(
+                        f"the checkpoint of '{name}' holds {key} as whole numbers ({stored.get_dtype()}), but "
+                        "config.json has no quantization_config: a quantized model without it cannot be read"
+                    )
 
 
 def load_reported(
@@ -145,7 +162,7 @@ def check_weights(folder: Path, name: str) -> PreTrainedModel | None:
     Raises:
         UserError: as `load_whole`.
     """
-    if "quantization_config" in read_json_object(folder / "config.json"):
+    if read_json_object(folder / "config.json").get("quantization_config") is not None:
         return None
     return load_whole(folder, name, device_map="meta", trust_remote_code=False)
 
@@ -171,7 +188,23 @@ def check_adapter_weights(folder: Path, base: PreTrainedModel) -> PeftModel | No
     except Exception as error:
         raise UserError(f"the adapter '{folder}' does not fit its base model ({named_error(error)})") from None
     require_same_weights(folder, expected)
+    _require_ends_of(folder, base)
     return model
+
+
+def _require_ends_of(folder: Path, base: PreTrainedModel) -> None:
+    """Raise a UserError if embeddings or head that are stored with an adapter are of another vocabulary."""
+    modules = (base.get_input_embeddings(), base.get_output_embeddings())
+    sizes = {len(cast(Any, module).weight) for module in modules if module is not None}
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        for key in filter(ENDS.search, file.keys()):
+            size = file.get_slice(key).get_shape()[0]
+            if size not in sizes:
+                raise UserError(
+                    f"the adapter '{folder}' holds {key} of {size} tokens, but its base has {min(sizes)}: it was "
+                    "trained on a base with another vocabulary; name that one in adapter_config.json, or merge them "
+                    "there"
+                )
 
 
 def adapter_is_idle(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,18 @@ _BEYOND_WEIGHTS = {
     "arrow_config": "routes each token to other adapters, which are not in its folder (Arrow)",
     "sample_at_inference": "draws random numbers in every forward pass",
 }
+# Starts of LoRA that change the base by random numbers or by data, so that base and adapter cannot be read again.
+_UNREPEATABLE = re.compile(r"pissa_niter_\d+|corda|lora_ga")
 
 
 def check_folder(folder: Path, weights: bool = True) -> None:
     """Raise a UserError for a folder without a model; `weights=False` requires the config only (for a plan)."""
     if not (folder / "config.json").is_file() and not is_adapter(folder):
-        raise UserError(f"no model in '{folder}': expected config.json or adapter_config.json beside *.safetensors")
+        inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        hint = f"; adapters are in its folders {', '.join(inside)}: name one" if inside else ""
+        raise UserError(
+            f"no model in '{folder}': expected config.json or adapter_config.json beside *.safetensors{hint}"
+        )
     for name in ("config.json", "adapter_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
@@ -59,6 +66,9 @@ def check_adapter_kind(config: Mapping[str, Any], what: str) -> None:
     """
     kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
     reason = next((reason for key, reason in _BEYOND_WEIGHTS.items() if config.get(key)), None)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and _UNREPEATABLE.fullmatch(start):
+        reason = f"changed its base in a way that cannot be repeated (init_lora_weights={start})"
     if kind in _CHANGES_THE_INPUT:
         reason = "changes the model's input or its forward pass rather than its weights"
     if reason is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def hub_snapshot(name: str, revision: str | None) -> tuple[str, Path | None]:
     """
     kinds = "neither a folder, a .gguf file, package:PACKAGE/FILE.gguf nor a reachable hub id"
     missing = f"no such model: '{name}' is {kinds}"
+    if os.path.isfile(name):
+        raise UserError(f"'{name}' is a file: name the folder of a model, or a .gguf file")
     try:
         # One request without retries fails at once if there is no network; a download would retry for 20 s.
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)

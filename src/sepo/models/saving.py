@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sepo.errors import UserError, named_error, wrong_type
 from sepo.files import replace_folder
-from sepo.models.adapters import causal_lm
+from sepo.models.adapters import causal_lm, save_adapter
 
 
 def save_model(
@@ -30,9 +30,9 @@ def save_model(
 ) -> None:
     """Save a model as safetensors with its tokenizer, chat template and generation config.
 
-    The folder is replaced (see `replace_folder`), including checkpoints in it. A `PeftModel` is saved as its adapter,
-    which names its base; `merge_adapter` saves the whole model with the adapter merged into its weights (this needs
-    memory for a second copy).
+    The folder is replaced (see `replace_folder`), including checkpoints in it. A `PeftModel` is saved as its active
+    adapter, which names its base; `merge_adapter` saves the whole model with the adapter merged into its weights (this
+    needs memory for a second copy).
 
     Args:
         model: a Transformers causal LM or a `PeftModel`, not wrapped for distributed training.
@@ -47,15 +47,17 @@ def save_model(
         raise wrong_type("the model", model, "a Transformers model or a PeftModel in memory, not wrapped")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise wrong_type("tokenizer", tokenizer, "a tokenizer in memory (see load_tokenizer), or None")
+    if not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            "the model's adapter was added by Transformers: save it with its own save_pretrained, or read it with "
+            "load_model(ADAPTER), which can be saved and merged here"
+        )
     if merge_adapter and isinstance(model, PeftModel):
         model = merge(copy.deepcopy(model))
     try:
         with replace_folder(folder) as temporary:
             if isinstance(model, PeftModel):
-                # The vocabulary never changes, so embeddings are not saved; "auto" would send a request to the hub.
-                model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=state_dict)
-                (temporary / "README.md").unlink(missing_ok=True)  # a template with local paths
-                causal_lm(model).generation_config.save_pretrained(temporary)
+                save_adapter(model, temporary, state_dict)
             else:
                 model.save_pretrained(temporary, state_dict=state_dict)
                 _add_older_keys(temporary / "config.json", model)

@@ -32,6 +32,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         path = find_file(path, "recipe")
         where = str(path)
         values = read_settings(path, "recipe")
+        if "variants" in values:
+            raise UserError(f"{path} has variants, so it is a grid: run it with `sepo compare`, or name its base here")
         values.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "sepo")
     for override in overrides:
         set_key(values, *parse_override(override), f"override '{override}'")
@@ -126,9 +128,23 @@ def settings_class(annotation: Any) -> type[Settings] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 5e-7 is a number, as everyone who writes a learning rate expects (YAML 1.1 wants 5.0e-7)."""
+    """YAML in which 5e-7 is a number, as everyone who writes a learning rate expects (YAML 1.1 wants 5.0e-7), 010 is
+    not 8, 1:30 is not 90, and a key that occurs twice is an error instead of its last value.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for number, (key, _) in enumerate(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value in keys[:number]:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' occurs twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
@@ -193,8 +209,18 @@ def explain(error: ValidationError, root: type[BaseModel] | None = None) -> str:
     else:
         messages = [problem["msg"].removeprefix("Value error, ") for problem in alternatives]
         text = f"{path} is {short_text(first['input'])}: {' or '.join(text[0].lower() + text[1:] for text in messages)}"
+        text += _share(first)
     more = len(problems) - len(alternatives)
     return text + (f" (and {more} more problems)" if more else "")
+
+
+def _share(problem: Any) -> str:
+    """What to write for a percentage: `30%`, or 30 where at most 1 is allowed."""
+    value, most = problem["input"], problem.get("ctx", {})
+    per_cent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    of_one = 1 in (most.get("le"), most.get("lt")) and isinstance(value, int | float) and 1 < value <= 100
+    number = float(per_cent[1]) if per_cent else value
+    return f" (a share: {number / 100:g} for {number:g} %)" if per_cent or of_one else ""
 
 
 def _alternatives(problems: list[Any], root: type[BaseModel]) -> list[Any]:

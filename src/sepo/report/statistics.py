@@ -62,7 +62,7 @@ def wilson(share: float, error: float, groups: int | None) -> tuple[float, float
 def correlation(a: ArrayLike, b: ArrayLike) -> float:
     """Pearson's correlation; NaN if either is constant."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:  # a standard deviation may be rounding
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
 

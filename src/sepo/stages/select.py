@@ -70,7 +70,9 @@ def select(
     for path in paths:
         if path.parent.resolve() == out.resolve():
             raise UserError(f"'{out}' holds the score table itself: choose another folder for the selection")
-        read_shard(path, "scores")  # check every shard before the old selection is deleted
+    # Check every shard before the old selection is deleted.
+    if not sum(len(read_shard(path, "scores")) for path in paths):
+        raise UserError(f"'{scores}' holds no pair: expected a score table with at least one row")
     require_rewards(read_shard(path, "scores") for path in paths)
     statistics = None
     if settings.label_log_odds:
@@ -80,9 +82,14 @@ def select(
     # A rule over the whole dataset becomes a threshold for each shard.
     settings = dataset_thresholds((read_shard(path, "scores") for path in paths), settings, statistics)
     clear_shards(out)
+    weighs = False
     for index, path in enumerate(paths):
         table = select_key_tokens(read_shard(path, "scores"), settings=settings, statistics=statistics, seed=seed)
+        weighs |= PAIR_WEIGHT not in table.column_names or bool(table.column(PAIR_WEIGHT).to_numpy().any())
         write_shard(out, index, table, len(paths))
+    if not weighs:
+        clear_shards(out)
+        raise UserError("every pair has weight 0: the oracle ranks none as it is labelled; leave confidence at 0")
     return out
 
 

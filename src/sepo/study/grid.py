@@ -203,6 +203,8 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Grid, di
     """
     path = find_file(path, "grid")
     values, overrides = grid_values(path, overrides)
+    if "variants" not in values:
+        raise UserError(f"{path} has no variants, so it is no grid: run a recipe with `sepo run` (docs/compare.md)")
     try:
         grid = Grid(**values)
     except ValidationError as error:

@@ -17,7 +17,7 @@ from sepo.errors import UserError, named_error, nearest
 from sepo.models.folders import read_json_object
 from sepo.recipe.settings import TrainingSettings
 from sepo.training.fit import training_arguments
-from sepo.training.trainer import PreferenceConfig
+from sepo.training.trainer import WITHOUT_EFFECT, PreferenceConfig
 
 _NO_EVALUATION = "no pairs are evaluated while a recipe trains"
 _NO_PUSH = "sepo push uploads a finished run"
@@ -48,17 +48,10 @@ UNSUPPORTED: dict[str, str] = {
 }
 # Those that packed pairs do not support, or that change nothing there.
 _NOT_FOR_PAIRS: dict[str, str] = {
-    "label_smoothing_factor": "it applies to cross entropy; the objectives have label_smoothing",
-    "neftune_noise_alpha": "with noise, the policy would differ from its own reference before training",
-    **dict.fromkeys(
-        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
-        "gradients are accumulated in place, which a compiled backward pass does not trace",
-    ),
+    **WITHOUT_EFFECT,
     "per_device_train_batch_size": "batch_size is the number of pairs per update, over all processes",
     "gradient_accumulation_steps": "batch_size is the number of pairs per update, for any number of rows",
-    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it would replace the fused kernels of packed rows"),
     "average_tokens_across_devices": "the loss is the mean over the pairs of all processes",
-    "include_num_input_tokens_seen": "target_tokens and read_tokens count the tokens of a training",
     "remove_unused_columns": "a batch holds pairs and has no columns",
     "use_cache": "packed rows are read without a cache",
     **dict.fromkeys(("train_sampling_strategy", "length_column_name"), "pairs are drawn at random"),

@@ -13,7 +13,7 @@ import math
 import os
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from sepo import processes
 from sepo.data.loading import require_dataset
 from sepo.data.tables import PAIR_WEIGHT, provenance_of, require_table
-from sepo.errors import UserError, check_number, wrong_type
+from sepo.errors import UserError, check_number, named_error, wrong_type
 from sepo.files import expand_home
 from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
@@ -87,6 +87,22 @@ def use_one_device(args: TrainingArguments) -> None:
     args._n_gpu = min(args._n_gpu, 1)
 
 
+# Fields of TrainingArguments that a training on packed pairs does not support, or that change nothing there.
+WITHOUT_EFFECT: dict[str, str] = {
+    "label_smoothing_factor": "it applies to cross entropy; the objectives have label_smoothing",
+    "neftune_noise_alpha": "with noise, the policy would differ from its own reference before training",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "gradients are accumulated in place, which a compiled backward pass does not trace",
+    ),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it would replace the fused kernels of packed rows"),
+    "include_num_input_tokens_seen": "target_tokens and read_tokens count the tokens of a training",
+    "dataloader_drop_last": "every pair of an epoch is trained on",
+    "torch_empty_cache_steps": "rows of one size leave nothing to empty",
+    "parallelism_config": "processes share a model through fsdp or deepspeed",
+}
+
+
 @dataclass
 class PreferenceConfig(TrainingArguments):
     """Settings of a `PreferenceTrainer`: all of `transformers.TrainingArguments`, and these.
@@ -133,6 +149,7 @@ class PreferenceConfig(TrainingArguments):
             self.output_dir = expand_home(self.output_dir, "output_dir")
         self.report_to = reporters(self.report_to or "none")
         super().__post_init__()
+        self._check_arguments()
         check_objective(self.objective, self.label_smoothing)
         check_number("beta", self.beta, above=0)
         check_number("gamma", self.gamma, above=0)
@@ -152,6 +169,19 @@ class PreferenceConfig(TrainingArguments):
         # Batches hold pairs, not model inputs, so Trainer must not drop columns by name.
         self.remove_unused_columns = False
         use_one_device(self)
+
+    def _check_arguments(self) -> None:
+        """Refuse values of TrainingArguments that would change nothing, or train nothing."""
+        for item in fields(TrainingArguments):
+            if item.name in WITHOUT_EFFECT and getattr(self, item.name) != item.default:
+                raise UserError(f"{item.name} cannot be used here: {WITHOUT_EFFECT[item.name]}; leave it out")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            check_number(name, getattr(self, name), whole=True, least=1)
+        check_number("learning_rate", self.learning_rate, least=0)
+        check_number("num_train_epochs", self.num_train_epochs, above=0)
+        check_number("seed", self.seed, whole=True, least=0, below=2**32)
+        if self.max_steps == 0:
+            raise UserError("max_steps is 0: expected a number above 0, or -1 for num_train_epochs")
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps of warm-up; 0 if warm-up would take the whole training, whose first step has learning rate 0."""
@@ -241,6 +271,8 @@ class PreferenceTrainer(Trainer):
         if isinstance(model, str | os.PathLike):
             processing_class = processing_class or load_tokenizer(model)
         model = _loaded(model, peft_config, args.seed)
+        if train_dataset is not None:
+            _check_trained(model)
         if processing_class is None and any(map(_is_text, (train_dataset, *_sets(eval_dataset)))):
             processing_class = _tokenizer_of(model)
         if args.device.type == "cuda" and not _has_device_placement(model):
@@ -259,18 +291,7 @@ class PreferenceTrainer(Trainer):
         layout = prepare_model(
             model, args.layout, longest=longest, tokens_per_row=self.tokens_per_row, device=args.device
         )
-        if args.device.type == "cpu":
-            keep_freed_memory()
-        self._start_checked = False
-        self._turn_off_dropout(model)
-        # The KL needs every logit of the reference, which cannot be stored: a frozen copy of the model computes them.
-        self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
-        if args.router_aux_loss_coef:
-            from sepo.forward.routers import check_routers
-
-            check_routers(causal_lm(model).config, str(causal_lm(model).config.name_or_path))
-        self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
-        _bind_packed_forward(model)
+        self._set_up_model(model, args)
         self._metrics = {mode: _RunningSums() for mode in ("train", "eval")}
         self._update_pairs: list[int] = []  # pair ids of the current update, to name the pair of a bad gradient
         super().__init__(
@@ -286,6 +307,21 @@ class PreferenceTrainer(Trainer):
         self._set_up_zero_3(model)
         # Losses are already means over pairs: Trainer must not divide them by the accumulation steps.
         self.loss_is_scaled_for_ga = True
+
+    def _set_up_model(self, model: nn.Module, args: PreferenceConfig) -> None:
+        """Turn off dropout, copy the reference of a KL, and let the model read packed rows."""
+        if args.device.type == "cpu":
+            keep_freed_memory()
+        self._start_checked = False
+        self._turn_off_dropout(model)
+        # The KL needs every logit of the reference, which cannot be stored: a frozen copy of the model computes them.
+        self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
+        if args.router_aux_loss_coef:
+            from sepo.forward.routers import check_routers
+
+            check_routers(causal_lm(model).config, str(causal_lm(model).config.name_or_path))
+        self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
+        _bind_packed_forward(model)
 
     def _turn_off_dropout(self, model: nn.Module) -> None:
         """Turn off the model's own dropout, and check that no other randomness is left."""
@@ -695,7 +731,27 @@ def _loaded(model: Any, peft_config: PeftConfig | None, seed: int) -> nn.Module:
         return model
     if isinstance(model, PeftModel):
         raise UserError("the model has an adapter already: leave peft_config out, or merge the adapter first")
-    return with_adapter(causal_lm(model), peft_config, seed)
+    try:
+        return with_adapter(causal_lm(model), peft_config, seed)
+    except UserError:
+        raise
+    except Exception as error:  # PEFT raises exceptions of any kind
+        raise UserError(f"peft_config does not fit the model ({named_error(error)})") from error
+
+
+def _check_trained(model: nn.Module) -> None:
+    """Refuse a model of which nothing is trained, and log if updates may round to nothing."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if not types:
+        raise UserError(
+            "no weight of the model requires a gradient: load a model with train=True, an adapter with "
+            "is_trainable=True, or pass peft_config"
+        )
+    if low := types & {torch.bfloat16, torch.float16}:
+        processes.log_once(
+            f"the weights that are trained are {str(min(low, key=str)).removeprefix('torch.')}, in which small updates "
+            "round to nothing: load the model with dtype=torch.float32; bf16=True then gives mixed precision"
+        )
 
 
 def _is_text(data: Any) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize
 
-from sepo.report.statistics import student_reach
+from sepo.report.statistics import spread_seen, student_reach
 from sepo.study.crossed import Crossed, crossed_mean
 
 _FAR = 1e4  # an end of an interval beyond this is unbounded
@@ -29,7 +29,7 @@ class Headroom(NamedTuple):
 
     Attributes:
         value: H; NaN where the room is 0.
-        low, high: 95 % interval; infinite where the room is not told from 0.
+        low, high: 95 % interval; infinite where the room is not told from 0, or shows no spread.
         room: gain of the truth minus gain of all tokens.
         ahead: gain of the rule minus gain of all tokens.
     """
@@ -57,7 +57,8 @@ def headroom(rule: ArrayLike, everything: ArrayLike, truth: ArrayLike) -> Headro
         found = crossed_mean(ahead - h * room)
         return abs(found.mean) - student_reach(found.error, found.freedom)
 
-    if whole.low <= 0 <= whole.high or math.isnan(value):
+    # Without spread the room has no interval of its own, so that of the ratio would be a point.
+    if whole.low <= 0 <= whole.high or math.isnan(value) or not spread_seen(whole.error, whole.mean):
         return Headroom(value, -math.inf, math.inf, whole, part)
     return Headroom(value, _end(excess, value, -1), _end(excess, value, 1), whole, part)
 
