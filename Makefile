@@ -17,6 +17,9 @@ STAMP := .venv/.installed
 WORKERS ?= 2
 PIP := pip install --quiet --disable-pip-version-check
 
+# Where this is set, each process of the tests would compile the tests and the package anew: 7 seconds of a core.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test nightly run-check run-test run-nightly docs gpu faults test-lowest lint clean
 

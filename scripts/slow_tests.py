@@ -1,4 +1,4 @@
-"""Print the test functions that take over 0.3 s, all parameters together, for tests/slow.txt.
+"""Print the test functions that take over 0.25 s, all parameters together, for tests/slow.txt.
 
     python scripts/slow_tests.py build/tests.xml > tests/slow.txt
 
@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from xml.etree import ElementTree
 
-SECONDS = 0.3
+SECONDS = 0.25
 
 
 def main(report: str) -> None:

@@ -48,6 +48,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from trl import SFTTrainer  # noqa: F401
 
 import fsdp_on_cpu
+from sepo import processes
 from sepo.cli import main
 from sepo.runs import pipeline  # noqa: F401
 from sepo.stages import data
@@ -240,6 +241,7 @@ def child(
     if "ACCELERATE_USE_FSDP" in variables:
         fsdp_on_cpu.enable()
     data.PAIRS_PER_SHARD = 16
+    processes._VISIBLE_WITHIN = 1.0  # the disk is local
     if kill_operation is not None or count:
         watch(str(out), kill_operation, count)
     if fault is not None:

@@ -1,11 +1,11 @@
-"""How many inputs a property is tried on: at most 60 in the ordinary run, its full number in `make nightly`."""
+"""How many inputs a property is tried on: at most 40 in the ordinary run, its full number in `make nightly`."""
 
 from typing import Any
 
 from hypothesis import settings
 
 # A shared machine is slow now and then: no example fails for the time it takes.
-settings.register_profile("ordinary", max_examples=60, deadline=None)
+settings.register_profile("ordinary", max_examples=40, deadline=None)
 settings.register_profile("nightly", max_examples=100, deadline=None)
 
 

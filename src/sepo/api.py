@@ -69,7 +69,7 @@ def _engine(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     from sepo import engines
 
-    return engines.use(recipe.engine, recipe.run_folder)
+    return engines.use(recipe.engine, recipe.run_folder, passes=True)
 
 
 def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = None) -> RunPlan:
@@ -89,7 +89,7 @@ def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = N
 
 
 def extension_of(recipe: Recipe) -> Extension:
-    """Judge, benchmarks, tasks, sampled data, a policy that is another model, trainings up to a measured value."""
+    """Judge, benchmarks, tasks, sampled data, another model as policy, trainings up to a value, sharded checkpoints."""
     from sepo.runs.method import NOTHING, Extension
 
     settings, samples = recipe.eval, recipe.data.on_policy is not None
@@ -111,6 +111,12 @@ def extension_of(recipe: Recipe) -> Extension:
         from sepo.targets import stages as targets
 
         found = found.and_also(Extension(targets=targets))
+    trainings = [section.training for section in (recipe.reference.sft, recipe.oracle, recipe.policy) if section]
+    if any(training.checkpoints == "sharded" for training in trainings):
+        from sepo import sharded
+
+        sharded.enable()
+        found = found.and_also(Extension(sharded.check))
     return found
 
 

@@ -159,7 +159,7 @@ def replace_folder(folder: str | os.PathLike) -> Iterator[Path]:
     replace an existing folder leaves no folder, never an incomplete one. Leftovers of killed attempts are removed.
 
     >>> with replace_folder("runs/demo/oracle") as temporary:
-    ...     (temporary / "note.txt").write_text("whole or not at all")
+    ...     _ = (temporary / "note.txt").write_text("whole or not at all")
     """
     target = Path(os.path.abspath(expand_home(folder, "the folder")))
     temporary, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))

@@ -28,7 +28,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from sepo.errors import UserError, cannot_write, one_line
+from sepo.errors import DoneElsewhere, UserError, cannot_write, one_line
 
 _WAIT = timedelta(days=7)
 # Seconds to wait until a file from another machine is visible: network file systems cache look-ups.
@@ -37,6 +37,9 @@ _group: Any = None
 _logged: set[str] = set()
 # The engine of this process (`work.using`), which may help another process that holds a folder; None: wait for nobody.
 waiter: Any = None
+# What the other processes do with a message of `ask` (`sepo.engines.groups`).
+helper: Any = None
+_read_sharded = False
 
 
 class MainProcessError(RuntimeError):
@@ -77,7 +80,18 @@ def read_sharded() -> bool:
 
     Yes where the launcher shards the trained weights (FSDP, ZeRO-3): a frozen model of that size must not be whole.
     """
-    return size() > 1 and (sharding() == "fsdp" or zero_stage() == 3)
+    return size() > 1 and (_read_sharded or sharding() == "fsdp" or zero_stage() == 3)
+
+
+@contextlib.contextmanager
+def shards_read(asked: bool) -> Iterator[None]:
+    """Inside this context, frozen models are sharded if it is asked for, whatever the launcher does."""
+    global _read_sharded
+    before, _read_sharded = _read_sharded, asked
+    try:
+        yield
+    finally:
+        _read_sharded = before
 
 
 def join(device: str = "auto") -> None:
@@ -164,7 +178,10 @@ def on_main(work: Callable[[], Any]) -> Any:
     if size() == 1:
         return work()
     if not is_main():
-        message = json.loads(_broadcast(None))
+        while "asked" in (message := json.loads(_broadcast(None))):
+            helper(message["asked"])
+        if message.get("done"):
+            raise DoneElsewhere(message["error"])
         if "error" in message:
             raise MainProcessError(f"process {rank()} stops: the main process failed ({message['error']})")
         return message["result"]
@@ -172,10 +189,17 @@ def on_main(work: Callable[[], Any]) -> Any:
         result = work()
         message = json.dumps({"result": result})
     except BaseException as error:
-        _broadcast(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        done = isinstance(error, DoneElsewhere)
+        _broadcast(json.dumps({"error": str(error) if done else f"{type(error).__name__}: {error}", "done": done}))
         raise
     _broadcast(message)
     return result
+
+
+def ask(message: dict[str, Any]) -> None:
+    """In the main process, inside `on_main`: the other processes, which wait there, call `helper` with a message."""
+    if size() > 1:
+        _broadcast(json.dumps({"asked": message}))
 
 
 def _broadcast(text: str | None) -> str:

@@ -8,6 +8,7 @@ them JSON, so that it can be written to a file and sent to another machine. A *k
         def __init__(self, settings):                      # once a worker: loads the model
         def __call__(self, units, progress):               # yields (unit, write) as results are ready
         def result(settings, unit):                        # static: digest of a stored result; None without a whole one
+        together = True                                    # a launch may do a unit together; the main process yields it
 
 `write()` writes the shard and returns counts. The engine calls it, because a worker that was thought dead must not
 write over the results of another job. No table leaves the worker.
@@ -72,6 +73,7 @@ class Job:
             that the units write to, is one of them.
         units: those that are to be done.
         device: kind of device that a worker needs ("cuda"); "cpu" for any machine.
+        processes: how many processes do a unit together, because no device holds the model.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class Job:
     settings: dict[str, Any]
     units: tuple[Unit, ...] = field(repr=False)
     device: str = "cpu"
+    processes: int = 1
 
     @property
     def id(self) -> str:
@@ -98,7 +101,7 @@ class Job:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Job:
         units = tuple(Unit(*unit) for unit in value["units"])
-        return cls(value["kind"], value["title"], value["settings"], units, value["device"])
+        return cls(value["kind"], value["title"], value["settings"], units, value["device"], value["processes"])
 
 
 class Engine(Protocol):

@@ -119,6 +119,7 @@ def undisturbed(made_once, place):
         ("compare", signal.SIGTERM),
     ],
 )
+@pytest.mark.daily(2)
 def test_an_interrupted_training_keeps_its_step_and_goes_on_from_there(
     name, number, place, undisturbed, tmp_path, interrupt_at, capsys
 ):

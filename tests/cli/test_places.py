@@ -95,6 +95,7 @@ def test_a_place_that_cannot_be_written_to_is_bad_input_before_anything_is_read(
 @pytest.mark.parametrize(
     ("command", "setting"), [("run", "output_dir"), ("compare", "output_dir"), ("compare", "work_dir")]
 )
+@pytest.mark.daily(3)
 def test_so_is_a_run_folder(command, setting, dry, place, tmp_path, capsys):
     for out in bad_places(tmp_path):
         if command == "run":

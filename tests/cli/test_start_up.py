@@ -76,7 +76,7 @@ sys.exit(code)
         "report --table {0}/scores --out {1}/report.html --figures {1}/figures",
     ],
 )
-@pytest.mark.daily(7)
+@pytest.mark.daily(4)
 def test_what_needs_no_model_imports_no_library_of_models(command, tables, tmp_path):
     done = python(IMPORTED, *command.format(tables, tmp_path).split())
     assert done.returncode == (2 if "nowhere" in command or "betta" in command else 0), done.stderr

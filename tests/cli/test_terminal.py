@@ -124,7 +124,7 @@ WORDS = (("--help", 0), ("recipe", 0), ("recipe --list", 0), ("recipe no-préfé
         for words, code in WORDS
     ],
 )
-@pytest.mark.daily(4)
+@pytest.mark.daily(2)
 def test_a_command_redirected_to_any_charset_ends_as_in_utf8(charset, words, code):
     variables = {"PYTHONIOENCODING": charset}
     if charset == "locale":  # no coercion to UTF-8: the locale is what it says

@@ -41,7 +41,7 @@ def tokens_of(row: dict, tokenizer, **options) -> tuple[dict[str, str], dict[str
 
 
 @pytest.mark.parametrize("name", templates())
-@pytest.mark.daily(16)
+@pytest.mark.daily(2)
 def test_every_conversation_is_written_as_the_template_writes_it_or_counted(name):
     found = results(name)  # asserts that both sequences equal the rendering of the template
     assert found["one turn"][0] in "=+"

@@ -253,3 +253,11 @@ def test_a_text_beside_responses_that_begin_with_their_prompt_is_no_prompt(more,
     ]
     _, train, _ = prepared(tmp_path, rows, held_out=0)
     assert len(train) == 6
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Is it RED?", " Is\u00a0it\n red?", "\ufeffIs it red?", "Is it\u200b red?", "Is it re\u00add?", "Ｉs it red?"],
+)
+def test_one_question_has_one_key_however_it_is_typed(text):
+    assert prompt_key([user(text)]) == prompt_key([user("Is it red?")])

@@ -133,6 +133,7 @@ IN_MEMORY = {
 
 @pytest.mark.parametrize("source", [*FILES, *IN_MEMORY])
 @pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.daily(120)
 def test_one_conversation_gives_the_same_ids_however_it_is_spelled_and_stored(
     tokenizer, wanted, tmp_path, spelling, source
 ):
@@ -427,3 +428,41 @@ def test_a_dataset_of_several_splits_is_refused_by_name():
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"chosen": "a", "rejected": "b"}])})
     with pytest.raises(UserError, match="one split of the dataset"):
         load_preferences(both)
+
+
+TOOL = {"type": "function", "function": {"name": "look", "description": "Look it up."}}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_the_system_message_and_the_tools_beside_wrapped_messages_belong_to_the_prompt(name, as_text):
+    """OpenAI's preference format wraps the prompt with its tools, ShareGPT's exports with a system message."""
+    wrapped = {"system": "Be brief.", name: [user("q")], "tools": [TOOL], "id": "17", "parallel_tool_calls": True}
+    prompt = json.dumps(wrapped) if as_text else wrapped
+    pair = normalise_row({"prompt": prompt, "chosen": [assistant("a")], "rejected": [assistant("b")]})
+    assert pair.messages == [{"role": "system", "content": "Be brief."}, user("q")]
+    assert pair.tools == (TOOL,)
+
+
+@pytest.mark.parametrize("wrap", [lambda answer: answer, lambda answer: [answer], lambda answer: json.dumps([answer])])
+@pytest.mark.parametrize("name", ["messages", "conversations", "question"])
+def test_a_column_that_holds_the_question_of_answers_in_messages_is_named(name, wrap):
+    question = "Is it red?" if name == "question" else [user("Is it red?")]
+    rows = [{name: question, "chosen": wrap(assistant("Yes.")), "rejected": wrap(assistant("No."))}]
+    with pytest.raises(UserError, match=f"'{name}' seems to hold the question"):
+        load_preferences(rows)
+    assert normalise_row(load_preferences(rows, columns={"prompt": name})[0]).messages == [user("Is it red?")]
+
+
+@pytest.mark.parametrize("column", ["trajectory", "source", "x"])
+@pytest.mark.parametrize("spell", [lambda turns: turns, json.dumps, lambda turns: turns[0]])
+def test_a_conversation_under_any_name_beside_answers_that_share_hardly_a_word_is_their_question(column, spell):
+    """UltraInteract: the shared "Step 1:" would be the prompt."""
+    rows = [
+        {column: spell([{"from": "user", "value": f"Solve {i}"}]), "chosen": "Step 1: Add.", "rejected": "Step 1: No."}
+        for i in range(3)
+    ]
+    with pytest.raises(UserError, match=f"'{column}' seems to hold the question"):
+        load_preferences(rows)
+    kept = [{**row, column: [0.5, float(i)]} for i, row in enumerate(rows)]  # scores, which are no question
+    assert normalise_row(load_preferences(kept)[0]).prompt == "Step 1:"

@@ -266,3 +266,12 @@ def test_wrong_names_are_refused_in_one_line():
         load_preferences([{"prompt": "Q", "answer": []}], pairs_from="nectar")
     with pytest.raises(UserError, match="but pairs_from makes them"):
         load_preferences(CASES["nectar"][0], pairs_from="nectar", columns={"chosen": "answers"})
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_response_without_a_score_is_left_out_as_pandas_writes_it_too(missing):
+    rows = [ranked(("best", 5.0), ("unscored", missing), ("worst", 1.0)), ranked(("only", 5.0), ("unscored", missing))]
+    pairs = load_preferences(rows, pairs_from="ultrafeedback")
+    assert [(row["chosen"], row["rejected"], row["drop_reason"]) for row in pairs] == [
+        ("best", "worst", None), (None, None, "one response"),
+    ]  # fmt: skip

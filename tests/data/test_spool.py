@@ -37,7 +37,7 @@ def written(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("held_out", [0, 11, 0.2])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("sample", [1.0, 0.6])
-@pytest.mark.daily(4)
+@pytest.mark.daily(2)
 def test_pairs_from_disk_are_byte_for_byte_those_from_memory(tmp_path, monkeypatch, held_out, own, sample):
     monkeypatch.setattr(encoding, "ROWS_AT_ONCE", 16)
     monkeypatch.setattr(data, "PAIRS_PER_SHARD", 25)

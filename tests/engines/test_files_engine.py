@@ -376,8 +376,9 @@ def test_unknown_engines_and_launches_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'files'"), engines.use("flies", tmp_path):
         pass
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="start one process"), engines.use("files", tmp_path):
-        pass
+    for name, passes in (("files", False), ("ray", True)):
+        with pytest.raises(UserError, match="start one process"), engines.use(name, tmp_path, passes):
+            pass
 
 
 def test_a_job_that_is_asked_for_again_by_a_later_command_is_not_done_again(source, tmp_path, expected):

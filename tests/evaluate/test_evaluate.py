@@ -262,7 +262,7 @@ def test_a_response_is_the_same_in_any_batch_and_beside_any_other_prompts():
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
-@pytest.mark.daily(6)
+@pytest.mark.daily(3)
 def test_a_start_that_prompts_share_is_read_once_and_changes_no_response(architecture, monkeypatch):
     """Except in models with windows of attention, which would count the padding behind the start."""
     # Gemma 2's softmax is in float32, where the padding of a float64 mask is not finite.

@@ -36,7 +36,7 @@ def reference_varlen(query, key, value, q_starts, k_starts, max_q, max_k, *, sca
 
 @pytest.mark.parametrize("window", [None, 8, 100])
 @pytest.mark.parametrize("row", range(4))
-@pytest.mark.daily(6)
+@pytest.mark.daily(3)
 def test_the_sequences_given_to_the_flash_kernel_are_the_packed_row_forward_and_backward(monkeypatch, row, window):
     monkeypatch.setattr(attention_cuda, "varlen_attn", reference_varlen)
     monkeypatch.setattr(attention_cuda, "_grouped", dict)
@@ -69,6 +69,7 @@ DOCUMENTS = [
 
 
 @pytest.mark.parametrize(("row", "softcap", "window"), DOCUMENTS)
+@pytest.mark.daily(6)
 def test_flex_attention_sees_the_same_documents(row, window, softcap):
     query, key, value, layout = attention_inputs(many_rows()[row], dtype=torch.float32)
     query, key, value = query.detach(), key.detach(), value.detach()
@@ -79,6 +80,7 @@ def test_flex_attention_sees_the_same_documents(row, window, softcap):
 
 @pytest.mark.parametrize("window", [None, 8, 100, 300])
 @pytest.mark.parametrize("row", range(4))
+@pytest.mark.daily(6)
 def test_tiles_of_the_block_mask_miss_nothing_and_whole_ones_are_whole(row, window):
     layout = pack(many_rows()[row]).layout
     coordinates = layout.token_coordinates()

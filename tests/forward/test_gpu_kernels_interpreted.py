@@ -33,6 +33,7 @@ LAYOUTS = ("transposed", "strided", "broadcast")
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("how", ["one for all", *LAYOUTS])
+@pytest.mark.daily(6)
 def test_rotary_embedding_with_angles_in_any_memory_layout(monkeypatch, how, batch, length):
     """Without `position_ids` a model makes one row of angles for the whole batch; a generation step has one token."""
     monkeypatch.setattr(layers_cuda, "available", lambda x: True)
@@ -86,6 +87,7 @@ def test_a_block_of_logits_in_any_memory_layout(how):
 @pytest.mark.parametrize("keep", [None, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("cap", [None, 8.0])
 @pytest.mark.parametrize("scale", [1.0, 0.4])
+@pytest.mark.daily(6)
 def test_a_block_of_logits_is_reduced_and_turned_into_its_gradient(scale, cap, keep):
     torch.manual_seed(0)
     raw = 6 * torch.randn(5, 2500)

@@ -51,7 +51,7 @@ def assert_same_gradients(got, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
-@pytest.mark.daily(6)
+@pytest.mark.daily(3)
 def test_gradients_in_place_are_those_of_autograd(name):
     model = TINY_MODELS[name]()
     prepare_model(model)
@@ -378,6 +378,7 @@ IN_PLACE = {"norm": LlamaRMSNorm, "mlp": LlamaMLP, "linear": nn.Linear, "embeddi
 
 @pytest.mark.parametrize("kind", IN_PLACE)
 @pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.daily(4)
 def test_outputs_that_a_model_changes_in_place_have_the_right_gradients(kind, in_place):
     def changed(model):
         for module in model.modules():

@@ -163,7 +163,7 @@ def logps_in_rows(model, pairs, layout, tokens_per_row):
 
 
 @pytest.mark.parametrize("name", BEYOND)
-@pytest.mark.daily(8)
+@pytest.mark.daily(4)
 def test_texts_beyond_a_window_or_the_original_length_give_what_each_gives_alone(name):
     build, expected_layout = BEYOND[name]
     model = model_of(build())

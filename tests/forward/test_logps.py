@@ -28,7 +28,7 @@ def gradients(model, logps, weights):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", TINY_MODELS)
-@pytest.mark.daily(13)
+@pytest.mark.daily(7)
 def test_values_and_gradients_agree_with_a_plain_float64_forward(name, layout):
     pairs = awkward_pairs()
     assert max(len(p.prompt_ids) + len(p.chosen_ids) for p in pairs) > 2 * SLIDING_WINDOW

@@ -40,6 +40,7 @@ def long_pairs():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.daily(2)
 def test_a_model_that_chooses_its_keys_gives_what_its_own_forward_gives_beyond_that_number(kind):
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this release of Transformers has no {kind}")

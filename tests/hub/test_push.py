@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from sepo.cli import main
 from sepo.data.tables import read_table
 from sepo.hub import push
+from sepo.hub.card import settings_block
 from sepo.recipe.reading import parse_recipe
 from sepo.runs.folder import hub_names
 from tiny_gguf import write_gguf
@@ -147,6 +148,20 @@ def test_a_card_that_cannot_be_written_fails_no_run(finished, capsys, monkeypatc
     monkeypatch.setattr("sepo.hub.card.front_matter", lambda *_: 1 / 0)
     assert main(["run", str(finished / "recipe.yaml")]) == 0
     assert "no model card was written (ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "/home/ada/secret place/pairs.jsonl", "secret place/pairs.jsonl", "~/secret place/pairs.jsonl",
+        "C:\\Users\\secret place\\pairs.jsonl", "../secret/pairs.jsonl", "file:///secret place/pairs.jsonl",
+    ],
+)  # fmt: skip
+def test_a_card_shows_no_folder_of_this_machine_whatever_its_name(place):
+    recipe = parse_recipe({"data": {"source": place}})
+    block = settings_block(recipe, ())
+    assert "pairs.jsonl" in block
+    assert "secret" not in block
 
 
 def test_a_dry_run_lists_the_upload_and_sends_no_request(finished, hub, capsys):
@@ -339,7 +354,7 @@ PLACES = ["data.source", "data.held_out_source", "reference.model", "policy.mode
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("local", [True, False])
-@pytest.mark.daily(4)
+@pytest.mark.daily(2)
 def test_only_a_name_that_was_no_file_when_the_run_ran_is_linked_as_one_of_the_hub(
     place, local, finished, hub, tmp_path, monkeypatch
 ):

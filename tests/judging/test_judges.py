@@ -187,7 +187,7 @@ def test_the_key_is_not_sent_to_another_address(tmp_path, monkeypatch):
     with serving(lambda body, before: completion("caught")) as thief:
         with serving(lambda body, before: (307, {"Location": thief.url + "/chat/completions"}, b"")) as judge:
             (reply,), _ = ask(endpoint(judge.url, tmp_path), "a")
-        assert reply.failure.startswith("no reply: HTTP 307")
+        assert reply.failure.startswith(f"no reply: HTTP 307 redirects to {thief.url}")
         assert not thief.asked
 
 

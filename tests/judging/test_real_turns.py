@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-from chat_templates import CALL, assistant, tokenizer_named, user
+from chat_templates import CALL, assistant, tokenizer_named, tokenizer_with, user
 from judge_server import completion, serving
 from sepo.cli import main
 from sepo.data.conversation import conversations_of, in_words
@@ -22,7 +22,7 @@ from sepo.errors import UserError
 from sepo.evaluate.measure import Evaluation
 from sepo.judging.in_run import judge_responses
 from sepo.judging.judge import read_matches
-from sepo.judging.prompts import encode_answers
+from sepo.judging.prompts import encode_answers, encode_prompts
 from sepo.judging.scorers import as_messages
 from sepo.judging.server_judge import contest_of
 from sepo.judging.stages import run_judge
@@ -82,7 +82,7 @@ def workplace(tmp_path, monkeypatch):
 @pytest.mark.parametrize("thought", ["", "<think>\nHm.\n</think>\n\n"], ids=["plain", "thinking"])
 @pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.daily(20)
+@pytest.mark.daily(10)
 def test_a_judge_is_asked_exactly_the_turns(name, kind, thought, workplace):
     pairs = pairs_or_none([PROMPTS[kind]], tokenizer_named(name), thought)
     if pairs is None:  # the template has no place for a part of it: counted as a drop
@@ -230,6 +230,10 @@ def test_further_columns_and_spellings_of_a_prompt_are_sent(row, wanted, tmp_pat
         ([{"prompt": "Hi?", "tools": [{"type": "function", "function": {"name": "f"}}]}], "tools"),
         ([[user("Hi?"), assistant("", tool_calls=CALL), {"role": "tool", "content": "4"}, user("So?")]], "tools"),
         ([[user("Hi?"), {"role": "user", "content": [{"type": "image", "image": "x"}]}]], "not text"),
+        ([{"prompt": "Look.", "images": ["a.png"]}], "not text 'images'"),
+        ([{"prompt": "Hi \ud83d"}], "invalid Unicode"),
+        ([{"instruction": "Hi \ud83d"}], "invalid Unicode"),
+        ([{"question_id": 1, "turns": ["Hi?", "So \ud83d"]}], "invalid Unicode"),
     ],
 )
 def test_questions_that_cannot_be_asked_end_in_one_line(rows, says, tmp_path, capsys):
@@ -237,6 +241,49 @@ def test_questions_that_cannot_be_asked_end_in_one_line(rows, says, tmp_path, ca
     error = capsys.readouterr().err.strip()
     assert says in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("end", ["", "{{ '<|assistant|>' }}"])
+def test_a_template_that_ignores_the_generation_prompt_asks_as_the_pairs_of_a_run_do(end):
+    """It never writes the opening of the assistant's turn, or always."""
+    turns = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    tokenizer = tokenizer_with(turns + end)
+    (ids,) = encode_prompts([[user("Hi?")]], tokenizer)
+    assert tokenizer.decode(ids) == "<|user|>Hi?<|end|><|assistant|>"
+    assert ids == pairs_of([[user("Hi?")]], tokenizer)["prompt_ids"].to_pylist()[0]
+
+
+def test_half_of_a_surrogate_pair_is_no_text_for_a_local_judge():
+    tokenizer = tokenizer_named("qwen3")
+    conversations = [([user("Hi?")], "half \ud83d", []), ([user("half \ud83d")], "x", []), ([user("Hi?")], "x", [])]
+    first, second, third = encode_answers(conversations, tokenizer)
+    assert (first, second) == ("invalid Unicode", "invalid Unicode")
+    assert not isinstance(third, str)
+    with pytest.raises(UserError, match="prompt 1 cannot be asked: invalid Unicode"):
+        encode_prompts([[user("half \ud83d")]], tokenizer)
+
+
+def answers(folder, name, rows):
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_answers_to_different_questions_of_one_name_are_refused(tmp_path):
+    rows = [[{"uid": "1", "model": "m", "messages": [user(text), assistant("x")]}] for text in ("Hi?", "Bye?", "Hi?\n")]
+    first, other, same = (answers(tmp_path, f"a{i}", row) for i, row in enumerate(rows))
+    with pytest.raises(UserError, match="different questions under the name '1'"):
+        read_matches(first, other, None, None)
+    assert len(read_matches(first, same, None, None)[0]) == 1
+
+
+def test_thinking_in_the_answers_of_a_file_is_counted(tmp_path):
+    thinks = [{"instruction": q, "output": "<think>Well.</think>Yes."} for q in ("a?", "b?")]
+    plain = [{"instruction": q, "output": "Write `<think>` first."} for q in ("a?", "b?")]
+    _, missing = read_matches(answers(tmp_path, "x", thinks), answers(tmp_path, "y", plain), None, None)
+    assert missing.lines() == [
+        "2 answers hold thinking (<think>...), which the judge reads too: take it out of the files"
+    ]
 
 
 def test_a_template_that_leaves_out_the_system_turn_is_refused(tmp_path, capsys):

@@ -18,6 +18,7 @@ from judge_server import completion, serving
 from properties import examples
 from sepo.cli import main
 from sepo.data.thinking import without_thinking
+from sepo.errors import UserError
 from sepo.judging.endpoint import Endpoint
 from sepo.judging.judge_prompts import JudgePrompt, read_grade, read_preference
 from sepo.judging.replies import CUT, REFUSED, UNANSWERED, completion_of, read_reply
@@ -47,6 +48,12 @@ def short(body: dict) -> tuple:
     return 200, {"Content-Length": str(len(data) + 500)}, data[:-5]
 
 
+def encoded(text: str, charset: str) -> tuple:
+    """A completion in another encoding than UTF-8, which its headers name."""
+    body = json.dumps(said(text), ensure_ascii=False).encode(charset)
+    return 200, {"Content-Type": f"application/json; charset={charset}"}, body
+
+
 def error(status: int, message: str, **fields) -> tuple:
     return status, {}, json.dumps({"error": {"message": message, **fields}}).encode()
 
@@ -55,13 +62,30 @@ TOO_LONG = "This model's maximum context length is 4096 tokens. However, your me
 # Titles of the rows in docs/judging.md: what happens to such a reply, and examples with the answer that is read from
 # them, or the beginning of the failure.
 ROWS: dict[str, tuple[str, list[tuple]]] = {
-    "a text": (KEPT, [(said("[[A]]"), "[[A]]")]),
+    "a text": (
+        KEPT,
+        [
+            (said("[[A]]"), "[[A]]"),
+            (b"\xef\xbb\xbf" + json.dumps(said("[[A]]")).encode(), "[[A]]"),
+            (b": PROCESSING\n\n: PROCESSING\n\n" + json.dumps(said("[[A]]")).encode(), "[[A]]"),
+            (b'{"choices":[{"message":{"content":"two\nlines"}}]}', "two\nlines"),
+            (encoded("caf\u00e9 [[A]]", "iso-8859-1"), "caf\u00e9 [[A]]"),
+            (encoded("caf\u00e9 [[A]]", "utf-16"), "caf\u00e9 [[A]]"),
+            ((200, {"X-Served-By": "caf\u00e9"}, json.dumps(said("[[A]]")).encode()), "[[A]]"),
+            ({"choices": [{**said("[[B]]")["choices"][0], "index": 1}, *said("[[A]]")["choices"]]}, "[[A]]"),
+        ],
+    ),
     "a list of parts": (
         KEPT,
         [
             (said([{"type": "text", "text": "My "}, {"type": "text", "text": "[[A]]"}]), "My [[A]]"),
             (said([{"type": "thinking", "thinking": [{"text": "[[B]]"}]}, {"type": "text", "text": "[[A]]"}]), "[[A]]"),
             (said([{"type": "output_text", "text": "[[A]]"}]), "[[A]]"),
+            (said({"type": "text", "text": "[[A]]"}), "[[A]]"),
+            (said([{"type": None, "text": "[[A]]"}]), "[[A]]"),
+            (said([{"type": "text", "text": {"value": "[[A]]", "annotations": []}}]), "[[A]]"),
+            (said([{"type": "reasoning", "text": "[[B]]"}, {"text": "[[A]]"}]), "[[A]]"),
+            (stream([{"type": "text", "text": "[[A]]"}]), "[[A]]"),
         ],
     ),
     "thinking in a field of its own": (
@@ -88,6 +112,16 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             (said("<|begin_of_thought|>[[B]]<|end_of_thought|>[[A]]"), "[[A]]"),
             (said("<|channel>thought\n[[B]]<channel|>[[A]]"), "[[A]]"),
             (said("analysisWe need [[B]].assistantfinal[[A]]"), "[[A]]"),
+            (said("analysis [[B]]?\n\nassistantfinal [[A]]"), "[[A]]"),
+            (said("<|channel|>analysis<|message|>B<|end|><|channel|>final <|constrain|>json<|message|>[[A]]"), "[[A]]"),
+            (said("<|START_THINKING|>[[B]]<|END_THINKING|><|START_RESPONSE|>[[A]]<|END_RESPONSE|>"), "[[A]]"),
+            (said("<|think_start|>[[B]]<|think_end|>[[A]]"), "[[A]]"),
+            (said("<start_of_thinking>[[B]]<end_of_thinking>[[A]]"), "[[A]]"),
+            (said("<|thinking|>[[B]]<|/thinking|>[[A]]"), "[[A]]"),
+            (said("<|inner_prefix|>[[B]]<|inner_suffix|>[[A]]"), "[[A]]"),
+            (said("<internal_monologue>[[B]]</internal_monologue>[[A]]"), "[[A]]"),
+            (said("\ufeff<think>[[B]]</think>[[A]]"), "\ufeff[[A]]"),
+            (said("My steps: [[B]]\n[BEGIN FINAL RESPONSE]\n[[A]]\n[END FINAL RESPONSE]"), "[[A]]"),
         ],
     ),
     "thinking without an end": (
@@ -97,6 +131,8 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             (said("<think>If A were right I would say [[A]]", "length"), CUT),
             (said("Well.\n<think>[[A]]"), "the thinking has no end"),
             (said("<|channel|>analysis<|message|>[[A]]"), "the thinking has no end"),
+            (said("analysisWe need to say [[A]]"), "the thinking has no end"),
+            (said("<|think_start|>[[A]]"), "the thinking has no end"),
         ],
     ),
     "no text": (
@@ -113,7 +149,13 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             (said(None, "tool_calls", tool_calls=[{"id": "1"}]), "empty reply"),
         ],
     ),
-    "`finish_reason` `content_filter`": (KEPT, [(said("[[A]]", "content_filter"), "stopped by the server")]),
+    "`finish_reason` `content_filter`": (
+        KEPT,
+        [
+            (said("[[A]]", reason), "stopped by the server")
+            for reason in ("content_filter", "SAFETY", "RECITATION", "SPII", "sensitive", "refusal", "guardrail_hit")
+        ],
+    ),
     "a completion without a message": (
         KEPT,
         [({"choices": choices}, "malformed") for choices in ([], [{"message": {}}], [7])],
@@ -127,6 +169,12 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             (stream("X").replace(b"X", "of two\u2028lines\x85".encode()), "of two\u2028lines\x85"),
             (stream("<think>[[B]]", "</think>[[A]]"), "[[A]]"),
             (stream("[[A]]", reasoning_content="[[B]]"), "[[A]]"),
+            (b"\xef\xbb\xbf" + stream("[[A]]"), "[[A]]"),
+            (
+                b'data: {"choices": [{"index": 1, "delta": {"content": "[[B]]"}, "finish_reason": "stop"}]}\n\n'
+                + stream("[[A]]"),
+                "[[A]]",
+            ),
         ],
     ),
     "a stream that broke off": (AGAIN, [(stream("My ", "[[A]]", end=""), UNANSWERED), (b'data: {"choi', UNANSWERED)]),
@@ -136,6 +184,9 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
         [
             (b"<html>busy</html>", UNANSWERED), (b"", UNANSWERED), (b"[]", UNANSWERED), (b"[" * 50_000, UNANSWERED),
             (b'{"choices": [{"mess', UNANSWERED), ({"status": "starting"}, UNANSWERED), (b"null", UNANSWERED),
+            (json.dumps(said("caf\u00e9"), ensure_ascii=False).encode("latin-1"), UNANSWERED),
+            ((200, {"Content-Type": "application/json; charset=utf-16"}, b"<html>"), UNANSWERED),
+            ((200, {"Content-Encoding": "br"}, b"\x8b\x02\x80abc\x03"), UNANSWERED),
         ],
     ),
     "an error inside status 200": (
@@ -147,7 +198,9 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             ({"object": "error", "message": "busy", "code": 500}, UNANSWERED),
             ({"choices": [{"error": {"code": 502, "message": "x"}, "message": {"content": ""}}]}, UNANSWERED),
             (said("My verdict", "error"), UNANSWERED),
-            (said("My verdict", "abort"), UNANSWERED),
+            *((said("[[A]]", reason), UNANSWERED) for reason in ("abort", "network_error", "cancelled", "timeout")),
+            (said("[[A]]", "insufficient_system_resource"), UNANSWERED),
+            (stream("[[A]]", end='event: error\ndata: {"message": "x", "code": 500}\n\ndata: [DONE]\n\n'), UNANSWERED),
             (b'data: {"error": {"message": "overloaded"}}\n\n', UNANSWERED),
         ],
     ),
@@ -164,6 +217,15 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             (error(400, "The response was filtered by the content management policy"), REFUSED),
             (error(403, "Your input was flagged by moderation"), REFUSED),
             ((413, {}, b""), REFUSED),
+            (error(500, "the request exceeds the available context size, try increasing it"), REFUSED),
+            (error(400, "ctx", code="context_length_exceeded"), REFUSED),
+            ({"error": {"message": "ctx", "code": "context_length_exceeded"}}, REFUSED),
+            ((400, {}, json.dumps([{"error": {"code": 400, "message": TOO_LONG}}]).encode()), REFUSED),
+            ((422, {}, b'{"error": "`inputs` must have less than 512 tokens. Given: 700"}'), REFUSED),
+            (error(400, "Your request exceeded model token limit: 8192"), REFUSED),
+            (error(400, "This model's maximum prompt length is 131072 but the request contains 200000"), REFUSED),
+            (error(400, "Please reduce the length of the messages or completion."), REFUSED),
+            (error(400, "Content Exists Risk"), REFUSED),
             ({"error": {"message": TOO_LONG, "type": "invalid_request_error", "code": 400}}, REFUSED),
         ],
     ),
@@ -395,6 +457,46 @@ def test_a_server_that_refuses_every_question_ends_the_command_in_its_own_words(
         assert len(server.asked) == 2 * asked
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Your credit balance is too low to access the API.",
+        "API key not valid. Please pass a valid API key.",
+        "This organization has been disabled.",
+        "Access denied, please make sure your account is not overdue",
+    ],
+)
+def test_a_refusal_of_the_account_in_the_middle_ends_the_command_and_is_not_kept(message, tmp_path):
+    paid = []
+
+    def reply(body, before):
+        paid.append(1)
+        return said("fine") if len(paid) == 1 or len(paid) > 2 else error(400, message, type="invalid_request_error")
+
+    with serving(reply) as server:
+        one = endpoint(server.url, tmp_path, concurrency=1, retries=0)
+        with pytest.raises(UserError, match=re.escape(message)):
+            ask(one, "a", "b", "c")
+        replies, spent = ask(one, "a", "b", "c")
+        assert [reply.text for reply in replies] == ["fine"] * 3
+        assert (spent.cached, spent.asked) == (1, 2)
+
+
+def test_words_of_the_question_in_a_refusal_do_not_decide_what_it_is_about(tmp_path):
+    """FastAPI repeats the question in `input`."""
+
+    def reply(body, before):
+        text = body["messages"][0]["content"]
+        fields = [{"loc": ["body", "seed"], "msg": "not an integer", "input": text}]
+        return said("fine") if text == "even" else (422, {}, json.dumps({"detail": fields}).encode())
+
+    with serving(reply) as server:
+        replies, _ = ask(
+            endpoint(server.url, tmp_path), "even", "my credit balance is too long, and billing moderation"
+        )
+    assert replies[1].failure == f"{REFUSED}: HTTP 422 not an integer"
+
+
 def test_temperature_and_other_fields_of_a_request_are_settings(tmp_path):
     with serving(lambda body, before: said("[[A]]")) as server:
         assert judge(tmp_path, server.url, "--temperature", "none", "--request", "reasoning_effort=low") == 0
@@ -471,6 +573,40 @@ def test_a_key_is_never_sent_over_plain_http_to_another_machine(host, monkeypatc
     assert "is not sent to http://" in capsys.readouterr().err
     for safe in ("https://judge.example/v1", "http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:8/v1"):
         assert Endpoint(safe, "judge")._all_headers() == {"Authorization": "Bearer sk-very-secret"}
+
+
+@pytest.mark.parametrize(
+    ("url", "settings"),
+    [
+        ("https://x/v1", {"headers": {"Authorization": "Bearer sk-very-secret"}}),
+        ("http://192.0.2.7/v1", {"headers": {"x-goog-api-key": "sk-very-secret"}}),
+        ("https://x/v1", {"headers": {"Ocp-Apim-Subscription-Key": "sk-very-secret"}}),
+        ("https://x/v1", {"headers": {"X-Auth-Token": "sk-very-secret"}}),
+        ("https://x/v1", {"headers": {"Cookie": "session=sk-very-secret"}}),
+        ("https://x/v1", {"headers": {"X-Mine": "Bearer sk-very-secret"}}),
+        ("https://x/v1?key=sk-very-secret", {}),
+        ("https://x/v1?api-version=1&api_key=sk-very-secret", {}),
+        ("https://x/v1?sig=sk-very-secret", {}),
+        ("https://x/v1", {"more": {"api_key": "sk-very-secret"}}),
+        ("https://x/v1", {"more": {"access_token": "sk-very-secret"}}),
+    ],
+)
+def test_a_key_outside_of_its_variable_is_refused_without_a_word_of_it(url, settings):
+    with pytest.raises(UserError, match="seems to hold a key: put the key into an environment variable") as raised:
+        Endpoint(url, "judge", **settings)
+    assert "very-secret" not in str(raised.value)
+
+
+def test_other_headers_fields_and_parts_of_an_address_are_no_keys():
+    headers = {
+        "X-Title": "sepo",
+        "HTTP-Referer": "https://x",
+        "X-Author": "ada",
+        "OpenAI-Beta": "x",
+        "X-Max-Tokens": "1",
+    }
+    more = {"prompt_cache_key": "x", "max_tokens": 5, "stop_token": "x", "logit_bias": {}, "stop_token_ids": [1]}
+    Endpoint("https://x/v1?api-version=2024-10-21", "judge", headers=headers, more=more)
 
 
 def test_a_recipe_names_keys_only(tmp_path, monkeypatch, capsys):

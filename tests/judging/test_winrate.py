@@ -554,6 +554,30 @@ def test_arena_files_are_scored_with_their_answers(tmp_path, capsys):
     assert "answers of its baseline" in capsys.readouterr().err
 
 
+def test_games_against_several_baselines_have_a_score_each_under_the_baselines_name(tmp_path):
+    """`sepo judge` and Arena-Hard v2 name the baseline in each row."""
+    wins, losses = ([{**arena_row(i, *games), "baseline": name} for i in range(3)]
+                    for name, games in (("weak", ("B>A", "A>B")), ("strong", ("A>B", "B>A"))))  # fmt: skip
+    file = tmp_path / "judged.json"
+    file.write_text(json.dumps(wins))
+    (only,) = judgements.score_files([file]).values()
+    assert (only["baseline"], only["score"]) == ("weak", 100)
+    with pytest.raises(UserError, match="--baseline other, but the judgements name 'weak'"):
+        judgements.score_files([file], baseline="other")
+    file.write_text(json.dumps([*wins, *losses]))
+    results = judgements.score_files([file])
+    assert {name: (row["baseline"], row["score"]) for name, row in results.items()} == {
+        "m against weak": ("weak", 100), "m against strong": ("strong", 0),
+    }  # fmt: skip
+
+
+def test_a_model_compared_with_itself_has_no_win_rate(tmp_path):
+    row = {"question_id": 1, "model_1": "m", "model_2": "m", "g1_winner": "model_1", "g2_winner": "model_1", "turn": 1}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="compares 'm' with itself"):
+        judgements.score_files([tmp_path / "pairs.jsonl"])
+
+
 def test_a_missing_file_is_a_user_error_of_the_function_too(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         judgements.read_rows(tmp_path / "nothing.json")

@@ -144,7 +144,7 @@ def config_of(kind: str) -> peft.PeftConfig:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", sorted(str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
-@pytest.mark.daily(14)
+@pytest.mark.daily(7)
 def test_an_adapter_of_any_kind_is_computed_as_peft_does_or_refused(tmp_path, bases, kind):
     try:
         config = config_of(kind)
@@ -165,7 +165,7 @@ FORMS = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "base"), FORMS)
-@pytest.mark.daily(6)
+@pytest.mark.daily(3)
 def test_lora_in_any_form_is_computed_as_peft_does_and_merged(tmp_path, bases, base, kind):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, **LORA[kind])
     assert computed_or_refused(bases[base], config, tmp_path / "adapter") == "computed and merged"

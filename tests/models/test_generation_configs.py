@@ -55,7 +55,7 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 @pytest.mark.parametrize("case", MENDED)
-@pytest.mark.daily(4)
+@pytest.mark.daily(2)
 def test_values_that_cannot_be_saved_are_left_out_and_named_before_the_training(
     models, tmp_path, case, kind, capsys, monkeypatch
 ):

@@ -1,6 +1,7 @@
 """Dry runs: the work that they count is the work that a run does, and what is not here can still be planned."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig
 
-from sepo.api import run_recipe
+from sepo.api import extension_of, run_recipe
 from sepo.cli import main
 from sepo.evaluate import generate
 from sepo.forward import scoring as passes
@@ -20,6 +21,8 @@ from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import TrainingSettings
 from sepo.runs.method import Method
 from sepo.stages.cost import Cost, Estimate, FrozenMemory
+from sepo.targets.auto_rate import USUAL_PROBES, probe_steps
+from sepo.targets.until import MEASUREMENTS
 from sepo.training import trainer
 from sepo.training.trainer import PreferenceConfig
 from tiny_models import tiny_model, tiny_tokenizer
@@ -73,7 +76,7 @@ def counted(monkeypatch):
 def planned(recipe, folder) -> tuple[Method, dict[str, Cost]]:
     """The method of a recipe, and what each of its stages costs, without training."""
     planner = Planner(folder)
-    method = Method(recipe, planner)
+    method = Method(recipe, planner, extension=extension_of(recipe))
     plan_stages(method)
     sizes = method_sizes(method, "cpu")
     return method, {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
@@ -106,6 +109,28 @@ def test_the_work_that_is_counted_is_the_work_of_the_run(workplace, tmp_path, co
     assert counted["score", "tokens"] == pytest.approx(expected["score", "tokens"], rel=0.15)
     # A response may end before it must.
     assert 0.5 * expected["generate", "steps"] <= counted["generate", "steps"] <= expected["generate", "steps"]
+
+
+def test_measurements_on_the_way_to_a_target_are_counted(workplace, tmp_path, counted):
+    """No held-out accuracy exceeds 1, and none of these labels is perfect: the training lasts its whole length."""
+    small = ["data.sample=0.08", "eval.prompts=4"]
+    plain = load_recipe(workplace / "recipe.yaml", small)
+    aimed = load_recipe(workplace / "recipe.yaml", [*small, "oracle.target_accuracy=1", f"output_dir={tmp_path / 'a'}"])
+    expected = planned_work(planned(aimed, tmp_path / "planned")[1])
+    before = planned_work(planned(plain, tmp_path / "plain")[1])
+    assert expected["score", "targets"] > 2 * before["score", "targets"]
+    counted.clear()
+    run_recipe(aimed)
+    assert counted["score", "targets"] == pytest.approx(expected["score", "targets"], rel=0.1)
+
+    to_kl = ("policy.target_kl=1", "policy.training.learning_rate=auto")
+    auto_costs = planned(load_recipe(workplace / "recipe.yaml", [*small, *to_kl]), tmp_path / "auto")[1]
+    auto = planned_work(auto_costs)
+    assert len(warm_up_lines(auto_costs)) == 2  # of the oracle and the policy; a probe has no warm-up
+    steps = round(before["train", "updates"] / 3)  # the oracle passes over the pairs twice, the policy once
+    assert auto["train", "updates"] == before["train", "updates"] + USUAL_PROBES * probe_steps(steps)
+    # The evaluation samples as often for the start and the policy as a measurement does once.
+    assert auto["generate", "steps"] > before["generate", "steps"] + MEASUREMENTS * 9 - 1
 
 
 @pytest.mark.parametrize(("ratio", "updates"), [(0.03, 16), (0.5, 2), (0.0, 16), (0.9, 1)])
@@ -165,7 +190,8 @@ def test_several_machines_are_planned_with_replicas_of_shards_and_with_passes_as
 ):
     """The oracle of 70 billion weights is held by the eight devices of a machine; there are four such groups."""
     common = ["run", str(workplace / "recipe.yaml"), f"policy.model={outline}", f"output_dir={tmp_path / 'new'}",
-              "device=auto", "policy.objective=dpo", "--dry-run", "--device-memory", "80"]  # fmt: skip
+              "device=auto", "policy.objective=dpo", "policy.training.checkpoints=sharded", "engine=files@8",
+              "--dry-run", "--device-memory", "80"]  # fmt: skip
     assert main([*common, "--processes", "4x8", "--device-tflops", "400"]) == 0
     shown = capsys.readouterr().out
     memory, units = shown[shown.index("memory of each device") :].split("passes as units of 1,000 pairs")
@@ -174,6 +200,8 @@ def test_several_machines_are_planned_with_replicas_of_shards_and_with_passes_as
     small = next(line for line in units.splitlines() if line.startswith("reference_logps "))
     assert "32 of 1 device" in small
     assert "~" in small
+    assert small.rstrip(" │").endswith("files")
+    assert re.search(r"train: a checkpoint has 846\.\d GB; each process copies 26\.5 GB to the host's memory", units)
     assert "(by FLOPs)" in shown
 
 

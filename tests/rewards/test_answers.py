@@ -54,6 +54,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.daily(2)
 def test_any_file_of_answers_is_scored_as_the_function_scores_it(models, tmp_path, form):
     assert score(models, written(tmp_path / "a.jsonl", FORMS[form]), tmp_path / "out") == 0
     table = read_table(tmp_path / "out", "scores")

@@ -77,6 +77,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.daily(1)
 def test_a_launcher_starts_the_command_and_the_main_process_alone_writes(launcher, tmp_path):
     write_table(tmp_path / "scores", score_table(word_tokenizer()))
     good = python(*LAUNCHERS[launcher], "select", "--table", str(tmp_path / "scores"), "--out", str(tmp_path / "out"))

@@ -26,6 +26,9 @@ def strict(path):
     return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
 
 
+QUICK = ("policy.training.max_steps=1", "eval.prompts=1", "eval.samples=1", "eval.max_new_tokens=2")
+
+
 @pytest.fixture
 def copy(finished_run, copied_run, tmp_path):
     """The finished run at another place, with a policy of its own."""
@@ -40,7 +43,7 @@ def change_json(path, **values):
 
 def test_a_changed_template_or_eos_list_of_the_policys_model_redoes_what_inherits_it(copy, capsys):
     folder, command = copy
-    command = [*command, f"policy.model={folder / 'policy'}"]
+    command = [*command, *QUICK, f"policy.model={folder / 'policy'}"]
     assert main(command) == 0
     assert stages_done(capsys.readouterr().err) == ["train", "eval"]
     assert main(command) == 0
@@ -82,6 +85,7 @@ def test_a_fine_tuned_reference_depends_on_the_template_that_writes_its_rows(tmp
 
 def test_what_earlier_settings_left_is_named_kept_and_used_again(copy, capsys):
     folder, command = copy
+    command = [*command, *QUICK]
     run = folder / "run"
     dpo = ["policy.objective=dpo", f"policy.model={folder / 'policy'}"]
     assert main([*command, "oracle.count=2", *dpo]) == 0

@@ -85,7 +85,8 @@ def test_a_second_run_reuses_everything_and_a_changed_rate_redoes_what_follows(
 
 def test_the_rewards_of_several_oracles_are_averaged_and_the_first_is_the_run_of_one(finished_run, tmp_path, capsys):
     run = tmp_path / "run"
-    command = ["run", str(finished_run / "recipe.yaml"), f"output_dir={run}"]
+    quick = ("policy.training.max_steps=1", "eval.prompts=1", "eval.samples=1", "eval.max_new_tokens=2")
+    command = ["run", str(finished_run / "recipe.yaml"), f"output_dir={run}", *quick]
     assert main([*command, "oracle.count=2"]) == 0
     assert stages_done(capsys.readouterr().err) == ["data", "oracle", "oracle-2", "score", "select", "train", "eval"]
     weights = [(folder / "model.safetensors").read_bytes() for folder in (run / "oracle", run / "oracle-2")]
@@ -111,7 +112,7 @@ def test_the_rewards_of_several_oracles_are_averaged_and_the_first_is_the_run_of
 def test_a_contrastive_oracle_is_measured_against_its_opposite_and_its_rewards_can_be_imported(
     finished_run, tmp_path, capsys
 ):
-    command = ["run", str(finished_run / "recipe.yaml"), "eval.prompts=0"]
+    command = ["run", str(finished_run / "recipe.yaml"), "eval.prompts=0", "policy.training.max_steps=1"]
     contrastive = ["oracle.contrastive=true", "policy.objective=tgdpo", f"output_dir={tmp_path / 'one'}"]
     assert main([*command, *contrastive, "--dry-run"]) == 0
     plan = capsys.readouterr().out

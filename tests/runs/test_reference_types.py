@@ -120,7 +120,7 @@ def test_a_training_by_a_command_reads_its_reference_once_through_interruptions(
     {}, {"training": {"bf16": True}}, {"training": {"bf16": False}}, {"training": {"arguments": {"bf16": True}}},
     {"lora": {"r": 4}}, {"lora": {"r": 4}, "training": {"bf16": True}}, {"adapter": True},
 ])  # fmt: skip
-@pytest.mark.daily(6)
+@pytest.mark.daily(3)
 def test_the_types_of_a_training_are_known_before_it_starts(tmp_path, monkeypatch, policy, bf16_is_fast):
     """Its stored reference is accepted, and the first loss is ln 2. Where bfloat16 is fast, adapters train on it."""
     monkeypatch.setattr(devices, "fast_bfloat16", lambda device: bf16_is_fast)

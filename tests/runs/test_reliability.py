@@ -60,6 +60,7 @@ def alter(path, at=0.5):
         ("select", "selection/part-00000.parquet"),
     ],
 )
+@pytest.mark.daily(2)
 def test_an_altered_table_is_named_and_only_its_stage_is_done_again(run, stage, name):
     folder, again = run
     before = (folder / name).read_bytes()

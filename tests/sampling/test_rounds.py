@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
+from kills import run_in_child
 from sepo.api import plan_run, run_recipe
 from sepo.cli import main
 from sepo.data.tables import read_table
@@ -104,64 +101,41 @@ def test_two_rounds_go_on_from_the_policy_and_compare_with_the_first_start(here,
     assert main(["run", "recipe.yaml", "rounds=2", "--until", "train"]) == 2
 
 
-def writes_of(folder: Path, event: str, arguments: tuple) -> bool:
-    """Is this an operation that changes the folder?"""
-    opens = event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
-    return (opens or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")) and str(arguments[0]).startswith(
-        str(folder)
-    )
-
-
-def run_in_child(folder: Path, settings: tuple[str, ...], kill_at: int | None = None) -> tuple[int, int]:
-    """Run rounds in a forked process, which gets a SIGKILL before its `kill_at`-th write to the folder.
-
-    Returns:
-        its exit code, negative for a signal, and the number of writes before its end.
-    """
-    counts = folder.parent / "writes"
-    counts.unlink(missing_ok=True)
-    pid = os.fork()
-    if not pid:
-        done, code = 0, 70
-        log = os.open(counts, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-        def hook(event: str, arguments: tuple) -> None:
-            nonlocal done
-            if writes_of(folder, event, arguments):
-                if done == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                done += 1
-                os.write(log, b".")
-
-        try:
-            torch.set_num_threads(1)  # threads do not survive a fork
-            sys.addaudithook(hook)
-            run_recipe(recipe_of(*settings))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), counts.stat().st_size
+def test_rounds_end_where_no_pair_can_be_made_of_a_policys_answers(here, capsys):
+    """A policy that went too far does not end its answers. What was trained before is kept, with its report."""
+    far = ("eval.max_new_tokens=8", "policy.training.learning_rate=3", "policy.training.num_train_epochs=4")
+    metrics = run_recipe(recipe_of("rounds.number=3", *far))
+    said = capsys.readouterr().err
+    stored = json.loads((here / "run/rounds.json").read_text())
+    assert len(stored["rounds"]) == 1
+    assert stored["stopped"].startswith("stopped before round 2: no pair can be made")
+    assert "round-1/kl" in metrics
+    again = run_recipe(recipe_of("rounds.number=3", *far))
+    assert again == metrics
+    run_recipe(recipe_of("rounds.number=1", *far))
+    assert "accuracy on the last policy's answers is not known: no pair can be made" in said + capsys.readouterr().err
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("options", [("rounds.reference=moving", "oracle.lora={r: 2}", "policy.lora={r: 2}"), ()])
 def test_three_rounds_killed_and_resumed_end_with_the_same_bytes(here, options):
     """A real SIGKILL, before writes drawn from the whole run, and again in what was left to do."""
-    settings = ("rounds.number=3", *options)
-    code, number = run_in_child(here / "run", settings)
+
+    def run() -> None:
+        run_recipe(recipe_of("rounds.number=3", *options))
+
+    code, number = run_in_child(here / "run", run)
     assert code == 0
     whole = contents(here / "run")
     shutil.rmtree(here / "run")
     draw, killed = random.Random(len(options)), 0
     for _ in range(5):
-        code, done = run_in_child(here / "run", settings, round(draw.uniform(0.1, 0.5) * number))
+        code, done = run_in_child(here / "run", run, round(draw.uniform(0.1, 0.5) * number))
         assert code in (-signal.SIGKILL, 0)
         killed += code != 0
         number = max(number - done, 20)
     assert killed >= 3
-    assert run_in_child(here / "run", settings)[0] == 0
+    assert run_in_child(here / "run", run)[0] == 0
     again = contents(here / "run")
     assert list(again) == list(whole)
     assert [name for name in whole if again[name] != whole[name]] == []

@@ -69,7 +69,7 @@ def first_loss(tmp_path, model: PreTrainedModel) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", COMMON)
-@pytest.mark.daily(9)
+@pytest.mark.daily(5)
 def test_the_first_loss_of_dpo_is_ln_2_with_all_noise_set(tmp_path, model_type):
     assert first_loss(tmp_path, noisy(model_type)) == pytest.approx(math.log(2), abs=1e-6)
 

@@ -46,12 +46,13 @@ def trained(folder, model, seed=0, stop=None, lora=None):
 @pytest.mark.parametrize(
     "lora", [None, pytest.param(LoraSettings(r=4), marks=pytest.mark.nightly), LoraSettings(r=4, dropout=0.2)]
 )
-def test_a_seed_gives_the_same_bytes_undisturbed_and_continued(tmp_path, lora):
+def test_a_seed_gives_the_same_bytes_undisturbed_and_continued(tmp_path, lora, nightly_run):
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "m")
     one = trained(tmp_path / "one", tmp_path / "m", lora=lora)
     assert trained(tmp_path / "two", tmp_path / "m", lora=lora) == one
     assert trained(tmp_path / "other", tmp_path / "m", lora=lora, seed=1) != one
-    for step in (4, 6):  # at and after the incomplete batch that ends the first epoch
+    # At and after the incomplete batch that ends the first epoch.
+    for step in (4, 6) if nightly_run else (4,) if lora is None else (6,):
         assert trained(tmp_path / f"stopped-{step}", tmp_path / "m", lora=lora, stop=step) == one
 
 

@@ -246,7 +246,7 @@ CASES = [(name, None, 0.0) for name in OBJECTIVES] + [
 
 
 @pytest.mark.parametrize(("objective", "alpha", "smoothing"), CASES)
-@pytest.mark.daily(12)
+@pytest.mark.daily(6)
 def test_a_training_step_is_the_published_formula_written_out(objective, alpha, smoothing):
     """Loss and gradient, with one-token and equal responses, shared prompts, few targets and uneven weights."""
     pairs = with_rewards(awkward_pairs()) if OBJECTIVES[objective].reads_token_rewards else awkward_pairs()
@@ -254,7 +254,7 @@ def test_a_training_step_is_the_published_formula_written_out(objective, alpha, 
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.daily(6)
+@pytest.mark.daily(3)
 def test_a_pair_weight_scales_the_loss_of_its_pair_and_no_other(objective):
     pairs = with_rewards(awkward_pairs()) if OBJECTIVES[objective].reads_token_rewards else awkward_pairs()
     weights = np.random.default_rng(2).uniform(0, 1, len(pairs)).round(3)

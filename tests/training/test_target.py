@@ -31,7 +31,7 @@ oracle: {training: {learning_rate: 0.002, batch_size: 8}}
 policy: {training: {learning_rate: 0.0001, batch_size: 8, num_train_epochs: 40, lr_scheduler_type: constant}}
 eval: {gold: plain, prompts: 6, samples: 24, max_new_tokens: 8, examples: 0, pairs: 0}
 """
-TARGET = ("policy.target_kl=0.5", "policy.training.save_minutes=1.0e-9")
+TARGET = ("policy.target_kl=0.5", "policy.training.save_minutes=1.0e-9", "policy.training.learning_rate=0.0002")
 
 
 @pytest.fixture
@@ -93,12 +93,12 @@ def test_an_oracle_ends_at_its_accuracy_or_says_that_the_pairs_are_used_up(here,
 
 
 def test_an_automatic_rate_reaches_the_kl_and_a_killed_probe_chooses_the_same(here, monkeypatch, capsys):
-    auto = ("policy.target_kl=0.5", "policy.training.learning_rate=auto", "policy.training.num_train_epochs=20")
+    auto = ("policy.target_kl=0.5", "policy.training.learning_rate=auto", "policy.training.num_train_epochs=10")
     metrics = run_recipe(recipe_of(*auto))
     said = capsys.readouterr().err
     assert "learning_rate auto: KL" in said
     assert metrics["target_kl/reached"] == 1
-    assert 20 <= metrics["target_kl/step"] <= 60  # planned at 70 % of 60 steps
+    assert 10 <= metrics["target_kl/step"] <= 30  # planned at 70 % of 30 steps
     rate = metrics["target_kl/learning_rate"]
     assert 1e-5 < rate < 1e-2
     assert not list((here / "run/policy").glob(auto_rate.FOLDER.format("*")))

@@ -33,7 +33,7 @@ def fails_in_half_precision(monkeypatch, where):
 
 @pytest.mark.parametrize("objective", ["simpo", "dpo", "tdpo2"])
 @pytest.mark.parametrize("where", ["error", "numbers", "backward", "gradients"])
-@pytest.mark.daily(4)
+@pytest.mark.daily(2)
 def test_a_kernel_that_fails_only_in_training_is_found_before_the_first_step(
     tmp_path, monkeypatch, capsys, where, objective
 ):

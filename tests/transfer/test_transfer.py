@@ -109,7 +109,7 @@ def test_a_tokenizer_to_itself_is_the_identity(tables, kind):
 
 
 @pytest.mark.parametrize(("a", "b"), [pair for pair in PAIRS if pair[0] != pair[1]])
-@pytest.mark.daily(8)
+@pytest.mark.daily(4)
 def test_sums_of_responses_and_of_groups_are_conserved_there_and_back(tables, a, b):
     source = scored(tables[a])
     there, report = carried(source, tables[b], a, b)

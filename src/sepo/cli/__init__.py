@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(2, one_line(error))
     except DoneElsewhere as error:
         failed = False
-        return _end(0, one_line(error))
+        return _end(0, one_line(error)) if _is_main() else 0
     except KeyboardInterrupt as error:
         kept = one_line(error) if str(error) else "what was finished is kept; the same command does the rest"
         code = 128 + getattr(error, "number", signal.SIGINT)

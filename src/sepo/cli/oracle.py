@@ -31,11 +31,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     with command.writing_to(arguments, check_model_folder) as out, command.work_folder(out) as work:
         processes = command.join(arguments.device)
-        processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle, data)] and None)
+        extension = extension_of(recipe)
+        processes.on_main(lambda: [part.check(recipe) for part in (reference, oracle, data, extension)] and None)
         folders = {"data": work / "pairs", "oracle": out}
         folders |= dict.fromkeys(("reference_logps", "oracle_start_logps"), work / "logps")  # one of them is read
         walker = CommandWalker(folders)
-        method = Method(recipe, walker, extension=extension_of(recipe))
+        method = Method(recipe, walker, extension=extension)
         check_method_pairs(method)
         method.until("oracle")
     command.print_metrics(f"oracle: {arguments.out}", walker.results["oracle"].results)

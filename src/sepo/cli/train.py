@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = command.recipe_of(arguments, reference={"model": arguments.policy}, policy=command.training_of(arguments))
     policy = recipe.policy
     command.quiet_libraries()
+    from sepo.api import extension_of
     from sepo.data.fingerprints import check_table_tokenizer
     from sepo.data.tables import read_table
     from sepo.models.names import resolve_model
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     with command.writing_to(arguments, check_model_folder) as out, command.work_folder(out) as work:
         processes = command.join(arguments.device)
-        processes.on_main(lambda: [stage.check(recipe) for stage in (reference, train)] and None)
+        checked = (reference, train, extension_of(recipe))
+        processes.on_main(lambda: [part.check(recipe) for part in checked] and None)
         table = read_table(arguments.selection, "selection")
         model = resolve_model(arguments.policy)
         check_table_tokenizer(table, load_tokenizer(model), arguments.selection, arguments.policy)

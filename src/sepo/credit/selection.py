@@ -173,8 +173,19 @@ def select_key_tokens(
         from sepo.credit.label_log_odds import label_statistics
 
         statistics = label_statistics([scores])
+    columns = {name: scores.column(name) for name in scores.column_names}
+    columns |= _selection_columns(scores, settings, statistics, seed)
+    # Settings that came later are recorded only where they are used, so that older tables keep their digests.
+    used = {name: value for name, value in settings.model_dump().items() if value or name not in _LATER}
+    return make_table("selection", columns, {**provenance_of(scores), **used, "seed": seed})
+
+
+def _selection_columns(
+    scores: pa.Table, settings: SelectSettings, statistics: LabelStatistics | None, seed: int
+) -> dict[str, Any]:
+    """Positions and weights of the key tokens of both sides, and the weights of the pairs where they have any."""
     rules = dataset_thresholds([scores], settings, statistics)
-    columns: dict[str, object] = {name: scores.column(name) for name in scores.column_names}
+    columns: dict[str, Any] = {}
     for side, sign in SIGNED_SIDES:
         tokens = _tokens_of(scores, side, settings, statistics)
         positions, counts = _key_positions(tokens, scores, side, sign, rules, seed)
@@ -183,9 +194,7 @@ def select_key_tokens(
         columns[f"{side}_weights"] = ragged(weights, counts)
     if settings.confidence:
         columns[PAIR_WEIGHT] = pair_confidence(scores, settings.confidence)
-    # Settings that came later are recorded only where they are used, so that older tables keep their digests.
-    used = {name: value for name, value in settings.model_dump().items() if value or name not in _LATER}
-    return make_table("selection", columns, {**provenance_of(scores), **used, "seed": seed})
+    return columns
 
 
 def _settings_of(settings: SelectSettings | None, **given: Any) -> SelectSettings:

@@ -183,6 +183,8 @@ class ChatWriter:
             messages = [self.guard.message(message) for message in pair.prompt]
             text = self.render(messages, way, add_generation_prompt=True)
             self.check_all_is_written(messages, text, way)
+            if text == self.render(messages, way):  # the template has no generation prompt, or writes it always
+                return self.response(messages, "", text, {"role": "assistant", "content": "Sepo"}, way).before
             return text
         except DropRow:
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ def conversations_of(pairs: pa.Table) -> list[Conversation]:
 
 
 def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
-    """16 hex digits of the first user turn, without differences of case, white space and Unicode form.
+    """16 hex digits of the first user turn, without differences of case, white space, Unicode form and unseen marks.
 
     A conversation without a user turn has the key of all its texts.
     """
@@ -69,8 +70,12 @@ def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256((asked or " ".join(text for _, text in texts)).encode()).hexdigest()[:16]
 
 
+# Marks that nobody sees: soft hyphens, joiners, direction marks, byte-order marks.
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
+
+
 def _normalised(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return " ".join(_UNSEEN.sub("", unicodedata.normalize("NFKC", text)).casefold().split())
 
 
 def in_words(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -22,13 +22,14 @@ from datasets.fingerprint import generate_random_fingerprint
 
 from sepo.data.folders import KNOWN_SPLITS, check_no_config, check_single_split, read_folder
 from sepo.data.formats import SUFFIXES, read_file, table_of
+from sepo.data.messages import DropRow, read_cell
 from sepo.data.rows import (
     DROP_COLUMN,
     EXTRA_COLUMNS,
     READ_COLUMNS,
     ROWS_AT_ONCE,
     DataReport,
-    is_conversation,
+    holds_prompt,
 )
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, file_digest
@@ -269,13 +270,24 @@ _QUESTIONS = frozenset(
     (
         *("question", "questions", "question_text", "query", "queries", "instruction", "instructions", "request"),
         *("input", "inputs", "user_input", "user_prompt", "user_message", "problem", "post"),
-        *("prompts", "prompt_text", "prompt_str", "context", "history", "conversation", "dialogue", "dialog"),
+        *(
+            "prompts",
+            "prompt_text",
+            "prompt_str",
+            "context",
+            "history",
+            "conversation",
+            "conversations",
+            "messages",
+            "dialogue",
+            "dialog",
+        ),
     )
 )
 
 
 def _check_prompt_is_named(dataset: datasets.Dataset, source: str) -> None:
-    """Refuse plain-text responses without a prompt column beside a column that holds their question.
+    """Refuse responses without a prompt column beside a column that holds their question.
 
     Otherwise the common first words of the responses would be the prompt. Responses that repeat the question, or that
     are whole conversations, hold their prompt themselves. A column of another name than a question's counts where the
@@ -308,18 +320,30 @@ _LOOKED_AT = 100  # rows
 
 
 def _is_question_of(value: Any, chosen: Any, rejected: Any) -> bool:
-    """Does a value hold a question, and do two plain responses not repeat it?"""
-    if not all(isinstance(side, str) and not is_conversation(side) for side in (chosen, rejected)):
+    """Does a value hold a question, and do two responses not repeat it?"""
+    if holds_prompt(chosen) or holds_prompt(rejected):
         return False
     if isinstance(value, str):
-        return bool(value.strip()) and not (value.strip() in chosen and value.strip() in rejected)
+        return bool(value.strip()) and not (value.strip() in str(chosen) and value.strip() in str(rejected))
     return isinstance(value, list | dict) and bool(value)
 
 
-def _is_text_beside(value: Any, chosen: str, rejected: str) -> bool:
-    """Is a value a text of several words, beside two responses whose common beginning is hardly a prompt?"""
+def _is_text_beside(value: Any, chosen: Any, rejected: Any) -> bool:
+    """Is a value messages, or a text of several words, beside two responses whose common beginning is hardly a
+    prompt?
+    """
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return False
     shared = chosen[: next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)]
-    return isinstance(value, str) and len(value.split()) > 1 and len(shared.split()) < _FEWEST_WORDS
+    is_long = len(value.split()) > 1 if isinstance(value, str) else _are_messages(value)
+    return is_long and len(shared.split()) < _FEWEST_WORDS
+
+
+def _are_messages(value: Any) -> bool:
+    try:
+        return bool(read_cell(value))
+    except DropRow:
+        return False
 
 
 _FEWEST_WORDS = 4  # of a prompt that both responses begin with

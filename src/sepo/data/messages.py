@@ -26,9 +26,11 @@ ROLES: dict[str, str] = {
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
 }
 _THINKING = ("reasoning_content", "reasoning", "thinking")
-_NOT_TEXT = ("images", "image", "image_url", "audio", "audios", "video", "videos", "files", "documents")
+# Fields of a message and columns of a question that hold something else than text.
+NOT_TEXT = ("images", "image", "image_url", "audio", "audios", "video", "videos", "files", "documents")
 # Keys that wrap a list of messages.
 _WRAPPERS = ("messages", "conversation", "conversations", "turns")
+_SYSTEM = ("system", "system_prompt")
 
 
 class DropRow(Exception):
@@ -43,11 +45,11 @@ class DropRow(Exception):
 
 
 class Messages(list):
-    """A list of messages; `ignored` names the non-empty fields that are not used."""
+    """A list of messages; `ignored` names the non-empty fields that are not used, `tools` are those of a wrapper."""
 
-    def __init__(self, messages: Sequence[Message] = (), ignored: Sequence[str] = ()):
+    def __init__(self, messages: Sequence[Message] = (), ignored: Sequence[str] = (), tools: Any = None):
         super().__init__(messages)
-        self.ignored = tuple(ignored)
+        self.ignored, self.tools = tuple(ignored), tools
 
 
 def read_cell(value: Any) -> str | Messages | None:
@@ -163,11 +165,17 @@ def _numpy_literal(text: str) -> Any:
 
 
 def _unwrapped(value: Mapping[str, Any]) -> Any:
-    """The messages of a wrapper, of a struct of lists (older releases of `datasets`), or one message as a list."""
+    """The messages of a wrapper with its system message and its tools, of a struct of lists (older releases of
+    `datasets`), or one message as a list.
+    """
     for name in _WRAPPERS:
         inner = value.get(name)
         if isinstance(inner, list | tuple | np.ndarray) and len(inner):
-            return list(inner)
+            if unread := next((name for name in NOT_TEXT if not _is_empty(value.get(name))), None):
+                raise DropRow("not text", unread)
+            system = next((text for key in _SYSTEM if isinstance(text := value.get(key), str) and text.strip()), None)
+            begun = [] if system is None else [{"role": "system", "content": system}]
+            return Messages([*begun, *inner], tools=value.get("tools") or value.get("functions"))
     role, content = value.get("role"), value.get("content")
     if isinstance(role, list) and isinstance(content, list) and len(role) == len(content):
         return [{"role": r, "content": c} for r, c in zip(role, content, strict=True)]
@@ -183,7 +191,7 @@ def _messages(values: Sequence[Any]) -> Messages:
         message, unused = _message(value)
         messages.append(message)
         ignored += unused
-    return Messages(messages, ignored)
+    return Messages(messages, ignored, getattr(values, "tools", None))
 
 
 def _message(message: Any) -> tuple[Message, list[str]]:
@@ -210,7 +218,7 @@ def _message(message: Any) -> tuple[Message, list[str]]:
             continue
         if key in ("tool_calls", "function_call") and (calls or result["role"] == "assistant"):
             continue
-        if key in _NOT_TEXT:
+        if key in NOT_TEXT:
             raise DropRow("not text", key)
         if key in _THINKING and isinstance(value, str):
             result["reasoning_content"] = check_text(value)

@@ -309,7 +309,7 @@ def _ranked(scored: Sequence[tuple[Any, Any]], how: PairsFrom) -> Iterator[tuple
     """Pairs of scored responses: the best with the worst, or all pairs with different scores."""
     usable = []
     for score, response in scored:
-        if response is None or score is None:
+        if _is_missing(response) or _is_missing(score):
             continue
         number = _number(score)
         usable.append((-number if how.lower_is_better else number, response))
@@ -321,6 +321,10 @@ def _ranked(scored: Sequence[tuple[Any, Any]], how: PairsFrom) -> Iterator[tuple
         raise DropRow("tie") from None
     for chosen, rejected in pairs:
         yield chosen.response, rejected.response
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))  # pandas writes NaN
 
 
 class Ranked(NamedTuple):

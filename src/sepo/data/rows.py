@@ -28,7 +28,7 @@ DROP_REASONS: dict[str, str] = {
     "one response": "there are not two responses to one prompt",
     "no shared prompt": "there is no prompt, and chosen and rejected do not share one",
     "several turns": "the assistant turns of a response cannot be found in what the chat template writes",
-    "empty prompt": "there is no message, or no text and neither a BOS nor an EOS token to start from",
+    "empty prompt": "no message holds a text, or there is no text and neither a BOS nor an EOS token to start from",
     "tools": "the tools are not a list of schemas, or the prompt is not a conversation",
     "refused by the chat template": "the chat template cannot render the conversation",
     "left out by the chat template": "the chat template leaves out a message, a tool call or a part of a response",
@@ -213,7 +213,10 @@ def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
         pair = _pair_from_text(prompt, chosen, rejected, "prompt" in row, as_chat)
     else:
         raise DropRow("wrong type", "text and messages mixed")
-    pair = with_columns(pair, row)
+    wrapped = (cell.tools for cell in (prompt, chosen, rejected) if isinstance(cell, Messages) and cell.tools)
+    pair = with_columns(pair, {**row, "tools": row.get("tools") or next(wrapped, None)})
+    if not isinstance(pair.prompt, str) and not any(_has_content(turn["content"], turn) for turn in pair.prompt):
+        raise DropRow("empty prompt")
     sides = zip((pair.chosen, pair.rejected), pair.extras, strict=True)
     if not all(_has_content(*side) for side in _assistant_turns(pair) or sides):
         raise DropRow("no response")
@@ -443,12 +446,15 @@ def _is_transcript(text: str, response: str = "") -> bool:
     return "\n\nAssistant:" in text
 
 
-def is_conversation(text: str) -> bool:
-    """Is a text a whole transcript, or messages as text?"""
+def holds_prompt(response: Any) -> bool:
+    """Does a response hold its prompt, as a whole transcript or a conversation that does not begin with the answer?"""
     try:
-        return _is_transcript(text) or isinstance(read_cell(text), Messages)
+        cell = read_cell(response)
     except DropRow:
         return True
+    if isinstance(cell, Messages):
+        return not cell or cell[0]["role"] != "assistant"
+    return cell is None or _is_transcript(cell)
 
 
 def _turns(transcript: str) -> list[Message]:

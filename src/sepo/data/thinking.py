@@ -11,23 +11,32 @@ THINKING = re.compile(
     r"<(?P<close>/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(?P<close2>/?)THINK\]"
     r"|<\|(?:START|(?P<close3>END))_THINKING\|>|◁(?P<close4>/?)think▷"
 )
-# The same in what models write, in any case and with any prefix: <Think>, <mm:think>.
+# The same in what models write, in any case and with any prefix: <Think>, <mm:think>, <|think_start|>.
 _WRITTEN = re.compile(
-    r"<(?P<close>/?)(?:[a-z]+[:_]|ant)?(?:think(?:ing)?|thoughts?|reasoning)\s*>|\[(?P<close2>/?)THINK\]"
-    r"|<\|(?:START|(?P<close3>END))_THINKING\|>|<\|(?:begin|(?P<close4>end))_of_thought\|>|◁(?P<close5>/?)think▷"
-    r"|<\|channel>thought|(?P<close6><channel\|>)|<unused94>thought|(?P<close7><unused95>)",
+    r"<\|?(?:start|begin|(?P<close>end))_(?:of_)?(?:think(?:ing)?|thought|reasoning)\|?>"
+    r"|<\|?(?P<close2>/?)(?:[a-z]+[:_]|ant)?(?:think(?:ing)?|thoughts?|reasoning|monologue)\|?\s*>"
+    r"|<\|?(?:think(?:ing)?|thought|reasoning)_(?:start|begin|(?P<close3>end))\|?>"
+    r"|\[(?P<close4>/?)THINK\]|◁(?P<close5>/?)think▷|<\|inner_prefix\|>|(?P<close6><\|inner_suffix\|>)"
+    r"|<\|channel>thought|(?P<close7><channel\|>)|<unused94>thought|(?P<close8><unused95>)",
     re.IGNORECASE,
 )
+# Marks around the answer, in models that also mark their thinking.
+_ANSWER = re.compile(r"<\|(?:START|END)_RESPONSE\|>|<\|(?:begin|end)_of_solution\|>", re.IGNORECASE)
 # Thinking by tags that also mark parts of an answer: only where the text begins with them and goes on after them.
 _PREFACE = re.compile(
     r"\s*(?:<(?P<name>analysis|scratchpad|reflection|inner_monologue)>|<\|im_start\|>think\b)", re.IGNORECASE
 )
 # gpt-oss writes into channels; its answer is in the channel "final". Some servers drop the marks of the channels.
 _CHANNELS = re.compile(r"\s*(?:<\|start\|>assistant)?<\|channel\|>")
-_FINAL = re.compile(r"<\|channel\|>final[^<]*<\|message\|>(.*?)(?:<\|(?:end|return|start)\|>|\Z)", re.DOTALL)
-_UNMARKED = re.compile(r"\s*analysis\S.*assistantfinal(.*)", re.DOTALL)
+_FINAL = re.compile(
+    r"<\|channel\|>final(?:[^<]|<\|constrain\|>)*<\|message\|>(.*?)(?:<\|(?:end|return|start|call)\|>|\Z)", re.DOTALL
+)
+_UNMARKED = re.compile(r"\s*(?:analysis|commentary)(?:.*assistantfinal(?P<answer>.*)|[A-Z].*)", re.DOTALL)
+# Apriel names its answer alone.
+_NAMED = re.compile(r".*\[BEGIN FINAL RESPONSE\](.*?)(?:\[END FINAL RESPONSE\].*|\Z)", re.DOTALL)
 _OPENING = 32  # last tokens of a prompt, which may open the thinking
 _QUOTES = "`'\"“”‘’"
+_BLANK = " \t\ufeff\u200b"
 
 
 def closes_thinking(tag: re.Match) -> bool:
@@ -56,7 +65,9 @@ def without_thinking(text: str) -> str | None:
         final = _FINAL.findall(text)
         return final[-1].strip() if final else None
     if unmarked := _UNMARKED.match(text):
-        return unmarked[1].strip()
+        return None if unmarked["answer"] is None else unmarked["answer"].strip()
+    if named := _NAMED.fullmatch(text):
+        return named[1].strip()
     if preface := _PREFACE.match(text):
         return _after_preface(text, preface)
     kept, start, opened, mentioned = "", 0, False, False
@@ -73,7 +84,7 @@ def without_thinking(text: str) -> str | None:
             mentioned = False
     if opened:
         return None
-    return (kept + text[start:]).strip() if start else text
+    return _ANSWER.sub("", kept + text[start:]).strip() if start else text
 
 
 def _after_preface(text: str, opening: re.Match) -> str | None:
@@ -104,7 +115,7 @@ def answer_of(tokenizer: Any, ids: Sequence[int], prompt_ids: Sequence[int]) -> 
 def _starts_line(tag: re.Match, start: int) -> bool:
     """Does only blank space precede a tag in its line, after `start`?"""
     place = tag.start()
-    while place > start and tag.string[place - 1] in " \t":
+    while place > start and tag.string[place - 1] in _BLANK:
         place -= 1
     return place == start or tag.string[place - 1] == "\n"
 

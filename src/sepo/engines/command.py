@@ -25,9 +25,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     command.quiet_libraries()
     from sepo.engines.files import serve
+    from sepo.engines.groups import helping
     from sepo.errors import check_number
     from sepo.models.devices import choose_device
 
     check_number("--wait", arguments.wait, least=0)
-    number = serve(Path(arguments.folder), arguments.wait, choose_device("auto").type)
-    print(f"{number} units done")
+    folder, device = Path(arguments.folder), choose_device("auto").type
+    processes = command.join("auto")
+    with helping():
+        number = processes.on_main(lambda: serve(folder, arguments.wait, device))
+    if processes.is_main():
+        print(f"{number} units done")

@@ -11,9 +11,12 @@ import contextlib
 import itertools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sepo import processes
+from sepo.engines.groups import Together, is_shared, open_kind
 from sepo.engines.jobs import BEAT, PATIENCE, Heart, JobFolder, Watch, claims, open_jobs, reasons_of_ends
 from sepo.errors import DoneElsewhere, UserError, one_line
 from sepo.files import expand_home, write_json
@@ -38,7 +41,7 @@ class Worker:
         self._watch, self._heart = Watch(folder, patience), Heart(folder, beat)
         self.name = self._heart.name
         self.start = self.first_unit()
-        self._kind: Kind | None = None
+        self._kind: Kind | Together | None = None
         self._job: str | None = None
 
     @staticmethod
@@ -92,15 +95,17 @@ class Worker:
             raise
         return number
 
-    def _open(self, job: Job) -> Kind:
+    def _open(self, job: Job) -> Kind | Together:
         """The kind of a job with its model in memory, loaded when the first unit of the job comes."""
         if self._job != job.id or self._kind is None:
             self.put_down()
-            self._kind, self._job = job.kind_class()(job.settings), job.id
+            self._kind, self._job = open_kind(job), job.id
         return self._kind
 
     def put_down(self) -> None:
         """Free the model of the last job."""
+        if isinstance(self._kind, Together):
+            self._kind.close()
         self._kind = self._job = None
 
     def has(self, job: Job) -> bool:
@@ -127,11 +132,13 @@ class Files:
     Args:
         place: a folder for the jobs; "" for that of the command.
         folder: where the command writes.
+        processes: how many do a unit of a pass together; default: those of this launch, if it shards the model.
     """
 
     beat, patience = BEAT, PATIENCE
 
-    def __init__(self, place: str, folder: Path):
+    def __init__(self, place: str, folder: Path, processes: int | None = None):
+        self._together = processes
         self.folder = Path(os.path.abspath(expand_home(place) if place else folder)) / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         self._closed, self._ends = _content(self.folder / CLOSED), reasons_of_ends(self.folder)
@@ -145,6 +152,12 @@ class Files:
         return self._worker
 
     def do(self, job: Job, progress: Progress) -> dict[str, Counts]:
+        if not is_shared(job):
+            return self._do(job, progress)  # only the main process of a launch is here
+        number = self._together or (processes.size() if processes.read_sharded() else 1)
+        return processes.on_main(lambda: self._do(replace(job, processes=number), progress))
+
+    def _do(self, job: Job, progress: Progress) -> dict[str, Counts]:
         folder = JobFolder.publish(self.folder, job)
         counts: dict[str, Counts] = {}
         looked = float("-inf")
@@ -166,13 +179,21 @@ class Files:
                 break
             if (reason := folder.ended()) is not None:
                 raise UserError(f"{reason}; {len(job.units) - len(counts)} of {len(job.units)} units remain")
-            if not self.worker.turn(folder, look):
-                log_once(f"  {job.title}: waiting for units of other workers")
+            if not suits(job) or not self.worker.turn(folder, look):
+                log_once(f"  {job.title}: waiting for units of {self._who(job)}")
                 time.sleep(min(POLL, self.patience))
         self.worker.put_down()
         folder.close()
         self._done.append(folder)
         return counts
+
+    def _who(self, job: Job) -> str:
+        if suits(job):
+            return "other workers"
+        number, folder = job.processes, self.folder.parent
+        return (
+            f"workers of {number} processes (torchrun --standalone --nproc-per-node {number} -m sepo work '{folder}')"
+        )
 
     def help(self) -> bool:
         log_once(f"another process has this folder: doing units of '{self.folder}' for it")
@@ -190,6 +211,8 @@ class Files:
             raise DoneElsewhere("done: another process with this command has finished it")
 
     def finish(self) -> None:
+        if not processes.is_main():
+            return
         for folder in self._done:
             folder.remove()
         write_json(self.folder / CLOSED, {"id": os.urandom(8).hex()})
@@ -198,6 +221,15 @@ class Files:
         if self._worker is not None:
             self._worker.__exit__()
             self._worker = None
+
+
+def suits(job: Job, device: str | None = None) -> bool:
+    """Can this process, with the others of its launch, do units of a job?
+
+    Args:
+        device: kind of device of this machine; None: that of the job.
+    """
+    return job.processes <= processes.size() and (device is None or job.device in ("cpu", device))
 
 
 def _content(path: Path) -> str:
@@ -214,7 +246,7 @@ def _do_open(worker: Worker, device: str | None = None) -> int:
     if not any(worker.has(folder.job) for folder in jobs):
         worker.put_down()
     for folder in sorted(jobs, key=lambda folder: not worker.has(folder.job)):
-        if device is None or folder.job.device in ("cpu", device):
+        if suits(folder.job, device):
             number += worker.turn(folder)
     return number
 

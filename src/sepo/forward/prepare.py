@@ -189,49 +189,20 @@ def _try_layouts(
         document: tokens of a long text to try beside the short ones, whose layout is known then; 0 for none.
         row: tokens of a packed row before the texts that are compared.
     """
-    name = lm.config.name_or_path or type(lm).__name__
-    vocabulary = _vocabulary(lm)
-    probe = [_within(pair, vocabulary) for pair in (*_SHORT, *([_long_pair(document)] if document else []))]
-    fillers = [_within(pair, vocabulary) for pair in _fillers(document, row)]
-    # The model's own logits are rounded to its type; those of `token_logps` are not.
-    tolerance = _TOLERANCE if lm.dtype in (torch.float32, torch.float64) else 0.25
-
-    def attention(layout: str) -> str:
-        return ATTENTION if layout == "packed" or trials.packs else trials.original_attention
-
-    def difference(layout: str, expected: Tensor) -> float:
-        _set_attention(lm, attention(layout))
-        got = torch.cat([_logps(model, batch) for batch in _batches(layout, probe, fillers)])[-len(expected) :]
-        return float((got - expected).abs().max())
-
-    def differs_in_float32(layout: str) -> bool:
-        _set_attention(lm, trials.original_attention)
-        return not difference(layout, _own_logps(lm, probe)) <= _TOLERANCE
-
-    _set_attention(lm, trials.original_attention)
-    expected = _expected_logps(lm, name, probe, document)
+    trial = _Trial(model, lm, trials, document, row)
+    name = trial.name
     reasons: list[str] = []
     first = trials.layouts.get((required, 0, 0), "padded" if required == "padded" else "packed")
     for layout in _ORDER[_ORDER.index(first) :]:
         try:
-            nats = difference(layout, expected)
-            problem = None if nats <= tolerance else f"its log-probabilities differ by {nats:.3g} nats"
-            if problem is not None and _may_flip(lm):
-                with _in_float32(lm):
-                    problem = problem if differs_in_float32(layout) else None
-                _set_attention(lm, attention(layout))
-                if problem is None:
-                    log_once(
-                        f"  model '{name}': rounding changes its choice of experts, and a token by {nats:.3g} nats; "
-                        f"{layout} rows give its own log-probabilities in float32"
-                    )
+            problem = trial.problem(layout)
         except Exception as error:  # any error of a model, a compiler or a kernel
             problem = one_line(error, 200)
         if problem is None:
             break
         reasons.append(problem)
         if layout == required == "packed":
-            _set_attention(lm, attention("padded"))
+            trial.set_attention("padded")
             raise UserError(f"model '{name}' does not take packed rows{_of(document)} ({problem}); use layout=padded")
     else:
         raise UserError(_refusal(lm, name, reasons[-1], document))
@@ -239,9 +210,9 @@ def _try_layouts(
     if layout == "packed" and not trials.packs:
         trials.packs = True
         use_fast_layers(lm)
-        lm.sepo_prunable = _prunable(model, lm, probe, expected, tolerance)  # type: ignore[assignment]
+        lm.sepo_prunable = _prunable(model, lm, trial.probe, trial.expected, trial.tolerance)  # type: ignore[assignment]
     if layout == "unbatched" and document:
-        _require_no_memory(lm, name, vocabulary, document, tolerance)
+        _require_no_memory(lm, name, _vocabulary(lm), document, trial.tolerance)
     if reasons:
         how = "in padded batches" if layout == "padded" else "one text at a time"
         log_once(
@@ -249,6 +220,51 @@ def _try_layouts(
             f"it is read {how}, which is slower"
         )
     return layout
+
+
+class _Trial:
+    """Texts that a model reads in a layout, and their log-probabilities by its own forward."""
+
+    def __init__(self, model: nn.Module, lm: PreTrainedModel, trials: LayoutTrials, document: int, row: int) -> None:
+        self.model, self.lm, self.trials = model, lm, trials
+        self.name = lm.config.name_or_path or type(lm).__name__
+        vocabulary = _vocabulary(lm)
+        self.probe = [_within(pair, vocabulary) for pair in (*_SHORT, *([_long_pair(document)] if document else []))]
+        self.fillers = [_within(pair, vocabulary) for pair in _fillers(document, row)]
+        # The model's own logits are rounded to its type; those of `token_logps` are not.
+        self.tolerance = _TOLERANCE if lm.dtype in (torch.float32, torch.float64) else 0.25
+        _set_attention(lm, trials.original_attention)
+        self.expected = _expected_logps(lm, self.name, self.probe, document)
+
+    def set_attention(self, layout: str) -> None:
+        packs = layout == "packed" or self.trials.packs
+        _set_attention(self.lm, ATTENTION if packs else self.trials.original_attention)
+
+    def difference(self, layout: str, expected: Tensor) -> float:
+        self.set_attention(layout)
+        batches = _batches(layout, self.probe, self.fillers)
+        got = torch.cat([_logps(self.model, batch) for batch in batches])[-len(expected) :]
+        return float((got - expected).abs().max())
+
+    def problem(self, layout: str) -> str | None:
+        """How a layout's log-probabilities differ from the model's own; None: they do not."""
+        nats = self.difference(layout, self.expected)
+        if nats <= self.tolerance:
+            return None
+        problem = f"its log-probabilities differ by {nats:.3g} nats"
+        if not _may_flip(self.lm):
+            return problem
+        with _in_float32(self.lm):
+            _set_attention(self.lm, self.trials.original_attention)
+            same = self.difference(layout, _own_logps(self.lm, self.probe)) <= _TOLERANCE
+        self.set_attention(layout)
+        if not same:
+            return problem
+        log_once(
+            f"  model '{self.name}': rounding changes its choice of experts, and a token by {nats:.3g} nats; "
+            f"{layout} rows give its own log-probabilities in float32"
+        )
+        return None
 
 
 def _may_flip(lm: PreTrainedModel) -> bool:

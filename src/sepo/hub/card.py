@@ -27,8 +27,8 @@ from sepo.runs.folder import CARD
 
 # The start of a line in the templates. A card without it is the user's own text, and sepo leaves it alone.
 _MARK = "<!-- Written by sepo"
-# A setting that may be a path of this machine.
-_PATH = re.compile(r"(?!package:)\S*[/\\]\S*")
+# A setting that may be a path of this machine; its folders may have spaces.
+_PATH = re.compile(r"(?!package:).*[/\\].*", re.DOTALL)
 # Settings about places and speed, not about the method, and secrets.
 _NOT_SHOWN = {
     "output_dir", "device", "server", "cache", "key_variable", "key_header", "headers", "concurrency", "retries",

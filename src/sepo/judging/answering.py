@@ -267,27 +267,30 @@ def units_engine(
     tokenizer: Any,
     out: Path,
     *,
+    on: Mapping[str, str],
     max_new_tokens: int,
     seed: int,
-    device: str = "auto",
-    dtype: str = "auto",
     batch_size: int | None = None,
     options: Mapping = {},
 ) -> Engine:
-    """`transformers_engine` for a model that the workers of the present engine hold (`judging.units`)."""
+    """`transformers_engine` for a model that the workers of the present engine hold (`judging.units`).
+
+    Args:
+        on: device and dtype of the model.
+    """
     from sepo.judging.prompts import encode_prompts
     from sepo.judging.units import Answers, read_batches
     from sepo.models.devices import choose_device
     from sepo.models.limits import model_limits
     from sepo.models.names import load_config
 
-    settings = {"model": model, "revision": None, "device": device, "dtype": dtype, "seed": seed}
+    settings = {"model": model, "revision": None, **on, "seed": seed}
     settings["max_new_tokens"] = max_new_tokens
 
     def run(jobs: Sequence[Job], done: Done) -> None:
         ids = encode_prompts([job.messages for job in jobs], tokenizer, options)
         check_fits(ids, max_new_tokens, model_limits(load_config(model)))
-        batches = list(_batches(jobs, ids, max_new_tokens, batch_size, choose_device(device).type))
+        batches = list(_batches(jobs, ids, max_new_tokens, batch_size, choose_device(on["device"]).type))
         details = [
             (len(batch), {"prompts": [list(map(int, ids[i])) for i in batch], "temperature": temperature})
             for temperature, batch in batches
@@ -324,13 +327,20 @@ def check_fits(prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: An
 
 
 def server_engine(
-    endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: list[Spent], failures: Counter[str]
+    endpoint: Endpoint,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    spent: list[Spent],
+    failures: Counter[str],
+    with_failures: bool = False,
 ) -> Engine:
     """An engine that is an OpenAI-compatible server, through the cache of replies. It leaves empty answers out.
 
     Args:
         spent: gets the cost of each call.
         failures: counts the reasons of replies without an answer.
+        with_failures: pass on the failure of a question that the server has answered or refused for good.
     """
 
     def run(jobs: Sequence[Job], done: Done) -> None:
@@ -349,6 +359,8 @@ def server_engine(
                 done(jobs[number], Turn(reply.text.strip(), reply.tokens, False if reply.cut else None))
             else:
                 failures[reply.failure] += 1
+                if with_failures and not reply.unanswered:
+                    done(jobs[number], Turn("", 0, None, reply.failure))
 
         _, paid = endpoint.ask_all(requests, "ask", take)
         spent.append(paid)

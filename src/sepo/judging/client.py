@@ -28,7 +28,17 @@ from anyio.from_thread import start_blocking_portal
 
 from sepo.errors import UserError, one_line
 from sepo.judging.endpoint import LENGTH_NAMES
-from sepo.judging.replies import REFUSED, REFUSED_TEXT, UNANSWERED, NoCompletion, Reply, completion_of, is_of_question
+from sepo.judging.replies import (
+    REFUSED,
+    REFUSED_TEXT,
+    UNANSWERED,
+    NoCompletion,
+    Reply,
+    completion_of,
+    is_of_account,
+    is_of_question,
+    message_in,
+)
 from sepo.processes import log
 
 MOST_BYTES = 16 * 2**20  # a longer reply is no answer
@@ -146,9 +156,9 @@ class Client:
         except openai.APIStatusError as error:
             if ends := error.response.extensions.get("ends"):
                 raise UserError(f"the server {self._url} {ends}") from None
-            text, status = self._text_of(error.response.content), error.status_code
+            text, status = error.response.text, error.status_code
             words = "" if error.response.extensions.get("inside") else f"HTTP {status} "
-            words = (words + (one_line(_said(text), 200) if text.strip() else "")).rstrip()
+            words = (words + (one_line(message_in(text), 200) if text.strip() else "")).rstrip()
             if is_of_question(status, text):
                 return Reply("", failure=f"{REFUSED_TEXT}: {words}")
             if status in _ENDS_ALL:
@@ -156,21 +166,38 @@ class Client:
                 raise UserError(f"the server {self._url} {_ENDS_ALL[status]} ({words}){hint}") from None
             if status == 429 and "insufficient_quota" in text:
                 raise UserError(f"the server {self._url} has no quota left for the key ({words})") from None
+            if is_of_account(status, text):
+                raise UserError(f"the server {self._url} refuses the key or its account ({words}){_KEY_HINT}") from None
             kind = REFUSED if 400 <= status < 500 and status not in _MAY_HEAL else UNANSWERED
             return Reply("", failure=f"{kind}: {words}")
         except openai.APIConnectionError as error:
             reason = _reason(error)
             return Reply("", failure=f"{UNANSWERED}: {one_line(f'{type(reason).__name__} {reason}', 120)}")
 
-    def _text_of(self, body: bytes) -> str:
-        text = body.decode("utf-8", "replace")
+    def _text_of(self, response: httpx2.Response, body: bytes) -> str:
+        """The text of a reply, without the key.
+
+        Raises:
+            NoCompletion: a reply with a status of success is no text in its encoding.
+        """
+        charset = re.search(r"charset=[\"']?([\w.:-]+)", response.headers.get("Content-Type", ""))
+        for encoding in (charset[1] if charset else "utf-8", "utf-8"):
+            try:
+                text = body.decode(encoding)
+                break
+            except (LookupError, ValueError):
+                continue
+        else:
+            if response.is_success:
+                raise NoCompletion(502, "the reply is not UTF-8")
+            text = body.decode("utf-8", "replace")
         return text.replace(self._key, "[key]") if self._key else text
 
 
 class _Transport(httpx2.AsyncHTTPTransport):
     """Sends one request and reads its whole reply."""
 
-    def __init__(self, timeout: float, keep: Keep, text_of: Callable[[bytes], str]):
+    def __init__(self, timeout: float, keep: Keep, text_of: Callable[[httpx2.Response, bytes], str]):
         super().__init__(limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0))
         self.sent, self._timeout, self._keep, self._text_of = 0, timeout, keep, text_of
         self._length_name: str | None = None  # the name that this server knows, once it refused the other
@@ -182,7 +209,9 @@ class _Transport(httpx2.AsyncHTTPTransport):
             asked = json.loads(request.content)
             try:
                 response, body = await self._send(self._renamed(request, asked))
-                if response.status_code in (400, 422) and (name := _other_length_name(asked, self._text_of(body))):
+                if response.status_code in (400, 422) and (
+                    name := _other_length_name(asked, self._text_of(response, body))
+                ):
                     self._length_name = name
                     response, body = await self._send(self._renamed(request, asked))
             except httpx2.ConnectError as error:
@@ -191,19 +220,23 @@ class _Transport(httpx2.AsyncHTTPTransport):
                 no_retry = {"x-should-retry": "false"}
                 return httpx2.Response(495, headers=no_retry, request=request, extensions={"ends": ends})
             status = response.status_code
-            if response.is_success:
-                try:
-                    stored = completion_of(self._text_of(body))
-                except NoCompletion as error:
-                    status, body, extensions["inside"] = error.status, str(error).encode(), True
-                else:
+            try:
+                text = self._text_of(response, body)
+                if response.is_success:
+                    stored = completion_of(text)
                     # In a thread, because flushing a file to disk takes milliseconds.
                     seconds = time.monotonic() - began
                     extensions["reply"] = await to_thread.run_sync(self._keep, asked, stored, seconds)
-        headers = {name: value for name, value in response.headers.items() if name.lower() not in _OF_BODY}
-        if status == 429 and b"insufficient_quota" in body:
+            except NoCompletion as error:
+                status, text, extensions["inside"] = error.status, str(error), True
+        headers = {name: value for name in _OF_RETRIES if (value := response.headers.get(name, "")).isascii() and value}
+        if response.has_redirect_location:
+            text = f"redirects to {response.headers['Location']}: give that address as the server"
+        if response.has_redirect_location or (
+            "insufficient_quota" in text if status == 429 else is_of_question(status, text)
+        ):
             headers["x-should-retry"] = "false"
-        return httpx2.Response(status, headers=headers, content=body, extensions=extensions)
+        return httpx2.Response(status, headers=headers, content=text.encode("utf-8", "replace"), extensions=extensions)
 
     def _renamed(self, request: httpx2.Request, asked: Mapping[str, Any]) -> httpx2.Request:
         """The request with the name of the length limit that the server knows."""
@@ -232,16 +265,20 @@ class _Transport(httpx2.AsyncHTTPTransport):
         length = response.headers.get("Content-Length", "")
         if length.isdecimal() and len(body) < int(length):
             raise httpx2.ReadError(f"the reply broke off after {len(body)} of {length} bytes", request=request)
-        if response.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):
+        encoding = response.headers.get("Content-Encoding", "").lower()
+        if encoding in ("gzip", "deflate"):
             try:
                 body = bytearray(zlib.decompressobj(47).decompress(bytes(body), MOST_BYTES + 1))
             except zlib.error as error:
                 raise httpx2.ReadError(f"the reply cannot be decompressed ({error})", request=request) from None
+        elif encoding not in ("", "identity"):
+            raise httpx2.ReadError(f"the reply is compressed as {encoding}", request=request)
         return response, bytes(body) if len(body) <= MOST_BYTES else _TOO_LONG
 
 
 _TOO_LONG = b'{"choices": [], "unreadable": "longer than 16 MiB"}'
-_OF_BODY = ("content-length", "content-encoding", "transfer-encoding")
+# Headers that the client reads; others may hold anything.
+_OF_RETRIES = ("retry-after", "retry-after-ms", "x-should-retry")
 
 
 def _other_length_name(asked: Mapping[str, Any], text: str) -> str | None:
@@ -264,15 +301,6 @@ def _never_connects(error: BaseException) -> str | None:
     if isinstance(reason, ssl.SSLError) and reason.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
         return "does not speak https: try http://"
     return None
-
-
-def _said(text: str) -> object:
-    """The message in a JSON error; else the text."""
-    try:
-        stored = json.loads(text)
-        return stored["error"]["message"] or text
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return text
 
 
 def _reason(error: BaseException, kind: type[OSError] = OSError) -> BaseException:

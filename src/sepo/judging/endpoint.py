@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from sepo.bars import progress_bar
 from sepo.errors import UserError, check_number, one_line
@@ -34,6 +34,12 @@ from sepo.processes import log_once
 # The two names of the length limit.
 LENGTH_NAMES = ("max_tokens", "max_completion_tokens")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+# Names of headers, of fields of a request and of parts of an address whose value is a secret.
+_SECRET = re.compile(
+    r"api[-_]?key|subscription[-_]key|authori[sz]ation|secret|passw|cookie|credential|(^|[-_])auth([-_]|$)"
+    r"|(^|access|auth|bearer|session|security|private|^x)[-_]?token$",
+    re.IGNORECASE,
+)
 KEY_VARIABLE, KEY_HEADER = "OPENAI_API_KEY", "Authorization"
 
 
@@ -90,8 +96,29 @@ class Endpoint:
                 raise UserError(
                     f"the header '{one_line(name, 60)}' cannot be sent: expected a name and a line of ASCII"
                 )
+        self._check_no_secrets()
         if importlib.util.find_spec("openai") is None:
             raise UserError(f'the server {self.url} needs the package openai: run `pip install -e ".[judge]"`')
+
+    def _check_no_secrets(self) -> None:
+        """Refuse a key outside of its variable: it would be written into results, and sent over plain http."""
+        query = [name for name, _ in parse_qsl(urlsplit(self.url).query, keep_blank_values=True)]
+        named = {
+            "part of the address": [name for name in query if name in ("key", "code", "sig") or _SECRET.search(name)],
+            "field of a request": filter(_SECRET.search, self.more),
+            "header": [
+                name
+                for name, value in self.headers.items()
+                if _SECRET.search(name) or value.lower().startswith(("bearer ", "basic "))
+            ],
+        }
+        for kind, names in named.items():
+            for name in names:
+                raise UserError(
+                    f"the {kind} '{one_line(name, 60)}' seems to hold a key: put the key into an environment variable, "
+                    "and name that with --key-variable and its header with --key-header (recipe: key_variable, "
+                    "key_header)"
+                )
 
     @property
     def _key(self) -> str:

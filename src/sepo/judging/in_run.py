@@ -111,18 +111,7 @@ def judge_responses(
     for place, verdict, more in zip(whole, judged, judged_columns, strict=True):
         verdicts[place], columns[place] = verdict, more
     rows = [
-        {
-            "instruction": contest.questions[0],
-            "output_1": contest.baseline[0],
-            "generator_1": "base",
-            "output_2": contest.model[0],
-            "generator_2": "policy",
-            "index": group,
-            "annotator": settings.name,
-            "preference": verdict.preference,
-            "failure": verdict.failure,
-            **more,
-        }
+        _annotation(contest, verdict, {"index": group, "annotator": settings.name}) | more
         for contest, group, verdict, more in zip(contests, groups, verdicts, columns, strict=True)
     ]
     metrics = rate_of(rows, groups) | unanswered
@@ -134,15 +123,34 @@ def judge_responses(
             side: np.array([more.get(f"score_{i}", np.nan) for more in columns])
             for i, side in ((1, "base"), (2, "policy"))
         }
-        both = np.isfinite(scores["base"]) & np.isfinite(scores["policy"])
-        kept = [group for group, good in zip(groups, both, strict=True) if good]
-        for side, values in scores.items():
-            metrics[f"score/{side}"], metrics[f"score/{side}_se"] = mean_and_se(values[both], kept)
-            table[f"{side}_score"] = values.tolist()
-        metrics["score/difference"], metrics["score/difference_se"] = paired_difference(
-            scores["policy"][both], scores["base"][both], kept
-        )
+        metrics |= _score_metrics(scores, groups)
+        table |= {f"{side}_score": values.tolist() for side, values in scores.items()}
     return {f"judge/{name}": value for name, value in metrics.items()}, table, rows
+
+
+def _annotation(contest: Contest, verdict: Verdict, identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "instruction": contest.questions[0],
+        "output_1": contest.baseline[0],
+        "generator_1": "base",
+        "output_2": contest.model[0],
+        "generator_2": "policy",
+        **identity,
+        "preference": verdict.preference,
+        "failure": verdict.failure,
+    }
+
+
+def _score_metrics(scores: Mapping[str, np.ndarray], groups: Sequence[int]) -> dict[str, float]:
+    """Mean scores of both models and of their difference, over the samples that have both, with standard errors."""
+    both = np.isfinite(scores["base"]) & np.isfinite(scores["policy"])
+    kept = [group for group, good in zip(groups, both, strict=True) if good]
+    policy, base = scores["policy"][both], scores["base"][both]
+    metrics: dict[str, float] = {}
+    for side, values in scores.items():
+        metrics[f"score/{side}"], metrics[f"score/{side}_se"] = mean_and_se(values[both], kept)
+    metrics["score/difference"], metrics["score/difference_se"] = paired_difference(policy, base, kept)
+    return metrics
 
 
 def _preferences(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:

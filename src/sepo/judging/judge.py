@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sepo.data.conversation import Conversation
+from sepo.data.thinking import without_thinking
 from sepo.errors import UserError
 from sepo.evaluate.statistics import mean_and_se
 from sepo.judging.endpoint import CallEstimate, Endpoint, estimate_calls
@@ -50,20 +51,23 @@ class Missing(NamedTuple):
         unmatched: answers without a counterpart.
         no_text: pairs in which an answer is no text.
         others: answers of the other file without a counterpart.
+        thinking: answers with thinking in their text. They are judged with it, because they come from a file.
     """
 
     unmatched: int
     no_text: int
     others: int
+    thinking: int = 0
 
     def lines(self) -> list[str]:
         """A sentence for each number above 0."""
         texts = (
-            (self.unmatched, "answers have no counterpart in --against"),
-            (self.others, "answers of --against have no counterpart"),
-            (self.no_text, "pairs have an answer that is no text"),
+            (self.unmatched, "answers have no counterpart in --against: not judged"),
+            (self.others, "answers of --against have no counterpart: not judged"),
+            (self.no_text, "pairs have an answer that is no text: not judged"),
+            (self.thinking, "answers hold thinking (<think>...), which the judge reads too: take it out of the files"),
         )
-        return [f"{number} {text}: not judged" for number, text in texts if number]
+        return [f"{number} {text}" for number, text in texts if number]
 
 
 def match_answers(
@@ -95,6 +99,11 @@ def match_answers(
         if ours is None or theirs is None:
             no_text += 1
             continue
+        if baseline is not None and baseline.turns and answer.turns and _words(baseline) != _words(answer):
+            raise UserError(
+                f"the two files answer different questions under the name {answer.key[:60]!r}: expected answers to the "
+                "same questions"
+            )
         reference: tuple[str, ...] = ()
         if category in WITH_REFERENCE and answer.key in reference_of:
             reference = _texts(reference_of[answer.key], len(turns)) or ()
@@ -104,8 +113,11 @@ def match_answers(
         raise UserError(
             f"none of {len(answers)} answers has a counterpart: expected two files of answers to the same questions"
         )
+    thinking = sum(
+        without_thinking(text) != text for match in matches for text in (*match.contest.model, *match.contest.baseline)
+    )
     others = 0 if baseline_of is None else len(baseline_of.keys() - {answer.key for answer in answers})
-    return matches, Missing(unmatched, no_text, others)
+    return matches, Missing(unmatched, no_text, others, thinking)
 
 
 def _asked(answer: Answer, question: Question | None) -> tuple[tuple[str, ...], str, str]:
@@ -122,6 +134,10 @@ def _asked(answer: Answer, question: Question | None) -> tuple[tuple[str, ...], 
             "with --questions"
         )
     return tuple(turns), opening, answer.category or (question.category if question is not None else "")
+
+
+def _words(answer: Answer) -> list[list[str]]:
+    return [turn.split() for turn in answer.turns]
 
 
 def _texts(answer: Answer, turns: int) -> tuple[str, ...] | None:

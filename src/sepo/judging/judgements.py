@@ -58,12 +58,12 @@ def score_files(
         UserError: a file cannot be read, has an unknown format, or holds no usable judgement.
     """
     results: dict[str, dict[str, Any]] = {}
-    arena: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    arena: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
     for path in map(Path, paths):
         rows = read_rows(path)
         if any("games" in row for row in rows):
             for row in rows:
-                group = (str(row.get("category") or "arena-hard-v0.1"), _judge(row))
+                group = (str(row.get("category") or "arena-hard-v0.1"), _judge(row), _text(row, "baseline"))
                 arena.setdefault(group, {}).setdefault(_text(row, "model") or path.stem, []).append(row)
         else:
             for name, result in _scores_of(rows, path, official).items():
@@ -72,18 +72,20 @@ def score_files(
 
 
 def _arena_results(
-    arena: Mapping[tuple[str, str], Mapping[str, list[Row]]],
+    arena: Mapping[tuple[str, str, str], Mapping[str, list[Row]]],
     styles: dict[str, dict[str, list[float]]] | None,
     baseline: str | None,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of the models of each category of Arena-Hard, by each judge."""
+    """Scores of the models of each category of Arena-Hard, by each judge, against each baseline."""
     results: dict[str, dict[str, Any]] = {}
-    categories, judges = ({group[i] for group in arena} for i in (0, 1))
-    for (category, judge), models in arena.items():
+    categories, judges, baselines = ({group[i] for group in arena} for i in (0, 1, 2))
+    for (category, judge, named), models in arena.items():
         for model, rows in models.items():
             _check_once(rows, f"the judgements of '{model}'", "uid", "question_id")
-        against = baseline or benchmark_scores.BASELINES.get(category)
+        if baseline is not None and named and named != baseline:
+            raise UserError(f"--baseline {baseline}, but the judgements name '{one_line(named, 60)}': leave it out")
+        against = named or baseline or benchmark_scores.BASELINES.get(category)
         if styles is not None and (against is None or against not in styles):
             raise UserError(
                 f"style control of '{category}' needs the answers of its baseline "
@@ -94,6 +96,7 @@ def _arena_results(
             if not result["n_total"]:
                 raise UserError(f"no judgement of '{model}' in '{category}' has two verdicts such as 'A>B'")
             name = f"{model} ({category})" if len(categories) > 1 else model
+            name = f"{name} against {against}" if len(baselines) > 1 else name
             name = f"{name} by {judge or 'an unnamed judge'}" if len(judges) > 1 else name
             head = {"benchmark": "arena_hard", "category": category, "judge": judge or None, "baseline": against}
             results[name] = {**head, **result}
@@ -132,6 +135,8 @@ def _bench_pair_scores(rows: Sequence[Row], path: Path) -> dict[str, dict[str, A
     pairs: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         names = [name for name in (_text(row, "model_1"), _text(row, "model_2")) if name]
+        if len(names) > len(set(names)):
+            raise UserError(f"'{path}' compares '{one_line(names[0], 60)}' with itself: leave those rows out")
         pairs.setdefault((_judge(row), *sorted(names)), []).append(row)
         for name in names:
             groups.setdefault((name, _judge(row)), []).append(row)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sepo.data.encoding import Encoder, make_encoder
-from sepo.data.messages import DropRow
+from sepo.data.messages import DropRow, check_text, leaves
 from sepo.data.rows import TextPair
 from sepo.errors import UserError
 
@@ -38,6 +38,7 @@ def encode_prompts(
 
 
 def _prompt(encoder: Encoder, messages: Turns) -> list[int]:
+    _check_texts(messages)
     if encoder.writer is None:
         text = encoder.guard("\n\n".join(message["content"] for message in messages))
     else:
@@ -46,6 +47,12 @@ def _prompt(encoder: Encoder, messages: Turns) -> list[int]:
     (ids,) = encoder.encode([text])
     encoder.check_control_ids(ids, text)
     return ids if encoder.writer is not None else encoder.plain_prompt(ids)
+
+
+def _check_texts(value: Any) -> None:
+    """Raise DropRow for a text that cannot be encoded: half of a surrogate pair, which JSON can hold."""
+    for text in leaves(value):
+        check_text(text)
 
 
 def encode_answers(
@@ -70,6 +77,7 @@ def encode_answers(
         text = "\n\n".join(turn["content"] for turn in turns)
         pair = TextPair(text if as_text else turns, answer, answer, tools=tuple(tools))
         try:
+            _check_texts([*messages, answer])
             item = encoder.item(pair, [])
             ids = encoder.encode([item.prompt, item.prompt + item.chosen])
             prompt, response, _ = encoder.ids_of(item, ids[0], ids[1], ids[1])

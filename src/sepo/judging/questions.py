@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sepo.data.formats import EXPECTED
-from sepo.data.messages import DropRow, Message, read_cell
+from sepo.data.messages import NOT_TEXT, DropRow, Message, check_text, read_cell
 from sepo.data.rows import EXTRA_COLUMNS, TextPair, with_columns
 from sepo.errors import UserError
 from sepo.files import digest
@@ -121,7 +121,11 @@ def read_questions(path: Path, benchmark: str = "") -> tuple[list[Question], str
 def read_question(path: Path, row: Mapping[str, Any], number: int) -> tuple[Question, str]:
     """The question in row `number` of a file, and the benchmark whose format the row has. Raises UserError."""
     try:
+        if unread := next((name for name in NOT_TEXT if row.get(name)), None):
+            raise DropRow("not text", f"'{unread}'")
         asked = _asked(row, number)
+        for text in _texts(asked[2]) if asked is not None else ():
+            check_text(text)
     except DropRow as drop:
         reason = f"{drop.reason} {drop.detail}".rstrip()
         raise UserError(f"'{path}' row {number} holds a prompt that cannot be asked: {reason}") from None
@@ -168,7 +172,8 @@ def _conversation(row: Mapping[str, Any]) -> tuple[str, list[Message], list[str]
         return None
     columns = {
         EXTRA_COLUMNS["system"]: row.get("system", row.get("system_prompt")),
-        **{EXTRA_COLUMNS[name]: row.get(name) for name in ("input", "history", "tools")},
+        **{EXTRA_COLUMNS[name]: row.get(name) for name in ("input", "history")},
+        "tools": row.get("tools") or getattr(cell, "tools", None),
     }
     pair = with_columns(TextPair(messages, "", ""), columns)
     if pair.tools or any("tool_calls" in message or message["role"] == "tool" for message in pair.messages):

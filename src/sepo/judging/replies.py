@@ -22,14 +22,26 @@ REFUSED_TEXT = f"{REFUSED} for its text"
 NO_END = "the thinking has no end"
 # Servers name the length limit "length", "MAX_TOKENS", "model_length", "model_context_window_exceeded", "truncated".
 _AT_LIMIT = re.compile("length|max_|context|truncat", re.IGNORECASE)
-_FILTERED = re.compile("filter|safety|prohibited|blocklist", re.IGNORECASE)
-_BROKEN_OFF = ("error", "abort")
-_TEXT_PARTS = ("text", "output_text")
+_FILTERED = re.compile(
+    "filter|safety|prohibited|block|recitation|sensitive|spii|refus|guardrail|moderation|policy", re.IGNORECASE
+)
+_BROKEN_OFF = re.compile("error|abort|cancel|time_?out|interrupt|insufficient|overload|unavailable", re.IGNORECASE)
+_TEXT_PARTS = (None, "text", "output_text")
+_THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
 # The key of a stored refusal, beside the keys of a chat completion.
 _REFUSAL = "refused"
 _OF_QUESTION = re.compile(
-    r"context[ _-]?(length|window|size)|too (long|large|many tokens)|maximum (context|input|model) |prompt.{0,40}longer"
-    r"|exceeds? .{0,40}(tokens|length|limit)|content[ _](policy|filter|management)|moderation|flagged",
+    r"context[ _-]?(length|window|size)|too (long|large|many (input )?tokens)|maximum (context|input|model|prompt) "
+    r"|prompt.{0,40}longer|exceed(s|ed)? .{0,40}(tokens|length|limit)|(less|fewer) than \d+ tokens|must be <= \d+"
+    r"|reduce the (length|number of)|input length|content[ _](policy|filter|management|exists)|moderation|flagged"
+    r"|inappropriate|violat|prompt.{0,20}blocked|data_inspection",
+    re.IGNORECASE,
+)
+# A refusal in such words is about the account, and no other question will be answered.
+_OF_ACCOUNT = re.compile(
+    r"api[ _-]?key.{0,30}(valid|missing|expired|required|not found)|(invalid|incorrect|missing|no) api[ _-]?key"
+    r"|credit balance|(insufficient|not enough|out of|no) (credits?|balance|funds|quota)|billing"
+    r"|(account|subscription|organi[sz]ation).{0,40}(disabled|suspended|expired|inactive|deactivated|overdue)",
     re.IGNORECASE,
 )
 
@@ -153,7 +165,8 @@ def completion_of(body: str) -> dict[str, Any]:
     Raises:
         NoCompletion: the body is an error, broke off, or is something else.
     """
-    stored = _joined(body) if body.lstrip().startswith(("data:", "event:", ":")) else _parsed(body)
+    text = _COMMENTS.sub("", body)
+    stored = _joined(text) if text.startswith(("data:", "event:", "id:", "retry:")) else _parsed(text)
     if not isinstance(stored, dict):
         raise NoCompletion(502, f"unreadable reply {one_line(body, 100) if body.strip() else 'without a text'}")
     choice = _first_choice(stored)
@@ -162,14 +175,34 @@ def completion_of(body: str) -> dict[str, Any]:
         raise NoCompletion(_status_of(error), _message_of(error))
     if not isinstance(stored.get("choices"), list):
         raise NoCompletion(502, f"no chat completion {one_line(body, 100)}")
-    if str(choice.get("finish_reason")).lower() in _BROKEN_OFF:
+    if _BROKEN_OFF.search(str(choice.get("finish_reason"))):
         raise NoCompletion(502, f"the server ended the reply ({choice['finish_reason']})")
     return stored
 
 
 def is_of_question(status: int, text: str) -> bool:
-    """Whether a refusal is about the text of the question (too long, not allowed), not about a setting or the key."""
-    return status in (400, 403, 413, 422) and (status == 413 or _OF_QUESTION.search(text) is not None)
+    """Whether a refusal is about the text of the question (too long, not allowed), not about a setting or the key.
+
+    Some servers (llama.cpp, Ollama) call a question that is too long an error of the server: 500.
+    """
+    return status == 413 or (status in (400, 403, 422, 500) and _OF_QUESTION.search(message_in(text)) is not None)
+
+
+def is_of_account(status: int, text: str) -> bool:
+    """Whether a refusal is about the key or an account without credit. Some servers answer 400 then."""
+    return status in (400, 403) and _OF_ACCOUNT.search(message_in(text)) is not None
+
+
+def message_in(text: str) -> str:
+    """The message of an error in the body of a reply; the text if it holds none."""
+    stored = _parsed(text)
+    stored = stored[0] if isinstance(stored, list) and stored else stored  # Gemini
+    if not isinstance(stored, dict):
+        return text
+    found = stored.get("error") or stored.get("message") or stored.get("detail") or stored.get("msg")
+    if isinstance(found, list):  # FastAPI, which repeats the question in `input`
+        found = "; ".join(str(item["msg"] if isinstance(item, dict) and "msg" in item else item) for item in found)
+    return str(_message_of(found)) if found else text
 
 
 def refusal(reply: Reply) -> dict[str, str]:
@@ -177,9 +210,13 @@ def refusal(reply: Reply) -> dict[str, str]:
     return {_REFUSAL: str(reply.failure)}
 
 
+# Comments of a stream, which some servers send before a body too, to keep the connection open.
+_COMMENTS = re.compile(r"\A\ufeff?\s*(?::[^\n]*\n\s*)*")
+
+
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)  # line ends inside of texts, from servers that do not escape them
     except (ValueError, RecursionError):
         return None
 
@@ -189,9 +226,11 @@ def _joined(body: str) -> dict[str, Any] | None:
     text: dict[str, str] = {}
     logprobs: list[Any] = []
     whole: dict[str, Any] = {}
-    ended, reason = False, None
+    ended, reason, event = False, None, ""
     for line in body.split("\n"):  # splitlines would also cut at U+2028 inside a text
         data = line.removeprefix("data:").strip()
+        if line.startswith("event:") or not line.strip():
+            event = line.removeprefix("event:").strip()
         if not line.startswith("data:") or not data:
             continue
         if data == "[DONE]":
@@ -199,15 +238,20 @@ def _joined(body: str) -> dict[str, Any] | None:
             break
         if not isinstance(chunk := _parsed(data), dict):
             return None
+        if event == "error":
+            return {"error": chunk.get("error") or chunk}
         if chunk.get("error") or chunk.get("object") == "error":
             return chunk
         whole |= {name: value for name, value in chunk.items() if name != "choices" and value is not None}
         choice = _first_choice(chunk)
+        if choice.get("index"):
+            continue  # of a second completion
         reason = choice.get("finish_reason") or reason
         if isinstance(tokens := choice.get("logprobs"), dict):
             logprobs += tokens.get("content") or []
         delta = choice.get("delta") or choice.get("message")
         for name, value in delta.items() if isinstance(delta, dict) else ():
+            value = _text_of(value) if name == "content" else value
             if isinstance(value, str) and name != "role":
                 text[name] = text.get(name, "") + value
     if not ended and reason is None:
@@ -218,7 +262,8 @@ def _joined(body: str) -> dict[str, Any] | None:
 
 def _first_choice(stored: Mapping[str, Any]) -> Mapping[str, Any]:
     choices = stored.get("choices")
-    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    return next((choice for choice in choices if choice.get("index") == 0), choices[0] if choices else {})
 
 
 def _status_of(error: Any) -> int:
@@ -237,7 +282,10 @@ def _status_of(error: Any) -> int:
 
 def _message_of(error: Any) -> object:
     message = error.get("message") if isinstance(error, dict) else None
-    return message if isinstance(message, str) and message.strip() else error
+    if not isinstance(message, str) or not message.strip():
+        return error
+    code = str(error.get("code") or error.get("type"))  # "context_length_exceeded" may say what the message does not
+    return f"{message} ({code})" if _OF_QUESTION.search(code) and not _OF_QUESTION.search(message) else message
 
 
 # --- a chat completion -> an answer ---------------------------------------------------------------------------------
@@ -279,10 +327,20 @@ def read_reply(stored: Any) -> Reply:
 def _texts(message: Mapping[str, Any]) -> tuple[str, bool]:
     """The text of a message, its parts joined; and whether the message holds thinking beside its text."""
     content = message.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS]
-    fields = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
-    return "".join(text for text in texts if isinstance(text, str)), len(texts) < len(parts) or any(fields)
+    parts = content if isinstance(content, list) else [content]
+    unread = any(_text_of(part) is None for part in parts if part is not None)
+    return _text_of(content) or "", unread or any(message.get(name) for name in _THINKING_FIELDS)
+
+
+def _text_of(content: Any) -> str | None:
+    """The text in the content of a message or in one of its parts; None for another part, such as thinking."""
+    if isinstance(content, list):
+        return "".join(filter(None, (_text_of(part) for part in content if isinstance(part, dict))))
+    if not isinstance(content, dict):
+        return content if isinstance(content, str) else None
+    text = content.get("text") if content.get("type") in _TEXT_PARTS else None
+    text = text.get("value") if isinstance(text, dict) else text  # of OpenAI's assistants
+    return text if isinstance(text, str) else None
 
 
 def _answer_tokens(stored: Mapping[str, Any], completion: int, share: float) -> int:

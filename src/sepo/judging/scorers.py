@@ -239,8 +239,20 @@ class ConversationReader:
             return [[] if isinstance(row, str) else [*row[0], *row[1]] for row in encoded]
         texts = [("\n\n".join(turns), answer) for turns, answer, *_ in conversations]
         # A control token in an answer is text: it is split into characters.
-        return [self.tokenizer(asked, answer, split_special_tokens=True)["input_ids"] for asked, answer in texts]
+        return [
+            self.tokenizer(asked, answer, split_special_tokens=True)["input_ids"] if _is_unicode(asked + answer) else []
+            for asked, answer in texts
+        ]
 
     def _fits(self, ids: list[int]) -> bool:
         longest = self.limits.positions or len(ids)
         return bool(ids) and max(ids) < self.limits.vocabulary and len(ids) <= longest
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded. JSON can hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

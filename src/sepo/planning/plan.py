@@ -135,7 +135,8 @@ def plan_run(
     if elsewhere or target.processes > 1:
         memory = [row for role, cost in costs.items() for row in _memory_rows(role, cost, target)]
     units = [row for role, cost in costs.items() for row in _unit_rows(role, cost, throughputs, target)]
-    return RunPlan(rows, memory, [*warm_up_lines(costs), *example], units)
+    notes = [*warm_up_lines(costs), *checkpoint_lines(costs, target), *example]
+    return RunPlan(rows, memory, notes, units)
 
 
 def warm_up_lines(costs: Mapping[str, Cost]) -> list[str]:
@@ -150,6 +151,22 @@ def warm_up_lines(costs: Mapping[str, Cost]) -> list[str]:
                     f"{role}: the first of {part.updates:.0f} updates has learning rate 0, as warm-up begins there; "
                     "a warmup_ratio of 0 trains with it"
                 )
+    return lines
+
+
+def checkpoint_lines(costs: Mapping[str, Cost], target: Target) -> list[str]:
+    """A line for each training with sharded checkpoints: bytes of one, and of the copy that each process makes."""
+    from sepo.planning.memory import trainable
+
+    lines = []
+    for role, cost in costs.items():
+        need = cost.memory
+        if isinstance(need, TrainingMemory) and need.settings.checkpoints == "sharded":
+            whole = 12.0 * trainable(need)  # float32 weights and AdamW's moments
+            lines.append(
+                f"{role}: a checkpoint has {size(whole)}; each process copies {size(whole / target.processes)} to the "
+                "host's memory and writes it while training goes on"
+            )
     return lines
 
 
@@ -263,6 +280,7 @@ def _unit_rows(stage: str, cost: Cost, throughputs: Throughputs, target: Target)
             "a unit": approximate(each) if known else "",
             "time": approximate(units.simulated.seconds) if known else "",
             "busy": f"{units.simulated.busy:.0%}",
+            "engine": "files" if units.devices == 1 else f"files@{units.devices}",
         }
     ]
 

@@ -257,6 +257,11 @@ class TrainingSettings(Settings):
         description="weight of the load-balancing loss of a mixture of experts (TRL: by default its config's)",
     )
     save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints; 0 for none")
+    checkpoints: Literal["whole", "sharded"] = Field(
+        "whole",
+        description="whole: training waits while one is written; sharded: each process writes its part in the "
+        "background, and any number of processes continues",
+    )
     report_to: str | list[str] = Field(
         "none",
         description="wandb, tensorboard, ..., or all: every installed one; event files are in the "
@@ -273,6 +278,8 @@ class TrainingSettings(Settings):
         values = handler(self)
         if not self.router_aux_loss_coef:
             values.pop("router_aux_loss_coef", None)
+        if self.checkpoints == "whole":
+            values.pop("checkpoints", None)
         return values
 
     @field_validator("max_steps")
@@ -719,9 +726,9 @@ class Recipe(Settings):
     tokens_per_row: int | None = Field(None, ge=16, description="token budget of a packed row for scoring")
     engine: str = Field(
         "local",
-        pattern=r"^[a-z]+(:.+)?$",
-        description="who does the passes of frozen models and transfers: local, files[:FOLDER] or ray[:ADDRESS]; the "
-        "results are the same",
+        pattern=r"^[a-z]+(@[0-9]+)?(:.+)?$",
+        description="who does the passes of frozen models and transfers: local, files[:FOLDER], files@N[:FOLDER] (N "
+        "processes do a unit together) or ray[:ADDRESS]; the results are the same",
     )
     data: DataSettings = Field(default_factory=DataSettings, description="the preference dataset")
     reference: ReferenceSettings = Field(

@@ -19,7 +19,7 @@ from sepo.data.encoding import Encoder, end_ids_of, make_encoder, truncate_pair
 from sepo.data.fingerprints import short_digest, tokenizer_fingerprint
 from sepo.data.loading import read_rows
 from sepo.data.messages import DropRow, Messages, read_cell
-from sepo.data.rows import EXTRA_COLUMNS, ROWS_AT_ONCE, DataReport, is_conversation, normalise_row
+from sepo.data.rows import EXTRA_COLUMNS, ROWS_AT_ONCE, DataReport, holds_prompt, normalise_row
 from sepo.data.tables import make_table, table_digest, with_provenance
 from sepo.errors import UserError, nearest
 
@@ -202,8 +202,8 @@ def _as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
         if not response:
             raise DropRow("no response")
         other: Any = [*response[:-1], {**response[-1], "content": f"{response[-1]['content']}."}]
-        return {**row, "chosen": list(response), "rejected": other}
-    if prompt is None and not is_conversation(response):
+        return {**row, "chosen": response, "rejected": other}
+    if prompt is None and not holds_prompt(response):
         raise DropRow("missing value")
     return {**row, "chosen": response, "rejected": f"{response}."}
 

@@ -195,34 +195,36 @@ def token_rewards(
         >>> list(zip(first.texts, first.rewards))  # doctest: +SKIP
         [(' 4', 1.25), ('</s>', 0.03)]
     """
-    many = isinstance(prompt, Sequence) and not isinstance(prompt, str) and not _is_messages(prompt)
-    prompts, groups = (list(prompt), list(responses)) if many else ([prompt], [responses])
-    _check_texts(prompts, groups)
+    many, prompts, groups = _by_prompt(prompt, responses)
     check_allocation(allocation)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         tokenizer = load_tokenizer(tokenizer)
     scorers = load_scorers(oracle, reference, oracle_tokenizer=oracle_tokenizer, device=device)
-    sizes = [len(group) for group in groups]
-    if not sum(sizes):
-        nothing: list[list[TokenRewards]] = [[] for _ in groups]
-        return nothing if many else []
-    rows = [
+    if not (rows := _rows(prompts, groups)):
+        return [[] for _ in groups] if many else []  # type: ignore[return-value]
+    options = {"as_chat": as_chat, "chat_template_kwargs": chat_template_kwargs}
+    scores = scorers.scores(_tokenized(rows, scorers.tokenizer, options), tokens_per_row)
+    if tokenizer is not None:
+        scores = _carried(scores, _tokenized(rows, tokenizer, options), scorers.tokenizer, tokenizer, allocation)
+    target = scorers.tokenizer if tokenizer is None else tokenizer
+    results = iter(_results(scores, target, [response for group in groups for response in group]))
+    return [[next(results) for _ in group] for group in groups] if many else list(results)
+
+
+def _by_prompt(prompt: Any, responses: Any) -> tuple[bool, list[Any], list[Any]]:
+    """Whether there is a list of prompts; the prompts, and the responses of each."""
+    many = isinstance(prompt, Sequence) and not isinstance(prompt, str) and not _is_messages(prompt)
+    prompts, groups = (list(prompt), list(responses)) if many else ([prompt], [responses])
+    _check_texts(prompts, groups)
+    return many, prompts, groups
+
+
+def _rows(prompts: Sequence[Any], groups: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    return [
         {"row": number, "answer": answer, "prompt": text, "chosen": response}
         for number, (text, group) in enumerate(zip(prompts, groups, strict=True))
         for answer, response in enumerate(group)
     ]
-    options = {"as_chat": as_chat, "chat_template_kwargs": chat_template_kwargs}
-    scores = scorers.scores(_tokenized(rows, scorers.tokenizer, options), tokens_per_row)
-    texts = [str(row["chosen"]) for row in rows]
-    if tokenizer is None:
-        flat_results = _results(scores, scorers.tokenizer, texts)
-    else:
-        target = _tokenized(rows, tokenizer, options)
-        flat_results = _results(_carried(scores, target, scorers.tokenizer, tokenizer, allocation), tokenizer, texts)
-    if not many:
-        return flat_results
-    ends = np.cumsum(sizes)
-    return [flat_results[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _is_messages(prompt: Sequence[Any]) -> bool:

@@ -8,6 +8,7 @@ touches and logs what changed, and a damaged file is made again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -335,14 +336,15 @@ def environment() -> dict[str, Any]:
     packages = ("sepo", "torch", "transformers", "datasets", "accelerate", "peft")
     return {
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in packages if _installed(name)},
+        "packages": {name: version for name in packages if (version := _version(name)) is not None},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
     }
 
 
-def _installed(name: str) -> bool:
+@functools.cache
+def _version(name: str) -> str | None:
+    """Version of an installed package. To read it takes milliseconds, and a comparison asks after each run."""
     try:
-        metadata.version(name)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

@@ -274,13 +274,10 @@ def training_estimates(
     Args:
         targets: target tokens of all pairs.
     """
-    from sepo.training.fit import epochs
+    from sepo.training.fit import epochs, steps_of
 
     training = settings.training
     passes = epochs(training, pairs.pairs * share)
-    updates = training.max_steps
-    if updates <= 0:
-        updates = math.ceil(math.ceil(pairs.pairs * share / training.batch_size) * training.num_train_epochs)
     return (
         Estimate("load", model),
         Estimate(
@@ -288,7 +285,7 @@ def training_estimates(
             model,
             tokens=pairs.tokens * share * passes,
             targets=targets * share * passes,
-            updates=updates,
+            updates=steps_of(training, round(pairs.pairs * share)),
             training=training,
             lora=settings.lora,
             quantization=settings.quantization,

@@ -155,6 +155,8 @@ class Passes:
     In a launch each process scores whole shards, and yields those that it has to write.
     """
 
+    together = True
+
     def __init__(self, settings: Mapping[str, Any]):
         self.settings, self.types = settings, Types(**settings["types"])
         if model_fingerprint(settings["model"]) != settings["fingerprint"]:

@@ -135,7 +135,7 @@ def stage(
         },
         outputs=(".",),
         run=lambda folder: train_oracle(recipe, reference, pairs, reference_logps, folder, seed, swapped, ends),
-        cost=lambda sizes: cost(recipe, sizes),
+        cost=lambda sizes: cost(recipe, sizes, ends),
         verifies=True,
     )
 
@@ -206,13 +206,16 @@ def train_oracle(
     return {"pairs": len(sample), **results}
 
 
-def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """One training."""
+def cost(recipe: Recipe, sizes: Sizes, ends: train.Targets | None = None) -> Cost:
+    """One training, and the measurements on the way to `oracle.target_accuracy`."""
     settings, pairs = recipe.oracle, sizes.train
+    estimates = training_estimates(settings, sizes.small, pairs, pairs.responses, share=settings.sample)
+    if settings.target_accuracy is not None:
+        estimates = (*estimates, *train.required(ends).accuracy_estimates(recipe, sizes, estimates))
     return Cost(
         "DPO",
         round(pairs.pairs * settings.sample),
         round(pairs.tokens * settings.sample),
-        training_estimates(settings, sizes.small, pairs, pairs.responses, share=settings.sample),
+        estimates,
         training_memory(settings, sizes, sizes.small, pairs.responses),
     )

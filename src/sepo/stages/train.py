@@ -44,6 +44,12 @@ class Targets(Protocol):
     ) -> TrainerCallback:
         """Ends the training at `oracle.target_accuracy`."""
 
+    def kl_estimates(self, recipe: Recipe, sizes: Sizes, training: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
+        """What `train_to_kl` computes beside a training of the policy."""
+
+    def accuracy_estimates(self, recipe: Recipe, sizes: Sizes, training: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
+        """What `until_accuracy` computes beside a training of the oracle."""
+
 
 def required(ends: Targets | None) -> Targets:
     if ends is None:
@@ -174,7 +180,7 @@ def stage(
         },
         outputs=(".",),
         run=run,
-        cost=lambda sizes: cost(recipe, sizes.of_policy),
+        cost=lambda sizes: cost(recipe, sizes.of_policy, ends),
         verifies=True,
     )
 
@@ -203,9 +209,11 @@ def estimates(recipe: Recipe, sizes: Sizes) -> tuple[Estimate, ...]:
     return (*training, frozen)
 
 
-def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """The training of the policy."""
-    policy = recipe.policy
+def cost(recipe: Recipe, sizes: Sizes, ends: Targets | None = None) -> Cost:
+    """The training of the policy, and the measurements on the way to `policy.target_kl`."""
+    policy, parts = recipe.policy, estimates(recipe, sizes)
+    if policy.target_kl is not None:
+        parts = (*parts, *required(ends).kl_estimates(recipe, sizes, parts))
     frozen_copy = bool(OBJECTIVES[policy.objective].kl_direction(policy.alpha))
     need = training_memory(policy, sizes, sizes.large, targets(recipe, sizes), frozen_copy)
-    return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, estimates(recipe, sizes), need)
+    return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, parts, need)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sepo import engines
+from sepo import engines, sharded
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import prompt_numbers
 from sepo.data.tables import read_table
@@ -64,8 +64,10 @@ from sepo.transfer import stages as transfer_stages
 FAILED = "failed.json"  # in the folder of a run that diverged
 # Recipes of a comparison may have a judge, which measures policies while they train, but no stages after the
 # evaluation.
-EXTENSION = Extension(judging_stages.check, targets=target_stages).and_also(
-    Extension(transfer_stages.check, transfer=transfer_stages)
+EXTENSION = (
+    Extension(judging_stages.check, targets=target_stages)
+    .and_also(Extension(transfer_stages.check, transfer=transfer_stages))
+    .and_also(Extension(sharded.check))
 )
 
 
@@ -92,7 +94,7 @@ def compare(grid: Grid, settings: dict[str, list[Setting]], *, retry_failed: boo
     check_baselines(grid, settings)
     check_results_folder(grid)
     first = next(iter(settings.values()))[0].recipe
-    with engines.use(first.engine, first.run_folder), open_run(first) as run:
+    with engines.use(first.engine, first.run_folder, passes=True), open_run(first) as run:
         grid.results_folder.mkdir(parents=True, exist_ok=True)
         write_json(grid.results_folder / "grid.json", grid.model_dump(mode="json"))
         work = _Comparison(run, grid, first, retry_failed)
@@ -365,7 +367,8 @@ class _Comparison:
         self.failed: list[dict[str, Any]] = []
         self.baselines: list[dict[str, Any]] = []
         self._judge: Scorer | None = None
-        self._drawn = float("-inf")
+        # Figures of an earlier command are drawn anew after a minute or at the end, not at once.
+        self._drawn = time.monotonic() if (grid.results_folder / "frontier.png").exists() else float("-inf")
 
     def method(self, recipe: Recipe, seed: int) -> Method:
         return method_of(recipe, self.passes, self.grid, seed, self.pairs)

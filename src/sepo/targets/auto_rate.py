@@ -28,6 +28,7 @@ _PLANNED = 0.7
 _STEPS = 12  # of a probe; a sixth of the training if that is less
 _FAR = 3.0  # a rate beyond this factor of the probe's is probed again
 _PROBES = 4
+USUAL_PROBES = 2  # for estimates of time
 _CAP = 30.0  # the largest step between two rates
 _LARGEST = 0.05
 
@@ -73,14 +74,11 @@ def choose_rate(
         UserError: the policy does not move in any probe, or its KL is not finite.
     """
     assert policy.target_kl is not None
-    number = 2 * max(1, min(_STEPS, steps // 6) // 2)
+    number = probe_steps(steps)
     planned = _sum_of_schedule(policy.training, steps, max(1, round(_PLANNED * steps)))
     rate = FIRST_RATE_LORA if policy.lora is not None else FIRST_RATE
-    short = {"max_steps": number, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "save_minutes": 0.0}
-    short |= {"report_to": "none"}
     for probe in range(1, _PROBES + 1):
-        settings = policy.training.model_copy(update={**short, "learning_rate": rate})
-        kl = train(settings, out / FOLDER.format(probe))
+        kl = train(probe_training(policy.training, number, rate), out / FOLDER.format(probe))
         if not math.isfinite(kl.end):
             raise UserError(
                 f"learning_rate auto: the policy is not finite after {number} steps at {rate:.2g}: give a number"
@@ -98,6 +96,21 @@ def choose_rate(
     return policy.training.model_copy(update={"learning_rate": rate})
 
 
+def probe_steps(steps: int) -> int:
+    """Steps of one probe for a training of `steps`; an even number.
+
+    >>> probe_steps(47), probe_steps(300), probe_steps(3)
+    (6, 12, 2)
+    """
+    return 2 * max(1, min(_STEPS, steps // 6) // 2)
+
+
+def probe_training(training: TrainingSettings, steps: int, rate: float) -> TrainingSettings:
+    """The settings of a probe: `steps` at a constant rate."""
+    short = {"max_steps": steps, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "save_minutes": 0.0}
+    return training.model_copy(update={**short, "report_to": "none", "learning_rate": rate})
+
+
 def next_rate(rate: float, kl: ProbedKl, steps: int, target: float, planned: float) -> float:
     """The peak rate that reaches a KL, from a probe at a constant rate.
 
@@ -107,7 +120,7 @@ def next_rate(rate: float, kl: ProbedKl, steps: int, target: float, planned: flo
 
     >>> round(next_rate(1e-5, ProbedKl(0.0025, 0.01), steps=10, target=1.0, planned=100.0), 7)
     1e-05
-    >>> next_rate(1e-5, ProbedKl(0.0, 0.0), steps=10, target=1.0, planned=100.0)
+    >>> round(next_rate(1e-5, ProbedKl(0.0, 0.0), steps=10, target=1.0, planned=100.0), 7)
     0.0003
     """
     if kl.end <= 0:

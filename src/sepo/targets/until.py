@@ -34,6 +34,7 @@ POINTS, NEAREST = "target-points.json", "target-{}.safetensors"
 # The KL is first measured at these shares of its target: the first corrects the probe, the second is a point near the
 # target on the other side of it.
 _BEFORE = (0.3, 0.85)
+MEASUREMENTS = len(_BEFORE) + 1  # a KL that falls short of its probe is measured again
 # The accuracy is measured again after this share of the steps so far.
 _LOOKS = 1 / 12
 
@@ -174,8 +175,23 @@ class LookAtAccuracy:
         """Nothing to continue: the points say when the last look was."""
 
     def due(self, step: int, model: nn.Module, points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        last = points[-1]["step"] if points else 0
-        return {} if step >= last + max(1, int(last * _LOOKS)) else None
+        return {} if step >= _after(points[-1]["step"] if points else 0) else None
+
+
+def _after(step: int) -> int:
+    return step + max(1, int(step * _LOOKS))
+
+
+def number_of_looks(steps: int) -> int:
+    """How often `LookAtAccuracy` measures in a training of `steps`, its end included.
+
+    >>> number_of_looks(1), number_of_looks(24), number_of_looks(25), number_of_looks(26)
+    (1, 24, 25, 25)
+    """
+    step, looks = 0, 0
+    while step < steps:
+        step, looks = _after(step), looks + 1
+    return looks
 
 
 def kl_from(

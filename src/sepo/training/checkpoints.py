@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -55,6 +56,21 @@ class SaveEvery(TrainerCallback):
         require_finite_weights(kwargs["model"], state.global_step)
         processes.wait()
         processes.on_main(lambda: seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
+
+    def writing(self, trainer: Any) -> contextlib.AbstractContextManager[None]:
+        """Inside this context, the trainer writes and reads its checkpoints as `training.checkpoints` says."""
+        return contextlib.nullcontext()
+
+
+# By `training.checkpoints`. The wing `sepo.sharded` adds "sharded".
+SAVING = {"whole": SaveEvery}
+
+
+def saving(training: TrainingSettings) -> SaveEvery:
+    """The callback that saves the checkpoints of a training."""
+    if training.checkpoints not in SAVING:
+        raise ValueError("checkpoints: sharded needs sepo.sharded.enable()")
+    return SAVING[training.checkpoints](training.save_minutes)
 
 
 def require_finite_weights(model: torch.nn.Module, step: int) -> None:
@@ -168,8 +184,9 @@ def last_checkpoint(out: Path, made_with: dict[str, Any]) -> str | None:
     """Return the last complete checkpoint of this training. Removes incomplete ones and those of other trainings."""
     folder = out / "checkpoints"
     record, number = (folder / name for name in RECORDS)
-    # A checkpoint loads only with the sharding it was saved with.
-    text = json.dumps({**made_with, "sharding": processes.sharding()}, sort_keys=True, default=str)
+    # A checkpoint of whole weights loads only with the sharding it was saved with.
+    sharding = "" if "checkpoints" in made_with.get("training", {}) else processes.sharding()
+    text = json.dumps({**made_with, "sharding": sharding}, sort_keys=True, default=str)
     if folder.is_dir() and (not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != text):
         if any(folder.glob("checkpoint-*")):  # Trainer makes the empty folder itself
             log(f"  checkpoints in {folder} were made with other settings or data: removed")

@@ -36,6 +36,7 @@ from sepo.training.checkpoints import (
     last_checkpoint,
     require_finite_weights,
     saved_progress,
+    saving,
     training_fingerprint,
 )
 from sepo.training.interrupt import StopSignals, StopWhenAsked, asked_anywhere
@@ -158,22 +159,15 @@ def train_model(
     if existing is not None:
         return existing
     tokenizer = load_tokenizer(model)
-    config = PreferenceConfig(
-        **training_arguments(training, out, seed=seed, device=device),
-        tokens_per_row=training.tokens_per_row,
-        **objective,
-    )
+    arguments = training_arguments(training, out, seed=seed, device=device)
+    bar = ProgressBar(str(objective.get("objective", "training")).upper())
     trainer = PreferenceTrainer(
         model=load_model(model, device=device, train=True, lora=lora, quantization=quantization, seed=seed),
-        args=config,
+        args=PreferenceConfig(**arguments, tokens_per_row=training.tokens_per_row, **objective),
         train_dataset=table,
         reference_logps=reference_logps,
         processing_class=tokenizer,
-        callbacks=[
-            SaveEvery(training.save_minutes),
-            ProgressBar(str(objective.get("objective", "training")).upper()),
-            *callbacks,
-        ],
+        callbacks=[saving(training), bar, *callbacks],
         reference_is_start=reference_is_start,
     )
     trainer.remove_callback(PrinterCallback)
@@ -192,7 +186,10 @@ def run_training(
     stopping = StopWhenAsked(signals)
     trainer.add_callback(stopping)
     log_into(trainer, out)
-    with signals, log_kept_on_interrupt(lambda: saved_progress(out)):
+    with signals, log_kept_on_interrupt(lambda: saved_progress(out)), contextlib.ExitStack() as stack:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, SaveEvery):
+                stack.enter_context(callback.writing(trainer))
         results = _train(trainer, tokenizer, out, made_with, stopping)
         if asked_anywhere(signals):
             raise Interrupted(

@@ -16,7 +16,7 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import SftSettings, TrainingSettings
 from sepo.training.check import UNSUPPORTED, check_arguments, require_setup
-from sepo.training.checkpoints import SaveEvery, existing_model, training_fingerprint
+from sepo.training.checkpoints import existing_model, saving, training_fingerprint
 from sepo.training.fit import run_training, training_arguments
 from sepo.training.logs import ProgressBar
 from sepo.training.trainer import use_one_device
@@ -41,7 +41,7 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
         args=sft_arguments(settings, settings.training, out, seed=seed, device=device),
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[SaveEvery(settings.training.save_minutes), ProgressBar("SFT")],
+        callbacks=[saving(settings.training), ProgressBar("SFT")],
     )
     trainer.remove_callback(PrinterCallback)
     run_training(trainer, tokenizer, out, made_with)

@@ -291,18 +291,7 @@ class PreferenceTrainer(Trainer):
         layout = prepare_model(
             model, args.layout, longest=longest, tokens_per_row=self.tokens_per_row, device=args.device
         )
-        if args.device.type == "cpu":
-            keep_freed_memory()
-        self._start_checked = False
-        self._turn_off_dropout(model)
-        # The KL needs every logit of the reference, which cannot be stored: a frozen copy of the model computes them.
-        self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
-        if args.router_aux_loss_coef:
-            from sepo.forward.routers import check_routers
-
-            check_routers(causal_lm(model).config, str(causal_lm(model).config.name_or_path))
-        self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
-        _bind_packed_forward(model)
+        self._set_up_model(model, args)
         self._metrics = {mode: _RunningSums() for mode in ("train", "eval")}
         self._update_pairs: list[int] = []  # pair ids of the current update, to name the pair of a bad gradient
         super().__init__(
@@ -318,6 +307,21 @@ class PreferenceTrainer(Trainer):
         self._set_up_zero_3(model)
         # Losses are already means over pairs: Trainer must not divide them by the accumulation steps.
         self.loss_is_scaled_for_ga = True
+
+    def _set_up_model(self, model: nn.Module, args: PreferenceConfig) -> None:
+        """Turn off dropout, copy the reference of a KL, and let the model read packed rows."""
+        if args.device.type == "cpu":
+            keep_freed_memory()
+        self._start_checked = False
+        self._turn_off_dropout(model)
+        # The KL needs every logit of the reference, which cannot be stored: a frozen copy of the model computes them.
+        self.kl_direction = OBJECTIVES[args.objective].kl_direction(args.alpha)
+        if args.router_aux_loss_coef:
+            from sepo.forward.routers import check_routers
+
+            check_routers(causal_lm(model).config, str(causal_lm(model).config.name_or_path))
+        self.kl_reference = _frozen_copy(model, args.device) if self.kl_direction else None
+        _bind_packed_forward(model)
 
     def _turn_off_dropout(self, model: nn.Module) -> None:
         """Turn off the model's own dropout, and check that no other randomness is left."""

@@ -21,8 +21,9 @@ from sepo.command import (
 from sepo.errors import UserError, check_number, log_kept_on_interrupt
 
 if TYPE_CHECKING:
-    from sepo.judging.answering import Engine
+    from sepo.judging.answering import AnswerLog, Engine
     from sepo.judging.endpoint import Endpoint
+    from sepo.judging.questions import Question
     from sepo.judging.replies import Spent
 
 # Sampling settings that no request holds.
@@ -128,26 +129,16 @@ def run(arguments: argparse.Namespace) -> int:
         AnswerLog,
         answer_all,
         claim_folder,
-        failure_of,
         is_open,
         is_whole,
-        questions_digest,
         write_answers,
     )
-    from sepo.judging.questions import find_questions, read_questions
-    from sepo.judging.replies import Spent
     from sepo.processes import log
     from sepo.recipe.reading import parse_override
 
     _check_numbers(arguments)
     options = dict(parse_override(item) for item in arguments.chat_template)
-    questions, benchmark = read_questions(*find_questions(arguments.prompts))
-    digest = questions_digest(questions)  # of all questions: the folder stays valid with a higher --limit
-    questions = questions[: arguments.limit]
-    if benchmark == "alpaca_eval" and any(len(question.turns) > 1 for question in questions):
-        raise UserError(
-            f"'{arguments.prompts}' has questions of several turns, which AlpacaEval's format does not allow"
-        )
+    questions, benchmark, digest = _questions(arguments)
     endpoint = None if arguments.server is None else endpoint_of(arguments, options)
     record = _record(arguments, digest, benchmark, options)
     if endpoint is not None and arguments.request:
@@ -174,12 +165,43 @@ def run(arguments: argparse.Namespace) -> int:
                 answer_all(questions, benchmark, finished, engine, arguments.temperature)
         name = arguments.name or arguments.model.rstrip("/").rpartition("/")[2]
         file = write_answers(out, questions, benchmark, finished, name)
-        remaining = sum(not is_whole(question, finished) for question in questions)
-        unwritten = Counter(failure for question in questions if (failure := failure_of(question, finished)))
+    from sepo.judging.replies import Spent
+
     cost = sum(spent, Spent())
     if spent:
         log(cost.in_words())
     print(file)
+    return _log_missing(arguments, questions, finished, cost, failures)
+
+
+def _questions(arguments: argparse.Namespace) -> tuple[list[Question], str, str]:
+    """The questions to be answered, the name of their benchmark, and the digest of all questions of the file."""
+    from sepo.judging.answering import questions_digest
+    from sepo.judging.questions import find_questions, read_questions
+
+    questions, benchmark = read_questions(*find_questions(arguments.prompts))
+    digest = questions_digest(questions)  # of all questions: the folder stays valid with a higher --limit
+    questions = questions[: arguments.limit]
+    if benchmark == "alpaca_eval" and any(len(question.turns) > 1 for question in questions):
+        raise UserError(
+            f"'{arguments.prompts}' has questions of several turns, which AlpacaEval's format does not allow"
+        )
+    return questions, benchmark, digest
+
+
+def _log_missing(
+    arguments: argparse.Namespace,
+    questions: list[Question],
+    finished: AnswerLog,
+    cost: Spent,
+    failures: Counter[str],
+) -> int:
+    """Log the answers that are cut off and the questions without one; returns the exit code."""
+    from sepo.judging.answering import FINISHED, failure_of, is_whole
+    from sepo.processes import log
+
+    remaining = sum(not is_whole(question, finished) for question in questions)
+    unwritten = Counter(failure for question in questions if (failure := failure_of(question, finished)))
     turns = {(question.key, turn) for question in questions for turn in range(len(question.turns))}
     cut = sum(turn.finished is False for place, turn in finished.turns.items() if place in turns)
     if cut:
@@ -283,7 +305,7 @@ def engine_of(
     settings |= {"batch_size": arguments.batch_size, "options": options}
     if _units(arguments) != "local":
         out, on = Path(arguments.out), {"device": arguments.device, "dtype": arguments.dtype}
-        return units_engine(arguments.model, tokenizer, out, **on, **settings)
+        return units_engine(arguments.model, tokenizer, out, on=on, **settings)
     model = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     if getattr(arguments, "steer", None) is not None:
         return _steered(arguments, model, tokenizer, options)
