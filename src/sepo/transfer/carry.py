@@ -350,7 +350,7 @@ def _aligned(source: pa.Table, target: pa.Table, side: str, read_a: TokenBytes, 
         turns.append(number)
     if max(int(number.max(initial=1)) for number in turns) == 1:
         return align(*texts)
-    return align_turns(*texts, *turns)
+    return align_turns(texts[0], texts[1], turns[0], turns[1])
 
 
 def _turns(table: pa.Table, side: str) -> tuple[np.ndarray, np.ndarray]:
