@@ -557,3 +557,10 @@ def test_missing_shards_are_counted_in_one_line(tmp_path, monkeypatch, capsys):
         (tmp_path / f"train-{number:05d}-of-00004.jsonl").write_text(json.dumps(ROW | {"prompt": f"q{number}"}) + "\n")
     assert len(load_preferences(str(tmp_path))) == 2
     assert f"'{tmp_path}' holds 2 of 4 shards of train-*-of-00004.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(1)])
+def test_bytes_of_every_arrow_type_are_read_as_text(tmp_path, kind):
+    columns = {"prompt": [b"p", b"q"], "chosen": [b"y", b"z"], "rejected": [b"n", b"m"]}
+    pq.write_table(pa.table({name: pa.array(values, kind) for name, values in columns.items()}), tmp_path / "a.parquet")
+    assert [row["chosen"] for row in load_preferences(tmp_path / "a.parquet")] == ["y", "z"]
