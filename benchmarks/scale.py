@@ -61,7 +61,7 @@ TOKENS_A_SECOND = 220_400
 # Seconds to load 1.24 billion weights of two bytes at 1 GB/s, an assumption; a worker starts once for both models.
 LOAD = 2.5
 FLAT = 1.2
-ROWS_OF_TEXT = 20_000
+ROWS_OF_TEXT = 60_000
 # Bytes a pair that a stage may keep: numbers and hashes.
 ARRAYS = 100
 

@@ -29,6 +29,7 @@ from sepo.bench.credit.checks import CHECKS
 from sepo.bench.credit.grids import TASKS, bench_of
 from sepo.bench.credit.run import prepare
 from sepo.data.tables import write_parquet
+from sepo.errors import UserError
 from sepo.evaluate import GENERATIONS
 from sepo.files import write_json, write_text
 from sepo.recipe.reading import parse_recipe
@@ -108,11 +109,22 @@ def offline_points(values: Mapping[str, Any], name: str, out: Path, kl: float) -
 
 
 def round_points(recipe: Recipe) -> dict[str, Any]:
-    """Run the rounds; the end of each is a point of their curve."""
-    run_recipe(recipe)
+    """Run the rounds; the end of each is a point of their curve.
+
+    A policy that went too far may leave no pair for its next round (all answers cut off). The rounds before count then,
+    and `ended` says why no further one came.
+    """
+    ended = ""
+    try:
+        run_recipe(recipe)
+    except UserError as error:
+        ended = str(error)
     folder, points, pairs = recipe.run_folder, [], []
     for number in range(1, ROUNDS + 1):
-        table = pq.read_table(folder / f"round-{number}" / "eval" / GENERATIONS)
+        answers = folder / f"round-{number}" / "eval" / GENERATIONS
+        if not answers.is_file():
+            break
+        table = pq.read_table(answers)
         gains = np.subtract(table.column("policy_gold").to_numpy(), table.column("base_gold").to_numpy())
         by_prompt = gains.reshape(-1, recipe.eval.samples).mean(1)
         points.append(
@@ -125,9 +137,11 @@ def round_points(recipe: Recipe) -> dict[str, Any]:
         )
         counts = folder / f"round-{number}" / "sampled_pairs" / "pairs.json"
         pairs.append(json.loads(counts.read_text(encoding="utf-8"))["pairs"])
+    if not points:
+        raise UserError(ended)
     found = json.loads((folder / "rounds.json").read_text(encoding="utf-8"))["rounds"]
     accuracy = [row.get("oracle/new_accuracy") for row in found]
-    return {"points": points, "pairs": pairs, "oracle_new_accuracy": accuracy}
+    return {"points": points, "pairs": pairs, "oracle_new_accuracy": accuracy, "ended": ended}
 
 
 def one_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -182,11 +196,13 @@ def page(options: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> s
         detectable = "–" if row["detectable"] is None else f"{row['detectable']:.3f}"
         cells = [at, f"{row['difference']:+.3f}", span, detectable, str(row["seeds"]), str(row["reached"])]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| | pairs | gain | KL | tokens an answer | oracle's accuracy on the new policy's answers |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
+    lines += ["", "| | seeds | pairs | gain | KL | tokens an answer | oracle's accuracy on the new policy's answers |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
     lines.append(_ends("offline", [result["offline"] for result in results], 0, -1))
     for number in range(ROUNDS):
-        arms = [result["rounds"] for result in results]
+        arms = [result["rounds"] for result in results if len(result["rounds"]["points"]) > number]
+        if not arms:
+            break
         lines.append(_ends(f"round {number + 1}", arms, number, number))
     curves = {arm: {result["seed"]: result[arm]["points"] for result in results} for arm in ("rounds", "offline")}
     rows = against_baselines(curves, [point for result in results for point in result["offline"]["baselines"]])
@@ -197,7 +213,7 @@ def _ends(name: str, arms: Sequence[Mapping[str, Any]], number: int, place: int)
     """The row of an arm at one of its points, as means over seeds with standard errors."""
     points = [arm["points"][place] for arm in arms]
     accuracy = [of[number] for arm in arms if (of := arm.get("oracle_new_accuracy")) and of[number] is not None]
-    cells = [name, f"{np.mean([arm['pairs'][number] for arm in arms]):.0f}"]
+    cells = [name, str(len(arms)), f"{np.mean([arm['pairs'][number] for arm in arms]):.0f}"]
     for values, form in (
         ([quality(point) for point in points], "+.3f"),
         ([point["kl"] for point in points], ".2f"),

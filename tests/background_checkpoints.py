@@ -2,9 +2,9 @@
 
     python tests/background_checkpoints.py OUT KIND:NUMBER:STOP ...
 
-KIND is plain (DDP where NUMBER is above 1) or fsdp, and "+lora" behind it trains an adapter. SIGTERM arrives in step
-STOP; 0: train to the end; -STOP: the last process dies while it writes the checkpoint of that step. The model, with the
-losses of all steps, is in OUT/model.
+KIND is plain (DDP where NUMBER is above 1), fsdp or hsdp (two replicas of shards), and "+lora" behind it trains an
+adapter. SIGTERM arrives in step STOP; 0: train to the end; -STOP: the last process dies while it writes the checkpoint
+of that step. The model, with the losses of all steps, is in OUT/model.
 """
 
 import contextlib
@@ -78,8 +78,12 @@ def die_while_writing(step: int) -> None:
 
 
 def main(out: Path, kind: str, stop: int, lora: bool) -> None:
-    if kind == "fsdp":
+    if kind in ("fsdp", "hsdp"):
         os.environ |= fsdp_on_cpu.ENVIRONMENT
+        if kind == "hsdp":
+            half = str(int(os.environ["WORLD_SIZE"]) // 2)
+            os.environ |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+            os.environ |= {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": half}
         fsdp_on_cpu.enable()
     processes.join("cpu")
     if stop < 0:

@@ -590,6 +590,17 @@ def fsdp(lab: Lab, draw: random.Random) -> None:
     resumed = lab.run(two, "reference.sft=null", **arguments)
     lost += [f"exit code {resumed.codes}"] if any(resumed.codes) else differences(one, two, exact=False)
     lab.note("one of 2 processes of FSDP2 killed", outcome.stage, f"with 2: {course(resumed)}", lost)
+    changes = ["reference.sft=null", "oracle.training.checkpoints=sharded"]
+    one, two = (lab.folder / "runs" / name for name in ("whole-one", "shards"))
+    expected = lab.run(one, *changes, count=True)
+    middle = len(operations(expected.log)["oracle"]) // 2
+    outcome = lab.run(two, *changes, fault=("oracle", middle, signal.SIGKILL), **arguments)
+    lost = [] if all(outcome.codes) else [f"not all processes failed: {outcome.codes}"]
+    (lab.folder / f"{two.name}.log").unlink()
+    resumed = lab.run(two, *changes)
+    lost += [f"exit code {resumed.codes}"] if any(resumed.codes) else differences(one, two, exact=False)
+    lost += [] if "continuing from" in resumed.log else ["no checkpoint was continued from"]
+    lab.note("one of 2 processes of FSDP2 killed", outcome.stage, f"with 1, by shards: {course(resumed)}", lost)
 
 
 def nodes(lab: Lab) -> None:

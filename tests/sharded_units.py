@@ -56,7 +56,7 @@ def die_in_a_unit(folder: Path) -> None:
 def score(folder: Path, case: str) -> int:
     """The command."""
     processes.join("cpu")
-    with engines.use("files@2", folder / case, launches=True), processes.alone_in(folder / case):
+    with engines.use("files@2", folder / case, passes=True), processes.alone_in(folder / case):
         logps.logps_pass(
             str(folder / "model"), folder / "pairs", folder / case / "logps", device="cpu", types=Types("float32")
         )

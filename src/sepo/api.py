@@ -69,7 +69,7 @@ def _engine(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     from sepo import engines
 
-    return engines.use(recipe.engine, recipe.run_folder, launches=True)
+    return engines.use(recipe.engine, recipe.run_folder, passes=True)
 
 
 def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = None) -> RunPlan:

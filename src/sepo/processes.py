@@ -39,7 +39,8 @@ _logged: set[str] = set()
 waiter: Any = None
 # What the other processes do with a message of `ask` (`sepo.engines.groups`).
 helper: Any = None
-_read_sharded = False
+# Do the processes do a unit together for which no device holds the model?
+share_unit = False
 
 
 class MainProcessError(RuntimeError):
@@ -80,18 +81,7 @@ def read_sharded() -> bool:
 
     Yes where the launcher shards the trained weights (FSDP, ZeRO-3): a frozen model of that size must not be whole.
     """
-    return size() > 1 and (_read_sharded or sharding() == "fsdp" or zero_stage() == 3)
-
-
-@contextlib.contextmanager
-def shards_read(asked: bool) -> Iterator[None]:
-    """Inside this context, frozen models are sharded if it is asked for, whatever the launcher does."""
-    global _read_sharded
-    before, _read_sharded = _read_sharded, asked
-    try:
-        yield
-    finally:
-        _read_sharded = before
+    return size() > 1 and (share_unit or sharding() == "fsdp" or zero_stage() == 3)
 
 
 def join(device: str = "auto") -> None:

@@ -112,6 +112,7 @@ def test_so_is_a_run_folder(command, setting, dry, place, tmp_path, capsys):
 def test_a_report_is_a_file_and_figures_go_into_a_folder(place, tmp_path, capsys):
     table = ["report", "--table", str(place / "scores")]
     assert "is a folder: --out names the HTML file" in refused(capsys, *table, "--out", str(tmp_path))
+    assert "the report is an HTML file" in refused(capsys, *table, "--out", str(tmp_path / "report.pdf"))
     bad = bad_places(tmp_path)[0]
     out = tmp_path / "report.html"
     assert "cannot write to" in refused(capsys, *table, "--out", str(out), "--figures", bad)

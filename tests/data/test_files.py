@@ -391,13 +391,15 @@ def test_a_clone_with_several_configurations_needs_one_and_reads_its_files_alone
         ("- config_name: default\n  data_files: [en/train.jsonl]\n- config_name: b\n  data_files: fr/*\n", 2),
         ("- config_name: only\n  data_files: {train: [en/*, fr/train.jsonl], test: fr/old.jsonl}\n", 5),
         ("- config_name: only\n  data_dir: en\n", 2),
+        ("- config_name: only\n  data_files: [en/*.jsonl, en/train.jsonl]\n", 2),
         ("- config_name: only\n  data_dir: fr\n  data_files: train.jsonl\n", 3),
         ("- config_name: only\n  data_files:\n  - split: train\n    path: [en/train.jsonl, fr/train.jsonl]\n", 5),
     ],
 )
 def test_the_configuration_that_a_clone_names_as_its_default_is_read(clone, configs, expected):
-    write(clone / "README.md", CARD.format(configs))
-    assert len(prompts(clone)) == expected
+    for mark in ("", "\ufeff"):
+        write(clone / "README.md", mark + CARD.format(configs))
+        assert len(prompts(clone)) == expected
 
 
 @pytest.mark.parametrize("path", ["../other.jsonl", "/etc/passwd", "hf://datasets/a/b.jsonl", "none/*.jsonl"])
@@ -458,6 +460,18 @@ def test_folders_that_are_read_as_one_dataset_and_files_that_are_passed_over_are
     assert "harmless, helpful are read as one dataset (split 'train')" in said
     assert "not read as data" in said
     assert "checkpoint-50/log.jsonl, train.zip" in said
+
+
+@pytest.mark.parametrize("text", ['{"pairs": 3, "mean_length": 7}', '[{"split": "train"}, {"split": "test"}]'])
+def test_a_file_without_a_column_of_the_others_is_no_data_and_is_named(tmp_path, capfd, text):
+    write(tmp_path / "pairs.jsonl", lines(0, 3))
+    write(tmp_path / "more.jsonl", lines(10, 2))
+    write(tmp_path / "numbers.json", text)
+    write(tmp_path / "empty.jsonl", "")
+    assert len(prompts(tmp_path)) == 5
+    said = capfd.readouterr().err
+    assert said.count("numbers.json") == 1
+    assert "empty" not in said
 
 
 def test_parts_of_a_table_by_key_need_no_word(tmp_path, capfd):
@@ -543,3 +557,10 @@ def test_missing_shards_are_counted_in_one_line(tmp_path, monkeypatch, capsys):
         (tmp_path / f"train-{number:05d}-of-00004.jsonl").write_text(json.dumps(ROW | {"prompt": f"q{number}"}) + "\n")
     assert len(load_preferences(str(tmp_path))) == 2
     assert f"'{tmp_path}' holds 2 of 4 shards of train-*-of-00004.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(1)])
+def test_bytes_of_every_arrow_type_are_read_as_text(tmp_path, kind):
+    columns = {"prompt": [b"p", b"q"], "chosen": [b"y", b"z"], "rejected": [b"n", b"m"]}
+    pq.write_table(pa.table({name: pa.array(values, kind) for name, values in columns.items()}), tmp_path / "a.parquet")
+    assert [row["chosen"] for row in load_preferences(tmp_path / "a.parquet")] == ["y", "z"]

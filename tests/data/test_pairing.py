@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from sepo.data.encoding import tokenize_pairs
+from sepo.data.formats import table_of
 from sepo.data.loading import load_preferences
 from sepo.data.pairing import PRESETS
 from sepo.data.rows import DropRow, normalise_row
@@ -275,3 +276,33 @@ def test_a_response_without_a_score_is_left_out_as_pandas_writes_it_too(missing)
     assert [(row["chosen"], row["rejected"], row["drop_reason"]) for row in pairs] == [
         ("best", "worst", None), (None, None, "one response"),
     ]  # fmt: skip
+
+
+def test_a_column_of_several_types_is_read_as_its_values():
+    """Arrow has no type for them, so the whole column is kept as JSON."""
+    notes = ({"truth": {"Type": ["1"]}}, {"truth": {"Type": "None"}})
+    answers = [{**completion("ab"[i], 4.5 - i), "annotations": note} for i, note in enumerate(notes)]
+    (pair,) = load_preferences([{"instruction": "Q", "completions": answers}], pairs_from="ultrafeedback")
+    assert (pair["chosen"], pair["rejected"]) == ("a", "b")
+    rows = [{"prompt": "Q", "response_0": "a", "response_1": "b", "better_response_id": label} for label in (1, "tie")]
+    found = [(row["chosen"], row["drop_reason"]) for row in load_preferences(rows, pairs_from="pku-saferlhf")]
+    assert found == [("b", None), (None, "tie")]
+    row = {"chosen": "Y", "rejected": "N", "prompt": [user("Q")], "chat_template_kwargs": None, "prompt_system": None}
+    rows = [{**row, "chat_template_kwargs": {"budget": value}, "prompt_system": text}
+            for value, text in ((5, "Be brief."), ("auto", ["x"]))]  # fmt: skip
+    first, second = datasets.Dataset(table_of(rows))
+    pair = normalise_row(first)
+    assert pair.options == {"budget": 5}
+    assert pair.messages == [{"role": "system", "content": "Be brief."}, user("Q")]
+    with pytest.raises(DropRow):
+        normalise_row(second)
+
+
+@pytest.mark.parametrize(("scores", "kept", "notes"), [(("5", "5.0"), 0, 0), (("2", 5), 1, 1), (("n/a", 5), 1, 0)])
+def test_scores_that_are_texts_count_as_numbers(scores, kept, notes):
+    row = {"prompt": "Q", "chosen": "Y", "rejected": "N", "score_chosen": scores[0], "score_rejected": scores[1]}
+    if not kept:
+        with pytest.raises(DropRow, match="tie"):
+            normalise_row(row)
+    else:
+        assert len(normalise_row(row).notes) == notes

@@ -345,10 +345,13 @@ def test_the_heat_map_shows_the_context_and_leaves_out_every_end():
 
 
 def test_a_run_scores_trains_and_measures_several_turns(tmp_path, capsys):
-    """A whole run, and a policy with another tokenizer, which is refused before any model reads a pair."""
-    model = tiny_model("llama", max_position_embeddings=512)
-    for name in ("model", "other"):
-        model.save_pretrained(tmp_path / name)
+    """A whole run, and one of a policy with another tokenizer, to which the rewards of each turn are carried over."""
+    model, other = (
+        tiny_model("llama", max_position_embeddings=512, **size)
+        for size in ({}, {"vocab_size": len(tiny_tokenizer_of("gpt2"))})
+    )
+    model.save_pretrained(tmp_path / "model")
+    other.save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     tiny_tokenizer_of("gpt2").save_pretrained(tmp_path / "other")
     rows = [
@@ -372,10 +375,11 @@ policy:
 eval: {{prompts: 2, max_new_tokens: 4}}
 """
     )
-    assert main(["run", str(tmp_path / "recipe.yaml"), f"policy.model={tmp_path / 'other'}"]) == 2
-    error = capsys.readouterr().err
-    assert "several assistant turns, which cannot be carried over to another tokenizer" in error
-    assert not (tmp_path / "run" / "logps").exists()
+    assert main(["run", str(tmp_path / "recipe.yaml"), "--until", "select", f"policy.model={tmp_path / 'other'}"]) == 0
+    carried = read_table(tmp_path / "run" / "transfer" / "scores", "scores")
+    assert provenance_of(carried)["several_turns"]
+    assert max(len(row) for row in carried["chosen_context_at"].to_pylist()) > 0
+    assert "several_turns" in provenance_of(read_table(tmp_path / "run" / "selection", "selection"))
     assert main(["run", str(tmp_path / "recipe.yaml"), f"output_dir={tmp_path / 'second'}"]) == 0
     pairs = read_table(tmp_path / "second" / "pairs" / "train", "pairs")
     scores = read_table(tmp_path / "second" / "scores", "scores")

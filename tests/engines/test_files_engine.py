@@ -376,8 +376,8 @@ def test_unknown_engines_and_launches_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean 'files'"), engines.use("flies", tmp_path):
         pass
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for name, launches in (("files", False), ("ray", True)):
-        with pytest.raises(UserError, match="start one process"), engines.use(name, tmp_path, launches):
+    for name, passes in (("files", False), ("ray", True)):
+        with pytest.raises(UserError, match="start one process"), engines.use(name, tmp_path, passes):
             pass
 
 

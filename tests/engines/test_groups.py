@@ -72,6 +72,8 @@ def test_engines_without_groups_and_wrong_numbers_are_refused_in_one_line(engine
         engines.check_engine(engine)
     engines.check_engine("files@4")
     engines.check_engine("files@4:some/folder")
+    with pytest.raises(UserError, match="leave @4 out"), engines.use("files@4", Path("x")):
+        pass
 
 
 def test_one_process_waits_for_a_group_and_leaves_its_units(place, tmp_path, monkeypatch, capsys):
@@ -84,7 +86,7 @@ def test_one_process_waits_for_a_group_and_leaves_its_units(place, tmp_path, mon
         raise Stop
 
     monkeypatch.setattr(files.time, "sleep", stop)
-    with engines.use("files@2", tmp_path / "out"), pytest.raises(Stop):
+    with engines.use("files@2", tmp_path / "out", passes=True), pytest.raises(Stop):
         logps.logps_pass(str(place / "model"), place / "pairs", tmp_path / "out" / "logps", device="cpu")
     assert (
         "waiting for units of workers of 2 processes (torchrun --standalone --nproc-per-node 2 -m sepo work"
@@ -95,7 +97,7 @@ def test_one_process_waits_for_a_group_and_leaves_its_units(place, tmp_path, mon
         files.serve(tmp_path / "out", 60, "cpu")
     assert not list((tmp_path / "out").glob(".units/*/claims/*"))
     monkeypatch.undo()
-    with engines.use("files@2", tmp_path / "toy"):
+    with engines.use("files@2", tmp_path / "toy", passes=True):
         assert len(work.do(make_job(make_source(tmp_path / "source"), tmp_path / "toy"))) == 6
 
 

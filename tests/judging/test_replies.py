@@ -71,6 +71,7 @@ ROWS: dict[str, tuple[str, list[tuple]]] = {
             (b'{"choices":[{"message":{"content":"two\nlines"}}]}', "two\nlines"),
             (encoded("caf\u00e9 [[A]]", "iso-8859-1"), "caf\u00e9 [[A]]"),
             (encoded("caf\u00e9 [[A]]", "utf-16"), "caf\u00e9 [[A]]"),
+            ((200, {"X-Served-By": "caf\u00e9"}, json.dumps(said("[[A]]")).encode()), "[[A]]"),
             ({"choices": [{**said("[[B]]")["choices"][0], "index": 1}, *said("[[A]]")["choices"]]}, "[[A]]"),
         ],
     ),

@@ -101,6 +101,21 @@ def test_two_rounds_go_on_from_the_policy_and_compare_with_the_first_start(here,
     assert main(["run", "recipe.yaml", "rounds=2", "--until", "train"]) == 2
 
 
+def test_rounds_end_where_no_pair_can_be_made_of_a_policys_answers(here, capsys):
+    """A policy that went too far does not end its answers. What was trained before is kept, with its report."""
+    far = ("eval.max_new_tokens=8", "policy.training.learning_rate=3", "policy.training.num_train_epochs=4")
+    metrics = run_recipe(recipe_of("rounds.number=3", *far))
+    said = capsys.readouterr().err
+    stored = json.loads((here / "run/rounds.json").read_text())
+    assert len(stored["rounds"]) == 1
+    assert stored["stopped"].startswith("stopped before round 2: no pair can be made")
+    assert "round-1/kl" in metrics
+    again = run_recipe(recipe_of("rounds.number=3", *far))
+    assert again == metrics
+    run_recipe(recipe_of("rounds.number=1", *far))
+    assert "accuracy on the last policy's answers is not known: no pair can be made" in said + capsys.readouterr().err
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("options", [("rounds.reference=moving", "oracle.lora={r: 2}", "policy.lora={r: 2}"), ()])
 def test_three_rounds_killed_and_resumed_end_with_the_same_bytes(here, options):

@@ -226,6 +226,40 @@ def test_a_server_answers_and_another_grades(place, tmp_path, capsys):
         assert all(end == "unknown" for row in rows.values() for end in row["finish_reasons"])
 
 
+@pytest.mark.parametrize("cause", ["cut", "empty", "filtered", "refused"])
+def test_an_answer_that_a_server_has_not_is_empty_and_its_prompt_keeps_the_others(cause, place, tmp_path, capsys):
+    """A model that thinks is cut off in some of its samples: its prompts would have no answer at all."""
+    none = {
+        "cut": completion("<think>hm"), "empty": completion(None), "filtered": completion("Well"),
+        "refused": (400, {}, b"the prompt is too long"),
+    }[cause]  # fmt: skip
+    if cause in ("cut", "filtered"):
+        none["choices"][0]["finish_reason"] = {"cut": "length", "filtered": "content_filter"}[cause]
+    heals = []
+
+    def reply(body, before):
+        odd = "Is it 3?" in body["messages"][-1]["content"] and body["seed"] % 2
+        return completion(f"seed {body['seed']}") if heals or not odd else none
+
+    with serving(reply) as server:
+        options = ["--server", server.url, "--retries", "0", "--cache", str(tmp_path / "cache")]
+        assert sample(place, cause, *options) == 0
+        assert "--retry-failed asks again" in capsys.readouterr().err
+        rows = {row["prompt"]: row for row in read_responses(place / cause).to_pylist()}
+        ends = rows["Is it 3?"]["finish_reasons"]
+        assert set(ends) == {"none", "unknown"}
+        assert [text == "" for text in rows["Is it 3?"]["answers"]] == [end == "none" for end in ends]
+        asked = len(server.asked)
+        assert sample(place, cause, *options) == 0
+        assert len(server.asked) == asked
+        heals.append(True)
+        assert sample(place, cause, *options, "--retry-failed") == 0
+        assert len(server.asked) == asked + ends.count("none")
+        again = {row["prompt"]: row for row in read_responses(place / cause).to_pylist()}["Is it 3?"]["answers"]
+        assert all(again)
+        assert {text for text in rows["Is it 3?"]["answers"] if text} < set(again)
+
+
 def test_pairs_are_preference_data_with_a_card(place, capsys):
     out = place / "pairs"
     assert main(["pairs", "--responses", str(place / "sampled"), "--min-gap", "0.01", "--out", str(out)]) == 0

@@ -343,3 +343,81 @@ def test_smollm2s_rewards_under_gemmas_tokens_and_back():
     assert np.abs(sums(there) - sums(only(source, there["pair_id"]))).max() < 1e-5
     back, _ = carry(there, small, *reversed(readers))
     assert np.abs(sums(back) - sums(there)).max() < 1e-5
+
+
+# --- responses of several turns -------------------------------------------------------------------------------------
+
+
+def dialogues(texts):
+    """Pairs of three, two and one assistant turns, in which the user asks in between."""
+
+    def turn(text):
+        return {"role": "assistant", "content": text}
+
+    asked = {"role": "user", "content": "and then?"}
+    rows = []
+    for i, (a, b, c) in enumerate(zip(texts, texts[1:], texts[2:], strict=False)):
+        chosen = [turn(f"x {a}"), asked, turn(b), asked, turn(c)][: 1 + 2 * (i % 3)]
+        rows.append({
+            "prompt": [{"role": "user", "content": f"hi {i}"}], "chosen": chosen,
+            "rejected": [turn(f"so {a}"), asked, turn(c)],
+        })  # fmt: skip
+    return datasets.Dataset.from_list(rows)
+
+
+def turn_sums(table, row, side):
+    """The rewards of each assistant turn of a response, which its context parts."""
+    at = np.unique(table[f"{side}_context_at"][row].as_py()).astype(int)
+    return [float(part.sum()) for part in np.split(np.array(table[f"{side}_rewards"][row].as_py()), at[at > 0])]
+
+
+PLAIN = ["plain words", "it is blue", "no idea at all", "yes, wonderful", "the sky: red?", "one two three", "end"]
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+@pytest.mark.parametrize("allocation", ["bytes", "group", "first"])
+@pytest.mark.daily(15)
+def test_every_turn_keeps_its_reward_and_the_context_is_the_other_tokenizers(a, b, allocation):
+    source, target = (tokenize_pairs(dialogues(PLAIN), TOKENIZERS[kind], progress=False)[0] for kind in (a, b))
+    source = scored(source)
+    moved, report = carried(source, target, a, b, allocation)
+    assert report.kept == len(source) == len(target)
+    assert report.lost == pytest.approx(0)
+    for name in target.column_names:
+        assert moved[name].to_pylist() == target[name].to_pylist(), name
+    for side in SIDES:
+        for row in range(len(source)):
+            assert turn_sums(moved, row, side) == pytest.approx(turn_sums(source, row, side), abs=1e-5)
+
+
+@pytest.mark.parametrize(("a", "b"), [("gpt2", "llama2"), ("wordpiece", "qwen"), ("gemma", "gpt2")])
+@pytest.mark.parametrize("length", [16, 24, 32])
+def test_turns_that_one_tokenizer_cut_off_are_cut_off_or_lost_and_counted(a, b, length):
+    whole = [tokenize_pairs(dialogues(PLAIN), TOKENIZERS[kind], progress=False)[0] for kind in (a, b)]
+    short = [
+        tokenize_pairs(dialogues(PLAIN), TOKENIZERS[kind], progress=False, max_length=length)[0] for kind in (a, b)
+    ]
+    source = scored(short[0])
+    moved, report = carried(source, whole[1], a, b)
+    order = {row: i for i, row in enumerate(whole[1]["pair_id"].to_pylist())}
+    for row, pair in enumerate(moved["pair_id"].to_pylist()):
+        for side in SIDES:
+            ids = moved[f"{side}_ids"][row].as_py()
+            assert whole[1][f"{side}_ids"][order[pair]].as_py()[: len(ids)] == ids
+            assert all(at < len(ids) for at in moved[f"{side}_context_at"][row].as_py())
+    # The first tokenizer may stop within a token of the other, whose beginning alone would have a reward.
+    kept = only(source, moved["pair_id"])
+    assert np.abs(sums(moved) - sums(kept)).sum() <= report.lost + 1e-5
+    lost = carried(scored(whole[0]), short[1], a, b)[1]
+    assert lost.lost > 0
+    assert lost.mass > lost.lost
+
+
+def test_turns_of_other_texts_are_dropped_and_counted():
+    source = tokenize_pairs(dialogues(PLAIN), TOKENIZERS["gpt2"], progress=False)[0]
+    other = [*PLAIN[:3], "something else", *PLAIN[4:]]
+    target = tokenize_pairs(dialogues(other), TOKENIZERS["llama2"], progress=False)[0]
+    moved, report = carried(scored(source), target, "gpt2", "llama2")
+    changed = [i for i, row in enumerate(zip(dialogues(PLAIN), dialogues(other), strict=True)) if row[0] != row[1]]
+    assert report.dropped == {"other text": len(changed)}
+    assert moved["pair_id"].to_pylist() == [i for i in source["pair_id"].to_pylist() if i not in changed]

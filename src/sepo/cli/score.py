@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.stages import oracle, reference
     from sepo.stages.stage import SCORES
 
-    engine = engines.use(arguments.engine, Path(arguments.out), launches=True)
+    engine = engines.use(arguments.engine, Path(arguments.out), passes=True)
     with engine, command.writing_to(arguments) as out:
         processes = command.join(arguments.device)
         processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle)] and None)

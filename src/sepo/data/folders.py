@@ -57,13 +57,27 @@ def read_folder(
     _check_no_copies(files)
     _note_missing_shards(files)
     size = sum(path.stat().st_size for path in files)
-    tables = [read_file(path, text_columns, size) for path in files]
+    tables = _alike(folder, {path: read_file(path, text_columns, size) for path in files})
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise UserError(
             f"the files of split '{split}' in '{folder}' have columns of different types ({one_line(error)})"
         ) from None
+
+
+def _alike(folder: Path, tables: Mapping[Path, pa.Table]) -> list[pa.Table]:
+    """The tables without those that have no column of the largest one, such as statistics beside the data; these are
+    named in one line.
+    """
+    largest = max(tables.values(), key=len)
+    known = set(largest.column_names)
+    others = [path for path, table in tables.items() if table.num_columns and not known & set(table.column_names)]
+    if others:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in others[:5])
+        log_once(f"  not read as data in '{folder}', because no column is that of the other files: {names}")
+        return [table for path, table in tables.items() if path not in others]
+    return list(tables.values())
 
 
 # --- which folder and which files -----------------------------------------------------------------------------------
@@ -136,13 +150,13 @@ def _configuration(folder: Path, split: str, config_name: str | None) -> tuple[P
     splits = _patterns(config["data_files"])
     if split not in splits:
         raise UserError(_unknown_split(f"{folder}, {config_name}", split, splits))
-    return folder, [path for pattern in splits[split] for path in _matching(folder, pattern)]
+    return folder, list(dict.fromkeys(path for pattern in splits[split] for path in _matching(folder, pattern)))
 
 
 def _listed_configs(folder: Path) -> list[Mapping[str, Any]]:
     """The configurations in the head of README.md; none if there is no such list."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
+        text = (folder / "README.md").read_text(encoding="utf-8-sig")
         head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
         values = yaml.safe_load(head[1]) if head else None
     except (OSError, ValueError, yaml.YAMLError):

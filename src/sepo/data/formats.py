@@ -233,7 +233,7 @@ def _with_texts(table: pa.Table, text_columns: Collection[str]) -> pa.Table:
 
 def _text_type(type_: pa.DataType) -> pa.DataType:
     """The type with texts in the place of bytes."""
-    if pa.types.is_binary(type_):
+    if pa.types.is_binary(type_) or pa.types.is_fixed_size_binary(type_) or pa.types.is_binary_view(type_):
         return pa.string()
     if pa.types.is_large_binary(type_):
         return pa.large_string()

@@ -21,7 +21,7 @@ Message = dict[str, Any]
 # Names of roles in datasets -> roles.
 ROLES: dict[str, str] = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard", "ai"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
 }
@@ -63,11 +63,7 @@ def read_cell(value: Any) -> str | Messages | None:
     Raises:
         DropRow: the cell is none of these.
     """
-    if isinstance(value, Mapping) and set(value) == {"json"}:  # see `formats.column_of`
-        try:
-            value = json.loads(value["json"])
-        except (ValueError, TypeError, RecursionError):
-            raise DropRow("wrong type") from None
+    value = cell_of(value)
     if value is None:
         return None
     if isinstance(value, str):
@@ -80,6 +76,16 @@ def read_cell(value: Any) -> str | Messages | None:
     if not isinstance(value, list | tuple):
         raise DropRow("wrong type")
     return _messages(value)
+
+
+def cell_of(value: Any) -> Any:
+    """The value of a cell; `formats.column_of` wraps those of a column of several types as JSON."""
+    if not isinstance(value, Mapping) or set(value) != {"json"}:
+        return value
+    try:
+        return json.loads(value["json"])
+    except (ValueError, TypeError, RecursionError):
+        raise DropRow("wrong type") from None
 
 
 def check_text(value: str) -> str:
@@ -315,8 +321,6 @@ def read_tools(value: Any) -> list[Any]:
     Raises:
         DropRow: the value is no list of schemas.
     """
-    if isinstance(value, Mapping) and set(value) == {"json"}:
-        value = _json_or_none(value["json"])
     if isinstance(value, str) and value.strip():
         value = _json_or_none(value)
         if value is None:

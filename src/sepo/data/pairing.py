@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from sepo.data.formats import column_of
-from sepo.data.messages import DropRow, Messages, read_cell
+from sepo.data.messages import DropRow, Messages, cell_of, read_cell
 from sepo.data.rows import DROP_COLUMN, ROWS_AT_ONCE
 from sepo.errors import UserError, nearest, wrong_type
 from sepo.recipe.settings import PairsFrom
@@ -209,7 +209,7 @@ def _read(dataset: datasets.Dataset, names: Sequence[str | None]) -> Iterator[di
     for start in range(0, len(dataset), ROWS_AT_ONCE):
         batch = dataset[start : start + ROWS_AT_ONCE]
         for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+            yield dict(zip(batch, map(cell_of, values), strict=True))
 
 
 def _single(dataset: datasets.Dataset, how: PairsFrom, prompt: str | None) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from sepo.data.messages import DropRow, Message, Messages, check_text, read_cell, read_tools
+from sepo.data.messages import DropRow, Message, Messages, cell_of, check_text, read_cell, read_tools
 
 DROP_REASONS: dict[str, str] = {
     "missing value": "the prompt, the chosen or the rejected response is null",
@@ -202,6 +202,7 @@ def normalise_row(row: Mapping[str, Any], *, as_chat: bool = False) -> TextPair:
     if (reason := row.get(DROP_COLUMN)) is not None:
         name, _, detail = str(reason).partition(": ")
         raise DropRow(name if name in DROP_REASONS else "wrong type", detail)
+    row = {name: cell_of(value) for name, value in row.items()}
     chosen, rejected = read_cell(row.get("chosen")), read_cell(row.get("rejected"))
     prompt = read_cell(row.get("prompt"))
     if chosen is None or rejected is None:
@@ -240,13 +241,20 @@ def _assistant_turns(pair: TextPair) -> list[tuple[str, Mapping[str, Any]]]:
 def _score_notes(row: Mapping[str, Any]) -> list[str]:
     """Drop ties; note rows whose scores contradict their columns."""
     for better, worse in SCORE_COLUMNS:
-        high, low = row.get(better), row.get(worse)
-        if isinstance(high, int | float) and isinstance(low, int | float):
+        high, low = _score(row.get(better)), _score(row.get(worse))
+        if high is not None and low is not None:
             if high == low:
                 raise DropRow("tie")
             if high < low:
                 return [f"'{better}' is lower than '{worse}'; the columns chosen and rejected were used"]
     return []
+
+
+def _score(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def with_columns(pair: TextPair, row: Mapping[str, Any]) -> TextPair:

@@ -43,13 +43,13 @@ def _parts(text: str) -> tuple[str, str, str]:
 
 
 @contextlib.contextmanager
-def use(text: str, folder: Path, launches: bool = False) -> Iterator[None]:
+def use(text: str, folder: Path, passes: bool = False) -> Iterator[None]:
     """Let an engine do the units of the stages in this context.
 
     Args:
         text: "local", "files:FOLDER", ...
         folder: where the command writes.
-        launches: the command may run in a launch of several processes with the engine files.
+        passes: the units are passes of models, which groups of processes may do (engine files).
 
     Raises:
         UserError: no such engine, or it cannot start; a launch of several processes where it may not be.
@@ -59,7 +59,9 @@ def use(text: str, folder: Path, launches: bool = False) -> Iterator[None]:
     if name == "local":
         yield
         return
-    if processes.launched() > 1 and not (launches and name == "files"):
+    if number and not passes:
+        raise UserError(f"engine is '{text}': one process does a unit of this command; leave @{number} out")
+    if processes.launched() > 1 and not (passes and name == "files"):
         raise UserError(f"engine {name} and a launch of several processes share work in two ways: start one process")
     module, _, class_name = ENGINES[name].partition(":")
     more = {"processes": int(number)} if number else {}

@@ -27,6 +27,16 @@ def open_kind(job: Job) -> Kind | Together:
     return job.kind_class()(job.settings)
 
 
+@contextlib.contextmanager
+def _sharing(asked: bool) -> Iterator[None]:
+    """Inside this context, frozen models are sharded if it is asked for, whatever the launcher does."""
+    before, processes.share_unit = processes.share_unit, asked
+    try:
+        yield
+    finally:
+        processes.share_unit = before
+
+
 class Together:
     """A kind of work in the main process of a launch; the others take part. All of them yield what the main process has
     to write, and nothing else, if they are given one unit at a time.
@@ -35,13 +45,13 @@ class Together:
     def __init__(self, job: Job):
         self._sharded = job.processes > 1
         processes.ask({"job": job.kind, "settings": job.settings, "sharded": self._sharded})
-        with processes.shards_read(self._sharded):
+        with _sharing(self._sharded):
             self._kind = job.kind_class()(job.settings)
 
     def __call__(self, units: Iterable[Unit], progress: Progress) -> Iterator[tuple[Unit, Any]]:
         for unit in units:
             processes.ask({"unit": unit})
-            with processes.shards_read(self._sharded):
+            with _sharing(self._sharded):
                 results = list(self._kind([unit], progress))
             yield from results
 
@@ -60,7 +70,7 @@ class Helper:
     def __call__(self, message: dict[str, Any]) -> None:
         if "unit" not in message:
             self._kind = None
-        with processes.shards_read(message.get("sharded", self._sharded)):
+        with _sharing(message.get("sharded", self._sharded)):
             if "job" in message:
                 self._sharded = message["sharded"]
                 job = Job(message["job"], "", message["settings"], ())

@@ -327,13 +327,20 @@ def check_fits(prompts: Sequence[Sequence[int]], max_new_tokens: int, limits: An
 
 
 def server_engine(
-    endpoint: Endpoint, *, max_new_tokens: int, seed: int, spent: list[Spent], failures: Counter[str]
+    endpoint: Endpoint,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    spent: list[Spent],
+    failures: Counter[str],
+    with_failures: bool = False,
 ) -> Engine:
     """An engine that is an OpenAI-compatible server, through the cache of replies. It leaves empty answers out.
 
     Args:
         spent: gets the cost of each call.
         failures: counts the reasons of replies without an answer.
+        with_failures: pass on the failure of a question that the server has answered or refused for good.
     """
 
     def run(jobs: Sequence[Job], done: Done) -> None:
@@ -352,6 +359,8 @@ def server_engine(
                 done(jobs[number], Turn(reply.text.strip(), reply.tokens, False if reply.cut else None))
             else:
                 failures[reply.failure] += 1
+                if with_failures and not reply.unanswered:
+                    done(jobs[number], Turn("", 0, None, reply.failure))
 
         _, paid = endpoint.ask_all(requests, "ask", take)
         spent.append(paid)

@@ -229,7 +229,7 @@ class _Transport(httpx2.AsyncHTTPTransport):
                     extensions["reply"] = await to_thread.run_sync(self._keep, asked, stored, seconds)
             except NoCompletion as error:
                 status, text, extensions["inside"] = error.status, str(error), True
-        headers = {name: value for name, value in response.headers.items() if name.lower() not in _OF_BODY}
+        headers = {name: value for name in _OF_RETRIES if (value := response.headers.get(name, "")).isascii() and value}
         if response.has_redirect_location:
             text = f"redirects to {response.headers['Location']}: give that address as the server"
         if response.has_redirect_location or (
@@ -277,7 +277,8 @@ class _Transport(httpx2.AsyncHTTPTransport):
 
 
 _TOO_LONG = b'{"choices": [], "unreadable": "longer than 16 MiB"}'
-_OF_BODY = ("content-length", "content-encoding", "content-type", "transfer-encoding")
+# Headers that the client reads; others may hold anything.
+_OF_RETRIES = ("retry-after", "retry-after-ms", "x-should-retry")
 
 
 def _other_length_name(asked: Mapping[str, Any], text: str) -> str | None:

@@ -81,9 +81,8 @@ class Endpoint:
         except ValueError:
             good = False
         if not good or not self.url.isprintable() or any(c.isspace() for c in self.url):
-            raise UserError(
-                f"the server '{one_line(self.url, 100)}' is no address: expected http://HOST:PORT/v1, no key in it"
-            )
+            shown = one_line(re.sub("//.*@", "//...@", self.url), 100)
+            raise UserError(f"the server '{shown}' is no address: expected http://HOST:PORT/v1, no key in it")
         if not self.model:
             raise UserError("a server needs the name of the model to ask: --model-name (recipe: eval.judge.model)")
         check_number("concurrency", self.concurrency, whole=True, least=1, most=1024)

@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out) if arguments.out else _default_out(folder, table)
     if out.is_dir():
         raise UserError(f"'{out}' is a folder: --out names the HTML file")
+    if out.suffix.lower() in (".pdf", ".png", ".svg", ".md", ".json"):
+        raise UserError(f"'{out}': the report is an HTML file; --figures DIR writes its figures")
     for written in (out.parent, *([Path(arguments.figures)] if arguments.figures else [])):
         check_writable(written)
 

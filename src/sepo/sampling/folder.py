@@ -30,6 +30,10 @@ RULES = {
 }
 
 
+class NoPairs(UserError):
+    """Answers of which no pair can be made."""
+
+
 def write_pairs_folder(
     out: Path,
     made: Made,
@@ -52,10 +56,10 @@ def write_pairs_folder(
         the counts and figures (`pairs.length_figures`), and `caution`, a sentence where length explains the score.
 
     Raises:
-        UserError: there is no pair.
+        NoPairs: there is no pair.
     """
     if not made.pairs:
-        raise UserError(f"no pair can be made: {'; '.join(made.lines())}")
+        raise NoPairs(f"no pair can be made: {'; '.join(made.lines())}")
     figures = length_figures(made.pairs, table)
     caution = length_caution({**figures, "prompts": made.counts["prompts"]})
     file = f"data/train.{form}"

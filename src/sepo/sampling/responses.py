@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,10 @@ class Grown:
             self._begun = True
         append_line(self.path, dict(batch))
         self.values |= batch
+
+    def forget(self, wanted: Callable[[Any], bool]) -> None:
+        """Leave out these values until `add` replaces them."""
+        self.values = {name: value for name, value in self.values.items() if not wanted(value)}
 
 
 def responses_table(

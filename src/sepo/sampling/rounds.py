@@ -33,6 +33,7 @@ from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import OnPolicySettings, Recipe, RoundsSettings
 from sepo.runs.folder import open_run
 from sepo.runs.pipeline import RunWalker
+from sepo.sampling.folder import NoPairs
 from sepo.sampling.rounds_report import held_out_score, write_rounds
 from sepo.sampling.stages import PAIRS, pairs_stage, sample_stage, score_stage
 from sepo.stages.stage import Stage, StageResult
@@ -121,7 +122,7 @@ def _on_policy(recipe: Recipe, number: int, start: str | None) -> OnPolicySettin
 
 
 def run_rounds(recipe: Recipe, run_one: RunOne) -> dict[str, Any]:
-    """Run all rounds, reusing results that are up to date.
+    """Run all rounds, reusing results that are up to date. A round of whose answers no pair can be made ends them.
 
     Returns:
         the metrics of each round, under `round-N/`.
@@ -134,11 +135,17 @@ def run_rounds(recipe: Recipe, run_one: RunOne) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     with open_run(recipe) as outer:
         walker = RunWalker(outer)
-        start, stopped = None, ""
+        start, stopped, no_pairs = None, "", False
         for number in range(1, rounds.number + 1):
             log(f"--- round {number} of {rounds.number} ---")
             own = round_recipe(recipe, number, start)
-            metrics = dict(run_one(own))
+            try:
+                metrics = dict(run_one(own))
+            except NoPairs as error:
+                if not found:
+                    raise
+                stopped, no_pairs = f"stopped before round {number}: {error}", True
+                break
             if found and found[-1].get("oracle/model"):
                 found[-1] |= _accuracy(recipe, walker, number - 1, own.run_folder / "sampled_pairs" / PAIRS, found[-1])
             found.append(_facts(recipe, own, metrics))
@@ -146,9 +153,12 @@ def run_rounds(recipe: Recipe, run_one: RunOne) -> dict[str, Any]:
             if stopped or number == rounds.number:
                 break
             start = _start(recipe, walker, number + 1)
-        if found[-1].get("oracle/model"):
-            pairs = _last_pairs(recipe, walker, len(found) + 1)
-            found[-1] |= _accuracy(recipe, walker, len(found), pairs.folder / PAIRS, found[-1])
+        if found[-1].get("oracle/model") and not no_pairs:
+            try:
+                pairs = _last_pairs(recipe, walker, len(found) + 1)
+                found[-1] |= _accuracy(recipe, walker, len(found), pairs.folder / PAIRS, found[-1])
+            except NoPairs as error:
+                log(f"  the oracle's accuracy on the last policy's answers is not known: {error}")
         outer.forget_others()
         write_rounds(recipe, found, stopped)
     return {f"round-{i}/{name}": value for i, row in enumerate(found, 1) for name, value in defined(row).items()}

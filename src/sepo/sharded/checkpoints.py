@@ -61,6 +61,8 @@ class SaveInBackground(SaveEvery):
         plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version != 2:
             raise UserError("checkpoints: sharded needs FSDP2, so set fsdp_version to 2")
+        if trainer.args.save_total_limit == 1:
+            trainer.args.save_total_limit = 2  # the checkpoint before stays until this one is sealed
         before = type(trainer)
         trainer.__class__ = type(before.__name__, (_ShardedCheckpoints, before), {"saving": self})
         try:

@@ -1,8 +1,8 @@
 """Named tensors in one file a process: each process writes its shards, and any number of processes reads them.
 
 The files are safetensors. The metadata of each has the offsets of its shards in the whole tensors (`OFFSETS`, JSON), so
-a reader needs no other index. PyTorch's own format (`torch.distributed.checkpoint`) has an index that is a pickle, and
-its writer of safetensors keeps each file in memory twice.
+a reader needs no other index. PyTorch's own format (`torch.distributed.checkpoint`) is read as pickles, and its writer
+of safetensors keeps each file in memory twice.
 """
 
 from __future__ import annotations

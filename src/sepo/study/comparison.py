@@ -94,7 +94,7 @@ def compare(grid: Grid, settings: dict[str, list[Setting]], *, retry_failed: boo
     check_baselines(grid, settings)
     check_results_folder(grid)
     first = next(iter(settings.values()))[0].recipe
-    with engines.use(first.engine, first.run_folder), open_run(first) as run:
+    with engines.use(first.engine, first.run_folder, passes=True), open_run(first) as run:
         grid.results_folder.mkdir(parents=True, exist_ok=True)
         write_json(grid.results_folder / "grid.json", grid.model_dump(mode="json"))
         work = _Comparison(run, grid, first, retry_failed)

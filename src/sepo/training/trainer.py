@@ -271,6 +271,8 @@ class PreferenceTrainer(Trainer):
         if isinstance(model, str | os.PathLike):
             processing_class = processing_class or load_tokenizer(model)
         model = _loaded(model, peft_config, args.seed)
+        if train_dataset is not None:
+            _check_trained(model)
         if processing_class is None and any(map(_is_text, (train_dataset, *_sets(eval_dataset)))):
             processing_class = _tokenizer_of(model)
         if args.device.type == "cuda" and not _has_device_placement(model):
@@ -735,6 +737,21 @@ def _loaded(model: Any, peft_config: PeftConfig | None, seed: int) -> nn.Module:
         raise
     except Exception as error:  # PEFT raises exceptions of any kind
         raise UserError(f"peft_config does not fit the model ({named_error(error)})") from error
+
+
+def _check_trained(model: nn.Module) -> None:
+    """Refuse a model of which nothing is trained, and log if updates may round to nothing."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if not types:
+        raise UserError(
+            "no weight of the model requires a gradient: load a model with train=True, an adapter with "
+            "is_trainable=True, or pass peft_config"
+        )
+    if low := types & {torch.bfloat16, torch.float16}:
+        processes.log_once(
+            f"the weights that are trained are {str(min(low, key=str)).removeprefix('torch.')}, in which small updates "
+            "round to nothing: load the model with dtype=torch.float32; bf16=True then gives mixed precision"
+        )
 
 
 def _is_text(data: Any) -> bool:

@@ -112,6 +112,51 @@ def align(a: Texts, b: Texts) -> Alignment:
     return Alignment(form, ends_a, ends_b, np.bincount(rows[inside], minlength=len(b.lengths)))
 
 
+def align_turns(a: Texts, b: Texts, turns_a: np.ndarray, turns_b: np.ndarray) -> Alignment:
+    """`align` turn by turn: the axis of a response is that of its assistant turns, one after the other.
+
+    Every turn that both tokenizers have but the last must be the same text as a whole. Turns that only A has, because
+    B's response was truncated, follow on the axis; those that only B has are not scored.
+
+    Args:
+        a, b: the turns of all responses.
+        turns_a, turns_b: number of turns of each response `[responses]`, 1 or more.
+    """
+    turns = np.minimum(turns_a, turns_b)
+    in_a, in_b = first_of(turns_a, turns), first_of(turns_b, turns)
+    of_a, of_b = np.repeat(in_a, a.lengths), np.repeat(in_b, b.lengths)
+    part = align(_some(a, in_a), _some(b, in_b))
+    ends_a, ends_b = _byte_ends(a)[0], _byte_ends(b)[0]
+    ends_a[of_a], ends_b[of_b] = part.ends_a, part.ends_b
+    sizes = last_of(ends_a, a.lengths)
+    starts = np.cumsum(turns_a) - turns_a
+    before = np.cumsum(sizes) - sizes
+    before -= np.repeat(before[starts], turns_a)
+    ends_a += np.repeat(before, a.lengths)
+    ends_b[of_b] += np.repeat(before[in_a], b.lengths[in_b])
+    last = np.zeros(int(turns.sum()), bool)
+    last[np.cumsum(turns) - 1] = True
+    whole = last_of(part.ends_b, b.lengths[in_b]) == sizes[in_a]
+    form = np.where((part.form >= 0) & ~last & ~whole, DIFFERENT, part.form)
+    scored = np.where(last, part.scored, b.lengths[in_b])
+    first = np.cumsum(turns) - turns
+    least, most = np.minimum.reduceat(form, first), np.maximum.reduceat(form, first)
+    return Alignment(np.where(least < 0, least, most), ends_a, ends_b, np.add.reduceat(scored, first))
+
+
+def _some(texts: Texts, kept: np.ndarray) -> Texts:
+    """The texts that are `kept` `[responses]` bool."""
+    of_tokens = np.repeat(kept, texts.lengths)
+    data = texts.data[np.repeat(of_tokens, texts.tokens)]
+    return Texts(data, texts.tokens[of_tokens], texts.lengths[kept], texts.readable[kept])
+
+
+def first_of(lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Mark the first `kept` items of each segment `[items]` bool."""
+    position = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return position < np.repeat(kept, lengths)
+
+
 def last_of(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The last value of each segment `[segments]`; 0 for an empty segment."""
     last = np.zeros(len(lengths), values.dtype)

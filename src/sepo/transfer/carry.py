@@ -39,8 +39,10 @@ from sepo.transfer.alignment import (
     UNREADABLE,
     Alignment,
     align,
+    align_turns,
     begins_of,
     equal_segments,
+    first_of,
     last_of,
     response_texts,
 )
@@ -266,12 +268,6 @@ def carry(
     """
     source, target = require_table("source", source, "scores", "pairs"), require_table("target", target, "pairs")
     require_both_sides(source, "the score table")
-    for table in (source, target):
-        if provenance_of(table).get(SEVERAL_TURNS):
-            raise UserError(
-                "the data have responses of several assistant turns, which cannot be carried over to another "
-                "tokenizer: use a policy with the reference's tokenizer, or leave these rows out"
-            )
     check_allocation(allocation)
     with_rewards = "chosen_rewards" in source.column_names
     report = TransferReport(pairs=len(source))
@@ -283,7 +279,9 @@ def carry(
     for side in SIDES:
         ids, lengths = flat(target.column(f"{side}_ids"))
         kept = np.where(good, aligned[side].scored, lengths)
-        columns[f"{side}_ids"] = ragged(ids[_first(lengths, kept)], kept)
+        columns[f"{side}_ids"] = ragged(ids[first_of(lengths, kept)], kept)
+        if f"{side}_context_at" in target.column_names:
+            columns |= _context_before(target, side, kept)
     same = good & equal_segments(*flat(columns["chosen_ids"]), *flat(columns["rejected_ids"]))
     if same.any():
         report.dropped["identical responses"] = int(same.sum())
@@ -298,7 +296,22 @@ def carry(
     columns = {
         name: column if name.endswith("_rewards") else column.filter(good_rows) for name, column in columns.items()
     }
-    return make_table(kind, columns, {**provenance_of(source), **provenance_of(target)}), report
+    facts = {**provenance_of(source), **provenance_of(target)}
+    if "chosen_context_at" not in columns:
+        facts.pop(SEVERAL_TURNS, None)
+    return make_table(kind, columns, facts), report
+
+
+def _context_before(table: pa.Table, side: str, kept: np.ndarray) -> dict[str, pa.ListArray]:
+    """The context of a side that one of the first `kept` tokens of each response follows."""
+    ids, counts = flat(table.column(f"{side}_context_ids"))
+    at, _ = flat(table.column(f"{side}_context_at"))
+    before = at < np.repeat(kept, counts)
+    numbers = np.bincount(np.repeat(np.arange(len(counts)), counts)[before], minlength=len(counts))
+    return {
+        f"{side}_context_ids": ragged(ids[before], numbers),
+        f"{side}_context_at": ragged(at[before], numbers),
+    }
 
 
 def _matched(source: pa.Table, target: pa.Table, report: TransferReport) -> tuple[pa.Table, pa.Table]:
@@ -329,17 +342,34 @@ def _transferable(aligned: dict[str, Alignment], report: TransferReport) -> np.n
 
 
 def _aligned(source: pa.Table, target: pa.Table, side: str, read_a: TokenBytes, read_b: TokenBytes) -> Alignment:
-    texts = [
-        response_texts(*flat(table.column(f"{side}_ids")), read, provenance_of(table).get("end_ids", []))
-        for table, read in ((source, read_a), (target, read_b))
-    ]
-    return align(*texts)
+    texts, turns = [], []
+    for table, read in ((source, read_a), (target, read_b)):
+        lengths, number = _turns(table, side)
+        end_ids = provenance_of(table).get("end_ids", [])
+        texts.append(response_texts(flat(table.column(f"{side}_ids"))[0], lengths, read, end_ids))
+        turns.append(number)
+    if max(int(number.max(initial=1)) for number in turns) == 1:
+        return align(*texts)
+    return align_turns(texts[0], texts[1], turns[0], turns[1])
 
 
-def _first(lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Mark the first `kept` tokens of each response `[tokens]` bool."""
-    position = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return position < np.repeat(kept, lengths)
+def _turns(table: pa.Table, side: str) -> tuple[np.ndarray, np.ndarray]:
+    """The assistant turns of a side, which its context parts.
+
+    Returns:
+        tokens of each turn `[turns]`, and turns of each response `[responses]`.
+    """
+    lengths = flat(table.column(f"{side}_ids"))[1]
+    if f"{side}_context_at" not in table.column_names:
+        return lengths, np.ones(len(lengths), np.int64)
+    at, counts = flat(table.column(f"{side}_context_at"))
+    begins = np.zeros(int(lengths.sum()), bool)
+    begins[np.cumsum(lengths) - lengths] = True
+    inside = (at > 0) & (at < np.repeat(lengths, counts))
+    begins[(np.repeat(np.cumsum(lengths) - lengths, counts) + at)[inside]] = True
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    sizes = np.diff(np.flatnonzero(begins), append=len(begins))
+    return sizes, np.bincount(rows[begins], minlength=len(lengths))
 
 
 def _carry_side(
@@ -355,7 +385,7 @@ def _carry_side(
     """Transfer the rewards of one side, if there are any, and count its tokens in the report."""
     lengths_a, lengths_b = (flat(table.column(f"{side}_ids"))[1] for table in (source, target))
     kept = np.where(good, aligned.scored, 0)
-    of_a, of_b = np.repeat(good, lengths_a), _first(lengths_b, kept)
+    of_a, of_b = np.repeat(good, lengths_a), first_of(lengths_b, kept)
     cuts = join_cuts(aligned.ends_a[of_a], lengths_a[good], aligned.ends_b[of_b], kept[good])
     numbers_a = np.bincount(cuts.group_a, minlength=cuts.groups)
     numbers_b = np.bincount(cuts.group_b, minlength=cuts.groups)

@@ -91,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{counts['prompts']:,} prompts, {counts['answers']:,} answers, {counts['tokens']:,} tokens; "
         f"{counts['cut']:,} answers are cut off, {counts['no_answer']:,} are empty"
     )
+    if endpoint is not None and counts["no_answer"]:
+        log("--retry-failed asks again for answers that are empty")
     if scoring is not None and counts["no_score"]:
         log(f"{counts['no_score']:,} answers have no score: they are in no pair")
     if missing:
@@ -113,7 +115,7 @@ def _sampled(
     from sepo.judging.replies import Spent
     from sepo.processes import log
     from sepo.sampling.answers import sample_all
-    from sepo.sampling.responses import RECORD, SAMPLED, SCORED, Grown, responses_table
+    from sepo.sampling.responses import NONE, RECORD, SAMPLED, SCORED, Answers, Grown, responses_table
     from sepo.sampling.scores import score_all
 
     record = _record(arguments, how, options)
@@ -125,6 +127,8 @@ def _sampled(
 
     with log_kept_on_interrupt(kept):
         grown = Grown(out / SAMPLED, digest(record))
+        if endpoint is not None and arguments.retry_failed:
+            grown.forget(lambda answers: NONE in Answers(*answers).ends)
         found = sample_all(prompts, lambda: _source(arguments, prompts, how, options, endpoint, spent), grown)
         if spent:
             log(sum(spent, Spent()).in_words())
@@ -191,8 +195,16 @@ def _source(
     """Load the model, or use the server."""
     from sepo.sampling.answers import engine_source, transformers_source
 
-    if endpoint is not None or arguments.engine == "vllm":
-        return engine_source(engine_of(arguments, options, endpoint, spent, Counter()), prompts, how)
+    if endpoint is not None:
+        from sepo.judging.answering import server_engine
+
+        engine = server_engine(
+            endpoint, max_new_tokens=how.max_new_tokens, seed=how.seed, spent=spent, failures=Counter(),
+            with_failures=True,
+        )  # fmt: skip
+        return engine_source(engine, prompts, how)
+    if arguments.engine == "vllm":
+        return engine_source(engine_of(arguments, options, None, spent, Counter()), prompts, how)
     from sepo.models.tokenizer import load_tokenizer
     from sepo.models.weights import load_model
 
