@@ -233,11 +233,11 @@ def make_texts(path: Path, number: int) -> None:
             file.write_table(pa.table({name: [" ".join(words) for words in rows] for name, rows in texts.items()}))
 
 
-def tokenising(models: Path, place: Path) -> dict[str, dict[str, float]]:
+def tokenising(models: Path, place: Path) -> dict[str, Any]:
     """Seconds to tokenise texts of a usual length with one process and with two."""
     make_texts(place / "texts.parquet", ROWS_OF_TEXT)
     rows, tokenizer = load_preferences(place / "texts.parquet"), load_tokenizer(str(models / "reference"))
-    found = {}
+    found: dict[str, Any] = {"rows": ROWS_OF_TEXT}
     for workers in (1, 2):
         found[str(workers)] = measured(lambda n=workers: tokenize_pairs(rows, tokenizer, progress=False, workers=n))
         print(f"tokenising with {workers}: {found[str(workers)]}", flush=True)
@@ -289,7 +289,7 @@ HEAD = """\
 
 {verdict}
 
-`benchmarks/scale.py`, {machine}{shared}.
+`benchmarks/scale.py`, commit {commit}, {machine}{shared}.
 A tiny model and short texts: what is measured is everything around a model. CPU seconds are those of the command's
 process and of processes that it started, wall seconds beside them. Memory is the peak of a
 stage's process above what its imports take; in a stage that workers share, that of the command's process.
@@ -333,7 +333,8 @@ def page(results: dict[str, Any]) -> str:
             tables.append(f"| {stage} | {cells} | {ended or '–'} |")
         tables.append("")
     shared = "; other programs ran on it meanwhile" if results["shared"] else ""
-    text = HEAD.format(machine=results["machine"], shared=shared, verdict=verdict(results)) + "\n" + "\n".join(tables)
+    where = {name: results[name] for name in ("machine", "commit")}
+    text = HEAD.format(**where, shared=shared, verdict=verdict(results)) + "\n" + "\n".join(tables)
     words = {"around_ms": 1e3 * results["around_a_unit"], "arrays": ARRAYS, "tokenised": tokenised(results)}
     text += "\n" + TAIL.format(**results, **words)
     rows = (f"| {r['profile']} | {r['devices']} | {r['hours']:.2f} | {r['busy']:.1%} |" for r in results["simulated"])
@@ -344,9 +345,9 @@ def tokenised(results: dict[str, Any]) -> str:
     """What two processes gain."""
     if "tokenising" not in results:
         return ""
-    one, two = (results["tokenising"][number] for number in ("1", "2"))
+    rows, one, two = (results["tokenising"][name] for name in ("rows", "1", "2"))
     return (
-        f"\n## Tokenising\n\n{ROWS_OF_TEXT:,} pairs of 330 words: {one['seconds']:.1f} s with one process, "
+        f"\n## Tokenising\n\n{rows:,} pairs of 330 words: {one['seconds']:.1f} s with one process, "
         f"{two['seconds']:.1f} s with two, {one['seconds'] / two['seconds']:.2f} times as fast. CPU seconds of "
         f"all processes: {one['cpu_seconds']:.1f} and {two['cpu_seconds']:.1f}, so two free cores can be "
         f"{2 * one['cpu_seconds'] / two['cpu_seconds']:.2f} times as fast.\n"
@@ -368,13 +369,18 @@ def ends_of(workers: str, by_size: dict[str, Any]) -> dict[str, dict[str, int]]:
 def verdict(results: dict[str, Any]) -> str:
     """What was found, in two sentences."""
     by_size = results["measured"]["1"]
-    most, ends = max(map(int, by_size)), ends_of("1", by_size)
-    bent = [f"{stage} ({', '.join(f'{name} from {n:,}' for name, n in found.items())})"
-            for stage, found in ends.items() if found]  # fmt: skip
-    flat = f"{len(ends) - len(bent)} of {len(ends)} stages"
-    first = f"Up to {most:,} pairs, CPU seconds a pair and memory of {flat} stay flat"
-    rest = f"; those of {', '.join(bent)} do not" if bent else ""
-    largest = max(values["memory_gb"] for values in by_size[str(most)].values())
+    before, most = sorted(map(int, by_size))[-2:]
+    stages = by_size[str(most)]
+    times = {s: stages[s]["cpu_seconds"] * before / by_size[str(before)][s]["cpu_seconds"] / most - 1 for s in stages}
+    grown = {s: stages[s]["memory_gb"] - by_size[str(before)][s]["memory_gb"] for s in stages}
+    more = [s for s in stages if stages[s]["memory_gb"] > FLAT * by_size[str(before)][s]["memory_gb"]]
+    first = (
+        f"From {before:,} to {most:,} pairs, CPU seconds a pair change by {min(times.values()):+.0%} to "
+        f"{max(times.values()):+.0%}, stage by stage"
+    )
+    rest = f"; peak memory grows by more than a fifth in {', '.join(f'{s} (+{grown[s]:.2f} GB)' for s in more)}"
+    rest = rest if more else "; no stage's peak memory grows by more than a fifth"
+    largest = max(values["memory_gb"] for values in stages.values())
     unmeasured = "" if "2" in results["measured"] else " Two workers were not measured."
     million = (
         "" if most >= 1_000_000 else " Nor a million pairs." if unmeasured else " A million pairs were not measured."
@@ -438,6 +444,8 @@ def main() -> None:
     results["shared"] = options.shared
     results |= {"machine": f"{os.cpu_count()} CPU cores", "tokens_a_second": TOKENS_A_SECOND, "load_seconds": LOAD}
     results["start_seconds"] = start_of_a_worker()
+    revision = ["git", "rev-parse", "--short", "HEAD"]
+    results["commit"] = subprocess.run(revision, capture_output=True, text=True, check=False).stdout.strip()
     most = results["measured"]["1"][max(results["measured"]["1"], key=int)]
     pairs = int(max(results["measured"]["1"], key=int))
     # Around the model: the engine, and two transfers' worth of reading and writing a shard.
