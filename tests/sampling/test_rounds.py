@@ -110,8 +110,6 @@ def test_rounds_end_where_no_pair_can_be_made_of_a_policys_answers(here, capsys)
     assert len(stored["rounds"]) == 1
     assert stored["stopped"].startswith("stopped before round 2: no pair can be made")
     assert "round-1/kl" in metrics
-    again = run_recipe(recipe_of("rounds.number=3", *far))
-    assert again == metrics
     run_recipe(recipe_of("rounds.number=1", *far))
     assert "accuracy on the last policy's answers is not known: no pair can be made" in said + capsys.readouterr().err
 

@@ -49,7 +49,7 @@ def launches(out: Path, *phases: str) -> str:
     return done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_kill_while_writing_leaves_the_checkpoint_before_and_other_launches_continue(tmp_path, undisturbed):
     """One of two processes under FSDP2 dies in the write; one process goes on from the step before."""
     said = launches(trainings.prepare(tmp_path), "fsdp:2:-2", "plain:1:0")
