@@ -240,7 +240,7 @@ def test_an_oracle_that_prefers_the_rejected_is_pointed_out(tmp_path, capfd):
     score_pairs(tmp_path / "pairs", [tmp_path / "oracle"], tmp_path / "reference", tmp_path / "right")
     assert "swapped" not in capfd.readouterr().err
     score_pairs(tmp_path / "pairs", [tmp_path / "reference"], tmp_path / "oracle", tmp_path / "swapped")
-    assert "prefers the rejected response in 100% of these pairs" in capfd.readouterr().err
+    assert "prefers the rejected response in 100% of the pairs looked at" in capfd.readouterr().err
 
 
 def test_a_share_of_few_pairs_that_is_none_is_said(tmp_path, model, capfd):

@@ -270,18 +270,8 @@ _QUESTIONS = frozenset(
     (
         *("question", "questions", "question_text", "query", "queries", "instruction", "instructions", "request"),
         *("input", "inputs", "user_input", "user_prompt", "user_message", "problem", "post"),
-        *(
-            "prompts",
-            "prompt_text",
-            "prompt_str",
-            "context",
-            "history",
-            "conversation",
-            "conversations",
-            "messages",
-            "dialogue",
-            "dialog",
-        ),
+        *("prompts", "prompt_text", "prompt_str", "context", "history"),
+        *("conversation", "conversations", "messages", "dialogue", "dialog"),
     )
 )
 

@@ -263,9 +263,7 @@ def _load_optimizer(trainer: Any, checkpoint: Path) -> None:
                 state[key] = _empty(reader, full, parameter)
                 _fill(reader, full, state[key], checkpoint)
             for key, value in values["numbers"].get(name, {}).items():
-                state[key] = (
-                    torch.tensor(value[0], dtype=getattr(torch, value[1])) if isinstance(value, list) else value
-                )
+                state[key] = torch.tensor(value[0], dtype=_dtype(value[1])) if isinstance(value, list) else value
             if state:
                 states[index] = state
         before = groups[names[id(group["params"][0])]] if group["params"] else {}

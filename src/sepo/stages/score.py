@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from sepo.evaluate.words import Truth
 
 _TABLES = {"train": SCORES, "held_out": SCORES_HELD_OUT}
-# Swapped labels show in a sample: so many shards, evenly spread.
-_LOOKED_AT = 20
+_LOOKED_AT = 20  # shards, evenly spread, in which swapped labels are looked for
 
 
 class Words(NamedTuple):
@@ -249,8 +248,8 @@ def _log_if_swapped(accuracy: dict[str, float]) -> None:
     value, error = accuracy["oracle/accuracy"], accuracy["oracle/accuracy_se"]
     if value < 0.5 - 3 * error:
         log(
-            f"  the oracle prefers the rejected response in {1 - value:.0%} of these pairs: are oracle and reference "
-            "swapped, or the labels?"
+            f"  the oracle prefers the rejected response in {1 - value:.0%} of the pairs looked at: are oracle and "
+            "reference swapped, or the labels?"
         )
 
 
