@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 
+import spawn
+from sepo.cli.failures import known_failure
 from sepo.data.encoding import _repeats
-from sepo.data.splits import PairRows, PromptHashes, group_by_prompt, prompt_numbers
+from sepo.data.splits import PairRows, PromptRows, group_by_prompt, prompt_numbers
 
 
 def table_of(ids: list[int], keys: list[int]) -> pa.Table:
@@ -45,7 +48,7 @@ def rows_in_parts(table: pa.Table, seed: int = 5) -> PairRows:
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_of_parts_are_those_of_the_whole_table(kind):
     ids, keys = (values.tolist() for values in KINDS[kind](np.random.default_rng(1)))
-    table, hashes = table_of(ids, keys), PromptHashes()
+    table, hashes = table_of(ids, keys), PromptRows()
     for start in range(0, len(table), 64):
         hashes.add(table.slice(start, 64))
     _, expected = np.unique(prompt_numbers(table), return_inverse=True)
@@ -82,6 +85,48 @@ def test_groups_and_near_duplicates_of_parts_are_those_of_the_whole_table():
     assert (
         rows.select(some).grouped(np.arange(len(some))).tolist() == np.searchsorted(some, rows.grouped(some)).tolist()
     )
+
+
+def test_the_rows_with_some_pair_ids_come_in_the_order_of_the_ids():
+    table = table_of([0] * 5, [0] * 5).set_column(0, "pair_id", pa.array([7, 3, 10**9, 4, 10**10]))
+    assert rows_in_parts(table).rows_of([4, 8, 10**10, 7]).tolist() == [3, 4, 0]
+
+
+def test_a_full_disk_ends_in_one_line():
+    rows = rows_in_parts(table_of([0] * 5, [0] * 5))
+    rows._query("PRAGMA max_page_count = 3")
+    numbers = list(range(1000))
+    with pytest.raises(sqlite3.OperationalError) as error:
+        rows.add(table_of(numbers, numbers))
+    assert str(known_failure(error.value)).startswith("the disk is full: free some space")
+
+
+MEMORY = """
+import resource
+import numpy as np
+import pyarrow as pa
+from sepo.data.splits import PairRows
+
+def peak(number):
+    rows = PairRows()
+    for start in range(0, number, 1000):
+        ids = np.arange(start, start + 1000)
+        prompts = pa.ListArray.from_arrays(np.arange(1001, dtype=np.int32), pa.array(ids, pa.int32()))
+        names = pa.array(ids.astype(str))
+        rows.add(pa.table({"pair_id": ids, "prompt_ids": prompts, "conversation": names, "prompt_key": names}))
+    train, _ = rows.split(0.1, 1.0)
+    rows.grouped(train)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak(80_000)
+print((peak(200_000) - before) / 120_000)
+"""
+
+
+@pytest.mark.nightly
+def test_a_pair_takes_a_few_bytes_of_memory():
+    """Hashes and their sorted copies are on disk; in memory are row numbers, and which rows are trained on."""
+    assert float(spawn.run(["-c", MEMORY]).stdout) < 30
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ from sepo.errors import one_line
 # Errors of the system for an impossible file name; pathlib raises them when testing for existence, too.
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 # Messages of libraries when the disk is full; not all of them raise an OSError with an errno.
-_FULL_DISK = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed", "inline_container.cc")
+_FULL_DISK = (
+    *("no space left on device", "disk quota exceeded", "database or disk is full"),
+    *("pytorchstreamwriter failed", "inline_container.cc"),
+)
 _LOST_PROCESS = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
 
 

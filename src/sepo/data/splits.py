@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import sqlite3
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -99,80 +101,100 @@ def prompt_numbers(columns: pa.Table | Mapping[str, Any]) -> np.ndarray:
     return np.array([numbers.setdefault(root(ids), len(numbers)) for ids in prompts], dtype=np.int64)
 
 
-class PromptHashes:
-    """The prompts of a table that is read shard by shard, as in `prompt_numbers`: 16 bytes a pair are kept.
+class PromptRows:
+    """The prompts of a table that is added part by part, in a temporary database on disk.
 
-    The labels are right unless two of the prompts have one hash of 64 bits: 3e-8 likely for a million prompts.
+    Memory does not grow with the table, with one exception: prompts of which some share their ids but not their key,
+    and others their key but not their ids. Two prompts count as equal if their hashes of 64 bits are: wrong for one of
+    a million prompts in 3e-8 of all tables.
     """
 
+    _columns = ("ids", "keys")
+
     def __init__(self) -> None:
-        self._hashes: list[np.ndarray] = []
+        # An empty name: SQLite keeps the database in a file without a name, in the system's folder for such files.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        weakref.finalize(self, self._database.close)
+        for setting in ("journal_mode = off", "temp_store = file"):
+            self._query(f"PRAGMA {setting}")
+        self._query(f"CREATE TABLE pairs (row INTEGER PRIMARY KEY, {', '.join(self._columns)})")
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
 
     def add(self, table: pa.Table) -> None:
-        """Add the pairs of a shard."""
-        self._hashes.append(np.array(_prompt_hashes(table, _ids(table["prompt_ids"])), np.uint64))
+        """Add the pairs of a part."""
+        self._insert(zip(*self._values(table), strict=True))
 
     def labels(self) -> np.ndarray:
-        """A label of each pair's prompt: `[pairs]`, equal where the prompts are."""
-        return _labels(*np.concatenate([np.zeros((2, 0), np.uint64), *self._hashes], axis=1))
+        """A label of each pair's prompt: `[pairs]` int64, equal where the prompts are."""
+        return self._numbers(f"SELECT {self._label()} FROM pairs ORDER BY row", np.int64)
+
+    def _values(self, table: pa.Table) -> list[list[int]]:
+        return _prompt_hashes(table, _ids(table["prompt_ids"]))
+
+    def _insert(self, rows: Iterable[tuple[int | None, ...]]) -> None:
+        """Add rows of `_columns`."""
+        self._length += self._fill("pairs", ((number, *row) for number, row in enumerate(rows, self._length)))
+
+    def _fill(self, table: str, rows: Iterable[tuple[int | None, ...]]) -> int:
+        """Add rows, whose first column is a number, to a table; returns how many."""
+        columns = len(self._query(f"SELECT * FROM {table} LIMIT 0").description)
+        self._query("BEGIN")
+        added = self._database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * columns)})", rows)
+        self._query("COMMIT")
+        return added.rowcount
+
+    def _query(self, query: str, *values: int) -> sqlite3.Cursor:
+        return self._database.execute(query, values)
+
+    def _numbers(self, query: str, dtype: type[np.integer], *values: int) -> np.ndarray:
+        """The only column of a query."""
+        return np.fromiter((number for (number,) in self._query(query, *values)), dtype)
+
+    def _choose(self, rows: np.ndarray) -> str:
+        """The name of a table of these rows alone."""
+        self._query("DROP TABLE IF EXISTS chosen")
+        self._query("CREATE TABLE chosen (row INTEGER PRIMARY KEY)")
+        self._fill("chosen", ((int(row),) for row in rows))
+        return "(chosen JOIN pairs USING (row))"
+
+    def _label(self) -> str:
+        """The expression that labels the prompt of a pair, in the table `pairs`."""
+        for fine, coarse in (("ids", "keys"), ("keys", "ids")):
+            divided = f"SELECT 1 FROM pairs GROUP BY {fine} HAVING min({coarse}) <> max({coarse}) LIMIT 1"
+            if self._query(divided).fetchone() is None:
+                return coarse
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        edges = self._query("SELECT DISTINCT ids, keys FROM pairs")
+        ids, keys = np.array(edges.fetchall(), np.int64).T
+        (ids, first), (keys, second) = (np.unique(values, return_inverse=True) for values in (ids, keys))
+        number = len(ids) + len(keys)
+        graph = coo_array((np.ones(len(first), bool), (first, second + len(ids))), shape=(number, number))
+        labels = connected_components(graph, directed=False)[1]
+        self._query("DROP TABLE IF EXISTS components")
+        self._query("CREATE TABLE components (ids INTEGER PRIMARY KEY, label)")
+        self._fill("components", zip(ids.tolist(), labels.tolist(), strict=False))
+        return "(SELECT label FROM components WHERE components.ids = pairs.ids)"
 
 
-def _labels(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """A label from 0 of each pair's prompt, from hashes of its ids and of its key `[pairs]`."""
-    ids, keys = _numbered(ids), _numbered(keys)
-    for fine, coarse in ((ids, keys), (keys, ids)):
-        if np.array_equal(_last(fine, coarse)[fine], coarse):  # all prompts of one `fine` have one `coarse`
-            return coarse
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    shape = int(ids.max()) + 1, int(keys.max()) + 1
-    edges = coo_array((np.ones(len(ids), bool), (ids, keys + shape[0])), shape=(sum(shape), sum(shape)))
-    return connected_components(edges, directed=False)[1][ids]
-
-
-def _numbered(values: np.ndarray) -> np.ndarray:
-    """Number the distinct values from 0, in ascending order: 25 bytes a value at most, where `np.unique` takes 41."""
-    order = np.argsort(values)
-    ascending = values[order]
-    new = np.concatenate([[False], ascending[1:] != ascending[:-1]])[: len(values)]
-    del ascending
-    numbers = np.empty(len(values), np.int32)
-    numbers[order] = np.cumsum(new, dtype=np.int32)
-    return numbers
-
-
-def _last(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The last value of each group, which are numbered from 0 without a gap: `[groups]`."""
-    found = np.zeros(int(groups.max(initial=-1)) + 1, values.dtype)
-    found[groups] = values
-    return found
-
-
-def _first_rows(groups: np.ndarray) -> np.ndarray:
-    """The first row of each group: `[groups]` int32."""
-    return len(groups) - 1 - _last(groups[::-1], np.arange(len(groups), dtype=np.int32))
-
-
-class PairRows:
-    """The rows of a table of pairs that is added part by part: what a split needs to know, 40 bytes a pair.
-
-    Two texts or prompts count as equal if their hashes of 64 bits are: wrong for one of a million prompts in 3e-8 of
-    all tables.
+class PairRows(PromptRows):
+    """The pairs of a table that is added part by part: what a split needs to know, about 60 bytes a pair on disk.
 
     Args:
         seed: of the split.
     """
 
+    # Hashes of prompt ids, prompt key and conversation, and the place of the prompt ids in a split.
+    _columns = ("ids", "keys", "pair_id", "talk", "place")
+
     def __init__(self, seed: int = 0):
         check_number("seed", seed, whole=True)
+        super().__init__()
         self.seed = seed
-        self._parts: dict[str, list[np.ndarray]] = {
-            "pair_ids": [np.zeros(0, np.int64)],
-            # hashes of prompt ids, prompt key and conversation, and the place of the prompt ids in a split
-            **{name: [np.zeros(0, np.uint64)] for name in ("ids", "keys", "talks", "places")},
-        }
-        self._has_talks = True
 
     @classmethod
     def of(cls, table: pa.Table, seed: int = 0) -> PairRows:
@@ -181,95 +203,101 @@ class PairRows:
         rows.add(table)
         return rows
 
-    def add(self, table: pa.Table) -> None:
-        """Add rows."""
+    def _values(self, table: pa.Table) -> list[list[Any]]:
         prompts = _ids(table["prompt_ids"])
-        ids, keys = _prompt_hashes(table, prompts)
-        self._has_talks &= {CONVERSATION, PROMPT_KEY} <= set(table.column_names)
-        places = [_order("held_out", self.seed, prompt)[0] for prompt in prompts]
-        self._parts["pair_ids"].append(table["pair_id"].to_numpy().copy())
-        hashes = {"ids": ids, "keys": keys, "places": places}
-        if self._has_talks:
-            hashes["talks"] = _text_hashes(b"", table[CONVERSATION])
-        for name, values in hashes.items():
-            self._parts[name].append(np.array(values, np.uint64))
+        has_talks = {CONVERSATION, PROMPT_KEY} <= set(table.column_names)
+        talks = _text_hashes(b"", table[CONVERSATION]) if has_talks else [None] * len(table)
+        # The databases of SQLite have signed numbers.
+        places = [_order("held_out", self.seed, prompt)[0] - 2**63 for prompt in prompts]
+        return [*_prompt_hashes(table, prompts), table["pair_id"].to_pylist(), talks, places]
 
     def select(self, rows: np.ndarray) -> PairRows:
-        """Some of the rows."""
+        """Some of the rows, ascending."""
         found = PairRows(self.seed)
-        names = [name for name in self._parts if name != "talks" or self._has_talks]
-        found._parts |= {name: [self._column(name)[rows]] for name in names}
-        found._has_talks = self._has_talks
+        found._insert(self._query(f"SELECT {', '.join(self._columns)} FROM {self._choose(rows)} ORDER BY row"))
         return found
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts["pair_ids"]))
 
     @property
     def pair_ids(self) -> np.ndarray:
         """`[pairs]` int64."""
-        return self._column("pair_ids")
+        return self._numbers("SELECT pair_id FROM pairs ORDER BY row", np.int64)
 
-    def _column(self, name: str) -> np.ndarray:
-        parts = self._parts[name]
-        if len(parts) > 1:
-            self._parts[name] = parts = [np.concatenate(parts)]
-        return parts[0]
-
-    def prompt_hashes(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of the prompt ids and of the prompt key of some rows."""
-        return self._column("ids")[rows], self._column("keys")[rows]
+    def rows_of(self, pair_ids: Iterable[int]) -> np.ndarray:
+        """The rows with these `pair_id`s, in this order; an id without a row is left out."""
+        self._query("CREATE INDEX IF NOT EXISTS by_pair_id ON pairs (pair_id)")
+        found = (self._query("SELECT row FROM pairs WHERE pair_id = ?", pair_id).fetchone() for pair_id in pair_ids)
+        return np.array([place[0] for place in found if place is not None], np.int64)
 
     def split(self, held_out: int | float, sample: float) -> tuple[np.ndarray, np.ndarray]:
-        """The training rows and the held-out rows of `split_pairs`, ascending."""
+        """The training rows and the held-out rows of `split_pairs`, ascending: int32."""
         target = _held_out_pairs(held_out, len(self))
-        labels = _labels(self._column("ids"), self._column("keys"))
+        label = self._label()
         # Prompts by the first of their places; these are hashes of 64 bits, equal for two of a million in 3e-8 of all.
-        by_place = np.argsort(_first_rows(labels[np.argsort(self._column("places"), kind="stable")]))
-        counts = np.bincount(labels, minlength=len(by_place))[by_place]
-        totals = np.concatenate([[0], np.cumsum(counts)])
-        number = int(np.argmin(np.abs(totals - target)))
-        if target and number == 0:
-            number = 1
-        if number >= len(counts):
+        self._query("DROP TABLE IF EXISTS prompts")
+        self._query(
+            "CREATE TABLE prompts AS SELECT label, count(*) AS size "
+            f"FROM (SELECT {label} AS label, place FROM pairs) GROUP BY label ORDER BY min(place)"
+        )
+        prompts = self._query("SELECT count(*) FROM prompts").fetchone()[0]
+        number = _prompts_for(target, (size for (size,) in self._query("SELECT size FROM prompts ORDER BY rowid")))
+        if number >= prompts:
             raise UserError(
-                f"cannot hold out {target} of {len(self)} pairs: they share {len(counts)} prompts (dialogues with one "
+                f"cannot hold out {target} of {len(self)} pairs: they share {prompts} prompts (dialogues with one "
                 "first user turn count as one), and at least one must stay for training; hold out fewer pairs"
             )
-        is_held = np.zeros(len(counts), bool)
-        is_held[by_place[:number]] = True
-        held = is_held[labels]
-        train = np.flatnonzero(~held)
+        within = f"{label} IN (SELECT label FROM prompts WHERE rowid <= {number})"
+        held = self._numbers(f"SELECT row FROM pairs WHERE {within} ORDER BY row", np.int32)
+        is_train = np.ones(len(self), bool)
+        is_train[held] = False
+        train = np.arange(len(self), dtype=np.int32)[is_train]
         check_number("the sample fraction", sample, above=0, most=1)
         size = max(1, round(sample * len(train)))
         if size < len(train):
             train = train[sampled_rows(self.pair_ids[train], size, self.seed)]
-        return train, np.flatnonzero(held)
+        return train, held
 
     def near_duplicates(self) -> int:
         """Number of prompts that differ from an earlier one of the same `prompt_key` in the conversation."""
-        return _distinct(self._column("talks")) - _distinct(self._column("keys")) if self._has_talks else 0
+        if self._query("SELECT 1 FROM pairs WHERE talk IS NULL LIMIT 1").fetchone():
+            return 0
+        talks, keys = (
+            self._query(f"SELECT count(*) FROM (SELECT 1 FROM pairs GROUP BY {name})").fetchone()[0]
+            for name in ("talk", "keys")
+        )
+        return int(talks - keys)
 
     def grouped(self, rows: np.ndarray) -> np.ndarray:
-        """Some rows in the order of `group_by_prompt`."""
-        groups = _numbered(self._column("ids")[rows])
-        return rows[np.argsort(_first_rows(groups)[groups], kind="stable")]
+        """Some rows, ascending, in the order of `group_by_prompt`: int32."""
+        first = f"SELECT row, min(row) OVER (PARTITION BY ids) AS first FROM {self._choose(rows)}"
+        return self._numbers(f"SELECT row FROM ({first}) ORDER BY first, row", np.int32)
 
 
-def _distinct(values: np.ndarray) -> int:
-    """Number of distinct values."""
-    ascending = np.sort(values)
-    return int(np.count_nonzero(ascending[1:] != ascending[:-1])) + bool(len(values))
+def _prompts_for(pairs: int, sizes: Iterable[int]) -> int:
+    """How many prompts bring the number of their pairs closest to `pairs`; at least one for any pair.
+
+    Args:
+        sizes: pairs of each prompt.
+    """
+    number, total, distance = 0, 0, pairs
+    for count, size in enumerate(sizes, 1):
+        if total >= pairs:
+            break
+        total += size
+        if abs(total - pairs) < distance:
+            number, distance = count, abs(total - pairs)
+    return number or int(pairs > 0)
 
 
 def shared_prompts(first: tuple[PairRows, np.ndarray], second: tuple[PairRows, np.ndarray]) -> int:
-    """Number of distinct prompts that occur in both selections of rows."""
+    """Number of distinct prompts that occur in both selections of rows, which are ascending."""
     if not len(second[1]):
         return 0
-    hashes = [rows.prompt_hashes(chosen) for rows, chosen in (first, second)]
-    labels = _labels(*map(np.concatenate, zip(*hashes, strict=True)))
+    both = PromptRows()
+    for rows, chosen in (first, second):
+        both._insert(rows._query(f"SELECT ids, keys FROM {rows._choose(chosen)} ORDER BY row"))
     number = len(first[1])
-    return len(np.intersect1d(labels[:number], labels[number:]))
+    in_both = f"GROUP BY {both._label()} HAVING min(row) < {number} AND max(row) >= {number}"
+    return int(both._query(f"SELECT count(*) FROM (SELECT 1 FROM pairs {in_both})").fetchone()[0])
 
 
 def _prompt_hashes(table: pa.Table, prompts: Sequence[bytes]) -> list[list[int]]:
@@ -283,7 +311,7 @@ def _text_hashes(kind: bytes, texts: pa.ChunkedArray) -> list[int]:
 
 
 def _hash(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def _first_places(
@@ -361,8 +389,8 @@ def sampled_rows(pair_ids: np.ndarray, number: int, seed: int) -> np.ndarray:
     """The rows of `take_pairs`, ascending, for the `pair_id`s of a table."""
     if number >= len(pair_ids):
         return np.arange(len(pair_ids))
-    places = np.array([_order("sample", seed, str(pair_id).encode()) for pair_id in pair_ids.tolist()], np.uint64)
-    return np.sort(np.lexsort(places.reshape(-1, 2).T[::-1])[:number])
+    places = (half for pair_id in pair_ids for half in _order("sample", seed, str(pair_id).encode()))
+    return np.sort(np.lexsort(np.fromiter(places, np.uint64).reshape(-1, 2).T[::-1])[:number])
 
 
 def share_rows(pair_ids: np.ndarray, groups: np.ndarray, weights: Sequence[float], *, seed: int = 0) -> np.ndarray:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from sepo.credit.rewards import response_sums
 from sepo.data.ragged import SIDES, flat
-from sepo.data.splits import PromptHashes, prompt_numbers
+from sepo.data.splits import PromptRows, prompt_numbers
 from sepo.evaluate.statistics import mean_and_se
 
 
@@ -77,7 +77,7 @@ def oracle_accuracy(scores: pa.Table | Iterable[pa.Table]) -> dict[str, float]:
     """Preference accuracy of the oracle's summed token rewards on the pairs of a scores table, whole or in shards."""
     if isinstance(scores, pa.Table):
         return _prefixed("oracle", _accuracy(*response_sums(scores, "rewards"), scores))
-    prompts = PromptHashes()
+    prompts = PromptRows()
     parts = []
     for shard in scores:
         lengths = [flat(shard.column(f"{side}_ids"))[1].astype(np.int32) for side in SIDES]

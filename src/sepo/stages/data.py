@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -152,7 +152,7 @@ def prepare_data(
     return {
         "train": len(train),
         "held_out": len(held),
-        **_counts_by_source(settings, source.rows.pair_ids[train], own.rows.pair_ids[held]),
+        **_counts_by_source(settings, (source, train), (own, held)),
         "shared_prompts": shared,
         "extremes": found,
         "report": {name: one.to_dict() for name, one in reports.items()},
@@ -186,16 +186,7 @@ class Source:
 
     def matching(self, table: pa.Table) -> pa.Table:
         """The pairs with the `pair_id`s of a table, in its order; those that are there."""
-        wanted = table["pair_id"].to_numpy()
-        ids, order = self._sorted_ids
-        places = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
-        return self.take(order[places][ids[places] == wanted])
-
-    @cached_property
-    def _sorted_ids(self) -> tuple[np.ndarray, np.ndarray]:
-        ids = self.rows.pair_ids
-        order = np.argsort(ids, kind="stable")
-        return ids[order], order
+        return self.take(self.rows.rows_of(table["pair_id"].to_pylist()))
 
 
 def _write_rows(folder: Path, source: Source, rows: np.ndarray, provenance: Mapping[str, Any]) -> dict[str, int]:
@@ -216,13 +207,19 @@ def _write_rows(folder: Path, source: Source, rows: np.ndarray, provenance: Mapp
 ROWS_PER_SOURCE = 10**9
 
 
-def _counts_by_source(settings: DataSettings, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
-    """Pairs of each of several sources by their `pair_id`s, logged; nothing for a single source."""
+def _counts_by_source(settings: DataSettings, *parts: tuple[Source, np.ndarray]) -> dict[str, Any]:
+    """Pairs of each of several sources by their `pair_id`s, logged; nothing for a single source.
+
+    Args:
+        parts: the rows to train on and the held-out rows.
+    """
     if settings.sources is None:
         return {}
-    parts = [train] if has_own_rows(settings) else [train, held_out]
+    parts = parts[:1] if has_own_rows(settings) else parts
     number = len(settings.sources)
-    counts = [np.bincount(ids // ROWS_PER_SOURCE, minlength=number).tolist() for ids in parts]
+    counts = [
+        np.bincount(source.rows.pair_ids[rows] // ROWS_PER_SOURCE, minlength=number).tolist() for source, rows in parts
+    ]
     rows = []
     for index, name in enumerate(source_names(settings)):
         rows.append({"source": name, **dict(zip(PARTS, (count[index] for count in counts), strict=False))})
