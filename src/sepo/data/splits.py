@@ -109,7 +109,7 @@ class PromptRows:
     a million prompts in 3e-8 of all tables.
     """
 
-    _columns = ("ids", "keys")
+    _columns: tuple[str, ...] = ("ids", "keys")
 
     def __init__(self) -> None:
         # An empty name: SQLite keeps the database in a file without a name, in the system's folder for such files.
