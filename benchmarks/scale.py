@@ -62,8 +62,6 @@ TOKENS_A_SECOND = 220_400
 LOAD = 2.5
 FLAT = 1.2
 ROWS_OF_TEXT = 60_000
-# Bytes a pair that a stage may keep: numbers and hashes.
-ARRAYS = 100
 
 
 def measured(function: Callable[[], Any], helper: Callable[[], Any] | None = None) -> dict[str, float]:
@@ -269,12 +267,12 @@ def not_flat(sizes: dict[int, dict[str, float]], what: str) -> int | None:
     Sizes below 10,000 pairs do not count: constants dominate there, and so do values below 50 MB and 1 s.
 
     Args:
-        what: "seconds" or "cpu_seconds" (a pair), or "memory_gb" (beyond `ARRAYS` bytes a pair).
+        what: "seconds" or "cpu_seconds" (a pair), or "memory_gb".
     """
     order = sorted(size for size in sizes if size >= 10_000)
     for before, size in pairwise(order):
         if what == "memory_gb":
-            old, new = (sizes[n][what] - ARRAYS * n / 1e9 for n in (before, size))
+            old, new = (sizes[n][what] for n in (before, size))
             small = sizes[size][what] < 0.05
         else:
             old, new = (sizes[n][what] / n for n in (before, size))
@@ -298,9 +296,7 @@ stage's process above what its imports take; in a stage that workers share, that
 """
 TAIL = """\
 *Stops being flat*: the first size at which seconds a pair (CPU seconds with one worker, wall seconds with two) or
-memory exceed those of the size before by more than a fifth, from 10,000 pairs on; below 1 s or 50 MB not counted. Of
-memory, {arrays} bytes a pair are not counted: numbers and hashes of every pair (the data stage keeps 40, and copies
-while it sorts).
+memory exceed those of the size before by more than a fifth, from 10,000 pairs on; below 1 s or 50 MB not counted.
 {tokenised}
 ## Ten million pairs, simulated
 
@@ -326,16 +322,17 @@ def page(results: dict[str, Any]) -> str:
         for stage, ends in ends_of(workers, by_size).items():
             values = {n: by_size[str(n)][stage] for n in sizes}
             cells = " | ".join(
-                f"{1e3 * v['cpu_seconds'] / n:.3f} | {1e3 * v['seconds'] / n:.3f} | {v['memory_gb']:.2f}"
+                f"{1e3 * v['cpu_seconds'] / n:.3f} | {1e3 * v['seconds'] / n:.3f} | {v['memory_gb']:.3f}"
                 for n, v in values.items()
             )
             ended = ", ".join(f"{name} at {n:,}" for name, n in ends.items())
             tables.append(f"| {stage} | {cells} | {ended or '–'} |")
         tables.append("")
-    shared = "; other programs ran on it meanwhile" if results["shared"] else ""
+    busy = [workers for workers in results["measured"] if workers in results["shared"]]
+    shared = f"; other programs ran on it while {' and '.join(busy)} worker(s) were measured" if busy else ""
     where = {name: results[name] for name in ("machine", "commit")}
     text = HEAD.format(**where, shared=shared, verdict=verdict(results)) + "\n" + "\n".join(tables)
-    words = {"around_ms": 1e3 * results["around_a_unit"], "arrays": ARRAYS, "tokenised": tokenised(results)}
+    words = {"around_ms": 1e3 * results["around_a_unit"], "tokenised": tokenised(results)}
     text += "\n" + TAIL.format(**results, **words)
     rows = (f"| {r['profile']} | {r['devices']} | {r['hours']:.2f} | {r['busy']:.1%} |" for r in results["simulated"])
     return text + "\n".join(rows) + "\n"
@@ -440,8 +437,12 @@ def main() -> None:
                 results["measured"].setdefault(str(workers), {})[str(pairs)] = found
                 write_json(options.out / "scale-so-far.json", results)
         results["engine_seconds"] = overhead(place)
-        results["tokenising"] = tokenising(place / "models", place)
-    results["shared"] = options.shared
+        if not options.shared:  # on a busy machine two processes are no faster than one
+            results["tokenising"] = tokenising(place / "models", place)
+    measured_now = set(map(str, options.workers))
+    results["shared"] = sorted(
+        {*results.get("shared", ())} - measured_now | (measured_now if options.shared else set())
+    )
     results |= {"machine": f"{os.cpu_count()} CPU cores", "tokens_a_second": TOKENS_A_SECOND, "load_seconds": LOAD}
     results["start_seconds"] = start_of_a_worker()
     revision = ["git", "rev-parse", "--short", "HEAD"]
