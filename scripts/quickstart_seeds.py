@@ -26,6 +26,7 @@ import torch
 from sepo.files import write_json, write_text
 from sepo.planning.plan import Planner, plan_stages
 from sepo.planning.sizes import method_sizes
+from sepo.planning.stages import cost_of
 from sepo.planning.throughput import matmul_rate
 from sepo.recipe.reading import load_recipe
 from sepo.runs.method import Method
@@ -52,7 +53,7 @@ def flops(folder: Path) -> dict[str, float]:
     method = Method(recipe, planner)
     plan_stages(method)
     sizes = method_sizes(method, "cpu")
-    costs = {name: cost for name, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
+    costs = {name: cost_of(stage, sizes) for name, stage in planner.stages.items()}
     return {name: sum(estimate.flops for estimate in cost.estimates or ()) for name, cost in costs.items()}
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from sepo import bars
+from sepo.planning.cost import Cost, Estimate, ModelSize
 from sepo.planning.eta import Eta, RunLine, estimates_of_process
 from sepo.planning.shapes import load_shape
 from sepo.recipe.settings import LoraSettings
-from sepo.stages.cost import Cost, Estimate, ModelSize
 from tiny_models import tiny_model
 
 STAGES = {"reference_logps": "score", "oracle": "train", "oracle_logps": "score", "select": "", "eval": "generate"}
@@ -218,7 +218,7 @@ def test_processes_share_scoring_and_training_and_each_generates_everything(mode
     parts = [Estimate(kind, model, tokens=30.0, steps=6.0) for kind in ("load", "score", "train", "generate")]
     shared = estimates_of_process(Cost("", estimates=tuple(parts)), 3)
     assert [part.tokens for part in shared] == [30, 10, 10, 30]
-    assert estimates_of_process(None, 3) == []
+    assert estimates_of_process(Cost("data"), 3) == []
 
 
 def test_flops_of_adapters_are_those_of_the_layers_that_their_gradients_reach(model):

@@ -14,10 +14,10 @@ from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import table_pairs
 from sepo.models.adapters import new_adapter
+from sepo.planning.cost import FrozenMemory, TrainingMemory
 from sepo.planning.memory import PARTS, kept_bytes, options_to_fit, parts_of, smallest_change, trainable
 from sepo.planning.shapes import model_shape
 from sepo.recipe.settings import LoraSettings, TrainingSettings
-from sepo.stages.cost import FrozenMemory, TrainingMemory
 from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 
 LLAMA_1B = LlamaConfig(

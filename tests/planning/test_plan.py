@@ -13,14 +13,15 @@ from sepo.api import extension_of, run_recipe
 from sepo.cli import main
 from sepo.evaluate import generate
 from sepo.forward import scoring as passes
+from sepo.planning.cost import Cost, Estimate, FrozenMemory
 from sepo.planning.memory import parts_of
 from sepo.planning.plan import Planner, Target, _by_units, plan_stages, throughputs_of, warm_up_lines
 from sepo.planning.shapes import load_shape, model_shape
 from sepo.planning.sizes import method_sizes
+from sepo.planning.stages import cost_of
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import TrainingSettings
 from sepo.runs.method import Method
-from sepo.stages.cost import Cost, Estimate, FrozenMemory
 from sepo.targets.auto_rate import USUAL_PROBES, probe_steps
 from sepo.targets.until import MEASUREMENTS
 from sepo.training import trainer
@@ -79,7 +80,7 @@ def planned(recipe, folder) -> tuple[Method, dict[str, Cost]]:
     method = Method(recipe, planner, extension=extension_of(recipe))
     plan_stages(method)
     sizes = method_sizes(method, "cpu")
-    return method, {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
+    return method, {role: cost_of(stage, sizes) for role, stage in planner.stages.items()}
 
 
 def planned_work(costs: dict[str, Cost]) -> Counter:

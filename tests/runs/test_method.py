@@ -8,6 +8,8 @@ import pytest
 
 from sepo.api import extension_of, run_recipe
 from sepo.planning.plan import Planner, plan_stages
+from sepo.planning.sizes import method_sizes
+from sepo.planning.stages import cost_of
 from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.reading import load_recipe
 from sepo.runs.method import UNTIL, Method
@@ -93,7 +95,10 @@ KINDS = {
 def planned_stages(recipe, folder: Path) -> list[str]:
     planner = Planner(folder)
     extension = extension_of(recipe)
-    plan_stages(Method(recipe, planner, extension=extension), extension)
+    method = Method(recipe, planner, extension=extension)
+    plan_stages(method, extension)
+    sizes = method_sizes(method, "cpu")
+    assert all(cost_of(stage, sizes).what for stage in planner.stages.values())
     return list(planner.stages)
 
 

@@ -16,10 +16,10 @@ from sepo.forward.logps import token_logps
 from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import table_pairs
+from sepo.planning.cost import TrainingMemory
 from sepo.planning.memory import parts_of
 from sepo.planning.shapes import model_shape
 from sepo.recipe.settings import TrainingSettings
-from sepo.stages.cost import TrainingMemory
 from tiny_models import tiny_model
 
 DEEPSPEED = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto",

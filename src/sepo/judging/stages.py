@@ -19,7 +19,6 @@ from sepo.judging.in_run import check_judge, judge_content, judge_in_words, judg
 from sepo.judging.tasks import RESULTS, check_tasks, run_tasks, tasks_content
 from sepo.recipe.settings import JudgeSettings, Recipe
 from sepo.runs.method import Method
-from sepo.stages.cost import Cost, Estimate, Sizes
 from sepo.stages.evaluate import RunJudge, unanswered
 from sepo.stages.stage import Model, Stage, StageResult
 
@@ -95,18 +94,8 @@ def answer_stage(recipe: Recipe, name: str, policy: Model, start: Model) -> Stag
             )
         )
 
-    def cost(sizes: Sizes) -> Cost:
-        """Each model writes one answer of full length to each turn; reading the questions is not counted."""
-        sizes = sizes.of_policy
-        number = sum(len(question.turns) for question in questions)
-        width = min(number, settings.batch_size or 32)
-        load = Estimate("load", sizes.large, dtype=recipe.dtype)
-        steps = -(-number // width) * settings.benchmark_max_new_tokens
-        write = Estimate("generate", sizes.large, steps=steps, width=width, dtype=recipe.dtype)
-        tokens = 2 * number * settings.benchmark_max_new_tokens
-        return Cost(f"{len(questions)} questions", None, tokens, (load, load, write, write))
-
-    return Stage(f"benchmark-{name}", f"{len(questions)} questions", depends, ROLES, run, cost)
+    facts = {"recipe": recipe, "turns": sum(len(question.turns) for question in questions)}
+    return Stage(f"benchmark-{name}", f"{len(questions)} questions", depends, ROLES, run, facts)
 
 
 def judge_stage(recipe: Recipe, name: str, answers: StageResult, judge: JudgeSettings) -> Stage:
@@ -128,7 +117,6 @@ def judge_stage(recipe: Recipe, name: str, answers: StageResult, judge: JudgeSet
         },
         outputs=(ANNOTATIONS,),
         run=run,
-        cost=lambda sizes: Cost(judge.name),
         missing=lambda results: unanswered(results.get("unanswered")),
     )
 
@@ -153,5 +141,4 @@ def tasks_stage(recipe: Recipe, policy: Model, start: Model) -> Stage:
         },
         outputs=(RESULTS,),
         run=run,
-        cost=lambda sizes: Cost(", ".join(settings.tasks)),  # only the harness knows how long its tasks are
     )

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from sepo import bars, processes
 from sepo.models.devices import choose_device
 from sepo.numbers import duration
+from sepo.planning.cost import Cost, Estimate
 from sepo.planning.plan import SHARED, Planner, plan_stages
 from sepo.planning.sizes import method_sizes
+from sepo.planning.stages import cost_of
 from sepo.runs.method import NOTHING, Extension, Method
-from sepo.stages.cost import Cost, Estimate
 
 # Seconds of progress, and share of the stage, before its speed is used.
 _SECONDS, _SHARE = 2.0, 0.1
@@ -175,7 +176,7 @@ def eta_of(method: Method, extension: Extension = NOTHING, until: str | None = N
     plan_stages(planned, extension, until)
     kind, devices = choose_device(method.recipe.device).type, processes.size()
     estimates = {
-        role: estimates_of_process(stage.cost(sizes), devices)
+        role: estimates_of_process(cost_of(stage, sizes), devices)
         for sizes in [method_sizes(method, kind, devices)]
         for role, stage in planner.stages.items()
         if role not in planner.done
@@ -183,10 +184,9 @@ def eta_of(method: Method, extension: Extension = NOTHING, until: str | None = N
     return Eta(estimates)
 
 
-def estimates_of_process(cost: Cost | None, devices: int) -> list[Estimate]:
+def estimates_of_process(cost: Cost, devices: int) -> list[Estimate]:
     """The compute of one process; the processes of a launch share scoring and training."""
-    parts = () if cost is None else cost.estimates or ()
-    return [part.times(1 / devices) if part.kind in SHARED else part for part in parts]
+    return [part.times(1 / devices) if part.kind in SHARED else part for part in cost.estimates or ()]
 
 
 @contextmanager

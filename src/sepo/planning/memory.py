@@ -10,8 +10,8 @@ import math
 from dataclasses import replace
 
 from sepo.forward.lm_head import CPU_LIMITS, GPU_LIMITS
+from sepo.planning.cost import FineTuningMemory, FrozenMemory, Memory, Shape, TrainingMemory
 from sepo.recipe.settings import LoraSettings
-from sepo.stages.cost import FineTuningMemory, FrozenMemory, Memory, Shape, TrainingMemory
 
 PARTS = ("weights", "gradients", "AdamW", "activations", "LM head", "cache", "other")
 # NF4 with double quantization: half a byte a weight, 8 bits of scale for 64 weights, 32 bits for 256 of those scales.

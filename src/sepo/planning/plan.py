@@ -23,12 +23,13 @@ from sepo.files import digest
 from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.numbers import duration, size
+from sepo.planning.cost import Cost, FrozenMemory, TrainingMemory
 from sepo.planning.sizes import method_sizes, prompts_of
+from sepo.planning.stages import cost_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
 from sepo.runs.method import NOTHING, Extension, Method, check_until
 from sepo.runs.pipeline import check_inputs, check_method_pairs
-from sepo.stages.cost import Cost, FrozenMemory, TrainingMemory
 from sepo.stages.data import PAIRS_PER_SHARD
 from sepo.stages.stage import Model, Stage, StageResult
 
@@ -126,7 +127,7 @@ def plan_run(
         sizes = method_sizes(method, kind, target.processes)
         throughputs = throughputs_of(method, target)
         example = [line for lines in examples_of(method).values() for line in lines]
-    costs = {role: cost for role, stage in planner.stages.items() if (cost := stage.cost(sizes)) is not None}
+    costs = {role: cost_of(stage, sizes) for role, stage in planner.stages.items()}
     seconds = {role: _seconds(cost, throughputs, target) for role, cost in costs.items()}
     rows = [_row(role, cost, seconds[role], throughputs) for role, cost in costs.items()]
     total = sum(value for value in seconds.values() if value is not None)

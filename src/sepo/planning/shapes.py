@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sepo.models.adapters import causal_lm
 from sepo.models.names import load_config
-from sepo.stages.cost import Shape
+from sepo.planning.cost import Shape
 
 
 def load_shape(name_or_path: str | os.PathLike, *, revision: str | None = None) -> Shape:

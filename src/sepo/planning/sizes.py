@@ -12,11 +12,11 @@ from sepo.data.splits import sample_prompts
 from sepo.data.tables import read_shard, read_table, table_paths
 from sepo.forward.packing import fill_rows, pack, read_length
 from sepo.forward.scoring import table_pairs, tokens_per_row_for
+from sepo.planning.cost import ModelSize, PairSizes, Sizes
 from sepo.planning.shapes import load_shape, model_shape
 from sepo.recipe.settings import Recipe
 from sepo.runs.method import Method
 from sepo.stages import reference
-from sepo.stages.cost import ModelSize, PairSizes, Sizes
 
 # Number of pairs whose rows are packed to see how many tokens packing saves.
 _SAMPLE = 4000

@@ -33,8 +33,8 @@ from sepo.models.folders import is_outline
 from sepo.models.hub import cached_snapshot
 from sepo.models.names import gguf_path
 from sepo.models.weights import load_model
+from sepo.planning.cost import Estimate, ModelSize
 from sepo.processes import log
-from sepo.stages.cost import Estimate, ModelSize
 from sepo.training.fit import training_arguments
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer
 

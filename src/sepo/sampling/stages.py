@@ -46,7 +46,6 @@ from sepo.sampling.responses import (
 )
 from sepo.sampling.scores import Scoring, score_all
 from sepo.stages import data
-from sepo.stages.cost import Cost, Estimate, Sizes
 from sepo.stages.evaluate import unanswered
 from sepo.stages.stage import Model, Stage, StageResult
 
@@ -158,15 +157,8 @@ def sample_stage(recipe: Recipe, settings: OnPolicySettings, model: Model, promp
         log(f"  {counts['prompts']:,} prompts, {counts['answers']:,} answers, {counts['cut']:,} of them cut off")
         return {name: counts[name] for name in ("prompts", "answers", "cut", "no_answer", "tokens")}
 
-    def cost(sizes: Sizes) -> Cost:
-        """Every answer has full length; the prompts are read once."""
-        number = min(settings.limit or sizes.train.pairs, sizes.train.pairs)
-        width, steps = max(1, (settings.batch_size or 32)), how.max_new_tokens
-        batches = -(-number * settings.samples // width)
-        estimate = Estimate("generate", sizes.large, steps=batches * steps, width=width, dtype=recipe.dtype)
-        return Cost(f"{settings.samples} answers a prompt", None, number * settings.samples * steps, (estimate,))
-
-    return Stage("samples", f"{settings.samples} answers a prompt", depends, (RESPONSES,), run, cost, verifies=True)
+    what, facts = f"{settings.samples} answers a prompt", {"settings": settings, "dtype": recipe.dtype}
+    return Stage("samples", what, depends, (RESPONSES,), run, facts, verifies=True)
 
 
 def _name(recipe: Recipe, settings: OnPolicySettings) -> str:
@@ -234,7 +226,6 @@ def score_stage(recipe: Recipe, settings: OnPolicySettings, samples: StageResult
         depends,
         (RESPONSES,),
         run,
-        lambda sizes: Cost(scoring.name),
         verifies=True,
         missing=lambda results: unanswered(results.get("unanswered")),
     )
@@ -270,7 +261,6 @@ def pairs_stage(recipe: Recipe, settings: OnPolicySettings, responses: StageResu
         },
         ("data/*", "pairs.json", HELD_OUT),
         run,
-        lambda sizes: Cost(settings.pick),
     )
 
 

@@ -1,1 +1,1 @@
-"""The stages of the method, one file each: what it checks, depends on, writes, does and costs."""
+"""The stages of the method, one file each: what it checks, depends on, writes and does."""

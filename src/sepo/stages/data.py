@@ -31,7 +31,6 @@ from sepo.models.names import load_config
 from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log
 from sepo.recipe.settings import EMBEDDED_DATA, DataSettings, Recipe
-from sepo.stages.cost import Cost, Sizes
 from sepo.stages.stage import PARTS, Stage
 
 PAIRS_PER_SHARD = 1000
@@ -64,7 +63,7 @@ def stage(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stage:
         },
         outputs=PARTS,
         run=lambda folder: processes.on_main(lambda: prepare_data(settings, tokenizer, folder, seed)),
-        cost=lambda sizes: cost(recipe, sizes),
+        facts={"recipe": recipe},
     )
 
 
@@ -76,12 +75,6 @@ def _not_of_pairs(settings: DataSettings) -> set[str]:
 def _fingerprint(settings: DataSettings) -> str | list[str]:
     found = [source_fingerprint(_place(part.source)) for part in settings.parts()]
     return found if settings.sources is not None else found[0]
-
-
-def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Reading and tokenising: seconds at most."""
-    train, held_out = sizes.train, sizes.held_out
-    return Cost(recipe.data.what, train.pairs + held_out.pairs, train.tokens + held_out.tokens)
 
 
 def embedded_data(source: str) -> Path:

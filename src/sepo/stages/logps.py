@@ -7,7 +7,6 @@ shards of its own, and keeps an existing shard of the same model, types and pair
 
 from __future__ import annotations
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,7 +40,6 @@ from sepo.models.fingerprint import model_fingerprint
 from sepo.models.weights import load_model
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
-from sepo.stages.cost import Cost, Estimate, FrozenMemory, ModelSize, Sizes
 from sepo.stages.stage import PARTS, Model, Stage, StageResult
 from sepo.work import Counts, Job, Progress, Unit
 
@@ -74,7 +72,7 @@ def stage(recipe: Recipe, model: Model, pairs: StageResult, role: str, types: Ty
         depends={"model": model.content, "pairs": pairs.content, **named},
         outputs=("part-*.parquet", "held_out/part-*.parquet"),
         run=run,
-        cost=lambda sizes: cost(recipe, sizes, role, types),
+        facts={"recipe": recipe, "role": role, "types": types},
         verifies=True,
     )
 
@@ -271,41 +269,3 @@ def _shards_to_do(model: str, pairs: Path, out: Path, types: Types, device: str)
     ):
         stale.unlink(missing_ok=True)
     return todo, longest
-
-
-def scoring_estimates(sizes: Sizes, model: ModelSize, types: Types) -> tuple[Estimate, ...]:
-    """A frozen model scores all pairs."""
-    parts = (sizes.train, sizes.held_out)
-    computes_in = types.autocast or types.dtype
-    reads = [Estimate("score", model, part.scored, part.responses, dtype=computes_in) for part in parts if part.pairs]
-    return (*(Estimate("load", model, dtype=types.dtype) for _ in reads), *reads)
-
-
-def cost(recipe: Recipe, sizes: Sizes, role: str, types: Types) -> Cost:
-    """A model of some role scores all pairs."""
-    model = sizes.small
-    if role == "policy_start":
-        sizes, model = sizes.of_policy, sizes.large
-    train, held_out = sizes.train, sizes.held_out
-    tokens = recipe.tokens_per_row or tokens_per_row_for(sizes.device, scoring=True)
-    longest = min(max(tokens, train.longest), train.scored + held_out.scored)
-    share = train.responses / max(train.tokens, 1)
-    return Cost(
-        "log-probabilities",
-        train.pairs + held_out.pairs,
-        train.scored + held_out.scored,
-        scoring_estimates(sizes, model, types),
-        FrozenMemory(
-            model.shape,
-            sizes.device,
-            width_of(types.dtype, sizes.device),
-            longest,
-            math.ceil(share * longest),
-            processes=sizes.processes,
-        ),
-    )
-
-
-def width_of(dtype: str, device: str) -> int:
-    """Bytes of a frozen weight."""
-    return 4 if dtype == "float32" or (dtype == "auto" and device != "cuda") else 2

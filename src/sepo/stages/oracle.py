@@ -22,7 +22,6 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log_once
 from sepo.recipe.settings import OracleSettings, Recipe
 from sepo.stages import train
-from sepo.stages.cost import Cost, Sizes, training_estimates, training_memory
 from sepo.stages.score import check_rewards_file
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
@@ -135,7 +134,7 @@ def stage(
         },
         outputs=(".",),
         run=lambda folder: train_oracle(recipe, reference, pairs, reference_logps, folder, seed, swapped, ends),
-        cost=lambda sizes: cost(recipe, sizes, ends),
+        facts={"recipe": recipe},
         verifies=True,
     )
 
@@ -204,18 +203,3 @@ def train_oracle(
         until=None if target is None else {"accuracy": target, "pairs": pairs.content},
     )
     return {"pairs": len(sample), **results}
-
-
-def cost(recipe: Recipe, sizes: Sizes, ends: train.Targets | None = None) -> Cost:
-    """One training, and the measurements on the way to `oracle.target_accuracy`."""
-    settings, pairs = recipe.oracle, sizes.train
-    estimates = training_estimates(settings, sizes.small, pairs, pairs.responses, share=settings.sample)
-    if settings.target_accuracy is not None:
-        estimates = (*estimates, *train.required(ends).accuracy_estimates(recipe, sizes, estimates))
-    return Cost(
-        "DPO",
-        round(pairs.pairs * settings.sample),
-        round(pairs.tokens * settings.sample),
-        estimates,
-        training_memory(settings, sizes, sizes.small, pairs.responses),
-    )

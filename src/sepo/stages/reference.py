@@ -14,7 +14,6 @@ from sepo.errors import UserError
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, load_config, resolve_model
 from sepo.recipe.settings import Recipe
-from sepo.stages.cost import Cost, FineTuningMemory, Sizes
 from sepo.stages.stage import Model, Stage
 
 
@@ -81,7 +80,7 @@ def stage(recipe: Recipe, model: Model) -> Stage | None:
         },
         outputs=(".",),
         run=run,
-        cost=lambda sizes: cost(recipe, sizes),
+        facts={"sft": sft},
         verifies=sft is not None,
     )
 
@@ -90,12 +89,3 @@ def _what(recipe: Recipe) -> str:
     layers, sft = recipe.reference.layers, recipe.reference.sft
     parts = [f"{layers} layers of {recipe.reference.model}"] if layers is not None else []
     return ", ".join([*parts, f"SFT on {sft.source}"] if sft is not None else parts)
-
-
-def cost(recipe: Recipe, sizes: Sizes) -> Cost | None:
-    """Memory of the fine-tuning. Its time is not estimated: the length of its data is unknown until they are read."""
-    what, sft = _what(recipe), recipe.reference.sft
-    if sft is None:
-        return Cost(what) if what else None
-    need = FineTuningMemory(sizes.small.shape, sft.training, sizes.device, sft.max_length, sizes.processes)
-    return Cost(what, memory=need)

@@ -33,7 +33,6 @@ from sepo.errors import UserError, one_line
 from sepo.evaluate.accuracy import oracle_accuracy
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
-from sepo.stages.cost import Cost, Sizes
 from sepo.stages.data import has_own_rows
 from sepo.stages.logps import part_of
 from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
@@ -89,7 +88,7 @@ def stage(
         },
         outputs=(SCORES, SCORES_HELD_OUT),
         run=lambda folder: processes.on_main(lambda: write(folder)),
-        cost=cost,
+        facts={},
     )
 
 
@@ -163,7 +162,7 @@ def _without_oracle(
         depends={**depends, "pairs": pairs.content, "words": words is not None and words.gold},
         outputs=(SCORES, SCORES_HELD_OUT),
         run=lambda folder: processes.on_main(lambda: write(folder)),
-        cost=cost,
+        facts={},
     )
 
 
@@ -251,8 +250,3 @@ def _log_if_swapped(accuracy: dict[str, float]) -> None:
             f"  the oracle prefers the rejected response in {1 - value:.0%} of the pairs looked at: are oracle and "
             "reference swapped, or the labels?"
         )
-
-
-def cost(sizes: Sizes) -> Cost:
-    """Differences of stored log-probabilities: seconds."""
-    return Cost("token rewards", sizes.train.pairs + sizes.held_out.pairs, sizes.train.tokens + sizes.held_out.tokens)

@@ -17,7 +17,6 @@ from sepo.data.tables import PAIR_WEIGHT, clear_shards, iter_tables, read_shard,
 from sepo.errors import UserError
 from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe, SelectSettings
-from sepo.stages.cost import Cost, Sizes
 from sepo.stages.stage import SCORES, Stage, StageResult
 
 
@@ -56,7 +55,7 @@ def stage(recipe: Recipe, scores: StageResult, seed: int) -> Stage:
         depends={"scores": scores.content, "select": rule, "seed": seed if "random" in rules else None},
         outputs=(".",),
         run=lambda folder: processes.on_main(lambda: write(folder)),
-        cost=lambda sizes: cost(recipe, sizes.of_policy),
+        facts={"recipe": recipe},
     )
 
 
@@ -113,15 +112,3 @@ def selected(tables: Iterable[pa.Table]) -> tuple[dict[str, int], dict[str, floa
         return counts, {}
     values = np.concatenate(weights)
     return counts, {"pairs_left_out": int((values == 0).sum()), "mean_pair_weight": float(values.mean())}
-
-
-def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Sorting: seconds."""
-    objective = OBJECTIVES[recipe.policy.objective]
-    if objective.reads_token_rewards:
-        return Cost(f"the reward of every token, which {recipe.policy.objective} reads", sizes.train.pairs)
-    kept = f"{recipe.select.k_chosen:.0%} of chosen, {recipe.select.k_rejected:.0%} of rejected tokens"
-    if not objective.reads_selection:
-        pairs_alone = ", which reads the weights of pairs alone" if recipe.select.confidence else ""
-        kept += f" (not read by {recipe.policy.objective}{pairs_alone})"
-    return Cost(kept, sizes.train.pairs)

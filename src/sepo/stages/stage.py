@@ -3,8 +3,7 @@
 Each module of this folder defines one stage of the method:
 
     check(recipe)            find bad input before anything expensive starts
-    stage(...) -> Stage      what the stage reads, writes, runs and costs
-    cost(recipe, sizes)      its compute and memory, for a dry run and for the ETA
+    stage(...) -> Stage      what the stage reads, writes and runs
     a function that does it  and that can be called without a run
 
 `runs.method` says which stage reads which.
@@ -15,10 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from sepo.stages.cost import Cost, Sizes
+from typing import Any, NamedTuple
 
 # Tables of token rewards in the folder of the stages "score" and "transfer": training pairs and held-out pairs.
 SCORES, SCORES_HELD_OUT = "scores", "scores_held_out"
@@ -37,7 +33,7 @@ class Stage:
             function is called when the stage runs, not when it is planned: digests of large files.
         outputs: files and folders that it writes, as patterns in its folder ("." is the folder itself).
         run: writes the outputs into a folder and returns results for the manifest. Every rank of a launch calls it.
-        cost: its compute and memory.
+        facts: what a plan needs to know to compute its cost (`planning.stages`); None: it takes no time to speak of.
         verifies: `run` checks by itself which outputs of an earlier attempt it can keep. Otherwise a changed or stale
             output is deleted first.
         missing: one line about results that a second attempt may get, such as replies of a server; None for none.
@@ -48,7 +44,7 @@ class Stage:
     depends: Mapping[str, Any]
     outputs: tuple[str, ...]
     run: Callable[[Path], dict[str, Any] | None]
-    cost: Callable[[Sizes], Cost | None] = lambda sizes: None
+    facts: Mapping[str, Any] | None = None
     verifies: bool = False
     missing: Callable[[Mapping[str, Any]], str | None] = lambda results: None
 

@@ -17,8 +17,6 @@ from sepo.models.names import check_model, load_config
 from sepo.models.tokenizer import has_tokenizer, load_tokenizer
 from sepo.recipe.objectives import OBJECTIVES, check_objective
 from sepo.recipe.settings import Recipe, TrainingSettings
-from sepo.stages import select
-from sepo.stages.cost import Cost, Estimate, Sizes, training_estimates, training_memory
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.training.check import check_training
 from sepo.training.fit import objective_settings, train_model
@@ -43,12 +41,6 @@ class Targets(Protocol):
         self, recipe: Recipe, pairs: StageResult, reference_logps: StageResult, out: Path, swapped: bool
     ) -> TrainerCallback:
         """Ends the training at `oracle.target_accuracy`."""
-
-    def kl_estimates(self, recipe: Recipe, sizes: Sizes, training: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
-        """What `train_to_kl` computes beside a training of the policy."""
-
-    def accuracy_estimates(self, recipe: Recipe, sizes: Sizes, training: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
-        """What `until_accuracy` computes beside a training of the oracle."""
 
 
 def required(ends: Targets | None) -> Targets:
@@ -180,7 +172,7 @@ def stage(
         },
         outputs=(".",),
         run=run,
-        cost=lambda sizes: cost(recipe, sizes.of_policy, ends),
+        facts={"recipe": recipe},
         verifies=True,
     )
 
@@ -190,30 +182,3 @@ def _until(recipe: Recipe, pairs: StageResult) -> dict[str, Any]:
     names = {"prompts", "samples", "max_new_tokens", "temperature"}
     how = recipe.eval.model_dump(mode="json", include=names)
     return {"kl": recipe.policy.target_kl, "pairs": pairs.content, "eval": how, "seed": recipe.seed}
-
-
-def targets(recipe: Recipe, sizes: Sizes) -> float:
-    """Number of target tokens of all pairs."""
-    pairs, rule = sizes.train, select.settings_of(recipe)
-    if not OBJECTIVES[recipe.policy.objective].reads_selection:
-        return pairs.responses
-    return rule.k_chosen * pairs.chosen + rule.k_rejected * pairs.rejected
-
-
-def estimates(recipe: Recipe, sizes: Sizes) -> tuple[Estimate, ...]:
-    """The training, and the frozen reference that some objectives read at every step."""
-    training = training_estimates(recipe.policy, sizes.large, sizes.train, targets(recipe, sizes))
-    if not OBJECTIVES[recipe.policy.objective].kl_direction(recipe.policy.alpha):
-        return training
-    frozen = Estimate("score", sizes.large, training[1].tokens, training[1].targets, dtype="float32")
-    return (*training, frozen)
-
-
-def cost(recipe: Recipe, sizes: Sizes, ends: Targets | None = None) -> Cost:
-    """The training of the policy, and the measurements on the way to `policy.target_kl`."""
-    policy, parts = recipe.policy, estimates(recipe, sizes)
-    if policy.target_kl is not None:
-        parts = (*parts, *required(ends).kl_estimates(recipe, sizes, parts))
-    frozen_copy = bool(OBJECTIVES[policy.objective].kl_direction(policy.alpha))
-    need = training_memory(policy, sizes, sizes.large, targets(recipe, sizes), frozen_copy)
-    return Cost(f"{policy.objective} objective", sizes.train.pairs, sizes.train.tokens, parts, need)

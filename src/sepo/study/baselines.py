@@ -31,8 +31,6 @@ from sepo.processes import log
 from sepo.recipe.settings import Recipe
 from sepo.runs.method import Method
 from sepo.sampling.best import kl_bound
-from sepo.stages.cost import Cost, Sizes
-from sepo.stages.evaluate import sampling_estimates
 from sepo.stages.logps import scoring_dtype
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.study.grid import Baselines, Grid, Setting
@@ -127,7 +125,7 @@ def stage(
         },
         outputs=(BASELINES,),
         run=run,
-        cost=lambda sizes: cost(recipe, sizes.of_policy, baselines),
+        facts={"recipe": recipe, "answers": max(baselines.best_of, default=0) + 3 * len(baselines.steer)},
     )
 
 
@@ -238,13 +236,6 @@ def steered_point(evaluator: PolicyEvaluator, steered: Steered) -> dict[str, Any
         "kind": "steer",
         **evaluator.of_answers(answers, kl, device),
     }
-
-
-def cost(recipe: Recipe, sizes: Sizes, baselines: Baselines) -> Cost:
-    """The answers of best of n, and those of steering with three models at a time."""
-    answers = max(baselines.best_of, default=0) + 3 * len(baselines.steer)
-    once = sampling_estimates(recipe, sizes, scoring_dtype(recipe))
-    return Cost(_in_words(baselines), estimates=once * answers)
 
 
 def _in_words(baselines: Baselines) -> str:

@@ -11,13 +11,14 @@ from typing import NamedTuple
 from sepo.engines import check_engine
 from sepo.files import digest
 from sepo.models.devices import choose_device
+from sepo.planning.cost import Cost, Sizes
 from sepo.planning.plan import Planner, approximate, examples_of, throughputs_of
 from sepo.planning.sizes import method_sizes, models_of
+from sepo.planning.stages import cost_of
 from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
 from sepo.runs.method import Method
 from sepo.runs.pipeline import check_method_pairs
-from sepo.stages.cost import Cost, Sizes
 from sepo.stages.stage import StageResult
 from sepo.study.baselines import check_baselines, setting_with_oracle
 from sepo.study.comparison import (
@@ -64,8 +65,8 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
         pairs = Method(first, planner).pairs
         sizes, throughputs = _Sizes(), None
         examples: dict[str, list[str]] = {}
-        shared: dict[str, list[Cost | None]] = {kind: [] for kind in _SHARED}
-        runs: dict[str, dict[str, Cost | None]] = {variant: {} for variant in settings}
+        shared: dict[str, list[Cost]] = {kind: [] for kind in _SHARED}
+        runs: dict[str, dict[str, Cost]] = {variant: {} for variant in settings}
         for setting, seed, reported in schedule(grid, settings, lambda variant, group: group[0]):
             method = method_of(setting.recipe, planner, grid, seed, pairs)
             check_method_pairs(method)
@@ -78,8 +79,9 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
             before = set(planner.by_key)
             stage = run_stage(method, grid, reported)
             for key in planner.by_key.keys() - before:
-                shared.setdefault(planner.by_key[key].kind, []).append(planner.by_key[key].cost(sizes.of(method)))
-            runs[setting.variant][digest(stage.key())] = stage.cost(sizes.of(method))
+                made = planner.by_key[key]
+                shared.setdefault(made.kind, []).append(cost_of(made, sizes.of(method)))
+            runs[setting.variant][digest(stage.key())] = cost_of(stage, sizes.of(method))
         assert throughputs is not None
         shared["baselines"] = _baselines(grid, settings, planner, sizes, pairs)
         check_same_pairs(settings, lambda recipe: sizes.known(recipe).of_policy.train.pairs)
@@ -92,7 +94,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
     for variant, group in settings.items():
         costs = list(runs[variant].values())
         swept = f", sweep of {len(group)}" if len(group) > 1 else ""
-        what = next(cost.what for cost in costs if cost is not None)
+        what = costs[0].what
         rows.append(_row(variant, what + swept, len(costs), _seconds(costs, throughputs)))
     answers = min(prompts, first.eval.prompts) * first.eval.samples
     power = {"stage": "power", "what": can_tell(grid, first, prompts), "runs": "", "time": ""}
@@ -105,7 +107,7 @@ def plan_grid(grid: Grid, settings: dict[str, list[Setting]]) -> GridPlan:
 
 def _baselines(
     grid: Grid, settings: dict[str, list[Setting]], planner: Planner, sizes: _Sizes, pairs: StageResult
-) -> list[Cost | None]:
+) -> list[Cost]:
     """The costs of the baselines, one a seed."""
     if grid.baselines is None:
         return []
@@ -114,7 +116,7 @@ def _baselines(
     costs = []
     for seed in grid.seeds:
         method = method_of(recipe, planner, grid, seed, pairs)
-        costs.append(baselines_stage(method, grid, setting is not None).cost(sizes.of(method)))
+        costs.append(cost_of(baselines_stage(method, grid, setting is not None), sizes.of(method)))
     return costs
 
 
@@ -142,8 +144,8 @@ def _models(recipe: Recipe) -> tuple[str | None, ...]:
     return recipe.policy.model, recipe.policy.revision, recipe.reference.model
 
 
-def _seconds(costs: Iterable[Cost | None], throughputs: Throughputs) -> float:
-    parts = [part for cost in costs if cost is not None for part in cost.estimates or ()]
+def _seconds(costs: Iterable[Cost], throughputs: Throughputs) -> float:
+    parts = [part for cost in costs for part in cost.estimates or ()]
     return sum(map(throughputs.seconds, parts))
 
 

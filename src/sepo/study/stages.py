@@ -26,10 +26,6 @@ from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.settings import Recipe
-from sepo.stages import train
-from sepo.stages.cost import Cost, Estimate, Sizes
-from sepo.stages.evaluate import kl_estimates, sampling_estimates
-from sepo.stages.logps import scoring_dtype
 from sepo.stages.stage import Model, Stage, StageResult
 from sepo.study.grid import Grid
 from sepo.study.passing import Passing
@@ -38,7 +34,7 @@ from sepo.targets.kl_probe import PROBES, Probe
 from sepo.training import fit
 from sepo.training.batches import whole_responses
 from sepo.training.checkpoints import STATE_FILE
-from sepo.training.fit import epochs, objective_settings, train_model
+from sepo.training.fit import objective_settings, train_model
 from sepo.training.logs import carry_logs
 
 POINTS, SAMPLES = "points.json", "start.json"
@@ -102,7 +98,7 @@ def start_stage(recipe: Recipe, start: Model, pairs: StageResult, measured: Meas
         },
         outputs=(SAMPLES,),
         run=run,
-        cost=lambda sizes: start_cost(recipe, sizes.of_policy),
+        facts={"recipe": recipe},
     )
 
 
@@ -160,7 +156,7 @@ def run_stage(
         },
         outputs=(POINTS, PROBES) if at_kl else (POINTS,),
         run=run,
-        cost=lambda sizes: run_cost(recipe, sizes.of_policy, grid),
+        facts={"recipe": recipe, "measurements": grid.measurements},
     )
 
 
@@ -231,23 +227,6 @@ def _train_measured(
         "target_tokens": round(passes * target_tokens(table, policy.objective)),
         "read_tokens": round(passes * read),
     }
-
-
-def start_cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """The start answers the held-out prompts."""
-    return Cost("samples of the start", estimates=sampling_estimates(recipe, sizes, scoring_dtype(recipe)))
-
-
-def run_cost(recipe: Recipe, sizes: Sizes, grid: Grid) -> Cost:
-    """The training, and every measurement on its way."""
-    dtype = scoring_dtype(recipe)
-    measuring = (*sampling_estimates(recipe, sizes, dtype), *kl_estimates(recipe, sizes, dtype))
-    if recipe.eval.gold is None and recipe.eval.judge is None:
-        held_out = sizes.held_out
-        measuring += (Estimate("score", sizes.large, held_out.scored, held_out.responses, dtype=dtype),)
-    pairs = epochs(recipe.policy.training, sizes.train.pairs) * sizes.train.pairs
-    estimates = (*train.estimates(recipe, sizes), *grid.measurements * measuring)
-    return Cost(f"{recipe.policy.objective}, {pairs:,.0f} pairs a run", estimates=estimates)
 
 
 def target_tokens(table: pa.Table, objective: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from sepo.data.splits import sample_prompts
@@ -11,21 +10,17 @@ from sepo.models.devices import choose_device
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import Recipe, TrainingSettings
-from sepo.stages import evaluate
-from sepo.stages.cost import Estimate, Sizes
 from sepo.stages.stage import Model, StageResult
 from sepo.stages.train import Train
-from sepo.targets.auto_rate import FIRST_RATE, USUAL_PROBES, ProbedKl, ReadKl, choose_rate, probe_steps, probe_training
+from sepo.targets.auto_rate import ProbedKl, ReadKl, choose_rate
 from sepo.targets.kl_probe import Probe
 from sepo.targets.until import (
-    MEASUREMENTS,
     LookAtAccuracy,
     LookAtKl,
     Target,
     UntilTarget,
     accuracy_on,
     kl_from,
-    number_of_looks,
 )
 from sepo.training.fit import steps_of, training_types
 
@@ -63,35 +58,6 @@ def train_to_kl(
         out,
     )
     return {**train(training, out, until), **chosen}
-
-
-def kl_estimates(recipe: Recipe, sizes: Sizes, training: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
-    """What `train_to_kl` computes beside a training: the start, the measurements, the probes of an automatic rate.
-
-    Args:
-        training: of the policy, with one part of the kind "train".
-    """
-    dtype = recipe.dtype
-    measured = evaluate.sampling_estimates(recipe, sizes, dtype) + 2 * evaluate.kl_estimates(recipe, sizes, dtype)
-    parts = (Estimate("load", sizes.large), *MEASUREMENTS * measured)
-    if recipe.policy.training.learning_rate != "auto":
-        return parts
-    loads, trained = (next(part for part in training if part.kind == kind) for kind in ("load", "train"))
-    steps = probe_steps(round(trained.updates))
-    short = trained.times(min(steps / max(trained.updates, 1), 1.0))
-    probe = replace(short, training=probe_training(recipe.policy.training, steps, FIRST_RATE))
-    return (*parts, *USUAL_PROBES * (loads, probe))
-
-
-def accuracy_estimates(recipe: Recipe, sizes: Sizes, training: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
-    """What `until_accuracy` computes beside a training that lasts its whole length: passes over the held-out pairs.
-
-    Args:
-        training: of the oracle, with one part of the kind "train".
-    """
-    steps = round(next(part for part in training if part.kind == "train").updates)
-    held_out = sizes.held_out
-    return (Estimate("score", sizes.small, held_out.scored, held_out.responses).times(number_of_looks(steps)),)
 
 
 def until_accuracy(

@@ -40,7 +40,6 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log
 from sepo.recipe.settings import Recipe, TransferSettings
 from sepo.stages import data
-from sepo.stages.cost import Cost, Sizes
 from sepo.stages.score import Words, words_found
 from sepo.stages.stage import PARTS, SCORES, SCORES_HELD_OUT, Stage, StageResult
 from sepo.stages.train import own_tokenizer, tokenizers
@@ -75,7 +74,7 @@ def pairs_stage(recipe: Recipe, pairs: StageResult) -> Stage:
         depends={**own.depends, "pairs": pairs.content, "from": tokenizer_fingerprint(both[0])},
         outputs=PARTS,
         run=lambda folder: processes.on_main(lambda: prepare_pairs(recipe, pairs.folder, folder)),
-        cost=pairs_cost,
+        facts={},
     )
 
 
@@ -134,7 +133,7 @@ def stage(
         },
         outputs=(SCORES, SCORES_HELD_OUT),
         run=lambda folder: processes.on_main(lambda: write(folder)),
-        cost=lambda sizes: cost(recipe, sizes),
+        facts={"recipe": recipe},
     )
 
 
@@ -299,14 +298,3 @@ def _digest(paths: list[Path], kind: str) -> str:
     recorded = [provenance_of(read_schema(path)).get("digest") for path in paths]
     found = [one or table_digest(read_shard(path, kind)) for one, path in zip(recorded, paths, strict=True)]
     return short_digest(" ".join(map(str, found)))
-
-
-def pairs_cost(sizes: Sizes) -> Cost:
-    """Reading the source again: seconds."""
-    own = sizes.of_policy
-    return Cost(sizes.transfer, own.train.pairs + own.held_out.pairs, own.train.tokens + own.held_out.tokens)
-
-
-def cost(recipe: Recipe, sizes: Sizes) -> Cost:
-    """Arithmetic on tokens: seconds."""
-    return Cost(f"to the policy's tokens, by {recipe.transfer.allocation}", sizes.of_policy.train.pairs)

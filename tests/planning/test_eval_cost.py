@@ -1,10 +1,10 @@
 """What a dry run says of the memory that evaluation needs."""
 
+from sepo.planning.cost import ModelSize, PairSizes, Sizes
 from sepo.planning.memory import parts_of
 from sepo.planning.shapes import model_shape
+from sepo.planning.stages import evaluation
 from sepo.recipe.reading import parse_recipe
-from sepo.stages import evaluate
-from sepo.stages.cost import ModelSize, PairSizes, Sizes
 from tiny_models import CONFIGS
 
 
@@ -19,7 +19,7 @@ def test_the_memory_of_generation_is_one_model_and_the_cache_of_one_batch():
 
     def parts(**settings):
         recipe = parse_recipe({"eval": {"prompts": 40, "max_new_tokens": 156, **settings}}, "test")
-        return parts_of(evaluate.cost(recipe, sizes, "", start_scored=True).memory)
+        return parts_of(evaluation(sizes, recipe, start_scored=True).memory)
 
     def cached(**settings):
         return parts(**settings)["cache"] / (4 * 2 * shape.layers * shape.keys)

@@ -1,17 +1,17 @@
-"""What stages cost: sizes of data and models in, compute and memory out.
+"""What a cost is: the sizes of data and models that it follows from, the compute, the memory.
 
-Each stage has a `cost`. `planning` turns compute into seconds and memory into bytes; nothing here is measured.
+`planning.stages` has the cost of each stage, `throughput.py` turns compute into seconds, `memory.py` memory into bytes.
+Nothing here is measured.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from sepo.recipe.settings import LoraSettings, OracleSettings, PolicySettings, TrainingSettings
+    from sepo.recipe.settings import LoraSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -257,62 +257,13 @@ Memory = TrainingMemory | FrozenMemory | FineTuningMemory
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage will do: pairs and tokens, its compute, its memory. None: unknown, or too small to matter."""
+    """What a stage will do: pairs and tokens, its compute, its memory. None: unknown, or too small to matter.
 
-    what: str
+    An empty `what` is that of the stage.
+    """
+
+    what: str = ""
     pairs: int | None = None
     tokens: int | None = None
     estimates: tuple[Estimate, ...] | None = None
     memory: Memory | None = None
-
-
-def training_estimates(
-    settings: OracleSettings | PolicySettings, model: ModelSize, pairs: PairSizes, targets: float, share: float = 1.0
-) -> tuple[Estimate, ...]:
-    """Compute of a training on a share of the pairs.
-
-    Args:
-        targets: target tokens of all pairs.
-    """
-    from sepo.training.fit import epochs, steps_of
-
-    training = settings.training
-    passes = epochs(training, pairs.pairs * share)
-    return (
-        Estimate("load", model),
-        Estimate(
-            "train",
-            model,
-            tokens=pairs.tokens * share * passes,
-            targets=targets * share * passes,
-            updates=steps_of(training, round(pairs.pairs * share)),
-            training=training,
-            lora=settings.lora,
-            quantization=settings.quantization,
-        ),
-    )
-
-
-def training_memory(
-    settings: OracleSettings | PolicySettings, sizes: Sizes, model: ModelSize, targets: float, frozen_copy: bool = False
-) -> TrainingMemory:
-    """Memory of a training; `targets` as in `training_estimates`."""
-    from sepo.forward.scoring import tokens_per_row_for
-
-    training, pairs = settings.training, sizes.train
-    budget = training.tokens_per_row or tokens_per_row_for(sizes.device)
-    # A row holds at most the pairs that one process reads for an update.
-    mean = pairs.tokens / max(pairs.pairs, 1)
-    tokens = max(min(budget, math.ceil(mean * training.batch_size / sizes.processes)), pairs.longest)
-    return TrainingMemory(
-        model.shape,
-        training,
-        sizes.device,
-        tokens,
-        math.ceil(tokens * targets / max(pairs.tokens, 1)),
-        pairs.longest,
-        settings.lora,
-        settings.quantization,
-        sizes.processes,
-        frozen_copy=frozen_copy,
-    )
