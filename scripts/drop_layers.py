@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sepo.files import write_text
 from sepo.models.shrink import shrink_model
-from sepo.planning.shapes import load_shape
+from sepo.planning.sizes import load_shape
 from sepo.recipe.settings import DEFAULT_MODEL, DataSettings
 from sepo.stages.data import read_split
 

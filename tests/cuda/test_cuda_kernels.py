@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pairs import attention_inputs, many_rows
-from sepo.forward import attention, attention_cuda, layers, layers_cuda, lm_head
-from sepo.forward.gradients import gradients_in_place
+from sepo.forward import attention
+from sepo.kernels import attention_cuda, layers, layers_cuda, lm_head
+from sepo.kernels.gradients import gradients_in_place
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 

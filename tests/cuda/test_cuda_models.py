@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 
 from pairs import awkward_pairs, pairs_table, plain_logps
 from sepo.evaluate.generate import generate_responses
-from sepo.forward.gradients import gradients_in_place
 from sepo.forward.logps import token_logps
 from sepo.forward.packing import pack, pad
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import dataset_logps
+from sepo.kernels.gradients import gradients_in_place
 from sepo.models.adapters import new_adapter
 from sepo.recipe.settings import LoraSettings
 from sepo.training.trainer import PreferenceConfig, PreferenceTrainer

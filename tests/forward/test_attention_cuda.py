@@ -8,8 +8,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from pairs import attention_inputs, awkward_pairs, many_rows
-from sepo.forward import attention, attention_cuda
+from sepo.forward import attention
 from sepo.forward.packing import pack
+from sepo.kernels import attention_cuda
 
 NIGHTLY = pytest.mark.nightly
 

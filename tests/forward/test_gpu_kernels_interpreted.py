@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from sepo.forward import layers_cuda, lm_head_cuda, rotary
+from sepo.kernels import layers_cuda, lm_head_cuda, rotary
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves are tested in tests/cuda")
 

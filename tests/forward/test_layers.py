@@ -13,12 +13,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import spawn
 from pairs import awkward_pairs, plain_logps
-from sepo.forward import gradients, layers
-from sepo.forward.gradients import gradients_in_place, matmul_nt, may_accumulate_in_place
-from sepo.forward.layers import FastEmbedding, FastGatedMLP, FastLinear, FastRMSNorm, use_fast_layers
 from sepo.forward.logps import last_mlp, rows_only, token_logps
 from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
+from sepo.kernels import gradients, layers
+from sepo.kernels.gradients import gradients_in_place, matmul_nt, may_accumulate_in_place
+from sepo.kernels.layers import FastEmbedding, FastGatedMLP, FastLinear, FastRMSNorm, use_fast_layers
 from sepo.models.weights import load_model
 from sepo.recipe.settings import LoraSettings
 from tiny_models import TINY_MODELS, tiny_model

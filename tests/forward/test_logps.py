@@ -7,11 +7,12 @@ import torch
 
 from pairs import attention_inputs, awkward_pairs, pairs_table, plain_logps, random_ids
 from sepo.errors import UserError
-from sepo.forward import attention, attention_cpu, lm_head
+from sepo.forward import attention
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.packing import Pair, fill_rows, pack, pad
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import NonFiniteError, dataset_logps, make_batches
+from sepo.kernels import attention_cpu, lm_head
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import LoraSettings

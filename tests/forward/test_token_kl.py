@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from pairs import awkward_pairs
-from sepo.forward.lm_head import head_logits
 from sepo.forward.logps import target_hidden, token_logps
 from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
 from sepo.forward.token_kl import token_logps_and_kl
+from sepo.kernels.lm_head import head_logits
 from tiny_models import VOCAB_SIZE, tiny_model
 
 GIVEN = 90  # tokens of positive probability; the others have probability 0

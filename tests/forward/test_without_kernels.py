@@ -6,11 +6,11 @@ from torch import nn
 
 from pairs import awkward_pairs, plain_logps
 from sepo import processes
-from sepo.forward import layers, layers_cuda
-from sepo.forward.layers import use_fast_layers
 from sepo.forward.logps import token_logps
 from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
+from sepo.kernels import layers, layers_cuda
+from sepo.kernels.layers import use_fast_layers
 from tiny_models import tiny_model
 
 

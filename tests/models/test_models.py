@@ -27,7 +27,7 @@ from sepo.models.names import check_model, load_config, resolve_model
 from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
-from sepo.planning.shapes import load_shape, model_shape
+from sepo.planning.sizes import load_shape, model_shape
 from sepo.recipe.settings import DEFAULT_MODEL, LoraSettings
 from tiny_gguf import write_gguf
 from tiny_models import TINY_MODELS, tiny_model, tiny_tokenizer

@@ -12,7 +12,7 @@ import pytest
 from sepo import bars
 from sepo.planning.cost import Cost, Estimate, ModelSize
 from sepo.planning.eta import Eta, RunLine, estimates_of_process
-from sepo.planning.shapes import load_shape
+from sepo.planning.sizes import load_shape
 from sepo.recipe.settings import LoraSettings
 from tiny_models import tiny_model
 

@@ -2,7 +2,7 @@
 
 from sepo.planning.cost import ModelSize, PairSizes, Sizes
 from sepo.planning.memory import parts_of
-from sepo.planning.shapes import model_shape
+from sepo.planning.sizes import model_shape
 from sepo.planning.stages import evaluation
 from sepo.recipe.reading import parse_recipe
 from tiny_models import CONFIGS

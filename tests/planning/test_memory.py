@@ -8,15 +8,15 @@ from transformers import AutoConfig, LlamaConfig
 
 from pairs import some_pairs
 from sepo.evaluate.generate import generate_responses
-from sepo.forward.gradients import gradients_in_place
 from sepo.forward.logps import token_logps
 from sepo.forward.packing import pack
 from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import table_pairs
+from sepo.kernels.gradients import gradients_in_place
 from sepo.models.adapters import new_adapter
 from sepo.planning.cost import FrozenMemory, TrainingMemory
 from sepo.planning.memory import PARTS, kept_bytes, options_to_fit, parts_of, smallest_change, trainable
-from sepo.planning.shapes import model_shape
+from sepo.planning.sizes import model_shape
 from sepo.recipe.settings import LoraSettings, TrainingSettings
 from tiny_models import CONFIGS, tiny_model, tiny_tokenizer
 

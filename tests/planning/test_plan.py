@@ -16,8 +16,7 @@ from sepo.forward import scoring as passes
 from sepo.planning.cost import Cost, Estimate, FrozenMemory
 from sepo.planning.memory import parts_of
 from sepo.planning.plan import Planner, Target, _by_units, plan_stages, throughputs_of, warm_up_lines
-from sepo.planning.shapes import load_shape, model_shape
-from sepo.planning.sizes import method_sizes
+from sepo.planning.sizes import load_shape, method_sizes, model_shape
 from sepo.planning.stages import cost_of
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import TrainingSettings

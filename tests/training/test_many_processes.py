@@ -18,7 +18,7 @@ from sepo.forward.prepare import prepare_model
 from sepo.forward.scoring import table_pairs
 from sepo.planning.cost import TrainingMemory
 from sepo.planning.memory import parts_of
-from sepo.planning.shapes import model_shape
+from sepo.planning.sizes import model_shape
 from sepo.recipe.settings import TrainingSettings
 from tiny_models import tiny_model
 

@@ -6,7 +6,7 @@ import torch
 from pairs import config, some_pairs
 from sepo import processes
 from sepo.errors import UserError
-from sepo.forward.attention_cpu import BlockAttention
+from sepo.kernels.attention_cpu import BlockAttention
 from sepo.training.trainer import PreferenceTrainer
 from tiny_models import tiny_model
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sepo.forward import lm_head
-from sepo.forward.lm_head import HeadLimits, LogitTransform, target_logps
+from sepo.kernels import lm_head
+from sepo.kernels.lm_head import HeadLimits, LogitTransform, target_logps
 from sepo.trl.statistics import TokenStatistics
 
 NAMES = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")

@@ -31,8 +31,8 @@ from sepo.bars import progress_bar
 from sepo.data.templates import stop_ids
 from sepo.errors import UserError
 from sepo.files import append_line, grown_lines, write_text
-from sepo.forward.layers import fast_linear_layers
 from sepo.forward.scoring import NonFiniteError
+from sepo.kernels.layers import fast_linear_layers
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import is_sharded
 

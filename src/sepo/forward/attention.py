@@ -6,7 +6,8 @@ A row of documents `[prompt | branch | branch ...]` needs three kinds of block (
     a later branch on itself  causal, contiguous
     a later branch on prompt  full, no mask
 
-On a CPU each block is one kernel call (`attention_cpu.py`); on a GPU one call covers the row (`attention_cuda.py`).
+On a CPU each block is one kernel call (`kernels/attention_cpu.py`); on a GPU one call
+covers the row (`kernels/attention_cuda.py`).
 Elsewhere (soft-capping on a CPU, an unknown device) one masked softmax per document computes the same; the tests
 compare the fast paths with it.
 
@@ -26,8 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sepo.errors import UserError
-from sepo.forward.attention_cpu import BlockAttention, lse_dtype
-from sepo.forward.packing import Layout
+from sepo.kernels.attention_cpu import BlockAttention, lse_dtype
+from sepo.kernels.layout import Layout
 
 ATTENTION = "sepo_packed"
 
@@ -77,7 +78,7 @@ def packed_attention_forward(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kind == "cuda":
-        from sepo.forward.attention_cuda import packed_attention
+        from sepo.kernels.attention_cuda import packed_attention
 
         window = sliding_window if _windowed(layout, sliding_window) else None
         output = packed_attention(query, key, value, layout, scaling, window, softcap)

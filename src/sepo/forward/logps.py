@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sepo.errors import UserError, wrong_type
-from sepo.forward.lm_head import LogitTransform, target_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch
+from sepo.kernels.lm_head import LogitTransform, target_logps
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import inside_call, is_sharded
 

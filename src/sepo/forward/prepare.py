@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 
 from sepo.errors import UserError, one_line
 from sepo.forward.attention import ATTENTION
-from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
-from sepo.forward.layers import use_fast_layers
 from sepo.forward.logps import LayoutTrials, read_logps
 from sepo.forward.packing import CHOSEN, REJECTED, PackedBatch, Pair, pack, pad
+from sepo.kernels.gradients import gradients_in_place, may_accumulate_in_place
+from sepo.kernels.layers import use_fast_layers
 from sepo.models.adapters import causal_lm
 from sepo.models.sharding import is_sharded, own_part
 from sepo.processes import log_once

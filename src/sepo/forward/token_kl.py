@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sepo.forward.lm_head import LogitTransform, head_logits
 from sepo.forward.logps import read_hidden, target_hidden
 from sepo.forward.packing import PackedBatch
+from sepo.kernels.lm_head import LogitTransform, head_logits
 from sepo.models.adapters import causal_lm
 
 # Bytes of both models' logits of one chunk of targets. Small chunks would leave a GPU idle.

@@ -1,6 +1,6 @@
 """How many bytes of a device each kind of work needs, computed from a model's shape.
 
-The formulas follow what the code keeps (forward/layers.py, attention, lm_head.py), in the dtypes that it uses.
+The formulas follow what the code keeps (`kernels/`: layers, attention, LM head), in the dtypes that it uses.
 docs/how-to/does-it-fit.md compares each with a measurement. Figures are bytes of one device at the worst moment.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from sepo.forward.lm_head import CPU_LIMITS, GPU_LIMITS
+from sepo.kernels.lm_head import CPU_LIMITS, GPU_LIMITS
 from sepo.planning.cost import FineTuningMemory, FrozenMemory, Memory, Shape, TrainingMemory
 from sepo.recipe.settings import LoraSettings
 

@@ -26,7 +26,6 @@ from sepo.numbers import duration, size
 from sepo.planning.cost import Cost, FrozenMemory, TrainingMemory
 from sepo.planning.sizes import method_sizes, prompts_of
 from sepo.planning.stages import cost_of
-from sepo.planning.throughput import Throughputs
 from sepo.recipe.settings import Recipe
 from sepo.runs.method import NOTHING, Extension, Method, check_until
 from sepo.runs.pipeline import check_inputs, check_method_pairs
@@ -34,6 +33,7 @@ from sepo.stages.data import PAIRS_PER_SHARD
 from sepo.stages.stage import Model, Stage, StageResult
 
 if TYPE_CHECKING:
+    from sepo.planning.throughput import Throughputs
     from sepo.planning.units import Simulated
 
 # Kinds of compute that the processes of a launch share.
@@ -195,6 +195,8 @@ def plan_stages(method: Method, extension: Extension = NOTHING, until: str | Non
 
 def throughputs_of(method: Method, target: Target | None = None) -> Throughputs:
     """Throughputs of a method's models on its own pairs."""
+    from sepo.planning.throughput import Throughputs
+
     target, recipe = target or Target(), method.recipe
     kind = device_kind(recipe, target)
     # Seconds are of this machine; they say nothing about another kind of device.

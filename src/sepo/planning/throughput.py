@@ -25,9 +25,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
-from sepo.forward.gradients import matmul_nt
 from sepo.forward.packing import Pair, fill_rows, pack
 from sepo.forward.scoring import dataset_logps, table_pairs
+from sepo.kernels.gradients import matmul_nt
 from sepo.models.adapters import causal_lm
 from sepo.models.folders import is_outline
 from sepo.models.hub import cached_snapshot

@@ -33,12 +33,12 @@ from sepo.data.loading import require_dataset
 from sepo.data.tables import PAIR_WEIGHT, provenance_of, require_table
 from sepo.errors import UserError, check_number, named_error, wrong_type
 from sepo.files import expand_home
-from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.forward.logps import segment_sums, segment_weights, token_logps
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import PackedBatch, Pair
 from sepo.forward.prepare import prepare_model, training_layout, training_noise
 from sepo.forward.scoring import dataset_logps, numerics, require_readable, tokens_per_row_for
+from sepo.kernels.gradients import gradients_in_place, may_accumulate_in_place
 from sepo.models.adapters import causal_lm, with_adapter
 from sepo.models.sharding import gather_by_block, sharded_twin
 from sepo.models.tokenizer import load_tokenizer

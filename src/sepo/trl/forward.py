@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sepo.errors import UserError, check_number
-from sepo.forward.gradients import gradients_in_place, may_accumulate_in_place
-from sepo.forward.lm_head import LogitTransform, target_logps
 from sepo.forward.logps import LayoutTrials, target_hidden
 from sepo.forward.memory import keep_freed_memory
 from sepo.forward.packing import Pair, fill_rows, pack
 from sepo.forward.prepare import prepare_model, training_noise
 from sepo.forward.scoring import tokens_per_row_for
+from sepo.kernels.gradients import gradients_in_place, may_accumulate_in_place
+from sepo.kernels.lm_head import LogitTransform, target_logps
 from sepo.models.adapters import causal_lm
 from sepo.trl.checks import check_trainer, kind_of
 from sepo.trl.statistics import TokenStatistics

@@ -11,7 +11,7 @@ from torch import Tensor
 class TokenStatistics:
     """Statistics of softmax(z) at each target, from the blocks of logits z that the LM head computes for the loss.
 
-    Pass it to `sepo.forward.lm_head.target_logps` as reader, then read `values`.
+    Pass it to `sepo.kernels.lm_head.target_logps` as reader, then read `values`.
 
     Args:
         ids: `[N]`, the targets.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from sepo.forward import layers_cuda
+from sepo.kernels import layers_cuda
 
 
 class _RotaryFunction(torch.autograd.Function):

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from sepo.forward import lm_head_cuda
-from sepo.forward.gradients import add_gradient, add_product, compute_copy, compute_dtype, in_place, matmul_nt
+from sepo.kernels import lm_head_cuda
+from sepo.kernels.gradients import add_gradient, add_product, compute_copy, compute_dtype, in_place, matmul_nt
 from sepo.models.sharding import inside_call, waits_for_call
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sepo.forward.packing import Layout
+from sepo.kernels.layout import Layout
 
 try:
     from torch.nn.attention.varlen import varlen_attn

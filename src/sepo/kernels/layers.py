@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from sepo.forward import layers_cuda
-from sepo.forward.gradients import FEW_ROWS, add_gradient, add_product, compute_copy, compute_dtype, in_place, matmul_nt
-from sepo.forward.rotary import use_fused_rotary
+from sepo.kernels import layers_cuda
+from sepo.kernels.gradients import FEW_ROWS, add_gradient, add_product, compute_copy, compute_dtype, in_place, matmul_nt
+from sepo.kernels.rotary import use_fused_rotary
 from sepo.models.sharding import gathered, units
 
 

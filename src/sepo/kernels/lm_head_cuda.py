@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sepo.forward.layers_cuda import can_build, lines
+from sepo.kernels.layers_cuda import can_build, lines
 
 try:
     import triton
