@@ -26,7 +26,7 @@ from sepo.models.saving import save_model
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.recipe.settings import SftSettings, SftTrainingSettings
-from sepo.training.sft import train_reference
+from sepo.sft import train_reference
 
 # Gemma's turns; a system message precedes the user's text, as in the templates of its instruct models.
 TEMPLATE = (

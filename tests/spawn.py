@@ -38,7 +38,7 @@ PRELOADED = (
     "peft", "trl", "datasets", "accelerate", "matplotlib.pyplot", "scipy.stats", "vaderSentiment.vaderSentiment",
     "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.launcher.api",
     "transformers.models.llama.modeling_llama", "transformers.trainer", "sepo.runs.pipeline", "sepo.report.build",
-    "sepo.training.trainer", "sepo.training.sft", "sepo.models.weights", "sepo.evaluate.generate", "sepo.cli",
+    "sepo.training.trainer", "sepo.sft", "sepo.models.weights", "sepo.evaluate.generate", "sepo.cli",
     "fsdp_on_cpu",
 )  # fmt: skip
 OPEN_MAX = os.sysconf("SC_OPEN_MAX")

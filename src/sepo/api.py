@@ -89,7 +89,7 @@ def plan_run(recipe: Recipe, target: Target | None = None, until: str | None = N
 
 
 def extension_of(recipe: Recipe) -> Extension:
-    """Judge, benchmarks, tasks, sampled data, another model as policy, trainings up to a value, sharded checkpoints."""
+    """The wings that a recipe asks for: what they check, and the stages and functions that they give to the method."""
     from sepo.runs.method import NOTHING, Extension
 
     settings, samples = recipe.eval, recipe.data.on_policy is not None
@@ -111,6 +111,10 @@ def extension_of(recipe: Recipe) -> Extension:
         from sepo.targets import stages as targets
 
         found = found.and_also(Extension(targets=targets))
+    if recipe.reference.sft is not None:
+        from sepo import sft
+
+        found = found.and_also(Extension(sft.check, fine_tune=sft.train_reference))
     trainings = [section.training for section in (recipe.reference.sft, recipe.oracle, recipe.policy) if section]
     if any(training.checkpoints == "sharded" for training in trainings):
         from sepo import sharded

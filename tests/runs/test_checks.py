@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from pairs import some_pairs
-from sepo.api import plan_run, run_recipe
+from sepo.api import extension_of, plan_run, run_recipe
 from sepo.credit.rewards import pair_rewards
 from sepo.data.tables import make_table, provenance_of, read_table, write_table
 from sepo.errors import UserError
@@ -125,11 +125,13 @@ def test_a_fine_tuning_is_checked_as_well(tmp_path, model, setting, match):
     pytest.importorskip("trl")
     rows = tmp_path / "sft.jsonl"
     rows.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    recipe = recipe_of(tmp_path, model, f"reference.sft.source={rows}", f"reference.sft.training.{setting}")
     with pytest.raises(UserError, match=match):
-        check_inputs(recipe_of(tmp_path, model, f"reference.sft.source={rows}", f"reference.sft.training.{setting}"))
+        check_inputs(recipe, extension_of(recipe))
     rows.write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
+    recipe = recipe_of(tmp_path, model, f"reference.sft.source={rows}")
     with pytest.raises(UserError, match="has the columns question, answer: expected messages"):
-        check_inputs(recipe_of(tmp_path, model, f"reference.sft.source={rows}"))
+        check_inputs(recipe, extension_of(recipe))
 
 
 # --- limits of a model ---

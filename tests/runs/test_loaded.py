@@ -49,6 +49,9 @@ def test_at_most_a_hundred_files_are_loaded_before_the_first_training_step(loade
     assert len(loaded) <= 100, "\n".join(sorted(loaded))
 
 
-@pytest.mark.parametrize("wing", ["judging", "study", "hub", "analyse", "report", "transfer", "targets", "sharded"])
+WINGS = ("judging", "study", "hub", "analyse", "report", "transfer", "targets", "sharded", "sft")
+
+
+@pytest.mark.parametrize("wing", WINGS)
 def test_a_run_that_needs_no_wing_loads_none(loaded, wing):
     assert not [name for name in loaded if name.startswith(f"sepo.{wing}")]

@@ -14,9 +14,9 @@ from sepo.data.tables import make_table, read_shard, read_table, table_paths
 from sepo.errors import UserError
 from sepo.recipe.settings import SftSettings, SftTrainingSettings
 from sepo.report.reading import read_training
+from sepo.sft import train_reference
 from sepo.stages import data
 from sepo.training.checkpoints import last_checkpoint, seal_checkpoint
-from sepo.training.sft import train_reference
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_run import COLORS, run_command, stages_done
 

@@ -20,10 +20,10 @@ from sepo.cli.failures import known_failure
 from sepo.errors import Interrupted, UserError
 from sepo.recipe.reading import load_recipe
 from sepo.recipe.settings import SftSettings, TrainingSettings
+from sepo.sft import train_reference
 from sepo.sharded.checkpoints import SaveInBackground
 from sepo.sharded.shards import Reader, copy_own, write
 from sepo.training import fit
-from sepo.training.sft import train_reference
 
 HERE = Path(__file__).parents[1]
 

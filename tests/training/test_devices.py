@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 from sepo.errors import UserError
 from sepo.models.devices import choose_device
 from sepo.recipe.settings import SftSettings, TrainingSettings
+from sepo.sft import sft_arguments
 from sepo.training.fit import training_arguments
-from sepo.training.sft import sft_arguments
 from sepo.training.trainer import PreferenceConfig
 
 

@@ -87,6 +87,7 @@ class Extension(NamedTuple):
         before_data: does stages before the data, and returns the recipe that reads what they wrote; None without any.
         transfer: the stages for a policy with another tokenizer; None where the policy is no model of its own.
         targets: ends trainings at a measured value; None where they last a number of steps.
+        fine_tune: fine-tunes the reference; None where the recipe does not ask for it.
     """
 
     check: Callable[[Recipe], None] = lambda recipe: None
@@ -95,6 +96,7 @@ class Extension(NamedTuple):
     before_data: Callable[[Recipe, Walker], Recipe] | None = None
     transfer: Transfer | None = None
     targets: train.Targets | None = None
+    fine_tune: reference.FineTune | None = None
 
     def and_also(self, other: Extension) -> Extension:
         """Both extensions."""
@@ -110,6 +112,7 @@ class Extension(NamedTuple):
             other.before_data or self.before_data,
             other.transfer or self.transfer,
             other.targets or self.targets,
+            other.fine_tune or self.fine_tune,
         )
 
 
@@ -176,7 +179,7 @@ class Method:
     @cached_property
     def reference(self) -> Model:
         """The model that the oracles start from."""
-        stage = reference.stage(self.recipe, self.start)
+        stage = reference.stage(self.recipe, self.start, self.extension.fine_tune)
         return self.start if stage is None else Model.of(self.walker.do(stage, "reference"))
 
     @cached_property

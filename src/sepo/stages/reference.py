@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedConfig
 
@@ -13,12 +13,19 @@ from sepo.data.loading import source_fingerprint
 from sepo.errors import UserError
 from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.names import check_model, load_config, resolve_model
-from sepo.recipe.settings import Recipe
+from sepo.recipe.settings import Recipe, SftSettings
 from sepo.stages.stage import Model, Stage
 
 
+class FineTune(Protocol):
+    """Supervised fine-tuning (`sepo.sft`)."""
+
+    def __call__(self, model: str, settings: SftSettings, out: Path, *, seed: int, device: str) -> Path:
+        """Fine-tune the model of a folder into the folder `out`."""
+
+
 def check(recipe: Recipe, elsewhere: bool = False) -> None:
-    """Check the model, its layers, and data and settings of fine-tuning; `elsewhere` as in `train.check`."""
+    """Check the model and its layers; `elsewhere` as in `train.check`."""
     check_model(recipe.reference.model, revision=recipe.reference.revision, weights=not elsewhere)
     if recipe.reference.layers is not None:
         config(recipe)
@@ -26,10 +33,6 @@ def check(recipe: Recipe, elsewhere: bool = False) -> None:
             raise UserError(
                 "reference.layers leaves a model that cannot write text: set policy.model, the model to align"
             )
-    if recipe.reference.sft is not None:
-        from sepo.training.sft import check_sft
-
-        check_sft(recipe.reference.sft, recipe.device)
 
 
 def config(recipe: Recipe) -> PreTrainedConfig:
@@ -49,8 +52,12 @@ def hash_model(name: str, revision: str | None = None) -> Model:
     return Model(folder, content, usage)
 
 
-def stage(recipe: Recipe, model: Model) -> Stage | None:
-    """Keep some layers of `model`, fine-tune it, or both; None if the recipe uses the model unchanged."""
+def stage(recipe: Recipe, model: Model, fine_tune: FineTune | None = None) -> Stage | None:
+    """Keep some layers of `model`, fine-tune it, or both; None if the recipe uses the model unchanged.
+
+    Args:
+        fine_tune: needed for `reference.sft`.
+    """
     layers, sft = recipe.reference.layers, recipe.reference.sft
     if layers is None and sft is None:
         return None
@@ -63,9 +70,9 @@ def stage(recipe: Recipe, model: Model) -> Stage | None:
             source = str(cut if sft is not None else folder)
             processes.on_main(lambda: shrink_model(model.folder, layers, source))
         if sft is not None:
-            from sepo.training.sft import train_reference
-
-            train_reference(source, sft, folder, seed=recipe.seed, device=recipe.device)
+            if fine_tune is None:
+                raise ValueError("reference.sft needs sepo.api.run_recipe")
+            fine_tune(source, sft, folder, seed=recipe.seed, device=recipe.device)
             processes.on_main(lambda: shutil.rmtree(cut, ignore_errors=True))
         return {}
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sepo import engines, sharded
+from sepo import engines, sft, sharded
 from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.splits import prompt_numbers
 from sepo.data.tables import read_table
@@ -68,6 +68,7 @@ EXTENSION = (
     Extension(judging_stages.check, targets=target_stages)
     .and_also(Extension(transfer_stages.check, transfer=transfer_stages))
     .and_also(Extension(sharded.check))
+    .and_also(Extension(sft.check, fine_tune=sft.train_reference))
 )
 
 

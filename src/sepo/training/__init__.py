@@ -8,6 +8,5 @@ checkpoints    when to save, and which checkpoints and finished models can be re
 interrupt      Ctrl-C finishes the step and saves a checkpoint
 logs           reporters, their files, the progress bar
 fit            a whole training: model and table in, trained model in a folder out
-sft            supervised fine-tuning of the reference
 check          checks the settings of a training before a run starts
 """

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of the reference, through TRL."""
+"""Wing: supervised fine-tuning of the reference, through TRL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sepo.data.loading import load_rows, source_fingerprint
 from sepo.errors import UserError
 from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
-from sepo.recipe.settings import SftSettings, TrainingSettings
+from sepo.recipe.settings import Recipe, SftSettings, TrainingSettings
 from sepo.training.check import UNSUPPORTED, check_arguments, require_setup
 from sepo.training.checkpoints import existing_model, saving, training_fingerprint
 from sepo.training.fit import run_training, training_arguments
@@ -48,14 +48,16 @@ def train_reference(model: str, settings: SftSettings, out: Path, *, seed: int =
     return out
 
 
-def check_sft(settings: SftSettings, device: str = "auto") -> None:
-    """Raise a UserError if the data or the settings of the fine-tuning cannot be used."""
+def check(recipe: Recipe) -> None:
+    """Raise a UserError if the data or the settings of a recipe's fine-tuning cannot be used."""
+    if (settings := recipe.reference.sft) is None:
+        return
     _require_trl()
     section = "reference.sft.training"
     check_arguments(settings.training, section, UNSUPPORTED)
 
     def arguments(training: TrainingSettings, folder: Path) -> Any:
-        return sft_arguments(settings, training, folder, seed=0, device=device)
+        return sft_arguments(settings, training, folder, seed=0, device=recipe.device)
 
     require_setup(settings.training, section, arguments)
     made = arguments(settings.training, Path("check"))
