@@ -129,7 +129,7 @@ class PromptRows:
 
     def labels(self) -> np.ndarray:
         """A label of each pair's prompt: `[pairs]` int64, equal where the prompts are."""
-        return self._numbers(f"SELECT {self._label()} FROM pairs ORDER BY row", np.int64)
+        return self._numbers(f"SELECT {self._label()} FROM pairs ORDER BY row", np.int64, len(self))
 
     def _values(self, table: pa.Table) -> list[list[int]]:
         return _prompt_hashes(table, _ids(table["prompt_ids"]))
@@ -149,9 +149,9 @@ class PromptRows:
     def _query(self, query: str, *values: int) -> sqlite3.Cursor:
         return self._database.execute(query, values)
 
-    def _numbers(self, query: str, dtype: type[np.integer], *values: int) -> np.ndarray:
-        """The only column of a query."""
-        return np.fromiter((number for (number,) in self._query(query, *values)), dtype)
+    def _numbers(self, query: str, dtype: type[np.integer], count: int) -> np.ndarray:
+        """The only column of a query with this many rows."""
+        return np.fromiter((number for (number,) in self._query(query)), dtype, count)
 
     def _choose(self, rows: np.ndarray) -> str:
         """The name of a table of these rows alone."""
@@ -220,7 +220,7 @@ class PairRows(PromptRows):
     @property
     def pair_ids(self) -> np.ndarray:
         """`[pairs]` int64."""
-        return self._numbers("SELECT pair_id FROM pairs ORDER BY row", np.int64)
+        return self._numbers("SELECT pair_id FROM pairs ORDER BY row", np.int64, len(self))
 
     def rows_of(self, pair_ids: Iterable[int]) -> np.ndarray:
         """The rows with these `pair_id`s, in this order; an id without a row is left out."""
@@ -245,11 +245,16 @@ class PairRows(PromptRows):
                 f"cannot hold out {target} of {len(self)} pairs: they share {prompts} prompts (dialogues with one "
                 "first user turn count as one), and at least one must stay for training; hold out fewer pairs"
             )
-        within = f"{label} IN (SELECT label FROM prompts WHERE rowid <= {number})"
-        held = self._numbers(f"SELECT row FROM pairs WHERE {within} ORDER BY row", np.int32)
-        is_train = np.ones(len(self), bool)
-        is_train[held] = False
-        train = np.arange(len(self), dtype=np.int32)[is_train]
+        pairs = self._query(f"SELECT coalesce(sum(size), 0) FROM prompts WHERE rowid <= {number}").fetchone()[0]
+        train, held = (
+            self._numbers(
+                f"SELECT row FROM pairs WHERE {label} {within} (SELECT label FROM prompts WHERE rowid <= {number}) "
+                "ORDER BY row",
+                np.int32,
+                count,
+            )
+            for within, count in (("NOT IN", len(self) - pairs), ("IN", pairs))
+        )
         check_number("the sample fraction", sample, above=0, most=1)
         size = max(1, round(sample * len(train)))
         if size < len(train):
@@ -269,7 +274,7 @@ class PairRows(PromptRows):
     def grouped(self, rows: np.ndarray) -> np.ndarray:
         """Some rows, ascending, in the order of `group_by_prompt`: int32."""
         first = f"SELECT row, min(row) OVER (PARTITION BY ids) AS first FROM {self._choose(rows)}"
-        return self._numbers(f"SELECT row FROM ({first}) ORDER BY first, row", np.int32)
+        return self._numbers(f"SELECT row FROM ({first}) ORDER BY first, row", np.int32, len(rows))
 
 
 def _prompts_for(pairs: int, sizes: Iterable[int]) -> int:

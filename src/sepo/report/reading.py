@@ -33,6 +33,8 @@ _NUMBERS = (
 _FACET_VALUES = 40
 # Most pairs behind the figures: sorting the tokens of a million pairs would take 30 GB, those of 20,000 take 0.5 GB.
 FIGURE_PAIRS = 20_000
+# Parts of tables that are joined to one: a part takes 10 kB beside its rows.
+_PARTS = 50
 _FIGURE_COLUMNS = ["prompt_ids", *(f"{side}_rewards" for side in SIDES)]
 
 
@@ -93,6 +95,8 @@ def read_scores(path: Path, max_pairs: int, figure_pairs: int = FIGURE_PAIRS) ->
         for rows, parts, kept in ((picked, shown, None), (of_figures, sampled, figure_columns)):
             inside = rows[(rows >= start) & (rows < start + len(table))] - start
             parts.append((table if kept is None else table.select(kept)).take(pa.array(inside)))
+            if len(parts) == _PARTS:
+                parts[:] = [pa.concat_tables(parts).combine_chunks()]
         start += len(table)
     if not tokens:
         raise UserError(f"'{path}' holds no response token: expected responses of at least one token")
