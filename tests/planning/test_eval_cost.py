@@ -1,9 +1,14 @@
-"""What a dry run says of the memory that evaluation needs."""
+"""What a dry run says of the memory that evaluation needs, and of whose tokens a pass reads."""
 
+from dataclasses import replace
+
+import pytest
+
+from sepo.forward.scoring import Types
 from sepo.planning.cost import ModelSize, PairSizes, Sizes
 from sepo.planning.memory import parts_of
 from sepo.planning.sizes import model_shape
-from sepo.planning.stages import evaluation
+from sepo.planning.stages import evaluation, logps
 from sepo.recipe.reading import parse_recipe
 from tiny_models import CONFIGS
 
@@ -29,3 +34,15 @@ def test_the_memory_of_generation_is_one_model_and_the_cache_of_one_batch():
     assert cached(samples=2) == 64 * 256  # 16,384 tokens
     assert cached(samples=2, batch_size=3) == 3 * 256
     assert cached(prompts=0) == 0
+
+
+@pytest.mark.parametrize("role", ["policy_start", "policy_reference"])
+def test_a_pass_for_the_policy_reads_the_policys_tokens_with_a_model_of_its_size(role):
+    small, large = (ModelSize(name, None, model_shape(CONFIGS[name]())) for name in ("gpt2", "llama"))
+    pairs = PairSizes(pairs=100, tokens=10_000, scored=8_000, chosen=2_000, rejected=2_000, longest=300)
+    sizes = Sizes(pairs, PairSizes(), 50, 5_000, 100, small=small, large=large, device="cpu")
+    sizes = replace(sizes, policy=replace(sizes, train=replace(pairs, scored=9_000)))
+    cost = logps(sizes, parse_recipe({}, "test"), role, Types("float32"))
+    assert {estimate.model for estimate in cost.estimates} == {large}
+    assert cost.tokens == 9_000
+    assert logps(sizes, parse_recipe({}, "test"), "reference", Types("float32")).tokens == 8_000

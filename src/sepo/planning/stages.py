@@ -94,7 +94,7 @@ def _accuracy_estimates(sizes: Sizes, training: tuple[Estimate, ...]) -> tuple[E
 def logps(sizes: Sizes, recipe: Recipe, role: str, types: Types) -> Cost:
     """A frozen model of some role scores all pairs."""
     model = sizes.small
-    if role == "policy_start":
+    if role in ("policy_start", "policy_reference"):  # a reference for the policy is of its size
         sizes, model = sizes.of_policy, sizes.large
     train, held_out = sizes.train, sizes.held_out
     computes_in = types.autocast or types.dtype
