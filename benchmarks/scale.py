@@ -83,10 +83,13 @@ def measured(function: Callable[[], Any], helper: Callable[[], Any] | None = Non
     started = [FORK.Process(target=target) for target in (child, helper) if target is not None]
     for process in reversed(started):  # the helper first: it waits for work
         process.start()
-    found = pipe.recv() if pipe.poll(24 * 3600) else {}
+    other.close()  # else the end of the child would not be seen
+    try:
+        found = pipe.recv()
+    except EOFError:
+        started[0].join()
+        raise RuntimeError(f"a stage ended with exit code {started[0].exitcode}") from None
     started[0].join()
-    if started[0].exitcode:
-        raise RuntimeError(f"a stage ended with exit code {started[0].exitcode}")
     for process in started[1:]:
         process.join(60)
         process.kill()

@@ -27,7 +27,7 @@ def mean_and_se(values: ArrayLike, groups: Sequence[Hashable] | np.ndarray | Non
     else:
         if len(groups) != len(values):
             raise ValueError(f"{len(values)} values but {len(groups)} group labels")
-        index, count = _numbered(groups)
+        index, count = numbered(groups)
     if len(values) == 0:
         return float("nan"), float("nan")
     mean = values.mean()
@@ -39,7 +39,7 @@ def mean_and_se(values: ArrayLike, groups: Sequence[Hashable] | np.ndarray | Non
     return float(mean), float(np.sqrt(variance))
 
 
-def _numbered(groups: Sequence[Hashable] | np.ndarray) -> tuple[np.ndarray, int]:
+def numbered(groups: Sequence[Hashable] | np.ndarray) -> tuple[np.ndarray, int]:
     """Labels as numbers from 0 in the order of first occurrence, and how many there are."""
     if isinstance(groups, np.ndarray):
         _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)

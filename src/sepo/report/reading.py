@@ -17,9 +17,10 @@ from sepo.data import tables
 from sepo.data.conversation import CONVERSATION, PROMPT_KEY
 from sepo.data.previews import common_starts
 from sepo.data.ragged import SIDES, flat, segment_sums
-from sepo.data.splits import prompt_numbers
+from sepo.data.splits import PromptRows
 from sepo.errors import UserError, named_error
 from sepo.evaluate.accuracy import won
+from sepo.evaluate.statistics import numbered
 from sepo.recipe.reading import load_recipe
 from sepo.report.summary import summarise, training_curves
 
@@ -31,11 +32,9 @@ _NUMBERS = (
     "base_gold", "policy_gold", "preference", "base_score", "policy_score", "policy_kl", "base_tokens", "policy_tokens",
 )  # fmt: skip
 _FACET_VALUES = 40
+_FIGURE_COLUMNS = {"prompt_ids", PROMPT_KEY, *(f"{side}_rewards" for side in SIDES)}
 # Most pairs behind the figures: sorting the tokens of a million pairs would take 30 GB, those of 20,000 take 0.5 GB.
 FIGURE_PAIRS = 20_000
-# Parts of tables that are joined to one: a part takes 10 kB beside its rows.
-_PARTS = 50
-_FIGURE_COLUMNS = ["prompt_ids", *(f"{side}_rewards" for side in SIDES)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ def read_scores(path: Path, max_pairs: int, figure_pairs: int = FIGURE_PAIRS) ->
         for most in (max_pairs, figure_pairs)
     )
     shown: list[pa.Table] = []
-    sampled: list[pa.Table] = []
+    rewards: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {side: [] for side in SIDES}
+    prompts = PromptRows()
     right = longer = tokens = 0.0
     start = 0
     for shard in paths:
@@ -91,23 +91,31 @@ def read_scores(path: Path, max_pairs: int, figure_pairs: int = FIGURE_PAIRS) ->
             right += float(won(chosen, rejected).sum())
             longer += float((sides[0][1] > sides[1][1]).sum())
         tokens += sum(len(values) for values, _ in sides)
-        figure_columns = [*_FIGURE_COLUMNS, *([PROMPT_KEY] if PROMPT_KEY in table.column_names else [])]
-        for rows, parts, kept in ((picked, shown, None), (of_figures, sampled, figure_columns)):
-            inside = rows[(rows >= start) & (rows < start + len(table))] - start
-            parts.append((table if kept is None else table.select(kept)).take(pa.array(inside)))
-            if len(parts) == _PARTS:
-                parts[:] = [pa.concat_tables(parts).combine_chunks()]
+        shown_rows, figure_rows = (
+            pa.array(rows[(rows >= start) & (rows < start + len(table))] - start) for rows in (picked, of_figures)
+        )
+        if len(shown_rows) or not shown:
+            shown.append(table.take(shown_rows))
+        figures = table.select([name for name in table.column_names if name in _FIGURE_COLUMNS]).take(figure_rows)
+        prompts.add(figures)
+        for side in shown_sides(table):
+            rewards[side].append(flat(figures[f"{side}_rewards"]))
         start += len(table)
     if not tokens:
         raise UserError(f"'{path}' holds no response token: expected responses of at least one token")
-    figures = pa.concat_tables(sampled)
     return Scores(
         rows=pa.concat_tables(shown),
-        rewards={side: flat(figures[f"{side}_rewards"]) for side in shown_sides(shown[0])},
-        prompts=prompt_numbers(figures),
+        rewards={side: _joined(rewards[side]) for side in shown_sides(shown[0])},
+        prompts=numbered(prompts.labels())[0],
         provenance=tables.provenance_of(shown[0]),
         totals={"pairs": total, "tokens": int(tokens), "accuracy": right / total, "chosen_longer": longer / total},
     )
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Values and lengths of all parts."""
+    values, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return values, lengths
 
 
 def shown_sides(table: pa.Table) -> tuple[str, ...]:
