@@ -72,6 +72,8 @@ def pytest_configure(config):
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))
     settings.load_profile("nightly" if is_nightly(config) else "ordinary")
+    if "PYTEST_XDIST_WORKER" in os.environ and config.option.markexpr != "not slow":
+        spawn.preload()  # a worker of the whole suite needs most of it too: import it once, not in the server again
     spawn.start_server()
 
 
