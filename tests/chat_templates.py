@@ -161,6 +161,18 @@ KINDS: dict[str, dict] = {
 NOT_THINKING = {"enable_thinking": False}
 
 
+@functools.cache
+def _dataset(row: str) -> datasets.Dataset:
+    """A dataset of one row, given as JSON: most of the time of making one is its fingerprint."""
+    return datasets.Dataset.from_list([json.loads(row)])
+
+
+@functools.lru_cache(maxsize=8)
+def _in_parts(tokenizer, template: str, options: tuple) -> bool:
+    """Whether a tokenizer with this chat template takes content in parts."""
+    return probe_template(tokenizer, dict(options)).in_parts
+
+
 def outcome(tokenizer, row: dict, options: dict | None = None) -> str:
     """What became of a pair: "=", or "+" and what was noted, if both sequences are what the template writes of the
     conversation; "*" and what was noted if the thinking that it would leave out was put in its place; or "-" and why
@@ -168,7 +180,7 @@ def outcome(tokenizer, row: dict, options: dict | None = None) -> str:
     """
     options = options or {}
     try:
-        dataset = datasets.Dataset.from_list([row])
+        dataset = _dataset(json.dumps(row))
         table, report = tokenize_pairs(dataset, tokenizer, chat_template_kwargs=options, progress=False)
     except UserError as error:
         found = re.search(r"usable pair in 1 rows: (.*) 1 \(first", str(error))
@@ -206,7 +218,7 @@ def _written(tokenizer, row: dict, side: str, options: dict, apart: bool) -> lis
             thought, _, content = response["content"].partition("</think>")
             response = assistant(content.lstrip("\n"), reasoning_content=thought.removeprefix("<think>").strip())
         messages = [*earlier, last, response]
-    in_parts = probe_template(tokenizer, options).in_parts
+    in_parts = _in_parts(tokenizer, tokenizer.chat_template, tuple(options.items()))
     tools = json.loads(row.get("tools", "[]"))
     renderings = []
     for calls, empty in itertools.product((CALL, _CALL_AS_TEXT), ("", None)):

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TQDM_DISABLE", "1")
+# The package keeps oneDNN's code for 32 shapes only (`sepo.kernels`). That of tiny models is small, its making a tenth of
+# the time of their trainings, and test after test has the same shapes.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
 
 import pytest
 from filelock import FileLock
@@ -72,6 +75,8 @@ def pytest_configure(config):
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))
     settings.load_profile("nightly" if is_nightly(config) else "ordinary")
+    if "PYTEST_XDIST_WORKER" in os.environ and config.option.markexpr != "not slow":
+        spawn.preload()  # a worker of the whole suite needs most of it too: import it once, not in the server again
     spawn.start_server()
 
 

@@ -40,9 +40,10 @@ from sepo.models.weights import load_model
 from tiny_models import tiny_model, tiny_tokenizer
 
 # They cover an LM head tied to the embedding, windows, and blocks without a plan in Transformers.
-BASES = ("llama", "llama_tied", "gemma3", "gpt2")
-# The models to compare, by number of processes. "lora" is added to a sharded base, "dora" before sharding.
+# The models to compare, by number of processes.
 COMPARED = {2: ("llama_tied", "gpt2", "dora"), 3: ("lora",)}
+# Adapters and their bases. "lora" is added to a sharded base, "dora" before sharding.
+ADAPTERS = {"lora": "gemma3", "dora": "llama"}
 PROMPTS = [[4, 20, 30, 5], [4, 50, 5], [4, *range(10, 40), 5]]
 RECIPE = """
 name: NAME
@@ -56,13 +57,14 @@ eval: {gold: vader, prompts: 3, samples: 1, max_new_tokens: 5}
 """
 
 
-def prepare(folder: Path) -> None:
-    """Write the models, an adapter for each way of loading, the pairs and the recipes."""
-    for name in BASES:
+def prepare(folder: Path, wanted: list[str]) -> None:
+    """Write the models that are wanted and those of the recipes, the pairs and the recipes."""
+    adapters = {name: base for name, base in ADAPTERS.items() if name in wanted}
+    for name in {"llama", *adapters.values(), *(name for name in wanted if name not in ADAPTERS)}:
         deep = {"num_hidden_layers": 6} if name == "llama_tied" else {}
         save_model(tiny_model(name, initializer_range=0.1, **deep), tiny_tokenizer(), folder / name)
     save_model(tiny_model("llama", seed=1, initializer_range=0.1), tiny_tokenizer(), folder / "oracle")
-    for name, base in (("lora", "gemma3"), ("dora", "llama")):
+    for name, base in adapters.items():
         settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", use_dora=name == "dora")
         model = get_peft_model(load_model(folder / base, device="cpu"), settings)
         for parameter_name, parameter in model.named_parameters():
@@ -148,8 +150,9 @@ def launch(folder: Path, number: int, names: list[str]) -> list[int]:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     gc.freeze()  # keeps the garbage collector of every rank from visiting the imported modules
-    assert wait_for([fork(lambda: prepare(place))]) == [0]
+    wanted = sys.argv[2:] or [name for names in COMPARED.values() for name in names]
+    assert wait_for([fork(lambda: prepare(place, wanted))]) == [0]
     for size in (1, *COMPARED):
-        names = [name for name in COMPARED.get(size, ()) if name in sys.argv[2:] or len(sys.argv) == 2]
+        names = [name for name in COMPARED.get(size, ()) if name in wanted]
         codes = launch(place, size, names) if names or size < 3 else [0]
         assert not any(codes), f"{size} processes: exit codes {codes}"

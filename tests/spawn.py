@@ -123,6 +123,13 @@ def run(
     return subprocess.CompletedProcess(list(arguments), code, *printed)
 
 
+def preload() -> None:
+    """Import what commands need."""
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
 def start_server() -> None:
     """Fork the server, once per test process; it ends with this process."""
     global _requests, _server
@@ -163,9 +170,7 @@ def _serve(requests: socket.socket) -> NoReturn:
         message = requests.recv(struct.unpack("I", length)[0], socket.MSG_WAITALL)
         if not imported:
             gc.disable()
-            for name in PRELOADED:
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(name)
+            preload()
             gc.freeze()
             gc.enable()
             imported = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -210,14 +211,13 @@ def quiet_libraries(*modules: str) -> None:
     _freeze_libraries()
 
 
+@functools.cache  # counting the frozen objects would take longer than many a command
 def _freeze_libraries() -> None:
     """Exempt every object that exists now from garbage collection, once in a process.
 
     Importing PyTorch, Transformers and TRL makes a million objects, and every collection would visit them: more than
     half of the CPU time of a small run. They are thawed at exit, because nanobind reports frozen objects as leaks.
     """
-    if gc.get_freeze_count():
-        return
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)

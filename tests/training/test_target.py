@@ -31,7 +31,7 @@ oracle: {training: {learning_rate: 0.002, batch_size: 8}}
 policy: {training: {learning_rate: 0.0001, batch_size: 8, num_train_epochs: 40, lr_scheduler_type: constant}}
 eval: {gold: plain, prompts: 6, samples: 24, max_new_tokens: 8, examples: 0, pairs: 0}
 """
-TARGET = ("policy.target_kl=0.5", "policy.training.save_minutes=1.0e-9", "policy.training.learning_rate=0.0002")
+TARGET = ("policy.target_kl=0.5", "policy.training.save_minutes=1.0e-9", "policy.training.learning_rate=0.0005")
 
 
 @pytest.fixture
@@ -116,6 +116,7 @@ def test_an_automatic_rate_reaches_the_kl_and_a_killed_probe_chooses_the_same(he
         return real(*args, **kwargs)
 
     monkeypatch.setattr(auto_rate, "next_rate", dying)
+    shutil.copytree(here / "run", here / "again", ignore=shutil.ignore_patterns("policy"))
     with pytest.raises(Killed):
         run_recipe(recipe_of(*auto, "output_dir=again"))
     run_recipe(recipe_of(*auto, "output_dir=again"))
