@@ -168,7 +168,7 @@ def _dataset(row: str) -> datasets.Dataset:
 
 
 @functools.lru_cache(maxsize=8)
-def _in_parts(tokenizer, template: str, options: tuple) -> bool:  # noqa: ARG001  the template is part of the key
+def _in_parts(tokenizer, template: str, options: tuple) -> bool:
     """Whether a tokenizer with this chat template takes content in parts."""
     return probe_template(tokenizer, dict(options)).in_parts
 
