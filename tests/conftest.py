@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TQDM_DISABLE", "1")
-# The package keeps oneDNN's code for 32 shapes only (`sepo.kernels`). Tests have the same shapes of tiny models again and
-# again: their code is made once.
+# The package keeps oneDNN's code for 32 shapes only (`sepo.kernels`). Tests meet the same shapes of tiny models
+# again and again: their code is made once.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
 
 import pytest
