@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TQDM_DISABLE", "1")
-# The package keeps oneDNN's code for 32 shapes only (`sepo.kernels`). That of tiny models is small, its making a tenth of
-# the time of their trainings, and test after test has the same shapes.
+# The package keeps oneDNN's code for 32 shapes only (`sepo.kernels`). Tests meet the same shapes of tiny models
+# again and again: their code is made once.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
 
 import pytest
