@@ -75,16 +75,21 @@ def test_a_split_takes_whole_prompts_in_the_order_of_a_hash(kind, held_out):
     assert train.tolist() == np.flatnonzero(~expected).tolist()
 
 
+def grouped(rows: PairRows, some: np.ndarray) -> np.ndarray:
+    parts = list(rows.grouped(some, 64))
+    assert {len(part) for part in parts[:-1]} <= {64}
+    return np.concatenate(parts)
+
+
 def test_groups_and_near_duplicates_of_parts_are_those_of_the_whole_table():
     ids, keys = (values.tolist() for values in KINDS["coarser keys"](np.random.default_rng(3)))
     table = table_of(ids, keys)
     rows = rows_in_parts(table)
-    assert rows.grouped(np.arange(len(ids))).tolist() == group_by_prompt(table)["pair_id"].to_pylist()
+    assert grouped(rows, np.arange(len(ids))).tolist() == group_by_prompt(table)["pair_id"].to_pylist()
     assert rows.near_duplicates() == len(set(ids)) - len(set(keys))
     some = np.arange(3, 150, 2)
-    assert (
-        rows.select(some).grouped(np.arange(len(some))).tolist() == np.searchsorted(some, rows.grouped(some)).tolist()
-    )
+    places = np.searchsorted(some, grouped(rows, some))
+    assert grouped(rows.select(some), np.arange(len(some))).tolist() == places.tolist()
 
 
 def test_the_rows_with_some_pair_ids_come_in_the_order_of_the_ids():
@@ -115,7 +120,8 @@ def peak(number):
         names = pa.array(ids.astype(str))
         rows.add(pa.table({"pair_id": ids, "prompt_ids": prompts, "conversation": names, "prompt_key": names}))
     train, _ = rows.split(0.1, 1.0)
-    rows.grouped(train)
+    for part in rows.grouped(train, 1000):
+    pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 before = peak(80_000)

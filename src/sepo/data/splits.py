@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -271,10 +271,12 @@ class PairRows(PromptRows):
         )
         return int(talks - keys)
 
-    def grouped(self, rows: np.ndarray) -> np.ndarray:
-        """Some rows, ascending, in the order of `group_by_prompt`: int32."""
+    def grouped(self, rows: np.ndarray, at_once: int) -> Iterator[np.ndarray]:
+        """Some rows, ascending, in the order of `group_by_prompt`, in parts of `at_once`."""
         first = f"SELECT row, min(row) OVER (PARTITION BY ids) AS first FROM {self._choose(rows)}"
-        return self._numbers(f"SELECT row FROM ({first}) ORDER BY first, row", np.int32, len(rows))
+        found = self._query(f"SELECT row FROM ({first}) ORDER BY first, row")
+        while part := found.fetchmany(at_once):
+            yield np.array(part, np.int64)[:, 0]
 
 
 def _prompts_for(pairs: int, sizes: Iterable[int]) -> int:

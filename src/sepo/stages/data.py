@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -184,14 +185,13 @@ class Source:
 
 def _write_rows(folder: Path, source: Source, rows: np.ndarray, provenance: Mapping[str, Any]) -> dict[str, int]:
     """`write_pairs` for rows of a source; returns their `extremes`."""
-    if len(rows) > PAIRS_PER_SHARD:
-        rows = source.rows.grouped(rows)
     clear_shards(folder)
-    starts = range(0, max(len(rows), 1), PAIRS_PER_SHARD)
+    number = math.ceil(len(rows) / PAIRS_PER_SHARD)
+    shards = source.rows.grouped(rows, PAIRS_PER_SHARD) if number > 1 else iter([rows])
     found = []
-    for index, start in enumerate(starts):
-        table = source.take(rows[start : start + PAIRS_PER_SHARD], provenance)
-        write_shard(folder, index, table, len(starts))
+    for index, part in enumerate(shards):
+        table = source.take(part, provenance)
+        write_shard(folder, index, table, max(number, 1))
         found.append(extremes(table))
     return {name: max(one[name] for one in found) for name in found[0]}
 
