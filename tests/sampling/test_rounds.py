@@ -61,6 +61,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def test_a_fine_tuned_reference_answers_the_prompts(here):
+    rows = [{"prompt": f"Is it {number}?", "completion": "Yes, it is."} for number in range(8)]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sft = "reference.sft={source: chats.jsonl, training: {batch_size: 8, num_train_epochs: 1}}"
+    run_recipe(recipe_of(sft), until="data")
+    stages = json.loads((here / "run/manifest.json").read_text())["stages"]
+    assert list(stages)[:3] == ["prompts", "reference", "samples"]
+
+
 def test_a_run_trains_on_answers_of_its_own_model(here, capsys):
     """Prompts of the training pairs, held-out pairs as they are; a second command reuses everything."""
     plan = plan_run(recipe_of())

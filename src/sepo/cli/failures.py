@@ -34,7 +34,8 @@ def known_failure(error: BaseException) -> str | None:
         text = str(cause).lower()
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or any(phrase in text for phrase in _FULL_DISK):
-            return "the disk is full: free some space, then the same command continues where it stopped"
+            temporary = " (that of temporary files: TMPDIR)" if "database or disk is full" in text else ""
+            return f"the disk is full{temporary}: free some space, then the same command continues where it stopped"
         if isinstance(cause, MemoryError) or "out of memory" in text:
             return f"out of memory ({one_line(cause, 200)}); lower tokens_per_row, or use lora"
         if isinstance(cause, RuntimeError) and any(phrase in text for phrase in _LOST_PROCESS):

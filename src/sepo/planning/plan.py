@@ -120,7 +120,7 @@ def plan_run(
         planner = Planner(Path(folder))
         kind = device_kind(recipe, target)
         if extension.before_data is not None:
-            recipe = extension.before_data(recipe, planner)
+            recipe = extension.before_data(recipe, planner, extension)
         method = Method(recipe, planner, extension=extension, device=kind)
         check_method_pairs(method)
         plan_stages(method, extension, until)

@@ -84,7 +84,8 @@ class Extension(NamedTuple):
         check: finds bad input before anything expensive starts.
         judge: compares answers in the evaluation; None without a judge.
         do_stages: does further stages after the evaluation and returns their metrics.
-        before_data: does stages before the data, and returns the recipe that reads what they wrote; None without any.
+        before_data: does stages before the data, with the whole extension (a model may have to be fine-tuned for them),
+            and returns the recipe that reads what they wrote; None without any.
         transfer: the stages for a policy with another tokenizer; None where the policy is no model of its own.
         targets: ends trainings at a measured value; None where they last a number of steps.
         fine_tune: fine-tunes the reference; None where the recipe does not ask for it.
@@ -93,7 +94,7 @@ class Extension(NamedTuple):
     check: Callable[[Recipe], None] = lambda recipe: None
     judge: RunJudge | None = None
     do_stages: Callable[[Method], dict[str, Any]] = lambda method: {}
-    before_data: Callable[[Recipe, Walker], Recipe] | None = None
+    before_data: Callable[[Recipe, Walker, Extension], Recipe] | None = None
     transfer: Transfer | None = None
     targets: train.Targets | None = None
     fine_tune: reference.FineTune | None = None

@@ -80,7 +80,7 @@ def run(
     with open_run(recipe) as folder:
         walker = RunWalker(folder)
         if extension.before_data is not None:
-            recipe = extension.before_data(recipe, walker)
+            recipe = extension.before_data(recipe, walker, extension)
         method = Method(recipe, walker, extension=extension)
         check_method_pairs(method)
         if until == "data":

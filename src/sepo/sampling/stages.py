@@ -26,7 +26,7 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.models.weights import load_model
 from sepo.processes import log
 from sepo.recipe.settings import OnPolicySettings, Recipe
-from sepo.runs.method import Method, Walker
+from sepo.runs.method import Extension, Method, Walker
 from sepo.sampling.answers import How, sample_all, transformers_source
 from sepo.sampling.folder import RECORD, lines_of, write_pairs_folder
 from sepo.sampling.pairs import pairs_of
@@ -64,7 +64,7 @@ def check(recipe: Recipe) -> None:
         read_prompts(settings.prompts)
 
 
-def before_data(recipe: Recipe, walker: Walker) -> Recipe:
+def before_data(recipe: Recipe, walker: Walker, extension: Extension) -> Recipe:
     """Do the stages before the data; returns the recipe that trains on the sampled pairs.
 
     A walker that only plans gets the recipe with the pairs of data.source: the sampled ones do not exist yet.
@@ -72,7 +72,7 @@ def before_data(recipe: Recipe, walker: Walker) -> Recipe:
     settings = recipe.data.on_policy
     assert settings is not None
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_policy": None}), "rounds": None})
-    method = Method(plain, walker)
+    method = Method(plain, walker, extension=extension)
     tokenizer = load_tokenizer(recipe.reference.model, revision=recipe.reference.revision)
     prompts = walker.do(data.stage(plain, tokenizer), "prompts")
     model = method.policy_start if settings.model is None else walker.model(settings.model)
