@@ -71,10 +71,12 @@ def pytest_configure(config):
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton and the GPU's kernels are imported
         # Each seed is queued for a GPU that is never initialised, with the whole stack as text.
-        torch.cuda.traceback = types.SimpleNamespace(format_stack=list)
+        for backend in (torch.cuda, torch.xpu, torch.mtia):
+            backend.traceback = types.SimpleNamespace(format_stack=list)
     _remember_entry_points()
     # The environment stays the same from test to test: what the package remembers for an environment is found again.
     runner._update_current_test_var = lambda item, when: None
+    import transformers
     from hypothesis import settings
 
     import properties  # noqa: F401  registers the profiles of Hypothesis
@@ -85,6 +87,9 @@ def pytest_configure(config):
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))
     settings.load_profile("nightly" if is_nightly(config) else "ordinary")
+    # Transformers puts each config that it reads into a line of its log, as text, though nobody reads that log.
+    for kind in (transformers.PreTrainedConfig, transformers.GenerationConfig):
+        kind.__repr__ = object.__repr__
     if "PYTEST_XDIST_WORKER" in os.environ and config.option.markexpr != "not slow":
         spawn.preload()  # a worker of the whole suite needs most of it too: import it once, not in the server again
     spawn.start_server()
