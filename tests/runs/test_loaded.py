@@ -16,8 +16,8 @@ oracle: {training: {learning_rate: 1.0e-3, batch_size: 8, max_steps: 1}}
 policy: {training: {learning_rate: 1.0e-3, batch_size: 8, max_steps: 1}}
 eval: {prompts: 1, max_new_tokens: 2, examples: 0}
 """
-# Prints the modules of the package that are loaded at the first backward pass, and ends there. A child of the server has
-# the package's modules already: it drops them and loads its own.
+# Prints the modules of the package that are loaded at the first backward pass, and ends there. A child of the server
+# has the package's modules already: it drops them and loads its own.
 COMMAND = """
 import json, os, sys
 import torch
