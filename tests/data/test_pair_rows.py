@@ -123,7 +123,7 @@ def peak(number):
         rows.add(pa.table({"pair_id": ids, "prompt_ids": prompts, "conversation": names, "prompt_key": names}))
     train, _ = rows.split(0.1, 1.0)
     for part in rows.grouped(train, 1000):
-    pass
+        pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 before = peak(80_000)
