@@ -186,7 +186,7 @@ def measure(pairs: int, workers: int, models: Path, place: Path) -> dict[str, di
     """Every stage for a number of pairs."""
     folder = place / f"{pairs}-{workers}"
     folder.mkdir()
-    make_pairs(folder / "pairs.parquet", pairs)
+    measured(lambda: make_pairs(folder / "pairs.parquet", pairs))  # the memory that this leaves would be the stages'
     found = {}
     for name, function in stages_of(folder, models, workers).items():
         shared = workers > 1 and name in ("logps", "oracle logps", "transfer")

@@ -108,6 +108,29 @@ def test_a_full_disk_ends_in_one_line():
     )
 
 
+LIMITED = """
+import resource, signal
+from sepo.cli.failures import known_failure
+from sepo.data.splits import PromptRows
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+rows = PromptRows()
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
+try:
+    rows._insert((number, number) for number in range(200_000))
+except Exception as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    print(known_failure(error))
+"""
+
+
+def test_a_temporary_file_that_may_not_grow_ends_in_one_line():
+    """As with a quota; SQLite calls it an error of the disk."""
+    found = spawn.run(["-c", LIMITED])
+    assert found.stdout.startswith("the disk of temporary files (TMPDIR) cannot be written"), found
+
+
 MEMORY = """
 import resource
 import numpy as np
@@ -123,7 +146,7 @@ def peak(number):
         rows.add(pa.table({"pair_id": ids, "prompt_ids": prompts, "conversation": names, "prompt_key": names}))
     train, _ = rows.split(0.1, 1.0)
     for part in rows.grouped(train, 1000):
-    pass
+        pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 before = peak(80_000)

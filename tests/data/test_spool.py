@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sepo.data import encoding, formats
+import spawn
+from sepo.data import encoding, formats, spool
 from sepo.data.loading import load_preferences
 from sepo.data.splits import prompt_numbers, split_pairs, take_pairs
 from sepo.data.spool import Spool
@@ -70,16 +71,16 @@ def test_pairs_from_disk_are_byte_for_byte_those_from_memory(tmp_path, monkeypat
 
 def test_rows_of_a_spool_come_back_in_any_order(tmp_path):
     table = pa.table({"n": pa.array(range(50)), "ids": pa.array([[i] * (i % 4) for i in range(50)])})
-    spool = Spool(tmp_path, table.schema)
+    spooled = Spool(tmp_path, table.schema)
     assert list(tmp_path.iterdir()) == []
     for start in range(0, 50, 7):
-        spool.append(table.slice(start, 7))
-    spool.append(table.slice(0, 0))
-    assert len(spool) == 50
-    assert pa.concat_tables(spool).equals(table)
+        spooled.append(table.slice(start, 7))
+    spooled.append(table.slice(0, 0))
+    assert len(spooled) == 50
+    assert pa.concat_tables(spooled).equals(table)
     rows = np.random.default_rng(0).permutation(50)[:31]
-    assert spool.take(rows).equals(table.take(pa.array(rows)))
-    assert len(spool.take(rows[:0])) == 0
+    assert spooled.take(rows).equals(table.take(pa.array(rows)))
+    assert len(spooled.take(rows[:0])) == 0
 
 
 def test_a_large_parquet_file_stays_on_disk_and_gives_the_same_pairs(tmp_path, monkeypatch):
@@ -94,9 +95,37 @@ def test_a_large_parquet_file_stays_on_disk_and_gives_the_same_pairs(tmp_path, m
     names = ("a.parquet", "b", "c.parquet")
     wanted = [load_preferences(tmp_path / name) for name in names]
     monkeypatch.setattr(formats, "LARGE", 0)
+    monkeypatch.setattr(spool, "_NUMBERS_AT_ONCE", 7)
     assert formats._table_on_disk(tmp_path / "a.parquet", 1).equals(rows)
     assert formats._table_on_disk(tmp_path / "c.parquet", 1) is None
     for name, dataset in zip(names, wanted, strict=True):
         found = load_preferences(tmp_path / name)
         assert found.features == dataset.features
         assert found.to_list() == dataset.to_list()
+
+
+MEMORY = """
+import os, resource, sys
+import pyarrow as pa, pyarrow.parquet as pq
+from sepo.data.loading import load_preferences
+
+def peak(number):
+    if os.fork() == 0:  # what writing takes does not count
+        with pq.ParquetWriter(sys.argv[1], pa.schema([(name, pa.string()) for name in ("chosen", "rejected")])) as file:
+            for start in range(0, number, 10_000):
+                texts = [str(row) for row in range(start, start + 10_000)]
+                file.write_table(pa.table({"chosen": texts, "rejected": texts[::-1]}))
+        os._exit(0)
+    os.wait()
+    assert load_preferences(sys.argv[1])[number - 1]["pair_id"] == number - 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak(200_000)
+print((peak(1_000_000) - before) / 800_000)
+"""
+
+
+@pytest.mark.nightly
+def test_a_row_takes_a_few_bytes_of_memory(tmp_path):
+    """Rows and their numbers are on disk; of what is measured, about 20 bytes are pages of these files."""
+    assert float(spawn.run(["-c", MEMORY, str(tmp_path / "rows.parquet")]).stdout) < 35

@@ -36,6 +36,11 @@ def known_failure(error: BaseException) -> str | None:
         if full or any(phrase in text for phrase in _FULL_DISK):
             temporary = " (that of temporary files: TMPDIR)" if "database or disk is full" in text else ""
             return f"the disk is full{temporary}: free some space, then the same command continues where it stopped"
+        if "disk i/o error" in text:  # SQLite, for whatever reason other than a full disk
+            return (
+                "the disk of temporary files (TMPDIR) cannot be written, perhaps a quota is used up: free some space, "
+                "then the same command continues where it stopped"
+            )
         if isinstance(cause, MemoryError) or "out of memory" in text:
             return f"out of memory ({one_line(cause, 200)}); lower tokens_per_row, or use lora"
         if isinstance(cause, RuntimeError) and any(phrase in text for phrase in _LOST_PROCESS):

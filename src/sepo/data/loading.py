@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.fingerprint import generate_random_fingerprint
@@ -31,6 +30,7 @@ from sepo.data.rows import (
     DataReport,
     holds_prompt,
 )
+from sepo.data.spool import numbers
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, file_digest
 from sepo.recipe.settings import PairsFrom
@@ -94,7 +94,9 @@ def load_preferences(
         dataset = make_pairs(dataset, preset.pairs_from, prompt)
     dataset = _rename_columns(dataset, wanted, name)
     _check_prompt_is_named(dataset, name)
-    dataset = dataset.add_column("pair_id", np.arange(len(dataset), dtype=np.int64))
+    # Else the column is pickled for a fingerprint, which names cached results.
+    fingerprint = generate_random_fingerprint()
+    dataset = dataset.add_column("pair_id", numbers(len(dataset)), new_fingerprint=fingerprint)
     return _take_slice(dataset, split, _parse_split(split)[0]) if slice_text else dataset
 
 

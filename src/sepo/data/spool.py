@@ -82,6 +82,17 @@ class Spool:
         return self._batches
 
 
+def numbers(count: int) -> pa.ChunkedArray | np.ndarray:
+    """0 to `count` - 1: int64. Many are on disk: they would take eight bytes a row of a large table."""
+    if count <= _NUMBERS_AT_ONCE:
+        return np.arange(count, dtype=np.int64)
+    spool = Spool(None, pa.schema([("number", pa.int64())]))
+    for start in range(0, count, _NUMBERS_AT_ONCE):
+        spool.append(pa.table({"number": np.arange(start, min(start + _NUMBERS_AT_ONCE, count))}))
+    return spool.table()["number"]
+
+
+_NUMBERS_AT_ONCE = 100_000
 # All mapped files, also those whose tables outlive their Spool.
 _MAPPED: WeakSet[mmap.mmap] = WeakSet()
 

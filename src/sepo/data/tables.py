@@ -240,7 +240,7 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
     paths = sorted(path.glob("part-*.parquet"))
     if not paths:
         raise _no_table(path, kind, _what_a_folder_is(path, kind))
-    sources = []
+    first: dict[str, Any] = {}
     for index, shard in enumerate(paths):
         provenance = _read_provenance(shard, kind)
         number, shards = provenance.get("shard", index), provenance.get("shards", len(paths))
@@ -249,9 +249,10 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
                 f"'{path}' holds {len(paths)} of {shards} shards ('{shard.name}' is number {number}): "
                 "the stage that writes it was interrupted, run it again"
             )
-        sources.append({key: value for key, value in provenance.items() if key not in (*_SHARD_KEYS, "pairs")})
-        if sources[-1] != sources[0]:
-            differ = sorted(key for key in {*sources[0], *sources[-1]} if sources[0].get(key) != sources[-1].get(key))
+        sources = {key: value for key, value in provenance.items() if key not in (*_SHARD_KEYS, "pairs")}
+        first = first if index else sources
+        if sources != first:
+            differ = sorted(key for key in {*first, *sources} if first.get(key) != sources.get(key))
             raise UserError(
                 f"'{shard}' belongs to another table than '{paths[0].name}' (its {differ[0]} differs): "
                 "run the stage that writes it again"

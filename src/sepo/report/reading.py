@@ -35,6 +35,7 @@ _FACET_VALUES = 40
 _FIGURE_COLUMNS = {"prompt_ids", PROMPT_KEY, *(f"{side}_rewards" for side in SIDES)}
 # Most pairs behind the figures: sorting the tokens of a million pairs would take 30 GB, those of 20,000 take 0.5 GB.
 FIGURE_PAIRS = 20_000
+_PARTS = 50
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def read_scores(path: Path, max_pairs: int, figure_pairs: int = FIGURE_PAIRS) ->
         )
         if len(shown_rows) or not shown:
             shown.append(table.take(shown_rows))
+        if len(shown) == _PARTS:  # a table of a few rows takes 14 kB
+            shown = [pa.concat_tables(shown).combine_chunks()]
         figures = table.select([name for name in table.column_names if name in _FIGURE_COLUMNS]).take(figure_rows)
         prompts.add(figures)
         for side in shown_sides(table):
