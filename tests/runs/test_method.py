@@ -1,18 +1,22 @@
 """One graph of the stages: a dry run plans exactly the stages that a run records."""
 
 import json
+import random
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 from sepo.api import extension_of, run_recipe
+from sepo.errors import UserError
 from sepo.planning.plan import Planner, plan_stages
 from sepo.planning.sizes import method_sizes
 from sepo.planning.stages import cost_of
 from sepo.recipe.objectives import OBJECTIVES
 from sepo.recipe.reading import load_recipe
 from sepo.runs.method import UNTIL, Method
+from sepo.runs.pipeline import check_inputs
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer_of
 
@@ -40,6 +44,7 @@ def workplace(tmp_path_factory):
         good, bad = ([{"role": "assistant", "content": text}] for text in (f"Yes, thanks {index}!", f"no {index}"))
         rows.append({"prompt": [{"role": "user", "content": f"Is it {index}?"}], "chosen": good, "rejected": bad})
     (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "more.jsonl").write_text((folder / "prefs.jsonl").read_text().replace("Is it", "Was it"))
     (folder / "judge.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
     (folder / "questions.json").write_text(json.dumps([{"instruction": "Name a fruit."}]))
     rows = [{"prompt": f"q{i}", "completion": f" a{i}"} for i in range(8)]
@@ -90,6 +95,21 @@ KINDS = {
     "no evaluation": ["eval.prompts=0", "data.held_out=0"],
     **{f"objective {name}": [f"policy.objective={name}"] for name in OBJECTIVES},
 }
+# Settings that change no stage of their own, tried together with the kinds.
+SETTINGS = {
+    "policy's KL": ["policy.target_kl=0.01"],
+    "automatic rate": [
+        *("policy.target_kl=0.5", "policy.training.learning_rate=auto", "policy.training.max_steps=4"),
+    ],
+    "oracle's accuracy": ["oracle.target_accuracy=0.9"],
+    "confidence": ["select.confidence=0.3"],
+    "label log-odds": ["select.label_log_odds=0.5"],
+    "LoRA": ["policy.lora={r: 2}", "oracle.lora={r: 2}"],
+    "sample": ["data.sample=0.5"],
+    "two sources": [
+        "data={sources: [{source: WORKPLACE/prefs.jsonl}, {source: WORKPLACE/more.jsonl}], held_out: 2}",
+    ],
+}
 
 
 def planned_stages(recipe, folder: Path) -> list[str]:
@@ -117,14 +137,37 @@ _NIGHTLY = {f"objective {name}" for name in OBJECTIVES if name not in ("tgdpo", 
 )
 def test_a_plan_has_exactly_the_stages_of_the_run(workplace, tmp_path, monkeypatch, kind):
     monkeypatch.syspath_prepend(str(workplace))
-    overrides = [item.replace("WORKPLACE", str(workplace)) for item in KINDS[kind]]
-    recipe = recipe_of(workplace, kind.replace(",", "").replace(" ", "-"), *overrides)
+    plan_and_run(workplace, tmp_path, kind.replace(",", "").replace(" ", "-"), KINDS[kind])
+
+
+def plan_and_run(workplace: Path, tmp_path: Path, name: str, overrides: list[str]) -> None:
+    """Compare the stages of a plan with those of the run; a refused recipe is refused before its first stage."""
+    try:
+        recipe = recipe_of(workplace, name, *(item.replace("WORKPLACE", str(workplace)) for item in overrides))
+        check_inputs(recipe, extension_of(recipe))
+    except UserError:
+        assert " + " in name, "a kind alone is a recipe that runs"
+        return
     # From the folder of another recipe: stages with the same inputs are reused, records of other stages are removed.
     shutil.copytree(workplace / "runs" / "given", recipe.run_folder)
     planned = planned_stages(recipe, tmp_path)
     run_recipe(recipe)
     stages = json.loads((recipe.run_folder / "manifest.json").read_text())["stages"]
     assert sorted(planned) == sorted(stages)
+
+
+TWO_KINDS = random.Random(0).sample(
+    [pair for pair in combinations({**KINDS, **SETTINGS}, 2) if not all(kind.startswith("objective") for kind in pair)],
+    40,
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in SETTINGS), *TWO_KINDS], ids=" + ".join)
+def test_kinds_together_run_as_planned_or_are_refused_at_once(workplace, tmp_path, monkeypatch, kinds):
+    monkeypatch.syspath_prepend(str(workplace))
+    overrides = [item for kind in kinds for item in {**KINDS, **SETTINGS}[kind]]
+    plan_and_run(workplace, tmp_path, " + ".join(kinds), overrides)
 
 
 # The first stage and a training in the ordinary run.

@@ -138,6 +138,13 @@ def test_no_rate_is_chosen_where_a_probe_learns_nothing_or_diverges(tmp_path, kl
     assert rates == sorted(set(rates))
 
 
+def test_no_rate_is_chosen_for_a_training_that_is_all_warm_up(tmp_path):
+    training = {"learning_rate": "auto", "warmup_ratio": 0.1}
+    policy = PolicySettings.model_validate({"target_kl": 1.0, "training": training})
+    with pytest.raises(UserError, match="a training of 1 steps ends in its warm-up"):
+        auto_rate.choose_rate(policy, 1, lambda *_: pytest.fail("a probe was trained"), tmp_path)
+
+
 @pytest.mark.parametrize("planned", [10.0, 200.0])
 @pytest.mark.parametrize("target", [0.1, 3.0])
 @pytest.mark.parametrize("power", [0.5, 0.8, 1.0])

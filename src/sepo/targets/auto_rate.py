@@ -71,11 +71,16 @@ def choose_rate(
         out: folder of the policy, for the probes.
 
     Raises:
-        UserError: the policy does not move in any probe, or its KL is not finite.
+        UserError: the policy does not move in any probe, its KL is not finite, or the schedule's rate is 0 throughout.
     """
     assert policy.target_kl is not None
     number = probe_steps(steps)
     planned = _sum_of_schedule(policy.training, steps, max(1, round(_PLANNED * steps)))
+    if planned <= 0:
+        raise UserError(
+            f"learning_rate auto: a training of {steps} steps ends in its warm-up, at a rate of 0: expected more "
+            "steps, or warmup_ratio: 0"
+        )
     rate = FIRST_RATE_LORA if policy.lora is not None else FIRST_RATE
     for probe in range(1, _PROBES + 1):
         kl = train(probe_training(policy.training, number, rate), out / FOLDER.format(probe))
