@@ -239,6 +239,9 @@ _SHORT = {
 }
 
 
+COLUMNS = [*KINDS, "off: one turn", "off: both think"]
+
+
 @functools.cache
 def results(name: str) -> dict[str, str]:
     """Outcomes by kind of conversation, with thinking turned off where the template can."""
@@ -250,16 +253,36 @@ def results(name: str) -> dict[str, str]:
     return found
 
 
+def head_lines() -> list[str]:
+    """The two lines of the table's head."""
+    return ["| template | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+
+
+def line_of(name: str) -> str:
+    """The line of a template."""
+    found = results(name)
+    return f"| {name} | " + " | ".join(_cell(found.get(kind, "")) for kind in COLUMNS) + " |"
+
+
+def documented() -> tuple[str, list[str]]:
+    """The page before the table, and the lines of the table, as they stand in the documentation."""
+    before, mark, table = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    return before + mark, table.splitlines()
+
+
+def showing_every_cell(lines: list[str]) -> list[str]:
+    """Of the lines of templates those that, in their order of new cells, show every cell of every column once."""
+    cells = {line: set(enumerate(line.split(" | ")[1:])) for line in lines}
+    left, chosen = set().union(*cells.values()), []
+    while left:
+        chosen.append(max(lines, key=lambda line: len(cells[line] & left)))
+        left -= cells[chosen[-1]]
+    return chosen
+
+
 def page() -> str:
     """The page with the table, as it should stand in the documentation."""
-    head, mark, _ = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
-    kinds = [*KINDS, "off: one turn", "off: both think"]
-    lines = ["| template | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
-    for name in templates():
-        found = results(name)
-        cells = [_cell(found.get(kind, "")) for kind in kinds]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return head + mark + "\n".join(lines) + "\n"
+    return documented()[0] + "\n".join([*head_lines(), *map(line_of, templates())]) + "\n"
 
 
 def _cell(text: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import random
 import shutil
 import signal
+import sys
+import types
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +24,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
 
 import pytest
+from _pytest import runner
 from filelock import FileLock
 
 import spawn
@@ -65,6 +70,13 @@ def pytest_configure(config):
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton and the GPU's kernels are imported
+        # Each seed is queued for a GPU that is never initialised, with the whole stack as text.
+        for backend in (torch.cuda, torch.xpu, torch.mtia):
+            backend.traceback = types.SimpleNamespace(format_stack=list)
+    _remember_entry_points()
+    # The environment stays the same from test to test: what the package remembers for an environment is found again.
+    runner._update_current_test_var = lambda item, when: None
+    import transformers
     from hypothesis import settings
 
     import properties  # noqa: F401  registers the profiles of Hypothesis
@@ -75,9 +87,19 @@ def pytest_configure(config):
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))
     settings.load_profile("nightly" if is_nightly(config) else "ordinary")
+    # Transformers puts each config that it reads into a line of its log, as text, though nobody reads that log.
+    for kind in (transformers.PreTrainedConfig, transformers.GenerationConfig):
+        kind.__repr__ = object.__repr__
     if "PYTEST_XDIST_WORKER" in os.environ and config.option.markexpr != "not slow":
         spawn.preload()  # a worker of the whole suite needs most of it too: import it once, not in the server again
     spawn.start_server()
+
+
+def _remember_entry_points() -> None:
+    """Every look for entry points reads the metadata of all packages: once for each path is enough."""
+    original = metadata.entry_points
+    read = functools.cache(lambda path: original())
+    metadata.entry_points = lambda **chosen: read(tuple(sys.path)).select(**chosen)
 
 
 def pytest_collection_finish():

@@ -15,9 +15,13 @@ from chat_templates import (
     PAGE,
     TOOL,
     assistant,
+    documented,
+    head_lines,
+    line_of,
     outcome,
     page,
     results,
+    showing_every_cell,
     templates,
     tokenizer_named,
     tokenizer_with,
@@ -49,8 +53,21 @@ def test_every_conversation_is_written_as_the_template_writes_it_or_counted(name
     assert found["prefill"][0] in "=+"
 
 
-@pytest.mark.slow  # all of the above once more
+@pytest.mark.slow
 def test_the_table_in_the_documentation_is_what_the_tests_find():
+    """Of the templates that show every outcome of every kind of conversation; the next test tries all."""
+    _, table = documented()
+    assert table[:2] == head_lines()
+    named = {line.split(" ")[1]: line for line in table[2:]}
+    assert list(named) == list(templates())
+    shown = showing_every_cell(table[2:])
+    assert 5 < len(shown) < 20
+    for line in shown:
+        assert line == line_of(line.split(" ")[1]), "run: PYTHONPATH=src python tests/chat_templates.py"
+
+
+@pytest.mark.nightly
+def test_the_whole_table_in_the_documentation_is_what_the_tests_find():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: PYTHONPATH=src python tests/chat_templates.py"
 
 

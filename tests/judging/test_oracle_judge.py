@@ -118,7 +118,8 @@ def test_an_oracle_of_plain_texts_reads_plain_texts_though_its_tokenizer_has_a_c
     )
 
 
-@pytest.mark.parametrize("folder", ["made/oracle", "adapter"])
+# Both kinds of oracle meet the formula each day; what follows from it is tried with one of them, at night with both.
+@pytest.mark.parametrize("folder", [pytest.param("made/oracle", marks=pytest.mark.nightly), "adapter"])
 def test_the_reward_is_beta_times_the_token_rewards_of_sepo_score(folder, tmp_path):
     arguments = ["--oracle", folder, "--reference", "model", "--data", "prefs.jsonl", "--as-chat", "--device", "cpu"]
     assert main(["score", *arguments, "--out", str(tmp_path / "scores")]) == 0
@@ -148,7 +149,7 @@ def test_the_chat_template_has_the_keywords_of_the_oracles_training(tmp_path):
     np.testing.assert_allclose(found, BETA * response_sums(scores, "rewards")[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("folder", ["made/oracle", "adapter"])
+@pytest.mark.parametrize("folder", ["made/oracle", pytest.param("adapter", marks=pytest.mark.nightly)])
 def test_a_preference_is_bradley_terry_s_and_reverses_with_the_sides(folder, tmp_path):
     ours = outputs(tmp_path / "ours.json", "mine", ["Yes, red!", "same", "z" * 600, "no"])
     theirs = outputs(tmp_path / "theirs.json", "base", ["no red", "same", "short", "Yes, indeed"])

@@ -20,6 +20,7 @@ def test_64_devices_are_busy_where_there_are_units_enough(profile):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.daily(1)
 def test_64_devices_are_busy_with_ten_million_pairs_though_workers_start_and_load_two_models(profile):
     """A worker starts in 10 s, and loads each model in 2.5 s; the second pass waits for the end of the first."""
     units = tokens_of_units(profile, 10_000_000) / 220_400

@@ -86,8 +86,35 @@ def test_a_launcher_starts_the_command_and_the_main_process_alone_writes(launche
     assert len(read_table(tmp_path / "out", "selection")) == 6
 
 
-def test_a_failure_of_the_main_process_ends_the_others_with_its_reason(tmp_path):
-    bad = python(*LAUNCHERS["torchrun"], "select", "--table", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
+# `torchrun --nproc-per-node 2 -m sepo`, whose processes are forked from its agent, which has imported everything.
+FORKING = """
+import sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from sepo.cli import main
+
+def work(arguments):
+    if code := main(arguments):
+        sys.exit(code)
+
+config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="none", rdzv_backend="c10d",
+                      rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, start_method="fork")
+try:
+    elastic_launch(config, work)(sys.argv[1:])
+except ChildFailedError:
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(["-c", FORKING], id="forked"),
+        pytest.param(LAUNCHERS["torchrun"], id="torchrun", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_failure_of_the_main_process_ends_the_others_with_its_reason(launch, tmp_path):
+    bad = python(*launch, "select", "--table", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
     assert bad.returncode != 0
     assert sum(line.startswith("sepo: no scores table at") for line in bad.stderr.splitlines()) == 1
 

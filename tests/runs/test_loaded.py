@@ -1,11 +1,10 @@
 """A run imports the method and what its recipe asks for, nothing else."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+import spawn
 from tiny_models import tiny_model, tiny_tokenizer
 
 RECIPE = """
@@ -17,10 +16,13 @@ oracle: {training: {learning_rate: 1.0e-3, batch_size: 8, max_steps: 1}}
 policy: {training: {learning_rate: 1.0e-3, batch_size: 8, max_steps: 1}}
 eval: {prompts: 1, max_new_tokens: 2, examples: 0}
 """
-# Prints the modules of the package that are loaded at the first backward pass, and ends there.
+# Prints the modules of the package that are loaded at the first backward pass, and ends there. A child of the server
+# has the package's modules already: it drops them and loads its own.
 COMMAND = """
 import json, os, sys
 import torch
+for name in [name for name in sys.modules if name.split(".")[0] == "sepo"]:
+    del sys.modules[name]
 from sepo.cli import main
 
 def backward(*arguments, **keywords):
@@ -38,8 +40,7 @@ def loaded(tmp_path_factory):
     tiny_model("llama", initializer_range=0.02).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(folder / "model")))
-    command = [sys.executable, "-c", COMMAND, str(folder / "recipe.yaml"), f"output_dir={folder / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = spawn.run(["-c", COMMAND, folder / "recipe.yaml", f"output_dir={folder / 'run'}"])
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOADED ")]
     return json.loads(line.removeprefix("LOADED "))

@@ -122,9 +122,9 @@ def planned_stages(recipe, folder: Path) -> list[str]:
     return list(planner.stages)
 
 
-# For the nightly run: objectives that read tables as another one does, and what a kind of the ordinary run covers, with
-# more than it has.
-_NIGHTLY = {f"objective {name}" for name in OBJECTIVES if name not in ("dpo", "tgdpo", "tbpo")} | {
+# For the nightly run: objectives that read tables as another one does (the reference by name as policy is trained by
+# DPO), and what a kind of the ordinary run covers, with more than it has.
+_NIGHTLY = {f"objective {name}" for name in OBJECTIVES if name not in ("tgdpo", "tbpo")} | {
     "given rewards", "several contrastive oracles", "another policy", "second tokenizer", "benchmark", "gold reward",
     "oracle in mixed precision", "policy in mixed precision", "second tokenizer, with a reference", "judge",
     "another policy, with a reference", "truth", "existing oracle", "contrastive",

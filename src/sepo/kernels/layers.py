@@ -401,13 +401,23 @@ def use_fast_layers(lm: PreTrainedModel) -> None:
 
 def _use_fast_layer(module: nn.Module) -> None:
     """Replace the class of a norm or a gated MLP if the fast one fits; other modules stay."""
-    if isinstance(module, FastRMSNorm | FastGatedMLP) or len(signature(module.forward).parameters) != 1:
+    if isinstance(module, FastRMSNorm | FastGatedMLP):
         return
-    parts = list(dict(module.named_children())), list(dict(module.named_parameters(recurse=False)))
-    if type(module).__name__.endswith("RMSNorm") and parts == ([], ["weight"]):
+    is_norm = type(module).__name__.endswith("RMSNorm") and _holds_only_a_weight(module)
+    gates = (getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down"))
+    if not is_norm and not all(hasattr(gate, "in_features") for gate in gates):
+        return
+    if len(signature(module.forward).parameters) != 1:
+        return
+    if is_norm:
         _try_fast(module, FastRMSNorm, module.get_parameter("weight").shape[-1], weight_offset=(0.0, 1.0))
-    elif all(hasattr(getattr(module, f"{name}_proj", None), "in_features") for name in ("gate", "up", "down")):
+    else:
         _try_fast(module, FastGatedMLP, int(module.up_proj.in_features), activation=tuple(_ACTIVATIONS))  # type: ignore[union-attr, arg-type]
+
+
+def _holds_only_a_weight(module: nn.Module) -> bool:
+    parts = list(dict(module.named_children())), list(dict(module.named_parameters(recurse=False)))
+    return parts == ([], ["weight"])
 
 
 _joined: dict[tuple[type, ...], type] = {}

@@ -19,6 +19,8 @@ from sepo.recipe.settings import TrainingSettings
 from sepo.training.fit import training_arguments
 from sepo.training.trainer import WITHOUT_EFFECT, PreferenceConfig
 
+# Setups that were tested in this process: a grid has many runs with the same settings.
+_SETUPS: set[tuple[Any, ...]] = set()
 _NO_EVALUATION = "no pairs are evaluated while a recipe trains"
 _NO_PUSH = "sepo push uploads a finished run"
 _OUR_SCRIPTS = "only the example scripts of Transformers read it"
@@ -113,7 +115,17 @@ def check_training(
     def arguments(training: TrainingSettings, folder: Path) -> PreferenceConfig:
         return PreferenceConfig(**training_arguments(training, folder, seed=0, device=device), **objective)
 
-    require_setup(settings, section, arguments)
+    # Arguments may name files, whose content can change.
+    setup = None if settings.arguments else _setup(settings, device, objective)
+    if setup not in _SETUPS:
+        require_setup(settings, section, arguments)
+        if setup is not None:
+            _SETUPS.add(setup)
+
+
+def _setup(settings: TrainingSettings, device: str, objective: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All that a setup depends on; libraries read environment variables."""
+    return settings.model_dump_json(), device, repr(sorted(objective.items())), frozenset(os.environ.items())
 
 
 def require_setup(

@@ -6,6 +6,7 @@ the checkpoints (CodeCarbon); `keep_logs` moves their files before the checkpoin
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def reporters(report_to: str | Sequence[str]) -> list[str]:
         UserError: a reporter is unknown or not installed.
     """
     names = [report_to] if isinstance(report_to, str) else list(report_to)
-    installed = get_available_reporting_integrations()
+    installed = list(_installed())
     if "all" in names:
         log_once(f"  report_to=all: {', '.join(installed) or 'no reporter is installed, so nothing is reported'}")
         return installed
@@ -51,6 +52,12 @@ def reporters(report_to: str | Sequence[str]) -> list[str]:
             choices = f"; installed are {', '.join(installed)}" if installed else ""
             raise UserError(f"report_to names {name}, which is not installed here: install it, or use none{choices}")
     return names
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    """Transformers looks for each package in every folder of the path."""
+    return tuple(get_available_reporting_integrations())
 
 
 def log_into(trainer: Any, out: Path) -> None:
