@@ -24,7 +24,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
 
 import pytest
-from _pytest import runner
 from filelock import FileLock
 
 import spawn
@@ -74,8 +73,6 @@ def pytest_configure(config):
         for backend in (torch.cuda, torch.xpu, torch.mtia):
             backend.traceback = types.SimpleNamespace(format_stack=list)
     _remember_entry_points()
-    # The environment stays the same from test to test: what the package remembers for an environment is found again.
-    runner._update_current_test_var = lambda item, when: None
     import transformers
     from hypothesis import settings
 
