@@ -29,6 +29,7 @@ from report_fixtures import END, byte_tokenizer, score_table, word_tokenizer
 from sepo.credit.selection import select_key_tokens
 from sepo.data import tables
 from sepo.data.conversation import CONVERSATION, PROMPT_KEY, conversation_text, in_words, prompt_key
+from sepo.data.fingerprints import tokenizer_fingerprint
 from sepo.data.ragged import flat, segment_sums
 from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError
@@ -37,6 +38,7 @@ from sepo.report import build_report, display, save_figures
 from sepo.report.payload import jsonable, pack, unpack
 from sepo.report.summary import cumulative_share, summarise, training_curves
 from sepo.report.token_texts import MARK_OFF, MARK_ON, TokenTexts, visible
+from tiny_tokenizers import tiny_tokenizer_of
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=pwned=1>${pwned=1}{{data}}\u202eabc"
 
@@ -243,6 +245,24 @@ def test_a_token_that_the_tokenizer_lacks_is_refused_by_number(words: Path, tmp_
     tables.write_table(tmp_path / "scores", table)
     with pytest.raises(UserError, match="no token 987654"):
         build_report(None, table=tmp_path / "scores", tokenizer=words, out=tmp_path / "report.html")
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    """Its texts of the same ids would be those of other words."""
+    mine, other = (tiny_tokenizer_of(name) for name in ("gpt2", "llama2"))
+    other.save_pretrained(tmp_path / "other")
+    provenance = {"tokenizer": tokenizer_fingerprint(mine)}
+    columns = {"pair_id": [0], "prompt_ids": [[1]], "chosen_ids": [[3]], "rejected_ids": [[2]]}
+    rewards = {"chosen_rewards": [[0.1]], "rejected_rewards": [[0.2]]}
+    table = tables.make_table("scores", columns | rewards, provenance)
+    tables.write_table(tmp_path / "scores", table)
+    for named in (tmp_path / "other", other):
+        with pytest.raises(UserError, match="was made with another tokenizer than that of"):
+            build_report(None, table=tmp_path / "scores", tokenizer=named, out=tmp_path / "report.html")
+        with pytest.raises(UserError, match="was made with another tokenizer than that of"):
+            display(table, tokenizer=named)
+    assert "<iframe" in display(table, tokenizer=mine).html
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

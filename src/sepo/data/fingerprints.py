@@ -67,6 +67,6 @@ def check_table_tokenizer(table: pa.Table, tokenizer: Any, path: str, model: str
     made_with = provenance_of(table).get("tokenizer")
     if made_with is not None and made_with != tokenizer_fingerprint(tokenizer):
         raise UserError(
-            f"'{path}' was made with another tokenizer than that of '{model}': "
-            "carry the scores over to this tokenizer (sepo transfer), or score again"
+            f"'{path}' was made with another tokenizer than that of '{model}': name a model that shares the table's "
+            "tokenizer, or carry the scores over to this one (sepo transfer)"
         )

@@ -87,6 +87,8 @@ def build_report(
     run = None if run is None else _run_folder(run)
     sources = _sources(run, table, selection, tokenizer)
     scores = reading.read_scores(sources.table, max_pairs)
+    if tokenizer is not None:
+        reading.check_tokenizer(tokenizer, scores.rows, str(sources.table))
     token_texts = TokenTexts(None if sources.tokenizer is None else load_vocabulary(sources.tokenizer))
     documents = reading.read_documents(run, scores.provenance)
     title = title or _title(documents, run or sources.table)

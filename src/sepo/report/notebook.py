@@ -23,7 +23,7 @@ from sepo.data.vocabulary import load_vocabulary
 from sepo.errors import UserError, check_number, wrong_type
 from sepo.files import expand_home
 from sepo.report.build import page, payload_of
-from sepo.report.reading import Scores, find_tokenizer, shown_sides
+from sepo.report.reading import Scores, check_tokenizer, find_tokenizer, shown_sides
 from sepo.report.token_texts import TokenTexts
 
 _HEIGHT = 480  # pixels; longer pairs scroll
@@ -65,8 +65,11 @@ def display(
     """
     if isinstance(pair_or_table, str | os.PathLike):
         pair_or_table = Path(expand_home(pair_or_table, "the score table"))
-        tokenizer = find_tokenizer(pair_or_table) if tokenizer is None else tokenizer
     scores = _scores_of(pair_or_table, index)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, scores.rows, "the score table")
+    elif isinstance(pair_or_table, Path):
+        tokenizer = find_tokenizer(pair_or_table)
     token_texts = TokenTexts(None if tokenizer is None else load_vocabulary(tokenizer))
     for name, rate in (("k_chosen", k_chosen), ("k_rejected", k_rejected)):
         check_rate(name, rate)
@@ -114,5 +117,5 @@ def _row(source: Mapping | pa.Table | str | os.PathLike, index: int) -> tuple[Ma
     if not -len(source) <= index < len(source):
         raise UserError(f"no pair at row {index}: the score table has {len(source)} rows")
     provenance = tables.provenance_of(source)
-    kept = {name: provenance[name] for name in ("end_ids", "answers") if name in provenance}
+    kept = {name: provenance[name] for name in ("end_ids", "answers", "tokenizer") if name in provenance}
     return source.slice(index % len(source), 1).to_pylist()[0], kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,14 @@ import pyarrow.parquet as pq
 
 from sepo.data import tables
 from sepo.data.conversation import CONVERSATION, PROMPT_KEY
+from sepo.data.fingerprints import check_table_tokenizer
 from sepo.data.previews import common_starts
 from sepo.data.ragged import SIDES, flat, segment_sums
 from sepo.data.splits import PromptRows
 from sepo.errors import UserError, named_error
 from sepo.evaluate.accuracy import won
 from sepo.evaluate.statistics import numbered
+from sepo.files import expand_home
 from sepo.recipe.reading import load_recipe
 from sepo.report.summary import summarise, training_curves
 
@@ -124,6 +127,20 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
 def shown_sides(table: pa.Table) -> tuple[str, ...]:
     """The sides that mean something: only "chosen" in a table of answers, which are no pairs."""
     return SIDES[:1] if tables.provenance_of(table).get("answers") else SIDES
+
+
+def check_tokenizer(tokenizer: str | os.PathLike | object, rows: pa.Table, table: str) -> None:
+    """Raise a UserError for a given tokenizer that did not make the table, where it is whole enough to tell."""
+    name = "the given tokenizer"
+    if isinstance(tokenizer, str | os.PathLike):
+        name = str(expand_home(tokenizer, "the tokenizer"))
+        if not Path(name, "tokenizer_config.json").is_file():  # the vocabulary alone
+            return
+        from sepo.models.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(name)
+    if hasattr(tokenizer, "unk_token_id"):
+        check_table_tokenizer(rows, tokenizer, table, name)
 
 
 def _by_token(
