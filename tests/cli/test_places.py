@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,18 @@ def test_a_folder_of_other_things_is_refused_and_left_as_it_is(command, tmp_path
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "is not a model folder" in refused(capsys, *WRITING[command], "--out", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("command", ["oracle", "train"])
+def test_a_model_from_elsewhere_is_refused_and_left_as_it_is(command, place, tmp_path, capsys):
+    shutil.copytree(place / "model", tmp_path / "mine")
+    # Transformers' Trainer leaves a file of the name of our record.
+    (tmp_path / "mine" / "trainer_state.json").write_text('{"log_history": []}')
+    before = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    assert "holds a model that was not trained here" in refused(
+        capsys, *WRITING[command], "--out", str(tmp_path / "mine")
+    )
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------

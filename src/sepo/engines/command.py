@@ -28,9 +28,12 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.engines.groups import helping
     from sepo.errors import check_number
     from sepo.models.devices import choose_device
+    from sepo.processes import log
 
     check_number("--wait", arguments.wait, least=0)
     folder, device = Path(arguments.folder), choose_device("auto").type
+    if not folder.is_dir():
+        log(f"'{folder}' is not there yet: waiting up to {arguments.wait:g} s for work")
     processes = command.join("auto")
     with helping():
         number = processes.on_main(lambda: serve(folder, arguments.wait, device))

@@ -34,14 +34,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     command.quiet_libraries()
+    from sepo.files import check_writable
     from sepo.models.devices import choose_device
-    from sepo.training.checkpoints import check_model_folder
 
     def check(out: Path) -> None:
         for name in filter(None, (arguments.adapter, arguments.base)):
             if os.path.isdir(name) and out.exists() and os.path.samefile(name, out):
                 raise UserError(f"--out '{out}' is the model that is read: choose another folder")
-        check_model_folder(out)
+        check_writable(Path(os.path.abspath(out)).parent, "choose another folder for the model")
+        if out.is_file() or (out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())):
+            raise UserError(f"'{out}' holds files, which the merged model would replace: choose a new folder")
 
     with command.writing_to(arguments, check) as out:
         if command.join(arguments.device).size() > 1:

@@ -20,7 +20,7 @@ from sepo.models.fingerprint import model_fingerprint, usage_fingerprint
 from sepo.models.sharding import own_part
 from sepo.processes import log
 from sepo.recipe.settings import TrainingSettings
-from sepo.training.logs import RECORDS, keep_logs
+from sepo.training.logs import LOGS, RECORDS, keep_logs
 from sepo.training.trainer import NonFiniteLossError
 
 STATE_FILE = "trainer_state.json"
@@ -122,17 +122,28 @@ def existing_model(out: Path, made_with: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def check_model_folder(out: Path) -> None:
-    """Raise a UserError if `out` contains something other than a model, which saving would remove, or is not writable.
+    """Raise a UserError if saving would remove something other than a model trained here, or cannot write.
 
     Saving replaces the whole folder, so the parent folder must be writable.
     """
     check_writable(Path(os.path.abspath(out)).parent, "choose another folder for the model")
-    if not out.exists():
+    if not out.exists() or _has_training(out):
         return
-    known = ("config.json", "adapter_config.json", "checkpoints", STATE_FILE)
-    foreign = not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
-    if foreign and not any((out / name).exists() for name in known):
-        raise UserError(f"'{out}' is not a model folder: its content would be replaced; choose a new folder")
+    begun = ("checkpoints", LOGS)  # what a training leaves before its model
+    if not out.is_dir() or any(not path.name.startswith(".") and path.name not in begun for path in out.iterdir()):
+        has_model = any((out / name).is_file() for name in ("config.json", "adapter_config.json"))
+        what = "holds a model that was not trained here" if has_model else "is not a model folder"
+        raise UserError(f"'{out}' {what}: its content would be replaced; choose a new folder")
+
+
+def _has_training(out: Path) -> bool:
+    """Whether a training of this package left its record; that of Transformers' Trainer has the same file name."""
+    try:
+        return "made_with" in json.loads((out / STATE_FILE).read_text(encoding="utf-8"))
+    except (ValueError, TypeError):  # damaged
+        return True
+    except OSError:
+        return False
 
 
 def seal_checkpoint(folder: Path) -> None:
