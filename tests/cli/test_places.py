@@ -174,6 +174,20 @@ def test_a_folder_of_other_things_is_refused_and_left_as_it_is(command, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("command", ["score", "select", "eval"])
+def test_tables_from_elsewhere_are_refused_and_left_as_they_are(command, place, tmp_path, capsys):
+    """Spark, for one, names its parts as shards are named here."""
+    shutil.copytree(place / "parts", tmp_path / "mine")
+    before = (tmp_path / "mine" / "part-00000.parquet").read_bytes()
+    line = refused(capsys, *WRITING[command], "--out", str(tmp_path / "mine"))
+    assert (
+        line == f"sepo: '{tmp_path / 'mine'}' holds part-00000.parquet, which sepo did not write: choose a new folder"
+    )
+    with pytest.raises(UserError, match="which sepo did not write"):
+        write_table(tmp_path / "mine", read_table(place / "scores", "scores"))
+    assert (tmp_path / "mine" / "part-00000.parquet").read_bytes() == before
+
+
 @pytest.mark.parametrize("command", ["oracle", "train"])
 def test_a_model_from_elsewhere_is_refused_and_left_as_it_is(command, place, tmp_path, capsys):
     shutil.copytree(place / "model", tmp_path / "mine")

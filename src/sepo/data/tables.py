@@ -30,6 +30,7 @@ from sepo.files import expand_home, replacing
 
 FORMAT_VERSION = 1
 _KEY = b"sepo"
+_SHARDS = "part-*.parquet"
 # Commands that write a table of a kind with --out.
 _WRITTEN_BY = {"scores": "`sepo score`", "selection": "`sepo select`"}
 # The most common column names of preference data.
@@ -217,9 +218,24 @@ def write_table(folder: str | os.PathLike, table: pa.Table, rows_per_shard: int 
 
 
 def clear_shards(folder: Path) -> None:
-    """Remove the shards of an earlier table."""
-    for stale in folder.glob("part-*.parquet"):
+    """Remove the shards of an earlier table; errors as in `check_shards_are_ours`."""
+    check_shards_are_ours(folder)
+    for stale in folder.glob(_SHARDS):
         stale.unlink()
+
+
+def check_shards_are_ours(folder: Path) -> None:
+    """Raise a UserError if a folder holds parquet files with names of shards that this package did not write.
+
+    Spark and others name their parts alike; a table in the folder would replace them.
+    """
+    for path in sorted(folder.glob(_SHARDS)):
+        try:
+            ours = _KEY in (read_schema(path).metadata or {})
+        except (OSError, pa.ArrowException):  # damaged
+            ours = _is_shard(path)
+        if not ours:
+            raise UserError(f"'{folder}' holds {path.name}, which sepo did not write: choose a new folder")
 
 
 def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
@@ -237,7 +253,7 @@ def table_paths(folder: str | os.PathLike, kind: str) -> list[Path]:
     if path.is_file():
         _read_provenance(path, kind)
         return [path]
-    paths = sorted(path.glob("part-*.parquet"))
+    paths = sorted(path.glob(_SHARDS))
     if not paths:
         raise _no_table(path, kind, _what_a_folder_is(path, kind))
     first: dict[str, Any] = {}
