@@ -7,12 +7,11 @@ import math
 import os
 import re
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
 
-import spawn
 from tiny_models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -36,36 +35,6 @@ def test_a_gpu_measures_every_stage_of_both_shapes_beside_its_peer(shape, what):
     assert any(name.startswith(f"{shape} {what}") for name in plan_on("cuda"))
 
 
-# The interpreter that the script is given: it writes down its arguments and ends with the code that it is told. The
-# test runs them in a fork that has PyTorch already.
-INTERPRETER = """#!/bin/sh
-printf '%s\\n' "$@" > FOLDER/asking && mv FOLDER/asking FOLDER/asked
-while [ ! -e FOLDER/ended ]; do sleep 0.05; done
-exit "$(cat FOLDER/ended)"
-"""
-
-
-def run_script(folder: Path, environment: dict[str, str]) -> tuple[int, str]:
-    """Run the script on the files of a folder; returns its exit code and what it and its Python said on stderr."""
-    interpreter = folder / "python"
-    interpreter.write_text(INTERPRETER.replace("FOLDER", str(folder)))
-    interpreter.chmod(0o755)
-    command = ["bash", "benchmarks/gpu.sh", *(str(folder / name) for name in ("prefs.jsonl", "model", "out"))]
-    environment = {**environment, "PYTHON": str(interpreter)}
-    script = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    while script.poll() is None and not (folder / "asked").exists():
-        time.sleep(0.02)
-    said = ""
-    if script.poll() is None:
-        arguments = (folder / "asked").read_text().split("\n")[:-1]
-        done = spawn.run(arguments, cwd=ROOT, env=environment)
-        said = done.stderr
-        (folder / "ending").write_text(f"{done.returncode}\n")
-        (folder / "ending").rename(folder / "ended")
-    said += script.communicate(timeout=60)[1]
-    return script.returncode, said
-
-
 @pytest.mark.slow
 def test_the_script_writes_every_figure_as_it_comes(tmp_path, nightly_run):
     """One scoring contender; in the nightly run all of them, those of TRL too."""
@@ -75,11 +44,12 @@ def test_the_script_writes_every_figure_as_it_comes(tmp_path, nightly_run):
     rows = [{"prompt": f"Which {i}?", "chosen": f"It is {i}", "rejected": f"No {i * 7}"} for i in range(14)]
     (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = {
-        **os.environ, "DEVICE": "cpu", "PAIRS": "4", "STEPS": "1", "PLAN": wanted, "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT / "src"),
+        **os.environ, "DEVICE": "cpu", "PAIRS": "4", "STEPS": "1", "PLAN": wanted, "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"),
     }  # fmt: skip
-    code, said = run_script(tmp_path, environment)
-    assert code == 0, said[-3000:]
+    command = ["bash", "benchmarks/gpu.sh", *(str(tmp_path / name) for name in ("prefs.jsonl", "model", "out"))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == [name for name in plan_on("cpu") if re.search(wanted, name)]
     for line in lines:
