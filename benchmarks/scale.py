@@ -190,7 +190,7 @@ def measure(pairs: int, workers: int, models: Path, place: Path) -> dict[str, di
     found = {}
     for name, function in stages_of(folder, models, workers).items():
         shared = workers > 1 and name in ("logps", "oracle logps", "transfer")
-        found[name] = measured(function, (lambda: serve(folder, 2.0, "cpu")) if shared else None)
+        found[name] = measured(function, (lambda: serve(folder, 600.0, "cpu")) if shared else None)
         print(f"{pairs:>9,} pairs, {workers} workers, {name:<13} {found[name]['seconds']:8.2f} s "
               f"{found[name]['memory_gb']:6.3f} GB", flush=True)  # fmt: skip
     shutil.rmtree(folder)
