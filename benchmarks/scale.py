@@ -332,7 +332,8 @@ def page(results: dict[str, Any]) -> str:
             tables.append(f"| {stage} | {cells} | {ended or '–'} |")
         tables.append("")
     busy = [workers for workers in results["measured"] if workers in results["shared"]]
-    shared = f"; other programs ran on it while {' and '.join(busy)} worker(s) were measured" if busy else ""
+    names = [f"{n} {'worker was' if n == '1' else 'workers were'} measured" for n in busy]
+    shared = f"; other programs ran on it while {' and '.join(names)}" if busy else ""
     where = {name: results[name] for name in ("machine", "commit")}
     text = HEAD.format(**where, shared=shared, verdict=verdict(results)) + "\n" + "\n".join(tables)
     words = {"around_ms": 1e3 * results["around_a_unit"], "tokenised": tokenised(results)}
