@@ -163,15 +163,9 @@ def training_of(arguments: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def writing_to(arguments: argparse.Namespace, check: Callable[[Path], None] = lambda out: None) -> Iterator[Path]:
     """Hold the lock of the folder `--out`; `check` refuses a folder that holds other things."""
-    from sepo.data.tables import check_shards_are_ours
-
-    def check_all() -> None:
-        check_shards_are_ours(out)
-        check(out)
-
     out = Path(arguments.out)
     processes = join(getattr(arguments, "device", "cpu"))
-    processes.on_main(check_all)
+    processes.on_main(lambda: check(out))
     with processes.alone_in(out):
         processes.require_shared(out)
         yield out

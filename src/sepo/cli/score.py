@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     command.quiet_libraries()
     from sepo import engines
     from sepo.cli.walker import CommandWalker
-    from sepo.data.tables import clear_shards, iter_tables, number_of_rows, table_paths
+    from sepo.data.tables import check_shards_are_ours, clear_shards, iter_tables, number_of_rows, table_paths
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
     from sepo.rewards.file import holds_answers, score_answers
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.stages.stage import SCORES
 
     engine = engines.use(arguments.engine, Path(arguments.out), passes=True)
-    with engine, command.writing_to(arguments) as out:
+    with engine, command.writing_to(arguments, check_shards_are_ours) as out:
         processes = command.join(arguments.device)
         processes.on_main(lambda: [stage.check(recipe) for stage in (reference, oracle)] and None)
         if processes.on_main(lambda: holds_answers(recipe)):

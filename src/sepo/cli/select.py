@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = _settings_of(arguments)
     from sepo.credit.rewards import combine_scores
     from sepo.data.ragged import SIDES
-    from sepo.data.tables import iter_tables, number_of_rows, read_table, table_paths, write_table
+    from sepo.data.tables import check_shards_are_ours, iter_tables, number_of_rows, read_table, table_paths, write_table
     from sepo.stages.select import select, selected
 
     def write_selection(out: Path) -> str:
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
                 write_table(scores, joined, max(rows, 1))
             return str(select(scores, out, **settings, seed=arguments.seed))
 
-    with writing_to(arguments) as out:
+    with writing_to(arguments, check_shards_are_ours) as out:
         join("cpu").on_main(lambda: write_selection(out))
     counts, weights = selected(iter_tables(arguments.out, "selection"))
     metrics: dict[str, float] = {"pairs": counts["pairs"]}

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = command.recipe_of(arguments, policy={"model": arguments.tokenizer}, transfer=allocation)
     command.quiet_libraries()
     from sepo import engines
-    from sepo.data.tables import iter_tables
+    from sepo.data.tables import check_shards_are_ours, iter_tables
     from sepo.data.vocabulary import token_bytes
     from sepo.evaluate.accuracy import oracle_accuracy
     from sepo.models.tokenizer import load_tokenizer
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     with (
         engines.use(arguments.engine, Path(arguments.out)),
-        command.writing_to(arguments) as out,
+        command.writing_to(arguments, check_shards_are_ours) as out,
         command.work_folder(out) as targets,
     ):
         processes = command.join("cpu")
