@@ -41,7 +41,14 @@ def run(arguments: argparse.Namespace) -> None:
     settings = _settings_of(arguments)
     from sepo.credit.rewards import combine_scores
     from sepo.data.ragged import SIDES
-    from sepo.data.tables import check_shards_are_ours, iter_tables, number_of_rows, read_table, table_paths, write_table
+    from sepo.data.tables import (
+        check_shards_are_ours,
+        iter_tables,
+        number_of_rows,
+        read_table,
+        table_paths,
+        write_table,
+    )
     from sepo.stages.select import select, selected
 
     def write_selection(out: Path) -> str:
