@@ -68,6 +68,7 @@ WRITING = {
     "select": ["select", "--table", "nowhere"],
     "train": ["train", "--policy", "nowhere/model", "--selection", "nowhere"],
     "eval": ["eval", "--policy", "nowhere/model", "--base", "nowhere/model", "--data", "nowhere.jsonl"],
+    "transfer": ["transfer", "--table", "nowhere", "--data", "nowhere.jsonl", "--tokenizer", "nowhere/model"],
     "analyse": ["analyse", "--table", "nowhere"],
     "report": ["report", "--table", "nowhere"],
 }
@@ -174,7 +175,7 @@ def test_a_folder_of_other_things_is_refused_and_left_as_it_is(command, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("command", ["score", "select"])
+@pytest.mark.parametrize("command", ["score", "select", "transfer"])
 def test_tables_from_elsewhere_are_refused_and_left_as_they_are(command, place, tmp_path, capsys):
     """Spark, for one, names its parts as shards are named here."""
     shutil.copytree(place / "parts", tmp_path / "mine")

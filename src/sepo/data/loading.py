@@ -30,7 +30,7 @@ from sepo.data.rows import (
     DataReport,
     holds_prompt,
 )
-from sepo.data.spool import numbers
+from sepo.data.spool import row_numbers
 from sepo.errors import UserError, nearest, one_line, wrong_type
 from sepo.files import expand_home, file_digest
 from sepo.recipe.settings import PairsFrom
@@ -96,7 +96,7 @@ def load_preferences(
     _check_prompt_is_named(dataset, name)
     # Else the column is pickled for a fingerprint, which names cached results.
     fingerprint = generate_random_fingerprint()
-    dataset = dataset.add_column("pair_id", numbers(len(dataset)), new_fingerprint=fingerprint)
+    dataset = dataset.add_column("pair_id", row_numbers(len(dataset)), new_fingerprint=fingerprint)
     return _take_slice(dataset, split, _parse_split(split)[0]) if slice_text else dataset
 
 

@@ -82,7 +82,7 @@ class Spool:
         return self._batches
 
 
-def numbers(count: int) -> pa.ChunkedArray | np.ndarray:
+def row_numbers(count: int) -> pa.ChunkedArray | np.ndarray:
     """0 to `count` - 1: int64. Many are on disk: they would take eight bytes a row of a large table."""
     if count <= _NUMBERS_AT_ONCE:
         return np.arange(count, dtype=np.int64)
