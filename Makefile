@@ -1,6 +1,6 @@
 # make quickstart    set up, then run the embedded example: preference pairs -> aligned policy -> report
 # make check         lint, types, import contracts and the fast tests: the inner loop
-# make test          set up, then everything that CI runs: lint, types, the tests, two workers: about six minutes
+# make test          set up, then everything that CI runs: lint, types, the tests: about six minutes on two cores
 # make nightly       make test with long variants: many faults, tutorials, the wheel, the browser, all inputs of properties
 # make docs          build the documentation into site/, strictly
 # make gpu           on a machine with a GPU: its tests, its figures beside TRL's (benchmarks/gpu.sh), methods compared
@@ -14,7 +14,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_STAMP := .venv/.installed-to-run
 STAMP := .venv/.installed
-WORKERS ?= 2
+# Three on two cores, because tests also wait for servers, pauses and processes.
+WORKERS ?= 3
 PIP := pip install --quiet --disable-pip-version-check
 
 # Where this is set, each process of the tests would compile the tests and the package anew: 7 seconds of a core.

@@ -104,6 +104,10 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_sessionfinish():
+    gc.freeze()  # the collections at the end of pytest would look through all that was imported
+
+
 def is_nightly(config) -> bool:
     return config.getoption("--nightly") or config.option.markexpr == "nightly"
 

@@ -37,6 +37,7 @@ from typing import NoReturn
 PRELOADED = (
     "peft", "trl", "datasets", "accelerate", "matplotlib.pyplot", "scipy.stats", "vaderSentiment.vaderSentiment",
     "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.launcher.api",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous",
     "transformers.models.llama.modeling_llama", "transformers.trainer", "sepo.runs.pipeline", "sepo.report.build",
     "sepo.training.trainer", "sepo.sft", "sepo.models.weights", "sepo.evaluate.generate", "sepo.cli",
     "fsdp_on_cpu",
@@ -128,6 +129,8 @@ def preload() -> None:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    # Each step of a launch notes its caller for a log that nobody reads, from the source of all functions on the stack.
+    sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda depth=2: ""
 
 
 def start_server() -> None:

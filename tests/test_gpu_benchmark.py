@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import spawn
 from tiny_models import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -37,18 +38,22 @@ def test_a_gpu_measures_every_stage_of_both_shapes_beside_its_peer(shape, what):
 
 @pytest.mark.slow
 def test_the_script_writes_every_figure_as_it_comes(tmp_path, nightly_run):
-    """One scoring contender; in the nightly run all of them, those of TRL too."""
+    """One scoring contender; in the nightly run all of them, those of TRL too, through gpu.sh."""
     wanted = "" if nightly_run else "score loop"
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    prefs, model, out = (str(tmp_path / name) for name in ("prefs.jsonl", "model", "out"))
+    tiny_model("llama").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
     rows = [{"prompt": f"Which {i}?", "chosen": f"It is {i}", "rejected": f"No {i * 7}"} for i in range(14)]
-    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = {
-        **os.environ, "DEVICE": "cpu", "PAIRS": "4", "STEPS": "1", "PLAN": wanted, "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"),
-    }  # fmt: skip
-    command = ["bash", "benchmarks/gpu.sh", *(str(tmp_path / name) for name in ("prefs.jsonl", "model", "out"))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    Path(prefs).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    if nightly_run:
+        environment |= {"DEVICE": "cpu", "PAIRS": "4", "STEPS": "1", "PYTHON": sys.executable}
+        command = ["bash", "benchmarks/gpu.sh", prefs, model, out]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    else:
+        command = ["benchmarks/gpu.py", "--data", prefs, "--tokenizer", model, "--out", out, "--pairs", "4",
+                   "--steps", "1", "--device", "cpu", "--plan", wanted]  # fmt: skip
+        done = spawn.run(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == [name for name in plan_on("cpu") if re.search(wanted, name)]

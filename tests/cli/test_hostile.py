@@ -244,7 +244,7 @@ SNIPPETS = [
     "policy: {training: {arguments: &a {x: *a}}}",
     "name: !!python/object/apply:os.system ['echo owned > owned']",
     'output_dir: "a\\0b"', 'data: {source: "\\ud800"}', "seed: " + "9" * 5000, "seed: 0x" + "f" * 4000,
-    "seed: 1e999", "data: " + "[" * 3000, "? [a, b]\n: c", "a: 1\na: 2", "- a", "name: 2001-12-14t21:59:43.10-05:00",
+    "seed: 1e999", "data: " + "[" * 600, "? [a, b]\n: c", "a: 1\na: 2", "- a", "name: 2001-12-14t21:59:43.10-05:00",
     "\ufeffname: x", "name: \x07", "%YAML 9.9\n---\nname: x", "name: |\n  x\n", "data: {columns: {chosen: {a: b}}}",
     "policy: {training: {learning_rate: .nan}}", "policy: {training: {learning_rate: .inf}}", "eval: {gold: [vader]}",
     "data: {held_out: .inf}", "data: {held_out: 1.5}", "select: {k_chosen: .nan}", "<<: {seed: 3}", "device: [cpu]",
