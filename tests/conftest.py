@@ -55,14 +55,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Import what all tests import, in a process that runs tests: one that only hands them out to workers does not."""
-    if "PYTEST_XDIST_WORKER" not in os.environ and config.getoption("numprocesses", None):
-        return
+    """Import what all tests import. Workers are forked from the process that hands out the tests, which has done so."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    has_workers = not is_worker and bool(config.getoption("numprocesses", None))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this with & has it ignored
     gc.disable()  # until the tests are collected: importing makes a million objects, and none is garbage
     # No test cuts the power, so nothing need wait until a disk has its files: a tenth of the time of a run.
     os.fsync = lambda descriptor: None
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if has_workers:
         # Workers share the cores: a thread each, also in the processes that tests start. NumPy reads it when imported.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
@@ -72,14 +72,15 @@ def pytest_configure(config):
         # Each seed is queued for a GPU that is never initialised, with the whole stack as text.
         for backend in (torch.cuda, torch.xpu, torch.mtia):
             backend.traceback = types.SimpleNamespace(format_stack=list)
-    _remember_entry_points()
+    if not is_worker:
+        _remember_entry_points()
     import transformers
     from hypothesis import settings
 
     import properties  # noqa: F401  registers the profiles of Hypothesis
     import sepo.models.weights  # noqa: F401
 
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if is_worker or has_workers:
         torch.set_num_threads(1)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -87,9 +88,12 @@ def pytest_configure(config):
     # Transformers puts each config that it reads into a line of its log, as text, though nobody reads that log.
     for kind in (transformers.PreTrainedConfig, transformers.GenerationConfig):
         kind.__repr__ = object.__repr__
-    if "PYTEST_XDIST_WORKER" in os.environ and config.option.markexpr != "not slow":
-        spawn.preload()  # a worker of the whole suite needs most of it too: import it once, not in the server again
-    spawn.start_server()
+    if has_workers and config.option.markexpr != "not slow":
+        spawn.preload()  # workers of the whole suite need most of it too
+    spawn.start_server(imports=not has_workers)
+    if has_workers:
+        spawn.fork_workers()
+        gc.enable()
 
 
 def _remember_entry_points() -> None:
@@ -102,10 +106,6 @@ def _remember_entry_points() -> None:
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()
-
-
-def pytest_sessionfinish():
-    gc.freeze()  # the collections at the end of pytest would look through all that was imported
 
 
 def is_nightly(config) -> bool:
@@ -168,7 +168,10 @@ def _what_was_imported_is_not_searched_for_garbage():
 
 def pytest_unconfigure():
     spawn.stop_server()
-    gc.unfreeze()  # what is left when the interpreter ends, bindings report as leaked
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        gc.freeze()  # a worker ends without taking modules down: nothing need be looked through
+    else:
+        gc.unfreeze()  # what is left when the interpreter ends, bindings report as leaked
 
 
 @pytest.fixture(scope="session")

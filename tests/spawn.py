@@ -2,7 +2,8 @@
 
 `start_server` forks a server from the test process before any operation of PyTorch, whose threads do not survive a
 fork. At the first command the server imports what commands need; then it forks a child for each. A child is a real
-process: pid, signals, environment, working folder, descriptors and exit code are those of `python ARGUMENTS`.
+process: pid, signals, environment, working folder, descriptors and exit code are those of `python ARGUMENTS`. The
+workers of pytest-xdist are such children too (`fork_workers`).
 
 Not for tests of how an interpreter starts and ends: what is read at an import (OMP_NUM_THREADS, HF_HUB_OFFLINE,
 TQDM_DISABLE) was read already, and a child waits for its threads and calls what is registered with `atexit`, but takes
@@ -78,6 +79,9 @@ class Child:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
 
 def start(
     arguments: Sequence[object],
@@ -133,16 +137,36 @@ def preload() -> None:
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda depth=2: ""
 
 
-def start_server() -> None:
-    """Fork the server, once per test process; it ends with this process."""
+def start_server(imports: bool = True) -> None:
+    """Fork the server, once per test process; it ends with this process.
+
+    Args:
+        imports: it imports at the first command what commands need; False leaves it to them.
+    """
     global _requests, _server
     _requests, served = socket.socketpair()
     _server = os.fork()
     if _server == 0:
         with contextlib.suppress(BaseException):
-            _serve(served)
+            _serve(served, imports)
         os._exit(1)
     served.close()
+
+
+def fork_workers() -> None:
+    """Let pytest-xdist start its workers by `start`: they would import everything anew, 15 seconds of a core each."""
+    from execnet import gateway_io
+
+    class Forked(gateway_io.Popen2IOMaster):
+        def __init__(self, command: Sequence[str], execmodel: object) -> None:
+            (stdin, to_worker), (from_worker, stdout) = os.pipe(), os.pipe()
+            arguments = [word for word in command[1:] if word != "-u"]
+            self.popen = start(arguments, stdin=stdin, stdout=stdout, stderr=sys.__stderr__.fileno())
+            os.close(stdin)
+            os.close(stdout)
+            gateway_io.Popen2IO.__init__(self, os.fdopen(to_worker, "wb"), os.fdopen(from_worker, "rb"), execmodel)
+
+    gateway_io.Popen2IOMaster = Forked
 
 
 def stop_server() -> None:
@@ -154,7 +178,8 @@ def stop_server() -> None:
 # --- in the server --------------------------------------------------------------------------------------------------
 
 
-def _serve(requests: socket.socket) -> NoReturn:
+def _serve(requests: socket.socket, imports: bool) -> NoReturn:
+    _requests.detach()  # its number will be another file's
     requests = socket.socket(fileno=os.dup2(requests.detach(), 3))
     os.closerange(4, OPEN_MAX)
     faulthandler.disable()
@@ -162,7 +187,6 @@ def _serve(requests: socket.socket) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_pytest")]
     sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
-    imported = False
     while True:
         length, received, *_ = socket.recv_fds(requests, 4, 4)
         with contextlib.suppress(ChildProcessError):  # the processes that waited for a child
@@ -171,12 +195,12 @@ def _serve(requests: socket.socket) -> NoReturn:
         if not length:
             os._exit(0)
         message = requests.recv(struct.unpack("I", length)[0], socket.MSG_WAITALL)
-        if not imported:
+        if imports:
             gc.disable()
             preload()
             gc.freeze()
             gc.enable()
-            imported = True
+            imports = False
         if os.fork() == 0:
             _start_and_wait(pickle.loads(message), received)
         for descriptor in received:
@@ -204,10 +228,10 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, stre
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         os.closerange(3, OPEN_MAX)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
