@@ -15,7 +15,7 @@ from sepo.bench.marked.texts import Marked, read_marked
 from sepo.cli import main
 from sepo.errors import UserError
 from sepo.models.saving import save_model
-from sepo.rewards.function import load_scorers
+from sepo.rewards.passes import find_models
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_tokenizers import tiny_tokenizer_of
 
@@ -87,12 +87,13 @@ def test_values_that_know_the_mistake_find_it_and_random_ones_do_not(seed):
     assert result["beyond"]["auc"]["mean"] > 0.3
 
 
-def test_tokens_are_placed_in_the_characters_of_the_answer():
+def test_tokens_are_placed_in_the_characters_of_the_answer(tmp_path):
     """Of one token a character: every value stands at its own character, also beyond ASCII."""
-    models = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
-    scorers = load_scorers(*models, oracle_tokenizer=tiny_tokenizer())
+    for name, seed in (("oracle", 0), ("reference", 1)):
+        save_model(tiny_model("llama", seed=seed), tiny_tokenizer(), tmp_path / name)
+    models = find_models(str(tmp_path / "oracle"), str(tmp_path / "reference"))
     answers = [Marked("Q", "2 + 1 = 4.", ((0, 10),), ((8, 9),)), Marked("Q", "x" * 90, (), ())]
-    (reading, left_out), counts = read_answers(scorers, answers, max_length=60)
+    (reading, left_out), counts = read_answers(models, answers, tmp_path / "work", max_length=60, device="cpu")
     assert left_out is None
     assert counts["too_long"] == 1
     assert reading.places[:, 0].tolist()[:10] == list(range(10))
@@ -114,3 +115,14 @@ def test_the_command_writes_a_page_and_numbers(tmp_path, capsys):
     assert main(["bench", "marked", *models, "--texts", str(tmp_path / "none"), "--out", str(tmp_path / "no")]) == 2
     assert "sepo: cannot read" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_files_of_one_name_are_refused(tmp_path, capsys):
+    """Their results would have one place."""
+    texts = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        texts += ["--texts", str(written(tmp_path / folder)[0])]
+    models = ["--oracle", str(tmp_path / "oracle"), "--reference", str(tmp_path / "reference")]
+    assert main(["bench", "marked", *models, *texts, "--out", str(tmp_path / "out")]) == 2
+    assert "two files of --texts are named 'traces'" in capsys.readouterr().err

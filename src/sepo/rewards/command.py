@@ -27,17 +27,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     command.quiet_libraries()
     from sepo.models.names import check_model
-    from sepo.rewards.function import load_scorers
+    from sepo.rewards.passes import find_models
     from sepo.rewards.rewardbench import read_benchmark, run_benchmark
 
-    with command.writing_to(arguments) as out:
+    with command.writing_to(arguments) as out, command.work_folder(out) as work:
         if command.join(arguments.device).size() > 1:
             raise UserError("sepo reward runs in one process: leave the launcher out")
         for name in (arguments.oracle, arguments.reference):
             if name is not None:
                 check_model(name)
         data = read_benchmark(arguments.data, arguments.split)
-        scorers = load_scorers(arguments.oracle, arguments.reference, device=arguments.device)
+        models = find_models(arguments.oracle, arguments.reference)
         names = arguments.oracle, arguments.reference or "the adapter's base"
-        figures = run_benchmark(scorers, data, out, names, arguments.max_length)
+        figures = run_benchmark(models, data, out, work, names, arguments.max_length, arguments.device)
     command.print_metrics(f"RewardBench: {out}", figures)

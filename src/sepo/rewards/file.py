@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from sepo import processes
 from sepo.credit.rewards import pair_rewards, require_rewards
-from sepo.data.fingerprints import check_same_tokenizer
 from sepo.data.loading import load_rows
 from sepo.data.ragged import flat, segment_sums
 from sepo.data.tables import clear_shards, read_shard, read_table, table_paths, write_shard
@@ -22,8 +22,9 @@ from sepo.models.tokenizer import load_tokenizer
 from sepo.processes import log
 from sepo.recipe.settings import Recipe
 from sepo.rewards.answers import answer_columns, answer_rows, only_answers, tokenize_answers
-from sepo.stages import data, oracle, reference
-from sepo.stages.logps import logps_pass, scoring_dtype
+from sepo.rewards.passes import both_passes, find_models
+from sepo.stages import data, reference
+from sepo.stages.logps import scoring_dtype
 
 
 def holds_answers(recipe: Recipe) -> bool:
@@ -60,33 +61,32 @@ def score_answers(recipe: Recipe, out: Path) -> dict[str, float]:
         of all tokens, each with its standard error over prompts.
     """
     pairs = out / "pairs" / "answers"
-    processes.on_main(lambda: _prepare(recipe, pairs))
-    types, stores = Types(scoring_dtype(recipe)), {}
-    for role, model in (("reference", recipe.reference.model), ("oracle", str(recipe.oracle.model))):
-        stores[role] = logps_pass(
-            model, pairs, out / "logps" / role, device=recipe.device, types=types,
-            tokens_per_row=recipe.tokens_per_row, description=role,
-        )  # fmt: skip
+    processes.on_main(lambda: reference.check(recipe))
+    models = find_models(str(recipe.oracle.model), recipe.reference.model)
+    processes.on_main(lambda: _prepare(recipe, models.tokenizer, pairs))
+    stores = both_passes(
+        models,
+        pairs,
+        out / "logps",
+        device=recipe.device,
+        types=Types(scoring_dtype(recipe)),
+        tokens_per_row=recipe.tokens_per_row,
+    )
     processes.on_main(lambda: _join(pairs, stores, out))
     processes.on_main(lambda: load_tokenizer(recipe.reference.model).save_pretrained(out / "tokenizer") and None)
     return figures_of(read_table(out, "scores"))
 
 
-def _prepare(recipe: Recipe, pairs: Path) -> None:
+def _prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, pairs: Path) -> None:
     """Read and tokenise the answers, and check that both models can read them."""
     settings = recipe.data
-    reference.check(recipe)
-    names = str(recipe.oracle.model), recipe.reference.model
-    tokenizers = [load_tokenizer(name) for name in names]
-    check_same_tokenizer("the oracle", tokenizers[0], "the reference", tokenizers[1])
-    oracle.check_differs(recipe.oracle, *(reference.hash_model(name) for name in names))
     dataset = load_rows(settings.source, split=settings.split, config_name=settings.config_name)
     columns = answer_columns(dataset.column_names, settings.columns)
     if columns is None:
         raise UserError(f"'{settings.source}' holds no responses: found {', '.join(dataset.column_names)}")
     table, report = tokenize_answers(
         list(answer_rows(dataset, columns)),
-        tokenizers[1],
+        tokenizer,
         max_length=settings.max_length,
         as_chat=settings.as_chat,
         chat_template_kwargs=settings.chat_template_kwargs,

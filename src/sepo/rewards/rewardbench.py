@@ -14,14 +14,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from sepo.credit.rewards import response_sums
+from sepo.credit.rewards import pair_rewards, response_sums
 from sepo.data.encoding import tokenize_pairs
 from sepo.data.loading import load_preferences
 from sepo.data.ragged import as_read, ragged
 from sepo.errors import UserError
 from sepo.files import write_json
 from sepo.processes import log
-from sepo.rewards.function import Scorers
+from sepo.rewards.passes import Models, kept_logps
 
 # Subset -> its weight in its section, as in `rewardbench/constants.py`.
 SECTIONS: dict[str, dict[str, int]] = {
@@ -57,22 +57,29 @@ def read_benchmark(source: str, split: str) -> datasets.Dataset:
 
 
 def run_benchmark(
-    scorers: Scorers, data: datasets.Dataset, out: Path, names: tuple[str, str], max_length: int = 2048
+    models: Models,
+    data: datasets.Dataset,
+    out: Path,
+    work: Path,
+    names: tuple[str, str],
+    max_length: int = 2048,
+    device: str = "auto",
 ) -> dict[str, float]:
     """Score the pairs, write both files to `out`, and return accuracies: each section, then `subset/NAME`.
 
     Args:
+        work: folder of what an interrupted command continues from.
         names: of oracle and reference, for the files.
     """
-    pairs, report = tokenize_pairs(data, scorers.tokenizer, as_chat=True, max_length=max_length)
+    pairs, report = tokenize_pairs(data, models.tokenizer, as_chat=True, max_length=max_length)
     log(f"  {report.summary()}")
-    chosen, rejected = response_sums(scorers.scores(pairs), "rewards")
+    chosen, rejected = response_sums(pair_rewards(pairs, *kept_logps(models, pairs, work, device)), "rewards")
     rows = pairs.column("pair_id").to_pylist()
     subsets = [str(data[row]["subset"]) for row in rows]
     right = (chosen > rejected).astype(int)
     accuracy = {name: float(right[np.array(subsets) == name].mean()) for name in sorted(set(subsets))}
     common = {"model": names[0], "ref_model": names[1], "model_type": "DPO", "chat_template": "tokenizer"}
-    decode = scorers.tokenizer.decode
+    decode = models.tokenizer.decode
     texts = {
         f"text_{side}": [
             decode([*prompt, *response])

@@ -204,7 +204,7 @@ class Method:
             return {}
         if settings.model is not None:
             existing = self.walker.model(settings.model)
-            oracle.check_differs(settings, existing, self.reference)
+            oracle.check_differs(str(settings.model), existing, self.reference)
             return {"oracle": existing}
         base, ends = self.oracle_start_logps, self.extension.targets
         return {

@@ -98,10 +98,10 @@ def _same(one: str, other: str) -> bool:
     return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
-def check_differs(settings: OracleSettings, oracle: Model, reference: Model) -> None:
+def check_differs(name: str, oracle: Model, reference: Model) -> None:
     """Raise a UserError if an existing oracle has the reference's weights."""
     if oracle.content == reference.content:
-        raise UserError(f"the oracle '{settings.model}' has the weights of the reference: every reward would be 0")
+        raise UserError(f"the oracle '{name}' has the weights of the reference: every reward would be 0")
 
 
 def stage(

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sepo.command import model_option, out_option, path, quiet_libraries
-from sepo.files import check_writable, write_json, write_text
+from sepo.command import join, model_option, out_option, path, quiet_libraries, work_folder, writing_to
+from sepo.files import write_json, write_text
 from sepo.numbers import number, share
 from sepo.report.documents import print_document
 
@@ -32,25 +32,34 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.bench.marked.texts import read_marked
     from sepo.errors import UserError
 
-    out = Path(arguments.out)
-    check_writable(out)
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit}: expected 1 or more")
-    files = {Path(name).stem: read_marked(Path(name))[: arguments.limit] for name in arguments.texts}
+    files: dict[str, Any] = {}
+    for text in map(Path, arguments.texts):
+        if text.stem in files:
+            raise UserError(f"two files of --texts are named '{text.stem}', as their results would be: rename one")
+        files[text.stem] = read_marked(text)[: arguments.limit]
     quiet_libraries()
     from sepo.bench.marked.measures import measure
     from sepo.bench.marked.reading import read_answers
-    from sepo.rewards.function import load_scorers
+    from sepo.processes import log
+    from sepo.rewards.passes import find_models
 
-    scorers = load_scorers(arguments.oracle, arguments.reference, device=arguments.device)
     results: dict[str, Any] = {}
-    for name, answers in files.items():
-        readings, report = read_answers(scorers, answers, as_chat=arguments.as_chat, max_length=arguments.max_length)
-        results[name] = {**measure(answers, readings), "given": len(answers), **report}
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "marked.json", results)
-    page = page_of(results)
-    write_text(out / "marked.md", page)
+    with writing_to(arguments) as out, work_folder(out) as work:
+        if join(arguments.device).size() > 1:
+            raise UserError("sepo bench marked runs in one process: leave the launcher out")
+        models = find_models(arguments.oracle, arguments.reference)
+        for name, answers in files.items():
+            log(f"{name}: {len(answers):,} answers")
+            readings, report = read_answers(
+                models, answers, work / name, as_chat=arguments.as_chat, max_length=arguments.max_length,
+                device=arguments.device,
+            )  # fmt: skip
+            results[name] = {**measure(answers, readings), "given": len(answers), **report}
+        write_json(out / "marked.json", results)
+        page = page_of(results)
+        write_text(out / "marked.md", page)
     print_document(page)
     print(f"\n{out / 'marked.md'}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,13 +12,20 @@ from sepo.bench.marked.texts import Marked
 from sepo.data.ragged import flat
 from sepo.data.tables import provenance_of
 from sepo.rewards.answers import tokenize_answers
-from sepo.rewards.function import Scorers, token_offsets
+from sepo.rewards.function import token_offsets
+from sepo.rewards.passes import Models, kept_logps
 
 
 def read_answers(
-    scorers: Scorers, answers: Sequence[Marked], *, as_chat: bool = False, max_length: int = 2048
+    models: Models,
+    answers: Sequence[Marked],
+    work: Path,
+    *,
+    as_chat: bool = False,
+    max_length: int = 2048,
+    device: str = "auto",
 ) -> tuple[list[Reading | None], dict[str, int]]:
-    """The values of each answer, and counts of what could not be read.
+    """The values of each answer, and counts of what could not be read. An interrupted call continues from `work`.
 
     Values are lower where a mistake is expected: `oracle`, the token reward s; `surprisal`, the reference's
     log-probability; `early` and `late`, the place in the answer.
@@ -25,7 +33,7 @@ def read_answers(
     rows = [
         {"row": index, "answer": 0, "prompt": item.prompt, "chosen": item.answer} for index, item in enumerate(answers)
     ]
-    table, report = tokenize_answers(rows, scorers.tokenizer, as_chat=as_chat)
+    table, report = tokenize_answers(rows, models.tokenizer, as_chat=as_chat)
     lengths = flat(table.column("prompt_ids"))[1] + flat(table.column("chosen_ids"))[1]
     short = np.flatnonzero(lengths <= max_length)
     long = len(table) - len(short)
@@ -33,11 +41,12 @@ def read_answers(
     readings: list[Reading | None] = [None] * len(answers)
     changed = 0
     if len(table):
-        logps = [flat(logps.column("chosen_logps"))[0].astype(np.float64) for logps in scorers.logps(table)]
+        stored = kept_logps(models, table, work, device)
+        logps = [flat(one.column("chosen_logps"))[0].astype(np.float64) for one in stored]
         ids, sizes = flat(table.column("chosen_ids"))
         given = [answers[row] for row in table.column("row").to_pylist()]
         texts = [item.answer for item in given]
-        offsets = token_offsets(ids, sizes, scorers.tokenizer, provenance_of(table)["end_ids"], texts)
+        offsets = token_offsets(ids, sizes, models.tokenizer, provenance_of(table)["end_ids"], texts)
         stops = np.cumsum(sizes)
         for row, text, places, stop, size in zip(
             table.column("row").to_pylist(), texts, offsets, stops, sizes, strict=True
