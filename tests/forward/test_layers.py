@@ -335,8 +335,8 @@ def tiny_model_on(model):
 # program would that first uses the library for something else.
 MANY_LENGTHS = """
 import importlib, sys
-import sepo.forward
-importlib.reload(sepo.forward)  # the process imported it with other variables
+import sepo.kernels
+importlib.reload(sepo.kernels)  # the process imported it with other variables
 import numpy as np, psutil, torch
 from sepo.forward.packing import Pair, pack
 torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 40, 16))
