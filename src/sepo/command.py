@@ -12,9 +12,10 @@ import contextlib
 import functools
 import gc
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,11 @@ def chat_template_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def template_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of `chat_template_option`."""
+    return named_values("--chat-template", arguments.chat_template, "key=value", typed=True)
+
+
 def model_option(parser: argparse.ArgumentParser, name: str, text: str) -> None:
     """A model that a command needs: a hub id or a folder."""
     parser.add_argument(name, type=path, required=True, metavar="MODEL", help=text)
@@ -112,28 +118,46 @@ def training_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def named_values(option: str, items: Sequence[str], form: str = "NAME=VALUE", *, typed: bool = False) -> dict[str, Any]:
+    """The values of an option that is repeated, by name.
+
+    Args:
+        form: what an item looks like, for messages.
+        typed: values are YAML (numbers, null), not texts.
+
+    Raises:
+        UserError: an item has another form, or a name is given twice.
+    """
+    from sepo.recipe.reading import parse_override
+
+    values: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not name or not equals or not (value or typed):
+            known = re.match(r"[\w.-]*", item)[0]  # type: ignore[index]  # the rest may hold a key
+            raise UserError(f"{option} {one_line(known, 40)}: expected {form}")
+        if name in values:
+            raise UserError(f"{option} {one_line(name, 40)} is given twice: leave one of the two out")
+        values[name] = parse_override(item)[1] if typed else value
+    return values
+
+
 def recipe_of(arguments: argparse.Namespace, **sections: Any) -> Recipe:
     """The recipe that the options of a single command amount to, with a recipe's checks. Unset options are left out."""
-    from sepo.recipe.reading import parse_override, parse_recipe
+    from sepo.recipe.reading import parse_recipe
 
     values = {key: value for key, value in sections.items() if value is not None}
     for name in ("seed", "device"):
         if hasattr(arguments, name):
             values[name] = getattr(arguments, name)
     if hasattr(arguments, "data"):
-        columns: dict[str, str] = {}
-        for item in arguments.column:
-            ours, equals, theirs = item.partition("=")
-            if not equals or not ours or not theirs:
-                raise UserError(f"--column {item}: expected ours=theirs, such as chosen=preferred")
-            columns[ours] = theirs
         data = {
             "source": arguments.data,
             "split": arguments.split,
-            "columns": columns,
+            "columns": named_values("--column", arguments.column, "ours=theirs, such as chosen=preferred"),
             "pairs_from": arguments.pairs_from,
             "as_chat": arguments.as_chat,
-            "chat_template_kwargs": dict(parse_override(item) for item in arguments.chat_template),
+            "chat_template_kwargs": template_keywords(arguments),
             "max_length": arguments.max_length,
             "held_out": 0,
         }

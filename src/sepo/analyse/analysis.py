@@ -57,7 +57,10 @@ def run_inputs(
     named = _named(tables)
     if run is not None:
         recipe = _recipe_of_scored(run)
-        named.setdefault(run.name or "run", run / "scores")
+        name = run.name or "run"
+        if name in named:
+            raise UserError(f"--table {name}={named[name]}: the run has that name; choose another")
+        named[name] = run / "scores"
         tokenizer = tokenizer or recipe.reference.model
         gold = gold or recipe.eval.gold
         store = run / "logps" / "reference"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from sepo.command import path, quiet_libraries
+from sepo.command import named_values, path, quiet_libraries
 
 HELP = "rank rules of token credit by the headroom that they close on tasks with known truth"
 
@@ -31,17 +30,16 @@ def run(arguments: argparse.Namespace) -> None:
     from sepo.stages.score import check_rewards_file
 
     quiet_libraries()
-    tasks: Sequence[str] = arguments.task or list(CHECKS)
+    tasks = list(dict.fromkeys(arguments.task or CHECKS))
     rules = list(dict.fromkeys([ALL, TRUTH, *(arguments.rule or RULES)]))
     for kind, names, known in (("task", tasks, TASKS), ("rule", rules, RULES)):
         for name in names:
             if name not in known:
                 raise UserError(f"--{kind} {name}: expected one of {', '.join(known)}")
     weights = {}
-    for text in arguments.weights:
-        name, _, file = text.partition("=")
-        if not name or not file or name in RULES:
-            raise UserError(f"--weights {text}: expected NAME=FILE, with a name that no rule of the bench has")
+    for name, file in named_values("--weights", arguments.weights, "NAME=FILE").items():
+        if name in RULES:
+            raise UserError(f"--weights {name}={file}: expected NAME=FILE, with a name that no rule of the bench has")
         weights[name] = Path(file)
         check_rewards_file(weights[name], ("chosen_rewards", "rejected_rewards"))
     if weights and len(tasks) != 1:

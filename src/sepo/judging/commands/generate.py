@@ -13,9 +13,11 @@ from sepo.command import (
     chat_template_option,
     device_options,
     model_option,
+    named_values,
     out_option,
     path,
     quiet_libraries,
+    template_keywords,
     writing_to,
 )
 from sepo.errors import UserError, check_number, log_kept_on_interrupt
@@ -105,21 +107,12 @@ def retry_option(group: argparse._ArgumentGroup) -> None:
 
 
 def server_values(arguments: argparse.Namespace) -> dict[str, Any]:
-    """`--header` and `--request` as mappings, where they are given.
-
-    Raises:
-        UserError: one of them is not NAME=VALUE.
-    """
-    from sepo.recipe.reading import parse_override
-
+    """`--header` and `--request` as mappings, where they are given."""
     values: dict[str, Any] = {}
     if arguments.header:
-        pairs = [item.partition("=") for item in arguments.header]
-        if not all(name and equals for name, equals, _ in pairs):
-            raise UserError("--header: expected NAME=VALUE")
-        values["header"] = {name: value for name, _, value in pairs}
+        values["header"] = named_values("--header", arguments.header)
     if arguments.request:
-        values["request"] = dict(parse_override(item) for item in arguments.request)
+        values["request"] = named_values("--request", arguments.request, "name=value", typed=True)
     return values
 
 
@@ -134,10 +127,9 @@ def run(arguments: argparse.Namespace) -> int:
         write_answers,
     )
     from sepo.processes import log
-    from sepo.recipe.reading import parse_override
 
     _check_numbers(arguments)
-    options = dict(parse_override(item) for item in arguments.chat_template)
+    options = template_keywords(arguments)
     questions, benchmark, digest = _questions(arguments)
     endpoint = None if arguments.server is None else endpoint_of(arguments, options)
     record = _record(arguments, digest, benchmark, options)

@@ -14,6 +14,7 @@ from sepo.command import (
     out_option,
     path,
     quiet_libraries,
+    template_keywords,
     writing_to,
 )
 from sepo.errors import UserError, check_number, log_kept_on_interrupt
@@ -68,9 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     temperatures = _temperatures(arguments)
     _check_numbers(arguments)
     scoring = _scoring(arguments)
-    from sepo.recipe.reading import parse_override
-
-    options = dict(parse_override(item) for item in arguments.chat_template)
+    options = template_keywords(arguments)
     endpoint = None if arguments.server is None else endpoint_of(arguments, options)
     quiet_libraries()
     from sepo.processes import log
