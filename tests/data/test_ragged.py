@@ -34,7 +34,7 @@ def test_any_column_is_its_values_and_lengths_whatever_its_chunks(rows, most, cu
     assert flat(part)[0].tolist() == [value for row in rows[cut:] for value in row]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # two gigabytes; the property above splits columns at a small size
 def test_a_column_beyond_32_bits_is_split_and_not_wrapped():
     lengths = np.array([2**30, 2**30, 5])
     values = np.lib.stride_tricks.as_strided(np.zeros(1, np.int8), (int(lengths.sum()),), (0,))
