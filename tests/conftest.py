@@ -46,6 +46,10 @@ SLOW = (
 )
 RECORDED = frozenset(Path(__file__).with_name("slow.txt").read_text().split())
 
+# Where a GPU is, workers import for themselves: CUDA does not survive a fork.
+GPUS = tuple(map(Path, ("/dev/nvidiactl", "/dev/kfd")))
+FORKED = pytest.StashKey[bool]()  # is this process a worker that was forked?
+
 # The tests in a browser that are not left to the nightly run.
 BROWSER = ("test_the_sliders_select_the_tokens", "test_hostile_text_is_shown")
 
@@ -58,13 +62,16 @@ def pytest_configure(config):
     """Import what all tests import. Workers are forked from the process that hands out the tests, which has done so."""
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     has_workers = not is_worker and bool(config.getoption("numprocesses", None))
+    if has_workers:
+        # Workers share the cores: a thread each, also in the processes that tests start. NumPy reads it when imported.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        if any(device.exists() for device in GPUS):
+            return
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this with & has it ignored
     gc.disable()  # until the tests are collected: importing makes a million objects, and none is garbage
     # No test cuts the power, so nothing need wait until a disk has its files: a tenth of the time of a run.
     os.fsync = lambda descriptor: None
-    if has_workers:
-        # Workers share the cores: a thread each, also in the processes that tests start. NumPy reads it when imported.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    forked = config.stash[FORKED] = "torch" in sys.modules
     import torch
 
     if not torch.cuda.is_available():
@@ -72,7 +79,7 @@ def pytest_configure(config):
         # Each seed is queued for a GPU that is never initialised, with the whole stack as text.
         for backend in (torch.cuda, torch.xpu, torch.mtia):
             backend.traceback = types.SimpleNamespace(format_stack=list)
-    if not is_worker:
+    if not forked:
         _remember_entry_points()
     import transformers
     from hypothesis import settings
@@ -88,7 +95,7 @@ def pytest_configure(config):
     # Transformers puts each config that it reads into a line of its log, as text, though nobody reads that log.
     for kind in (transformers.PreTrainedConfig, transformers.GenerationConfig):
         kind.__repr__ = object.__repr__
-    if has_workers and config.option.markexpr != "not slow":
+    if (has_workers or is_worker) and config.option.markexpr != "not slow":
         spawn.preload()  # workers of the whole suite need most of it too
     spawn.start_server(imports=not has_workers)
     if has_workers:
@@ -166,10 +173,10 @@ def _what_was_imported_is_not_searched_for_garbage():
     gc.freeze()
 
 
-def pytest_unconfigure():
+def pytest_unconfigure(config):
     spawn.stop_server()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        gc.freeze()  # a worker ends without taking modules down: nothing need be looked through
+    if config.stash.get(FORKED, False):
+        gc.freeze()  # a fork ends without taking modules down: nothing need be looked through
     else:
         gc.unfreeze()  # what is left when the interpreter ends, bindings report as leaked
 
