@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +72,27 @@ def test_any_file_of_answers_is_scored_as_the_function_scores_it(models, tmp_pat
     assert table.column("row").to_pylist() == ([0, 0] if several else [0, 1])
     assert table.column("answer").to_pylist() == ([0, 1] if several else [0, 0])
     assert provenance_of(table)["answers"] is True
+
+
+def test_answers_and_pairs_are_rendered_with_the_template_of_the_reference(models, tmp_path):
+    """An oracle from elsewhere may have another one."""
+    own = tmp_path / "models"
+    shutil.copytree(models, own)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}~{% endfor %}"
+    tokenizer.save_pretrained(own / "oracle")
+    answers = written(tmp_path / "a.jsonl", [{"messages": [user("Is it?"), said("Yes!")]}])
+    pairs = written(
+        tmp_path / "p.jsonl", [{"prompt": [user("Is it?")], "chosen": [said("Yes!")], "rejected": [said("no")]}]
+    )
+    ids = []
+    for data in (answers, pairs):
+        assert score(own, data, tmp_path / f"of-{Path(data).stem}") == 0
+        (row,) = read_table(tmp_path / f"of-{Path(data).stem}", "scores").to_pylist()
+        ids.append((row["prompt_ids"], row["chosen_ids"]))
+    assert ids[0] == ids[1]
+    text = tiny_tokenizer().apply_chat_template([user("Is it?")], add_generation_prompt=True, tokenize=False)
+    assert ids[0][0] == tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
 def test_the_report_shows_answers_without_a_second_side(models, tmp_path, capsys):

@@ -15,7 +15,7 @@ ROWS = 7
 
 def reward(folder: Path) -> list[str]:
     rows = [
-        {"prompt": f"Is it {i}?", "chosen": f"Yes, {i}!", "rejected": "no", "subset": "math-prm", "id": i}
+        {"prompt": f"Is it {i % 3}?", "chosen": f"Yes, {i}!", "rejected": "no", "subset": "math-prm", "id": i}
         for i in range(ROWS)
     ]
     (folder / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -23,9 +23,18 @@ def reward(folder: Path) -> list[str]:
 
 
 def marked(folder: Path) -> list[str]:
-    rows = [{"input": f"{i}?", "steps": ["It is 1.", f"So {i}."], "mistake_index": 0} for i in range(ROWS)]
+    rows = [{"input": f"{i % 3}?", "steps": [f"It is {37 * i}.", f"So {'x' * i} {i}."], "mistake_index": i % 2} for i in range(ROWS)]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ["bench", "marked", "--texts", str(folder / "traces.jsonl")]
+
+
+def numbers_of(value: object) -> list[float]:
+    """All numbers of a JSON value, in their order."""
+    if isinstance(value, dict | list):
+        return [
+            number for inner in (value.values() if isinstance(value, dict) else value) for number in numbers_of(inner)
+        ]
+    return [float(value)] if isinstance(value, int | float) else []
 
 
 @pytest.mark.parametrize("command_of", [reward, marked])
@@ -57,3 +66,8 @@ def test_an_interrupted_command_continues_with_the_next_shard(command_of, tmp_pa
     assert results[0]
     assert results[0] == results[1]
     assert not list(tmp_path.glob(".*-work"))
+    monkeypatch.setattr(data, "PAIRS_PER_SHARD", 1000)  # the order of the rows does not depend on the shards
+    assert main([*command, str(tmp_path / "one")]) == 0
+    for name, content in results[0].items():
+        numbers = [numbers_of(json.loads(text)) for text in (content, (tmp_path / "one" / name).read_bytes())]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)

@@ -63,7 +63,7 @@ def score_answers(recipe: Recipe, out: Path) -> dict[str, float]:
     pairs = out / "pairs" / "answers"
     processes.on_main(lambda: reference.check(recipe))
     models = find_models(str(recipe.oracle.model), recipe.reference.model)
-    processes.on_main(lambda: _prepare(recipe, models.tokenizer, pairs))
+    processes.on_main(lambda: _prepare(recipe, load_tokenizer(recipe.reference.model), pairs))
     stores = both_passes(
         models,
         pairs,

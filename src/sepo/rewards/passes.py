@@ -22,7 +22,7 @@ from sepo.stages.reference import hash_model
 
 
 class Models(NamedTuple):
-    """The folders of an oracle and of its reference, and the tokenizer of both."""
+    """The folders of an oracle and of its reference, and the oracle's tokenizer: that of both, but for its template."""
 
     oracle: str
     reference: str
