@@ -9,6 +9,7 @@ from sepo.cli import main
 from sepo.models.saving import save_model
 from sepo.stages import data, logps
 from tiny_models import tiny_model, tiny_tokenizer
+from tiny_tokenizers import tiny_tokenizer_of
 
 ROWS = 7
 
@@ -23,7 +24,10 @@ def reward(folder: Path) -> list[str]:
 
 
 def marked(folder: Path) -> list[str]:
-    rows = [{"input": f"{i % 3}?", "steps": [f"It is {37 * i}.", f"So {'x' * i} {i}."], "mistake_index": i % 2} for i in range(ROWS)]
+    rows = [
+        {"input": f"{i % 3}?", "steps": [f"It is {37 * i}.", f"So {'x' * i} {i}."], "mistake_index": i % 2}
+        for i in range(ROWS)
+    ]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ["bench", "marked", "--texts", str(folder / "traces.jsonl")]
 
@@ -40,8 +44,9 @@ def numbers_of(value: object) -> list[float]:
 @pytest.mark.parametrize("command_of", [reward, marked])
 def test_an_interrupted_command_continues_with_the_next_shard(command_of, tmp_path, monkeypatch, capsys):
     models = []
+    tokenizer = tiny_tokenizer() if command_of is reward else tiny_tokenizer_of("gpt2")
     for name, seed in (("oracle", 1), ("reference", 0)):
-        save_model(tiny_model("llama", seed=seed), tiny_tokenizer(), tmp_path / name)
+        save_model(tiny_model("llama", seed=seed, vocab_size=len(tokenizer)), tokenizer, tmp_path / name)
         models += [f"--{name}", str(tmp_path / name)]
     command = [*command_of(tmp_path), *models, "--device", "cpu", "--out"]
     monkeypatch.setattr(data, "PAIRS_PER_SHARD", 2)  # four shards for each of two models
@@ -65,6 +70,7 @@ def test_an_interrupted_command_continues_with_the_next_shard(command_of, tmp_pa
                (tmp_path / "whole", tmp_path / "stopped")]  # fmt: skip
     assert results[0]
     assert results[0] == results[1]
+    assert b'"answers": 0' not in b"".join(results[0].values())
     assert not list(tmp_path.glob(".*-work"))
     monkeypatch.setattr(data, "PAIRS_PER_SHARD", 1000)  # the order of the rows does not depend on the shards
     assert main([*command, str(tmp_path / "one")]) == 0
