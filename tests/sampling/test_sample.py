@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -147,6 +148,16 @@ def test_the_table_has_a_row_a_prompt_and_a_batch_changes_nothing(place):
     assert (place / "sampled" / "responses.parquet").read_bytes() == before
     assert sample(place, "one", "--gold", "plain", "--batch-size", "4") == 0
     assert read_responses(place / "one").drop_columns(["answer_logps"]) == table.drop_columns(["answer_logps"])
+
+
+def test_a_table_that_answers_a_prompt_in_two_rows_is_refused(place, tmp_path, capsys):
+    """Two tables that were joined: each would be half of the prompt's answers, and the prompt would count twice."""
+    table = pq.read_table(place / "sampled" / "responses.parquet")
+    pq.write_table(pa.concat_tables([table, table]), tmp_path / "joined.parquet")
+    joined = str(tmp_path / "joined.parquet")
+    for command in (["best-of", "--responses", joined], ["pairs", "--responses", joined, "--out", str(tmp_path / "p")]):
+        assert main(command) == 2
+        assert "answers the prompt 'Is it 0?' in several rows" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_line(place, capsys):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import yaml
 
-from sepo.errors import UserError, nearest
+from sepo.errors import UserError, nearest, one_line
 from sepo.judging.replies import CUT, Reply
 
 # How a reply names the better answer.
@@ -101,6 +101,9 @@ def read_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
             prompts = [_of_text(text, path.stem)]
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"the judge prompt '{path}' cannot be read ({type(error).__name__} {error})") from None
+    names = [prompt.name for prompt in prompts]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"the judge prompt '{path}' holds {one_line(repr(twice), 60)} twice: expected each name once")
     for prompt in prompts:
         if not any(_SHOWS_ANSWERS.search(text) for _, text in prompt.messages):
             raise UserError(

@@ -18,16 +18,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sepo.data.conversation import conversation_text
 from sepo.data.formats import read_file
 from sepo.data.tables import provenance_of, with_provenance, write_parquet
-from sepo.errors import UserError
+from sepo.errors import UserError, one_line
 from sepo.files import append_line, grown_lines
 from sepo.sampling.prompts import Prompt
 
@@ -128,7 +130,7 @@ def read_responses(place: Path) -> pa.Table:
     """A responses table, from its file or the folder of `sepo sample`.
 
     Raises:
-        UserError: there is none, or a column is missing or of another type.
+        UserError: there is none, a column is missing or of another type, or two rows answer one prompt.
     """
     path = place / RESPONSES if place.is_dir() else place
     if not path.is_file():
@@ -138,9 +140,15 @@ def read_responses(place: Path) -> pa.Table:
     if missing:
         raise UserError(f"'{path}' is no responses table: it has no column '{missing[0]}'")
     try:
-        return table.select(SCHEMA.names).cast(SCHEMA.with_metadata(table.schema.metadata))
+        table = table.select(SCHEMA.names).cast(SCHEMA.with_metadata(table.schema.metadata))
     except pa.ArrowException as error:
         raise UserError(f"'{path}' is no responses table: {str(error).splitlines()[0][:150]}") from None
+    conversations = table.column("conversation")
+    if pc.count_distinct(conversations).as_py() < len(table):
+        counts = Counter(conversations.to_pylist())
+        prompt = next(row["prompt"] for row in rows_of(table) if counts[row["conversation"]] > 1)
+        raise UserError(f"'{path}' answers the prompt {one_line(repr(prompt), 60)} in several rows: expected one")
+    return table
 
 
 def made_with(table: pa.Table) -> dict[str, Any]:
