@@ -71,7 +71,7 @@ def pytest_configure(config):
     gc.disable()  # until the tests are collected: importing makes a million objects, and none is garbage
     # No test cuts the power, so nothing need wait until a disk has its files: a tenth of the time of a run.
     os.fsync = lambda descriptor: None
-    forked = config.stash[FORKED] = "torch" in sys.modules
+    forked = config.stash[FORKED] = is_worker and "torch" in sys.modules
     import torch
 
     if not torch.cuda.is_available():

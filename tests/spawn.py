@@ -134,7 +134,8 @@ def preload() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     # Each step of a launch notes its caller for a log that nobody reads, from the source of all functions on the stack.
-    sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda depth=2: ""
+    if launcher := sys.modules.get("torch.distributed.elastic.rendezvous.dynamic_rendezvous"):
+        launcher.get_method_name = lambda depth=2: ""
 
 
 def start_server(imports: bool = True) -> None:

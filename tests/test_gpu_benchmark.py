@@ -49,7 +49,9 @@ def test_the_script_writes_every_figure_as_it_comes(tmp_path, nightly_run):
     if nightly_run:
         environment |= {"DEVICE": "cpu", "PAIRS": "4", "STEPS": "1", "PYTHON": sys.executable}
         command = ["bash", "benchmarks/gpu.sh", prefs, model, out]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
     else:
         command = ["benchmarks/gpu.py", "--data", prefs, "--tokenizer", model, "--out", out, "--pairs", "4",
                    "--steps", "1", "--device", "cpu", "--plan", wanted]  # fmt: skip

@@ -201,7 +201,8 @@ class _Transport(httpx2.AsyncHTTPTransport):
         self, encrypted: bool, timeout: float, keep: Keep, text_of: Callable[[httpx2.Response, bytes], str]
     ):  # fmt: skip
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
-        super().__init__(verify=encrypted, limits=limits)  # reading the machine's certificates takes 30 ms
+        # Plain http needs no certificates, whose reading takes 30 ms: redirects, to https for one, are not followed.
+        super().__init__(verify=encrypted, limits=limits)
         self.sent, self._timeout, self._keep, self._text_of = 0, timeout, keep, text_of
         self._length_name: str | None = None  # the name that this server knows, once it refused the other
 

@@ -32,6 +32,7 @@ from sepo.transfer.carry import allocate_rewards, check_allocation, join_cuts
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages
 _END = 0xFF  # in `alignment.Texts`: the token that ends a response
+NO_REFERENCE = "the reference is missing: name the model that the oracle was trained from"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def load_scorers(oracle: Any, reference: Any = None, *, oracle_tokenizer: Any = 
     after, before = loaded
     assert after is not None
     if before is None and not isinstance(after, PeftModel):
-        raise UserError("the reference is missing: name the model that the oracle was trained from")
+        raise UserError(NO_REFERENCE)
     if before is after or (isinstance(oracle, str | os.PathLike) and str(oracle) == str(reference)):
         raise UserError("oracle and reference are the same model: every reward would be 0")
     if before is not None and (here := numerics(after)) != (there := numerics(before)):

@@ -15,6 +15,7 @@ from sepo.errors import UserError
 from sepo.forward.scoring import Types
 from sepo.models.folders import adapter_base, is_adapter
 from sepo.models.tokenizer import load_tokenizer
+from sepo.rewards.function import NO_REFERENCE
 from sepo.stages.data import write_pairs
 from sepo.stages.logps import logps_pass
 from sepo.stages.oracle import check_differs
@@ -38,7 +39,7 @@ def find_models(oracle: str, reference: str | None = None) -> Models:
     after = hash_model(oracle)
     folder = Path(after.folder)
     if reference is None and not is_adapter(folder):
-        raise UserError("the reference is missing: name the model that the oracle was trained from")
+        raise UserError(NO_REFERENCE)
     before = hash_model(*(adapter_base(folder) if reference is None else (reference,)))
     tokenizer = load_tokenizer(oracle)
 
